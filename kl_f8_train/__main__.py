@@ -1,0 +1,192 @@
+"""The command line: verbs and their flags; heavy imports happen inside each verb."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from kl_f8_train import __version__
+from kl_f8_train.errors import MissingInputError, UsageError, UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a verb; returns its exit code: 0, 2 usage, 3 missing input, 4 failed run."""
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    verb: Callable[[argparse.Namespace], int] = args.verb
+    try:
+        return verb(args)
+    except UserError as error:
+        return _complain(_innermost(str(error)), error.exit_code, args.debug)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        text = f"unexpected {type(error).__name__}: {error}\n--debug shows where"
+        return _complain(text, UserError.exit_code, args.debug)
+
+
+def _complain(message: str, exit_code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"kl-f8-train: {message}", file=sys.stderr, flush=True)
+    return exit_code
+
+
+def _innermost(message: str) -> str:
+    """The message itself, where a loader process wrapped it in its own traceback."""
+    if "Original Traceback" not in message:
+        return message
+    return message.rsplit("kl_f8_train.errors.", 1)[-1].partition(": ")[2] or message
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every verb and flag."""
+    parser = argparse.ArgumentParser(
+        prog="kl-f8-train",
+        description="Finetunes the decoder of Stable Diffusion's kl-f8 autoencoder.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--debug", action="store_true", help="show tracebacks")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def add(name: str, verb: Callable[[argparse.Namespace], int], text: str):  # type: ignore[no-untyped-def]
+        sub = verbs.add_parser(name, help=text, description=text, parents=[shared])
+        sub.set_defaults(verb=verb)
+        return sub
+
+    train = add("train", _train, "Starts a run; the same command again resumes it.")
+    train.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    train.add_argument("--allow-changes", action="store_true", help="resume with another recipe")
+
+    export = add("export", _export, "Writes a run's EMA weights for every consumer.")
+    export.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
+    export.add_argument("--out", type=Path, help="directory to write (RUN/export)")
+
+    score = add("evaluate", _evaluate, "Scores VAEs on the same images, as the model card does.")
+    score.add_argument("weights", nargs="+", metavar="[NAME=]WEIGHTS")
+    score.add_argument("--images", type=Path, required=True, help="folder of photographs")
+    score.add_argument("--out", type=Path, default=Path("evaluation"), help="directory to write")
+    score.add_argument("--size", type=int, default=256, help="resize and centre crop, in pixels")
+    score.add_argument("--perceptual", default="lpips_vgg", choices=["lpips_vgg", "st_lpips_alex"])
+    score.add_argument("--vgg", help="VGG16 features file")
+    score.add_argument("--device", default=None, help="cpu or cuda")
+
+    pack = add("pack", _pack, "Packs a folder of images into WebDataset shards.")
+    pack.add_argument("images", type=Path, help="folder, searched recursively")
+    pack.add_argument("out", type=Path, help="directory of the shards")
+    pack.add_argument("--per-shard", type=int, default=1000, help="images in each shard")
+
+    fetch = add("fetch", _fetch, "Downloads VGG16's features for LPIPS, once.")
+    fetch.add_argument("--url", default=None, help="another place of torchvision's file")
+
+    settings = add("config", _config, "Shows, compares or explains recipes.")
+    settings.add_argument("action", choices=["show", "diff", "schema"])
+    settings.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]")
+
+    demo = add("demo", _demo, "Runs the whole chain in minutes on a CPU.")
+    demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
+    demo.add_argument("--training", help="shards in place of scikit-image's photographs")
+    demo.add_argument("--held-out", type=Path, help="folder of photographs to score on")
+    demo.add_argument("--length", type=float, default=1.0, help="multiplies the iterations")
+    return parser
+
+
+# --- the verbs ------------------------------------------------------------------------------
+
+
+def _train(args: argparse.Namespace) -> int:
+    from kl_f8_train import config
+
+    settings = config.load(config.find_recipe(args.config), args.overrides)
+    if not Path(settings.init.weights).exists() and not Path(settings.run_dir).is_dir():
+        raise MissingInputError(f"init.weights={settings.init.weights}: no such file")
+    from kl_f8_train.train import train
+
+    return train(settings, args.allow_changes)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from kl_f8_train.checkpoint import file_sha256
+    from kl_f8_train.export import export, summary
+
+    out = export(args.run, args.out)
+    record = summary(out)
+    for check, outcome in record["checks"].items():
+        print(f"{check}: {outcome}")
+    for file in record["files"]:
+        path = out / file
+        print(f"{path}  {path.stat().st_size:,} bytes  sha256 {file_sha256(path)[:12]}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    named = [_name_and_path(text) for text in args.weights]
+    if len({name for name, _ in named}) < len(named):
+        raise UsageError("two weights have the same name; give NAME=WEIGHTS")
+    if not args.images.is_dir():
+        raise MissingInputError(f"--images {args.images}: no such folder")
+    from kl_f8_train.evaluate import evaluate_files
+
+    evaluate_files(named, args.images, args.out, args.size, args.perceptual, args.vgg, args.device)
+    return 0
+
+
+def _pack(args: argparse.Namespace) -> int:
+    if not args.images.is_dir():
+        raise MissingInputError(f"{args.images}: no such folder")
+    from kl_f8_train.images import list_folder
+    from kl_f8_train.shards import pack
+
+    files = list_folder(args.images)
+    if not files:
+        raise MissingInputError(f"no images in {args.images}")
+    written = pack(files, args.out, args.per_shard)
+    print(f"{len(files):,} images in {len(written)} shards: {args.out}")
+    return 0
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from kl_f8_train.perceptual import VGG_URL, fetch_vgg
+
+    print(f"VGG16 features: {fetch_vgg(args.url or VGG_URL)}")
+    return 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    from kl_f8_train import config
+
+    if args.action == "schema":
+        for key, kind, default, doc in config.schema():
+            print(f"{key}\n    {doc}\n    {kind}; {default}")
+        return 0
+    count = 2 if args.action == "diff" else 1
+    if len(args.arguments) < count:
+        raise UsageError(f"config {args.action} takes {count} recipe(s)")
+    overrides = args.arguments[count:]
+    names = args.arguments[:count]
+    loaded = [config.resolve(config.find_recipe(name), overrides) for name in names]
+    if args.action == "show":
+        print(config.to_yaml(loaded[0]), end="")
+    else:
+        print("\n".join(config.differences(loaded[0], loaded[1], machine=True)))
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from kl_f8_train.demo import demo
+
+    demo(args.run_dir, args.training, args.held_out, args.length, args.overrides)
+    return 0
+
+
+def _name_and_path(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    return (name, Path(path)) if equals else (Path(text).stem, Path(text))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

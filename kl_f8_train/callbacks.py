@@ -1,0 +1,367 @@
+"""What happens around the iterations: log lines, pictures, checkpoints, signals."""
+
+import csv
+import secrets
+import signal
+import socket
+import sys
+import time
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Adam
+from tqdm import tqdm
+
+from kl_f8_train import checkpoint, config, images, state
+from kl_f8_train.config import Config
+from kl_f8_train.data import Batch
+from kl_f8_train.errors import RunFailedError
+from kl_f8_train.finetuner import Finetuner, average_over_ranks
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Checkpoints(Callback):
+    """Saves every `checkpoint.every` iterations and at the end, and removes old files.
+
+    A save that fails is tried again at the next turn; two failures in a row end the run.
+    """
+
+    def __init__(self, run_dir: Path, settings: config.Checkpoint, frozen_sha256: str) -> None:
+        self.run_dir, self.settings, self.frozen = run_dir, settings, frozen_sha256
+        self.saved: tuple[int, int] | None = None
+        self.failures = 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Saves when it is time."""
+        done = finetuner_of(pl_module).warmup_done or finetuner_of(pl_module).iteration
+        if done % self.settings.every == 0:
+            self.save(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the last state; here a failure is final."""
+        self.save(trainer, pl_module, final=True)
+
+    def save(self, trainer: Trainer, pl_module: LightningModule, final: bool = False) -> None:
+        """Writes a checkpoint of the current iteration, on the first rank."""
+        finetuner = finetuner_of(pl_module)
+        now = (finetuner.iteration, finetuner.warmup_left)
+        if self.saved == now:
+            return
+        if trainer.is_global_zero:
+            try:
+                optimizers = [o for o in trainer.optimizers if isinstance(o, Adam)]
+                state.save(finetuner, optimizers, self.run_dir, self.frozen)
+                self.failures = 0
+                keep = self.settings
+                checkpoint.remove_old_checkpoints(self.run_dir, keep.keep_last, keep.keep_every)
+            except RunFailedError as error:
+                self.failures += 1
+                if final or self.failures > 1:
+                    raise
+                print(f"{error}\n  training goes on; the next checkpoint tries again", flush=True)
+                return
+        self.saved = now
+        trainer.strategy.barrier()
+
+
+class Signals(Callback):
+    """SIGTERM, SIGINT and SIGUSR1 set a flag; all ranks agree on it after an iteration and stop.
+
+    The last state is then saved by `Checkpoints`. A second SIGINT ends the program at once.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Takes the signals over."""
+        for number in SIGNALS:
+            self._before.setdefault(number, signal.getsignal(number))
+            signal.signal(number, self._note)
+
+    def restore(self) -> None:
+        """Gives the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the signals again, after Lightning took them."""
+        self.install()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Stops all ranks if one of them got a signal."""
+        if trainer.world_size > 1:
+            flag = torch.tensor(self.received, device=pl_module.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            self.received = int(flag)
+        if self.received:
+            trainer.should_stop = True
+
+
+class Pictures(Callback):
+    """Strips of fixed photographs, input beside the EMA's reconstruction, as JPEG."""
+
+    def __init__(self, run_dir: Path, every: int, fixed: list[Tensor], run_log: "RunLog") -> None:
+        self.folder, self.every, self.fixed = run_dir / "pictures", every, fixed
+        self.run_log = run_log
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the start."""
+        self.draw(trainer, finetuner_of(pl_module))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Draws when it is time."""
+        finetuner = finetuner_of(pl_module)
+        if self.every and finetuner.iteration % self.every == 0 and not finetuner.warmup_left:
+            self.draw(trainer, finetuner)
+
+    def draw(self, trainer: Trainer, finetuner: Finetuner) -> None:
+        """Writes `pictures/iteration-NNNNNNNNN.jpg`."""
+        if not (self.every and self.fixed and trainer.is_global_zero):
+            return
+        rows = [
+            images.hstack([image, images.to_uint8(ema_reconstruction(finetuner, image)).cpu()])
+            for image in self.fixed
+        ]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"iteration-{finetuner.iteration:09d}.jpg"
+        with checkpoint.atomic_path(path) as temporary:
+            images.to_pil(images.vstack(rows)).save(temporary, format="JPEG", quality=92)
+        self.run_log.picture(finetuner.iteration, path)
+
+
+@torch.no_grad()
+def ema_reconstruction(finetuner: Finetuner, image: Tensor) -> Tensor:
+    """uint8 (3, H, W) -> (3, H, W) in about [-1, 1], by posterior mean and EMA decoder."""
+    x = images.to_float(image.to(finetuner.device))[None].to(finetuner.autoencoder.last_layer.dtype)
+    latents = finetuner.autoencoder.encode(x).mean
+    decoded: Tensor = finetuner.ema["decoder"](finetuner.ema["post_quant_conv"](latents))[0]
+    return decoded
+
+
+class RunLog(Callback):
+    """metrics.csv always; a progress bar or plain lines; wandb on request."""
+
+    def __init__(self, run_dir: Path, settings: Config, start: int) -> None:
+        self.run_dir, self.config, self.start = run_dir, settings, start
+        self.table = MetricsFile(run_dir / "metrics.csv", start)
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.skipped = 0
+        self.wandb: Any = None
+        self.bar: Any = None
+        self.waited = 0.0
+        self.mark = self.batch_end = time.perf_counter()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Opens the reports on the first rank."""
+        self.mark = self.batch_end = time.perf_counter()
+        if not trainer.is_global_zero:
+            return
+        if self.config.log.wandb != "off":
+            self.wandb = start_wandb(self.config, self.run_dir)
+        if sys.stdout.isatty():
+            total, unit = self.config.stop_iteration, "iteration"
+            self.bar = tqdm(total=total, initial=self.start, unit=unit, mininterval=1.0)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Counts the time spent waiting for data."""
+        self.waited += time.perf_counter() - self.batch_end
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        """Adds an iteration's figures, and reports every `log.every`."""
+        finetuner = finetuner_of(pl_module)
+        self._note_skipped(batch)
+        for key, value in finetuner.metrics.items():
+            if key not in self.sums:
+                self.sums[key] = torch.zeros((), dtype=torch.float64)
+            self.sums[key] = self.sums[key].to(torch.as_tensor(value).device) + value
+        self.count += 1
+        if self.bar is not None and not finetuner.warmup_left:
+            self.bar.update(finetuner.iteration - self.bar.n)
+        if finetuner.iteration % self.config.log.every == 0 or self.count >= self.config.log.every:
+            self._report(trainer, finetuner)
+        self.batch_end = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reports the rest."""
+        if self.count:
+            self._report(trainer, finetuner_of(pl_module))
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def picture(self, iteration: int, path: Path) -> None:
+        """Sends a strip to wandb."""
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log(
+                {"pictures": wandb.Image(str(path), file_type="jpg"), "iteration": iteration}
+            )
+
+    def _report(self, trainer: Trainer, finetuner: Finetuner) -> None:
+        values = [
+            value.to(finetuner.device, torch.float32) / self.count for value in self.sums.values()
+        ]
+        average_over_ranks(values)
+        row: dict[str, float] = dict(zip(self.sums, (float(v) for v in values), strict=True))
+        seconds = time.perf_counter() - self.mark
+        row["images_per_second"] = self.count * self.config.global_batch / seconds
+        row["data_wait_share"] = self.waited / seconds
+        row["skipped_images"] = self.skipped
+        if finetuner.device.type == "cuda":
+            row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if trainer.is_global_zero:
+            self.table.write(finetuner.iteration, row)
+            if self.wandb is not None:
+                self.wandb.log({**row, "iteration": finetuner.iteration})
+            self._say(self._line(finetuner, row, seconds / self.count))
+        self.sums, self.count, self.waited = {}, 0, 0.0
+        self.mark = time.perf_counter()
+
+    def _line(self, finetuner: Finetuner, row: dict[str, float], seconds: float) -> str:
+        stop = self.config.stop_iteration
+        if finetuner.warmup_left:
+            head = f"discriminator warm-up, {finetuner.warmup_left:,} iterations left"
+        else:
+            head = f"iteration {finetuner.iteration:,} of {stop:,}"
+        shown = [
+            f"{label} {row[key]:.4g}"
+            for label, key in (
+                ("rec", "reconstruction_loss"),
+                ("g", "generator_loss"),
+                ("d", "discriminator_loss"),
+                ("d_weight", "adaptive_weight"),
+            )
+            if key in row
+        ]
+        rest = duration((stop - finetuner.iteration + finetuner.warmup_left) * seconds)
+        return " | ".join(
+            [head, *shown, f"{row['images_per_second']:.1f} images/s", f"{rest} left"]
+        )
+
+    def _note_skipped(self, batch: Batch) -> None:
+        for message in batch.skipped:
+            self.skipped += 1
+            if self.skipped <= 20:
+                self._say(f"skipped an image: {message}")
+            with (self.run_dir / "skipped.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{message}\n")
+
+    def _say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line)
+        else:
+            print(line, flush=True)
+
+
+class MetricsFile:
+    """A CSV that grows by rows and, where needed, columns; rows past `start` are dropped."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self.path = path
+        self.columns: list[str] = ["iteration"]
+        self.rows: list[dict[str, str]] = []
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                kept = [row for row in reader if (row.get("iteration") or "").isdigit()]
+                self.columns = list(reader.fieldnames or self.columns)
+                self.rows = [row for row in kept if int(row["iteration"]) <= start]
+
+    def write(self, iteration: int, values: dict[str, float]) -> None:
+        """Adds a row; a new column, or the first row, rewrites the file."""
+        row = {
+            "iteration": str(iteration),
+            **{key: f"{value:.8g}" for key, value in values.items()},
+        }
+        new = [key for key in row if key not in self.columns]
+        first = not self.rows or not self.path.is_file() or bool(new) or not hasattr(self, "_open")
+        self.columns += new
+        self.rows.append(row)
+        if first:
+            with (
+                checkpoint.atomic_path(self.path) as temporary,
+                temporary.open("w", newline="") as file,
+            ):
+                writer = csv.DictWriter(file, self.columns, restval="")
+                writer.writeheader()
+                writer.writerows(self.rows)
+            self._open = True
+        else:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns, restval="").writerow(row)
+
+
+def start_wandb(settings: Config, run_dir: Path) -> Any:
+    """A wandb run that keeps its id over resumes; without a network, offline within 20 seconds."""
+    import wandb
+
+    offline = settings.log.wandb == "offline" or not _wandb_reachable()
+    identity = run_dir / "wandb_id.txt"
+    if not identity.is_file():
+        checkpoint.write_text(identity, f"{secrets.token_hex(4)}\n")
+    options: dict[str, Any] = {
+        "project": settings.log.project,
+        "name": settings.name,
+        "id": identity.read_text().strip(),
+        "resume": "allow",
+        "dir": str(run_dir),
+        "config": config.to_dict(settings),
+    }
+    quiet = wandb.Settings(init_timeout=15, silent=True)
+    try:
+        run = wandb.init(mode="offline" if offline else "online", settings=quiet, **options)
+    except wandb.errors.Error as error:
+        print(f"wandb: {error}; going on offline", flush=True)
+        offline = True
+        run = wandb.init(mode="offline", settings=quiet, **options)
+    if offline:
+        print(f"wandb is offline; later: wandb sync {run_dir}/wandb/offline-run-*", flush=True)
+    return run
+
+
+def _wandb_reachable(timeout_seconds: float = 5.0) -> bool:
+    import wandb
+
+    base = urllib.parse.urlsplit(wandb.Settings().base_url)
+    try:
+        port = base.port or (443 if base.scheme == "https" else 80)
+        with socket.create_connection((base.hostname or "", port), timeout_seconds):
+            return True
+    except OSError:
+        return False
+
+
+def finetuner_of(module: LightningModule) -> Finetuner:
+    """The module, typed."""
+    assert isinstance(module, Finetuner)
+    return module
+
+
+def duration(seconds: float) -> str:
+    """3 d 4 h, 2 h 5 min, 3 min 20 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

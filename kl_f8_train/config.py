@@ -1,0 +1,598 @@
+"""Every setting of a run: typed, documented, checked before anything heavy is imported.
+
+A recipe is one complete YAML file. A number that defines a recipe has no default here
+(`MISSING`): the file must state it. Machine settings have defaults, and may change on resume.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kl_f8_train.errors import MissingInputError, UsageError
+
+
+def setting(doc: str, default: Any = MISSING, *, machine: bool = False) -> Any:
+    """A field with its meaning and unit; `machine` marks what may change on resume."""
+    metadata = {"doc": doc, "machine": machine}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# --- the settings ---------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Init:
+    """Where a new run starts (a resumed run does not read it)."""
+
+    weights: str = setting(
+        "file, diffusers folder or run directory of the VAE to start from", machine=True
+    )
+    iteration: int | None = setting("iteration of these weights; null: as the file says")
+    select: Literal["ema", "raw"] = setting("which weights of a training checkpoint", "ema")
+
+
+@dataclass(kw_only=True)
+class Model:
+    """AutoencoderKL's shape, in the original's names."""
+
+    ch: int = setting("channels at full resolution")
+    ch_mult: list[int] = setting("channel multiplier of each level")
+    num_res_blocks: int = setting("residual blocks per encoder level (the decoder has one more)")
+    z_channels: int = setting("channels of the encoder's output (doubled: mean and log variance)")
+    embed_dim: int = setting("channels of the latents")
+
+
+@dataclass(kw_only=True)
+class Loss:
+    """sum over pixels of (pixel term + perceptual_weight * perceptual), mean over images."""
+
+    pixel: Literal["l1", "mse"] = setting("pixel term: |x - y| or (x - y)^2")
+    perceptual: Literal["lpips_vgg", "st_lpips_alex"] = setting("the frozen perceptual network")
+    perceptual_weight: float = setting("weight of the perceptual term, per pixel and channel")
+    learn_logvar: bool = setting("train the loss's log variance (the original's stays 0)", False)
+    perceptual_weights: str | None = setting(
+        "VGG16 features file; null: where `kl-f8-train fetch` put it", None, machine=True
+    )
+    allow_stand_in: bool = setting("accept ST-LPIPS in LPIPS' place (demo and tests)", False)
+
+
+@dataclass(kw_only=True)
+class Adversarial:
+    """The discriminator and its hinge loss."""
+
+    weight: float = setting("factor on the adaptive weight (disc_weight)")
+    start_iteration: int = setting("first iteration with the adversarial term (disc_start)")
+    warmup_iterations: int = setting("discriminator-only iterations first, if the file has none")
+    ndf: int = setting("channels of the discriminator's first convolution")
+    n_layers: int = setting("strided convolutions in the discriminator")
+    max_weight: float = setting("upper clamp of the adaptive weight", 1e4)
+    sync_batchnorm: bool = setting("batch statistics over all GPUs (the original: per GPU)", False)
+    per_gpu_weight: bool = setting("adaptive weight per GPU as in the original", False)
+    run_before_start: bool = setting("run the discriminator before start, as the original", False)
+
+
+@dataclass(kw_only=True)
+class Optimizer:
+    """Adam, one for the decoder and one for the discriminator."""
+
+    learning_rate: float = setting("absolute, per decoder update; nothing scales it")
+    betas: list[float] = setting("Adam's two decays")
+    eps: float = setting("Adam's epsilon")
+
+
+@dataclass(kw_only=True)
+class Ema:
+    """Moving average of the decoder and post_quant_conv."""
+
+    decay: float = setting("share kept at each update")
+    warmup: bool = setting("decay grows as (1 + n) / (10 + n); forgets the start", False)
+
+
+@dataclass(kw_only=True)
+class Source:
+    """One set of images."""
+
+    shards: str = setting("brace pattern, glob, directory, .tar or list file of WebDataset shards")
+    weight: float = setting("share in every batch, relative to the other sources", 1.0)
+
+
+@dataclass(kw_only=True)
+class Data:
+    """What the images are and how they are cut."""
+
+    sources: dict[str, Source] = setting("name -> source")
+    shorter_side: int | None = setting("bicubic resize of the shorter side, in pixels; null: none")
+    crop: int = setting("random square crop, in pixels; a multiple of 8")
+    lanes: int = setting("parallel lanes of the plan, at most", 48)
+    bad_shards: Literal["stop", "skip"] = setting("what a truncated shard does at start", "stop")
+    workers: int = setting("loader processes per GPU", 4, machine=True)
+
+
+@dataclass(kw_only=True)
+class Compute:
+    """The machine. May change on resume."""
+
+    accelerator: Literal["auto", "cpu", "cuda"] = setting("device kind", "auto", machine=True)
+    devices: int | None = setting("GPUs per node; null: all", None, machine=True)
+    num_nodes: int = setting("nodes", 1, machine=True)
+    per_device_batch: int | None = setting(
+        "images per GPU and micro-batch; null: the largest divisor up to 12", None, machine=True
+    )
+    timeout_minutes: float = setting("a silent rank is an error after this", 10.0, machine=True)
+
+
+@dataclass(kw_only=True)
+class Log:
+    """What a run tells."""
+
+    every: int = setting("iterations between log lines", 50, machine=True)
+    pictures_every: int = setting("iterations between picture strips; 0: none", 1000, machine=True)
+    pictures: str | None = setting(
+        "folder of fixed photographs; null: the first of the data", None, machine=True
+    )
+    wandb: Literal["off", "auto", "offline"] = setting(
+        "auto: online, or offline without a network", "off", machine=True
+    )
+    project: str = setting("wandb project", "kl-f8-train", machine=True)
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """When the state is written, and what is kept."""
+
+    every: int = setting("iterations between checkpoints", 1000, machine=True)
+    keep_last: int = setting("newest checkpoints kept", 2, machine=True)
+    keep_every: int = setting("checkpoints at its multiples stay; 0: none", 50000, machine=True)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One run."""
+
+    name: str = setting("name of the run and of its exported files")
+    run_dir: str = setting("directory of the run", machine=True)
+    stop_iteration: int = setting("iteration at which the run ends")
+    global_batch: int = setting("images per iteration, over all GPUs and micro-batches")
+    seed: int = setting("seed of order, crops and noise", 0)
+    precision: Literal["float32", "bfloat16"] = setting("autocast type; weights stay float32")
+    second_forward: bool = setting("the original's second pass for the discriminator", False)
+    max_bad_updates: int = setting("non-finite updates in a row before the run stops", 10)
+    init: Init = setting("start", Init)
+    model: Model = setting("network", Model)
+    loss: Loss = setting("reconstruction loss", Loss)
+    adversarial: Adversarial | None = setting("adversarial term; null: none")
+    optimizer: Optimizer = setting("optimizers", Optimizer)
+    ema: Ema = setting("moving average", Ema)
+    data: Data = setting("data", Data)
+    compute: Compute = setting("machine", Compute)
+    log: Log = setting("reports", Log)
+    checkpoint: Checkpoint = setting("checkpoints", Checkpoint)
+
+
+# --- loading --------------------------------------------------------------------------------
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a recipe and applies `key=value` overrides.
+
+    Raises MissingInputError for a missing file and UsageError for anything wrong in it.
+    """
+    merged = _merge(Path(path), overrides)
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        lines = "\n".join(f"  {key}=...   {_doc(key)}" for key in missing)
+        raise UsageError(f"{path}: these settings have no value yet:\n{lines}")
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """Like `load`, as plain values and unchecked; settings without a value stay "???"."""
+    values = OmegaConf.to_container(_merge(Path(path), overrides), throw_on_missing=False)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _merge(path: Path, overrides: list[str] | tuple[str, ...]) -> DictConfig:
+    raw = _read_yaml(path)
+    _expand_source_shorthand(raw)
+    for key in _leaf_keys(raw):
+        _declared_type(key, where=str(path))
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
+        assert isinstance(merged, DictConfig)
+        for text in overrides:
+            _override(merged, text)
+        return merged
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{path}: {_first_lines(error)}") from error
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file by its path, or a shipped one by its name ("ft_ema")."""
+    path = Path(name)
+    if path.suffix or path.is_file():
+        return path
+    here = Path(__file__).parent
+    for folder in (here / "configs", here.parent / "configs"):
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    return path
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The configuration stored in a checkpoint."""
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), dict(values)))
+    assert isinstance(config, Config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested values, in the order of the declaration."""
+    return asdict(config)
+
+
+def to_yaml(config: Config | Mapping[str, Any]) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(_plain(config), sort_keys=False)
+
+
+def differences(
+    before: Config | Mapping[str, Any], after: Config | Mapping[str, Any], *, machine: bool = False
+) -> list[str]:
+    """Lines `key: before -> after` of what differs; machine settings only on request."""
+    old, new = dict(_leaves(_plain(before))), dict(_leaves(_plain(after)))
+    keys = [
+        key for key in (*old, *(k for k in new if k not in old)) if machine or not _machine(key)
+    ]
+    return [
+        f"{key}: {old.get(key, '(none)')} -> {new.get(key, '(none)')}"
+        for key in keys
+        if old.get(key, NO_DEFAULT) != new.get(key, NO_DEFAULT)
+    ]
+
+
+def schema() -> list[tuple[str, str, str, str]]:
+    """Rows (key, type, default, meaning) of every setting."""
+    return list(_schema_rows(Config, ""))
+
+
+# --- checking -------------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """Raises UsageError naming every value that cannot be used."""
+    problems = [*_ranges(config), *_batch_problems(config)]
+    if config.loss.perceptual != "lpips_vgg" and not config.loss.allow_stand_in:
+        problems.append(
+            f"loss.perceptual={config.loss.perceptual} is a stand-in for LPIPS, and the result is "
+            "not the published recipe's; loss.allow_stand_in=true accepts that"
+        )
+    if config.init.iteration is not None and config.init.iteration > config.stop_iteration:
+        problems.append(
+            f"stop_iteration={config.stop_iteration} lies before "
+            f"init.iteration={config.init.iteration}"
+        )
+    if problems:
+        raise UsageError("wrong settings:\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def source_shares(config: Config) -> dict[str, int]:
+    """Images of each source in every batch: global_batch * weight / sum of weights, exactly.
+
+    Raises UsageError if a share is not a whole number.
+    """
+    weights = {name: source.weight for name, source in config.data.sources.items()}
+    total = sum(weights.values())
+    shares = {name: config.global_batch * weight / total for name, weight in weights.items()}
+    uneven = [name for name, share in shares.items() if abs(share - round(share)) > 1e-9]
+    if uneven or min(shares.values()) < 1:
+        text = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+        raise UsageError(
+            f"global_batch={config.global_batch} does not divide by the weights of data.sources: "
+            f"{text} images a batch; change the weights or the batch"
+        )
+    return {name: round(share) for name, share in shares.items()}
+
+
+def micro_batch(config: Config, world_size: int) -> int:
+    """Images per GPU and micro-batch: as given, or the largest divisor up to 12.
+
+    The card's ft-EMA ran 16 GPUs x 12 = 192. Raises UsageError if nothing divides.
+    """
+    batch = config.global_batch
+    if batch % world_size:
+        raise UsageError(
+            f"global_batch={batch} does not divide over {world_size} processes; "
+            f"it divides over {_divisors(batch)}"
+        )
+    per_rank = batch // world_size
+    given = config.compute.per_device_batch
+    if given is None:
+        return max(d for d in _divisors(per_rank) if d <= 12)
+    if per_rank % given:
+        raise UsageError(
+            f"compute.per_device_batch={given} does not divide the {per_rank} images of each of "
+            f"{world_size} processes (global_batch={batch}); {_divisors(per_rank)} do"
+        )
+    return given
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _batch_problems(config: Config) -> Iterator[str]:
+    if config.global_batch < 1:
+        yield f"global_batch={config.global_batch}: expected 1 or more"
+        return
+    if not config.data.sources:
+        yield "data.sources is empty: give at least one, data.sources=SHARDS"
+        return
+    world = (config.compute.devices or 1) * config.compute.num_nodes
+    for problem in (lambda: source_shares(config), lambda: micro_batch(config, world)):
+        try:
+            problem()
+        except UsageError as error:
+            yield str(error)
+
+
+def _ranges(config: Config) -> Iterator[str]:
+    positive = {
+        "optimizer.learning_rate": config.optimizer.learning_rate,
+        "optimizer.eps": config.optimizer.eps,
+        "data.crop": config.data.crop,
+        "data.lanes": config.data.lanes,
+        "stop_iteration": config.stop_iteration,
+        "max_bad_updates": config.max_bad_updates,
+        "log.every": config.log.every,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "compute.num_nodes": config.compute.num_nodes,
+        "compute.timeout_minutes": config.compute.timeout_minutes,
+        "compute.devices": 1 if config.compute.devices is None else config.compute.devices,
+        **{f"data.sources.{name}.weight": s.weight for name, s in config.data.sources.items()},
+    }
+    for key, value in positive.items():
+        if not (value > 0 and math.isfinite(value)):
+            yield f"{key}={value}: expected a number above 0"
+    if not 0 <= config.ema.decay < 1:
+        yield f"ema.decay={config.ema.decay}: expected 0 <= decay < 1"
+    betas = config.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield f"optimizer.betas={betas}: expected two numbers in [0, 1)"
+    factor = 2 ** (len(config.model.ch_mult) - 1)
+    if config.data.crop % factor:
+        yield f"data.crop={config.data.crop}: expected a multiple of {factor}"
+    if config.data.shorter_side is not None and config.data.shorter_side < config.data.crop:
+        yield (
+            f"data.shorter_side={config.data.shorter_side} is smaller than "
+            f"data.crop={config.data.crop}"
+        )
+    if config.model.ch % 32:
+        yield f"model.ch={config.model.ch}: expected a multiple of 32 (GroupNorm has 32 groups)"
+    if config.seed < 0 or config.data.workers < 0 or config.loss.perceptual_weight < 0:
+        yield "seed, data.workers and loss.perceptual_weight: expected 0 or more"
+    if config.adversarial is not None and config.adversarial.warmup_iterations < 0:
+        yield "adversarial.warmup_iterations: expected 0 or more"
+
+
+# --- YAML, keys and values ------------------------------------------------------------------
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        shipped = sorted(str(p) for p in Path("configs").glob("*.yaml"))
+        hint = f"; here are {', '.join(shipped)}" if shipped else ""
+        raise MissingInputError(f"configuration {path}: no such file{hint}")
+    try:
+        raw = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"configuration {path} is not readable YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UsageError(
+            f"configuration {path}: expected keys and values, got {type(raw).__name__}"
+        )
+    return {str(key): value for key, value in raw.items()}
+
+
+def _expand_source_shorthand(raw: dict[str, Any]) -> None:
+    """`sources: PATTERN` and `sources: [PATTERN, ...]` mean one source for each pattern."""
+    data = raw.get("data")
+    if not isinstance(data, dict):
+        return
+    sources = data.get("sources")
+    if isinstance(sources, str) and sources != MISSING:
+        data["sources"] = parse_sources(sources)
+    elif isinstance(sources, list):
+        data["sources"] = parse_sources(",".join(str(item) for item in sources))
+    elif isinstance(sources, dict):
+        for name, source in sources.items():
+            if isinstance(source, str):
+                sources[name] = {"shards": source}
+
+
+def parse_sources(text: str) -> dict[str, dict[str, str]]:
+    """`A,B` -> one source for each pattern, named after the directory that holds its shards."""
+    body = text.strip()
+    if body.startswith("[") and body.endswith("]"):
+        body = body[1:-1]
+    patterns = [part.strip() for part in re.split(r",(?![^{]*\})", body) if part.strip()]
+    sources: dict[str, dict[str, str]] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        name = path.name if not path.suffix else path.parent.name
+        name = re.sub(r"\W+", "_", name).strip("_") or "images"
+        while name in sources:
+            name += "_2"
+        sources[name] = {"shards": pattern}
+    return sources
+
+
+def _override(merged: DictConfig, text: str) -> None:
+    key, equals, value = text.partition("=")
+    key = key.strip().lstrip("-")
+    if not equals or not key:
+        raise UsageError(f"override {text!r}: expected key=value, such as seed=1")
+    declared = _declared_type(key, where="command line")
+    parsed = _parse(declared, value, key)
+    parent = key.rpartition(".")[0]
+    if parent and OmegaConf.select(merged, parent, throw_on_missing=False) is None:
+        if not parent.startswith("data.sources"):
+            raise UsageError(f"{key}: {parent} is null in this recipe; set it in the file")
+        OmegaConf.update(merged, parent, Source(), force_add=True)
+    OmegaConf.update(merged, key, parsed, force_add=True, merge=False)
+
+
+def _declared_type(key: str, *, where: str) -> Any:
+    """The type of a dotted key; UsageError with the nearest name if there is none."""
+    current: Any = Config
+    walked: list[str] = []
+    for part in key.split("."):
+        current = _without_none(current)
+        if get_origin(current) is dict:
+            current = get_args(current)[1]
+        elif is_dataclass(current) and part in (hints := get_type_hints(current)):
+            current = hints[part]
+        else:
+            names = [f.name for f in fields(current)] if is_dataclass(current) else []
+            raise UsageError(f"{where}: unknown key {key!r}{_suggestion(part, walked, names)}")
+        walked.append(part)
+    return current
+
+
+def _suggestion(part: str, walked: list[str], names: list[str]) -> str:
+    near = difflib.get_close_matches(part, names, n=1)
+    if near:
+        return f". Did you mean {'.'.join([*walked, near[0]])!r}?"
+    elsewhere = [row[0] for row in schema() if row[0].rsplit(".", 1)[-1] == part]
+    if elsewhere:
+        return f". Did you mean {elsewhere[0]!r}?"
+    prefix = ".".join(walked)
+    return f"; {prefix or 'the top level'} has " + (
+        ", ".join(names) if names else "no keys below it"
+    )
+
+
+def _parse(declared: Any, text: str, key: str) -> Any:
+    """Text -> value by the declared type, never by YAML's guess."""
+    inner = _without_none(declared)
+    if inner is not declared and text in ("null", "none", ""):
+        return None
+    origin = get_origin(inner)
+    if origin is Literal:
+        if text in get_args(inner):
+            return text
+        near = difflib.get_close_matches(text, [str(a) for a in get_args(inner)], n=1)
+        hint = f". Did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"{key}={text}: expected one of {', '.join(get_args(inner))}{hint}")
+    if inner is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise UsageError(f"{key}={text}: expected true or false")
+    if inner in (int, float):
+        try:
+            return inner(text)
+        except ValueError:
+            kind = "a whole number" if inner is int else "a number"
+            raise UsageError(f"{key}={text}: expected {kind}") from None
+    if origin is list:
+        parts = [part for part in text.strip().strip("[]").split(",") if part.strip()]
+        return [_parse(get_args(inner)[0], part.strip(), key) for part in parts]
+    if origin is dict:
+        return {
+            name: Source(shards=values["shards"]) for name, values in parse_sources(text).items()
+        }
+    if inner is Source:
+        return Source(shards=text)
+    if is_dataclass(inner):
+        names = ", ".join(f"{key}.{f.name}" for f in fields(inner))
+        raise UsageError(f"{key}={text}: this is a group of settings; set {names}")
+    return text
+
+
+def _without_none(declared: Any) -> Any:
+    if get_origin(declared) in (Union, UnionType):
+        return next(arg for arg in get_args(declared) if arg is not NoneType)
+    return declared
+
+
+def _plain(config: Config | Mapping[str, Any]) -> dict[str, Any]:
+    return to_dict(config) if isinstance(config, Config) else dict(config)
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _leaf_keys(values: Mapping[str, Any]) -> Iterator[str]:
+    return (key for key, _ in _leaves(values))
+
+
+def _field(key: str) -> Field[Any] | None:
+    current: Any = Config
+    found = None
+    for part in key.split("."):
+        current = _without_none(current)
+        if get_origin(current) is dict:
+            current = get_args(current)[1]
+            continue
+        found = next((f for f in fields(current) if f.name == part), None)
+        if found is None:
+            return None
+        current = get_type_hints(current)[part]
+    return found
+
+
+def _doc(key: str) -> str:
+    found = _field(key)
+    return found.metadata["doc"] if found else ""
+
+
+def _machine(key: str) -> bool:
+    found = _field(key)
+    return bool(found and found.metadata["machine"])
+
+
+def _schema_rows(kind: Any, prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    hints = get_type_hints(kind)
+    for item in fields(kind):
+        key, declared = f"{prefix}{item.name}", hints[item.name]
+        inner = _without_none(declared)
+        if is_dataclass(inner):
+            yield from _schema_rows(inner, f"{key}.")
+        elif get_origin(inner) is dict:
+            yield from _schema_rows(get_args(inner)[1], f"{key}.NAME.")
+        else:
+            default = item.default if item.default is not NO_DEFAULT else ""
+            shown = "in the recipe" if default == MISSING else str(default)
+            yield key, _type_name(declared), shown, item.metadata["doc"]
+
+
+def _type_name(declared: Any) -> str:
+    if get_origin(declared) is Literal:
+        return " | ".join(str(arg) for arg in get_args(declared))
+    return str(declared).removeprefix("<class '").removesuffix("'>").replace("NoneType", "null")
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return ", ".join(line for line in lines if line and not line.startswith("object_type="))

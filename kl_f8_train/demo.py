@@ -1,0 +1,227 @@
+"""The whole chain in minutes on a CPU: stand-in for kl-f8 -> ft-EMA -> ft-MSE -> table and strip.
+
+Photographs: those that scikit-image ships (public domain or CC0). Three train, two are held out.
+Stand-ins, named as such: a small network trained here in kl-f8's place, ST-LPIPS in LPIPS' place.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Adam
+
+from kl_f8_train import checkpoint, config, evaluate, export, images, perceptual, report, shards
+from kl_f8_train.config import Config
+from kl_f8_train.data import IterationSampler, PositionDataset, build_plan, loader
+from kl_f8_train.discriminator import Discriminator, initialize
+from kl_f8_train.errors import MissingInputError, RunFailedError
+from kl_f8_train.losses import (
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    reconstruction_loss,
+)
+from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.train import train
+
+TRAINING = ("astronaut.png", "coffee.png", "hubble_deep_field.jpg")
+HELD_OUT = ("chelsea.png", "rocket.jpg")
+BASE, STAGE_A, STAGE_B = 420, 200, 200  # iterations of each part, at length 1
+STAGE_B_RECIPE = (  # what ft_mse.yaml changes in ft_ema.yaml
+    "loss.pixel=mse",
+    "loss.perceptual_weight=0.1",
+    "adversarial=null",
+)
+
+
+def demo(
+    run_dir: Path,
+    training: str | None = None,
+    held_out: Path | None = None,
+    length: float = 1.0,
+    overrides: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Runs the chain below `run_dir` and returns the table's rows, also in table.json.
+
+    `training` names shards and `held_out` a folder in place of scikit-image's photographs;
+    `length` multiplies the iterations. A finished part is not run again. Raises MissingInputError
+    without the demo's dependencies, RunFailedError if a part was interrupted.
+    """
+    began = time.perf_counter()
+    if training is None:
+        training = str(_pack_photographs(run_dir))
+        held_out = held_out or run_dir / "held_out"
+    if held_out is None:
+        raise MissingInputError("--training without --held-out: name a folder of photographs")
+    base_end = round(BASE * length)
+    a_end = base_end + round(STAGE_A * length)
+    b_end = a_end + round(STAGE_B * length)
+    common = [f"data.sources={training}", *overrides]
+
+    say("1 of 4: a small autoencoder and discriminator, the stand-in for kl-f8")
+    base = run_dir / "base" / "model.ckpt"
+    if not base.is_file():
+        train_base(_recipe([*common, f"stop_iteration={base_end}", f"init.weights={base}"]), base)
+
+    say("2 of 4: stage A, L1 + perceptual + adversarial (ft-EMA's recipe)")
+    stage_a = _recipe(
+        [*common, f"init.weights={base}", f"run_dir={run_dir}/ft_ema", f"stop_iteration={a_end}"]
+    )
+    _run(stage_a)
+
+    say("3 of 4: stage B, MSE + 0.1 perceptual (ft-MSE's recipe), from stage A's EMA")
+    stage_b = _recipe(
+        [
+            *common,
+            *STAGE_B_RECIPE,
+            "name=demo_ft_mse",
+            f"init.weights={run_dir}/ft_ema",
+            f"run_dir={run_dir}/ft_mse",
+            f"stop_iteration={b_end}",
+        ]
+    )
+    _run(stage_b)
+
+    say("4 of 4: export, and scores on held-out photographs")
+    exports = {s.name: export.export(Path(s.run_dir)) for s in (stage_a, stage_b)}
+    models = {
+        "base (stand-in for kl-f8)": (base, "ema", base_end),
+        "ft-EMA": (exports["demo_ft_ema"] / "demo_ft_ema-ema-pruned.safetensors", "ema", a_end),
+        "ft-EMA, raw weights": (run_dir / "ft_ema", "raw", a_end),
+        "ft-MSE": (exports["demo_ft_mse"] / "demo_ft_mse-ema-pruned.safetensors", "ema", b_end),
+        "ft-MSE, raw weights": (run_dir / "ft_mse", "raw", b_end),
+    }
+    rows = _score(models, held_out, run_dir)
+    say(f"\ndone in {time.perf_counter() - began:.0f} s; pictures: {run_dir}/strip.png")
+    return rows
+
+
+def train_base(settings: Config, path: Path) -> None:
+    """Trains autoencoder and discriminator together and saves them in the original's layout.
+
+    The original's recipe: L1 + perceptual + 1e-6 KL, with the adversarial term from the middle on.
+    """
+    torch.manual_seed(settings.seed)
+    shape = settings.model
+    model = AutoencoderKL(
+        shape.ch, tuple(shape.ch_mult), shape.num_res_blocks, shape.z_channels, shape.embed_dim
+    )
+    assert settings.adversarial is not None
+    discriminator = Discriminator(settings.adversarial.ndf, settings.adversarial.n_layers)
+    initialize(discriminator, settings.seed)
+    network = perceptual.build(settings.loss.perceptual)
+    rate, betas = 2 * settings.optimizer.learning_rate, (0.5, 0.9)
+    optimizer = Adam(model.parameters(), rate, betas)
+    disc_optimizer = Adam(discriminator.parameters(), rate, betas)
+    stop = settings.stop_iteration
+    sampler = IterationSampler(0, stop, 0, settings.global_batch, 0, 1)
+    batches = loader(PositionDataset(build_plan(settings, say), settings), sampler, 1)
+    logvar = torch.zeros(())
+    for iteration, batch in enumerate(batches):
+        x = images.to_float(batch.images)
+        posterior = model.encode(x)
+        y = model.decode(posterior.sample(batch.noise[0]))
+        nll, terms = reconstruction_loss(
+            x, y, network(x, y), pixel="l1", perceptual_weight=1.0, logvar=logvar
+        )
+        loss = nll + 1e-6 * posterior.kl().mean()
+        if iteration >= stop // 2:
+            g = generator_loss(discriminator(y))
+            norms = [
+                torch.autograd.grad(term, model.last_layer, retain_graph=True)[0]
+                for term in (nll, g)
+            ]
+            loss = loss + 0.5 * adaptive_weight(norms[0], norms[1]) * g
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if iteration >= stop // 2:
+            disc_optimizer.zero_grad()
+            discriminator_loss(discriminator(x), discriminator(y.detach())).backward()
+            disc_optimizer.step()
+        if (iteration + 1) % 100 == 0:
+            rec = float(terms["reconstruction_loss"])
+            say(f"iteration {iteration + 1:,} of {stop:,} | rec {rec:.4f}")
+    state = {
+        **model.state_dict(),
+        "loss.logvar": logvar,
+        **{f"loss.discriminator.{k}": v for k, v in discriminator.state_dict().items()},
+    }
+    checkpoint.write_torch(path, {"epoch": 0, "global_step": stop, "state_dict": state})
+
+
+def _recipe(overrides: Sequence[str]) -> Config:
+    return config.load(config.find_recipe("demo"), list(overrides))
+
+
+def _run(settings: Config) -> None:
+    code = train(settings)
+    if code:
+        raise RunFailedError(f"{settings.name} was interrupted (exit code {code}); run demo again")
+
+
+def _score(
+    models: dict[str, tuple[Path, str, int]], held_out: Path, run_dir: Path
+) -> list[dict[str, Any]]:
+    """Scores every model on the same photographs; writes table.json, table.md and strip.png."""
+    pictures = evaluate.load_images(held_out, 128 if held_out.parent == run_dir else 256, say)
+    originals = list(pictures.values())
+    network = perceptual.build("st_lpips_alex")
+    rows: list[dict[str, Any]] = []
+    summaries: dict[str, dict[str, Any]] = {}
+    columns = {"input": originals[:6]}
+    for name, (weights, select, iteration) in models.items():
+        model = checkpoint.load_autoencoder(weights, select)
+        reconstructions = evaluate.reconstruct(model, originals)
+        summary = evaluate.score(originals, reconstructions, network).summary()
+        summaries[name] = {"iteration": iteration, **summary}
+        row: dict[str, Any] = {"model": name, "iteration": iteration, "images": len(originals)}
+        for metric, value in summary.items():
+            row |= {f"{metric}_mean": value["mean"], f"{metric}_std": value["std"]}
+        rows.append({**row, "perceptual_network": perceptual.LABELS[network.name]})
+        if "raw" not in name:
+            columns[name.split(" (")[0]] = reconstructions[:6]
+    table = evaluate.table(summaries, network.name)
+    checkpoint.write_json(run_dir / "table.json", rows)
+    checkpoint.write_text(run_dir / "table.md", table + "\n")
+    with checkpoint.atomic_path(run_dir / "strip.png") as temporary:
+        images.to_pil(report.strip(columns)).save(temporary, format="PNG")
+    say(f"\n{len(originals)} held-out photographs from {held_out}\n\n{table}\n")
+    say("stand-ins: base was trained here and is not kl-f8; ST-LPIPS is not LPIPS.")
+    return rows
+
+
+def _pack_photographs(run_dir: Path) -> Path:
+    """Tiles scikit-image's photographs: training tiles into shards, the others into a folder."""
+    try:
+        import skimage.data
+    except ImportError as error:
+        raise MissingInputError(
+            "the demo's photographs come with scikit-image: pip install 'kl-f8-train[demo]'"
+        ) from error
+    source = Path(skimage.data.__file__).parent
+    tiles, out = run_dir / "tiles", run_dir / "shards"
+    if not any(out.glob("*.tar")):
+        for name in TRAINING:
+            _tile(source / name, tiles, stride=64)
+        for name in HELD_OUT:
+            _tile(source / name, run_dir / "held_out", stride=128)
+        shards.pack(images.list_folder(tiles), out, per_shard=100)
+    return out
+
+
+def _tile(file: Path, folder: Path, stride: int, size: int = 128) -> None:
+    """Cuts a photograph into PNG squares."""
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = images.decode(file.read_bytes())
+    for top in range(0, picture.shape[1] - size + 1, stride):
+        for left in range(0, picture.shape[2] - size + 1, stride):
+            tile = picture[:, top : top + size, left : left + size]
+            images.to_pil(tile).save(folder / f"{file.stem}-{top:04d}-{left:04d}.png")
+
+
+def say(message: str) -> None:
+    """Prints at once."""
+    print(message, flush=True)

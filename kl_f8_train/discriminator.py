@@ -1,0 +1,52 @@
+"""PatchGAN discriminator (taming-transformers' NLayerDiscriminator), with its state-dict keys."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Discriminator(nn.Module):
+    """(B, 3, H, W) in [-1, 1] -> one logit per patch, (B, 1, 30, 30) at 256 x 256.
+
+    4x4 convolutions, strides 2, 2, 2, 1, 1 for n_layers 3; 2,765,633 parameters for ndf 64.
+    """
+
+    def __init__(self, ndf: int = 64, n_layers: int = 3) -> None:
+        super().__init__()
+        widths = [ndf * min(2**level, 8) for level in range(n_layers + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(3, ndf, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for level in range(1, n_layers + 1):
+            stride = 2 if level < n_layers else 1
+            layers += [
+                nn.Conv2d(widths[level - 1], widths[level], 4, stride, 1, bias=False),
+                nn.BatchNorm2d(widths[level]),
+                nn.LeakyReLU(0.2),
+            ]
+        layers.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
+        self.main = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.main(images)
+
+
+def initialize(discriminator: Discriminator, seed: int) -> None:
+    """The original's start: convolutions N(0, 0.02), norms N(1, 0.02) with bias 0.
+
+    Drawn from uniform bits, which do not depend on the CPU's vector instructions, so that all
+    ranks agree.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in discriminator.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data.copy_(_normal(module.weight.shape, generator) * 0.02)
+            if module.bias is not None:  # torch's own default: uniform within 1 / sqrt(fan_in)
+                bound = module.weight[0].numel() ** -0.5
+                draw = torch.rand(module.bias.shape, generator=generator)
+                module.bias.data.copy_((2 * draw - 1) * bound)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.weight.data.copy_(1.0 + _normal(module.weight.shape, generator) * 0.02)
+            module.bias.data.zero_()
+
+
+def _normal(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64).clamp_min(1e-12)
+    return torch.special.ndtri(uniform).float()

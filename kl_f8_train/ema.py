@@ -1,0 +1,25 @@
+"""Exponential moving average of the trained part, once per decoder update, in float32."""
+
+import torch
+from torch import nn
+
+
+def ema_decay(number: int, decay: float, warmup: bool) -> float:
+    """Share of the average kept at update `number` (1, 2, ...).
+
+    With warm-up it is min(decay, (1 + n) / (10 + n)), as in the original's LitEma: 0.18 at first,
+    which forgets imported weights, so it is off where the average starts from a trained model.
+    """
+    return min(decay, (1 + number) / (10 + number)) if warmup else decay
+
+
+@torch.no_grad()
+def ema_update(averaged: nn.Module, module: nn.Module, decay: float) -> None:
+    """averaged += (1 - decay) * (module - averaged), in one fused call.
+
+    Raises ValueError if the two do not have the same parameters.
+    """
+    ours, theirs = dict(averaged.named_parameters()), dict(module.named_parameters())
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"parameters differ: {sorted(ours.keys() ^ theirs.keys())}")
+    torch._foreach_lerp_(list(ours.values()), [theirs[name] for name in ours], 1.0 - decay)

@@ -1,0 +1,32 @@
+"""Errors that a user can mend. Each says what, where, got, expected and the remedy.
+
+The command line prints the message without a traceback and ends with the exit code.
+"""
+
+
+class UserError(Exception):
+    """Anything wrong that a user can put right."""
+
+    exit_code = 4
+
+
+class UsageError(UserError):
+    """A wrong command, key or value."""
+
+    exit_code = 2
+
+
+class MissingInputError(UserError):
+    """A file that is not there, or is not what it should be."""
+
+    exit_code = 3
+
+
+class RunFailedError(UserError):
+    """A run that could not go on."""
+
+    exit_code = 4
+
+
+class ImageError(ValueError):
+    """One image that cannot be used; the run goes on with its neighbour."""

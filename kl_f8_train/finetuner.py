@@ -1,0 +1,377 @@
+"""One training iteration of the decoder, as a LightningModule.
+
+Parts are passed in. The order of an iteration, for each micro-batch: encode (no graph) -> decode
+-> the gradients of both losses at the reconstruction -> one backward pass through the decoder ->
+the discriminator's loss on the detached reconstruction. Then both Adams step, then the EMA.
+
+The gradients of nll and g are taken at the reconstruction y, not at the parameters, so that each
+loss network runs backward once: d loss / d theta = (d nll / d y + w d g / d y) (d y / d theta),
+and the adaptive weight w needs only the last layer's share of each. This is exact.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from kl_f8_train.config import Config
+from kl_f8_train.data import Batch
+from kl_f8_train.discriminator import Discriminator
+from kl_f8_train.ema import ema_decay, ema_update
+from kl_f8_train.errors import RunFailedError
+from kl_f8_train.images import to_float
+from kl_f8_train.losses import (
+    adaptive_weight,
+    adversarial_factor,
+    discriminator_loss,
+    generator_loss,
+    reconstruction_loss,
+)
+from kl_f8_train.model import AutoencoderKL
+
+Backward = Callable[[Tensor, Tensor | None], None]
+
+
+def plain_backward(tensor: Tensor, gradient: Tensor | None) -> None:
+    """Backward without a trainer."""
+    tensor.backward(gradient)
+
+
+class Finetuner(LightningModule):
+    """Holds the networks and runs one iteration; counts `iteration`, decoder updates, itself."""
+
+    def __init__(
+        self,
+        config: Config,
+        autoencoder: AutoencoderKL,
+        discriminator: Discriminator | None,
+        perceptual: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.config = config
+        self.autoencoder = autoencoder.freeze_encoder()
+        self.ema = trained_copy(autoencoder)
+        self.discriminator = discriminator
+        self.logvar = nn.Parameter(torch.zeros(()), requires_grad=config.loss.learn_logvar)
+        self._outside = [perceptual]  # a list keeps it out of the state dict and of DDP
+        self.iteration = config.init.iteration or 0
+        self.warmup_left = 0
+        self.ema_updates = 0
+        self.bad_updates = 0
+        self.micro_batch = config.compute.per_device_batch or config.global_batch
+        self.metrics: dict[str, Tensor | float] = {}
+        self.prepared_optimizers: list[Adam] = []
+
+    @property
+    def perceptual(self) -> nn.Module:
+        """The frozen perceptual network."""
+        return self._outside[0]
+
+    @property
+    def warmup_done(self) -> int:
+        """Warm-up iterations done, while some are left; 0 otherwise."""
+        settings = self.config.adversarial
+        return settings.warmup_iterations - self.warmup_left if settings and self.warmup_left else 0
+
+    # --- Lightning's hooks ------------------------------------------------------------------
+
+    def configure_optimizers(self) -> list[Adam]:
+        """The optimizers that were built, and perhaps restored, before the trainer started."""
+        return self.prepared_optimizers or build_optimizers(self)
+
+    def on_fit_start(self) -> None:
+        """Moves the perceptual network to the device."""
+        self.perceptual.to(self.device)
+
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """Copies a batch to the device."""
+        return batch.to(device)
+
+    def training_step(self, batch: Batch, batch_index: int) -> None:
+        """One iteration."""
+        optimizers = self.trainer.optimizers  # Lightning's wrappers would count steps of their own
+        decoder, discriminator = (*optimizers, None)[:2]
+        assert isinstance(decoder, Adam)
+        assert discriminator is None or isinstance(discriminator, Adam)
+        self.run_iteration(batch, decoder, discriminator, self._manual_backward, self._no_sync)
+
+    def _manual_backward(self, tensor: Tensor, gradient: Tensor | None) -> None:
+        self.manual_backward(tensor, gradient=gradient)
+
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        context: AbstractContextManager[Any] = block()
+        return context
+
+    # --- one iteration ----------------------------------------------------------------------
+
+    def run_iteration(
+        self,
+        batch: Batch,
+        decoder_optimizer: Adam,
+        discriminator_optimizer: Adam | None = None,
+        backward: Backward = plain_backward,
+        no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        """Updates decoder, discriminator and EMA once; leaves its figures in `metrics`.
+
+        Raises RunFailedError after `max_bad_updates` non-finite updates in a row.
+        """
+        self.train()
+        decoder_optimizer.zero_grad(set_to_none=True)
+        if discriminator_optimizer is not None:
+            discriminator_optimizer.zero_grad(set_to_none=True)
+        if self.warmup_left:
+            self._warm_up(batch, discriminator_optimizer)
+            return
+
+        adversarial = self._adversarial_runs()
+        starts = range(0, len(batch.images), self.micro_batch)
+        terms: list[dict[str, Tensor]] = []
+        fakes: list[Tensor] = []
+        for start in starts:
+            images, noise = self._micro(batch, start)
+            last = start == starts[-1]
+            with nullcontext() if last else no_sync():
+                latents, kl = self._encode(images, noise[0])
+                fake, part = self._decoder_backward(
+                    images, latents, len(starts), backward, adversarial
+                )
+            terms.append({**part, "kl_loss": kl})
+            fakes.append(fake)
+        metrics = {key: torch.stack([t[key] for t in terms]).mean() for key in terms[0]}
+        good = self._update_decoder(decoder_optimizer, metrics, batch)
+        if good and adversarial and discriminator_optimizer is not None:
+            more, good = self._update_discriminator(batch, fakes, discriminator_optimizer)
+            metrics |= more
+        self.bad_updates = 0 if good else self.bad_updates
+        self.iteration += 1  # also after an update that was left out: the data goes on
+        self.metrics = {**metrics, "bad_updates": float(self.bad_updates)}
+
+    def _micro(self, batch: Batch, start: int) -> tuple[Tensor, Tensor]:
+        """Images in [-1, 1] and noise of one micro-batch, in the weights' precision."""
+        part = slice(start, start + self.micro_batch)
+        images = batch.images[part]
+        if images.dtype == torch.uint8:
+            images = to_float(images)
+        dtype = self.autoencoder.last_layer.dtype
+        return images.to(dtype), batch.noise[:, part].to(dtype)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.precision == "bfloat16"
+        return torch.autocast(self.autoencoder.last_layer.device.type, torch.bfloat16, enabled)
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Sampled latents, without a graph, and the mean KL divergence."""
+        with self._autocast():
+            posterior = self.autoencoder.encode(images)
+        return posterior.sample(noise), posterior.kl().mean()
+
+    def _decoder_backward(
+        self, images: Tensor, latents: Tensor, parts: int, backward: Backward, adversarial: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Adds this micro-batch's gradients to the decoder; returns y, detached, and the terms."""
+        with self._autocast():
+            reconstruction = self.autoencoder.decode(latents)
+        y = reconstruction.detach().to(images.dtype).requires_grad_()
+        nll, terms = reconstruction_loss(
+            images,
+            y,
+            self.perceptual(images, y).to(images.dtype),
+            pixel=self.config.loss.pixel,
+            perceptual_weight=self.config.loss.perceptual_weight,
+            logvar=self.logvar,
+        )
+        if self.logvar.requires_grad:
+            grad_y, grad_logvar = torch.autograd.grad(nll / parts, (y, self.logvar))
+            accumulated = 0.0 if self.logvar.grad is None else self.logvar.grad
+            self.logvar.grad = accumulated + grad_logvar
+        else:
+            (grad_y,) = torch.autograd.grad(nll / parts, y)
+        if adversarial:
+            grad_g, more = self._adversarial_gradient(reconstruction, y, grad_y * parts)
+            grad_y = grad_y + grad_g / parts
+            terms |= more
+        backward(reconstruction, grad_y.to(reconstruction.dtype))
+        return y.detach(), terms
+
+    def _adversarial_gradient(
+        self, reconstruction: Tensor, y: Tensor, grad_nll: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """d (adaptive weight * g) / d y, and the figures behind it."""
+        settings = self.config.adversarial
+        assert settings is not None
+        assert self.discriminator is not None
+        with self._autocast():
+            logits = self.discriminator(y)
+        g = generator_loss(logits.to(y.dtype))
+        (grad_g,) = torch.autograd.grad(g, y)
+        last_layer = self.autoencoder.last_layer
+        at_last_layer = [
+            torch.autograd.grad(
+                reconstruction, last_layer, part.to(reconstruction.dtype), retain_graph=True
+            )[0]
+            for part in (grad_nll, grad_g)
+        ]
+        if not settings.per_gpu_weight:
+            average_over_ranks(at_last_layer)
+        weight = adaptive_weight(at_last_layer[0], at_last_layer[1], settings.max_weight)
+        factor = adversarial_factor(self.iteration, settings.start_iteration)
+        scaled = weight * settings.weight
+        terms = {
+            "generator_loss": g.detach(),
+            "adaptive_weight": scaled,
+            "adaptive_weight_clamped": (weight >= settings.max_weight).to(y.dtype),
+            "adversarial_factor": torch.full_like(weight, factor),
+        }
+        return scaled * factor * grad_g, terms
+
+    def _adversarial_runs(self) -> bool:
+        settings = self.config.adversarial
+        if settings is None:
+            return False
+        return settings.run_before_start or self.iteration >= settings.start_iteration
+
+    def _update_decoder(self, optimizer: Adam, metrics: dict[str, Tensor], batch: Batch) -> bool:
+        """Steps decoder and EMA; False, and nothing moved, if a gradient is not finite."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self.logvar.grad is not None:
+            average_over_ranks([self.logvar.grad])
+        norm = torch.stack(
+            torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+        ).norm()
+        metrics["decoder_gradient_norm"] = norm
+        if not self._finite(norm, "decoder", batch):
+            return False
+        optimizer.step()
+        self.ema_updates += 1
+        decay = ema_decay(self.ema_updates, self.config.ema.decay, self.config.ema.warmup)
+        for name, averaged in self.ema.items():
+            ema_update(averaged, getattr(self.autoencoder, name), decay)
+        return True
+
+    def _update_discriminator(
+        self, batch: Batch, fakes: list[Tensor], optimizer: Adam
+    ) -> tuple[dict[str, Tensor], bool]:
+        """One step of the discriminator on images and detached reconstructions.
+
+        Returns its figures, and False if the step was left out.
+        """
+        assert self.discriminator is not None
+        assert self.config.adversarial is not None
+        factor = adversarial_factor(self.iteration, self.config.adversarial.start_iteration)
+        if self.warmup_left:
+            factor = 1.0
+        terms = []
+        for index, fake in enumerate(fakes):
+            images, noise = self._micro(batch, index * self.micro_batch)
+            if self.config.second_forward:  # the original: new noise, updated decoder
+                fake = self._reconstruct(images, noise[1])
+            with self._autocast():
+                real_logits = self.discriminator(images)
+                fake_logits = self.discriminator(fake)
+            loss = discriminator_loss(real_logits.to(images.dtype), fake_logits.to(images.dtype))
+            (factor * loss / len(fakes)).backward()
+            terms.append(
+                {
+                    "discriminator_loss": factor * loss.detach(),
+                    "logits_real": real_logits.detach().to(images.dtype).mean(),
+                    "logits_fake": fake_logits.detach().to(images.dtype).mean(),
+                }
+            )
+        gradients = [p.grad for p in self.discriminator.parameters() if p.grad is not None]
+        average_over_ranks(gradients)
+        metrics = {key: torch.stack([t[key] for t in terms]).mean() for key in terms[0]}
+        norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        metrics["discriminator_gradient_norm"] = norm
+        if not self._finite(norm, "discriminator", batch):
+            return metrics, False
+        optimizer.step()
+        return metrics, True
+
+    @torch.no_grad()
+    def _reconstruct(self, images: Tensor, noise: Tensor) -> Tensor:
+        latents, _ = self._encode(images, noise)
+        with self._autocast():
+            return self.autoencoder.decode(latents).to(images.dtype)
+
+    def _warm_up(self, batch: Batch, optimizer: Adam | None) -> None:
+        """Trains the discriminator alone; the decoder, the EMA and `iteration` stay."""
+        assert optimizer is not None
+        starts = range(0, len(batch.images), self.micro_batch)
+        fakes = []
+        for start in starts:
+            images, noise = self._micro(batch, start)
+            fakes.append(self._reconstruct(images, noise[0]))
+        metrics, good = self._update_discriminator(batch, fakes, optimizer)
+        self.bad_updates = 0 if good else self.bad_updates
+        self.metrics = dict(metrics)
+        self.warmup_left -= 1
+
+    def _finite(self, norm: Tensor, what: str, batch: Batch) -> bool:
+        """Whether an update may happen, agreed on by all ranks."""
+        if bool(torch.isfinite(norm)):  # gradients are averaged, so all ranks see the same
+            return True
+        self.bad_updates += 1
+        keys = ", ".join(batch.keys[:4])
+        message = (
+            f"iteration {self.iteration}: the {what}'s gradient is {float(norm)}; "
+            f"update left out ({self.bad_updates} in a row); batch {keys} ..."
+        )
+        if self.bad_updates >= self.config.max_bad_updates:
+            raise RunFailedError(
+                f"{message}\n{self.bad_updates} updates in a row were not finite; the last "
+                "checkpoint is untouched. Lower optimizer.learning_rate, or try precision=float32"
+            )
+        self.print_once(message)
+        return False
+
+    def print_once(self, message: str) -> None:
+        """Prints on the first rank."""
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(message, flush=True)
+
+
+def trained_copy(autoencoder: AutoencoderKL) -> nn.ModuleDict:
+    """A frozen copy of the trained part: decoder and post_quant_conv."""
+    parts = {
+        name: copy.deepcopy(getattr(autoencoder, name)) for name in ("decoder", "post_quant_conv")
+    }
+    return nn.ModuleDict(parts).requires_grad_(False).eval()
+
+
+def build_optimizers(finetuner: Finetuner) -> list[Adam]:
+    """Adam over decoder and post_quant_conv (and logvar, if learned); one for the discriminator."""
+    settings = finetuner.config.optimizer
+    options: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": (settings.betas[0], settings.betas[1]),
+        "eps": settings.eps,
+    }
+    trained = [p for p in finetuner.autoencoder.parameters() if p.requires_grad]
+    trained += [finetuner.logvar] if finetuner.logvar.requires_grad else []
+    optimizers = [Adam(trained, **options)]
+    if finetuner.discriminator is not None:
+        optimizers.append(Adam(finetuner.discriminator.parameters(), **options))
+    return optimizers
+
+
+def average_over_ranks(tensors: list[Tensor]) -> None:
+    """Replaces tensors by their mean over all ranks, in one call; nothing on one process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))

@@ -1,0 +1,230 @@
+"""Names of the same tensors in other people's files: state dict -> state dict, nothing else.
+
+Layouts: CompVis (`encoder.down.0.block.0...`, perhaps under `first_stage_model.`, perhaps with
+`loss.*`), diffusers (`encoder.down_blocks.0.resnets.0...`, old and new attention names) and our
+training checkpoints (`autoencoder.*`, `ema.*`, `discriminator.*`).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from kl_f8_train.errors import MissingInputError
+
+State = dict[str, Tensor]
+
+SCALING_FACTOR = 0.18215  # Stable Diffusion's latents are ours times this
+ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm"}
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+AUTOENCODER_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+
+
+@dataclass
+class Weights:
+    """What a file holds, in our names."""
+
+    layout: str
+    autoencoder: State
+    discriminator: State | None = None
+    logvar: Tensor | None = None
+    ema_scalars: dict[str, float] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """One line for the log."""
+        parts = [f"{self.layout}, {len(self.autoencoder)} autoencoder tensors"]
+        parts.append("with discriminator" if self.discriminator else "no discriminator")
+        parts += [f"{name} {value:g}" for name, value in self.ema_scalars.items()]
+        if self.dropped:
+            groups = sorted({key.split(".", 1)[0] for key in self.dropped})
+            parts.append(f"{len(self.dropped)} others left out ({', '.join(groups)})")
+        return "; ".join(parts)
+
+
+def recognise(state: Mapping[str, Tensor], select: str = "ema") -> Weights:
+    """Finds the autoencoder in any of the layouts; `select` is "ema" or "raw".
+
+    Raises MissingInputError if there is none.
+    """
+    if any(key.startswith("autoencoder.") for key in state):
+        return _from_training(state, select)
+    prefix = "first_stage_model." if any(k.startswith("first_stage_model.") for k in state) else ""
+    inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    outside = [k for k in state if not k.startswith(prefix)]
+    layout = "Stable Diffusion checkpoint" if prefix else "CompVis autoencoder"
+    if any(".down_blocks." in key or ".mid_block." in key for key in inner):
+        inner, layout = from_diffusers(inner), "diffusers autoencoder"
+    autoencoder = {k: v for k, v in inner.items() if k.startswith(AUTOENCODER_PARTS)}
+    if not autoencoder:
+        some = ", ".join(list(state)[:3]) or "nothing"
+        raise MissingInputError(f"no autoencoder in this file: it holds {some} ...")
+    discriminator = _below(inner, "loss.discriminator.")
+    ema_keys = ("model_ema.decay", "model_ema.num_updates")
+    rest = [
+        key
+        for key in inner
+        if key not in autoencoder
+        and key not in ema_keys
+        and key != "loss.logvar"
+        and not key.startswith("loss.discriminator.")
+    ]
+    return Weights(
+        layout=layout,
+        autoencoder=autoencoder,
+        discriminator=discriminator or None,
+        logvar=inner.get("loss.logvar"),
+        ema_scalars={key: float(inner[key]) for key in ema_keys if key in inner},
+        dropped=[*outside, *rest],
+    )
+
+
+def _from_training(state: Mapping[str, Tensor], select: str) -> Weights:
+    autoencoder = _below(state, "autoencoder.")
+    ema = _below(state, "ema.")
+    if select == "ema":
+        unknown = sorted(ema.keys() - autoencoder.keys())
+        if unknown or not ema:
+            raise MissingInputError(f"training checkpoint without a whole EMA: {unknown[:3]}")
+        autoencoder = {**autoencoder, **ema}
+    return Weights(
+        layout=f"training checkpoint ({'EMA' if select == 'ema' else 'raw'} weights)",
+        autoencoder=autoencoder,
+        discriminator=_below(state, "discriminator.") or None,
+        logvar=state.get("logvar"),
+    )
+
+
+def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises MissingInputError naming the first differences of names or shapes."""
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    problems = [f"missing {key}" for key in expected if key not in shapes]
+    problems += [f"unexpected {key}" for key in shapes if key not in expected]
+    problems += [
+        f"{key} is {shapes[key]}, expected {shape}"
+        for key, shape in expected.items()
+        if key in shapes and shapes[key] != tuple(shape)
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:5])
+        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise MissingInputError(f"not this architecture:\n  {shown}{more}")
+
+
+def architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """AutoencoderKL's arguments, read off the shapes of a CompVis state dict.
+
+    Raises MissingInputError if a tensor that tells them is missing.
+    """
+    try:
+        ch = state["encoder.conv_in.weight"].shape[0]
+        levels = 1 + max(
+            int(m[1]) for m in (re.match(r"encoder\.down\.(\d+)", k) for k in state) if m
+        )
+        widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
+        blocks = sum(
+            bool(re.match(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", k)) for k in state
+        )
+        return {
+            "ch": ch,
+            "ch_mult": tuple(width // ch for width in widths),
+            "num_res_blocks": blocks,
+            "z_channels": state["decoder.conv_in.weight"].shape[1],
+            "embed_dim": state["post_quant_conv.weight"].shape[1],
+        }
+    except (KeyError, ValueError) as error:
+        raise MissingInputError(f"not a whole autoencoder: {error} is missing") from error
+
+
+# --- diffusers ------------------------------------------------------------------------------
+
+
+def to_diffusers(state: Mapping[str, Tensor]) -> State:
+    """CompVis names -> diffusers' (new attention names; attention weights become (C, C))."""
+    levels = 1 + max(int(m[1]) for m in (re.match(r"encoder\.down\.(\d+)", k) for k in state) if m)
+    return {
+        diffusers_name(key, levels): value.flatten(1) if _is_attention_weight(key) else value
+        for key, value in state.items()
+    }
+
+
+def from_diffusers(state: Mapping[str, Tensor]) -> State:
+    """diffusers' names, old or new -> CompVis (attention weights become (C, C, 1, 1))."""
+    blocks = (re.match(r"encoder\.down_blocks\.(\d+)", key) for key in state)
+    levels = 1 + max((int(m[1]) for m in blocks if m), default=0)
+    converted: State = {}
+    for key, value in state.items():
+        name = compvis_name(key, levels)
+        if _is_attention_weight(name) and value.ndim == 2:
+            value = value[:, :, None, None]
+        converted[name] = value
+    return converted
+
+
+def diffusers_name(key: str, levels: int) -> str:
+    """The diffusers name of a CompVis key; the decoder's levels count the other way round."""
+    key = re.sub(
+        r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", key
+    )
+    key = re.sub(r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1.", key)
+    key = re.sub(r"\.block\.(\d+)\.", r".resnets.\1.", key)
+    key = re.sub(r"\.downsample\.", ".downsamplers.0.", key)
+    key = re.sub(r"\.upsample\.", ".upsamplers.0.", key)
+    key = re.sub(r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", key)
+    key = re.sub(
+        r"\.mid\.attn_1\.(\w+)\.", lambda m: f".mid_block.attentions.0.{ATTENTION[m[1]]}.", key
+    )
+    return key.replace(".nin_shortcut.", ".conv_shortcut.").replace(".norm_out.", ".conv_norm_out.")
+
+
+def compvis_name(key: str, levels: int) -> str:
+    """The CompVis name of a diffusers key."""
+    back = {new: old for old, new in ATTENTION.items()}
+    for old, new in OLD_ATTENTION.items():
+        key = key.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
+    key = re.sub(
+        r"\.mid_block\.attentions\.0\.(to_out\.0|\w+)\.",
+        lambda m: f".mid.attn_1.{back.get(m[1], m[1])}.",
+        key,
+    )
+    key = re.sub(r"\.mid_block\.resnets\.(\d)\.", lambda m: f".mid.block_{int(m[1]) + 1}.", key)
+    key = re.sub(
+        r"^decoder\.up_blocks\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", key
+    )
+    key = re.sub(r"^encoder\.down_blocks\.(\d+)\.", r"encoder.down.\1.", key)
+    key = re.sub(r"\.resnets\.(\d+)\.", r".block.\1.", key)
+    key = key.replace(".downsamplers.0.", ".downsample.").replace(".upsamplers.0.", ".upsample.")
+    return key.replace(".conv_shortcut.", ".nin_shortcut.").replace(".conv_norm_out.", ".norm_out.")
+
+
+def diffusers_config(
+    ch: int, ch_mult: list[int], blocks: int, z: int, size: int
+) -> dict[str, object]:
+    """config.json of diffusers' AutoencoderKL."""
+    levels = len(ch_mult)
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": "0.30.0",
+        "act_fn": "silu",
+        "block_out_channels": [ch * multiplier for multiplier in ch_mult],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "force_upcast": True,
+        "in_channels": 3,
+        "latent_channels": z,
+        "layers_per_block": blocks,
+        "norm_num_groups": 32,
+        "out_channels": 3,
+        "sample_size": size,
+        "scaling_factor": SCALING_FACTOR,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+def _is_attention_weight(key: str) -> bool:
+    return bool(re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", key))
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> State:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

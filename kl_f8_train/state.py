@@ -1,0 +1,112 @@
+"""The state of a run as tensors and texts: what a checkpoint holds and how it comes back.
+
+Nothing random is in it: images, crops and noise follow from the seed and the iteration.
+"""
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+from torch.optim import Adam
+
+from kl_f8_train import checkpoint, config
+from kl_f8_train.config import Config
+from kl_f8_train.errors import MissingInputError, RunFailedError
+from kl_f8_train.finetuner import Finetuner
+from kl_f8_train.model import FROZEN
+
+FORMAT = "kl_f8_train.checkpoint.1"
+OPTIMIZERS = ("decoder", "discriminator")
+
+
+def frozen_sha256(state: dict[str, Tensor]) -> str:
+    """SHA-256 of encoder and quant_conv in a state dict with CompVis keys."""
+    prefixes = tuple(f"{name}." for name in FROZEN)
+    return checkpoint.tensors_sha256({k: v for k, v in state.items() if k.startswith(prefixes)})
+
+
+def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: str) -> Path:
+    """Writes a checkpoint atomically, after checking that the frozen part is the imported one.
+
+    Raises RunFailedError if it moved, or if the file cannot be written.
+    """
+    now = frozen_sha256(finetuner.autoencoder.state_dict())
+    if now != frozen:
+        raise RunFailedError(
+            f"the frozen encoder changed during training (SHA-256 {now[:12]}, imported "
+            f"{frozen[:12]}); no checkpoint was written, the last one is untouched"
+        )
+    tensors = dict(finetuner.state_dict())
+    for name, optimizer in zip(OPTIMIZERS, optimizers, strict=False):
+        tensors |= _optimizer_tensors(name, optimizer, finetuner)
+    metadata = {
+        "format": "pt",
+        "kl_f8_train.format": FORMAT,
+        "iteration": str(finetuner.iteration),
+        "warmup_left": str(finetuner.warmup_left),
+        "ema_updates": str(finetuner.ema_updates),
+        "frozen_sha256": frozen,
+        "config": json.dumps(config.to_dict(finetuner.config)),
+    }
+    path = checkpoint.checkpoint_path(run_dir, finetuner.iteration, finetuner.warmup_done)
+    checkpoint.write_safetensors(path, tensors, metadata)
+    return path
+
+
+def stored_config(contents: checkpoint.Contents) -> Config:
+    """The configuration a training checkpoint was written with.
+
+    Raises MissingInputError if the file is not a training checkpoint.
+    """
+    if contents.metadata.get("kl_f8_train.format") != FORMAT:
+        raise MissingInputError(f"{contents.path} is not a training checkpoint of this program")
+    return config.from_dict(json.loads(contents.metadata["config"]))
+
+
+def restore(finetuner: Finetuner, optimizers: list[Adam], contents: checkpoint.Contents) -> str:
+    """Puts a checkpoint's state back, strictly; returns the hash of the frozen part.
+
+    Raises MissingInputError if tensors are missing, or the frozen part is not what it was.
+    """
+    tensors, metadata = contents.tensors, contents.metadata
+    networks = {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}
+    try:
+        finetuner.load_state_dict(networks, strict=True)
+    except RuntimeError as error:
+        raise MissingInputError(f"{contents.path} does not fit this run: {error}") from error
+    for name, optimizer in zip(OPTIMIZERS, optimizers, strict=False):
+        _restore_optimizer(name, optimizer, finetuner, tensors)
+    finetuner.iteration = int(metadata["iteration"])
+    finetuner.warmup_left = int(metadata["warmup_left"])
+    finetuner.ema_updates = int(metadata["ema_updates"])
+    frozen = frozen_sha256(finetuner.autoencoder.state_dict())
+    if frozen != metadata["frozen_sha256"]:
+        raise MissingInputError(f"{contents.path}: its encoder does not match its own hash")
+    return frozen
+
+
+def _optimizer_tensors(name: str, optimizer: Adam, finetuner: Finetuner) -> dict[str, Tensor]:
+    names = {id(p): key for key, p in finetuner.named_parameters()}
+    return {
+        f"optimizer.{name}.{names[id(parameter)]}.{entry}": value.detach()
+        for parameter, state in optimizer.state.items()
+        for entry, value in state.items()
+    }
+
+
+def _restore_optimizer(
+    name: str, optimizer: Adam, finetuner: Finetuner, tensors: dict[str, Tensor]
+) -> None:
+    prefix = f"optimizer.{name}."
+    if not any(key.startswith(prefix) for key in tensors):
+        return  # it had not stepped yet
+    for key, parameter in finetuner.named_parameters():
+        if not any(parameter is p for group in optimizer.param_groups for p in group["params"]):
+            continue
+        entries = {e: tensors.get(f"{prefix}{key}.{e}") for e in ("step", "exp_avg", "exp_avg_sq")}
+        missing = [entry for entry, value in entries.items() if value is None]
+        if missing:
+            raise MissingInputError(f"checkpoint without {prefix}{key}.{missing[0]}")
+        optimizer.state[parameter] = {
+            entry: value.clone() for entry, value in entries.items() if value is not None
+        }

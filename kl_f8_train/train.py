@@ -1,0 +1,316 @@
+"""Builds the parts of a run and hands them to Lightning. To resume, run the same command again."""
+
+import datetime
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningDataModule, Trainer
+from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities import rank_zero_only
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from kl_f8_train import checkpoint, config, images, perceptual, state
+from kl_f8_train.callbacks import Checkpoints, Pictures, RunLog, Signals
+from kl_f8_train.config import Config, micro_batch
+from kl_f8_train.data import IterationSampler, PositionDataset, Sample, build_plan, loader
+from kl_f8_train.discriminator import Discriminator, initialize
+from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
+from kl_f8_train.evaluate import load_images
+from kl_f8_train.finetuner import Finetuner, build_optimizers
+from kl_f8_train.formats import check_shapes
+from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.shards import Plan
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """Prints on the first rank."""
+    print(message, flush=True)
+
+
+def train(settings: Config, allow_changes: bool = False) -> int:
+    """Starts or resumes a run; returns the exit code (0, or 128 + signal).
+
+    Raises UsageError, MissingInputError or RunFailedError with what to do.
+    """
+    run_dir = Path(settings.run_dir)
+    checkpoint.check_writable(run_dir)
+    _quiet_lightning()
+    signals = Signals()
+    signals.install()
+    try:
+        finetuner, frozen = _start_or_resume(settings, run_dir, allow_changes)
+        if finetuner.iteration >= settings.stop_iteration and not finetuner.warmup_left:
+            say(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
+            return 0
+        plan = build_plan(settings, say)
+        _describe(settings, finetuner, plan)
+        run_log = RunLog(run_dir, settings, finetuner.iteration)
+        pictures = Pictures(
+            run_dir, settings.log.pictures_every, _fixed_images(settings, plan), run_log
+        )
+        trainer = _trainer(settings, [
+            run_log, pictures, signals, Checkpoints(run_dir, settings.checkpoint, frozen)
+        ])  # fmt: skip
+        if trainer.is_global_zero:
+            checkpoint.remove_leftovers(run_dir)
+            checkpoint.write_text(run_dir / "config.yaml", config.to_yaml(settings))
+        trainer.fit(finetuner, datamodule=Iterations(settings, finetuner, plan))
+    except torch.cuda.OutOfMemoryError as error:
+        raise RunFailedError(
+            f"out of GPU memory: {error}\nHalve compute.per_device_batch (the global batch stays, "
+            "by accumulation)"
+        ) from error
+    finally:
+        signals.restore()
+    if signals.received:
+        say(f"stopped by signal {signals.received} at iteration {finetuner.iteration:,}, saved")
+        return 128 + signals.received
+    say(f"done: iteration {finetuner.iteration:,}; next: kl-f8-train export {run_dir}")
+    return 0
+
+
+class Iterations(LightningDataModule):
+    """The iterations that are left, dealt to this rank."""
+
+    def __init__(self, settings: Config, finetuner: Finetuner, plan: Plan) -> None:
+        super().__init__()
+        self.settings, self.finetuner, self.plan = settings, finetuner, plan
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Called once the ranks are known; raises UsageError if the batch does not divide."""
+        assert self.trainer is not None
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        self.finetuner.micro_batch = micro_batch(self.settings, world)
+        accumulation = self.settings.global_batch // world // self.finetuner.micro_batch
+        say(
+            f"batch: {world} processes x {self.finetuner.micro_batch} images x {accumulation} "
+            f"micro-batches = {self.settings.global_batch}"
+        )
+        sampler = IterationSampler(
+            self.finetuner.iteration,
+            self.settings.stop_iteration,
+            self.finetuner.warmup_left,
+            self.settings.global_batch,
+            rank,
+            world,
+        )
+        dataset = PositionDataset(self.plan, self.settings)
+        return loader(dataset, sampler, self.settings.data.workers)
+
+
+# --- start or resume ------------------------------------------------------------------------
+
+
+def _start_or_resume(settings: Config, run_dir: Path, allow_changes: bool) -> tuple[Finetuner, str]:
+    """The finetuner at its newest readable checkpoint, or at the imported weights."""
+    found = checkpoint.list_checkpoints(run_dir)
+    for path in found:
+        try:
+            contents = checkpoint.read(path)
+            before = state.stored_config(contents)
+        except MissingInputError as error:
+            say(f"{error}\n  trying the checkpoint before it")
+            continue
+        changes = config.differences(before, settings)
+        if changes and not allow_changes:
+            raise UsageError(
+                f"{path} was made by another recipe:\n  " + "\n  ".join(changes) + "\n"
+                "Give the same settings again, another run_dir, or --allow-changes"
+            )
+        finetuner = _build(settings)
+        finetuner.prepared_optimizers = build_optimizers(finetuner)
+        frozen = state.restore(finetuner, finetuner.prepared_optimizers, contents)
+        say(f"resuming {path.name}")
+        return finetuner, frozen
+    if found:
+        raise MissingInputError(
+            f"none of the {len(found)} checkpoints in {run_dir} can be read; nothing was changed. "
+            "Move them away to start anew"
+        )
+    return _import(settings)
+
+
+def _import(settings: Config) -> tuple[Finetuner, str]:
+    """A finetuner with the weights of `init.weights`."""
+    contents, weights = checkpoint.read_weights(settings.init.weights, settings.init.select)
+    say(f"init: {contents.path}: {weights.describe()}")
+    if contents.stubbed:
+        say(f"  objects in it that were not loaded: {', '.join(contents.stubbed)}")
+    iteration = settings.init.iteration
+    if iteration is None:
+        iteration = contents.iteration
+    if iteration is None:
+        raise UsageError(
+            f"{contents.path} does not tell its iteration; give init.iteration (kl-f8: 246803)"
+        )
+    finetuner = _build(settings)
+    expected = finetuner.autoencoder.state_dict()
+    try:
+        check_shapes(weights.autoencoder, {k: tuple(v.shape) for k, v in expected.items()})
+    except MissingInputError as error:
+        raise MissingInputError(
+            f"{contents.path} and the recipe's model differ: {error}"
+        ) from error
+    finetuner.autoencoder.load_state_dict(weights.autoencoder)
+    for name, averaged in finetuner.ema.items():
+        averaged.load_state_dict(getattr(finetuner.autoencoder, name).state_dict())
+    if weights.logvar is not None:
+        finetuner.logvar.data.copy_(weights.logvar.reshape(()))
+        if float(weights.logvar):
+            say(f"  its loss.logvar is {float(weights.logvar):g}; the original's is 0")
+    finetuner.iteration = iteration
+    _import_discriminator(settings, finetuner, weights.discriminator)
+    finetuner.prepared_optimizers = build_optimizers(finetuner)
+    return finetuner, state.frozen_sha256(finetuner.autoencoder.state_dict())
+
+
+def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) -> None:
+    """Loads the discriminator, or plans its warm-up."""
+    if finetuner.discriminator is None or settings.adversarial is None:
+        return
+    if weights:
+        expected = finetuner.discriminator.state_dict()
+        check_shapes(weights, {key: tuple(value.shape) for key, value in expected.items()})
+        finetuner.discriminator.load_state_dict(weights)
+        return
+    finetuner.warmup_left = settings.adversarial.warmup_iterations
+    say(
+        "  no discriminator in it: a new one trains alone for "
+        f"{finetuner.warmup_left:,} iterations (adversarial.warmup_iterations)"
+    )
+
+
+def _build(settings: Config) -> Finetuner:
+    """The networks of a run, with a seeded new discriminator."""
+    shape = settings.model
+    autoencoder = AutoencoderKL(
+        shape.ch, tuple(shape.ch_mult), shape.num_res_blocks, shape.z_channels, shape.embed_dim
+    )
+    discriminator = None
+    if settings.adversarial is not None:
+        discriminator = Discriminator(settings.adversarial.ndf, settings.adversarial.n_layers)
+        initialize(discriminator, settings.seed)
+        if settings.adversarial.sync_batchnorm and torch.cuda.is_available():
+            converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+            assert isinstance(converted, Discriminator)
+            discriminator = converted
+    network = perceptual.build(settings.loss.perceptual, settings.loss.perceptual_weights)
+    return Finetuner(settings, autoencoder, discriminator, network)
+
+
+# --- the trainer ----------------------------------------------------------------------------
+
+
+def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
+    compute = settings.compute
+    accelerator = compute.accelerator
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    devices: int | str = compute.devices or local or ("auto" if accelerator == "cuda" else 1)
+    parallel = (
+        compute.num_nodes > 1
+        or (devices if isinstance(devices, int) else torch.cuda.device_count()) > 1
+    )
+    plugins: list[Any] = []
+    if _under_slurm():
+        plugins = [SLURMEnvironment(auto_requeue=False)]
+    elif not local:
+        plugins = [LightningEnvironment()]  # an installed srun alone is no cluster
+    return Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=compute.num_nodes,
+        strategy=_DecoderDDP(settings) if parallel else "auto",
+        plugins=plugins or None,
+        precision="32-true",  # the finetuner autocasts by itself
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+    )
+
+
+class _DecoderDDP(DDPStrategy):
+    """DDP over the decoder: the discriminator reduces its own gradients, in one call."""
+
+    def __init__(self, settings: Config) -> None:
+        super().__init__(
+            timeout=datetime.timedelta(minutes=settings.compute.timeout_minutes),
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    def configure_ddp(self) -> None:
+        """Keeps the discriminator out of DDP's buckets."""
+        assert self.model is not None
+        names = [
+            n
+            for n, _ in self.model.named_parameters()
+            if n.startswith(("discriminator.", "logvar"))
+        ]
+        names += [n for n, _ in self.model.named_buffers() if n.startswith("discriminator.")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
+        super().configure_ddp()
+
+
+def _under_slurm() -> bool:
+    return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in (
+        "bash",
+        "interactive",
+    )
+
+
+def _fixed_images(settings: Config, plan: Plan) -> list[torch.Tensor]:
+    """Four photographs for the picture strips, centre-cropped."""
+    if not settings.log.pictures_every:
+        return []
+    size = settings.data.crop
+    if settings.log.pictures is not None:
+        return list(load_images(Path(settings.log.pictures), size, say).values())[:8]
+    chosen = []
+    for position in range(min(4, plan.batch)):
+        _, shard, number = plan.locate(position)
+        try:
+            image = images.resize_shorter(images.decode(shard.read(number)), size)
+            chosen.append(images.crop(image, size))
+        except ImageError as error:
+            say(f"picture strip: {error}")
+    return chosen
+
+
+def _describe(settings: Config, finetuner: Finetuner, plan: Plan) -> None:
+    for name, source in plan.plans.items():
+        total = int(source.counts.sum())
+        count = len(source.counts)
+        say(f"data: {name}: {total:,} images in {count:,} shards, {source.share} a batch")
+    loss = settings.loss
+    label = perceptual.LABELS[loss.perceptual]
+    adversarial = (
+        ""
+        if settings.adversarial is None
+        else f" + {settings.adversarial.weight:g} x adaptive x adversarial"
+    )
+    say(f"loss: {loss.pixel} + {loss.perceptual_weight:g} {label}{adversarial}")
+    say(
+        f"iterations: {finetuner.iteration:,} -> {settings.stop_iteration:,}; learning rate "
+        f"{settings.optimizer.learning_rate:g}, absolute; EMA decay {settings.ema.decay:g}; "
+        f"{settings.precision}"
+    )
+
+
+def _quiet_lightning() -> None:
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", module="lightning_fabric")

@@ -1,0 +1,96 @@
+"""Small real runs for the tests: photographs as shards, a tiny kl-f8 look-alike, a recipe."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import skimage.data
+import torch
+
+from kl_f8_train import checkpoint, config, images, shards
+from kl_f8_train.config import Config
+from kl_f8_train.discriminator import Discriminator, initialize
+from kl_f8_train.model import AutoencoderKL
+
+TINY = (
+    "model.ch_mult=[1,1]",
+    "data.crop=32",
+    "data.workers=0",
+    "global_batch=4",
+    "adversarial.n_layers=2",
+    "init.iteration=100",
+    "log.every=1",
+    "log.pictures_every=0",
+)
+NO_ADVERSARIAL = ("adversarial=null", "loss.pixel=mse", "loss.perceptual_weight=0.1")
+
+
+def make_shards(folder: Path, size: int = 48) -> Path:
+    """Tiles of two photographs that scikit-image ships, in shards of 20."""
+    tiles = folder / "tiles"
+    tiles.mkdir(parents=True)
+    root = Path(skimage.data.__file__).parent
+    for name in ("astronaut.png", "chelsea.png"):
+        picture = images.decode((root / name).read_bytes())
+        for top in range(0, 144, size):
+            for left in range(0, 288, size):
+                tile = picture[:, top : top + size, left : left + size]
+                images.to_pil(tile).save(tiles / f"{name[:4]}-{top:03d}-{left:03d}.png")
+    shards.pack(images.list_folder(tiles), folder / "shards", per_shard=20)
+    return folder / "shards"
+
+
+def make_weights(
+    path: Path, ch_mult: tuple[int, ...] = (1, 1), *, discriminator: bool = True, **shape: int
+) -> Path:
+    """Seeded random weights in the original's checkpoint layout."""
+    torch.manual_seed(0)
+    model = AutoencoderKL(**{"ch": 32, "num_res_blocks": 1, **shape}, ch_mult=ch_mult)
+    state = {**model.state_dict(), "loss.logvar": torch.zeros(())}
+    if discriminator:
+        critic = Discriminator(16, 2) if shape.get("ch", 32) == 32 else Discriminator()
+        initialize(critic, seed=1)
+        state |= {f"loss.discriminator.{k}": v for k, v in critic.state_dict().items()}
+    checkpoint.write_torch(path, {"state_dict": state, "global_step": 100})
+    return path
+
+
+def overrides(folder: Path, run: str, *extra: str) -> list[str]:
+    """The settings of a tiny run named `run` below `folder`."""
+    return [
+        *TINY,
+        f"data.sources={folder / 'shards'}",
+        f"init.weights={folder / 'model.ckpt'}",
+        f"run_dir={folder / run}",
+        *extra,
+    ]
+
+
+def recipe(folder: Path, run: str, *extra: str) -> Config:
+    """The configuration of a tiny run."""
+    return config.load(config.find_recipe("demo"), overrides(folder, run, *extra))
+
+
+def start(
+    folder: Path, run: str, *extra: str, launcher: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
+    """`kl-f8-train train demo ...` as a real process."""
+    launch = launcher or (sys.executable,)
+    command = [*launch, "-m", "kl_f8_train", "train", "demo", *overrides(folder, run, *extra)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+    )
+
+
+def final_state(folder: Path, run: str) -> checkpoint.Contents:
+    """The newest checkpoint of a run."""
+    return checkpoint.read(folder / run)
+
+
+def assert_same_state(a: checkpoint.Contents, b: checkpoint.Contents) -> None:
+    """Bit for bit: weights, EMA, discriminator with buffers, both optimizers, iteration."""
+    assert a.tensors.keys() == b.tensors.keys()
+    different = [key for key in a.tensors if not torch.equal(a.tensors[key], b.tensors[key])]
+    assert not different
+    for key in ("iteration", "ema_updates", "frozen_sha256"):
+        assert a.metadata[key] == b.metadata[key]

@@ -1,0 +1,62 @@
+"""The command line answers at once, without torch, with the right exit codes."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
+    """Exit code, output and seconds of a command."""
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "kl_f8_train", *arguments],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr, time.perf_counter() - began
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--help"], 0, "evaluate"),
+        (["train", "--help"], 0, "key=value"),
+        ([], 2, "VERB"),
+        (["trian"], 2, "invalid choice"),
+        (["train", "configs/ft_ema.yml"], 3, "no such file"),
+        (["train", "configs/ft_ema.yaml"], 2, "init.weights=..."),
+        (["train", "ft_ema", "adversarial.strat_iteration=1"], 2, "Did you mean"),
+        (["train", "demo", "global_batch=abc"], 2, "a whole number"),
+        (["train", "demo", "global_batch=10", "compute.per_device_batch=3"], 2, "[1, 2, 5, 10]"),
+        (["train", "demo", "run_dir=nowhere", "init.weights=no.ckpt"], 3, "no.ckpt"),
+        (["config", "show", "ft_mse"], 0, "pixel: mse"),
+        (["config", "diff", "ft_ema", "ft_mse"], 0, "loss.pixel: l1 -> mse"),
+        (["config", "schema"], 0, "optimizer.learning_rate"),
+        (["evaluate", "a=x.ckpt", "--images", "nowhere"], 3, "no such folder"),
+        (["pack", "nowhere", "out"], 3, "no such folder"),
+    ],
+)
+def test_answers_at_once(arguments, code, text):
+    returned, output, seconds = run(*arguments)
+    assert returned == code, output
+    assert text in output
+    assert "Traceback" not in output
+    assert seconds < 3.0  # about 0.3 s on an idle machine
+
+
+def test_help_and_configuration_errors_do_not_import_torch():
+    program = (
+        "import sys\n"
+        "from kl_f8_train.__main__ import main\n"
+        "code = main(['train', 'ft_ema', 'lerning_rate=1'])\n"
+        "assert code == 2\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

@@ -1,0 +1,295 @@
+"""Whole runs as real processes: resume, kill, signals, several ranks, broken input."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+
+from kl_f8_train import checkpoint
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.train import train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards and weights that the runs of this file share."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs.make_shards(folder)
+    runs.make_weights(folder / "model.ckpt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> checkpoint.Contents:
+    """Eight iterations without a break."""
+    assert train(runs.recipe(folder, "undisturbed", "stop_iteration=108")) == 0
+    return runs.final_state(folder, "undisturbed")
+
+
+def wait_for(process: "subprocess.Popen[str]", text: str) -> str:
+    """Reads output up to a line with `text`."""
+    seen = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"{text!r} never came:\n{seen}")
+
+
+def test_iterations_count_on_from_the_imported_number(undisturbed):
+    assert undisturbed.iteration == 108
+    assert undisturbed.metadata["ema_updates"] == "8"
+
+
+def test_every_trained_tensor_moved_and_no_frozen_one(folder, undisturbed):
+    before = checkpoint.read(folder / "model.ckpt").tensors
+    for key, value in before.items():
+        if key.startswith("loss."):
+            continue
+        same = torch.equal(value, undisturbed.tensors[f"autoencoder.{key}"])
+        assert same == key.startswith(("encoder.", "quant_conv.")), key
+
+
+def test_stopping_and_resuming_equals_not_stopping(folder, undisturbed):
+    train(runs.recipe(folder, "twice", "stop_iteration=103"))
+    settings = runs.recipe(folder, "twice", "stop_iteration=108")
+    with pytest.raises(UsageError, match="stop_iteration: 103 -> 108"):
+        train(settings)
+    assert train(settings, allow_changes=True) == 0
+    runs.assert_same_state(runs.final_state(folder, "twice"), undisturbed)
+
+
+@pytest.mark.slow
+def test_kill_9_and_the_same_command_again_equal_an_undisturbed_run(folder, undisturbed):
+    extra = ("stop_iteration=108", "checkpoint.every=2", "data.workers=1")
+    process = runs.start(folder, "killed", *extra)
+    wait_for(process, "iteration 105 of")
+    time.sleep(0.03)  # somewhere inside iteration 106
+    process.kill()
+    process.wait()
+    reached = runs.final_state(folder, "killed").iteration
+    assert reached is not None
+    assert 104 <= reached < 108
+    process = runs.start(folder, "killed", *extra)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert f"resuming iteration-{reached:09d}" in output
+    runs.assert_same_state(runs.final_state(folder, "killed"), undisturbed)
+    rows = (folder / "killed" / "metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == [str(i) for i in range(101, 109)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_finishes_the_iteration_saves_and_tells_its_number(folder, undisturbed, number):
+    name = f"signal-{number}"
+    process = runs.start(folder, name, "stop_iteration=108")
+    wait_for(process, "iteration 102 of")
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number, output
+    stopped = runs.final_state(folder, name).iteration
+    assert stopped is not None
+    assert 102 <= stopped < 108, output
+    assert train(runs.recipe(folder, name, "stop_iteration=108")) == 0
+    runs.assert_same_state(runs.final_state(folder, name), undisturbed)
+
+
+def test_a_broken_newest_checkpoint_gives_way_to_the_one_before(folder, undisturbed, capsys):
+    extra = ("stop_iteration=108", "checkpoint.every=2", "checkpoint.keep_last=5")
+    train(runs.recipe(folder, "broken", *extra))
+    newest, second = checkpoint.list_checkpoints(folder / "broken")[:2]
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    assert train(runs.recipe(folder, "broken", *extra)) == 0
+    output = capsys.readouterr().out
+    assert "broken or cut short" in output
+    assert f"resuming {second.name}" in output
+    runs.assert_same_state(runs.final_state(folder, "broken"), undisturbed)
+
+
+def test_only_broken_checkpoints_stop_and_change_nothing(folder):
+    train(runs.recipe(folder, "all-broken", "stop_iteration=101"))
+    for path in checkpoint.list_checkpoints(folder / "all-broken"):
+        path.write_bytes(b"nonsense")
+    before = sorted((folder / "all-broken" / "checkpoints").iterdir())
+    with pytest.raises(MissingInputError, match="none of the 1 checkpoints"):
+        train(runs.recipe(folder, "all-broken", "stop_iteration=101"))
+    assert sorted((folder / "all-broken" / "checkpoints").iterdir()) == before
+
+
+def test_pictures_and_config_are_written(folder):
+    train(runs.recipe(folder, "pictures", "stop_iteration=102", "log.pictures_every=2"))
+    run = folder / "pictures"
+    assert {p.name for p in (run / "pictures").iterdir()} == {
+        "iteration-000000100.jpg",
+        "iteration-000000102.jpg",
+    }
+    assert "stop_iteration: 102" in (run / "config.yaml").read_text()
+
+
+def test_a_missing_discriminator_warms_up_alone(folder):
+    runs.make_weights(folder / "pruned.ckpt", discriminator=False)
+    extra = (
+        f"init.weights={folder / 'pruned.ckpt'}",
+        "adversarial.warmup_iterations=3",
+        "stop_iteration=101",
+    )
+    train(runs.recipe(folder, "warmup", *extra))
+    state = runs.final_state(folder, "warmup")
+    assert state.iteration == 101
+    assert float(state.tensors["optimizer.discriminator.discriminator.main.0.weight.step"]) == 4
+    assert float(state.tensors["optimizer.decoder.autoencoder.decoder.conv_in.weight.step"]) == 1
+
+
+def test_warmup_resumes_where_it_stopped(folder):
+    runs.make_weights(folder / "pruned.ckpt", discriminator=False)
+    extra = (
+        f"init.weights={folder / 'pruned.ckpt'}",
+        "adversarial.warmup_iterations=4",
+        "stop_iteration=102",
+        "checkpoint.every=2",
+        "checkpoint.keep_last=9",
+    )
+    train(runs.recipe(folder, "warm-a", *extra))
+    shutil.copytree(folder / "warm-a", folder / "warm-b")
+    newer = checkpoint.list_checkpoints(folder / "warm-b")
+    half = [path for path in newer if path.name.endswith("warmup-000002.safetensors")]
+    assert half, newer
+    for path in newer:
+        if path not in half:
+            path.unlink()
+    train(runs.recipe(folder, "warm-b", *extra))
+    a, b = runs.final_state(folder, "warm-a"), runs.final_state(folder, "warm-b")
+    runs.assert_same_state(a, b)
+
+
+def test_a_bad_image_is_skipped_counted_and_named(folder, capsys):
+    shards = folder / "one-bad"
+    tiles = sorted((folder / "tiles").iterdir())[:6]
+    tiles[2:3] = [folder / "text.png"]
+    tiles[2].write_text("no image")
+    from kl_f8_train.shards import pack
+
+    pack(tiles, shards)
+    train(runs.recipe(folder, "bad", f"data.sources={shards}", "stop_iteration=104"))
+    output = capsys.readouterr().out
+    assert "skipped an image: one_bad/00000.tar/000000002: not a readable image" in output
+    last = (folder / "bad" / "metrics.csv").read_text().splitlines()[-1]
+    assert float(last.split(",")[-1]) >= 1
+
+
+@pytest.mark.slow
+def test_only_bad_images_stop_the_run(folder):
+    bad = folder / "only-bad-files"
+    bad.mkdir()
+    for number in range(5):
+        (bad / f"{number}.jpg").write_text("no image")
+    from kl_f8_train.shards import pack
+
+    pack(sorted(bad.iterdir()), folder / "only-bad")
+    extra = (f"data.sources={folder / 'only-bad'}", "stop_iteration=104", "data.workers=1")
+    process = runs.start(folder, "only-bad-run", *extra)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 3, output
+    assert "5 images in a row cannot be used" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("what", ["missing", "text", "truncated", "foreign"])
+def test_unusable_weights_are_refused_with_their_name(folder, what):
+    path = folder / f"{what}.ckpt"
+    if what == "text":
+        path.write_text("these are no weights")
+    elif what == "truncated":
+        path.write_bytes((folder / "model.ckpt").read_bytes()[:-2000])
+    elif what == "foreign":
+        torch.save({"state_dict": {}, "hook": os.system}, path)
+    settings = runs.recipe(folder, f"unusable-{what}", f"init.weights={path}", "stop_iteration=102")
+    with pytest.raises(MissingInputError, match=path.name if what != "foreign" else r"system"):
+        train(settings)
+    assert not checkpoint.list_checkpoints(folder / f"unusable-{what}")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("model.ch=64",), "unexpected|expected"),
+        (("adversarial.ndf=32",), "expected"),
+        (("init.iteration=null", "init.weights={}/bare.safetensors"), "init.iteration"),
+    ],
+)
+def test_weights_of_another_shape_or_without_iteration(folder, extra, message):
+    if not (folder / "bare.safetensors").exists():
+        tensors = checkpoint.read(folder / "model.ckpt").tensors
+        checkpoint.write_safetensors(folder / "bare.safetensors", tensors, {})
+    filled = [text.format(folder) for text in extra]
+    with pytest.raises((MissingInputError, UsageError), match=message):
+        train(runs.recipe(folder, "shape", "stop_iteration=102", *filled))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(folder, undisturbed):
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    run = folder / "full"
+    run.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(run)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("this machine does not allow mounting a small file system")
+    try:
+        extra = ("stop_iteration=108", "checkpoint.every=2", "checkpoint.keep_last=2")
+        with pytest.raises(RunFailedError, match="No space left|failed"):
+            train(runs.recipe(folder, "full", *extra))  # one checkpoint of 3 MB fits, two do not
+        kept = checkpoint.list_checkpoints(run)
+        assert [path.name for path in kept] == ["iteration-000000102.safetensors"]
+        assert checkpoint.read(kept[0]).iteration == 102
+        assert not list(run.rglob("*.part"))
+        subprocess.run(["mount", "-o", "remount,size=50m", str(run)], check=True)
+        assert train(runs.recipe(folder, "full", *extra)) == 0
+        runs.assert_same_state(runs.final_state(folder, "full"), undisturbed)
+    finally:
+        subprocess.run(["umount", str(run)], check=False)
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_gradients_of_one(folder):
+    extra = (*runs.NO_ADVERSARIAL, "stop_iteration=101", "compute.accelerator=cpu")
+    train(runs.recipe(folder, "one-rank", *extra))
+    one = runs.final_state(folder, "one-rank").tensors
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    for run, launcher, more in (
+        ("torchrun", torchrun, ()),
+        ("accumulating", (), ("compute.devices=2", "compute.per_device_batch=1")),
+    ):
+        process = runs.start(folder, run, *extra, *more, launcher=launcher)
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, output
+        assert "2 processes" in output
+        two = runs.final_state(folder, run).tensors
+        moments = [key for key in one if key.endswith(".exp_avg")]
+        assert moments
+        for key in moments:  # Adam's first moment after one step is half the gradient
+            torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_wandb_without_a_network_goes_on_offline(folder, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    began = time.perf_counter()
+    process = runs.start(
+        folder, "wandb", "stop_iteration=102", "log.wandb=auto", "log.pictures_every=1"
+    )
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert "wandb sync" in output
+    assert time.perf_counter() - began < 60
+    assert list((folder / "wandb").rglob("*.wandb"))
+    assert (folder / "wandb" / "wandb_id.txt").read_text().strip()
