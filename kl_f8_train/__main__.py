@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return verb(args)
     except UserError as error:
-        return _complain(_innermost(str(error)), error.exit_code, args.debug)
+        return _complain(str(error), error.exit_code, args.debug)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -31,13 +31,6 @@ def _complain(message: str, exit_code: int, debug: bool) -> int:
         traceback.print_exc()
     print(f"kl-f8-train: {message}", file=sys.stderr, flush=True)
     return exit_code
-
-
-def _innermost(message: str) -> str:
-    """The message itself, where a loader process wrapped it in its own traceback."""
-    if "Original Traceback" not in message:
-        return message
-    return message.rsplit("kl_f8_train.errors.", 1)[-1].partition(": ")[2] or message
 
 
 def build_parser() -> argparse.ArgumentParser:

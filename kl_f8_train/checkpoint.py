@@ -141,10 +141,10 @@ def checkpoint_path(run_dir: Path, iteration: int, warmup: int = 0) -> Path:
 def _kind(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(9)
+    if head[8:9] == b"{":  # first: the header's length before it may look like anything
+        return "safetensors"
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return "torch"
-    if len(head) == 9 and head[8:9] == b"{":
-        return "safetensors"
     return "unknown"
 
 
@@ -161,9 +161,10 @@ def _read_safetensors(path: Path) -> Contents:
 def _read_torch(path: Path) -> Contents:
     _refuse_odd_zip(path)
     stubbed: set[str] = set()
-    loaded = torch.load(
-        path, map_location="cpu", pickle_module=_restricted_pickle(stubbed), weights_only=False
-    )
+    with path.open("rb") as file:  # not the path: torch would go by its suffix
+        loaded = torch.load(
+            file, map_location="cpu", pickle_module=_restricted_pickle(stubbed), weights_only=False
+        )
     if not isinstance(loaded, dict):
         raise MissingInputError(f"{path} holds a {type(loaded).__name__}, expected a state dict")
     state = loaded.get("state_dict", loaded)
@@ -229,6 +230,8 @@ _ALLOWED: dict[str, Any] = {
     "builtins.list": list,
     "builtins.tuple": tuple,
     "builtins.int": int,
+    "builtins.long": int,  # protocol 2, torch's, writes Python 2's names
+    "builtins.unicode": str,
     "builtins.float": float,
     "builtins.str": str,
     "builtins.bool": bool,

@@ -190,11 +190,14 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     Raises MissingInputError for a missing file and UsageError for anything wrong in it.
     """
     merged = _merge(Path(path), overrides)
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        lines = "\n".join(f"  {key}=...   {_doc(key)}" for key in missing)
-        raise UsageError(f"{path}: these settings have no value yet:\n{lines}")
-    config = OmegaConf.to_object(merged)
+    try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            lines = "\n".join(f"  {key}=...   {_doc(key)}" for key in missing)
+            raise UsageError(f"{path}: these settings have no value yet:\n{lines}")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{path}: {_first_lines(error)}") from error
     assert isinstance(config, Config)
     check(config)
     return config
@@ -235,8 +238,11 @@ def find_recipe(name: str) -> Path:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """The configuration stored in a checkpoint."""
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), dict(values)))
+    """The configuration stored in a checkpoint; UsageError if this version does not know a key."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), dict(values)))
+    except OmegaConfBaseException as error:
+        raise UsageError(_first_lines(error)) from error
     assert isinstance(config, Config)
     return config
 
@@ -276,7 +282,7 @@ def schema() -> list[tuple[str, str, str, str]]:
 
 def check(config: Config) -> None:
     """Raises UsageError naming every value that cannot be used."""
-    problems = [*_ranges(config), *_batch_problems(config)]
+    problems = list(_ranges(config)) or list(_batch_problems(config))
     if config.loss.perceptual != "lpips_vgg" and not config.loss.allow_stand_in:
         problems.append(
             f"loss.perceptual={config.loss.perceptual} is a stand-in for LPIPS, and the result is "
@@ -337,9 +343,6 @@ def _divisors(number: int) -> list[int]:
 
 
 def _batch_problems(config: Config) -> Iterator[str]:
-    if config.global_batch < 1:
-        yield f"global_batch={config.global_batch}: expected 1 or more"
-        return
     if not config.data.sources:
         yield "data.sources is empty: give at least one, data.sources=SHARDS"
         return
@@ -352,7 +355,15 @@ def _batch_problems(config: Config) -> Iterator[str]:
 
 
 def _ranges(config: Config) -> Iterator[str]:
-    positive = {
+    adversarial, per_device = config.adversarial, config.compute.per_device_batch
+    positive: dict[str, float] = {
+        "global_batch": config.global_batch,
+        "model.ch": config.model.ch,
+        "model.ch_mult": min(config.model.ch_mult, default=0),
+        "model.num_res_blocks": config.model.num_res_blocks,
+        "model.z_channels": config.model.z_channels,
+        "model.embed_dim": config.model.embed_dim,
+        "compute.per_device_batch": 1 if per_device is None else per_device,
         "optimizer.learning_rate": config.optimizer.learning_rate,
         "optimizer.eps": config.optimizer.eps,
         "data.crop": config.data.crop,
@@ -367,6 +378,27 @@ def _ranges(config: Config) -> Iterator[str]:
         "compute.devices": 1 if config.compute.devices is None else config.compute.devices,
         **{f"data.sources.{name}.weight": s.weight for name, s in config.data.sources.items()},
     }
+    not_negative: dict[str, float] = {
+        "seed": config.seed,
+        "init.iteration": config.init.iteration or 0,
+        "data.workers": config.data.workers,
+        "loss.perceptual_weight": config.loss.perceptual_weight,
+        "log.pictures_every": config.log.pictures_every,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
+    }
+    if adversarial is not None:
+        positive |= {
+            "adversarial.ndf": adversarial.ndf,
+            "adversarial.n_layers": adversarial.n_layers,
+            "adversarial.max_weight": adversarial.max_weight,
+        }
+        not_negative |= {
+            "adversarial.weight": adversarial.weight,
+            "adversarial.warmup_iterations": adversarial.warmup_iterations,
+        }
+    for key, value in not_negative.items():
+        if not (value >= 0 and math.isfinite(value)):
+            yield f"{key}={value}: expected 0 or more"
     for key, value in positive.items():
         if not (value > 0 and math.isfinite(value)):
             yield f"{key}={value}: expected a number above 0"
@@ -375,7 +407,7 @@ def _ranges(config: Config) -> Iterator[str]:
     betas = config.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optimizer.betas={betas}: expected two numbers in [0, 1)"
-    factor = 2 ** (len(config.model.ch_mult) - 1)
+    factor = 2 ** max(len(config.model.ch_mult) - 1, 0)
     if config.data.crop % factor:
         yield f"data.crop={config.data.crop}: expected a multiple of {factor}"
     if config.data.shorter_side is not None and config.data.shorter_side < config.data.crop:
@@ -385,10 +417,6 @@ def _ranges(config: Config) -> Iterator[str]:
         )
     if config.model.ch % 32:
         yield f"model.ch={config.model.ch}: expected a multiple of 32 (GroupNorm has 32 groups)"
-    if config.seed < 0 or config.data.workers < 0 or config.loss.perceptual_weight < 0:
-        yield "seed, data.workers and loss.perceptual_weight: expected 0 or more"
-    if config.adversarial is not None and config.adversarial.warmup_iterations < 0:
-        yield "adversarial.warmup_iterations: expected 0 or more"
 
 
 # --- YAML, keys and values ------------------------------------------------------------------
@@ -450,9 +478,13 @@ def _override(merged: DictConfig, text: str) -> None:
         raise UsageError(f"override {text!r}: expected key=value, such as seed=1")
     declared = _declared_type(key, where="command line")
     parsed = _parse(declared, value, key)
+    if declared is Source:  # data.sources.x=SHARDS leaves x's weight alone
+        key, parsed = f"{key}.shards", value
+    if key.startswith("data.sources.") and OmegaConf.is_missing(merged.data, "sources"):
+        merged.data.sources = {}
     parent = key.rpartition(".")[0]
     if parent and OmegaConf.select(merged, parent, throw_on_missing=False) is None:
-        if not parent.startswith("data.sources"):
+        if not parent.startswith("data.sources."):
             raise UsageError(f"{key}: {parent} is null in this recipe; set it in the file")
         OmegaConf.update(merged, parent, Source(), force_add=True)
     OmegaConf.update(merged, key, parsed, force_add=True, merge=False)

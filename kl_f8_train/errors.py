@@ -9,6 +9,12 @@ class UserError(Exception):
 
     exit_code = 4
 
+    def __str__(self) -> str:
+        text = super().__str__()
+        if text.startswith("Caught "):  # a loader process wraps the message in its traceback
+            text = text.rpartition(f"{type(self).__name__}: ")[2].rstrip()
+        return text
+
 
 class UsageError(UserError):
     """A wrong command, key or value."""

@@ -29,8 +29,11 @@ class Scores:
 
     per_image: dict[str, list[float]]
 
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Mean and population standard deviation; infinite PSNR is left out, as the authors did."""
+    def summary(self) -> dict[str, dict[str, float] | None]:
+        """Mean and population standard deviation; infinite PSNR is left out, as the authors did.
+
+        None where nothing is left, as for the PSNR of perfect reconstructions.
+        """
         return {name: _mean_std(values) for name, values in self.per_image.items()}
 
 
@@ -194,10 +197,10 @@ def _cell(value: dict[str, float] | None, digits: int) -> str:
     return f"{value['mean']:.{digits}f} +/- {value['std']:.{digits}f}"
 
 
-def _mean_std(values: list[float]) -> dict[str, float]:
+def _mean_std(values: list[float]) -> dict[str, float] | None:
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
-        return {"mean": math.nan, "std": math.nan}
+        return None
     mean = math.fsum(finite) / len(finite)
     return {
         "mean": mean,

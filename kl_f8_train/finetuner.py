@@ -130,10 +130,30 @@ class Finetuner(LightningModule):
         decoder_optimizer.zero_grad(set_to_none=True)
         if discriminator_optimizer is not None:
             discriminator_optimizer.zero_grad(set_to_none=True)
+        buffers = [] if self.discriminator is None else list(self.discriminator.buffers())
+        before = [buffer.clone() for buffer in buffers]
         if self.warmup_left:
-            self._warm_up(batch, discriminator_optimizer)
-            return
+            metrics, good = self._warm_up(batch, discriminator_optimizer)
+        else:
+            metrics, good = self._update_both(
+                batch, decoder_optimizer, discriminator_optimizer, backward, no_sync
+            )
+        if good:
+            self.bad_updates = 0
+        else:  # a bad batch has passed through BatchNorm's running statistics
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+        self.metrics = {**metrics, "bad_updates": float(self.bad_updates)}
 
+    def _update_both(
+        self,
+        batch: Batch,
+        decoder_optimizer: Adam,
+        discriminator_optimizer: Adam | None,
+        backward: Backward,
+        no_sync: Callable[[], AbstractContextManager[Any]],
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Decoder, EMA, then discriminator: the figures, and False if an update was left out."""
         adversarial = self._adversarial_runs()
         starts = range(0, len(batch.images), self.micro_batch)
         terms: list[dict[str, Tensor]] = []
@@ -153,9 +173,8 @@ class Finetuner(LightningModule):
         if good and adversarial and discriminator_optimizer is not None:
             more, good = self._update_discriminator(batch, fakes, discriminator_optimizer)
             metrics |= more
-        self.bad_updates = 0 if good else self.bad_updates
         self.iteration += 1  # also after an update that was left out: the data goes on
-        self.metrics = {**metrics, "bad_updates": float(self.bad_updates)}
+        return metrics, good
 
     def _micro(self, batch: Batch, start: int) -> tuple[Tensor, Tensor]:
         """Images in [-1, 1] and noise of one micro-batch, in the weights' precision."""
@@ -305,7 +324,7 @@ class Finetuner(LightningModule):
         with self._autocast():
             return self.autoencoder.decode(latents).to(images.dtype)
 
-    def _warm_up(self, batch: Batch, optimizer: Adam | None) -> None:
+    def _warm_up(self, batch: Batch, optimizer: Adam | None) -> tuple[dict[str, Tensor], bool]:
         """Trains the discriminator alone; the decoder, the EMA and `iteration` stay."""
         assert optimizer is not None
         starts = range(0, len(batch.images), self.micro_batch)
@@ -313,10 +332,9 @@ class Finetuner(LightningModule):
         for start in starts:
             images, noise = self._micro(batch, start)
             fakes.append(self._reconstruct(images, noise[0]))
-        metrics, good = self._update_discriminator(batch, fakes, optimizer)
-        self.bad_updates = 0 if good else self.bad_updates
-        self.metrics = dict(metrics)
+        result = self._update_discriminator(batch, fakes, optimizer)
         self.warmup_left -= 1
+        return result
 
     def _finite(self, norm: Tensor, what: str, batch: Batch) -> bool:
         """Whether an update may happen, agreed on by all ranks."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from kl_f8_train.errors import ImageError
@@ -28,10 +28,10 @@ def decode(data: bytes) -> Tensor:
             opened.load()
             image = ImageOps.exif_transpose(opened)
             return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1).contiguous()
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
-        raise ImageError(f"not a readable image: {error}") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"too many pixels: {error}") from error
+    except Exception as error:  # whatever a broken file makes its parser raise
+        raise ImageError(f"not a readable image: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -45,7 +45,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_shorter(image: Tensor, side: int) -> Tensor:
-    """Bicubic, antialiased, on 8-bit values (within one level of PIL's); shorter side -> `side`."""
+    """Bicubic, antialiased, on 8-bit values; shorter side -> `side`.
+
+    Under 1 % of the values differ from PIL's, by one level, very few by two.
+    """
     height, width = image.shape[-2:]
     if min(height, width) == side:
         return image

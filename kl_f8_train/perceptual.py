@@ -46,10 +46,11 @@ class PerceptualDistance(nn.Module):
     def forward(self, images: Tensor, reconstructions: Tensor) -> Tensor:
         """Both (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1). Only the second may need a gradient."""
         squared = self._squared_differences(images, reconstructions)
-        layers = [
-            F.conv2d(part, head).mean(dim=(2, 3), keepdim=True)
-            for part, head in zip(squared, self.heads, strict=True)
-        ]
+        with torch.autocast(images.device.type, enabled=False):
+            layers = [
+                F.conv2d(part, head).mean(dim=(2, 3), keepdim=True)
+                for part, head in zip(squared, self.heads, strict=True)
+            ]
         return torch.stack(layers).sum(dim=0)
 
     def unweighted(self, images: Tensor, reconstructions: Tensor) -> Tensor:

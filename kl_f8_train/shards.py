@@ -6,8 +6,8 @@ is cut into L equal lanes, and every iteration takes the next few samples of eac
 depends on the number of processes or workers, and nothing needs to be stored to resume.
 """
 
+import glob
 import hashlib
-import io
 import os
 import tarfile
 from collections.abc import Callable, Sequence
@@ -51,6 +51,10 @@ def expand(pattern: str) -> list[Path]:
     Raises MissingInputError naming what is not there.
     """
     path = Path(pattern)
+    try:
+        parts = list(expand_urls(pattern))
+    except (ValueError, AssertionError) as error:
+        raise MissingInputError(f"no shards: {pattern} is not a pattern: {error}") from error
     if path.is_dir():
         paths = sorted(path.glob("*.tar"))
         if not paths:
@@ -60,17 +64,9 @@ def expand(pattern: str) -> list[Path]:
     elif path.suffix == ".txt" and path.is_file():
         paths = [Path(line.strip()) for line in path.read_text().splitlines() if line.strip()]
     elif any(letter in pattern for letter in "*?["):
-        paths = [
-            p
-            for part in expand_urls(pattern)
-            for p in sorted(
-                Path().glob(part)
-                if not Path(part).is_absolute()
-                else Path("/").glob(part.lstrip("/"))
-            )
-        ]
+        paths = [Path(found) for part in parts for found in sorted(glob.glob(part))]
     else:
-        paths = [Path(part) for part in expand_urls(pattern)]
+        paths = [Path(part) for part in parts]
     missing = [str(p) for p in paths if not p.is_file()]
     if missing or not paths:
         shown = ", ".join(missing[:3]) or pattern
@@ -99,10 +95,9 @@ def index_shard(path: Path) -> Shard:
                     sizes.append(member.size)
             end = archive.offset
         with path.open("rb") as file:
-            file.seek(end - 512 if end else 0)
-            marked = any(
-                not block.strip(b"\0") for block in (file.read(512), file.read(512)) if block
-            )
+            file.seek(end)
+            block = file.read(512)
+        marked = len(block) == 512 and not block.strip(b"\0")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise MissingInputError(
             f"shard {path} is broken: {error} after {len(keys)} images"
@@ -248,7 +243,7 @@ def pack(files: Sequence[Path], out: Path, per_shard: int = 1000) -> list[Path]:
             writer.write(
                 {
                     "__key__": f"{number:09d}",
-                    suffix: io.BytesIO(file.read_bytes()).getvalue(),
+                    suffix: file.read_bytes(),
                     "json": {"file_name": file.name},
                 }
             )

@@ -11,7 +11,7 @@ from torch.optim import Adam
 
 from kl_f8_train import checkpoint, config
 from kl_f8_train.config import Config
-from kl_f8_train.errors import MissingInputError, RunFailedError
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.finetuner import Finetuner
 from kl_f8_train.model import FROZEN
 
@@ -60,7 +60,10 @@ def stored_config(contents: checkpoint.Contents) -> Config:
     """
     if contents.metadata.get("kl_f8_train.format") != FORMAT:
         raise MissingInputError(f"{contents.path} is not a training checkpoint of this program")
-    return config.from_dict(json.loads(contents.metadata["config"]))
+    try:
+        return config.from_dict(json.loads(contents.metadata["config"]))
+    except UsageError as error:
+        raise MissingInputError(f"{contents.path}: its configuration: {error}") from error
 
 
 def restore(finetuner: Finetuner, optimizers: list[Adam], contents: checkpoint.Contents) -> str:

@@ -245,7 +245,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(folder, undisturbed):
         pytest.skip("this machine does not allow mounting a small file system")
     try:
         extra = ("stop_iteration=108", "checkpoint.every=2", "checkpoint.keep_last=2")
-        with pytest.raises(RunFailedError, match="No space left|failed"):
+        with pytest.raises(RunFailedError, match=r"No space left|failed"):
             train(runs.recipe(folder, "full", *extra))  # one checkpoint of 3 MB fits, two do not
         kept = checkpoint.list_checkpoints(run)
         assert [path.name for path in kept] == ["iteration-000000102.safetensors"]

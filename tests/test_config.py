@@ -1,0 +1,523 @@
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import samples
+import yaml
+
+from kl_f8_train import config
+from kl_f8_train.errors import MissingInputError, UsageError
+
+FT_EMA = samples.CONFIGS / "ft_ema.yaml"
+ORIGINS = ("card", "original", "inferred", "open", "yours")
+
+
+def refused(*overrides: str, name: str = "ft_ema") -> str:
+    with pytest.raises(UsageError) as caught:
+        samples.recipe(name, *overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def refused_file(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        config.load(file, samples.YOURS)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def edited(tmp_path: Path, old: str, new: str) -> Path:
+    """ft_ema.yaml with one replacement."""
+    text = FT_EMA.read_text()
+    assert text.count(old) == 1
+    file = tmp_path / "edited.yaml"
+    file.write_text(text.replace(old, new))
+    return file
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    leaves = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+# --- the shipped recipes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(samples.CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads(path):
+    settings = config.load(path, samples.YOURS)
+    assert settings.init.weights == "model.ckpt"
+    assert settings.data.sources["photos"].shards == "/data/photos"
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "stop", "pixel", "weight"),
+    [("ft_ema", 246803, 560001, "l1", 1.0), ("ft_mse", 560001, 840001, "mse", 0.1)],
+)
+def test_published_numbers(name, start, stop, pixel, weight):
+    settings = samples.recipe(name)
+    assert (settings.init.iteration, settings.stop_iteration) == (start, stop)
+    assert (settings.global_batch, settings.data.crop) == (192, 256)
+    assert (settings.loss.pixel, settings.loss.perceptual_weight) == (pixel, weight)
+    assert settings.loss.perceptual == "lpips_vgg"
+    assert settings.init.select == "ema"
+    assert settings.model == config.Model(
+        ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=4, embed_dim=4
+    )
+
+
+@pytest.mark.parametrize("name", ["ft_ema", "ft_mse"])
+def test_every_number_names_its_origin(name):
+    """On its line, in the comment block above, or on the line of the group that it is in."""
+    lines = (samples.CONFIGS / f"{name}.yaml").read_text().splitlines()
+    above, group, numbers, nameless = "", "", 0, []
+    for line in lines:
+        setting, _, comment = line.partition("#")
+        if not setting.strip():
+            above = f"{above} {comment}" if comment else ""
+            continue
+        if not line.startswith(" "):
+            group = comment
+        value = setting.partition(":")[2]
+        if re.search(r"\d", value):
+            numbers += 1
+            words = re.findall(r"\w+", f"{comment} {above} {group}".lower())
+            if not set(ORIGINS) & set(words):
+                nameless.append(line)
+        above = ""
+    assert numbers >= 15
+    assert nameless == []
+
+
+def test_the_recipes_differ_only_where_the_card_says():
+    changed = {
+        line.split(":")[0]
+        for line in config.differences(samples.recipe("ft_ema"), samples.recipe("ft_mse"))
+    }
+    assert {key for key in changed if not key.startswith("adversarial")} == {
+        "name",
+        "stop_iteration",
+        "init.iteration",
+        "loss.pixel",
+        "loss.perceptual_weight",
+    }
+
+
+# --- what is refused, and how it is said ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("seeed=3", "seed"),
+        ("--seeed=3", "seed"),
+        ("loss.pixl=l1", "loss.pixel"),
+        ("pixel=l1", "loss.pixel"),
+        ("learning_rate=1e-4", "optimizer.learning_rate"),
+        ("optimizer.learning_rat=1e-4", "optimizer.learning_rate"),
+        ("data.sources.photos.weigth=2", "data.sources.photos.weight"),
+    ],
+)
+def test_unknown_key_on_the_command_line(override, meant):
+    message = refused(override)
+    assert override.lstrip("-").split("=")[0] in message
+    assert f"Did you mean '{meant}'?" in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "meant"),
+    [
+        ("  pixel: l1 ", "  pixl: l1 ", "loss.pixel"),
+        ("global_batch: 192", "global_bach: 192", "global_batch"),
+        ("  sources: ???", "  sources: {a: {shard: /a}}", "data.sources.a.shards"),
+    ],
+)
+def test_unknown_key_in_the_file(tmp_path, old, new, meant):
+    with pytest.raises(UsageError, match=re.escape(f"Did you mean '{meant}'?")) as caught:
+        config.load(edited(tmp_path, old, new), samples.YOURS)
+    assert "edited.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed=abc", "a whole number"),
+        ("global_batch=1e3", "a whole number"),
+        ("model.ch=1.5", "a whole number"),
+        ("optimizer.learning_rate=fast", "a number"),
+        ("optimizer.betas=a", "a number"),
+        ("second_forward=yes", "true or false"),
+        ("adversarial=0.5", "adversarial.weight"),
+        ("seed", "key=value"),
+        ("=3", "key=value"),
+    ],
+)
+def test_wrong_type_on_the_command_line(override, said):
+    message = refused(override)
+    assert override in message
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("seed: 0 ", "seed: zero ", "seed"),
+        ("seed: 0 ", "seed: 1.5 ", "seed"),
+        ("second_forward: false", "second_forward: 7.5", "second_forward"),
+        ("  betas: [0.5, 0.9] ", "  betas: 0.5 ", "optimizer.betas"),
+        ("  pixel: l1 ", "  pixel: l2 ", "loss.pixel"),
+        ("adversarial:\n", "adversarial: 3\nlog:\n", "weight"),
+    ],
+)
+def test_wrong_type_in_the_file(tmp_path, old, new, key):
+    with pytest.raises(UsageError, match=re.escape(key)):
+        config.load(edited(tmp_path, old, new), samples.YOURS)
+
+
+def test_enumerations_list_their_values():
+    assert "l1, mse" in refused("loss.pixel=l2")
+    assert "Did you mean 'bfloat16'?" in refused("precision=bfloat")
+    assert "Did you mean 'skip'?" in refused("data.bad_shards=skipp")
+
+
+def test_missing_values_are_listed_with_their_meaning():
+    with pytest.raises(UsageError) as caught:
+        config.load(FT_EMA)
+    message = str(caught.value)
+    assert all(key in message for key in ("run_dir=", "init.weights=", "data.sources="))
+    assert "directory of the run" in message
+
+
+def test_a_recipe_has_no_hidden_defaults(tmp_path):
+    message = refused_file(tmp_path, "name: x\n")
+    for key in ("global_batch", "optimizer.learning_rate", "ema.decay", "loss.pixel", "data.crop"):
+        assert f"{key}=" in message
+
+
+@pytest.mark.parametrize("text", ["seed: 3\nseed: 4\n", "seed: 3\nema:\n  decay: 1\n  decay: 2\n"])
+def test_duplicate_key(tmp_path, text):
+    assert "duplicate key" in refused_file(tmp_path, text)
+
+
+def test_tab(tmp_path):
+    assert "tab" in refused_file(tmp_path, "ema:\n\tdecay: 0.5\n")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "name: ${oops}\n", "a: [1\n", "\0"])
+def test_not_a_recipe(tmp_path, text):
+    assert "recipe.yaml" in refused_file(tmp_path, text)
+
+
+@pytest.mark.parametrize("name", ["${oops}", "${", "${env:HOME}"])
+def test_interpolation_that_leads_nowhere(name):
+    assert "ft_ema.yaml" in refused(f"name={name}")
+
+
+def test_binary_file(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(UsageError, match="not readable YAML"):
+        config.load(file)
+
+
+def test_yaml_cannot_run_code(tmp_path):
+    marker = tmp_path / "marker"
+    refused_file(tmp_path, f"name: !!python/object/apply:os.mkdir ['{marker}']\n")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["absent.yaml", ""])
+def test_missing_file(tmp_path, name):
+    with pytest.raises(MissingInputError, match="no such file") as caught:
+        config.load(tmp_path / name)
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("crop", [100, 4, 255])
+def test_crop_must_fit_the_latents(crop):
+    assert f"data.crop={crop}: expected a multiple of 8" in refused(f"data.crop={crop}")
+
+
+def test_crop_larger_than_the_resized_image():
+    assert "data.shorter_side=128 is smaller than data.crop=256" in refused("data.shorter_side=128")
+
+
+def test_stand_in_needs_consent():
+    assert "loss.allow_stand_in=true" in refused("loss.perceptual=st_lpips_alex")
+    settings = samples.recipe("ft_ema", "loss.perceptual=st_lpips_alex", "loss.allow_stand_in=true")
+    assert settings.loss.perceptual == "st_lpips_alex"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.learning_rate=0",
+        "optimizer.learning_rate=nan",
+        "optimizer.betas=0.5,0.9,0.1",
+        "ema.decay=1",
+        "ema.decay=nan",
+        "global_batch=0",
+        "global_batch=-8",
+        "stop_iteration=0",
+        "init.iteration=560002",
+        "seed=-1",
+        "log.every=0",
+        "checkpoint.keep_last=0",
+        "data.lanes=0",
+        "data.workers=-1",
+        "data.sources.photos.weight=0",
+        "data.sources.photos.weight=-1",
+        "data.sources.photos.weight=nan",
+        "data.sources.photos.weight=inf",
+        "compute.devices=0",
+        "compute.devices=-1",
+        "compute.num_nodes=0",
+        "compute.per_device_batch=0",
+        "compute.per_device_batch=-1",
+        "loss.perceptual_weight=-1",
+        "loss.perceptual_weight=nan",
+        "loss.perceptual_weight=inf",
+        "adversarial.weight=-1",
+        "adversarial.weight=nan",
+        "adversarial.ndf=0",
+        "adversarial.n_layers=0",
+        "adversarial.warmup_iterations=-1",
+        "model.ch=0",
+        "model.ch=100",
+        "model.ch_mult=[]",
+        "model.ch_mult=1,0",
+        "model.num_res_blocks=0",
+        "model.embed_dim=0",
+        "data.sources=",
+    ],
+)
+def test_values_out_of_range(override):
+    assert override.split("=")[0].rsplit(".", 1)[-1] in refused(override)
+
+
+# --- values ---------------------------------------------------------------------------------
+
+
+def test_text_stays_text():
+    for text in ("00012", "1e3", "true", "null", "2020-01-01"):
+        assert samples.recipe("ft_ema", f"name={text}").name == text
+
+
+def test_value_may_hold_an_equals_sign():
+    assert samples.recipe("ft_ema", "run_dir=a=b").run_dir == "a=b"
+
+
+def test_dashes_are_accepted():
+    assert samples.recipe("ft_ema", "--seed=3").seed == 3
+
+
+def test_the_last_override_wins():
+    assert samples.recipe("ft_ema", "seed=3", "seed=4").seed == 4
+
+
+def test_numbers_and_lists():
+    settings = samples.recipe("ft_ema", "optimizer.betas=[0.1, 0.2]", "optimizer.eps=1e-6")
+    assert settings.optimizer.betas == [0.1, 0.2]
+    assert settings.optimizer.eps == 1e-6
+
+
+def test_null():
+    settings = samples.recipe("ft_ema", "adversarial=null", "data.shorter_side=null")
+    assert settings.adversarial is None
+    assert settings.data.shorter_side is None
+    assert "adversarial is null" in refused("adversarial=null", "adversarial.weight=1")
+    assert "adversarial is null" in refused("adversarial.weight=1", name="ft_mse")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/d/people,/d/places", {"people": "/d/people", "places": "/d/places"}),
+        ("[/d/people, /d/places]", {"people": "/d/people", "places": "/d/places"}),
+        ("/d/people/{000..099}.tar", {"people": "/d/people/{000..099}.tar"}),
+        ("/d/{x,y}/1.tar,/e/z/*.tar", {"x_y": "/d/{x,y}/1.tar", "z": "/e/z/*.tar"}),
+        ("/a/same,/b/same", {"same": "/a/same", "same_2": "/b/same"}),
+        ("1.tar", {"images": "1.tar"}),
+    ],
+)
+def test_sources_are_named_after_their_directories(text, expected):
+    settings = samples.recipe("ft_ema", f"data.sources={text}")
+    assert {name: source.shards for name, source in settings.data.sources.items()} == expected
+    assert {source.weight for source in settings.data.sources.values()} == {1.0}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("data.sources.x=/d/{000..099}.tar", "data.sources.y=/e"),
+        ("data.sources.x.shards=/d/{000..099}.tar", "data.sources.y.shards=/e"),
+    ],
+)
+def test_sources_one_by_one_into_a_recipe_without(overrides):
+    """The way that the recipes' headers show."""
+    settings = config.load(FT_EMA, [*samples.YOURS[:2], *overrides])
+    shards = {name: source.shards for name, source in settings.data.sources.items()}
+    assert shards == {"x": "/d/{000..099}.tar", "y": "/e"}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("data.sources.x.weight=2", "data.sources.x=/d", "data.sources.y=/e"),
+        ("data.sources.x=/d", "data.sources.y=/e", "data.sources.x.weight=2"),
+        ("data.sources.x.weight=2", "data.sources.x.shards=/d", "data.sources.y=/e"),
+        ("data.sources=/q/x,/q/y", "data.sources.x.weight=2"),
+    ],
+)
+def test_source_weights(overrides):
+    settings = config.load(FT_EMA, [*samples.YOURS[:2], *overrides])
+    assert {name: s.weight for name, s in settings.data.sources.items()} == {"x": 2.0, "y": 1.0}
+    assert config.source_shares(settings) == {"x": 128, "y": 64}
+
+
+def test_source_weight_without_shards_is_missing_shards():
+    with pytest.raises(UsageError, match=r"data\.sources\.x\.shards"):
+        config.load(FT_EMA, [*samples.YOURS[:2], "data.sources.x.weight=2"])
+
+
+@pytest.mark.parametrize(
+    ("new", "names"),
+    [
+        ("sources: /d/x,/d/y", ["x", "y"]),
+        ("sources: [/d/x, '/d/y/{0..9}.tar']", ["x", "y"]),
+        ("sources: {x: /d/x, y: {shards: /d/y}}", ["x", "y"]),
+    ],
+)
+def test_sources_in_the_file(tmp_path, new, names):
+    file = edited(tmp_path, "sources: ???", new)
+    assert list(config.load(file, samples.YOURS[:2]).data.sources) == names
+
+
+# --- batches --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "images"), [(1, 12), (2, 12), (4, 12), (8, 12), (16, 12), (32, 6)]
+)
+def test_micro_batch(ranks, images):
+    assert config.micro_batch(samples.recipe(), ranks) == images
+
+
+def test_micro_batch_as_given():
+    settings = samples.recipe("ft_ema", "compute.per_device_batch=24")
+    assert config.micro_batch(settings, 8) == 24
+    with pytest.raises(UsageError, match=r"per_device_batch=24.*12"):
+        config.micro_batch(settings, 16)
+
+
+def test_micro_batch_that_does_not_divide():
+    with pytest.raises(UsageError, match=r"5 processes; it divides over \[1, 2, 3, 4, 6, 8, 12"):
+        config.micro_batch(samples.recipe(), 5)
+    assert "does not divide over 5" in refused("compute.devices=5")
+    assert "does not divide over 40" in refused("compute.devices=8", "compute.num_nodes=5")
+
+
+def test_shares_that_do_not_divide():
+    message = refused("data.sources=/d/x,/d/y", "global_batch=7")
+    assert "x 3.5, y 3.5" in message
+    assert refused("data.sources=/d/x,/d/y", "data.sources.x.weight=1000").count("does not divide")
+
+
+# --- as data --------------------------------------------------------------------------------
+
+
+def test_round_trip():
+    for name in ("ft_ema", "ft_mse", "demo"):
+        before = samples.recipe(name, "data.sources=/d/x,/d/y", "data.sources.x.weight=3")
+        values = json.loads(json.dumps(config.to_dict(before)))
+        assert config.from_dict(values) == before
+        assert config.from_dict(yaml.safe_load(config.to_yaml(before))) == before
+
+
+def test_saved_yaml_is_a_recipe(tmp_path):
+    before = samples.recipe("ft_mse")
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml(before))
+    assert config.load(file) == before
+
+
+def test_differences():
+    before = samples.recipe()
+    after = samples.recipe(
+        "ft_ema",
+        "loss.pixel=mse",
+        "adversarial=null",
+        "compute.num_nodes=2",
+        "data.workers=9",
+        "log.every=7",
+        "checkpoint.every=5",
+        "run_dir=elsewhere",
+    )
+    lines = config.differences(before, after)
+    assert "loss.pixel: l1 -> mse" in lines
+    assert {line.split(":")[0].split(".")[0] for line in lines} == {"loss", "adversarial"}
+    with_machine = config.differences(before, after, machine=True)
+    assert {"compute.num_nodes: 1 -> 2", "data.workers: 4 -> 9"} < set(with_machine)
+    assert config.differences(before, before, machine=True) == []
+
+
+def test_schema_explains_every_key():
+    rows = config.schema()
+    settings = samples.recipe("ft_ema", "data.sources=/d/NAME")
+    assert {row[0] for row in rows} == set(flat(config.to_dict(settings)))
+    for key, kind, default, meaning in rows:
+        assert kind, key
+        assert len(meaning) > 2, key
+        assert "<" not in f"{kind} {default}", key
+
+
+def test_resolve_keeps_missing_values_visible():
+    values = config.resolve(FT_EMA, ["seed=3"])
+    assert values["run_dir"] == values["data"]["sources"] == "???"
+    assert (values["seed"], values["global_batch"]) == (3, 192)
+    with pytest.raises(UsageError, match="Did you mean 'seed'"):
+        config.resolve(FT_EMA, ["seeed=3"])
+
+
+def test_recipes_are_found_by_name(tmp_path):
+    assert config.find_recipe("ft_mse").samefile(samples.CONFIGS / "ft_mse.yaml")
+    assert config.find_recipe(str(FT_EMA)) == FT_EMA
+    with pytest.raises(MissingInputError, match="ft_msee"):
+        config.load(config.find_recipe("ft_msee"))
+
+
+# --- quickness ------------------------------------------------------------------------------
+
+
+def test_a_typo_is_told_at_once():
+    code = (
+        "import sys\n"
+        "from kl_f8_train import config\n"
+        "from kl_f8_train.errors import UsageError\n"
+        f"try: config.load({str(FT_EMA)!r}, ['seeed=3'])\n"
+        "except UsageError as error: print(error)\n"
+        "print('torch loaded' if 'torch' in sys.modules else 'without torch')\n"
+    )
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=samples.CONFIGS.parent,
+    )
+    seconds = time.monotonic() - start
+    assert "Did you mean 'seed'?" in done.stdout
+    assert "without torch" in done.stdout
+    assert seconds < 2.0  # 0.2 s on an idle machine

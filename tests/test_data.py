@@ -1,0 +1,296 @@
+from pathlib import Path
+
+import pytest
+import samples
+import torch
+
+from kl_f8_train import data, images, shards
+from kl_f8_train.errors import MissingInputError
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Two sources, 24 JPEGs in 5 shards."""
+    root = tmp_path_factory.mktemp("data")
+    samples.packed(root / "places", count=14, per_shard=5)
+    samples.packed(root / "people", count=10, per_shard=6, first_seed=100)
+    return {"places": root / "places", "people": root / "people"}
+
+
+def dataset_of(folders: dict[str, Path], *overrides: str) -> data.PositionDataset:
+    settings = samples.data_config(folders, *overrides)
+    return data.PositionDataset(data.build_plan(settings), settings)
+
+
+def batches(
+    dataset: data.PositionDataset,
+    start: int = 0,
+    stop: int = 4,
+    warmup: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+) -> list[data.Batch]:
+    sampler = data.IterationSampler(start, stop, warmup, 8, rank, world)
+    return list(data.loader(dataset, sampler, workers))
+
+
+def same(one: data.Batch, other: data.Batch) -> bool:
+    return (
+        one.keys == other.keys
+        and torch.equal(one.images, other.images)
+        and torch.equal(one.noise, other.noise)
+        and one.skipped == other.skipped
+    )
+
+
+def joined(parts: list[data.Batch]) -> data.Batch:
+    return data.Batch(
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.noise for part in parts], dim=1),
+        [key for part in parts for key in part.keys],
+        [line for part in parts for line in part.skipped],
+    )
+
+
+# --- batches --------------------------------------------------------------------------------
+
+
+def test_shapes_types_and_mixture(folders):
+    found = batches(dataset_of(folders))
+    assert len(found) == 4
+    for batch in found:
+        assert batch.images.shape == (8, 3, 48, 48)
+        assert batch.images.dtype == torch.uint8
+        assert batch.noise.shape == (1, 8, 4, 6, 6)
+        assert batch.noise.dtype == torch.float32
+        assert batch.skipped == []
+        assert sorted(key.split("/")[0] for key in batch.keys) == ["people"] * 4 + ["places"] * 4
+    assert len({key for batch in found[:2] for key in batch.keys}) == 16
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_number_of_workers_does_not_matter(folders, workers):
+    dataset = dataset_of(folders, "data.shorter_side=52")
+    alone = batches(dataset, warmup=2)
+    helped = batches(dataset, warmup=2, workers=workers)
+    assert len(alone) == len(helped) == 6
+    assert all(same(one, other) for one, other in zip(alone, helped, strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_number_of_processes_does_not_matter(folders, world):
+    dataset = dataset_of(folders)
+    alone = batches(dataset, warmup=1)
+    ranks = [batches(dataset, warmup=1, rank=rank, world=world) for rank in range(world)]
+    together = [joined(list(parts)) for parts in zip(*ranks, strict=True)]
+    assert len(alone) == 5
+    assert all(same(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_starting_in_the_middle(folders):
+    whole = batches(dataset_of(folders), stop=9, warmup=2)
+    assert same(batches(dataset_of(folders), start=6, stop=9)[0], whole[2 + 6])
+    resumed = batches(dataset_of(folders), stop=9, warmup=1)
+    assert all(same(one, other) for one, other in zip(resumed, whole[1:], strict=True))
+
+
+def test_passes_differ_in_order_crop_and_noise(folders):
+    found = batches(dataset_of(folders), stop=40)
+    by_key: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for batch in found:
+        for slot, key in enumerate(batch.keys):
+            by_key.setdefault(key, []).append((batch.images[slot], batch.noise[0, slot]))
+    assert len(by_key) == 24
+    for seen in by_key.values():
+        assert len(seen) >= 4
+        assert any(not torch.equal(seen[0][0], image) for image, _ in seen[1:])
+        assert all(not torch.equal(seen[0][1], noise) for _, noise in seen[1:])
+
+
+def test_seeds_differ(folders):
+    one = batches(dataset_of(folders), stop=1)[0]
+    other = batches(dataset_of(folders, "seed=1"), stop=1)[0]
+    assert one.keys != other.keys
+    assert not torch.equal(one.noise, other.noise)
+
+
+def test_crops_are_cut_from_the_decoded_image(folders):
+    dataset = dataset_of(folders)
+    sample = dataset[5]
+    source, shard, number = dataset.plan.locate(5)
+    assert sample.key == f"{source}/{shard.path.name}/{shard.keys[number]}"
+    whole = images.decode(shard.read(number))
+    windows = whole.unfold(1, 48, 1).unfold(2, 48, 1)  # (3, 9, 17, 48, 48)
+    hits = (windows == sample.image[:, None, None]).all(dim=-1).all(dim=-1).all(dim=0)
+    assert hits.sum() == 1
+
+
+def test_resizing_comes_before_the_crop(folders):
+    dataset = dataset_of(folders, "data.shorter_side=48")
+    sample = dataset[5]
+    _, shard, number = dataset.plan.locate(5)
+    resized = images.resize_shorter(images.decode(shard.read(number)), 48)
+    assert resized.shape == (3, 48, 55)
+    assert any(torch.equal(resized[:, :, i : i + 48], sample.image) for i in range(8))
+
+
+def test_two_noises_for_the_second_forward(folders):
+    batch = batches(dataset_of(folders, "second_forward=true"), stop=1)[0]
+    assert batch.noise.shape == (2, 8, 4, 6, 6)
+    assert not torch.equal(batch.noise[0], batch.noise[1])
+
+
+def test_noise_is_standard_normal(folders):
+    noise = torch.cat([batch.noise.flatten() for batch in batches(dataset_of(folders), stop=40)])
+    assert len(noise) == 40 * 8 * 4 * 6 * 6  # 46,080: the errors below are 0.005, 0.003, 0.01, 0.02
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.std() - 1) < 0.015
+    assert abs((noise**3).mean()) < 0.06
+    assert abs((noise**4).mean() - 3) < 0.2
+
+
+def test_noise_differs_between_positions(folders):
+    dataset = dataset_of(folders)
+    noises = [dataset[position].noise.flatten() for position in range(-8, 24)]
+    table = torch.corrcoef(torch.stack(noises)) - torch.eye(len(noises))
+    assert table.abs().max() < 0.5  # 144 values each
+
+
+def test_moving_a_batch_keeps_it(folders):
+    batch = batches(dataset_of(folders), stop=1)[0]
+    assert same(batch.to(torch.device("cpu")), batch)
+    assert batch.to(torch.device("meta")).images.device.type == "meta"
+
+
+# --- bad images -----------------------------------------------------------------------------
+
+
+def source_with(folder: Path, members: dict[str, bytes]) -> dict[str, Path]:
+    samples.write_tar(folder / "photos" / "0.tar", members)
+    return {"photos": folder / "photos"}
+
+
+def good(number: int) -> bytes:
+    return samples.encode(samples.noise_picture(number), "JPEG", quality=95)
+
+
+def small() -> bytes:
+    return samples.encode(samples.noise_picture(0, 30, 30), "JPEG")
+
+
+@pytest.mark.parametrize("bad", [good(1)[:900], b"", b"<html>", small()])
+def test_a_bad_image_gives_way_to_its_neighbour(tmp_path, bad):
+    folders = source_with(tmp_path, {"0.jpg": good(0), "1.jpg": bad, "2.jpg": good(2)})
+    dataset = dataset_of(folders)
+    wanted = [dataset.plan.locate(position)[2] for position in range(8)]
+    assert 1 in wanted
+    for position, number in enumerate(wanted):
+        sample = dataset[position]
+        if number == 1:
+            assert sample.key == "photos/0.tar/2"
+            assert [line.split(":")[0] for line in sample.skipped] == ["photos/0.tar/1"]
+        else:
+            assert sample.key == f"photos/0.tar/{number}"
+            assert sample.skipped == []
+    batch = batches(dataset, stop=1)[0]
+    assert len(batch.skipped) == wanted.count(1)
+
+
+def test_the_last_bad_image_gives_way_to_the_first(tmp_path):
+    dataset = dataset_of(source_with(tmp_path, {"0.jpg": good(0), "1.jpg": b"bad"}))
+    keys = {dataset[position].key for position in range(8)}
+    assert keys == {"photos/0.tar/0"}
+
+
+def test_substitutes_keep_crop_and_noise(tmp_path):
+    whole = dataset_of(source_with(tmp_path / "a", {"0.jpg": good(0), "1.jpg": good(0)}))
+    broken = dataset_of(source_with(tmp_path / "b", {"0.jpg": good(0), "1.jpg": b"bad"}))
+    for position in range(8):
+        assert torch.equal(whole[position].noise, broken[position].noise)
+        assert torch.equal(whole[position].image, broken[position].image)
+
+
+@pytest.mark.parametrize(("count", "workers"), [(1, 0), (3, 0), (300, 0), (3, 1)])
+def test_only_bad_images_end_the_run(tmp_path, count, workers):
+    members = {f"{number}.jpg": b"bad" for number in range(count)}
+    dataset = dataset_of(source_with(tmp_path, members))
+    with pytest.raises(MissingInputError, match="images in a row cannot be used") as caught:
+        batches(dataset, stop=1, workers=workers)
+    tried = min(count, data.MAX_NEIGHBOURS)
+    assert f"{tried} images in a row" in str(caught.value)
+    assert "0.tar" in str(caught.value)
+    assert "Traceback" not in str(caught.value)  # what the command line prints
+
+
+def test_a_shard_that_shrinks_later_is_a_bad_image(tmp_path):
+    folders = source_with(tmp_path, {"0.jpg": good(0), "1.jpg": good(1)})
+    dataset = dataset_of(folders)
+    path = folders["photos"] / "0.tar"
+    second = int(dataset.plan.shards["photos"][0].offsets[1])
+    path.write_bytes(path.read_bytes()[:second])
+    found = [dataset[position] for position in range(8)]
+    assert {sample.key for sample in found} == {"photos/0.tar/0"}
+    assert any(sample.skipped for sample in found)
+
+
+# --- building -------------------------------------------------------------------------------
+
+
+def test_plan_follows_the_configuration(folders):
+    settings = samples.data_config(folders, "data.sources.people.weight=3", "data.lanes=2")
+    plan = data.build_plan(settings)
+    assert plan.batch == 8
+    assert {name: source.share for name, source in plan.plans.items()} == {
+        "places": 2,
+        "people": 6,
+    }
+    assert all(source.lanes <= 2 for source in plan.plans.values())
+
+
+def test_broken_shards_follow_the_configuration(tmp_path):
+    folders = source_with(tmp_path, {"0.jpg": good(0)})
+    (folders["photos"] / "1.tar").write_bytes(b"")
+    with pytest.raises(MissingInputError, match=r"1\.tar"):
+        data.build_plan(samples.data_config(folders))
+    warnings: list[str] = []
+    plan = data.build_plan(samples.data_config(folders, "data.bad_shards=skip"), warnings.append)
+    assert len(plan.shards["photos"]) == 1
+    assert len(warnings) == 1
+
+
+def test_collate():
+    def sample(value: int) -> data.Sample:
+        image = torch.full((3, 4, 4), value, dtype=torch.uint8)
+        noise = torch.stack([torch.full((4, 1, 1), value + draw / 2) for draw in range(2)])
+        return data.Sample(image, noise, f"key{value}", [f"bad{value}"] * value)
+
+    batch = data.collate([sample(0), sample(1), sample(2)])
+    assert batch.images.shape == (3, 3, 4, 4)
+    assert batch.noise.shape == (2, 3, 4, 1, 1)
+    assert batch.noise[1, 2, 0, 0, 0] == 2.5
+    assert batch.keys == ["key0", "key1", "key2"]
+    assert batch.skipped == ["bad1", "bad2", "bad2"]
+
+
+def test_workers_do_not_multiply_threads(folders):
+    """Batches must not depend on it, and a node has as many loaders as it has cores."""
+    dataset = dataset_of(folders)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = batches(dataset, stop=2)
+        torch.set_num_threads(2)
+        two = batches(dataset, stop=2)
+    finally:
+        torch.set_num_threads(before)
+    assert all(same(first, second) for first, second in zip(one, two, strict=True))
+
+
+def test_crop_and_noise_are_frozen(folders):
+    """A release must not change what a resumed run draws."""
+    dataset = dataset_of(folders)
+    drawn = dataset[3].noise.flatten()[:3].tolist()
+    assert drawn == pytest.approx([-1.4590370837, -1.0051304508, 2.2960601059], abs=1e-6)
+    shares = shards.random_state(0, "crop", 3).random_sample(2).tolist()
+    assert shares == pytest.approx([0.4563216030, 0.9838827007], abs=1e-9)
