@@ -3,10 +3,11 @@
 import csv
 import secrets
 import signal
-import socket
 import sys
+import threading
 import time
-import urllib.parse
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,6 @@ class Checkpoints(Callback):
                 if final or self.failures > 1:
                     raise
                 print(f"{error}\n  training goes on; the next checkpoint tries again", flush=True)
-                return
         self.saved = now
         trainer.strategy.barrier()
 
@@ -338,15 +338,22 @@ def start_wandb(settings: Config, run_dir: Path) -> Any:
 
 
 def _wandb_reachable(timeout_seconds: float = 5.0) -> bool:
+    """Whether wandb's server answers at all, within the time, name look-up included."""
     import wandb
 
-    base = urllib.parse.urlsplit(wandb.Settings().base_url)
-    try:
-        port = base.port or (443 if base.scheme == "https" else 80)
-        with socket.create_connection((base.hostname or "", port), timeout_seconds):
-            return True
-    except OSError:
-        return False
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(wandb.Settings().base_url, timeout=timeout_seconds):
+                answered.set()
+        except urllib.error.HTTPError:
+            answered.set()
+        except OSError:
+            return
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answered.wait(timeout_seconds)
 
 
 def finetuner_of(module: LightningModule) -> Finetuner:

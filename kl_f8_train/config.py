@@ -126,7 +126,7 @@ class Compute:
 
     accelerator: Literal["auto", "cpu", "cuda"] = setting("device kind", "auto", machine=True)
     devices: int | None = setting("GPUs per node; null: all", None, machine=True)
-    num_nodes: int = setting("nodes", 1, machine=True)
+    num_nodes: int | None = setting("nodes; null: as torchrun or SLURM says", None, machine=True)
     per_device_batch: int | None = setting(
         "images per GPU and micro-batch; null: the largest divisor up to 12", None, machine=True
     )
@@ -346,7 +346,7 @@ def _batch_problems(config: Config) -> Iterator[str]:
     if not config.data.sources:
         yield "data.sources is empty: give at least one, data.sources=SHARDS"
         return
-    world = (config.compute.devices or 1) * config.compute.num_nodes
+    world = (config.compute.devices or 1) * (config.compute.num_nodes or 1)
     for problem in (lambda: source_shares(config), lambda: micro_batch(config, world)):
         try:
             problem()
@@ -373,7 +373,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "log.every": config.log.every,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_last": config.checkpoint.keep_last,
-        "compute.num_nodes": config.compute.num_nodes,
+        "compute.num_nodes": 1 if config.compute.num_nodes is None else config.compute.num_nodes,
         "compute.timeout_minutes": config.compute.timeout_minutes,
         "compute.devices": 1 if config.compute.devices is None else config.compute.devices,
         **{f"data.sources.{name}.weight": s.weight for name, s in config.data.sources.items()},

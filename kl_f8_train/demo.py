@@ -228,22 +228,26 @@ def _pack_photographs(run_dir: Path) -> Path:
     source = Path(skimage.data.__file__).parent
     tiles, out = run_dir / "tiles", run_dir / "shards"
     if not any(out.glob("*.tar")):
-        for name in TRAINING:
-            _tile(source / name, tiles, stride=64)
+        for name in TRAINING:  # few photographs hold few colours: exchange the channels
+            for channels in ((0, 1, 2), (1, 2, 0), (2, 1, 0)):
+                _tile(source / name, tiles, stride=96, channels=channels)
         for name in HELD_OUT:
             _tile(source / name, run_dir / "held_out", stride=128)
         shards.pack(images.list_folder(tiles), out, per_shard=100)
     return out
 
 
-def _tile(file: Path, folder: Path, stride: int, size: int = 128) -> None:
-    """Cuts a photograph into PNG squares."""
+def _tile(
+    file: Path, folder: Path, stride: int, size: int = 128, channels: Sequence[int] = (0, 1, 2)
+) -> None:
+    """Cuts a photograph into PNG squares, its colour channels in the order given."""
     folder.mkdir(parents=True, exist_ok=True)
-    picture = images.decode(file.read_bytes())
+    picture = images.decode(file.read_bytes())[list(channels)]
+    order = "".join("rgb"[channel] for channel in channels)
     for top in range(0, picture.shape[1] - size + 1, stride):
         for left in range(0, picture.shape[2] - size + 1, stride):
             tile = picture[:, top : top + size, left : left + size]
-            images.to_pil(tile).save(folder / f"{file.stem}-{top:04d}-{left:04d}.png")
+            images.to_pil(tile).save(folder / f"{file.stem}-{order}-{top:04d}-{left:04d}.png")
 
 
 def say(message: str) -> None:

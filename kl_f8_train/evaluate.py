@@ -123,7 +123,7 @@ def table(summaries: dict[str, dict[str, Any]], perceptual_name: str | None) -> 
     lines.append("|---" * (2 + len(columns)) + "|")
     for name, row in summaries.items():
         step = row.get("iteration")
-        shown = [_cell(row.get(key), digits) for key, _, digits in columns]
+        shown = [_cell(row, key, digits) for key, _, digits in columns]
         lines.append(
             f"| {name} | {'' if step is None else f'{step:,}'} | " + " | ".join(shown) + " |"
         )
@@ -191,9 +191,10 @@ def evaluate_files(
     return result
 
 
-def _cell(value: dict[str, float] | None, digits: int) -> str:
+def _cell(row: dict[str, Any], key: str, digits: int) -> str:
+    value = row.get(key)
     if value is None:
-        return "not measured"
+        return "infinite" if key in row else "not measured"
     return f"{value['mean']:.{digits}f} +/- {value['std']:.{digits}f}"
 
 

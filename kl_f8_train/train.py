@@ -213,12 +213,17 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
     accelerator = compute.accelerator
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    gpus = torch.cuda.device_count()
+    if accelerator == "cuda" and gpus < (compute.devices or 1):
+        raise UsageError(
+            f"compute.devices={compute.devices or 'all'}, but torch sees {gpus} GPUs here; "
+            "mend the driver, or give compute.devices, or compute.accelerator=cpu"
+        )
+    local, nodes = _launched_by_cluster()
+    nodes = compute.num_nodes or nodes or 1
     devices: int | str = compute.devices or local or ("auto" if accelerator == "cuda" else 1)
-    parallel = (
-        compute.num_nodes > 1
-        or (devices if isinstance(devices, int) else torch.cuda.device_count()) > 1
-    )
+    per_node = gpus if devices == "auto" else int(devices)
+    parallel = nodes * per_node > 1
     plugins: list[Any] = []
     if _under_slurm():
         plugins = [SLURMEnvironment(auto_requeue=False)]
@@ -227,7 +232,7 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
     return Trainer(
         accelerator=accelerator,
         devices=devices,
-        num_nodes=compute.num_nodes,
+        num_nodes=nodes,
         strategy=_DecoderDDP(settings) if parallel else "auto",
         plugins=plugins or None,
         precision="32-true",  # the finetuner autocasts by itself
@@ -262,6 +267,17 @@ class _DecoderDDP(DDPStrategy):
         names += [n for n, _ in self.model.named_buffers() if n.startswith("discriminator.")]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
         super().configure_ddp()
+
+
+def _launched_by_cluster() -> tuple[int, int]:
+    """Processes per node and nodes, as torchrun or SLURM set them; zeros without either."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return local, int(os.environ["WORLD_SIZE"]) // local
+    if _under_slurm():
+        nodes = int(os.environ.get("SLURM_NNODES", "1"))
+        return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+    return 0, 0
 
 
 def _under_slurm() -> bool:

@@ -156,8 +156,9 @@ def test_summary_has_the_population_deviation():
 def test_summary_leaves_infinite_values_out():
     summary = evaluate.Scores({"psnr": [20.0, math.inf, 22.0]}).summary()
     assert summary["psnr"] == {"mean": 21.0, "std": 1.0}
-    only = evaluate.Scores({"psnr": [math.inf]}).summary()["psnr"]
-    assert math.isnan(only["mean"])
+    only = evaluate.Scores({"psnr": [math.inf]}).summary()
+    assert only["psnr"] is None
+    assert "infinite" in evaluate.table({"perfect": {"iteration": 1, **only}}, None)
 
 
 def test_table():

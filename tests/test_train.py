@@ -3,9 +3,11 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -279,17 +281,29 @@ def test_two_ranks_give_the_gradients_of_one(folder):
             torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-3)
 
 
+@pytest.fixture(params=["refused", "stalled"])
+def unreachable(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of a wandb server that refuses connections, or takes them and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        if request.param == "refused":
+            server.close()
+        yield f"http://127.0.0.1:{port}"
+
+
 @pytest.mark.slow
-def test_wandb_without_a_network_goes_on_offline(folder, monkeypatch):
+def test_wandb_without_a_network_goes_on_offline(folder, monkeypatch, unreachable):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    began = time.perf_counter()
+    monkeypatch.setenv("WANDB_BASE_URL", unreachable)
+    name = f"wandb-{unreachable.rpartition(':')[2]}"
     process = runs.start(
-        folder, "wandb", "stop_iteration=102", "log.wandb=auto", "log.pictures_every=1"
+        folder, name, "stop_iteration=102", "log.wandb=auto", "log.pictures_every=1"
     )
+    wait_for(process, "batch: ")
+    began = time.perf_counter()
+    wait_for(process, "wandb sync")
+    assert time.perf_counter() - began < 20
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
-    assert "wandb sync" in output
-    assert time.perf_counter() - began < 60
-    assert list((folder / "wandb").rglob("*.wandb"))
-    assert (folder / "wandb" / "wandb_id.txt").read_text().strip()
+    assert list((folder / name).rglob("*.wandb"))
+    assert (folder / name / "wandb_id.txt").read_text().strip()
