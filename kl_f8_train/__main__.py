@@ -1,9 +1,11 @@
 """The command line: verbs and their flags; heavy imports happen inside each verb."""
 
 import argparse
+import contextlib
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kl_f8_train import __version__
@@ -71,6 +73,16 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_argument("images", type=Path, help="folder, searched recursively")
     pack.add_argument("out", type=Path, help="directory of the shards")
     pack.add_argument("--per-shard", type=int, default=1000, help="images in each shard")
+    pack.add_argument("--workers", type=int, help="processes (all cores)")
+    pack.add_argument("--reencode", action="store_true", help="write JPEGs anew")
+
+    index = add("index", _index, "Indexes shards once: where the images are, and their metadata.")
+    index.add_argument("source", help="brace pattern, glob, directory, list file or address")
+    index.add_argument("--filter", action="append", default=[], help="such as 'width >= 256'")
+    index.add_argument("--index-dir", help="where to keep it (beside the shards)")
+    index.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    index.add_argument("--cache-dir", help="where remote shards are brought")
+    index.add_argument("--cache-gib", type=float, default=100.0, help="its size, at most")
 
     fetch = add("fetch", _fetch, "Downloads VGG16's features for LPIPS, once.")
     fetch.add_argument("--url", default=None, help="another place of torchvision's file")
@@ -131,15 +143,55 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _pack(args: argparse.Namespace) -> int:
     if not args.images.is_dir():
         raise MissingInputError(f"{args.images}: no such folder")
-    from kl_f8_train.images import list_folder
-    from kl_f8_train.shards import pack
+    from kl_f8_train.pack import pack
 
-    files = list_folder(args.images)
-    if not files:
-        raise MissingInputError(f"no images in {args.images}")
-    written = pack(files, args.out, args.per_shard)
-    print(f"{len(files):,} images in {len(written)} shards: {args.out}")
+    with _bar("image") as progress:
+        result = pack(
+            args.images,
+            args.out,
+            per_shard=args.per_shard,
+            workers=args.workers,
+            reencode=args.reencode,
+            progress=progress,
+        )
+    print(result)
     return 0
+
+
+def _index(args: argparse.Namespace) -> int:
+    from kl_f8_train import shards
+    from kl_f8_train.cache import ShardCache
+    from kl_f8_train.checkpoint import cache_dir
+
+    filters = [shards.Filter.parse(text) for text in args.filter]
+    locations = shards.expand(args.source)
+    directory = shards.index_directory(locations, args.index_dir)
+    root = Path(args.cache_dir) if args.cache_dir else cache_dir() / "shards"
+    cache = ShardCache(root, round(args.cache_gib * 2**30))
+    with _bar("shard") as progress:
+        shards.build_index(locations, directory, cache, args.workers, progress)
+    source = shards.TarSource(directory, filters, cache)
+    print("\n".join([*source.describe(), f"fields: {', '.join(source.columns) or 'none'}"]))
+    print(f"index: {directory}")
+    for message in source.broken.values():
+        print(message)
+    if source.broken:
+        raise MissingInputError(f"{len(source.broken)} of {len(locations)} shards are broken")
+    return 0
+
+
+@contextlib.contextmanager
+def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar as a function (done, total), silent where there is no terminal."""
+    from tqdm import tqdm
+
+    with tqdm(unit=unit, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
 
 
 def _fetch(args: argparse.Namespace) -> int:

@@ -8,6 +8,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,13 @@ from torch.optim import Adam
 from tqdm import tqdm
 
 from kl_f8_train import checkpoint, config, images, state
+from kl_f8_train.cache import ShardCache, is_remote
 from kl_f8_train.config import Config
-from kl_f8_train.data import Batch
+from kl_f8_train.data import Batch, upcoming
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.finetuner import Finetuner, average_over_ranks
+from kl_f8_train.plan import Plan
+from kl_f8_train.shards import Source
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -154,12 +159,15 @@ def ema_reconstruction(finetuner: Finetuner, image: Tensor) -> Tensor:
 class RunLog(Callback):
     """metrics.csv always; a progress bar or plain lines; wandb on request."""
 
-    def __init__(self, run_dir: Path, settings: Config, start: int) -> None:
-        self.run_dir, self.config, self.start = run_dir, settings, start
+    def __init__(self, run_dir: Path, settings: Config, start: int, plan: Plan) -> None:
+        self.run_dir, self.config, self.start, self.plan = run_dir, settings, start, plan
+        given = settings.init.iteration
+        self.first = start if given is None else given  # iteration at which the run began
         self.table = MetricsFile(run_dir / "metrics.csv", start)
         self.sums: dict[str, Tensor] = {}
         self.count = 0
-        self.skipped = 0
+        self.skipped: Counter[tuple[str, str]] = Counter()  # (source, reason), on this rank
+        self.seen = 0  # images, on this rank
         self.wandb: Any = None
         self.bar: Any = None
         self.waited = 0.0
@@ -185,7 +193,7 @@ class RunLog(Callback):
     ) -> None:
         """Adds an iteration's figures, and reports every `log.every`."""
         finetuner = finetuner_of(pl_module)
-        self._note_skipped(batch)
+        self._note_skipped(batch, trainer)
         for key, value in finetuner.metrics.items():
             if key not in self.sums:
                 self.sums[key] = torch.zeros((), dtype=torch.float64)
@@ -201,6 +209,8 @@ class RunLog(Callback):
         """Reports the rest."""
         if self.count:
             self._report(trainer, finetuner_of(pl_module))
+        if trainer.is_global_zero:
+            self._tell_mixture(finetuner_of(pl_module).iteration)
         if self.bar is not None:
             self.bar.close()
         if self.wandb is not None:
@@ -224,7 +234,10 @@ class RunLog(Callback):
         seconds = time.perf_counter() - self.mark
         row["images_per_second"] = self.count * self.config.global_batch / seconds
         row["data_wait_share"] = self.waited / seconds
-        row["skipped_images"] = self.skipped
+        row["skipped_images"] = self.skipped.total()
+        for name, source in self.plan.plans.items():
+            row[f"images_{name}"] = source.share * (finetuner.iteration - self.first)
+            row[f"passes_{name}"] = source.passes(finetuner.iteration - self.first)
         if finetuner.device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if trainer.is_global_zero:
@@ -256,19 +269,69 @@ class RunLog(Callback):
             [head, *shown, f"{row['images_per_second']:.1f} images/s", f"{rest} left"]
         )
 
-    def _note_skipped(self, batch: Batch) -> None:
+    def _note_skipped(self, batch: Batch, trainer: Trainer) -> None:
+        """Counts, names and files bad images; too many of them end the run."""
+        self.seen += len(batch.keys)
         for message in batch.skipped:
-            self.skipped += 1
-            if self.skipped <= 20:
+            key, _, reason = message.partition(": ")
+            self.skipped[key.partition("/")[0], reason.partition(":")[0]] += 1
+            if self.skipped.total() <= 20:
                 self._say(f"skipped an image: {message}")
-            with (self.run_dir / "skipped.txt").open("a", encoding="utf-8") as file:
+            with (self.run_dir / f"skipped-{trainer.global_rank}.txt").open("a") as file:
                 file.write(f"{message}\n")
+        bad, limit = self.skipped.total(), self.config.data.max_bad_share
+        if self.seen >= 1000 and bad > limit * self.seen:
+            raise RunFailedError(
+                f"{bad:,} of {self.seen:,} images cannot be used, more than data.max_bad_share="
+                f"{limit:g}: {self._reasons()}; they are named in {self.run_dir}/skipped-*.txt"
+            )
+
+    def _reasons(self, source: str | None = None) -> str:
+        counts: Counter[str] = Counter()
+        for (name, reason), number in self.skipped.items():
+            if source in (None, name):
+                counts[reason] += number
+        return ", ".join(f"{reason} {number:,}" for reason, number in counts.most_common())
+
+    def _tell_mixture(self, iteration: int) -> None:
+        for name, source in self.plan.plans.items():
+            done = iteration - self.first
+            share = 100 * source.share / self.plan.batch
+            replaced = self._reasons(name) or "none"
+            self._say(
+                f"data: {name}: {source.share * done:,} images ({share:.4g} %), "
+                f"{source.passes(done):.2f} passes; replaced on this rank: {replaced}"
+            )
 
     def _say(self, line: str) -> None:
         if self.bar is not None:
             self.bar.write(line)
         else:
             print(line, flush=True)
+
+
+class Prefetch(Callback):
+    """Fetches the remote shards of the next iterations ahead of their use, on the GPU's node."""
+
+    AHEAD, EVERY = 200, 50  # iterations
+
+    def __init__(self, plan: Plan, sources: Mapping[str, Source], cache: ShardCache) -> None:
+        self.plan, self.sources, self.cache = plan, sources, cache
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins."""
+        self._ask(trainer, finetuner_of(pl_module).iteration)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Goes on every few iterations."""
+        iteration = finetuner_of(pl_module).iteration
+        if iteration % self.EVERY == 0:
+            self._ask(trainer, iteration)
+
+    def _ask(self, trainer: Trainer, iteration: int) -> None:
+        ahead = range(iteration, iteration + self.AHEAD)
+        wanted = upcoming(self.plan, self.sources, ahead, trainer.global_rank, trainer.world_size)
+        self.cache.prefetch([place for place in wanted if is_remote(place)])
 
 
 class MetricsFile:

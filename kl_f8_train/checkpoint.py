@@ -378,6 +378,12 @@ def check_writable(directory: Path) -> None:
         raise RunFailedError(f"cannot write in {directory}: {error}") from error
 
 
+def cache_dir() -> Path:
+    """$KL_F8_TRAIN_CACHE, or kl_f8_train in the user's cache directory."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("KL_F8_TRAIN_CACHE") or Path(base) / "kl_f8_train")
+
+
 # --- hashes ---------------------------------------------------------------------------------
 
 

@@ -104,8 +104,11 @@ class Ema:
 class Source:
     """One set of images."""
 
-    shards: str = setting("brace pattern, glob, directory, .tar or list file of WebDataset shards")
+    shards: str = setting(
+        "shards: brace pattern, glob, directory, .tar, list file, address; or a folder of images"
+    )
     weight: float = setting("share in every batch, relative to the other sources", 1.0)
+    filters: list[str] = setting("conditions on an image's metadata, such as 'width >= 256'", list)
 
 
 @dataclass(kw_only=True)
@@ -115,9 +118,20 @@ class Data:
     sources: dict[str, Source] = setting("name -> source")
     shorter_side: int | None = setting("bicubic resize of the shorter side, in pixels; null: none")
     crop: int = setting("random square crop, in pixels; a multiple of 8")
+    flip: bool = setting("mirror every other image, at random (the original does not)", False)
     lanes: int = setting("parallel lanes of the plan, at most", 48)
+    max_bad_share: float = setting("share of bad images that stops a run, from 1,000 on", 0.1)
     bad_shards: Literal["stop", "skip"] = setting("what a truncated shard does at start", "stop")
     workers: int = setting("loader processes per GPU", 4, machine=True)
+    index_dir: str | None = setting(
+        "where indexes are kept; null: beside the shards, or in the user's cache",
+        None,
+        machine=True,
+    )
+    cache_dir: str | None = setting(
+        "node-local directory for remote shards; null: in the user's cache", None, machine=True
+    )
+    cache_gib: float = setting("size of that directory at most, in GiB", 100.0, machine=True)
 
 
 @dataclass(kw_only=True)
@@ -371,6 +385,8 @@ def _ranges(config: Config) -> Iterator[str]:
         "stop_iteration": config.stop_iteration,
         "max_bad_updates": config.max_bad_updates,
         "log.every": config.log.every,
+        "data.cache_gib": config.data.cache_gib,
+        "data.max_bad_share": config.data.max_bad_share,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "compute.num_nodes": 1 if config.compute.num_nodes is None else config.compute.num_nodes,

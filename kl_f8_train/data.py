@@ -4,17 +4,22 @@ Crop and noise are drawn from (seed, position), so a batch is the same whatever 
 GPUs, workers and restarts.
 """
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kl_f8_train import images
+from kl_f8_train.cache import ShardCache
+from kl_f8_train.checkpoint import cache_dir
 from kl_f8_train.config import Config, source_shares
 from kl_f8_train.errors import ImageError, MissingInputError
-from kl_f8_train.shards import Plan, Shard, index_source, random_state
+from kl_f8_train.plan import Plan, random_state
+from kl_f8_train.shards import FolderSource, Source, TarSource, open_source
 
 MAX_NEIGHBOURS = 100  # bad samples in a row before the run stops
 
@@ -51,38 +56,48 @@ class Batch:
 class PositionDataset(Dataset[Sample]):
     """position = iteration * global_batch + slot -> Sample."""
 
-    def __init__(self, plan: Plan, config: Config) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, sources: Mapping[str, Source], config: Config) -> None:
+        self.plan, self.sources = plan, dict(sources)
         self.seed = config.seed
-        self.shorter_side = config.data.shorter_side
-        self.crop = config.data.crop
+        self.shorter_side, self.crop, self.flip = (
+            config.data.shorter_side,
+            config.data.crop,
+            config.data.flip,
+        )
         side = config.data.crop // 2 ** (len(config.model.ch_mult) - 1)
         self.noise_shape = (2 if config.second_forward else 1, config.model.embed_dim, side, side)
 
     def __getitem__(self, position: int) -> Sample:
         """Raises MissingInputError if MAX_NEIGHBOURS samples in a row are bad."""
-        source, shard, first = self.plan.locate(position)
-        top, left = random_state(self.seed, "crop", position).random_sample(2)
+        name, shard, first = self.plan.locate(position)
+        source = self.sources[name]
+        count = int(source.counts[shard])
         skipped: list[str] = []
-        for step in range(min(len(shard), MAX_NEIGHBOURS)):
-            number = (first + step) % len(shard)  # a bad sample gives way to its neighbour
-            key = f"{source}/{shard.path.name}/{shard.keys[number]}"
+        for step in range(min(count, MAX_NEIGHBOURS)):
+            number = (first + step) % count  # a bad sample gives way to its neighbour
+            key = f"{source.location(shard)}, image {number}"
             try:
-                image = self._load(shard, number, float(top), float(left))
+                key, data = source.read(shard, number)
+                image = self._load(data, position)
             except ImageError as error:
-                skipped.append(f"{key}: {error}")
-                continue
-            return Sample(image, self._noise(position), key, skipped)
+                skipped.append(f"{name}/{key}: {error}")
+            except OSError as error:
+                skipped.append(f"{name}/{key}: cannot be read: {error}")
+            else:
+                return Sample(image, self._noise(position), f"{name}/{key}", skipped)
         raise MissingInputError(
-            f"{len(skipped)} images in a row cannot be used, from {skipped[0]}; "
-            f"check {shard.path} and data.shorter_side={self.shorter_side}, data.crop={self.crop}"
+            f"{len(skipped)} images in a row cannot be used, from {skipped[0]}; check "
+            f"{source.location(shard)} and data.shorter_side={self.shorter_side}, "
+            f"data.crop={self.crop}"
         )
 
-    def _load(self, shard: Shard, number: int, top: float, left: float) -> Tensor:
-        image = images.decode(shard.read(number))
+    def _load(self, data: bytes, position: int) -> Tensor:
+        top, left, mirror = random_state(self.seed, "crop", position).random_sample(3)
+        image = images.decode(data)
         if self.shorter_side is not None:
             image = images.resize_shorter(image, self.shorter_side)
-        return images.crop(image, self.crop, top, left)
+        image = images.crop(image, self.crop, float(top), float(left))
+        return images.flip(image) if self.flip and mirror < 0.5 else image
 
     def _noise(self, position: int) -> Tensor:
         draw = random_state(self.seed, "noise", position).standard_normal(self.noise_shape)
@@ -108,16 +123,53 @@ class IterationSampler(Sampler[list[int]]):
         return sum(len(part) for part in self.iterations)
 
 
-def build_plan(config: Config, warn=print) -> Plan:  # type: ignore[no-untyped-def]
-    """Indexes every source of a configuration and deals them.
+def open_data(
+    config: Config, warn: Callable[[str], None] = print
+) -> tuple[Plan, dict[str, TarSource | FolderSource]]:
+    """Opens every source of a configuration and deals them.
 
-    Raises MissingInputError for shards that are missing, broken or empty.
+    Raises MissingInputError for shards that are missing, broken, empty or not indexed.
     """
+    cache = shard_cache(config)
+    data = config.data
     sources = {
-        name: index_source(name, source.shards, config.data.bad_shards, warn)
-        for name, source in config.data.sources.items()
+        name: open_source(
+            name,
+            source.shards,
+            source.filters,
+            cache,
+            bad_shards=data.bad_shards,
+            index_dir=data.index_dir,
+            warn=warn,
+        )
+        for name, source in data.sources.items()
     }
-    return Plan(sources, source_shares(config), config.data.lanes, config.seed)
+    counts = {name: source.counts.tolist() for name, source in sources.items()}
+    return Plan(counts, source_shares(config), data.lanes, config.seed), sources
+
+
+def shard_cache(config: Config) -> ShardCache:
+    """The node's cache of remote shards."""
+    root = Path(config.data.cache_dir or cache_dir() / "shards")
+    return ShardCache(root, round(config.data.cache_gib * 2**30))
+
+
+def upcoming(
+    plan: Plan,
+    sources: Mapping[str, Source],
+    iterations: range,
+    rank: int,
+    world: int,
+) -> list[str]:
+    """Locations of the shards that a rank reads in these iterations, in the order of their use."""
+    found: dict[str, None] = {}
+    for positions in IterationSampler(
+        iterations.start, iterations.stop, 0, plan.batch, rank, world
+    ):
+        for position in positions:
+            name, shard, _ = plan.locate(position)
+            found[sources[name].location(shard)] = None
+    return list(found)
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -138,9 +190,12 @@ def loader(dataset: PositionDataset, sampler: IterationSampler, workers: int) ->
         collate_fn=collate,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_single_thread,
+        worker_init_fn=_start_worker,
     )
 
 
-def _single_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    """One thread; signals are the main process's business, which tells its workers to end."""
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

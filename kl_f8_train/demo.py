@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from kl_f8_train import checkpoint, config, evaluate, export, images, perceptual, report, shards
+from kl_f8_train import checkpoint, config, evaluate, export, images, perceptual, report
 from kl_f8_train.config import Config
-from kl_f8_train.data import IterationSampler, PositionDataset, build_plan, loader
+from kl_f8_train.data import IterationSampler, PositionDataset, loader, open_data
 from kl_f8_train.discriminator import Discriminator, initialize
 from kl_f8_train.errors import MissingInputError, RunFailedError
 from kl_f8_train.losses import (
@@ -26,6 +26,7 @@ from kl_f8_train.losses import (
     reconstruction_loss,
 )
 from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.pack import pack
 from kl_f8_train.train import train
 
 TRAINING = ("astronaut.png", "coffee.png", "hubble_deep_field.jpg")
@@ -166,7 +167,7 @@ def _base_batches(
     data = replace(settings.data, crop=crop)
     settings = replace(settings, data=data, global_batch=batch)
     sampler = IterationSampler(start, stop, 0, batch, 0, 1)
-    for item in loader(PositionDataset(build_plan(settings, say), settings), sampler, 1):
+    for item in loader(PositionDataset(*open_data(settings, say), settings), sampler, 1):
         yield images.to_float(item.images), item.noise[0]
 
 
@@ -233,7 +234,7 @@ def _pack_photographs(run_dir: Path) -> Path:
                 _tile(source / name, tiles, stride=96, channels=channels)
         for name in HELD_OUT:
             _tile(source / name, run_dir / "held_out", stride=128)
-        shards.pack(images.list_folder(tiles), out, per_shard=100)
+        pack(tiles, out, per_shard=100)
     return out
 
 

@@ -35,4 +35,4 @@ class RunFailedError(UserError):
 
 
 class ImageError(ValueError):
-    """One image that cannot be used; the run goes on with its neighbour."""
+    """One image that cannot be used, `reason: detail`; the run goes on with its neighbour."""

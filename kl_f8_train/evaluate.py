@@ -18,7 +18,7 @@ from kl_f8_train import images as pixels
 from kl_f8_train.errors import ImageError, MissingInputError
 from kl_f8_train.model import AutoencoderKL
 from kl_f8_train.perceptual import LABELS, PerceptualDistance
-from kl_f8_train.shards import random_state
+from kl_f8_train.plan import random_state
 
 METRICS = ("psnr", "ssim", "perceptual", "psim", "sharpness")
 

@@ -5,57 +5,130 @@ uint8 images are (3, H, W) in 0..255; float images are (B, 3, H, W) in [-1, 1].
 
 import io
 import math
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from kl_f8_train.errors import ImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # by content; the suffix may lie
+MAX_PIXELS = 100_000_000  # of one image, as its header says
+ORIENTATION = 0x0112  # EXIF's tag
+UPRIGHT: dict[int, Callable[[Tensor], Tensor]] = {  # EXIF's numbers; (3, H, W)
+    2: lambda image: image.flip(-1),
+    3: lambda image: image.flip(-2, -1),
+    4: lambda image: image.flip(-2),
+    5: lambda image: image.mT,
+    6: lambda image: image.rot90(-1, (-2, -1)),
+    7: lambda image: image.mT.flip(-2, -1),
+    8: lambda image: image.rot90(1, (-2, -1)),
+}
 
 
-def decode(data: bytes) -> Tensor:
-    """Encoded image -> uint8 (3, H, W), turned upright by its EXIF orientation.
+def decode(data: bytes, draft_side: int | None = None) -> Tensor:
+    """Encoded image -> uint8 (3, H, W), turned upright by its EXIF orientation; not contiguous.
 
-    16-bit grey is scaled, transparency is laid on white. Raises ImageError for anything broken.
+    16-bit grey is scaled, transparency is laid on white, a film is its first frame. `draft_side`
+    lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size while both sides stay that long: faster
+    for large photographs, but other pixels and so other targets of the training.
+    Raises ImageError for anything broken and for more than MAX_PIXELS.
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
-            return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1).contiguous()
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            size = opened.size
+            if math.prod(size) > MAX_PIXELS:
+                raise ImageError(f"too many pixels: {size[0]} x {size[1]}")
+            if draft_side is not None:
+                opened.draft(opened.mode, (draft_side, draft_side))
+            plain = opened.format == "JPEG" and opened.mode in ("RGB", "L") and opened.size == size
+            image = _decode_jpeg(data, size) if plain else None
+            if image is None:
+                image = _decode_pil(opened)
+            turn = UPRIGHT.get(opened.getexif().get(ORIENTATION, 1))
+            return turn(image) if turn else image
+    except ImageError:
+        raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"too many pixels: {error}") from error
+    except UnidentifiedImageError as error:  # its text has an address, new in each process
+        raise ImageError("not a readable image: of no known format") from error
     except Exception as error:  # whatever a broken file makes its parser raise
         raise ImageError(f"not a readable image: {error}") from error
 
 
+def _decode_jpeg(data: bytes, size: tuple[int, int]) -> Tensor | None:
+    """A JPEG by torchvision: Pillow's values in three quarters of its time, by fewer copies.
+
+    None if there is anything wrong: then Pillow decides.
+    """
+    decoder = _jpeg_decoder()
+    if decoder is None:
+        return None
+    try:
+        image = decoder(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    except Exception:
+        return None
+    return image if image.shape == (3, size[1], size[0]) else None
+
+
+@lru_cache(maxsize=1)
+def _jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
+    """torchvision's decoder, which takes 2 s to import; None once a release has dropped it."""
+    try:
+        from torchvision.io import (  # type: ignore[import-untyped]
+            ImageReadMode,
+            decode_jpeg,
+        )
+    except Exception:
+        return None
+    return partial(decode_jpeg, mode=ImageReadMode.RGB)
+
+
+def _decode_pil(opened: Image.Image) -> Tensor:
+    opened.load()
+    image = _to_rgb(opened)
+    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return values.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
-        levels = np.asarray(image).astype(np.float64) / 257.0
-        return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        levels = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def resize_shorter(image: Tensor, side: int) -> Tensor:
     """Bicubic, antialiased, on 8-bit values; shorter side -> `side`.
 
-    Under 1 % of the values differ from PIL's, by one level, very few by two.
+    Under 1 % of the values differ from PIL's, by one level, very few by two. Three times as fast.
+    Raises ImageError for more than MAX_PIXELS: a line of pixels would become a bomb.
     """
     height, width = image.shape[-2:]
     if min(height, width) == side:
         return image
     scale = side / min(height, width)
     size = (max(side, round(height * scale)), max(side, round(width * scale)))
-    resized = F.interpolate(image[None], size=size, mode="bicubic", antialias=True)
-    return resized[0].contiguous()
+    if math.prod(size) > MAX_PIXELS:
+        raise ImageError(
+            f"too many pixels: {size[1]} x {size[0]}, enlarged from {width} x {height}"
+        )
+    return F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
+
+
+def flip(image: Tensor) -> Tensor:
+    """The mirror image, left and right exchanged."""
+    return image.flip(-1)
 
 
 def crop(image: Tensor, side: int, top_share: float = 0.5, left_share: float = 0.5) -> Tensor:

@@ -8,7 +8,6 @@ the `stlpips-pytorch` wheel. It is never called LPIPS.
 
 import hashlib
 import importlib.util
-import os
 import urllib.error
 import urllib.request
 import warnings
@@ -116,7 +115,7 @@ def find_vgg(explicit: str | None = None) -> Path:
     Raises MissingInputError saying how to get it.
     """
     hub = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
-    candidates = [Path(explicit)] if explicit else [cache_dir() / VGG_FILE, hub]
+    candidates = [Path(explicit)] if explicit else [checkpoint.cache_dir() / VGG_FILE, hub]
     for path in candidates:
         if path.is_file():
             return path
@@ -133,7 +132,7 @@ def fetch_vgg(url: str = VGG_URL, sha256_prefix: str = VGG_SHA256_PREFIX) -> Pat
 
     Raises RunFailedError if the network or the checksum fails.
     """
-    target = cache_dir() / VGG_FILE
+    target = checkpoint.cache_dir() / VGG_FILE
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -153,12 +152,6 @@ def fetch_vgg(url: str = VGG_URL, sha256_prefix: str = VGG_SHA256_PREFIX) -> Pat
     return target
 
 
-def cache_dir() -> Path:
-    """$KL_F8_TRAIN_CACHE, or kl_f8_train in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("KL_F8_TRAIN_CACHE") or Path(base) / "kl_f8_train")
-
-
 def _download(url: str, path: Path) -> str:
     digest = hashlib.sha256()
     try:
@@ -168,8 +161,8 @@ def _download(url: str, path: Path) -> str:
                 digest.update(block)
     except (urllib.error.URLError, TimeoutError) as error:
         raise RunFailedError(
-            f"cannot fetch {url}: {error}\nCopy the file to {cache_dir()} from another machine, or "
-            "name it with loss.perceptual_weights=PATH"
+            f"cannot fetch {url}: {error}\nCopy the file to {checkpoint.cache_dir()} from another "
+            "machine, or name it with loss.perceptual_weights=PATH"
         ) from error
     return digest.hexdigest()
 

@@ -1,250 +1,540 @@
-"""Which image is the i-th of iteration t, and its bytes, from WebDataset shards.
+"""Where the images of a source are, and their bytes: indexed tar shards, or a plain folder.
 
-Each shard is indexed once from its tar headers. A plan then is arithmetic: the shards of a source,
-permuted anew in each pass, form one stream with the samples permuted inside each shard; the stream
-is cut into L equal lanes, and every iteration takes the next few samples of each lane. Nothing
-depends on the number of processes or workers, and nothing needs to be stored to resume.
+A shard is indexed once from its tar headers and JSON members: where each image lies, and every
+number known of it. The index of a source is a directory of arrays that are mapped, not read, so
+that 100,000 shards of 1,000 images open in seconds. Filters are applied to the index.
 """
 
 import glob
 import hashlib
+import json
 import os
+import re
 import tarfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from webdataset.shardlists import expand_urls
-from webdataset.writer import ShardWriter
 
+from kl_f8_train import checkpoint
+from kl_f8_train.cache import ShardCache, is_remote
 from kl_f8_train.errors import MissingInputError, UsageError
-from kl_f8_train.images import SUFFIXES
+from kl_f8_train.images import SUFFIXES, list_folder
+
+BLOCK = 512  # bytes; everything in a tar starts at a multiple of it
+CHUNK = 64  # shards indexed as one resumable part
+AUTOMATIC = 2000  # local shards that are indexed without being asked
+
+Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Shard:
-    """The images of one tar file: where their bytes lie."""
+class Source(Protocol):
+    """What the plan and the data set need of a source."""
 
-    path: Path
-    keys: tuple[str, ...]
-    offsets: np.ndarray
-    sizes: np.ndarray
+    counts: np.ndarray  # images of each shard, after filters
 
-    def __len__(self) -> int:
-        return len(self.keys)
+    def read(self, shard: int, sample: int) -> tuple[str, bytes]:
+        """Name (shard and file) and encoded image."""
 
-    def read(self, sample: int) -> bytes:
-        """The encoded image of one sample."""
-        with self.path.open("rb") as file:
-            return os.pread(file.fileno(), int(self.sizes[sample]), int(self.offsets[sample]))
+    def location(self, shard: int) -> str:
+        """Path or address of a shard."""
+
+    def describe(self) -> list[str]:
+        """Lines on what is in it, and what the filters dropped."""
 
 
-# --- finding and indexing -------------------------------------------------------------------
+# --- finding --------------------------------------------------------------------------------
 
 
-def expand(pattern: str) -> list[Path]:
-    """Brace pattern, glob, directory, list file (.txt) or single tar -> paths of shards.
+def expand(pattern: str) -> list[str]:
+    """Brace pattern, glob, directory, list file (.txt), single tar or address -> shards.
 
     Raises MissingInputError naming what is not there.
     """
     path = Path(pattern)
+    if path.is_dir():
+        found = sorted(str(tar) for tar in path.glob("*.tar"))
+        if not found:
+            raise MissingInputError(f"no shards and no images in {path}")
+        return found
+    if path.suffix == ".txt" and path.is_file():
+        lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+        return _existing([line for line in lines if line and not line.startswith("#")], pattern)
+    if pattern.startswith("pipe:"):
+        return [pattern]
     try:
         parts = list(expand_urls(pattern))
     except (ValueError, AssertionError) as error:
         raise MissingInputError(f"no shards: {pattern} is not a pattern: {error}") from error
-    if path.is_dir():
-        paths = sorted(path.glob("*.tar"))
-        if not paths:
-            raise MissingInputError(
-                f"no shards: {path} holds no .tar files (`kl-f8-train pack` makes them)"
-            )
-    elif path.suffix == ".txt" and path.is_file():
-        paths = [Path(line.strip()) for line in path.read_text().splitlines() if line.strip()]
-    elif any(letter in pattern for letter in "*?["):
-        paths = [Path(found) for part in parts for found in sorted(glob.glob(part))]
-    else:
-        paths = [Path(part) for part in parts]
-    missing = [str(p) for p in paths if not p.is_file()]
-    if missing or not paths:
+    if not is_remote(pattern) and any(letter in pattern for letter in "*?["):
+        parts = [found for part in parts for found in sorted(glob.glob(part))]
+    return _existing(parts, pattern)
+
+
+def _existing(locations: list[str], pattern: str) -> list[str]:
+    missing = [place for place in locations if not is_remote(place) and not os.path.isfile(place)]
+    if missing or not locations:
         shown = ", ".join(missing[:3]) or pattern
         raise MissingInputError(
-            f"no shards: {len(missing)} of {len(paths)} files are missing ({shown})"
+            f"no shards: {len(missing)} of {len(locations)} files are missing ({shown})"
         )
-    return paths
+    return locations
 
 
-def index_shard(path: Path) -> Shard:
-    """Reads the headers of one tar.
+# --- one tar --------------------------------------------------------------------------------
+
+
+@dataclass
+class TarIndex:
+    """The images of one tar: where they lie, and every number in the JSON beside each."""
+
+    blocks: list[int] = field(default_factory=list)  # offset of the image, in blocks
+    sizes: list[int] = field(default_factory=list)  # bytes
+    numbers: list[dict[str, float]] = field(default_factory=list)
+    without_image: int = 0
+
+
+def index_tar(path: Path) -> TarIndex:
+    """Reads the headers and JSON members of one tar.
 
     Raises MissingInputError if it is cut short (also at a header boundary) or is no tar.
     """
-    keys: list[str] = []
-    offsets: list[int] = []
-    sizes: list[int] = []
+    found = TarIndex()
+    previous: tuple[str, str] | None = None
+    pending: dict[str, float] = {}
+    has_image = True
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                name = member.name.rsplit("/", 1)[-1]
-                key, _, extension = name.partition(".")
-                if member.isfile() and f".{extension.lower()}" in SUFFIXES:
-                    keys.append(key)
-                    offsets.append(member.offset_data)
-                    sizes.append(member.size)
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                base, _, extension = name.partition(".")
+                if (folder, base) != previous:
+                    found.without_image += not has_image
+                    previous, pending, has_image = (folder, base), {}, False
+                if extension.lower() == "json":
+                    handle = archive.extractfile(member)
+                    pending.update(_numbers(handle.read() if handle else b""))
+                elif f".{extension.lower()}" in SUFFIXES and not has_image:
+                    has_image = True
+                    found.blocks.append(member.offset_data // BLOCK)
+                    found.sizes.append(member.size)
+                    found.numbers.append(pending)
             end = archive.offset
         with path.open("rb") as file:
             file.seek(end)
-            block = file.read(512)
-        marked = len(block) == 512 and not block.strip(b"\0")
+            block = file.read(BLOCK)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise MissingInputError(
-            f"shard {path} is broken: {error} after {len(keys)} images"
+            f"shard {path} is broken: {error} after {len(found.sizes)} images"
         ) from error
-    if not marked:
-        raise MissingInputError(f"shard {path} is cut short: no end mark after {len(keys)} images")
-    return Shard(path, tuple(keys), np.array(offsets, np.int64), np.array(sizes, np.int64))
+    found.without_image += not has_image
+    if len(block) != BLOCK or block.strip(b"\0"):
+        raise MissingInputError(
+            f"shard {path} is cut short: no end mark after {len(found.sizes)} images"
+        )
+    return found
 
 
-def index_source(
-    name: str, pattern: str, bad_shards: str = "stop", warn: Callable[[str], None] = print
-) -> list[Shard]:
-    """Indexes every shard of a source; a broken one stops, or is left out and named ("skip").
-
-    Raises MissingInputError if shards are missing or broken, or hold no image at all.
-    """
+def _numbers(text: bytes) -> dict[str, float]:
+    """The numeric fields of a JSON object; broken JSON has none."""
     try:
-        paths = expand(pattern)
-    except MissingInputError as error:
-        raise MissingInputError(f"data.sources.{name}.shards={pattern}: {error}") from error
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        found = list(pool.map(_try_index, paths))
-    broken = [str(item) for item in found if isinstance(item, MissingInputError)]
-    shards = [item for item in found if isinstance(item, Shard) and len(item)]
+        values = json.loads(text)
+    except ValueError:
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    return {
+        str(key): float(value)
+        for key, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+# --- the index of a source ------------------------------------------------------------------
+
+
+def index_directory(locations: Sequence[str], given: str | None = None) -> Path:
+    """Where the index of these shards is kept: as given, beside them, or in the user's cache."""
+    name = hashlib.sha256("\n".join(locations).encode()).hexdigest()[:16]
+    if given:
+        return Path(given) / name
+    parent = Path(locations[0]).parent
+    if not is_remote(locations[0]) and os.access(parent, os.W_OK):
+        return parent / ".kl_f8_index" / name
+    return checkpoint.cache_dir() / "index" / name
+
+
+def build_index(
+    locations: Sequence[str],
+    directory: Path,
+    cache: ShardCache,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> None:
+    """Indexes shards in resumable parts and merges them; a part of unchanged shards is kept."""
+    directory.mkdir(parents=True, exist_ok=True)
+    chunks = [list(locations[i : i + CHUNK]) for i in range(0, len(locations), CHUNK)]
+    tasks = [(directory / f"part-{n:06d}.npz", chunk, cache) for n, chunk in enumerate(chunks)]
+    if workers > 1 and len(tasks) > 1:
+        with ProcessPoolExecutor(workers) as pool:
+            done = pool.map(_index_chunk, tasks)
+            _count(done, len(locations), progress)
+    else:
+        _count(map(_index_chunk, tasks), len(locations), progress)
+    _merge([part for part, *_ in tasks], locations, directory)
+
+
+def _count(done: Iterable[int], total: int, progress: Progress | None) -> None:
+    finished = 0
+    for number in done:
+        finished += number
+        if progress is not None:
+            progress(finished, total)
+
+
+def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
+    """Indexes a chunk of shards into one part file, unless it is there and still right."""
+    part, chunk, cache = task
+    fingerprints = [fingerprint(place) for place in chunk]
+    if part.is_file() and _part_header(part)["fingerprints"] == fingerprints:
+        return len(chunk)
+    blocks: list[int] = []
+    sizes: list[int] = []
+    numbers: list[dict[str, float]] = []
+    counts, without, broken = [], 0, {}
+    for place in chunk:
+        try:
+            one = index_tar(cache.path(place))
+        except MissingInputError as error:
+            one, broken[place] = TarIndex(), str(error)
+        blocks += one.blocks
+        sizes += one.sizes
+        numbers += one.numbers
+        counts.append(len(one.sizes))
+        without += one.without_image
+    names = sorted({key for row in numbers for key in row})
+    columns = {
+        f"column_{i}": np.array([row.get(key, np.nan) for row in numbers], np.float32)
+        for i, key in enumerate(names)
+    }
+    header = {
+        "fingerprints": fingerprints,
+        "counts": counts,
+        "columns": names,
+        "broken": broken,
+        "without_image": without,
+    }
+    with checkpoint.atomic_path(part) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            header=np.frombuffer(json.dumps(header).encode(), np.uint8),
+            blocks=np.array(blocks, np.uint32),
+            sizes=np.array(sizes, np.uint32),
+            **columns,  # type: ignore[arg-type]
+        )
+    return len(chunk)
+
+
+def _part_header(part: Path) -> dict[str, Any]:
+    with np.load(part) as arrays:
+        header: dict[str, Any] = json.loads(arrays["header"].tobytes())
+    return header
+
+
+def fingerprint(place: str) -> list[int]:
+    """[size, mtime in ns] of a local shard; [0, 0] for a remote one."""
+    if is_remote(place):
+        return [0, 0]
+    try:
+        status = os.stat(place)
+    except OSError:
+        return [-1, -1]
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _merge(parts: list[Path], locations: Sequence[str], directory: Path) -> None:
+    """Joins parts into arrays that can be mapped, and index.json last."""
+    headers = [_part_header(part) for part in parts]
+    rows = [sum(header["counts"]) for header in headers]
+    names = sorted({name for header in headers for name in header["columns"]})
+    total = sum(rows)
+    arrays: dict[str, Any] = {"blocks": np.uint32, "sizes": np.uint32}
+    arrays |= {f"column-{i}": np.float32 for i in range(len(names))}
+    for array, kind in arrays.items():
+        with checkpoint.atomic_path(directory / f"{array}.npy") as temporary:
+            if total == 0:
+                with temporary.open("wb") as file:
+                    np.save(file, np.zeros(0, kind))
+                continue
+            target = np.lib.format.open_memmap(temporary, "w+", np.dtype(kind), (total,))
+            start = 0
+            for part, header, count in zip(parts, headers, rows, strict=True):
+                target[start : start + count] = _column(part, header, array, names, count)
+                start += count
+            target.flush()
+    checkpoint.write_json(
+        directory / "index.json",
+        {
+            "version": 1,
+            "locations": list(locations),
+            "fingerprints": [f for header in headers for f in header["fingerprints"]],
+            "counts": [count for header in headers for count in header["counts"]],
+            "columns": names,
+            "broken": {k: v for header in headers for k, v in header["broken"].items()},
+            "without_image": sum(header["without_image"] for header in headers),
+        },
+    )
+
+
+def _column(
+    part: Path, header: dict[str, Any], array: str, names: list[str], count: int
+) -> np.ndarray:
+    with np.load(part) as stored:
+        if not array.startswith("column-"):
+            return np.asarray(stored[array])
+        name = names[int(array.removeprefix("column-"))]
+        if name not in header["columns"]:
+            return np.full(count, np.nan, np.float32)
+        return np.asarray(stored[f"column_{header['columns'].index(name)}"])
+
+
+# --- filters --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Filter:
+    """`field operator number`; a sample without the field is dropped."""
+
+    field: str
+    operator: str
+    number: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Filter":
+        """Reads "width >= 256". Raises UsageError for anything else."""
+        match = re.fullmatch(r"\s*([\w.]+)\s*(>=|<=|==|!=|>|<)\s*([-+.\deE]+)\s*", text)
+        if not match:
+            raise UsageError(
+                f"filter {text!r}: expected FIELD OPERATOR NUMBER, such as 'width >= 256', with "
+                "one of >= <= == != > <"
+            )
+        try:
+            return cls(match[1], match[2], float(match[3]))
+        except ValueError:
+            raise UsageError(f"filter {text!r}: {match[3]} is not a number") from None
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.operator} {self.number:g}"
+
+    def mask(self, values: np.ndarray) -> np.ndarray:
+        """Which values pass; a missing one (NaN) does not."""
+        compare = {
+            ">=": np.greater_equal,
+            "<=": np.less_equal,
+            "==": np.equal,
+            "!=": np.not_equal,
+            ">": np.greater,
+            "<": np.less,
+        }[self.operator]
+        passed: np.ndarray = compare(values, np.float32(self.number))
+        return passed & ~np.isnan(values)
+
+
+# --- sources --------------------------------------------------------------------------------
+
+
+class TarSource:
+    """Indexed shards, after filters."""
+
+    def __init__(self, directory: Path, filters: Sequence[Filter], cache: ShardCache) -> None:
+        header = json.loads((directory / "index.json").read_text(encoding="utf-8"))
+        self.directory, self.cache, self.filters = directory, cache, list(filters)
+        self.locations: list[str] = header["locations"]
+        self.fingerprints: list[list[int]] = header["fingerprints"]
+        self.broken: dict[str, str] = header["broken"]
+        self.without_image: int = header["without_image"]
+        self.columns: list[str] = header["columns"]
+        self.starts = np.concatenate([[0], np.cumsum(np.array(header["counts"], np.int64))])
+        self.blocks = np.load(directory / "blocks.npy", mmap_mode="r")
+        self.sizes = np.load(directory / "sizes.npy", mmap_mode="r")
+        self.dropped: dict[str, int] = {}
+        self.counts = self._filtered_counts()
+        self._kept = lru_cache(maxsize=256)(self._kept_rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For loader processes: they map the arrays again."""
+        return {"directory": self.directory, "filters": self.filters, "cache": self.cache}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["directory"], state["filters"], state["cache"])  # type: ignore[misc]
+
+    def changed(self) -> list[str]:
+        """Local shards that are not what was indexed."""
+        with ThreadPoolExecutor(16) as pool:
+            now = list(pool.map(fingerprint, self.locations))
+        pairs = zip(self.locations, self.fingerprints, now, strict=True)
+        return [place for place, before, after in pairs if before != after]
+
+    def read(self, shard: int, sample: int) -> tuple[str, bytes]:
+        """Name, from the header in front of the data, and encoded image."""
+        row = self._kept(shard)[sample]
+        offset, size = (int(self.blocks[row]) - 1) * BLOCK, int(self.sizes[row])
+        with self.cache.open(self.locations[shard]) as file:
+            data = os.pread(file.fileno(), BLOCK + size, offset)
+        member = data[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
+        name = f"{os.path.basename(self.locations[shard])}/{os.path.basename(member)}"
+        return name, data[BLOCK:]
+
+    def location(self, shard: int) -> str:
+        """Path or address of a shard."""
+        return self.locations[shard]
+
+    def describe(self) -> list[str]:
+        """Images, shards, and the share that each filter dropped."""
+        total, kept = int(self.starts[-1]), int(self.counts.sum())
+        lines = [f"{kept:,} images in {len(self.locations):,} shards"]
+        for text, number in self.dropped.items():
+            lines.append(f"{text} dropped {number:,} ({100 * number / max(total, 1):.1f} %)")
+        if self.without_image:
+            lines.append(f"{self.without_image:,} samples have no image")
+        return lines
+
+    def _filtered_counts(self) -> np.ndarray:
+        """Images of each shard that pass, a stretch of shards at a time to bound the memory."""
+        counts = np.diff(self.starts)
+        if not self.filters:
+            return counts
+        columns = [self._column(item.field) for item in self.filters]
+        for first in range(0, len(counts), 1000):
+            edges = self.starts[first : first + 1001]
+            rows = slice(int(edges[0]), int(edges[-1]))
+            keep = np.ones(rows.stop - rows.start, bool)
+            for item, column in zip(self.filters, columns, strict=True):
+                passed = item.mask(column[rows])
+                text = str(item)
+                self.dropped[text] = self.dropped.get(text, 0) + int((keep & ~passed).sum())
+                keep &= passed
+            running = np.concatenate([[0], np.cumsum(keep)])
+            counts[first : first + 1000] = np.diff(running[edges - edges[0]])
+        return counts
+
+    def _kept_rows(self, shard: int) -> np.ndarray:
+        rows = slice(int(self.starts[shard]), int(self.starts[shard + 1]))
+        keep = np.ones(rows.stop - rows.start, bool)
+        for item in self.filters:
+            keep &= item.mask(self._column(item.field)[rows])
+        return rows.start + np.flatnonzero(keep)
+
+    def _column(self, name: str) -> np.ndarray:
+        if name not in self.columns:
+            known = ", ".join(self.columns) or "none at all"
+            raise UsageError(f"no image has a field {name!r} to filter by; there are {known}")
+        path = self.directory / f"column-{self.columns.index(name)}.npy"
+        column: np.ndarray = np.load(path, mmap_mode="r")
+        return column
+
+
+class FolderSource:
+    """A folder of image files, as one shard."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = [str(path.relative_to(folder)) for path in list_folder(folder)]
+        self.counts = np.array([len(self.files)], np.int64)
+
+    def read(self, shard: int, sample: int) -> tuple[str, bytes]:
+        """The file's path below the folder, and its bytes."""
+        return self.files[sample], (self.folder / self.files[sample]).read_bytes()
+
+    def location(self, shard: int) -> str:
+        """The folder."""
+        return str(self.folder)
+
+    def describe(self) -> list[str]:
+        """How many files."""
+        return [f"{len(self.files):,} images in a folder"]
+
+
+def open_source(
+    name: str,
+    pattern: str,
+    filters: Sequence[str],
+    cache: ShardCache,
+    *,
+    bad_shards: str = "stop",
+    index_dir: str | None = None,
+    warn: Callable[[str], None] = print,
+) -> TarSource | FolderSource:
+    """Opens a source; a small local one is indexed here, a large or remote one beforehand.
+
+    Raises MissingInputError if shards are missing, broken or not indexed, or nothing is left.
+    """
+    where = f"data.sources.{name}.shards={pattern}"
+    parsed = [Filter.parse(text) for text in filters]
+    try:
+        folder = Path(pattern)
+        if folder.is_dir() and not any(folder.glob("*.tar")):
+            return _open_folder(folder, parsed)
+        locations = expand(pattern)
+        directory = index_directory(locations, index_dir)
+        _index_if_needed(pattern, locations, directory, cache)
+        source = TarSource(directory, parsed, cache)
+        if source.changed():  # since it was indexed
+            build_index(locations, directory, cache, workers=_cores())
+            source = TarSource(directory, parsed, cache)
+    except (MissingInputError, UsageError) as error:
+        raise type(error)(f"{where}: {error}") from error
+    broken = list(source.broken.values())
     if broken and bad_shards == "stop":
         raise MissingInputError(
             "\n".join(broken[:10])
-            + f"\n{len(broken)} of {len(paths)} shards of {name} are broken; "
-            "mend them, or leave them out with data.bad_shards=skip"
+            + f"\n{len(broken)} of {len(locations)} shards of {name} are broken; mend them, or "
+            "leave them out with data.bad_shards=skip"
         )
-    for message in broken:
+    for message in broken[:20]:
         warn(f"{message}; left out")
-    if not shards:
+    if not source.counts.sum():
+        lines = "; ".join(source.describe())
+        raise MissingInputError(f"{where}: no image is left: {lines}")
+    return source
+
+
+def _open_folder(folder: Path, filters: Sequence[Filter]) -> FolderSource:
+    if filters:
+        raise UsageError("filters need shards with metadata; this is a plain folder")
+    source = FolderSource(folder)
+    if not source.files:
+        raise MissingInputError(f"no shards and no images in {folder}")
+    return source
+
+
+def _index_if_needed(
+    pattern: str, locations: Sequence[str], directory: Path, cache: ShardCache
+) -> None:
+    if (directory / "index.json").is_file():
+        return
+    remote = sum(is_remote(place) for place in locations)
+    if remote or len(locations) > AUTOMATIC:
         raise MissingInputError(
-            f"data.sources.{name}.shards={pattern}: no image in {len(paths)} shards"
+            f"{len(locations):,} shards ({remote:,} remote) are not indexed yet; run "
+            f"`kl-f8-train index '{pattern}'` once"
         )
-    return shards
+    build_index(locations, directory, cache, workers=_cores() if len(locations) > CHUNK else 1)
 
 
-def _try_index(path: Path) -> Shard | MissingInputError:
-    try:
-        return index_shard(path)
-    except MissingInputError as error:
-        return error
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
-# --- the plan -------------------------------------------------------------------------------
-
-
-def random_state(*parts: int | str) -> np.random.RandomState:
-    """A generator that depends on its arguments alone; its stream is frozen across releases."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return np.random.RandomState(np.frombuffer(digest, np.uint32))
-
-
-@lru_cache(maxsize=512)
-def permutation(size: int, *parts: int | str) -> np.ndarray:
-    """A permutation of 0 .. size - 1 that depends on its arguments alone."""
-    return random_state(*parts).permutation(size)
-
-
-class SourcePlan:
-    """Deals the samples of one source: `share` of them in every iteration."""
-
-    def __init__(self, name: str, counts: Sequence[int], share: int, lanes: int, seed: int) -> None:
-        self.name, self.share, self.seed = name, share, seed
-        self.counts = np.asarray(counts, np.int64)
-        total = int(self.counts.sum())
-        self.lanes = max(d for d in range(1, min(lanes, share, total) + 1) if share % d == 0)
-        self.lane_length = total // self.lanes  # samples of a lane in each pass
-        self.per_lane = share // self.lanes  # samples of a lane in each iteration
-
-    def locate(self, iteration: int, index: int) -> tuple[int, int]:
-        """(shard, sample) of the index-th sample (0 .. share - 1) of an iteration."""
-        lane, offset = divmod(index, self.per_lane)
-        number, place = divmod(iteration * self.per_lane + offset, self.lane_length)
-        return self._at(number, lane * self.lane_length + place)
-
-    def _at(self, number: int, place: int) -> tuple[int, int]:
-        """The sample at a place of the stream of pass `number`."""
-        order = permutation(len(self.counts), self.seed, self.name, "shards", number)
-        ends = _ends(self.counts.tobytes(), order.tobytes())
-        row = int(np.searchsorted(ends, place, side="right"))
-        shard = int(order[row])
-        count = int(self.counts[shard])
-        inside = place - int(ends[row] - count)
-        samples = permutation(count, self.seed, self.name, "samples", number, shard)
-        return shard, int(samples[inside])
-
-
-@lru_cache(maxsize=16)
-def _ends(counts: bytes, order: bytes) -> np.ndarray:
-    return np.cumsum(np.frombuffer(counts, np.int64)[np.frombuffer(order, np.int64)])
-
-
-class Plan:
-    """Deals all sources: position = iteration * batch + slot -> which sample."""
-
-    def __init__(
-        self, sources: dict[str, list[Shard]], shares: dict[str, int], lanes: int, seed: int
-    ):
-        self.batch = sum(shares.values())
-        self.shards = sources
-        self.plans = {
-            name: SourcePlan(name, [len(s) for s in shards], shares[name], lanes, seed)
-            for name, shards in sources.items()
-        }
-        self.slots = interleave(shares)
-
-    def locate(self, position: int) -> tuple[str, Shard, int]:
-        """(source, shard, sample) at a position; warm-up iterations are negative."""
-        iteration, slot = divmod(position, self.batch)
-        name, index = self.slots[slot]
-        shard, sample = self.plans[name].locate(iteration, index)
-        return name, self.shards[name][shard], sample
-
-
-def interleave(shares: dict[str, int]) -> list[tuple[str, int]]:
-    """The slots of a batch, sources evenly mixed: [(source, index within its share), ...]."""
-    places = [
-        ((index + 0.5) / share, name, index)
-        for name, share in shares.items()
-        for index in range(share)
-    ]
-    return [(name, index) for _, name, index in sorted(places)]
-
-
-# --- packing --------------------------------------------------------------------------------
-
-
-def pack(files: Sequence[Path], out: Path, per_shard: int = 1000) -> list[Path]:
-    """Writes image files, as they are, into shards `out/00000.tar`, ... with a key each.
-
-    Raises UsageError if `out` already holds shards.
-    """
-    if out.is_dir() and any(out.glob("*.tar")):
-        raise UsageError(f"{out} already holds shards; name an empty directory")
-    out.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(str(out / "%05d.tar"), maxcount=per_shard, verbose=0, mtime=0)
-    with writer:
-        for number, file in enumerate(files):
-            suffix = file.suffix.lower().lstrip(".")
-            writer.write(
-                {
-                    "__key__": f"{number:09d}",
-                    suffix: file.read_bytes(),
-                    "json": {"file_name": file.name},
-                }
-            )
-    return sorted(out.glob("*.tar"))
+def reasons(messages: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """How often each reason occurs in messages `key: reason: detail`."""
+    counted = Counter(message.split(": ")[1] for message in messages if ": " in message)
+    yield from counted.most_common()

@@ -4,6 +4,7 @@ import datetime
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,25 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from kl_f8_train import checkpoint, config, images, perceptual, state
-from kl_f8_train.callbacks import Checkpoints, Pictures, RunLog, Signals
+from kl_f8_train.cache import is_remote
+from kl_f8_train.callbacks import Checkpoints, Pictures, Prefetch, RunLog, Signals
 from kl_f8_train.config import Config, micro_batch
-from kl_f8_train.data import IterationSampler, PositionDataset, Sample, build_plan, loader
+from kl_f8_train.data import (
+    IterationSampler,
+    PositionDataset,
+    Sample,
+    loader,
+    open_data,
+    shard_cache,
+)
 from kl_f8_train.discriminator import Discriminator, initialize
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.evaluate import load_images
 from kl_f8_train.finetuner import Finetuner, build_optimizers
 from kl_f8_train.formats import check_shapes
 from kl_f8_train.model import AutoencoderKL
-from kl_f8_train.shards import Plan
+from kl_f8_train.plan import Plan
+from kl_f8_train.shards import FolderSource, Source, TarSource
 
 
 @rank_zero_only
@@ -49,19 +59,21 @@ def train(settings: Config, allow_changes: bool = False) -> int:
         if finetuner.iteration >= settings.stop_iteration and not finetuner.warmup_left:
             say(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
             return 0
-        plan = build_plan(settings, say)
-        _describe(settings, finetuner, plan)
-        run_log = RunLog(run_dir, settings, finetuner.iteration)
+        plan, sources = open_data(settings, say)
+        _describe(settings, finetuner, plan, sources)
+        run_log = RunLog(run_dir, settings, finetuner.iteration, plan)
         pictures = Pictures(
-            run_dir, settings.log.pictures_every, _fixed_images(settings, plan), run_log
+            run_dir, settings.log.pictures_every, _fixed_images(settings, plan, sources), run_log
         )
-        trainer = _trainer(settings, [
-            run_log, pictures, signals, Checkpoints(run_dir, settings.checkpoint, frozen)
-        ])  # fmt: skip
+        saving = Checkpoints(run_dir, settings.checkpoint, frozen)
+        callbacks = [run_log, pictures, signals, saving]
+        if any(is_remote(place) for place in _places(sources)):
+            callbacks.append(Prefetch(plan, sources, shard_cache(settings)))
+        trainer = _trainer(settings, callbacks)
         if trainer.is_global_zero:
             checkpoint.remove_leftovers(run_dir)
             checkpoint.write_text(run_dir / "config.yaml", config.to_yaml(settings))
-        trainer.fit(finetuner, datamodule=Iterations(settings, finetuner, plan))
+        trainer.fit(finetuner, datamodule=Iterations(settings, finetuner, plan, sources))
     except torch.cuda.OutOfMemoryError as error:
         raise RunFailedError(
             f"out of GPU memory: {error}\nHalve compute.per_device_batch (the global batch stays, "
@@ -79,9 +91,12 @@ def train(settings: Config, allow_changes: bool = False) -> int:
 class Iterations(LightningDataModule):
     """The iterations that are left, dealt to this rank."""
 
-    def __init__(self, settings: Config, finetuner: Finetuner, plan: Plan) -> None:
+    def __init__(
+        self, settings: Config, finetuner: Finetuner, plan: Plan, sources: Mapping[str, Source]
+    ) -> None:
         super().__init__()
-        self.settings, self.finetuner, self.plan = settings, finetuner, plan
+        self.settings, self.finetuner = settings, finetuner
+        self.plan, self.sources = plan, sources
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Called once the ranks are known; raises UsageError if the batch does not divide."""
@@ -101,7 +116,7 @@ class Iterations(LightningDataModule):
             rank,
             world,
         )
-        dataset = PositionDataset(self.plan, self.settings)
+        dataset = PositionDataset(self.plan, self.sources, self.settings)
         return loader(dataset, sampler, self.settings.data.workers)
 
 
@@ -287,7 +302,9 @@ def _under_slurm() -> bool:
     )
 
 
-def _fixed_images(settings: Config, plan: Plan) -> list[torch.Tensor]:
+def _fixed_images(
+    settings: Config, plan: Plan, sources: Mapping[str, Source]
+) -> list[torch.Tensor]:
     """Four photographs for the picture strips, centre-cropped."""
     if not settings.log.pictures_every:
         return []
@@ -296,20 +313,23 @@ def _fixed_images(settings: Config, plan: Plan) -> list[torch.Tensor]:
         return list(load_images(Path(settings.log.pictures), size, say).values())[:8]
     chosen = []
     for position in range(min(4, plan.batch)):
-        _, shard, number = plan.locate(position)
+        name, shard, number = plan.locate(position)
         try:
-            image = images.resize_shorter(images.decode(shard.read(number)), size)
+            image = images.resize_shorter(images.decode(sources[name].read(shard, number)[1]), size)
             chosen.append(images.crop(image, size))
         except ImageError as error:
             say(f"picture strip: {error}")
     return chosen
 
 
-def _describe(settings: Config, finetuner: Finetuner, plan: Plan) -> None:
-    for name, source in plan.plans.items():
-        total = int(source.counts.sum())
-        count = len(source.counts)
-        say(f"data: {name}: {total:,} images in {count:,} shards, {source.share} a batch")
+def _describe(
+    settings: Config,
+    finetuner: Finetuner,
+    plan: Plan,
+    sources: Mapping[str, TarSource | FolderSource],
+) -> None:
+    for name, source in sources.items():
+        say(f"data: {name}: {'; '.join(source.describe())}; {plan.plans[name].share} a batch")
     loss = settings.loss
     label = perceptual.LABELS[loss.perceptual]
     adversarial = (
@@ -323,6 +343,10 @@ def _describe(settings: Config, finetuner: Finetuner, plan: Plan) -> None:
         f"{settings.optimizer.learning_rate:g}, absolute; EMA decay {settings.ema.decay:g}; "
         f"{settings.precision}"
     )
+
+
+def _places(sources: Mapping[str, Source]) -> list[str]:
+    return [source.location(0) for source in sources.values()]
 
 
 def _quiet_lightning() -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import skimage.data
 import torch
+from kl_f8_train.pack import pack
 
-from kl_f8_train import checkpoint, config, images, shards
+from kl_f8_train import checkpoint, config, images
 from kl_f8_train.config import Config
 from kl_f8_train.discriminator import Discriminator, initialize
 from kl_f8_train.model import AutoencoderKL
@@ -36,7 +37,7 @@ def make_shards(folder: Path, size: int = 48) -> Path:
             for left in range(0, 288, size):
                 tile = picture[:, top : top + size, left : left + size]
                 images.to_pil(tile).save(tiles / f"{name[:4]}-{top:03d}-{left:03d}.png")
-    shards.pack(images.list_folder(tiles), folder / "shards", per_shard=20)
+    pack(tiles, folder / "shards", per_shard=20, workers=1)
     return folder / "shards"
 
 

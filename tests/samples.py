@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from kl_f8_train.pack import pack
 from PIL import Image
 
-from kl_f8_train import config, shards
+from kl_f8_train import config
 from kl_f8_train.model import AutoencoderKL
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -82,17 +83,8 @@ def packed(folder: Path, count: int, per_shard: int, first_seed: int = 0) -> lis
     for number in range(count):
         data = encode(noise_picture(first_seed + number), quality=95)
         (originals / f"{number:04d}.jpg").write_bytes(data)
-    return shards.pack(sorted(originals.iterdir()), folder, per_shard)
-
-
-def empty_shards(counts: list[int]) -> list[shards.Shard]:
-    """Shards that have names and sizes but no files, for plans."""
-    none = np.zeros(0, np.int64)
-    keys = tuple(f"{number:04d}" for number in range(max(counts)))
-    return [
-        shards.Shard(Path(f"{number:05d}.tar"), keys[:count], none, none)
-        for number, count in enumerate(counts)
-    ]
+    pack(originals, folder, per_shard=per_shard, workers=1)
+    return sorted(folder.glob("*.tar"))
 
 
 def tiny_vae(seed: int = 0) -> AutoencoderKL:

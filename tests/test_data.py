@@ -1,11 +1,13 @@
+import hashlib
 from pathlib import Path
 
 import pytest
 import samples
 import torch
 
-from kl_f8_train import data, images, shards
+from kl_f8_train import data, images
 from kl_f8_train.errors import MissingInputError
+from kl_f8_train.plan import random_state
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 def dataset_of(folders: dict[str, Path], *overrides: str) -> data.PositionDataset:
     settings = samples.data_config(folders, *overrides)
-    return data.PositionDataset(data.build_plan(settings), settings)
+    return data.PositionDataset(*data.open_data(settings), settings)
 
 
 def batches(
@@ -69,7 +71,7 @@ def test_shapes_types_and_mixture(folders):
     assert len({key for batch in found[:2] for key in batch.keys}) == 16
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2, 4])
 def test_the_number_of_workers_does_not_matter(folders, workers):
     dataset = dataset_of(folders, "data.shorter_side=52")
     alone = batches(dataset, warmup=2)
@@ -119,8 +121,9 @@ def test_crops_are_cut_from_the_decoded_image(folders):
     dataset = dataset_of(folders)
     sample = dataset[5]
     source, shard, number = dataset.plan.locate(5)
-    assert sample.key == f"{source}/{shard.path.name}/{shard.keys[number]}"
-    whole = images.decode(shard.read(number))
+    name, encoded = dataset.sources[source].read(shard, number)
+    assert sample.key == f"{source}/{name}"
+    whole = images.decode(encoded)
     windows = whole.unfold(1, 48, 1).unfold(2, 48, 1)  # (3, 9, 17, 48, 48)
     hits = (windows == sample.image[:, None, None]).all(dim=-1).all(dim=-1).all(dim=0)
     assert hits.sum() == 1
@@ -129,8 +132,9 @@ def test_crops_are_cut_from_the_decoded_image(folders):
 def test_resizing_comes_before_the_crop(folders):
     dataset = dataset_of(folders, "data.shorter_side=48")
     sample = dataset[5]
-    _, shard, number = dataset.plan.locate(5)
-    resized = images.resize_shorter(images.decode(shard.read(number)), 48)
+    source, shard, number = dataset.plan.locate(5)
+    encoded = dataset.sources[source].read(shard, number)[1]
+    resized = images.resize_shorter(images.decode(encoded), 48)
     assert resized.shape == (3, 48, 55)
     assert any(torch.equal(resized[:, :, i : i + 48], sample.image) for i in range(8))
 
@@ -188,10 +192,10 @@ def test_a_bad_image_gives_way_to_its_neighbour(tmp_path, bad):
     for position, number in enumerate(wanted):
         sample = dataset[position]
         if number == 1:
-            assert sample.key == "photos/0.tar/2"
-            assert [line.split(":")[0] for line in sample.skipped] == ["photos/0.tar/1"]
+            assert sample.key == "photos/0.tar/2.jpg"
+            assert [line.split(":")[0] for line in sample.skipped] == ["photos/0.tar/1.jpg"]
         else:
-            assert sample.key == f"photos/0.tar/{number}"
+            assert sample.key == f"photos/0.tar/{number}.jpg"
             assert sample.skipped == []
     batch = batches(dataset, stop=1)[0]
     assert len(batch.skipped) == wanted.count(1)
@@ -200,7 +204,7 @@ def test_a_bad_image_gives_way_to_its_neighbour(tmp_path, bad):
 def test_the_last_bad_image_gives_way_to_the_first(tmp_path):
     dataset = dataset_of(source_with(tmp_path, {"0.jpg": good(0), "1.jpg": b"bad"}))
     keys = {dataset[position].key for position in range(8)}
-    assert keys == {"photos/0.tar/0"}
+    assert keys == {"photos/0.tar/0.jpg"}
 
 
 def test_substitutes_keep_crop_and_noise(tmp_path):
@@ -227,10 +231,10 @@ def test_a_shard_that_shrinks_later_is_a_bad_image(tmp_path):
     folders = source_with(tmp_path, {"0.jpg": good(0), "1.jpg": good(1)})
     dataset = dataset_of(folders)
     path = folders["photos"] / "0.tar"
-    second = int(dataset.plan.shards["photos"][0].offsets[1])
+    second = int(dataset.sources["photos"].blocks[1]) * 512
     path.write_bytes(path.read_bytes()[:second])
     found = [dataset[position] for position in range(8)]
-    assert {sample.key for sample in found} == {"photos/0.tar/0"}
+    assert {sample.key for sample in found} == {"photos/0.tar/0.jpg"}
     assert any(sample.skipped for sample in found)
 
 
@@ -239,7 +243,7 @@ def test_a_shard_that_shrinks_later_is_a_bad_image(tmp_path):
 
 def test_plan_follows_the_configuration(folders):
     settings = samples.data_config(folders, "data.sources.people.weight=3", "data.lanes=2")
-    plan = data.build_plan(settings)
+    plan, _ = data.open_data(settings)
     assert plan.batch == 8
     assert {name: source.share for name, source in plan.plans.items()} == {
         "places": 2,
@@ -252,10 +256,11 @@ def test_broken_shards_follow_the_configuration(tmp_path):
     folders = source_with(tmp_path, {"0.jpg": good(0)})
     (folders["photos"] / "1.tar").write_bytes(b"")
     with pytest.raises(MissingInputError, match=r"1\.tar"):
-        data.build_plan(samples.data_config(folders))
+        data.open_data(samples.data_config(folders))
     warnings: list[str] = []
-    plan = data.build_plan(samples.data_config(folders, "data.bad_shards=skip"), warnings.append)
-    assert len(plan.shards["photos"]) == 1
+    settings = samples.data_config(folders, "data.bad_shards=skip")
+    _, sources = data.open_data(settings, warnings.append)
+    assert sources["photos"].counts.tolist() == [1, 0]
     assert len(warnings) == 1
 
 
@@ -292,5 +297,59 @@ def test_crop_and_noise_are_frozen(folders):
     dataset = dataset_of(folders)
     drawn = dataset[3].noise.flatten()[:3].tolist()
     assert drawn == pytest.approx([-1.4590370837, -1.0051304508, 2.2960601059], abs=1e-6)
-    shares = shards.random_state(0, "crop", 3).random_sample(2).tolist()
+    shares = random_state(0, "crop", 3).random_sample(2).tolist()
     assert shares == pytest.approx([0.4563216030, 0.9838827007], abs=1e-9)
+
+
+def test_half_of_the_images_are_mirrored_on_request(folders):
+    plain, mirrored = dataset_of(folders), dataset_of(folders, "data.flip=true")
+    kinds = []
+    for position in range(64):
+        one, other = plain[position].image, mirrored[position].image
+        assert torch.equal(one, other) or torch.equal(one.flip(-1), other)
+        kinds.append(torch.equal(one, other))
+    assert 16 < sum(kinds) < 48
+
+
+def test_upcoming_shards_are_those_of_the_next_batches(folders):
+    settings = samples.data_config(folders)
+    plan, sources = data.open_data(settings)
+    for rank, world in ((0, 1), (1, 2)):
+        wanted = data.upcoming(plan, sources, range(3, 6), rank, world)
+        dataset = data.PositionDataset(plan, sources, settings)
+        read = {
+            key.split("/")[1]
+            for batch in batches(dataset, start=3, stop=6, rank=rank, world=world)
+            for key in batch.keys
+        }
+        assert {Path(place).name for place in wanted} == read
+        assert len(wanted) == len(set(wanted))
+
+
+@pytest.mark.slow
+def test_hundreds_of_iterations_are_those_of_one_rank_whatever_happens(folders):
+    """1, 2, 3 and 4 ranks, 0 to 4 workers, stops at odd places: keys, crops and noise agree."""
+    overrides = ("global_batch=12", "data.sources.places.weight=2")
+    alone = hashed(dataset_of(folders, *overrides), 0, 200, 1, 0)
+    pieces, start = [], 0
+    for stop, world, workers in ((37, 2, 1), (38, 4, 2), (111, 3, 0), (150, 1, 4), (200, 3, 3)):
+        dataset = dataset_of(folders, *overrides)  # as after a kill: nothing is remembered
+        pieces += hashed(dataset, start, stop, world, workers)
+        start = stop
+    assert pieces == alone
+
+
+def hashed(
+    dataset: data.PositionDataset, start: int, stop: int, world: int, workers: int
+) -> list[str]:
+    """A digest of each iteration's keys, pixels and noise over all ranks."""
+    ranks = [
+        list(data.loader(dataset, data.IterationSampler(start, stop, 0, 12, r, world), workers))
+        for r in range(world)
+    ]
+    digests = []
+    for parts in zip(*ranks, strict=True):
+        batch = joined(list(parts))
+        pixels, noise = batch.images.numpy().tobytes(), batch.noise.numpy().tobytes()
+        digests.append(hashlib.sha256(repr(batch.keys).encode() + pixels + noise).hexdigest())
+    return digests

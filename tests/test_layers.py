@@ -8,9 +8,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kl_f8_train"
 LAYERS = (
     {"errors"},
-    {"config", "images", "model", "discriminator", "losses", "ema", "formats", "metrics"},
-    {"checkpoint", "shards"},
-    {"perceptual", "data"},
+    {"config", "images", "model", "discriminator", "losses", "ema", "formats", "metrics", "plan"},
+    {"checkpoint", "pack"},
+    {"perceptual", "cache"},
+    {"shards"},
+    {"data"},
     {"finetuner", "evaluate"},
     {"state"},
     {"callbacks", "report"},

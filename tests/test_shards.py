@@ -1,63 +1,44 @@
-import collections
 import itertools
 import json
+import pickle
+import subprocess
+import sys
 import tarfile
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import samples
+from kl_f8_train.cache import ShardCache
 from PIL import Image
 
 from kl_f8_train import shards
-from kl_f8_train.data import IterationSampler
 from kl_f8_train.errors import MissingInputError, UsageError
-
-
-def plan_of(counts: dict[str, list[int]], shares: dict[str, int], lanes: int = 4, seed: int = 0):
-    sources = {name: samples.empty_shards(sizes) for name, sizes in counts.items()}
-    return shards.Plan(sources, shares, lanes, seed)
-
-
-def located(plan: shards.Plan, positions) -> list[tuple[str, str, int]]:
-    found = (plan.locate(position) for position in positions)
-    return [(name, shard.path.name, number) for name, shard, number in found]
-
 
 # --- indexing -------------------------------------------------------------------------------
 
 
-def test_index_of_packed_shards(tmp_path):
+def read_all(source) -> list[bytes]:
+    return [
+        source.read(shard, sample)[1]
+        for shard, count in enumerate(source.counts)
+        for sample in range(count)
+    ]
+
+
+def open_source(pattern, filters=(), **options):
+    cache = ShardCache(Path(pattern).parent / "cache", 2**30)
+    return shards.open_source("photos", str(pattern), list(filters), cache, **options)
+
+
+def test_a_source_of_packed_shards(tmp_path):
     paths = samples.packed(tmp_path / "photos", count=7, per_shard=3)
-    indexed = [shards.index_shard(path) for path in paths]
+    source = open_source(tmp_path / "photos")
     assert [path.name for path in paths] == ["00000.tar", "00001.tar", "00002.tar"]
-    assert [len(shard) for shard in indexed] == [3, 3, 1]
-    keys = [key for shard in indexed for key in shard.keys]
-    assert keys == [f"{number:09d}" for number in range(7)]
+    assert source.counts.tolist() == [3, 3, 1]
     originals = sorted((tmp_path / "photos_originals").iterdir())
-    read = [shard.read(number) for shard in indexed for number in range(len(shard))]
-    assert read == [file.read_bytes() for file in originals]
-
-
-def test_packing_again_gives_the_same_bytes(tmp_path):
-    one = samples.packed(tmp_path / "one", count=3, per_shard=3)
-    other = samples.packed(tmp_path / "other", count=3, per_shard=3)
-    assert one[0].read_bytes() == other[0].read_bytes()
-
-
-def test_packing_keeps_the_file_names(tmp_path):
-    path = samples.packed(tmp_path / "photos", count=1, per_shard=3)[0]
-    with tarfile.open(path) as archive:
-        text = archive.extractfile("000000000.json").read()
-    assert json.loads(text) == {"file_name": "0000.jpg"}
-
-
-def test_packing_does_not_mix_with_older_shards(tmp_path):
-    samples.packed(tmp_path / "photos", count=1, per_shard=3)
-    files = sorted((tmp_path / "photos_originals").iterdir())
-    with pytest.raises(UsageError, match="already holds shards"):
-        shards.pack(files, tmp_path / "photos")
+    assert read_all(source) == [file.read_bytes() for file in originals]
+    assert source.read(1, 2)[0] == "00001.tar/000010002.jpg"
+    assert source.columns[:2] == ["height", "original_height"]
 
 
 def test_what_counts_as_an_image(tmp_path):
@@ -69,9 +50,11 @@ def test_what_counts_as_an_image(tmp_path):
         "3.webp": b"three",
         "4.mp4": b"film",
     }
-    shard = shards.index_shard(samples.write_tar(tmp_path / "x.tar", members))
-    assert shard.keys == ("1", "2", "3")
-    assert [shard.read(number) for number in range(3)] == [b"one", b"two", b"three"]
+    samples.write_tar(tmp_path / "x.tar", members)
+    source = open_source(tmp_path / "x.tar")
+    assert read_all(source) == [b"one", b"two", b"three"]
+    assert source.without_image == 1
+    assert "1 samples have no image" in source.describe()
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
@@ -82,9 +65,7 @@ def test_tar_dialects(tmp_path, kind):
     with tarfile.open(tmp_path / "x.tar", "w", format=kind) as archive:
         archive.add(source, f"{long_name}.jpg")
         archive.add(source, "b.jpg")
-    shard = shards.index_shard(tmp_path / "x.tar")
-    assert shard.keys == ("k" * 90, "b")
-    assert [shard.read(0), shard.read(1)] == [b"bytes", b"bytes"]
+    assert read_all(open_source(tmp_path / "x.tar")) == [b"bytes", b"bytes"]
 
 
 def black_bmp() -> bytes:
@@ -105,9 +86,9 @@ def test_cut_short_anywhere(tmp_path, picture):
     for length in itertools.chain(range(0, end + 1, 512), range(100, end, 512)):
         cut.write_bytes(data[:length])
         with pytest.raises(MissingInputError, match=r"cut\.tar"):
-            shards.index_shard(cut)
+            shards.index_tar(cut)
     cut.write_bytes(data[: end + 1024])
-    assert len(shards.index_shard(cut)) == 6
+    assert len(shards.index_tar(cut).sizes) == 3  # a sample has one image, its first
 
 
 @pytest.mark.parametrize("picture", [b"\xff" * 2011, black_bmp()], ids=["odd", "zeros"])
@@ -119,7 +100,7 @@ def test_broken_header_in_the_middle(tmp_path, picture):
     data[second : second + 100] = b"\xab" * 100
     path.write_bytes(data)
     with pytest.raises(MissingInputError, match=r"x\.tar"):
-        shards.index_shard(path)
+        shards.index_tar(path)
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 300, b"<html>404</html>" * 100, b"\x1f\x8b" * 600])
@@ -127,7 +108,7 @@ def test_no_tar(tmp_path, data):
     path = tmp_path / "x.tar"
     path.write_bytes(data)
     with pytest.raises(MissingInputError, match=r"x\.tar") as caught:
-        shards.index_shard(path)
+        shards.index_tar(path)
     assert caught.value.exit_code == 3
 
 
@@ -161,10 +142,10 @@ def folder(tmp_path, monkeypatch) -> Path:
     ],
 )
 def test_expand(folder, pattern, expected):
-    assert [path.stem[-1] for path in shards.expand(pattern)] == list(expected)
+    assert [Path(place).stem[-1] for place in shards.expand(pattern)] == list(expected)
     if pattern != "list.txt":
         absolute = shards.expand(str(folder / pattern) if "{s" not in pattern else pattern)
-        assert [path.stem[-1] for path in absolute] == list(expected)
+        assert [Path(place).stem[-1] for place in absolute] == list(expected)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +167,7 @@ def test_expand_names_what_is_missing(folder, pattern, named):
 
 
 def test_folder_without_shards(tmp_path):
-    with pytest.raises(MissingInputError, match=r"holds no \.tar files"):
+    with pytest.raises(MissingInputError, match="no shards and no images"):
         shards.expand(str(tmp_path))
 
 
@@ -206,7 +187,7 @@ def damaged(tmp_path) -> Path:
 
 def test_broken_shards_stop_the_run(damaged):
     with pytest.raises(MissingInputError) as caught:
-        shards.index_source("photos", str(damaged))
+        open_source(damaged)
     message = str(caught.value)
     assert "00001.tar" in message
     assert "00002.tar" in message
@@ -216,8 +197,8 @@ def test_broken_shards_stop_the_run(damaged):
 
 def test_broken_shards_are_named_and_left_out(damaged):
     warnings: list[str] = []
-    found = shards.index_source("photos", str(damaged), "skip", warnings.append)
-    assert [shard.path.name for shard in found] == ["00000.tar", "00003.tar"]
+    source = open_source(damaged, bad_shards="skip", warn=warnings.append)
+    assert source.counts.tolist() == [2, 0, 0, 2]
     assert len(warnings) == 2
     assert "00001.tar" in warnings[0]
     assert "left out" in warnings[0]
@@ -225,166 +206,185 @@ def test_broken_shards_are_named_and_left_out(damaged):
 
 def test_all_shards_broken(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"")
-    with pytest.raises(MissingInputError, match="no image in 1 shards"):
-        shards.index_source("photos", str(tmp_path), "skip", lambda line: None)
+    with pytest.raises(MissingInputError, match="no image is left"):
+        open_source(tmp_path, bad_shards="skip", warn=lambda line: None)
 
 
 def test_shards_without_images(tmp_path):
     samples.write_tar(tmp_path / "x.tar", {"1.txt": b"text", "2.json": b"{}"})
     with pytest.raises(MissingInputError, match=r"data\.sources\.photos\.shards.*no image"):
-        shards.index_source("photos", str(tmp_path))
+        open_source(tmp_path)
 
 
 def test_missing_source_names_its_key():
     with pytest.raises(MissingInputError, match=r"data\.sources\.photos\.shards=/no/such"):
-        shards.index_source("photos", "/no/such")
+        open_source("/no/such")
 
 
-# --- the plan -------------------------------------------------------------------------------
-
-COUNTS = {
-    "one shard": [11],
-    "fewer shards than lanes": [10, 10],
-    "even": [5] * 8,
-    "uneven": [1, 30, 2, 7, 7, 1],
-    "one image": [1],
-    "fewer images than lanes": [1, 1, 1],
-}
+# --- filters and the index ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lanes", [1, 3, 48])
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
-def test_a_pass_sees_each_sample_at_most_once(counts, lanes):
-    source = shards.SourcePlan("photos", counts, share=6, lanes=lanes, seed=0)
-    total = sum(counts)
-    assert 6 % source.lanes == 0
-    assert source.lanes <= min(lanes, 6, total)
-    for number in (-2, -1, 0, 1, 5):
-        first = number * source.lane_length  # the lanes go through a pass together
-        steps = range(first, first + source.lane_length)
-        seen = [
-            source.locate(step // source.per_lane, lane * source.per_lane + step % source.per_lane)
-            for step in steps
-            for lane in range(source.lanes)
-        ]
-        assert len(seen) == len(set(seen))
-        assert all(0 <= sample < counts[shard] for shard, sample in seen)
-        assert total - len(seen) < source.lanes
+def with_metadata(folder: Path, rows: list[dict | None]) -> Path:
+    """One shard; sample i has image b"i" and the JSON of row i, or none."""
+    members = {}
+    for number, row in enumerate(rows):
+        members[f"{number}.jpg"] = str(number).encode()
+        if row is not None:
+            members[f"{number}.json"] = json.dumps(row).encode()
+    samples.write_tar(folder / "00000.tar", members)
+    return folder
 
 
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
-def test_over_many_passes_all_samples_come_equally_often(counts):
-    source = shards.SourcePlan("photos", counts, share=6, lanes=48, seed=0)
-    passes = 40
-    iterations = -(-passes * source.lane_length // source.per_lane)
-    seen = collections.Counter(
-        source.locate(iteration, index) for iteration in range(iterations) for index in range(6)
-    )
-    everything = {(shard, i) for shard, count in enumerate(counts) for i in range(count)}
-    assert set(seen) == everything
-    mean = 6 * iterations / sum(counts)
-    started = -(-iterations * source.per_lane // source.lane_length)
-    assert max(seen.values()) <= started
-    assert min(seen.values()) > 0.6 * mean
+ROWS = [
+    {"width": 300, "aesthetic": 6.0, "name": "text"},
+    {"width": 200, "aesthetic": 7.0},
+    {"width": 400},
+    None,
+    {"width": 500, "aesthetic": 4.0, "punsafe": 0.9},
+    {"width": 256, "aesthetic": 5.0, "punsafe": None},
+]
 
 
-@pytest.mark.parametrize("shares", [{"a": 4, "b": 4}, {"a": 8, "b": 4}, {"a": 1, "b": 2, "c": 9}])
-def test_every_batch_has_the_exact_mixture(shares):
-    plan = plan_of({name: [5, 9, 2] for name in shares}, shares)
-    assert plan.batch == sum(shares.values())
-    for iteration in (-3, 0, 1, 17, 840_000):
-        first = iteration * plan.batch
-        names = [name for name, *_ in located(plan, range(first, first + plan.batch))]
-        assert collections.Counter(names) == shares
+@pytest.mark.parametrize(
+    ("filters", "kept"),
+    [
+        ([], "012345"),
+        (["width >= 256"], "0245"),
+        (["width>=256", "aesthetic >= 5"], "05"),
+        (["aesthetic < 5"], "4"),
+        (["width != 256"], "0124"),
+        (["width == 256"], "5"),
+        (["punsafe <= 1e0"], "4"),
+    ],
+)
+def test_filters_keep_what_passes_and_has_the_field(tmp_path, filters, kept):
+    source = open_source(with_metadata(tmp_path / "m", ROWS), filters)
+    assert b"".join(read_all(source)).decode() == kept
+    assert int(source.counts.sum()) == len(kept)
 
 
-def test_sources_are_mixed_inside_a_batch():
-    slots = shards.interleave({"a": 4, "b": 4})
-    assert [name for name, _ in slots] == ["a", "b"] * 4
-    assert [index for name, index in slots if name == "b"] == [0, 1, 2, 3]
-    halves = [name for name, _ in shards.interleave({"a": 8, "b": 4})[:6]]
-    assert collections.Counter(halves) == {"a": 4, "b": 2}
+def test_dropped_shares_are_told_before_training(tmp_path):
+    source = open_source(with_metadata(tmp_path / "m", ROWS), ["width >= 256", "aesthetic >= 5"])
+    text = "; ".join(source.describe())
+    assert "2 images in 1 shards" in text
+    assert "width >= 256 dropped 2 (33.3 %)" in text
+    assert "aesthetic >= 5 dropped 2 (33.3 %)" in text
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_positions_do_not_depend_on_the_number_of_processes(world):
-    ranks = [list(IterationSampler(3, 6, 2, 8, rank, world)) for rank in range(world)]
-    assert {len(sampler) for sampler in ranks} == {5}
-    together = [[at for rank in ranks for at in rank[step]] for step in range(5)]
-    assert together == [list(range(i * 8, i * 8 + 8)) for i in (-2, -1, 3, 4, 5)]
-    assert len(IterationSampler(3, 6, 2, 8, 0, world)) == 5
+def test_unusable_filters(tmp_path):
+    folder = with_metadata(tmp_path / "m", ROWS)
+    with pytest.raises(UsageError, match="expected FIELD OPERATOR NUMBER"):
+        open_source(folder, ["width ~ 3"])
+    with pytest.raises(UsageError, match=r"no image has a field 'hight'.*width"):
+        open_source(folder, ["hight > 3"])
+    with pytest.raises(MissingInputError, match="no image is left"):
+        open_source(folder, ["width > 9000"])
 
 
-def test_locating_late_in_a_large_set_is_quick():
-    plan = plan_of({"a": [1000] * 5000}, {"a": 192}, lanes=48)
-    start = time.monotonic()
-    found = located(plan, range(840_001 * 192, 840_002 * 192))
-    assert time.monotonic() - start < 1
-    assert len(set(found)) == 192
+def test_the_index_is_kept_beside_the_shards_and_used_again(tmp_path, monkeypatch):
+    samples.packed(tmp_path / "photos", count=4, per_shard=2)
+    one = open_source(tmp_path / "photos")
+    assert one.directory.parent == tmp_path / "photos" / ".kl_f8_index"
+    monkeypatch.setattr(shards, "index_tar", None)  # it would fail if it were called
+    assert read_all(open_source(tmp_path / "photos")) == read_all(one)
 
 
-def test_warm_up_iterations_come_before_the_first():
-    plan = plan_of({"a": [50, 60]}, {"a": 8})
-    warm_up = located(plan, range(-16, 0))
-    first = located(plan, range(16))
-    assert len(set(warm_up)) == 16
-    assert warm_up != first
-    assert all(0 <= number < 60 for _, _, number in warm_up)
+def test_a_changed_shard_is_indexed_anew(tmp_path):
+    paths = samples.packed(tmp_path / "photos", count=4, per_shard=2)
+    open_source(tmp_path / "photos")
+    samples.write_tar(paths[1], {"x.jpg": b"new"})
+    source = open_source(tmp_path / "photos")
+    assert source.counts.tolist() == [2, 1]
+    assert source.read(1, 0) == ("00001.tar/x.jpg", b"new")
+    paths[0].write_bytes(paths[0].read_bytes()[:3000])
+    with pytest.raises(MissingInputError, match=r"00000\.tar"):
+        open_source(tmp_path / "photos")
 
 
-def test_the_plan_is_arithmetic():
-    """The same whatever was asked before."""
-    positions = list(range(-30, 300, 7))
-    expected = located(plan_of({"a": [9, 5, 30]}, {"a": 6}), positions)
-    shards.permutation.cache_clear()
-    other = plan_of({"a": [9, 5, 30]}, {"a": 6})
-    assert list(reversed(located(other, reversed(positions)))) == expected
+def test_indexing_resumes_at_the_part_that_is_missing(tmp_path, monkeypatch):
+    paths = samples.packed(tmp_path / "photos", count=5, per_shard=1)
+    monkeypatch.setattr(shards, "CHUNK", 2)
+    locations = [str(path) for path in paths]
+    cache = ShardCache(tmp_path / "cache", 2**30)
+    shards.build_index(locations, tmp_path / "index", cache)
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "index").glob("part-*")}
+    assert len(before) == 3
+    (tmp_path / "index" / "part-000001.npz").unlink()
+    told: list[tuple[int, int]] = []
+    shards.build_index(locations, tmp_path / "index", cache, 2, lambda *n: told.append(n))
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "index").glob("part-*")}
+    assert {name for name in before if before[name] != after[name]} == {"part-000001.npz"}
+    assert told[-1] == (5, 5)
 
 
-def test_seeds_and_sources_and_passes_have_their_own_order():
-    def order(name: str = "a", seed: int = 0, first: int = 0) -> list[tuple[str, int]]:
-        plan = plan_of({name: [40, 40, 40]}, {name: 4}, lanes=1, seed=seed)
-        return [item[1:] for item in located(plan, range(first, first + 120))]
-
-    assert order() == order()
-    orders = [order(), order(seed=1), order(name="b"), order(first=120)]
-    assert all(set(one) == set(orders[0]) for one in orders)
-    assert len({tuple(one) for one in orders}) == 4
+def test_a_read_only_source_is_indexed_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("KL_F8_TRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards.os, "access", lambda path, mode: False)  # root may write anywhere
+    samples.packed(tmp_path / "photos", count=1, per_shard=1)
+    source = open_source(tmp_path / "photos")
+    assert source.directory.is_relative_to(tmp_path / "cache" / "index")
 
 
-def test_the_order_is_shuffled_within_and_between_shards():
-    plan = plan_of({"a": [100] * 20}, {"a": 4}, lanes=1)
-    found = located(plan, range(2000))
-    first_shard = [number for _, shard, number in found if shard == found[0][1]]
-    assert first_shard != sorted(first_shard)
-    shard_order = list(dict.fromkeys(shard for _, shard, _ in found))
-    assert shard_order != sorted(shard_order)
-    assert len(shard_order) == 20
+def test_sources_travel_to_loader_processes(tmp_path):
+    samples.packed(tmp_path / "photos", count=3, per_shard=2)
+    source = open_source(tmp_path / "photos", ["width >= 1"])
+    again = pickle.loads(pickle.dumps(source))
+    assert read_all(again) == read_all(source)
 
 
-def test_lanes_draw_from_different_shards():
-    plan = plan_of({"a": [1000] * 20}, {"a": 16}, lanes=16)
-    shards_of_a_batch = {shard for _, shard, _ in located(plan, range(16))}
-    assert len(shards_of_a_batch) >= 10
+# --- plain folders --------------------------------------------------------------------------
 
 
-def test_the_order_is_frozen():
-    """A release must not reshuffle a run that resumes."""
-    assert shards.permutation(8, 0, "a", "shards", 0).tolist() == [3, 0, 1, 4, 6, 2, 7, 5]
-    assert shards.random_state(7, "crop", -5).random_sample() == 0.7785396448038734
-    plan = plan_of({"a": [5, 7, 3], "b": [4]}, {"a": 4, "b": 2}, lanes=2, seed=3)
-    assert located(plan, range(600, 606)) == [
-        ("a", "00000.tar", 0),
-        ("b", "00000.tar", 3),
-        ("a", "00002.tar", 2),
-        ("a", "00001.tar", 3),
-        ("b", "00000.tar", 2),
-        ("a", "00001.tar", 5),
-    ]
+def test_a_folder_of_images_is_a_source(tmp_path):
+    (tmp_path / "holiday" / "beach").mkdir(parents=True)
+    for name in ("b.JPG", "a.png", "beach/c.webp", "notes.txt"):
+        (tmp_path / "holiday" / name).write_bytes(name.encode())
+    source = open_source(tmp_path / "holiday")
+    assert read_all(source) == [b"a.png", b"b.JPG", b"beach/c.webp"]
+    assert source.read(0, 2)[0] == "beach/c.webp"
+    with pytest.raises(UsageError, match="plain folder"):
+        open_source(tmp_path / "holiday", ["width > 1"])
 
 
-def test_a_shard_reads_only_its_sample(tmp_path):
-    path = tmp_path / "x.bin"
-    path.write_bytes(b"0123456789")
-    shard = shards.Shard(path, ("a", "b"), np.array([2, 5]), np.array([3, 4]))
-    assert (shard.read(0), shard.read(1)) == (b"234", b"5678")
+# --- scale ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_index_of_100_million_images_opens_quickly_and_small(tmp_path):
+    """100,000 shards of 1,000 images, one column: under 10 s and 2 GB, in a process of its own."""
+    write = f"""
+import json
+from pathlib import Path
+import numpy as np
+root, shards, images = Path({str(tmp_path)!r}), 100_000, 1_000
+for name, kind in (("blocks", np.uint32), ("sizes", np.uint32), ("column-0", np.float32)):
+    array = np.lib.format.open_memmap(root / f"{{name}}.npy", "w+", kind, (shards * images,))
+    for start in range(0, len(array), 10**7):
+        array[start : start + 10**7] = np.arange(start, start + 10**7) % 1000
+(root / "index.json").write_text(json.dumps({{
+    "locations": [f"/data/{{i:06d}}.tar" for i in range(shards)],
+    "fingerprints": [[1, 1]] * shards, "counts": [images] * shards, "columns": ["width"],
+    "broken": {{}}, "without_image": 0}}))
+"""
+    read = f"""
+import json, resource, time
+from pathlib import Path
+from kl_f8_train.cache import ShardCache
+from kl_f8_train.shards import Filter, TarSource
+root = Path({str(tmp_path)!r})
+began = time.perf_counter()
+source = TarSource(root, [], ShardCache(root / "cache", 2**30))
+opened = time.perf_counter() - began
+began = time.perf_counter()
+filtered = TarSource(root, [Filter.parse("width >= 100")], ShardCache(root / "cache", 2**30))
+print(json.dumps([opened, time.perf_counter() - began, int(source.counts.sum()),
+    int(filtered.counts.sum()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))
+"""
+    subprocess.run([sys.executable, "-c", write], check=True)
+    done = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, check=True)
+    opened, filtered, total, kept, gib = json.loads(done.stdout)
+    print(f"opened in {opened:.1f} s, filtered in {filtered:.1f} s, peak {gib:.2f} GiB")
+    assert (total, kept) == (100_000_000, 90_000_000)
+    assert opened < 10
+    assert filtered < 20
+    assert gib < 2

@@ -1,5 +1,6 @@
 """Whole runs as real processes: resume, kill, signals, several ranks, broken input."""
 
+import csv
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import runs
+import samples
 import torch
 
 from kl_f8_train import checkpoint
@@ -174,29 +176,48 @@ def test_warmup_resumes_where_it_stopped(folder):
 
 
 def test_a_bad_image_is_skipped_counted_and_named(folder, capsys):
-    shards = folder / "one-bad"
-    tiles = sorted((folder / "tiles").iterdir())[:6]
-    tiles[2:3] = [folder / "text.png"]
-    tiles[2].write_text("no image")
-    from kl_f8_train.shards import pack
-
-    pack(tiles, shards)
-    train(runs.recipe(folder, "bad", f"data.sources={shards}", "stop_iteration=104"))
+    tiles = [path.read_bytes() for path in sorted((folder / "tiles").iterdir())[:6]]
+    tiles[2] = b"no image"
+    shards = samples.write_tar(
+        folder / "one-bad" / "00000.tar", {f"{i}.png": data for i, data in enumerate(tiles)}
+    )
+    settings = runs.recipe(folder, "bad", f"data.sources={shards.parent}", "stop_iteration=104")
+    train(settings)
     output = capsys.readouterr().out
-    assert "skipped an image: one_bad/00000.tar/000000002: not a readable image" in output
-    last = (folder / "bad" / "metrics.csv").read_text().splitlines()[-1]
-    assert float(last.split(",")[-1]) >= 1
+    assert "skipped an image: one_bad/00000.tar/2.png: not a readable image" in output
+    assert "replaced on this rank: not a readable image" in output
+    with (folder / "bad" / "metrics.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    assert float(last["skipped_images"]) >= 1
+    assert last["images_one_bad"] == "16"
+    assert float(last["passes_one_bad"]) == 4  # of 4 lanes of one image: 2 of 6 rest each time
+    assert "2.png" in (folder / "bad" / "skipped-0.txt").read_text()
+
+
+def test_too_many_bad_images_stop_the_run(folder):
+    tiles = [path.read_bytes() for path in sorted((folder / "tiles").iterdir())[:6]]
+    tiles[2] = b"no image"
+    members = {f"{i}.png": data for i, data in enumerate(tiles)}
+    shards = samples.write_tar(folder / "many-bad" / "00000.tar", members).parent
+    extra = (
+        f"data.sources={shards}",
+        "stop_iteration=200",
+        "global_batch=50",
+        "compute.per_device_batch=10",
+    )
+    with pytest.raises(RunFailedError, match=r"of 1,000 images cannot be used.*max_bad_share=0.1"):
+        train(runs.recipe(folder, "many-bad-run", *extra))
+
+
+def test_a_plain_folder_of_images_needs_no_packing(folder):
+    extra = (f"data.sources={folder / 'tiles'}", "stop_iteration=102")
+    assert train(runs.recipe(folder, "plain", *extra)) == 0
 
 
 @pytest.mark.slow
 def test_only_bad_images_stop_the_run(folder):
-    bad = folder / "only-bad-files"
-    bad.mkdir()
-    for number in range(5):
-        (bad / f"{number}.jpg").write_text("no image")
-    from kl_f8_train.shards import pack
-
-    pack(sorted(bad.iterdir()), folder / "only-bad")
+    members = {f"{number}.jpg": b"no image" for number in range(5)}
+    samples.write_tar(folder / "only-bad" / "00000.tar", members)
     extra = (f"data.sources={folder / 'only-bad'}", "stop_iteration=104", "data.workers=1")
     process = runs.start(folder, "only-bad-run", *extra)
     output = process.communicate(timeout=60)[0]
