@@ -318,14 +318,13 @@ class Prefetch(Callback):
     def __init__(self, plan: Plan, sources: Mapping[str, Source], cache: ShardCache) -> None:
         self.plan, self.sources, self.cache = plan, sources, cache
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins."""
-        self._ask(trainer, finetuner_of(pl_module).iteration)
+        self.asked = -self.EVERY
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Goes on every few iterations."""
+        """Asks every few iterations; not earlier, as loaders are forked before the first ends."""
         iteration = finetuner_of(pl_module).iteration
-        if iteration % self.EVERY == 0:
+        if iteration >= self.asked + self.EVERY:
+            self.asked = iteration
             self._ask(trainer, iteration)
 
     def _ask(self, trainer: Trainer, iteration: int) -> None:

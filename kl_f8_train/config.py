@@ -119,6 +119,7 @@ class Data:
     shorter_side: int | None = setting("bicubic resize of the shorter side, in pixels; null: none")
     crop: int = setting("random square crop, in pixels; a multiple of 8")
     flip: bool = setting("mirror every other image, at random (the original does not)", False)
+    draft: bool = setting("decode JPEGs at reduced size: faster, slightly other pixels", False)
     lanes: int = setting("parallel lanes of the plan, at most", 48)
     max_bad_share: float = setting("share of bad images that stops a run, from 1,000 on", 0.1)
     bad_shards: Literal["stop", "skip"] = setting("what a truncated shard does at start", "stop")

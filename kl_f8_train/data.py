@@ -64,6 +64,7 @@ class PositionDataset(Dataset[Sample]):
             config.data.crop,
             config.data.flip,
         )
+        self.draft_side = config.data.shorter_side if config.data.draft else None
         side = config.data.crop // 2 ** (len(config.model.ch_mult) - 1)
         self.noise_shape = (2 if config.second_forward else 1, config.model.embed_dim, side, side)
 
@@ -93,7 +94,7 @@ class PositionDataset(Dataset[Sample]):
 
     def _load(self, data: bytes, position: int) -> Tensor:
         top, left, mirror = random_state(self.seed, "crop", position).random_sample(3)
-        image = images.decode(data)
+        image = images.decode(data, self.draft_side)
         if self.shorter_side is not None:
             image = images.resize_shorter(image, self.shorter_side)
         image = images.crop(image, self.crop, float(top), float(left))

@@ -7,6 +7,7 @@ that 100,000 shards of 1,000 images open in seconds. Filters are applied to the 
 
 import glob
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -96,6 +97,7 @@ class TarIndex:
 
     blocks: list[int] = field(default_factory=list)  # offset of the image, in blocks
     sizes: list[int] = field(default_factory=list)  # bytes
+    keys: list[str] = field(default_factory=list)
     numbers: list[dict[str, float]] = field(default_factory=list)
     without_image: int = 0
 
@@ -126,6 +128,7 @@ def index_tar(path: Path) -> TarIndex:
                     has_image = True
                     found.blocks.append(member.offset_data // BLOCK)
                     found.sizes.append(member.size)
+                    found.keys.append(base)
                     found.numbers.append(pending)
             end = archive.offset
         with path.open("rb") as file:
@@ -143,14 +146,46 @@ def index_tar(path: Path) -> TarIndex:
     return found
 
 
+def add_neighbours(found: TarIndex, path: Path) -> TarIndex:
+    """What img2dataset wrote beside a shard: `_stats.json` checks it, `.parquet` adds numbers.
+
+    The parquet is read only for images without JSON, and where pyarrow is installed. Raises
+    MissingInputError if the shard holds fewer images than the statistics say.
+    """
+    stats = path.with_name(f"{path.stem}_stats.json")
+    if stats.is_file():
+        expected = _numbers(stats.read_bytes()).get("successes", 0)
+        if len(found.sizes) < expected:
+            raise MissingInputError(
+                f"shard {path} holds {len(found.sizes)} images, {stats.name} says {expected:.0f} "
+                "(delete that file if images were taken out on purpose)"
+            )
+    table = path.with_suffix(".parquet")
+    if table.is_file() and not all(found.numbers) and importlib.util.find_spec("pyarrow"):
+        rows = _parquet_numbers(table)
+        for key, numbers in zip(found.keys, found.numbers, strict=True):
+            if not numbers:
+                numbers.update(rows.get(key, {}))
+    return found
+
+
+def _parquet_numbers(table: Path) -> dict[str, dict[str, float]]:
+    from pyarrow import parquet
+
+    rows = parquet.read_table(table).to_pylist()
+    return {str(row.get("key")): _numeric(row) for row in rows}
+
+
 def _numbers(text: bytes) -> dict[str, float]:
     """The numeric fields of a JSON object; broken JSON has none."""
     try:
         values = json.loads(text)
     except ValueError:
         return {}
-    if not isinstance(values, dict):
-        return {}
+    return _numeric(values) if isinstance(values, dict) else {}
+
+
+def _numeric(values: dict[Any, Any]) -> dict[str, float]:
     return {
         str(key): float(value)
         for key, value in values.items()
@@ -212,7 +247,9 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
     counts, without, broken = [], 0, {}
     for place in chunk:
         try:
-            one = index_tar(cache.path(place))
+            path = cache.path(place)
+            one = index_tar(path)
+            one = one if is_remote(place) else add_neighbours(one, path)
         except MissingInputError as error:
             one, broken[place] = TarIndex(), str(error)
         blocks += one.blocks

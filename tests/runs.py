@@ -6,12 +6,12 @@ from pathlib import Path
 
 import skimage.data
 import torch
-from kl_f8_train.pack import pack
 
 from kl_f8_train import checkpoint, config, images
 from kl_f8_train.config import Config
 from kl_f8_train.discriminator import Discriminator, initialize
 from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.pack import pack
 
 TINY = (
     "model.ch_mult=[1,1]",

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from kl_f8_train.pack import pack
 from PIL import Image
 
 from kl_f8_train import config
 from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.pack import pack
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 YOURS = ("run_dir=runs/x", "init.weights=model.ckpt", "data.sources=/data/photos")

@@ -1,17 +1,20 @@
 import itertools
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
+import pyarrow
 import pytest
 import samples
-from kl_f8_train.cache import ShardCache
 from PIL import Image
+from pyarrow import parquet
 
 from kl_f8_train import shards
+from kl_f8_train.cache import ShardCache
 from kl_f8_train.errors import MissingInputError, UsageError
 
 # --- indexing -------------------------------------------------------------------------------
@@ -293,6 +296,7 @@ def test_a_changed_shard_is_indexed_anew(tmp_path):
     paths = samples.packed(tmp_path / "photos", count=4, per_shard=2)
     open_source(tmp_path / "photos")
     samples.write_tar(paths[1], {"x.jpg": b"new"})
+    (tmp_path / "photos" / "00001_stats.json").unlink()
     source = open_source(tmp_path / "photos")
     assert source.counts.tolist() == [2, 1]
     assert source.read(1, 0) == ("00001.tar/x.jpg", b"new")
@@ -330,6 +334,25 @@ def test_sources_travel_to_loader_processes(tmp_path):
     source = open_source(tmp_path / "photos", ["width >= 1"])
     again = pickle.loads(pickle.dumps(source))
     assert read_all(again) == read_all(source)
+
+
+def test_statistics_beside_a_shard_notice_missing_images(tmp_path):
+    with_metadata(tmp_path / "m", ROWS)
+    (tmp_path / "m" / "00000_stats.json").write_text('{"count": 9, "successes": 6}')
+    assert open_source(tmp_path / "m").counts.tolist() == [6]
+    (tmp_path / "n").mkdir()
+    shutil.copy(tmp_path / "m" / "00000.tar", tmp_path / "n")
+    (tmp_path / "n" / "00000_stats.json").write_text('{"count": 9, "successes": 7}')
+    with pytest.raises(MissingInputError, match=r"holds 6 images, 00000_stats\.json says 7"):
+        open_source(tmp_path / "n")
+
+
+def test_a_parquet_beside_a_shard_tells_what_its_json_does_not(tmp_path):
+    with_metadata(tmp_path / "m", [None, None, {"width": 1}])
+    rows = [{"key": "1", "width": 300}, {"key": "0", "width": 100}, {"key": "2", "width": 900}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "m" / "00000.parquet")
+    source = open_source(tmp_path / "m", ["width >= 200"])
+    assert read_all(source) == [b"1"]
 
 
 # --- plain folders --------------------------------------------------------------------------

@@ -1,14 +1,17 @@
 """Whole runs as real processes: resume, kill, signals, several ranks, broken input."""
 
 import csv
+import functools
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ import samples
 import torch
 
 from kl_f8_train import checkpoint
+from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.train import train
 
@@ -212,6 +216,31 @@ def test_too_many_bad_images_stop_the_run(folder):
 def test_a_plain_folder_of_images_needs_no_packing(folder):
     extra = (f"data.sources={folder / 'tiles'}", "stop_iteration=102")
     assert train(runs.recipe(folder, "plain", *extra)) == 0
+
+
+def test_remote_shards_give_the_run_of_local_ones(folder, undisturbed, capsys):
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder / "shards"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/{{00000..00001}}.tar"
+        places = (str(folder / "remote-index"), str(folder / "remote-cache"))
+        extra = (
+            f"data.sources.shards={address}",
+            f"data.index_dir={places[0]}",
+            f"data.cache_dir={places[1]}",
+            "stop_iteration=108",
+        )
+        settings = runs.recipe(folder, "remote", *extra)
+        with pytest.raises(MissingInputError, match=r"not indexed yet.*kl-f8-train index"):
+            train(settings)
+        assert main(["index", address, "--index-dir", places[0], "--cache-dir", places[1]]) == 0
+        assert "36 images in 2 shards" in capsys.readouterr().out
+        shutil.rmtree(places[1])
+        assert train(settings) == 0
+        server.shutdown()
+    cached = [path for path in Path(places[1]).iterdir() if path.suffix == ".tar"]
+    assert len(cached) == 2
+    runs.assert_same_state(runs.final_state(folder, "remote"), undisturbed)
 
 
 @pytest.mark.slow
