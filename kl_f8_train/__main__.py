@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import sys
 import traceback
@@ -15,7 +16,11 @@ from kl_f8_train.errors import MissingInputError, UsageError, UserError
 def main(arguments: list[str] | None = None) -> int:
     """Runs a verb; returns its exit code: 0, 2 usage, 3 missing input, 4 failed run."""
     parser = build_parser()
-    args = parser.parse_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    if hasattr(args, "overrides") and all("=" in text for text in rest):
+        args.overrides += rest  # key=value behind a flag, or written --key=value
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     verb: Callable[[argparse.Namespace], int] = args.verb
     try:
         return verb(args)
@@ -26,6 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         text = f"unexpected {type(error).__name__}: {error}\n--debug shows where"
         return _complain(text, UserError.exit_code, args.debug)
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()  # loaders, after a failure; torch would wait five seconds for them
 
 
 def _complain(message: str, exit_code: int, debug: bool) -> int:

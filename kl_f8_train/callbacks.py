@@ -1,5 +1,6 @@
 """What happens around the iterations: log lines, pictures, checkpoints, signals."""
 
+import contextlib
 import csv
 import secrets
 import signal
@@ -9,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,20 +60,24 @@ class Checkpoints(Callback):
         now = (finetuner.iteration, finetuner.warmup_left)
         if self.saved == now:
             return
+        failure: str | None = None
         if trainer.is_global_zero:
             try:
                 optimizers = [o for o in trainer.optimizers if isinstance(o, Adam)]
-                state.save(finetuner, optimizers, self.run_dir, self.frozen)
-                self.failures = 0
+                path = state.save(finetuner, optimizers, self.run_dir, self.frozen)
                 keep = self.settings
-                checkpoint.remove_old_checkpoints(self.run_dir, keep.keep_last, keep.keep_every)
-            except RunFailedError as error:
-                self.failures += 1
-                if final or self.failures > 1:
-                    raise
-                print(f"{error}\n  training goes on; the next checkpoint tries again", flush=True)
-        self.saved = now
-        trainer.strategy.barrier()
+                checkpoint.remove_old_checkpoints(path, keep.keep_last, keep.keep_every)
+            except (RunFailedError, OSError) as error:
+                failure = str(error)
+        failure = trainer.strategy.broadcast(failure)  # all ranks go on, or stop, together
+        if failure is None:
+            self.saved, self.failures = now, 0
+            return
+        self.failures += 1
+        if final or self.failures > 1:
+            raise RunFailedError(failure)
+        if trainer.is_global_zero:
+            print(f"{failure}\n  training goes on; the next checkpoint tries again", flush=True)
 
 
 class Signals(Callback):
@@ -107,11 +112,13 @@ class Signals(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stops all ranks if one of them got a signal."""
+        agreed = self.received
         if trainer.world_size > 1:
-            flag = torch.tensor(self.received, device=pl_module.device)
+            flag = torch.tensor(agreed, device=pl_module.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            self.received = int(flag)
-        if self.received:
+            agreed = int(flag)  # a signal that comes meanwhile waits for the next iteration
+        if agreed:
+            self.received = agreed
             trainer.should_stop = True
 
 
@@ -140,11 +147,11 @@ class Pictures(Callback):
             images.hstack([image, images.to_uint8(ema_reconstruction(finetuner, image)).cpu()])
             for image in self.fixed
         ]
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"iteration-{finetuner.iteration:09d}.jpg"
-        with checkpoint.atomic_path(path) as temporary:
-            images.to_pil(images.vstack(rows)).save(temporary, format="JPEG", quality=92)
-        self.run_log.picture(finetuner.iteration, path)
+        with tolerated():
+            with checkpoint.atomic_path(path) as temporary:
+                images.to_pil(images.vstack(rows)).save(temporary, format="JPEG", quality=92)
+            self.run_log.picture(finetuner.iteration, path)
 
 
 @torch.no_grad()
@@ -197,7 +204,8 @@ class RunLog(Callback):
         for key, value in finetuner.metrics.items():
             if key not in self.sums:
                 self.sums[key] = torch.zeros((), dtype=torch.float64)
-            self.sums[key] = self.sums[key].to(torch.as_tensor(value).device) + value
+            finite = torch.nan_to_num(torch.as_tensor(value), 0.0, 0.0, 0.0)  # left-out updates
+            self.sums[key] = self.sums[key].to(finite.device) + finite
         self.count += 1
         if self.bar is not None and not finetuner.warmup_left:
             self.bar.update(finetuner.iteration - self.bar.n)
@@ -234,14 +242,15 @@ class RunLog(Callback):
         seconds = time.perf_counter() - self.mark
         row["images_per_second"] = self.count * self.config.global_batch / seconds
         row["data_wait_share"] = self.waited / seconds
-        row["skipped_images"] = self.skipped.total()
+        row["skipped_images"] = self._judge_skipped(finetuner)
         for name, source in self.plan.plans.items():
             row[f"images_{name}"] = source.share * (finetuner.iteration - self.first)
             row[f"passes_{name}"] = source.passes(finetuner.iteration - self.first)
         if finetuner.device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if trainer.is_global_zero:
-            self.table.write(finetuner.iteration, row)
+            with tolerated():
+                self.table.write(finetuner.iteration, row)
             if self.wandb is not None:
                 self.wandb.log({**row, "iteration": finetuner.iteration})
             self._say(self._line(finetuner, row, seconds / self.count))
@@ -270,21 +279,32 @@ class RunLog(Callback):
         )
 
     def _note_skipped(self, batch: Batch, trainer: Trainer) -> None:
-        """Counts, names and files bad images; too many of them end the run."""
+        """Counts, names and files bad images."""
         self.seen += len(batch.keys)
         for message in batch.skipped:
             key, _, reason = message.partition(": ")
             self.skipped[key.partition("/")[0], reason.partition(":")[0]] += 1
             if self.skipped.total() <= 20:
                 self._say(f"skipped an image: {message}")
-            with (self.run_dir / f"skipped-{trainer.global_rank}.txt").open("a") as file:
+            name = f"skipped-{trainer.global_rank}.txt"
+            with tolerated(), (self.run_dir / name).open("a") as file:
                 file.write(f"{message}\n")
-        bad, limit = self.skipped.total(), self.config.data.max_bad_share
-        if self.seen >= 1000 and bad > limit * self.seen:
+
+    def _judge_skipped(self, finetuner: Finetuner) -> int:
+        """Bad images on all ranks; too many of them end the run, on all ranks together."""
+        counts = torch.tensor(
+            [self.skipped.total(), self.seen], dtype=torch.float64, device=finetuner.device
+        )
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+        bad, seen = (int(number) for number in counts)
+        limit = self.config.data.max_bad_share
+        if seen >= 1000 and bad > limit * seen:
             raise RunFailedError(
-                f"{bad:,} of {self.seen:,} images cannot be used, more than data.max_bad_share="
+                f"{bad:,} of {seen:,} images cannot be used, more than data.max_bad_share="
                 f"{limit:g}: {self._reasons()}; they are named in {self.run_dir}/skipped-*.txt"
             )
+        return bad
 
     def _reasons(self, source: str | None = None) -> str:
         counts: Counter[str] = Counter()
@@ -331,6 +351,15 @@ class Prefetch(Callback):
         ahead = range(iteration, iteration + self.AHEAD)
         wanted = upcoming(self.plan, self.sources, ahead, trainer.global_rank, trainer.world_size)
         self.cache.prefetch([place for place in wanted if is_remote(place)])
+
+
+@contextlib.contextmanager
+def tolerated() -> Iterator[None]:
+    """A report that cannot be written, on a full disk say, is told and does not end the run."""
+    try:
+        yield
+    except (OSError, RunFailedError) as error:
+        print(f"{error}\n  a report could not be written; training goes on", flush=True)
 
 
 class MetricsFile:

@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import re
+import secrets
 import struct
 import tempfile
 import types
@@ -284,7 +285,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises RunFailedError with the remedy if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -354,9 +355,13 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
-def remove_old_checkpoints(run_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Keeps the newest `keep_last` and every multiple of `keep_every`."""
-    for path in list_checkpoints(run_dir)[keep_last:]:
+def remove_old_checkpoints(saved: Path, keep_last: int, keep_every: int) -> None:
+    """Keeps `saved`, the newest before it, `keep_last` in all, and every multiple of `keep_every`.
+
+    Files newer than `saved` are of a try that was given up, and do not count.
+    """
+    older = [path for path in list_checkpoints(saved.parents[1]) if path <= saved]
+    for path in older[keep_last:]:
         match = NAME.search(path.name)
         if not (match and keep_every and int(match[1]) % keep_every == 0):
             path.unlink(missing_ok=True)

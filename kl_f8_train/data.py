@@ -4,6 +4,7 @@ Crop and noise are drawn from (seed, position), so a batch is the same whatever 
 GPUs, workers and restarts.
 """
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -196,7 +197,10 @@ def loader(dataset: PositionDataset, sampler: IterationSampler, workers: int) ->
 
 
 def _start_worker(worker: int) -> None:
-    """One thread; signals are the main process's business, which tells its workers to end."""
+    """One thread, and a process group of its own: signals to the run's group are not for loaders.
+
+    The main process ends its loaders; a loader whose main process is gone ends by itself.
+    """
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's handler

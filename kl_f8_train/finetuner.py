@@ -20,6 +20,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from kl_f8_train.checkpoint import tensors_sha256
 from kl_f8_train.config import Config
 from kl_f8_train.data import Batch
 from kl_f8_train.discriminator import Discriminator
@@ -68,6 +69,7 @@ class Finetuner(LightningModule):
         self.micro_batch = config.compute.per_device_batch or config.global_batch
         self.metrics: dict[str, Tensor | float] = {}
         self.prepared_optimizers: list[Adam] = []
+        self.data_digest = ""  # of the sources' counts
 
     @property
     def perceptual(self) -> nn.Module:
@@ -87,8 +89,32 @@ class Finetuner(LightningModule):
         return self.prepared_optimizers or build_optimizers(self)
 
     def on_fit_start(self) -> None:
-        """Moves the perceptual network to the device."""
+        """Moves the perceptual network to the device, and checks that all ranks start alike."""
         self.perceptual.to(self.device)
+        self._compare_ranks()
+
+    def _compare_ranks(self) -> None:
+        """Raises RunFailedError if a rank resumed another state, or sees other data."""
+        if not dist.is_initialized():
+            return
+        networks = {} if self.discriminator is None else self.discriminator.state_dict()
+        mine = (
+            self.iteration,
+            self.warmup_left,
+            self.ema_updates,
+            [len(optimizer.state) for optimizer in self.prepared_optimizers],
+            tensors_sha256(networks)[:12],
+            self.data_digest,
+        )
+        seen: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(seen, mine)
+        if any(other != seen[0] for other in seen):
+            lines = "\n".join(f"  rank {rank}: {other}" for rank, other in enumerate(seen))
+            raise RunFailedError(
+                "the ranks start from different states (iteration, warm-up, EMA updates, optimizer "
+                f"states, discriminator, data):\n{lines}\nrun_dir={self.config.run_dir} and the "
+                "shards must be the same files for every node"
+            )
 
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
@@ -344,7 +370,8 @@ class Finetuner(LightningModule):
         keys = ", ".join(batch.keys[:4])
         message = (
             f"iteration {self.iteration}: the {what}'s gradient is {float(norm)}; "
-            f"update left out ({self.bad_updates} in a row); batch {keys} ..."
+            f"update left out ({self.bad_updates} in a row); this rank's batch begins with {keys} "
+            "(the cause may be on another rank)"
         )
         if self.bad_updates >= self.config.max_bad_updates:
             raise RunFailedError(

@@ -82,6 +82,11 @@ class Plan:
         }
         self.slots = interleave(shares)
 
+    def digest(self) -> str:
+        """A short hash of the counts; nodes that see other shards have another."""
+        counts = [plan.counts.tobytes() for plan in self.plans.values()]
+        return hashlib.sha256(b"/".join(counts)).hexdigest()[:12]
+
     def locate(self, position: int) -> tuple[str, int, int]:
         """(source, shard, sample) at a position; warm-up iterations are negative."""
         iteration, slot = divmod(position, self.batch)

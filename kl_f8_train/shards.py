@@ -5,6 +5,7 @@ number known of it. The index of a source is a directory of arrays that are mapp
 that 100,000 shards of 1,000 images open in seconds. Filters are applied to the index.
 """
 
+import fcntl
 import glob
 import hashlib
 import importlib.util
@@ -424,10 +425,11 @@ class TarSource:
         """Name, from the header in front of the data, and encoded image."""
         row = self._kept(shard)[sample]
         offset, size = (int(self.blocks[row]) - 1) * BLOCK, int(self.sizes[row])
-        with self.cache.open(self.locations[shard]) as file:
+        place = self.locations[shard]
+        with self.cache.open(place) if is_remote(place) else open(place, "rb") as file:
             data = os.pread(file.fileno(), BLOCK + size, offset)
         member = data[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
-        name = f"{os.path.basename(self.locations[shard])}/{os.path.basename(member)}"
+        name = f"{os.path.basename(place)}/{os.path.basename(member)}"
         return name, data[BLOCK:]
 
     def location(self, shard: int) -> str:
@@ -522,11 +524,13 @@ def open_source(
             return _open_folder(folder, parsed)
         locations = expand(pattern)
         directory = index_directory(locations, index_dir)
-        _index_if_needed(pattern, locations, directory, cache)
+        if not _fresh(directory, cache):
+            directory.mkdir(parents=True, exist_ok=True)
+            with (directory / ".lock").open("w") as lock:  # one rank builds, the others wait
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not _fresh(directory, cache):
+                    _build_here(pattern, locations, directory, cache)
         source = TarSource(directory, parsed, cache)
-        if source.changed():  # since it was indexed
-            build_index(locations, directory, cache, workers=_cores())
-            source = TarSource(directory, parsed, cache)
     except (MissingInputError, UsageError) as error:
         raise type(error)(f"{where}: {error}") from error
     broken = list(source.broken.values())
@@ -553,11 +557,12 @@ def _open_folder(folder: Path, filters: Sequence[Filter]) -> FolderSource:
     return source
 
 
-def _index_if_needed(
-    pattern: str, locations: Sequence[str], directory: Path, cache: ShardCache
-) -> None:
-    if (directory / "index.json").is_file():
-        return
+def _fresh(directory: Path, cache: ShardCache) -> bool:
+    """Whether there is an index, of the shards as they are now."""
+    return (directory / "index.json").is_file() and not TarSource(directory, [], cache).changed()
+
+
+def _build_here(pattern: str, locations: Sequence[str], directory: Path, cache: ShardCache) -> None:
     remote = sum(is_remote(place) for place in locations)
     if remote or len(locations) > AUTOMATIC:
         raise MissingInputError(

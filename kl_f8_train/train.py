@@ -60,6 +60,7 @@ def train(settings: Config, allow_changes: bool = False) -> int:
             say(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
             return 0
         plan, sources = open_data(settings, say)
+        finetuner.data_digest = plan.digest()
         _describe(settings, finetuner, plan, sources)
         run_log = RunLog(run_dir, settings, finetuner.iteration, plan)
         pictures = Pictures(
@@ -239,10 +240,14 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
     devices: int | str = compute.devices or local or ("auto" if accelerator == "cuda" else 1)
     per_node = gpus if devices == "auto" else int(devices)
     parallel = nodes * per_node > 1
+    if accelerator == "cuda" and gpus > per_node:
+        say(f"using {per_node} of {gpus} GPUs here: one for each process the launcher started")
     plugins: list[Any] = []
-    if _under_slurm():
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        plugins = []  # torchrun, also inside a SLURM job
+    elif _under_slurm():
         plugins = [SLURMEnvironment(auto_requeue=False)]
-    elif not local:
+    else:
         plugins = [LightningEnvironment()]  # an installed srun alone is no cluster
     return Trainer(
         accelerator=accelerator,

@@ -17,6 +17,7 @@ TINY = (
     "model.ch_mult=[1,1]",
     "data.crop=32",
     "data.workers=0",
+    "compute.devices=null",
     "global_batch=4",
     "adversarial.n_layers=2",
     "init.iteration=100",
@@ -79,7 +80,12 @@ def start(
     launch = launcher or (sys.executable,)
     command = [*launch, "-m", "kl_f8_train", "train", "demo", *overrides(folder, run, *extra)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        bufsize=1,
+        start_new_session=True,
     )
 
 

@@ -601,13 +601,20 @@ def test_leftovers_are_no_checkpoints(tmp_path):
 )
 def test_old_checkpoints_are_removed(tmp_path, keep_last, keep_every, kept):
     make_checkpoints(tmp_path, *((number * 100, 0) for number in range(1, 6)))
-    checkpoint.remove_old_checkpoints(tmp_path, keep_last, keep_every)
+    saved = checkpoint.checkpoint_path(tmp_path, 500)
+    checkpoint.remove_old_checkpoints(saved, keep_last, keep_every)
     assert names(tmp_path) == kept
+
+
+def test_newer_checkpoints_of_an_abandoned_try_do_not_count(tmp_path):
+    make_checkpoints(tmp_path, (2000, 0), (2500, 0), (3000, 0))
+    checkpoint.remove_old_checkpoints(checkpoint.checkpoint_path(tmp_path, 2500), 1, 0)
+    assert names(tmp_path) == ["000003000", "000002500"]
 
 
 def test_warm_up_checkpoints_are_not_kept_for_good(tmp_path):
     make_checkpoints(tmp_path, (200, 10), (200, 20), (200, 0), (300, 0))
-    checkpoint.remove_old_checkpoints(tmp_path, 1, 100)
+    checkpoint.remove_old_checkpoints(checkpoint.checkpoint_path(tmp_path, 300), 1, 100)
     assert names(tmp_path) == ["000000300", "000000200"]
 
 

@@ -99,9 +99,9 @@ def test_kill_9_and_the_same_command_again_equal_an_undisturbed_run(folder, undi
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_finishes_the_iteration_saves_and_tells_its_number(folder, undisturbed, number):
     name = f"signal-{number}"
-    process = runs.start(folder, name, "stop_iteration=108")
+    process = runs.start(folder, name, "stop_iteration=108", "data.workers=1")
     wait_for(process, "iteration 102 of")
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as torchrun, SLURM and Ctrl-C do: loaders get it, too
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number, output
     stopped = runs.final_state(folder, name).iteration
@@ -329,6 +329,25 @@ def test_two_ranks_give_the_gradients_of_one(folder):
         assert moments
         for key in moments:  # Adam's first moment after one step is half the gradient
             torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_ranks_that_start_from_different_states_are_refused(folder, undisturbed):
+    shutil.copytree(folder / "undisturbed", folder / "node-0")  # rank 1 finds no checkpoint
+    settings = runs.overrides(folder, "node-$RANK", "stop_iteration=110")
+    command = " ".join([sys.executable, "-m kl_f8_train train demo --allow-changes", *settings])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, "--no-python", "bash", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "the ranks start from different states" in done.stderr
+    assert "rank 0: (108," in done.stderr
+    assert "rank 1: (100," in done.stderr
 
 
 @pytest.fixture(params=["refused", "stalled"])
