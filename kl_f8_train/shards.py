@@ -13,8 +13,7 @@ import json
 import os
 import re
 import tarfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -574,9 +573,3 @@ def _build_here(pattern: str, locations: Sequence[str], directory: Path, cache: 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
-
-
-def reasons(messages: Iterable[str]) -> Iterator[tuple[str, int]]:
-    """How often each reason occurs in messages `key: reason: detail`."""
-    counted = Counter(message.split(": ")[1] for message in messages if ": " in message)
-    yield from counted.most_common()
