@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ from kl_f8_train.errors import MissingInputError
 Wanted = Callable[[Collection[str]], Collection[str]]
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the older format begins with this number, pickled
-OPERATIONS = 500_000  # a tensor takes about 40, kl-f8's training file some 50,000 in all
+OPERATIONS = 300_000  # a tensor takes about 40; a whole Stable Diffusion has 2,000
+DEPTH = 100
 PICKLE_BYTES = 64 << 20
 DIRECTORY_BYTES = 4 << 20  # of a zip: about 40,000 entries
 UNPACKED = 10  # how much larger than a zip the file inside may be
@@ -54,11 +55,8 @@ PLAIN = {
     "torch.device",
     *(f"torch.{name}" for name in DTYPES),
     *(str(dtype) for dtype in DTYPES.values()),
-    *(
-        f"builtins.{name}"
-        for name in ("set", "dict", "list", "tuple", "int", "float", "str", "bool")
-    ),
-    *("builtins.long", "builtins.unicode"),  # Python 2's
+    *(f"builtins.{name}" for name in ("set", "frozenset", "dict", "list", "tuple", "bytearray")),
+    *(f"builtins.{name}" for name in ("int", "float", "str", "bool", "long", "unicode")),
 }
 STUBBED_PACKAGES = ("pytorch_lightning", "lightning", "numpy", "omegaconf", "typing", "pathlib")
 STUBBED = {
@@ -88,7 +86,7 @@ def read(path: Path, wanted: Wanted, inside: bool = False) -> TorchFile:
 
     Raises MissingInputError if it holds something else, and any exception if it is broken.
     """
-    with _File(path) as file:
+    with _BoundedFile(path) as file:
         if file.peek(2) != b"PK":
             return _read_pickles(file, wanted)
         with _open_zip(file) as archive:
@@ -107,7 +105,7 @@ def is_torch(head: bytes) -> bool:
 # --- containers -----------------------------------------------------------------------------
 
 
-class _File(io.FileIO):
+class _BoundedFile(io.FileIO):
     """A file that refuses to read more than `most` bytes at once."""
 
     most = DIRECTORY_BYTES
@@ -136,10 +134,13 @@ class _File(io.FileIO):
         return head
 
 
-def _open_zip(file: _File) -> zipfile.ZipFile:
-    """Opens a zip whose directory is of a sane size."""
+def _open_zip(file: _BoundedFile) -> zipfile.ZipFile:
+    """Opens a zip whose directory is of a sane size and names nothing outside itself."""
     archive = zipfile.ZipFile(file)
     file.most = file.total()
+    for name in archive.namelist():
+        if name.startswith(("/", "\\")) or ".." in PurePosixPath(name.replace("\\", "/")).parts:
+            raise MissingInputError(f"a zip that names {name[:80]}, a path outside itself")
     return archive
 
 
@@ -156,7 +157,7 @@ def _has_torch_records(archive: zipfile.ZipFile, total: int) -> bool:
     return True
 
 
-def _read_zip(file: _File, archive: zipfile.ZipFile, wanted: Wanted) -> TorchFile:
+def _read_zip(file: _BoundedFile, archive: zipfile.ZipFile, wanted: Wanted) -> TorchFile:
     (record,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
     root = record.removesuffix("data.pkl")
     if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
@@ -175,7 +176,7 @@ def _read_zip(file: _File, archive: zipfile.ZipFile, wanted: Wanted) -> TorchFil
     return _collect("torch zip", loaded, pickled.stubbed, fetch, file.total(), wanted)
 
 
-def _read_pickles(file: _File, wanted: Wanted) -> TorchFile:
+def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
     """Five pickles (magic number, version, system, contents, storage keys), then the storages."""
     total = file.total()
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -335,14 +336,6 @@ class _Stub:
     """Stands where another object stood."""
 
 
-_NUMBERS = {b"K": "<B", b"M": "<H", b"J": "<i", b"G": ">d"}
-_TEXTS = {b"\x8c": "<B", b"X": "<I", b"\x8d": "<Q", b"U": "<B", b"T": "<i"}  # U and T: Python 2
-_BYTES = {b"C": "<B", b"B": "<I", b"\x8e": "<Q", b"\x96": "<Q"}
-_PUT = {b"q": "<B", b"r": "<I"}
-_GET = {b"h": "<B", b"j": "<I"}
-_CONSTANTS = {b"N": None, b"\x88": True, b"\x89": False, b")": ()}
-
-
 class _Pickle:
     """Interprets pickles as data, one after the other; counts what they cost."""
 
@@ -358,22 +351,9 @@ class _Pickle:
         self.memo: dict[int, Any] = {}
         while (code := self._take(1)) != b".":
             self._spend(1)
-            if code in _NUMBERS:
-                self.stack.append(self._number(_NUMBERS[code]))
-            elif code in _TEXTS:
-                self.stack.append(self._take(self._number(_TEXTS[code])).decode(errors="replace"))
-            elif code in _BYTES:
-                self.stack.append(self._take(self._number(_BYTES[code])))
-            elif code in _PUT:
-                self.memo[self._number(_PUT[code])] = self.stack[-1]
-            elif code in _GET:
-                self.stack.append(self.memo[self._number(_GET[code])])
-            elif code in _CONSTANTS:
-                self.stack.append(_CONSTANTS[code])
-            elif code in _ACTIONS:
-                _ACTIONS[code](self)
-            else:
+            if code not in _ACTIONS:
                 raise ValueError(f"pickle opcode {code!r} at byte {self.position:,}")
+            _ACTIONS[code](self)
         return self.stack.pop()
 
     def _spend(self, operations: int) -> None:
@@ -409,6 +389,8 @@ class _Pickle:
         self.stack.append(make(*objects))
 
     def _mark(self) -> None:
+        if len(self.marked) > DEPTH:
+            raise ValueError(f"its pickle is nested more than {DEPTH} deep")
         self.marked.append(self.stack)
         self.stack = []
 
@@ -477,7 +459,26 @@ class _Pickle:
         self.stack[-1] = self._set_items(self.stack[-1], *items)
 
 
-def _from_mark(make: Callable[[list[Any]], Any]) -> Callable[[_Pickle], None]:
+Action = Callable[[_Pickle], object]
+
+
+def _push(value: Callable[[_Pickle], Any]) -> Action:
+    return lambda p: p.stack.append(value(p))
+
+
+def _counted(kind: str) -> Callable[[_Pickle], bytes]:
+    return lambda p: p._take(p._number(kind))
+
+
+def _text(kind: str) -> Action:
+    return lambda p: p.stack.append(p._take(p._number(kind)).decode(errors="replace"))
+
+
+def _put(kind: str) -> Action:
+    return lambda p: p.memo.update({p._number(kind): p.stack[-1]})
+
+
+def _from_mark(make: Callable[[list[Any]], Any]) -> Action:
     def act(pickle: _Pickle) -> None:
         items = pickle._to_mark()
         pickle.stack.append(make(items))
@@ -485,39 +486,62 @@ def _from_mark(make: Callable[[list[Any]], Any]) -> Callable[[_Pickle], None]:
     return act
 
 
-def _from_stack(count: int, name: str) -> Callable[[_Pickle], None]:
-    return lambda p: p._replace(count, getattr(p, name))
+def _from_stack(count: int, make: str) -> Action:
+    return lambda p: p._replace(count, getattr(p, make))
 
 
-_ACTIONS: dict[bytes, Callable[[_Pickle], Any]] = {
+def _tuple(count: int) -> Action:
+    return lambda p: p._replace(count, lambda *items: items)
+
+
+_ACTIONS: dict[bytes, Action] = {
     b"\x80": lambda p: p._take(1),  # PROTO
     b"\x95": lambda p: p._take(8),  # FRAME
     b"(": _Pickle._mark,
     b"0": lambda p: p.stack.pop() if p.stack else p._to_mark(),
     b"1": _Pickle._to_mark,
-    b"2": lambda p: p.stack.append(p.stack[-1]),
-    b"\x8a": lambda p: p.stack.append(
-        int.from_bytes(p._take(p._number("<B")), "little", signed=True)
-    ),
+    b"2": _push(lambda p: p.stack[-1]),
+    b"N": _push(lambda p: None),
+    b"\x88": _push(lambda p: True),
+    b"\x89": _push(lambda p: False),
+    b"K": _push(lambda p: p._number("<B")),
+    b"M": _push(lambda p: p._number("<H")),
+    b"J": _push(lambda p: p._number("<i")),
+    b"G": _push(lambda p: p._number(">d")),
+    b"\x8a": _push(lambda p: int.from_bytes(_counted("<B")(p), "little", signed=True)),
+    b"C": _push(_counted("<B")),
+    b"B": _push(_counted("<I")),
+    b"\x8e": _push(_counted("<Q")),
+    b"\x96": _push(_counted("<Q")),  # BYTEARRAY8
+    b"\x8c": _text("<B"),
+    b"X": _text("<I"),
+    b"\x8d": _text("<Q"),
+    b"U": _text("<B"),  # Python 2's str
+    b"T": _text("<i"),
+    b"q": _put("<B"),
+    b"r": _put("<I"),
+    b"\x94": lambda p: p.memo.update({len(p.memo): p.stack[-1]}),  # MEMOIZE
+    b"h": _push(lambda p: p.memo[p._number("<B")]),
+    b"j": _push(lambda p: p.memo[p._number("<I")]),
+    b")": _push(lambda p: ()),
     b"t": _from_mark(tuple),
-    b"\x85": lambda p: p._replace(1, lambda *items: items),
-    b"\x86": lambda p: p._replace(2, lambda *items: items),
-    b"\x87": lambda p: p._replace(3, lambda *items: items),
-    b"]": lambda p: p.stack.append([]),
-    b"}": lambda p: p.stack.append({}),
-    b"\x8f": lambda p: p.stack.append([]),  # EMPTY_SET: kept as a list, so that nothing is hashed
-    b"\x91": _from_mark(list),  # FROZENSET
+    b"\x85": _tuple(1),
+    b"\x86": _tuple(2),
+    b"\x87": _tuple(3),
+    b"]": _push(lambda p: []),
     b"a": _from_stack(2, "_append"),
     b"e": _Pickle._extend,
+    b"\x8f": _push(lambda p: []),  # EMPTY_SET: a list, so that nothing is hashed
     b"\x90": _Pickle._extend,  # ADDITEMS
+    b"\x91": _from_mark(list),  # FROZENSET
+    b"}": _push(lambda p: {}),
     b"s": _from_stack(3, "_set_items"),
     b"u": _Pickle._set_marked,
-    b"c": lambda p: p.stack.append(p._name(p._line(), p._line())),
+    b"c": _push(lambda p: p._name(p._line(), p._line())),
     b"\x93": _from_stack(2, "_name"),
     b"R": _from_stack(2, "_make"),
     b"\x81": _from_stack(2, "_make"),  # NEWOBJ
     b"\x92": _from_stack(3, "_make"),  # NEWOBJ_EX
     b"b": lambda p: p._replace(2, lambda target, state: target),  # BUILD: the state is left out
-    b"\x94": lambda p: p.memo.update({len(p.memo): p.stack[-1]}),  # MEMOIZE
-    b"Q": _from_stack(1, "_storage"),
+    b"Q": _from_stack(1, "_storage"),  # BINPERSID
 }
