@@ -118,18 +118,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from kl_f8_train import config, hub
+    from kl_f8_train import config
 
     settings = config.load(config.find_recipe(args.config), args.overrides)
-    weights = settings.init.weights
-    if not (Path(weights).exists() or hub.is_id(weights) or Path(settings.run_dir).is_dir()):
-        raise MissingInputError(f"init.weights={weights}: no such file")
+    if not Path(settings.run_dir).is_dir():
+        _must_be_there(settings.init.weights, "init.weights=")
     from kl_f8_train.train import train
 
     return train(settings, args.allow_changes)
 
 
+def _must_be_there(weights: str, key: str = "") -> None:
+    from kl_f8_train import hub
+
+    if not Path(weights).exists() and not hub.is_id(weights):
+        raise MissingInputError(f"{key}{weights}: no such file")
+
+
 def _inspect(args: argparse.Namespace) -> int:
+    _must_be_there(args.weights)
     from kl_f8_train import checkpoint
 
     found = checkpoint.report(*checkpoint.read_weights(args.weights, "raw" if args.raw else "ema"))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from samples import TENSORS, equal, save_legacy, save_zip
 
 from kl_f8_train import checkpoint
+from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError, RunFailedError
 from kl_f8_train.formats import Weights, to_diffusers
 from kl_f8_train.model import AutoencoderKL
@@ -304,6 +305,30 @@ def test_a_config_that_is_none(tmp_path, text):
 def test_an_iteration_that_is_none(tmp_path):
     save_file(dict(samples.tiny_vae().state_dict()), tmp_path / "w", {"iteration": "many"})
     assert found(tmp_path / "w")["iteration"] is None
+
+
+def test_inspect(tmp_path, capsys):
+    path = save_zip({"state_dict": samples.tiny_vae().state_dict()}, tmp_path / "w")
+    assert main(["inspect", str(path)]) == 0
+    assert capsys.readouterr().out == checkpoint.describe(found(path)) + "\n"
+    assert main(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found(path)
+
+
+def test_inspect_says_which_weights_of_a_run(tmp_path, capsys):
+    state = samples.tiny_vae().state_dict()
+    tensors = {f"autoencoder.{key}": value for key, value in state.items()}
+    tensors |= {
+        f"ema.{key}": value.clone() for key, value in state.items() if key.startswith("decoder.")
+    }
+    tensors |= {"optimizer.decoder.x.step": torch.ones(())}
+    path = checkpoint.checkpoint_path(tmp_path, 7)
+    checkpoint.write_safetensors(path, tensors, {"iteration": "7"})
+    for flags, name in ((["--raw"], "raw"), ([], "EMA")):
+        assert main(["inspect", str(tmp_path), *flags]) == 0
+        shown = capsys.readouterr().out
+        assert f"training checkpoint ({name} weights)" in shown
+        assert "no discriminator; with optimizer; iteration 7" in shown
 
 
 def test_kl_f8s_shape_is_told():
