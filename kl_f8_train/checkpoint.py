@@ -212,7 +212,7 @@ def _read_safetensors(path: Path, wanted: unpickle.Wanted) -> Contents:
         names = list(file.keys())
         chosen = set(wanted(names))
         tensors = {
-            name: file.get_tensor(name)
+            name: file.get_tensor(name).clone()  # else it would change with the file
             if name in chosen
             else torch.empty(file.get_slice(name).get_shape(), device="meta")
             for name in names

@@ -111,13 +111,10 @@ class _BoundedFile(io.FileIO):
     most = DIRECTORY_BYTES
 
     def read(self, size: int | None = -1) -> bytes:
-        wanted = self.bytes_left() if size is None or size < 0 else size
+        wanted = self.total() - self.tell() if size is None or size < 0 else size
         if wanted > self.most:
             raise ValueError(f"{wanted:,} bytes where at most {self.most:,} were expected")
         return super().read(size) or b""
-
-    def bytes_left(self) -> int:
-        return self.total() - self.tell()
 
     def total(self) -> int:
         """Size of the file in bytes."""
@@ -138,7 +135,10 @@ def _open_zip(file: _BoundedFile) -> zipfile.ZipFile:
     """Opens a zip whose directory is of a sane size and names nothing outside itself."""
     archive = zipfile.ZipFile(file)
     file.most = file.total()
-    for name in archive.namelist():
+    for entry in archive.infolist():
+        name = entry.filename
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise MissingInputError("a zip of a rare kind; unpack it and give the file inside")
         if name.startswith(("/", "\\")) or ".." in PurePosixPath(name.replace("\\", "/")).parts:
             raise MissingInputError(f"a zip that names {name[:80]}, a path outside itself")
     return archive
@@ -169,8 +169,8 @@ def _read_zip(file: _BoundedFile, archive: zipfile.ZipFile, wanted: Wanted) -> T
 
     def fetch(storage: "_Storage") -> bytes:
         name = f"{root}data/{storage.key}"
-        if archive.getinfo(name).file_size < storage.nbytes:
-            raise ValueError(f"{name} is smaller than its tensors")
+        if archive.getinfo(name).file_size != storage.nbytes:
+            raise ValueError(f"{name} is not of the size that its tensors say")
         return archive.read(name)
 
     return _collect("torch zip", loaded, pickled.stubbed, fetch, file.total(), wanted)
@@ -199,8 +199,8 @@ def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
 
         def fetch(storage: "_Storage") -> bytes:
             start, size = places[storage.key]
-            if size < storage.nbytes:
-                raise ValueError(f"storage {storage.key} is smaller than its tensors")
+            if size != storage.nbytes:
+                raise ValueError(f"storage {storage.key} is not of the size that its tensors say")
             return data[start : start + size]
 
         return _collect("older torch file", loaded, pickled.stubbed, fetch, total, wanted)
@@ -301,16 +301,12 @@ def _collect(
         raise MissingInputError("its state_dict is none")
     views = {key: v for key, v in state.items() if isinstance(key, str) and isinstance(v, _View)}
     chosen = {key: views[key] for key in wanted(views)}
+    needed = {view.storage for view in chosen.values()}
     size = sum(view.numel * view.storage.dtype.itemsize for view in chosen.values())
+    size = max(size, sum(storage.nbytes for storage in needed))
     if size > 2 * total + 1_000_000:
         raise ValueError(f"its tensors claim {size:,} bytes")
-    storages = {view.storage: torch.empty(0) for view in chosen.values()}
-    for storage in storages:
-        data = bytearray(fetch(storage))
-        flat = torch.empty(0, dtype=storage.dtype)
-        if storage.count:
-            flat = torch.frombuffer(data, dtype=storage.dtype, count=storage.count)
-        storages[storage] = flat
+    storages = {storage: _flat(fetch(storage), storage.dtype) for storage in needed}
     return TorchFile(
         container,
         {
@@ -323,6 +319,10 @@ def _collect(
         bool(loaded.get("optimizer_states") or loaded.get("optimizer")),
         sorted(stubbed),
     )
+
+
+def _flat(data: bytes, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
 # --- pickles --------------------------------------------------------------------------------

@@ -54,6 +54,16 @@ def test_safetensors_whose_header_length_looks_like_a_torch_file(tmp_path, start
     assert contents.metadata == {"note": "x" * padding}
 
 
+@pytest.mark.parametrize("save", [save_zip, save_legacy, save_file])
+def test_tensors_do_not_change_with_their_file(tmp_path, save):
+    path = tmp_path / "w"
+    save(TENSORS, path)
+    contents = checkpoint.read(path)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert equal(contents.tensors, TENSORS)
+
+
 def test_safetensors_without_metadata(tmp_path):
     save_file(TENSORS, tmp_path / "w.safetensors")
     assert checkpoint.read(tmp_path / "w.safetensors").metadata == {}

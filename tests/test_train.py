@@ -275,7 +275,7 @@ def test_unusable_weights_are_refused_with_their_name(folder, what):
     [
         (
             ("model.ch=64",),
-            r"differ.*\n +encoder.conv_in.weight is \(32, 3, 3, 3\), expected \(64,",
+            r"differ.*\n +encoder.conv_in.weight is \(32, 3, 3, 3\), expected \(64",
         ),
         (("model.z_channels=16",), r"\n +encoder.conv_out.weight is \(8, .*expected \(32, 32, 3"),
         (("adversarial.ndf=32",), "expected"),

@@ -478,6 +478,17 @@ def test_tensors_that_share_a_storage_many_times(tmp_path):
         checkpoint.read_weights(path)
 
 
+def test_storages_of_the_same_bytes_many_times(tmp_path):
+    """Each tensor says another type or length of the one storage."""
+    items = b"".join(
+        text(f"encoder.{n}") + tensor(size=(1,), held=storage(250_000 - n)) for n in range(3000)
+    )
+    records = {"w/data.pkl": b"\x80\x02}(" + items + b"u.", "w/data/0": bytes(1_000_000)}
+    path = inside_zip(tmp_path / "w.ckpt", records, zipfile.ZIP_STORED)
+    with pytest.raises(MissingInputError, match="its tensors claim 2,9"):
+        checkpoint.read_weights(path)
+
+
 # --- hostile zips ---------------------------------------------------------------------------
 
 
@@ -491,6 +502,13 @@ def test_a_zip_that_names_paths_outside_itself(tmp_path, name):
         checkpoint.read(path)
     assert not list(tmp_path.rglob("escaped*"))
     assert not Path("/tmp/escaped.ckpt").exists()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_zips_of_a_rare_kind(tmp_path, method):
+    path = inside_zip(tmp_path / "kl-f8.zip", {"model.ckpt": b"\x80\x02}."}, method)
+    with pytest.raises(MissingInputError, match="rare kind"):
+        checkpoint.read(path)
 
 
 def test_zip_bomb_inside(tmp_path):
