@@ -19,14 +19,19 @@ from safetensors.torch import save_file
 from kl_f8_train.model import AutoencoderKL
 
 READ = """
-import json, resource, sys, time
+import json, sys, time
+from pathlib import Path
 from kl_f8_train import checkpoint
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before, began = peak(), time.perf_counter()
-if len(sys.argv) > 1:
-    model = checkpoint.load_autoencoder(sys.argv[1])
-    assert sum(p.numel() for p in model.parameters()) == 83_653_863
-print(json.dumps([time.perf_counter() - began, peak() - before]))
+
+def peak():  # getrusage's would be the parent's
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+before, wall, cpu = peak(), time.perf_counter(), time.process_time()
+model = checkpoint.load_autoencoder(sys.argv[1])
+wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+assert sum(p.numel() for p in model.parameters()) == 83_653_863
+print(json.dumps([wall, cpu, peak() - before]))
 """
 
 
@@ -52,23 +57,18 @@ def write_files(folder: Path) -> list[Path]:
     return files
 
 
-def measure(*arguments: str) -> tuple[float, int]:
-    """Seconds, and bytes by which the process grew."""
-    done = subprocess.run(
-        [sys.executable, "-c", READ, *arguments], capture_output=True, text=True, check=True
-    )
-    seconds, grown = json.loads(done.stdout)
-    return seconds, grown
-
-
 def main(folder: Path) -> None:
     """Prints a table."""
     network = 83_653_863 * 4
-    print("| file | GB | seconds | memory / network |\n|---|---|---|---|")
+    print("| file | GB | seconds | of CPU | memory / network |\n|---|---|---|---|---|")
     for file in write_files(folder):
-        seconds, grown = measure(str(file))
+        done = subprocess.run(
+            [sys.executable, "-c", READ, str(file)], capture_output=True, text=True, check=True
+        )
+        wall, cpu, grown = json.loads(done.stdout)
         size = file.stat().st_size / 1e9
-        print(f"| {file.name} | {size:.2f} | {seconds:.1f} | {grown / network:.2f} |", flush=True)
+        row = f"{file.name} | {size:.2f} | {wall:.1f} | {cpu:.1f} | {grown / network:.2f}"
+        print(f"| {row} |", flush=True)
 
 
 if __name__ == "__main__":
