@@ -190,6 +190,8 @@ def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
         loaded, keys = pickled.load(), pickled.load()
         place, places = pickled.position, {}
         for key in keys:
+            if type(key) is not str:
+                raise ValueError("a storage whose key is no text")
             (count,) = struct.unpack_from("<q", data, place)
             size = count * pickled.storages[key].dtype.itemsize
             if count < 0 or place + 8 + size > total:
@@ -264,11 +266,11 @@ class _View:
     stride: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        numbers = (self.offset, *self.size, *self.stride)
         if not (
             isinstance(self.storage, _Storage)
-            and all(type(number) is int and number >= 0 for number in numbers)
+            and type(self.size) is type(self.stride) is tuple
             and len(self.size) == len(self.stride) <= 8
+            and all(type(n) is int and n >= 0 for n in (self.offset, *self.size, *self.stride))
         ):
             raise ValueError("a tensor without a sane storage, offset, size and stride")
         last = sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
@@ -401,6 +403,8 @@ class _Pickle:
 
     def _name(self, module: Any, name: Any) -> _Name:
         """A name on the list; another raises MissingInputError."""
+        if type(module) is not str or type(name) is not str:
+            raise ValueError("a class whose name is no text")
         full = f"{module}.{name}".replace("__builtin__.", "builtins.", 1)[:300]
         if full in PLAIN:
             return _Name(full)
@@ -421,14 +425,16 @@ class _Pickle:
         if name == "torch._utils._rebuild_parameter":
             return arguments[0]
         if name == "collections.OrderedDict":
-            items = [tuple(pair) for pair in arguments[0]] if arguments else []
-            self._spend(len(items))
-            return {key: value for key, value in items if type(key) in (str, int)}
+            pairs = arguments[0] if arguments else []  # filled where Python 2 wrote it
+            self._spend(len(pairs))
+            if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs):
+                raise ValueError("a dict of what are no pairs")
+            return {key: value for key, value in pairs if type(key) in (str, int)}
         return _Stub()
 
     def _storage(self, described: Any) -> _Storage:
         if not (isinstance(described, tuple) and described[0] == "storage"):
-            raise MissingInputError(f"the file refers to {str(described)[:80]}, expected a storage")
+            raise ValueError("it refers to something that is no storage")
         _, kind, key, _, count, *views = described
         if not isinstance(kind, _Name) or type(key) is not str or type(count) is not int:
             raise ValueError("a storage without a type, key and length")

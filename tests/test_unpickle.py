@@ -378,6 +378,11 @@ def nested(count: int) -> bytes:
 
 PAIRS = b"](" + b"".join(b"(" + text(f"{n}") + b"Nt" for n in range(3000)) + b"eq\x00"
 COPIES = b"(" + b"ccollections\nOrderedDict\nh\x00\x85R" * 3000 + b"t"
+LONG = b"](" + b"N" * 90_000 + b"eq\x000"
+LONG_SIZES = (
+    b"(" + b"K\x01" * 90_000 + b"tq\x000" + storage() + b"q\x010("
+    + (REBUILD + b"(h\x01K\x00h\x00h\x00\x89NtR") * 9000 + b"t"
+)  # fmt: skip
 PICKLES = {
     "memo index": b"\x80\x02]r\xff\xff\xff\xff.",
     "long bytes": b"\x80\x03B\xff\xff\xff\xff.",
@@ -433,6 +438,12 @@ PICKLES = {
     "ranks differ": named(tensor(size=(2, 2), stride=(1,))),
     "few arguments": named(REBUILD + b")R"),
     "parameter of nothing": named(b"ctorch._utils\n_rebuild_parameter\n)R"),
+    "name of tuples": b"\x80\x04" + nested(300) + text("x") + b"\x93)R.",
+    "reference of tuples": b"\x80\x02" + nested(300) + b"Q.",
+    "storage key of tuples": named(tensor(held=storage().replace(text("0"), nested(300)))),
+    "pairs of long lists": b"\x80\x02" + LONG + b"](" + b"h\x00" * 9000 + b"e\x85q\x010"
+    b"ccollections\nOrderedDict\nh\x01R.",
+    "sizes of long lists": b"\x80\x02" + LONG_SIZES + b".",
     "state dict of another kind": named(text("x"), "state_dict"),
 }
 
@@ -455,6 +466,14 @@ def test_the_files_by_hand_are_well_formed(tmp_path):
     for save in (as_zip, as_legacy):
         contents = checkpoint.read(save(named(tensor()), tmp_path / "w.ckpt"))
         assert torch.equal(contents.tensors["encoder.x"], torch.zeros(4))
+
+
+def test_storage_keys_of_tuples(tmp_path):
+    path = as_legacy(named(tensor()), tmp_path / "model.ckpt")
+    keys = b"\x80\x02]" + nested(300) + b"a."
+    path.write_bytes(path.read_bytes().replace(pickle.dumps(["0"], 2), keys))
+    with pytest.raises(MissingInputError, match="whose key is no text"):
+        checkpoint.read(path)
 
 
 @pytest.mark.parametrize("save", [as_zip, as_legacy])
