@@ -182,6 +182,7 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
         if float(weights.logvar):
             say(f"  its loss.logvar is {float(weights.logvar):g}; the original's is 0")
     finetuner.iteration = iteration
+    finetuner.base = state.base(contents.path)
     _import_discriminator(settings, finetuner, weights.discriminator)
     finetuner.prepared_optimizers = build_optimizers(finetuner)
     return finetuner, state.frozen_sha256(finetuner.autoencoder.state_dict())
