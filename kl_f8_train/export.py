@@ -194,7 +194,7 @@ def _metadata(
 ) -> dict[str, str]:
     """Texts of the safetensors file: modelspec's fields and our provenance.
 
-    The date is the checkpoint's, so that a second export gives the same bytes.
+    The date is the checkpoint's: when the weights were made, not when they were exported.
     """
     written = datetime.datetime.fromtimestamp(header.path.stat().st_mtime, datetime.UTC)
     ours = ("iteration", "base_name", "base_sha256", "ema_decay", "config_sha256", "frozen_sha256")
