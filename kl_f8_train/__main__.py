@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import os
 import sys
@@ -63,6 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     train.add_argument("--allow-changes", action="store_true", help="resume with another recipe")
+
+    inspect = add("inspect", _inspect, "Says what a VAE file holds, without running any of it.")
+    inspect.add_argument("weights", help="file, diffusers folder, run directory or hub id")
+    inspect.add_argument("--raw", action="store_true", help="a run's raw weights, not its EMA")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
 
     export = add("export", _export, "Writes a run's EMA weights for every consumer.")
     export.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
@@ -131,11 +137,27 @@ def _train(args: argparse.Namespace) -> int:
     from kl_f8_train import config
 
     settings = config.load(config.find_recipe(args.config), args.overrides)
-    if not Path(settings.init.weights).exists() and not Path(settings.run_dir).is_dir():
-        raise MissingInputError(f"init.weights={settings.init.weights}: no such file")
+    if not Path(settings.run_dir).is_dir():
+        _must_be_there(settings.init.weights, "init.weights=")
     from kl_f8_train.train import train
 
     return train(settings, args.allow_changes)
+
+
+def _must_be_there(weights: str, key: str = "") -> None:
+    from kl_f8_train import hub
+
+    if not Path(weights).exists() and not hub.is_id(weights):
+        raise MissingInputError(f"{key}{weights}: no such file")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    _must_be_there(args.weights)
+    from kl_f8_train import checkpoint
+
+    found = checkpoint.report(*checkpoint.read_weights(args.weights, "raw" if args.raw else "ema"))
+    print(json.dumps(found, indent=2) if args.json else checkpoint.describe(found))
+    return 0
 
 
 def _export(args: argparse.Namespace) -> int:

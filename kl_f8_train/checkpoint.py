@@ -17,9 +17,8 @@ import re
 import secrets
 import struct
 import tempfile
-import types
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,28 +29,40 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kl_f8_train import hub, unpickle
 from kl_f8_train.errors import MissingInputError, RunFailedError
-from kl_f8_train.formats import Weights, architecture, check_shapes, recognise
-from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.formats import (
+    SDXL_SCALING_FACTOR,
+    Weights,
+    architecture,
+    check_shapes,
+    differences,
+    recognise,
+    relevant,
+)
+from kl_f8_train.model import FROZEN, AutoencoderKL
 
 State = dict[str, Tensor]
+HEADER_BYTES = 16 << 20  # of a safetensors file; a whole Stable Diffusion's takes 0.2 MB
 NAME = re.compile(r"iteration-(\d{9})\.safetensors$")
 
 
 @dataclass
 class Contents:
-    """Tensors and texts of one file."""
+    """Tensors and texts of one file; tensors that were not wanted are on the meta device."""
 
     path: Path
     tensors: State
     metadata: dict[str, str] = field(default_factory=dict)
+    container: str = "safetensors"
+    optimizer: bool = False
     stubbed: list[str] = field(default_factory=list)
 
     @property
     def iteration(self) -> int | None:
         """The iteration the file says it was written at."""
         for key in ("iteration", "kl_f8_train.iteration", "global_step"):
-            if key in self.metadata:
+            if re.fullmatch(r"[0-9]{1,15}", self.metadata.get(key, "")):
                 return int(self.metadata[key])
         return None
 
@@ -59,25 +70,26 @@ class Contents:
 # --- reading --------------------------------------------------------------------------------
 
 
-def read(path: str | Path, prefixes: tuple[str, ...] = ("",)) -> Contents:
-    """Reads a weight file, diffusers folder or run directory, recognised by its content.
+def read(path: str | Path, wanted: unpickle.Wanted = lambda names: names) -> Contents:
+    """Reads a weight file, folder or run directory, recognised by its content.
 
-    Of a safetensors file only the tensors whose names start with one of `prefixes`.
-
-    Raises MissingInputError if it is missing, broken, or holds objects other than tensors.
+    `wanted` picks the names to load from all names in the file. Raises MissingInputError if it is
+    missing, broken, or holds objects other than tensors.
     """
     path = find(Path(path))
-    kind = _kind(path)
     try:
-        if kind == "safetensors":
-            return _read_safetensors(path, prefixes)
-        if kind == "torch":
-            return _read_torch(path)
-    except MissingInputError:
-        raise
+        with path.open("rb") as file:
+            head = file.read(9)
+        if head[8:9] == b"{":  # first: the header's length before it may look like anything
+            return _read_safetensors(path, wanted)
+        if unpickle.is_torch(head):
+            return _read_torch(path, wanted)
+    except MissingInputError as error:
+        raise MissingInputError(f"{path}: {error}") from error
     except Exception as error:  # whatever a broken file makes its parser raise
         raise MissingInputError(
-            f"{path} ({path.stat().st_size:,} bytes) is broken or cut short: {error}"
+            f"{path} ({path.stat().st_size:,} bytes) is broken or cut short: "
+            f"{error or type(error).__name__}"
         ) from error
     raise MissingInputError(
         f"{path} is not a weight file: expected .safetensors, or a torch .ckpt, .pt or .bin"
@@ -89,7 +101,7 @@ def read_weights(path: str | Path, select: str = "ema") -> tuple[Contents, Weigh
 
     Raises MissingInputError if the file holds none.
     """
-    contents = read(path)
+    contents = read(path, relevant)
     try:
         return contents, recognise(contents.tensors, select)
     except MissingInputError as error:
@@ -103,31 +115,82 @@ def load_autoencoder(path: str | Path, select: str = "ema") -> AutoencoderKL:
     """
     contents, weights = read_weights(path, select)
     try:
-        model = AutoencoderKL(**architecture(weights.autoencoder))
-        check_shapes(
-            weights.autoencoder, {k: tuple(v.shape) for k, v in model.state_dict().items()}
-        )
-    except (MissingInputError, KeyError) as error:
+        with torch.device("meta"):  # whatever size the file claims
+            model = AutoencoderKL(**architecture(weights.autoencoder))
+        check_shapes(weights.autoencoder, _shapes(model))
+    except (MissingInputError, ValueError) as error:
         raise MissingInputError(f"{contents.path}: {error}") from error
-    model.load_state_dict(weights.autoencoder)
+    tensors = {key: value.float().contiguous() for key, value in weights.autoencoder.items()}
+    model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
 
 
+def report(contents: Contents, weights: Weights) -> dict[str, Any]:
+    """What a file holds, as plain values; `describe` writes them as text."""
+    with torch.device("meta"):
+        differing = differences(weights.autoencoder, _shapes(AutoencoderKL()))
+    groups = Counter(
+        ".".join(key.split(".")[: 1 + key.startswith("loss.")]) for key in weights.dropped
+    )
+    return {
+        "file": str(contents.path),
+        "container": contents.container,
+        "layout": weights.layout,
+        "tensors": len(weights.autoencoder),
+        "dtypes": sorted({str(v.dtype).split(".")[1] for v in weights.autoencoder.values()}),
+        "not_kl_f8": differing[0] if differing else None,
+        "sdxl": "XL" in weights.layout or _scaling_factor(contents.path) == SDXL_SCALING_FACTOR,
+        "iteration": contents.iteration,
+        "discriminator": weights.discriminator is not None,
+        "optimizer": contents.optimizer,
+        "ema": weights.ema_scalars,
+        "logvar": None if weights.logvar is None else float(weights.logvar),
+        "dropped": dict(groups),
+        "stubbed": contents.stubbed,
+        "frozen_sha256": frozen_sha256(
+            {key: value.float() for key, value in weights.autoencoder.items()}
+        ),
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    """A report as lines."""
+    dropped = ", ".join(f"{count} {group}" for group, count in found["dropped"].items())
+    ema = ", ".join(f"{key} {value:g}" for key, value in found["ema"].items())
+    held = [f"{'with' if found[part] else 'no'} {part}" for part in ("discriminator", "optimizer")]
+    iteration = "not told" if found["iteration"] is None else f"{found['iteration']:,}"
+    lines = [
+        f"{found['file']}: {found['layout']} ({found['container']})",
+        f"{found['tensors']} autoencoder tensors, {'/'.join(found['dtypes'])}; "
+        f"{'; '.join(held)}; iteration {iteration}",
+        f"not kl-f8's shape: {found['not_kl_f8']}" if found["not_kl_f8"] else "kl-f8's shape",
+        found["sdxl"] and "SDXL's weights: kl-f8's shape, but latents of another scale (0.13025)",
+        ema and f"EMA scalars: {ema}",
+        found["logvar"] and f"loss.logvar is {found['logvar']:g}; the original's is 0",
+        dropped and f"left out: {dropped}",
+        found["stubbed"] and f"objects that were not loaded: {', '.join(found['stubbed'])}",
+        f"encoder and quant_conv: sha256 {found['frozen_sha256']}",
+    ]
+    return "\n  ".join(line for line in lines if line)
+
+
 def find(path: Path) -> Path:
-    """The file meant by a path: itself, a diffusers folder's, or a run's newest checkpoint."""
+    """The file meant by a path: itself, a folder's weights, a run's newest checkpoint, a hub's."""
     if path.is_dir():
         newest = list_checkpoints(path)
         if newest:
             return newest[0]
-        for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
+        for name in hub.FILES:
             if (path / name).is_file():
                 return path / name
         raise MissingInputError(
             f"{path}: neither a run directory with checkpoints nor a diffusers folder"
         )
-    if not path.exists():
-        raise MissingInputError(f"weights {path}: no such file")
-    return path
+    if path.exists():
+        return path
+    if hub.is_id(str(path)):
+        return hub.fetch(str(path))
+    raise MissingInputError(f"weights {path}: no such file")
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -141,141 +204,42 @@ def checkpoint_path(run_dir: Path, iteration: int, warmup: int = 0) -> Path:
     return run_dir / "checkpoints" / f"iteration-{iteration:09d}{suffix}.safetensors"
 
 
-def _kind(path: Path) -> str:
-    with path.open("rb") as file:
-        head = file.read(9)
-    if head[8:9] == b"{":  # first: the header's length before it may look like anything
-        return "safetensors"
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        return "torch"
-    return "unknown"
-
-
-def _read_safetensors(path: Path, prefixes: tuple[str, ...]) -> Contents:
+def _read_safetensors(path: Path, wanted: unpickle.Wanted) -> Contents:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-    if length > min(100_000_000, path.stat().st_size):
-        raise MissingInputError(f"{path}: its header claims {length:,} bytes; the file is broken")
+    if length > min(HEADER_BYTES, path.stat().st_size):
+        raise MissingInputError(f"its header claims {length:,} bytes; the file is broken")
     with safe_open(path, framework="pt", device="cpu") as file:
-        names = [key for key in file.keys() if key.startswith(prefixes)]  # noqa: SIM118
-        tensors = {key: file.get_tensor(key) for key in names}
-        return Contents(path, tensors, dict(file.metadata() or {}))
+        names = list(file.keys())
+        chosen = set(wanted(names))
+        tensors = {
+            name: file.get_tensor(name)
+            if name in chosen
+            else torch.empty(file.get_slice(name).get_shape(), device="meta")
+            for name in names
+        }
+        optimizer = any(name.startswith("optimizer.") for name in names)
+        return Contents(path, tensors, dict(file.metadata() or {}), optimizer=optimizer)
 
 
-def _read_torch(path: Path) -> Contents:
-    _refuse_odd_zip(path)
-    stubbed: set[str] = set()
-    with path.open("rb") as file:  # not the path: torch would go by its suffix
-        loaded = torch.load(
-            file, map_location="cpu", pickle_module=_restricted_pickle(stubbed), weights_only=False
-        )
-    if not isinstance(loaded, dict):
-        raise MissingInputError(f"{path} holds a {type(loaded).__name__}, expected a state dict")
-    state = loaded.get("state_dict", loaded)
-    tensors = {
-        str(key): value.detach() for key, value in state.items() if isinstance(value, Tensor)
-    }
-    metadata = {
-        key: str(loaded[key]) for key in ("global_step", "epoch") if type(loaded.get(key)) is int
-    }
-    return Contents(path, tensors, metadata, sorted(stubbed))
+def _read_torch(path: Path, wanted: unpickle.Wanted) -> Contents:
+    found = unpickle.read(path, wanted)
+    counts = {key: str(value) for key, value in found.counts.items()}
+    return Contents(path, found.tensors, counts, found.container, found.optimizer, found.stubbed)
 
 
-def _refuse_odd_zip(path: Path) -> None:
-    """torch's zips hold plain, uncompressed records; anything else is not ours to open."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    names = [entry.filename for entry in entries]
-    if any(name.endswith("constants.pkl") or "/code/" in name for name in names):
-        raise MissingInputError(f"{path} is a TorchScript program, expected weights")
-    if not any(name.endswith("data.pkl") for name in names):
-        raise MissingInputError(f"{path} is a zip without torch weights: {', '.join(names[:3])}")
-    if sum(entry.file_size for entry in entries) > 1.01 * path.stat().st_size + 1_000_000:
-        raise MissingInputError(
-            f"{path} unpacks to more than its own size; torch writes no such zip"
-        )
+def _shapes(model: AutoencoderKL) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
-# --- the restricted unpickler ---------------------------------------------------------------
-
-
-class _Inert(dict):  # type: ignore[type-arg]
-    """Stands where a foreign object stood; keeps and does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
-        return dict.__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return id(self)
-
-    def append(self, item: Any) -> None:
-        """Ignores a list item."""
-
-    def extend(self, items: Any) -> None:
-        """Ignores list items."""
-
-
-_ALLOWED: dict[str, Any] = {
-    "collections.OrderedDict": OrderedDict,
-    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-    "torch._utils._rebuild_tensor": torch._utils._rebuild_tensor,
-    "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
-    "torch.Size": torch.Size,
-    "builtins.set": set,
-    "builtins.dict": dict,
-    "builtins.list": list,
-    "builtins.tuple": tuple,
-    "builtins.int": int,
-    "builtins.long": int,  # protocol 2, torch's, writes Python 2's names
-    "builtins.unicode": str,
-    "builtins.float": float,
-    "builtins.str": str,
-    "builtins.bool": bool,
-}
-_STUBBED_MODULES = ("pytorch_lightning", "lightning", "numpy", "omegaconf", "typing", "pathlib")
-_STUBBED_NAMES = (
-    "_codecs.encode",
-    "copyreg._reconstructor",
-    "copy_reg._reconstructor",
-    "builtins.object",
-    "__builtin__.object",
-    "builtins.type",
-    "collections.defaultdict",
-    "argparse.Namespace",
-)
-
-
-def _restricted_pickle(stubbed: set[str]) -> types.ModuleType:
-    """A pickle module whose unpickler knows tensors, stubs known classes and refuses the rest."""
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            full = f"{module}.{name}".replace("__builtin__.", "builtins.", 1)
-            if full in _ALLOWED:
-                return _ALLOWED[full]
-            if module.split(".")[0] in _STUBBED_MODULES or full in _STUBBED_NAMES:
-                stubbed.add(full)
-                return type(name.rsplit(".", 1)[-1], (_Inert,), {})
-            raise MissingInputError(
-                f"the file asks to run {full}, which is neither a tensor nor a known training "
-                "object; it is refused. Get the weights as .safetensors"
-            )
-
-    def load(file: Any, **kwargs: Any) -> Any:
-        return Unpickler(file, **kwargs).load()
-
-    module = types.ModuleType("restricted_pickle")
-    module.Unpickler = Unpickler  # type: ignore[attr-defined]
-    module.load = load  # type: ignore[attr-defined]
-    return module
+def _scaling_factor(weights: Path) -> float | None:
+    """What a diffusers folder's config.json says of its latents' scale."""
+    try:
+        with weights.with_name("config.json").open("rb") as file:
+            value = json.loads(file.read(1_000_000))["scaling_factor"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return value if isinstance(value, float) else None
 
 
 # --- writing --------------------------------------------------------------------------------
@@ -378,16 +342,7 @@ class _TensorPickler(pickle.Pickler):
 
 
 STORAGES: dict[torch.dtype, type] = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage,
-    torch.int8: torch.CharStorage,
-    torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
+    dtype: getattr(torch, name) for name, dtype in unpickle.DTYPES.items()
 }
 
 
@@ -475,6 +430,12 @@ def data_sha256(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(tensor_bytes(tensors[name]))
     return digest.hexdigest()
+
+
+def frozen_sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of encoder and quant_conv in a state dict with CompVis keys."""
+    prefixes = tuple(f"{name}." for name in FROZEN)
+    return tensors_sha256({k: v for k, v in state.items() if k.startswith(prefixes)})
 
 
 def file_sha256(path: Path) -> str:

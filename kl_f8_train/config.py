@@ -37,7 +37,7 @@ class Init:
     """Where a new run starts (a resumed run does not read it)."""
 
     weights: str = setting(
-        "file, diffusers folder or run directory of the VAE to start from", machine=True
+        "file, diffusers folder, run directory or hub id of the VAE to start from", machine=True
     )
     iteration: int | None = setting("iteration of these weights; null: as the file says")
     select: Literal["ema", "raw"] = setting("which weights of a training checkpoint", "ema")

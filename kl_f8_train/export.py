@@ -2,7 +2,7 @@
 
 import datetime
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def export(
     """
     if raw and average:
         raise UsageError("--average takes the EMAs of checkpoints; leave out --raw")
-    header = checkpoint.read(source, prefixes=())
+    header = checkpoint.read(source, _nothing)
     settings = state.stored_config(header)
     kind = "raw" if raw else "ema-average" if average else "ema"
     marks = [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
@@ -60,7 +60,7 @@ def export(
     averaged = _average(weights, header, average)
     model = _network(weights)
     frozen = header.metadata["frozen_sha256"]
-    if state.frozen_sha256(weights) != frozen:
+    if checkpoint.frozen_sha256(weights) != frozen:
         raise MissingInputError(f"{header.path}: its encoder does not match its own hash")
 
     record: dict[str, Any] = {
@@ -153,8 +153,18 @@ def _refuse_to_overwrite(files: list[Path], force: bool) -> None:
 def _stored_weights(path: Path, raw: bool = False) -> State:
     """The raw or the EMA weights of a training checkpoint, and nothing else of it."""
     frozen = tuple(f"autoencoder.{name}." for name in FROZEN)
-    stored = checkpoint.read(path, ("autoencoder.",) if raw else (*frozen, "ema.")).tensors
-    return {key.split(".", 1)[1]: value.float().contiguous() for key, value in stored.items()}
+    parts = ("autoencoder.",) if raw else (*frozen, "ema.")
+    stored = checkpoint.read(path, lambda names: [n for n in names if n.startswith(parts)]).tensors
+    return {
+        key.split(".", 1)[1]: value.float().contiguous()
+        for key, value in stored.items()
+        if key.startswith(parts)
+    }
+
+
+def _nothing(names: Collection[str]) -> Collection[str]:
+    """No tensor of a file; its texts alone."""
+    return ()
 
 
 def _average(weights: State, first: checkpoint.Contents, others: Sequence[Path]) -> list[str]:
@@ -168,7 +178,7 @@ def _average(weights: State, first: checkpoint.Contents, others: Sequence[Path])
     total = {key: weights[key].double() for key in trained}
     names = [first.path.name]
     for path in others:
-        header = checkpoint.read(path, prefixes=())
+        header = checkpoint.read(path, _nothing)
         state.stored_config(header)
         other = _stored_weights(header.path)
         try:

@@ -6,7 +6,7 @@ training checkpoints (`autoencoder.*`, `ema.*`, `discriminator.*`).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,15 @@ from kl_f8_train.errors import MissingInputError
 State = dict[str, Tensor]
 
 SCALING_FACTOR = 0.18215  # Stable Diffusion's latents are ours times this
+SDXL_SCALING_FACTOR = 0.13025
 ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm"}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 AUTOENCODER_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+COUNTERS = ".num_batches_tracked"  # of BatchNorm: the only whole numbers among weights
+FIRST_STAGE = "first_stage_model."
+DISCRIMINATOR = "loss.discriminator."
+LOGVAR = "loss.logvar"
+EMA_SCALARS = ("model_ema.decay", "model_ema.num_updates")
 
 
 @dataclass
@@ -33,15 +39,21 @@ class Weights:
     ema_scalars: dict[str, float] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
 
-    def describe(self) -> str:
-        """One line for the log."""
-        parts = [f"{self.layout}, {len(self.autoencoder)} autoencoder tensors"]
-        parts.append("with discriminator" if self.discriminator else "no discriminator")
-        parts += [f"{name} {value:g}" for name, value in self.ema_scalars.items()]
-        if self.dropped:
-            groups = sorted({key.split(".", 1)[0] for key in self.dropped})
-            parts.append(f"{len(self.dropped)} others left out ({', '.join(groups)})")
-        return "; ".join(parts)
+
+def relevant(keys: Collection[str]) -> list[str]:
+    """The names in a file that `recognise` needs the values of; most of a full model's are not."""
+    if any(key.startswith("autoencoder.") for key in keys):
+        return [key for key in keys if not key.startswith("optimizer.")]
+    prefix = _prefix(keys)
+    return [key for key in keys if key.startswith(prefix) and _is_used(key.removeprefix(prefix))]
+
+
+def _prefix(keys: Collection[str]) -> str:
+    return FIRST_STAGE if any(key.startswith(FIRST_STAGE) for key in keys) else ""
+
+
+def _is_used(key: str) -> bool:
+    return key.startswith((*AUTOENCODER_PARTS, DISCRIMINATOR)) or key in (*EMA_SCALARS, LOGVAR)
 
 
 def recognise(state: Mapping[str, Tensor], select: str = "ema") -> Weights:
@@ -51,34 +63,33 @@ def recognise(state: Mapping[str, Tensor], select: str = "ema") -> Weights:
     """
     if any(key.startswith("autoencoder.") for key in state):
         return _from_training(state, select)
-    prefix = "first_stage_model." if any(k.startswith("first_stage_model.") for k in state) else ""
+    prefix = _prefix(state)
     inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    outside = [k for k in state if not k.startswith(prefix)]
-    layout = "Stable Diffusion checkpoint" if prefix else "CompVis autoencoder"
-    if any(".down_blocks." in key or ".mid_block." in key for key in inner):
-        inner, layout = from_diffusers(inner), "diffusers autoencoder"
+    layout = "CompVis autoencoder"
+    if prefix:
+        xl = any(key.startswith("conditioner.") for key in state)
+        layout = f"Stable Diffusion {'XL ' if xl else ''}checkpoint"
+    dropped = [key for key in state if not key.startswith(prefix)]
+    dropped += [key for key in inner if not _is_used(key)]
     autoencoder = {k: v for k, v in inner.items() if k.startswith(AUTOENCODER_PARTS)}
+    if any(".down_blocks." in key or ".mid_block." in key for key in autoencoder):
+        autoencoder = from_diffusers(autoencoder)
+        layout = layout if prefix else "diffusers autoencoder"
     if not autoencoder:
         some = ", ".join(list(state)[:3]) or "nothing"
         raise MissingInputError(f"no autoencoder in this file: it holds {some} ...")
-    discriminator = _below(inner, "loss.discriminator.")
-    ema_keys = ("model_ema.decay", "model_ema.num_updates")
-    rest = [
-        key
-        for key in inner
-        if key not in autoencoder
-        and key not in ema_keys
-        and key != "loss.logvar"
-        and not key.startswith("loss.discriminator.")
-    ]
     return Weights(
         layout=layout,
         autoencoder=autoencoder,
-        discriminator=discriminator or None,
-        logvar=inner.get("loss.logvar"),
-        ema_scalars={key: float(inner[key]) for key in ema_keys if key in inner},
-        dropped=[*outside, *rest],
+        discriminator=_below(inner, DISCRIMINATOR) or None,
+        logvar=_scalar(inner.get(LOGVAR)),
+        ema_scalars={k: float(inner[k]) for k in EMA_SCALARS if _scalar(inner.get(k)) is not None},
+        dropped=dropped,
     )
+
+
+def _scalar(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is not None and tensor.numel() == 1 else None
 
 
 def _from_training(state: Mapping[str, Tensor], select: str) -> Weights:
@@ -93,24 +104,30 @@ def _from_training(state: Mapping[str, Tensor], select: str) -> Weights:
         layout=f"training checkpoint ({'EMA' if select == 'ema' else 'raw'} weights)",
         autoencoder=autoencoder,
         discriminator=_below(state, "discriminator.") or None,
-        logvar=state.get("logvar"),
+        logvar=_scalar(state.get("logvar")),
     )
 
 
 def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises MissingInputError naming the first differences of names or shapes."""
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
-    problems = [f"missing {key}" for key in expected if key not in shapes]
-    problems += [f"unexpected {key}" for key in shapes if key not in expected]
-    problems += [
-        f"{key} is {shapes[key]}, expected {shape}"
-        for key, shape in expected.items()
-        if key in shapes and shapes[key] != tuple(shape)
-    ]
+    """Raises MissingInputError naming the first differences of names, shapes or kinds."""
+    problems = differences(state, expected)
     if problems:
         shown = "\n  ".join(problems[:5])
         more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise MissingInputError(f"not this architecture:\n  {shown}{more}")
+
+
+def differences(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """One line per tensor that is missing, of another shape or kind, or too much, in order."""
+    problems = []
+    for key, shape in expected.items():
+        if key not in state:
+            problems.append(f"missing {key}, expected {tuple(shape)}")
+        elif tuple(state[key].shape) != tuple(shape):
+            problems.append(f"{key} is {tuple(state[key].shape)}, expected {tuple(shape)}")
+        elif not key.endswith(COUNTERS) and not state[key].is_floating_point():
+            problems.append(f"{key} is {state[key].dtype}, expected floating point")
+    return problems + [f"unexpected {key}" for key in state if key not in expected]
 
 
 def architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -121,11 +138,11 @@ def architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
     try:
         ch = state["encoder.conv_in.weight"].shape[0]
         levels = 1 + max(
-            int(m[1]) for m in (re.match(r"encoder\.down\.(\d+)", k) for k in state) if m
+            int(m[1]) for m in (re.match(r"encoder\.down\.(\d{1,3})", k) for k in state) if m
         )
         widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
         blocks = sum(
-            bool(re.match(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", k)) for k in state
+            bool(re.match(r"encoder\.down\.0\.block\.\d{1,3}\.conv1\.weight", k)) for k in state
         )
         return {
             "ch": ch,
@@ -136,6 +153,8 @@ def architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
         }
     except (KeyError, ValueError) as error:
         raise MissingInputError(f"not a whole autoencoder: {error} is missing") from error
+    except (IndexError, ZeroDivisionError) as error:
+        raise MissingInputError("not an autoencoder of this form: its shapes differ") from error
 
 
 # --- diffusers ------------------------------------------------------------------------------
@@ -143,7 +162,9 @@ def architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def to_diffusers(state: Mapping[str, Tensor]) -> State:
     """CompVis names -> diffusers' (new attention names; attention weights become (C, C))."""
-    levels = 1 + max(int(m[1]) for m in (re.match(r"encoder\.down\.(\d+)", k) for k in state) if m)
+    levels = 1 + max(
+        int(m[1]) for m in (re.match(r"encoder\.down\.(\d{1,3})", k) for k in state) if m
+    )
     return {
         diffusers_name(key, levels): value.flatten(1) if _is_attention_weight(key) else value
         for key, value in state.items()
@@ -152,7 +173,7 @@ def to_diffusers(state: Mapping[str, Tensor]) -> State:
 
 def from_diffusers(state: Mapping[str, Tensor]) -> State:
     """diffusers' names, old or new -> CompVis (attention weights become (C, C, 1, 1))."""
-    blocks = (re.match(r"encoder\.down_blocks\.(\d+)", key) for key in state)
+    blocks = (re.match(r"encoder\.down_blocks\.(\d{1,3})", key) for key in state)
     levels = 1 + max((int(m[1]) for m in blocks if m), default=0)
     converted: State = {}
     for key, value in state.items():
@@ -166,10 +187,10 @@ def from_diffusers(state: Mapping[str, Tensor]) -> State:
 def diffusers_name(key: str, levels: int) -> str:
     """The diffusers name of a CompVis key; the decoder's levels count the other way round."""
     key = re.sub(
-        r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", key
+        r"^decoder\.up\.(\d{1,3})\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", key
     )
-    key = re.sub(r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1.", key)
-    key = re.sub(r"\.block\.(\d+)\.", r".resnets.\1.", key)
+    key = re.sub(r"^encoder\.down\.(\d{1,3})\.", r"encoder.down_blocks.\1.", key)
+    key = re.sub(r"\.block\.(\d{1,3})\.", r".resnets.\1.", key)
     key = re.sub(r"\.downsample\.", ".downsamplers.0.", key)
     key = re.sub(r"\.upsample\.", ".upsamplers.0.", key)
     key = re.sub(r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", key)
@@ -191,10 +212,10 @@ def compvis_name(key: str, levels: int) -> str:
     )
     key = re.sub(r"\.mid_block\.resnets\.(\d)\.", lambda m: f".mid.block_{int(m[1]) + 1}.", key)
     key = re.sub(
-        r"^decoder\.up_blocks\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", key
+        r"^decoder\.up_blocks\.(\d{1,3})\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", key
     )
-    key = re.sub(r"^encoder\.down_blocks\.(\d+)\.", r"encoder.down.\1.", key)
-    key = re.sub(r"\.resnets\.(\d+)\.", r".block.\1.", key)
+    key = re.sub(r"^encoder\.down_blocks\.(\d{1,3})\.", r"encoder.down.\1.", key)
+    key = re.sub(r"\.resnets\.(\d{1,3})\.", r".block.\1.", key)
     key = key.replace(".downsamplers.0.", ".downsample.").replace(".upsamplers.0.", ".upsample.")
     return key.replace(".conv_shortcut.", ".nin_shortcut.").replace(".conv_norm_out.", ".norm_out.")
 

@@ -4,19 +4,17 @@ The copy keeps the file's own types, texts and everything that is not the VAE, b
 """
 
 import json
-import pickle
 import shutil
 import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kl_f8_train import checkpoint, formats, state
+from kl_f8_train import checkpoint, formats, unpickle
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.model import FROZEN
 
@@ -28,7 +26,6 @@ SAFETENSORS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-TORCH = {kind.__name__: dtype for dtype, kind in checkpoint.STORAGES.items()}
 
 
 @dataclass(frozen=True)
@@ -92,8 +89,8 @@ def _compare_encoders(
 ) -> str:
     """Whether latents stay what they were for this checkpoint."""
     frozen = [key for key in places if key.startswith(tuple(f"{name}." for name in FROZEN))]
-    before = state.frozen_sha256({key: _load(into, places[key]) for key in frozen})
-    after = state.frozen_sha256({key: tensors[key] for key in frozen})
+    before = checkpoint.frozen_sha256({key: _load(into, places[key]) for key in frozen})
+    after = checkpoint.frozen_sha256({key: tensors[key] for key in frozen})
     if before == after:
         return f"the encoder is the checkpoint's own (SHA-256 {before[:12]}): latents stay"
     return (
@@ -133,7 +130,7 @@ def _safetensors_places(path: Path) -> dict[str, Place]:
                 f"{path} is neither .safetensors nor a torch zip. A .ckpt of before torch 1.6 "
                 "becomes one by torch.save(torch.load(FILE, weights_only=True), NEW)"
             )
-        checkpoint.read(path, prefixes=())  # raises if the header does not tell the truth
+        checkpoint.read(path, lambda names: ())  # raises if the header does not tell the truth
         file.seek(8)
         header = json.loads(file.read(struct.unpack("<Q", head[:8])[0]))
         start = file.tell()
@@ -160,50 +157,18 @@ def _write_safetensors(
 
 
 def _zip_places(path: Path) -> dict[str, Place]:
-    """Where the tensors of a torch zip lie: its pickle alone is read, and makes no objects."""
-    checkpoint._refuse_odd_zip(path)
-    with zipfile.ZipFile(path) as archive:
-        name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
-        with archive.open(name) as file:
-            try:
-                loaded = _places_unpickler(name.removesuffix("data.pkl"))(file).load()
-            except MissingInputError as error:
-                raise MissingInputError(f"{path}: {error}") from error
-    found = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
-    return {key: place for key, place in found.items() if isinstance(place, Place)}
-
-
-def _places_unpickler(root: str) -> Any:
-    """The restricted unpickler, making a Place where a tensor would be."""
-
-    def place(
-        stored: tuple[str, str],
-        offset: int,
-        shape: tuple[int, ...],
-        strides: tuple[int, ...],
-        *_: Any,
-    ) -> Place:
-        dtype = TORCH[stored[0]]
-        return Place(f"{root}data/{stored[1]}", offset * dtype.itemsize, dtype, shape, strides)
-
-    def parameter(inner: Place, *_: Any) -> Place:
-        return inner
-
-    known = {"_rebuild_tensor_v2": place, "_rebuild_tensor": place, "_rebuild_parameter": parameter}
-
-    class Unpickler(checkpoint._restricted_pickle(set()).Unpickler):  # type: ignore[misc]
-        def find_class(self, module: str, name: str) -> Any:
-            if module == "torch" and name in TORCH:
-                return name
-            if module == "torch._utils" and name in known:
-                return known[name]
-            return super().find_class(module, name)
-
-        def persistent_load(self, words: Any) -> tuple[str, str]:
-            return words[1], words[2]
-
-    assert issubclass(Unpickler, pickle.Unpickler)
-    return Unpickler
+    """Where the tensors of a torch zip lie; raises MissingInputError if there is more in it."""
+    checkpoint.read(path, lambda names: ())  # raises if it is broken, or asks to run something
+    return {
+        key: Place(
+            record,
+            view.offset * view.storage.dtype.itemsize,
+            view.storage.dtype,
+            view.size,
+            view.stride,
+        )
+        for key, (record, view) in unpickle.views(path).items()
+    }
 
 
 def _write_zip(

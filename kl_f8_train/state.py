@@ -10,19 +10,13 @@ from torch import Tensor
 from torch.optim import Adam
 
 from kl_f8_train import checkpoint, config
+from kl_f8_train.checkpoint import frozen_sha256
 from kl_f8_train.config import Config
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.finetuner import Finetuner
-from kl_f8_train.model import FROZEN
 
 FORMAT = "kl_f8_train.checkpoint.1"
 OPTIMIZERS = ("decoder", "discriminator")
-
-
-def frozen_sha256(state: dict[str, Tensor]) -> str:
-    """SHA-256 of encoder and quant_conv in a state dict with CompVis keys."""
-    prefixes = tuple(f"{name}." for name in FROZEN)
-    return checkpoint.tensors_sha256({k: v for k, v in state.items() if k.startswith(prefixes)})
 
 
 def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: str) -> Path:
@@ -63,7 +57,7 @@ def stored_config(contents: checkpoint.Contents) -> Config:
         raise MissingInputError(f"{contents.path} is not a training checkpoint of this program")
     try:
         return config.from_dict(json.loads(contents.metadata["config"]))
-    except UsageError as error:
+    except (UsageError, KeyError, ValueError, RecursionError) as error:
         raise MissingInputError(f"{contents.path}: its configuration: {error}") from error
 
 

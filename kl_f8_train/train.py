@@ -156,9 +156,7 @@ def _start_or_resume(settings: Config, run_dir: Path, allow_changes: bool) -> tu
 def _import(settings: Config) -> tuple[Finetuner, str]:
     """A finetuner with the weights of `init.weights`."""
     contents, weights = checkpoint.read_weights(settings.init.weights, settings.init.select)
-    say(f"init: {contents.path}: {weights.describe()}")
-    if contents.stubbed:
-        say(f"  objects in it that were not loaded: {', '.join(contents.stubbed)}")
+    say(f"init: {checkpoint.describe(checkpoint.report(contents, weights))}")
     iteration = settings.init.iteration
     if iteration is None:
         iteration = contents.iteration
@@ -179,8 +177,6 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
         averaged.load_state_dict(getattr(finetuner.autoencoder, name).state_dict())
     if weights.logvar is not None:
         finetuner.logvar.data.copy_(weights.logvar.reshape(()))
-        if float(weights.logvar):
-            say(f"  its loss.logvar is {float(weights.logvar):g}; the original's is 0")
     finetuner.iteration = iteration
     finetuner.base = state.base(contents.path)
     _import_discriminator(settings, finetuner, weights.discriminator)
@@ -194,7 +190,12 @@ def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) 
         return
     if weights:
         expected = finetuner.discriminator.state_dict()
-        check_shapes(weights, {key: tuple(value.shape) for key, value in expected.items()})
+        try:
+            check_shapes(weights, {key: tuple(value.shape) for key, value in expected.items()})
+        except MissingInputError as error:
+            raise MissingInputError(
+                f"its discriminator and the recipe's differ: {error}"
+            ) from error
         finetuner.discriminator.load_state_dict(weights)
         return
     finetuner.warmup_left = settings.adversarial.warmup_iterations

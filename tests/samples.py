@@ -18,6 +18,13 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 YOURS = ("run_dir=runs/x", "init.weights=model.ckpt", "data.sources=/data/photos")
 TINY = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 4, "embed_dim": 4}
 FULL = {"ch": 128, "ch_mult": (1, 2, 4, 4), "num_res_blocks": 2, "z_channels": 4, "embed_dim": 4}
+TENSORS = {
+    "a": torch.arange(3000, dtype=torch.float32).reshape(3, 1000),
+    "b.half": torch.linspace(-1, 1, 500).half(),
+    "b.bfloat": torch.linspace(-1, 1, 500).bfloat16(),
+    "c.count": torch.tensor(7),
+    "c.flags": torch.tensor([True, False]),
+}
 
 
 def recipe(name: str = "ft_ema", *overrides: str) -> config.Config:
@@ -117,3 +124,22 @@ def peak_growth(job: str, *paths: Path) -> float:
     command = [sys.executable, "-c", program, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
+
+
+def save_zip(content: object, path: Path) -> Path:
+    """torch's format since 1.6."""
+    torch.save(content, path)
+    return path
+
+
+def save_legacy(content: object, path: Path) -> Path:
+    """torch's format before 1.6."""
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    return path
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Same names, types and values."""
+    return one.keys() == other.keys() and all(
+        one[key].dtype == other[key].dtype and torch.equal(one[key], other[key]) for key in one
+    )

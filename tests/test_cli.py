@@ -36,6 +36,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
         (["train", "demo", "global_batch=abc"], 2, "a whole number"),
         (["train", "demo", "global_batch=10", "compute.per_device_batch=3"], 2, "[1, 2, 5, 10]"),
         (["train", "demo", "run_dir=nowhere", "init.weights=no.ckpt"], 3, "no.ckpt"),
+        (["inspect", "no.ckpt"], 3, "no.ckpt: no such file"),
         (["train", "demo", "--allow-changes", "global_batch=abc"], 2, "a whole number"),
         (["train", "demo", "--global_batch=abc"], 2, "a whole number"),
         (["train", "demo", "--no-such-flag"], 2, "unrecognized arguments: --no-such-flag"),

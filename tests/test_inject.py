@@ -8,7 +8,8 @@ import pytest
 import samples
 import torch
 from safetensors.torch import save_file
-from test_checkpoint import Attack, no_room
+from test_checkpoint import no_room
+from test_unpickle import Attack
 
 from kl_f8_train import checkpoint
 from kl_f8_train.__main__ import main

@@ -8,7 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kl_f8_train"
 LAYERS = (
     {"errors"},
-    {"config", "images", "model", "discriminator", "losses", "ema", "formats", "metrics", "plan"},
+    {"config", "images", "model", "discriminator", "losses", "ema", "metrics", "plan"}
+    | {"formats", "unpickle", "hub"},
     {"checkpoint", "pack"},
     {"perceptual", "cache"},
     {"shards"},

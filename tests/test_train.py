@@ -273,7 +273,11 @@ def test_unusable_weights_are_refused_with_their_name(folder, what):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (("model.ch=64",), "unexpected|expected"),
+        (
+            ("model.ch=64",),
+            r"differ.*\n +encoder.conv_in.weight is \(32, 3, 3, 3\), expected \(64,",
+        ),
+        (("model.z_channels=16",), r"\n +encoder.conv_out.weight is \(8, .*expected \(32, 32, 3"),
         (("adversarial.ndf=32",), "expected"),
         (("init.iteration=null", "init.weights={}/bare.safetensors"), "init.iteration"),
     ],

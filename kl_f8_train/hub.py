@@ -1,0 +1,53 @@
+"""Weights named by a Hugging Face hub id: the cached file, or the downloaded one."""
+
+import re
+from pathlib import Path
+
+from kl_f8_train.errors import MissingInputError
+
+FILES = tuple(
+    f"{folder}diffusion_pytorch_model.{suffix}"
+    for folder in ("", "vae/")
+    for suffix in ("safetensors", "bin")
+)
+SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".zip")
+SECONDS = 5.0  # for the hub's first answer; its own retries would take 23
+
+
+def is_id(text: str) -> bool:
+    """Whether `text` looks like `stabilityai/sd-vae-ft-mse`, and not like a file."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text)) and not text.endswith(SUFFIXES)
+
+
+def fetch(repo: str) -> Path:
+    """The autoencoder's file of a hub repository, from the cache where it is there.
+
+    Raises MissingInputError without huggingface_hub, without an answer, or without such a file.
+    """
+    where = f"{repo}: no such file or folder here, and as a hub id"
+    try:
+        import huggingface_hub as hub
+    except ImportError as error:
+        raise MissingInputError(
+            f"{where} it needs huggingface_hub: pip install 'kl-f8-train[hub]'"
+        ) from error
+    for name in FILES:
+        cached = hub.try_to_load_from_cache(repo, name)
+        if isinstance(cached, str):
+            return Path(cached)
+    try:
+        siblings = hub.HfApi().model_info(repo, timeout=SECONDS).siblings or []
+        names = {sibling.rfilename for sibling in siblings}
+        chosen = next((name for name in FILES if name in names), None)
+        if chosen:
+            beside = str(Path(chosen).with_name("config.json"))
+            for name in {beside} & names:  # tells SDXL's weights from Stable Diffusion's
+                hub.hf_hub_download(repo, name)
+            return Path(hub.hf_hub_download(repo, chosen))
+    except Exception as error:  # of several libraries, by version
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise MissingInputError(
+            f"{where} there is no answer: {reason}\nBring its {FILES[0]} here by other means, and "
+            "give its path"
+        ) from error
+    raise MissingInputError(f"{where} it holds none of {', '.join(FILES)}")
