@@ -77,7 +77,12 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--average", nargs="+", type=Path, default=[], metavar="CKPT", help="mean with their EMAs"
     )
-    export.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    export.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "float16", "bfloat16"],
+        help="type of the single files (float32)",
+    )
     export.add_argument(
         "--format", action="append", choices=["safetensors", "ckpt", "diffusers"], help="only this"
     )

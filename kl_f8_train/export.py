@@ -115,9 +115,14 @@ def export(
 def _describe(out: Path, record: dict[str, Any]) -> list[str]:
     """Lines for people: the checks, half precision, the files."""
     sizes = {file: (out / file).stat().st_size for file in record["files"]}
+    rounding = []
+    if record["dtype"] == "bfloat16" and record["half_precision"]["bfloat16"]["mean"]:
+        mean = record["half_precision"]["bfloat16"]["mean"]
+        rounding = [f"WARNING: bfloat16 costs {mean:.2g} levels of 255; publish float32"]
     return [
         *(f"{check}: {outcome}" for check, outcome in record["checks"].items()),
         *half_precision.describe(record["half_precision"]),
+        *rounding,
         *(
             f"{out / file}  {sizes[file]:,} bytes  sha256 {digest[:12]}"
             for file, digest in record["files"].items()

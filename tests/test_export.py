@@ -330,7 +330,9 @@ def test_half_precision_files(folder, ema, tmp_path, dtype, short, capsys):
     checks = json.loads((tmp_path / "export.json").read_text())["checks"]
     stated = checks[f"tiny-ema-pruned-{short}.ckpt"]
     assert re.search(rf"rounded to {short}; .* within \S+, its image within \S+ of 255", stated)
-    assert stated in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert stated in printed
+    assert ("WARNING: bfloat16 costs" in printed) == (dtype == "bfloat16")
 
 
 @pytest.mark.parametrize(
