@@ -1,7 +1,7 @@
 """Cost of exporting and injecting the full-size network: python tests/benchmarks/export_cost.py
 
 A training checkpoint of kl-f8's size with Adam's moments (1.1 GB) and random weights is exported in
-every layout, and its VAE is injected into a Stable Diffusion checkpoint of 2 GB; each in a process
+every layout, and its VAE is injected into a Stable Diffusion checkpoint of 1 GB; each in a process
 of its own. Memory: the largest resident size beyond that of a process that only imports, over the
 size of the network in float32, 335 MB.
 """
@@ -64,32 +64,38 @@ def write_checkpoint(run_dir: Path) -> None:
     checkpoint.write_safetensors(checkpoint.checkpoint_path(run_dir, 5), tensors, metadata)
 
 
-def write_full_checkpoint(folder: Path) -> None:
-    """A Stable Diffusion checkpoint in half precision, as .safetensors and .ckpt."""
+def write_full_checkpoint(path: Path) -> None:
+    """A Stable Diffusion checkpoint in half precision."""
     weights = AutoencoderKL().state_dict()
     full = {f"first_stage_model.{key}": value.half() for key, value in weights.items()}
-    full |= {f"model.{n}": torch.rand(10_000_000).half() for n in range(92)}
-    save_file(full, folder / "sd.safetensors")
-    torch.save({"state_dict": full}, folder / "sd.ckpt")
+    full |= {f"model.{n}": torch.ones(10_000_000).half() for n in range(42)}
+    if path.suffix == ".ckpt":
+        torch.save({"state_dict": full}, path)
+    else:
+        save_file(full, path)
+
+
+def measure(job: str, *paths: Path) -> None:
+    """Prints a row of the table."""
+    command = [sys.executable, "-c", MEASURE, job, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, grown = json.loads(done.stdout.splitlines()[-1])
+    kind = paths[-1].suffix if job == "inject" else ""
+    print(f"| {job} {kind} | {seconds:.1f} | {grown / NETWORK:.2f} |", flush=True)
 
 
 def main(folder: Path) -> None:
     """Prints a table."""
     write_checkpoint(folder / "run")
-    write_full_checkpoint(folder)
+    print("| job | seconds | memory / network |\n|---|---|---|", flush=True)
+    measure("export", folder / "run")
     vae = folder / "run" / "export" / "full-ema-pruned.safetensors"
-    jobs = [("export", folder / "run")]
-    jobs += [
-        ("inject", vae, folder / f"sd.{suffix}", folder / f"new.{suffix}")
-        for suffix in ("safetensors", "ckpt")
-    ]
-    print("| job | seconds | memory / network |\n|---|---|---|")
-    for job, *paths in jobs:
-        command = [sys.executable, "-c", MEASURE, job, *map(str, paths)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        seconds, grown = json.loads(done.stdout.splitlines()[-1])
-        suffix = paths[-1].suffix if job == "inject" else ""
-        print(f"| {job} {suffix} | {seconds:.1f} | {grown / NETWORK:.2f} |", flush=True)
+    for suffix in ("safetensors", "ckpt"):
+        into, out = folder / f"sd.{suffix}", folder / f"new.{suffix}"
+        write_full_checkpoint(into)
+        measure("inject", vae, into, out)
+        into.unlink()
+        out.unlink()
 
 
 if __name__ == "__main__":
