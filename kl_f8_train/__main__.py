@@ -73,6 +73,27 @@ def build_parser() -> argparse.ArgumentParser:
     export = add("export", _export, "Writes a run's EMA weights for every consumer.")
     export.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
     export.add_argument("--out", type=Path, help="directory to write (RUN/export)")
+    export.add_argument("--raw", action="store_true", help="the raw weights in place of the EMA")
+    export.add_argument(
+        "--average", nargs="+", type=Path, default=[], metavar="CKPT", help="mean with their EMAs"
+    )
+    export.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "float16", "bfloat16"],
+        help="type of the single files (float32)",
+    )
+    export.add_argument(
+        "--format", action="append", choices=["safetensors", "ckpt", "diffusers"], help="only this"
+    )
+    export.add_argument("--images", type=Path, help="photographs that try half precision")
+    export.add_argument("--force", action="store_true", help="overwrite files")
+
+    inject = add("inject", _inject, "Writes a VAE into a copy of a Stable Diffusion checkpoint.")
+    inject.add_argument("vae", type=Path, help="any VAE file, or a run directory (its EMA)")
+    inject.add_argument("into", type=Path, help="full checkpoint, .safetensors or .ckpt")
+    inject.add_argument("--out", type=Path, required=True, help="file to write")
+    inject.add_argument("--force", action="store_true", help="overwrite it")
 
     score = add("evaluate", _evaluate, "Scores VAEs on the same images, as the model card does.")
     score.add_argument("weights", nargs="+", metavar="[NAME=]WEIGHTS")
@@ -145,16 +166,29 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from kl_f8_train.checkpoint import file_sha256
-    from kl_f8_train.export import export, summary
+    if args.images and not args.images.is_dir():
+        raise MissingInputError(f"--images {args.images}: no such folder")
+    from kl_f8_train.export import LAYOUTS, export
 
-    out = export(args.run, args.out)
-    record = summary(out)
-    for check, outcome in record["checks"].items():
-        print(f"{check}: {outcome}")
-    for file in record["files"]:
-        path = out / file
-        print(f"{path}  {path.stat().st_size:,} bytes  sha256 {file_sha256(path)[:12]}")
+    export(
+        args.run,
+        args.out,
+        raw=args.raw,
+        dtype=args.dtype,
+        layouts=args.format or LAYOUTS,
+        average=args.average,
+        pictures=args.images,
+        force=args.force,
+        say=print,
+    )
+    return 0
+
+
+def _inject(args: argparse.Namespace) -> int:
+    from kl_f8_train.inject import inject
+
+    for line in inject(args.vae, args.into, args.out, args.force):
+        print(line)
     return 0
 
 

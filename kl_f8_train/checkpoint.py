@@ -12,16 +12,17 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import secrets
 import struct
 import tempfile
 import zipfile
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -278,36 +279,91 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes tensors and texts atomically."""
+    """Writes tensors, each with memory of its own, and texts atomically."""
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    seen: set[int] = set()
+    for key, value in plain.items():
+        if value.untyped_storage().data_ptr() in seen:
+            plain[key] = value.clone()  # safetensors refuses tensors that share memory
+        seen.add(value.untyped_storage().data_ptr())
     with atomic_path(path) as temporary:
         save_file(plain, temporary, metadata={"format": "pt", **metadata})
 
 
 def write_torch(path: Path, contents: Mapping[str, Any]) -> None:
-    """Writes a torch zip with only the records of torch 1.6, which strict loaders demand."""
-    buffer = io.BytesIO()
-    torch.save(dict(contents), buffer)
-    newer = (".format_version", ".storage_alignment", "byteorder", ".data/serialization_id")
+    """Writes a torch zip with only the records of torch 1.6, which strict loaders demand.
+
+    Tensors go to the file one by one; each is stored whole, also a view of another.
+    """
+    pickled = io.BytesIO()
+    pickler = _TensorPickler(pickled, protocol=2)
+    pickler.dump(dict(contents))
     with (
         atomic_path(path) as temporary,
-        zipfile.ZipFile(buffer) as source,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as target,
     ):
-        for entry in source.infolist():
-            if not entry.filename.endswith(newer):
-                _write_aligned(
-                    target, f"archive/{entry.filename.split('/', 1)[1]}", source.read(entry)
-                )
+        _write_aligned(target, "archive/data.pkl", pickled.getvalue())
+        for number, tensor in enumerate(pickler.tensors):
+            _write_aligned(target, f"archive/data/{number}", tensor_bytes(tensor))
+        _write_aligned(target, "archive/version", b"3\n")
 
 
-def _write_aligned(target: zipfile.ZipFile, name: str, data: bytes) -> None:
+class _Stored(NamedTuple):
+    """What torch's pickles hold in a tensor's place: the record of its numbers."""
+
+    kind: type
+    record: str
+    numbers: int
+
+
+class _TensorPickler(pickle.Pickler):
+    """Pickles as torch.save does, and keeps the tensors, whose bytes belong in other records."""
+
+    def __init__(self, file: io.BytesIO, protocol: int) -> None:
+        super().__init__(file, protocol)
+        self.tensors: list[Tensor] = []
+
+    def reducer_override(self, value: Any) -> Any:
+        """A tensor as a call of torch's rebuilding function; anything else as usual."""
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        stored = _Stored(STORAGES[value.dtype], str(len(self.tensors)), value.numel())
+        self.tensors.append(value.detach())
+        shape = tuple(value.shape)
+        strides = torch.empty(shape, device="meta").stride()  # contiguous
+        hooks: dict[str, Any] = OrderedDict()
+        return torch._utils._rebuild_tensor_v2, (stored, 0, shape, strides, False, hooks)
+
+    def persistent_id(self, value: Any) -> Any:
+        """torch's words for a record."""
+        if isinstance(value, _Stored):
+            return ("storage", value.kind, value.record, "cpu", value.numbers)
+        return None
+
+
+STORAGES: dict[torch.dtype, type] = {
+    dtype: getattr(torch, name) for name, dtype in unpickle.DTYPES.items()
+}
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """The numbers of a tensor in order, as bytes; copied only if they do not lie so."""
+    plain = tensor.detach().cpu().contiguous()
+    return plain.flatten().view(torch.uint8).numpy()
+
+
+def _write_aligned(target: zipfile.ZipFile, name: str, data: Any) -> None:
     """Stores a record with its data at a multiple of 64 bytes, so that torch can map it."""
+    target.writestr(aligned(target, name), data)
+
+
+def aligned(target: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """The next record of a zip, padded so that its data begin at a multiple of 64 bytes."""
     info = zipfile.ZipInfo(name)
     assert target.fp is not None
     padding = -(target.fp.tell() + 30 + len(name) + 4) % 64
     info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding
-    target.writestr(info, data)
+    return info
 
 
 def write_text(path: Path, text: str) -> None:
@@ -362,9 +418,17 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes, types and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def data_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a safetensors file behind its header, if all tensors have one type."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensor_bytes(tensors[name]))
     return digest.hexdigest()
 
 

@@ -88,7 +88,7 @@ def demo(
     _run(stage_b)
 
     say("4 of 4: export, and scores on held-out photographs")
-    exports = {s.name: export.export(Path(s.run_dir)) for s in (stage_a, stage_b)}
+    exports = {s.name: export.export(Path(s.run_dir), force=True) for s in (stage_a, stage_b)}
     models = {
         "base (stand-in for kl-f8)": (base, "ema", base_end),
         "ft-EMA": (exports["demo_ft_ema"] / "demo_ft_ema-ema-pruned.safetensors", "ema", a_end),

@@ -1,137 +1,300 @@
-"""Training checkpoint -> pruned EMA weights in every layout, each file read back and compared."""
+"""Training checkpoint -> pruned weights in every layout, each file read back and compared."""
 
-import json
-import shutil
+import datetime
+import hashlib
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kl_f8_train import __version__, checkpoint, formats, report, state
+from kl_f8_train import __version__, checkpoint, formats, half_precision, images, report, state
 from kl_f8_train.config import Config
-from kl_f8_train.errors import RunFailedError
-from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.model import FROZEN, AutoencoderKL
+
+State = dict[str, Tensor]
+
+LAYOUTS = ("safetensors", "ckpt", "diffusers")
+DTYPES = {"float32": "", "float16": "fp16", "bfloat16": "bf16"}  # and their short names
+SIZE = 128  # of the images that try half precision, in pixels
 
 
-def export(source: Path, out: Path | None = None) -> Path:
+def export(
+    source: Path,
+    out: Path | None = None,
+    *,
+    raw: bool = False,
+    dtype: str = "float32",
+    layouts: Sequence[str] = LAYOUTS,
+    average: Sequence[Path] = (),
+    pictures: Path | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Path:
     """Writes NAME-ema-pruned.safetensors and .ckpt, diffusers/, README.md and export.json.
 
-    `source` is a run directory or one of its checkpoints. Raises MissingInputError if there is no
-    training checkpoint, RunFailedError if a written file does not read back as the EMA.
+    `source` is a run directory or one of its checkpoints; its EMA is averaged with those of
+    `average`, or with `raw` its raw weights are taken. `dtype` is that of the single files;
+    diffusers/ always holds float32 and the fp16 variant. Returns the directory. Raises UsageError
+    if a file exists and not `force`, MissingInputError if there is no training checkpoint,
+    RunFailedError if a written file does not read back as what was exported.
     """
-    contents = checkpoint.read(source)
-    settings = state.stored_config(contents)
-    weights = formats.recognise(contents.tensors, "ema").autoencoder
-    weights = {key: value.float().contiguous() for key, value in weights.items()}
-    out = out or (source if source.is_dir() else contents.path.parents[1]) / "export"
-    iteration = int(contents.metadata["iteration"])
-    base = f"{settings.name}-ema-pruned"
-    metadata = _metadata(settings, contents.metadata, weights)
+    if raw and average:
+        raise UsageError("--average takes the EMAs of checkpoints; leave out --raw")
+    header = checkpoint.read(source, _nothing)
+    settings = state.stored_config(header)
+    kind = "raw" if raw else "ema-average" if average else "ema"
+    marks = [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
+    run_dir = source if source.is_dir() else header.path.parents[1]
+    out = out or run_dir / "-".join(["export", *marks])
+    stem = "-".join([settings.name, kind, "pruned", *marks[marks.count(kind) :]])
+    files = _weight_files(out, stem, layouts, dtype)
+    diffusers_config = out / "diffusers" / "config.json"
+    card, summary = out / "README.md", out / "export.json"
+    _refuse_to_overwrite([*files, diffusers_config, card, summary], force)
 
-    checkpoint.write_safetensors(out / f"{base}.safetensors", weights, metadata)
-    checkpoint.write_torch(out / f"{base}.ckpt", {"state_dict": weights, "global_step": iteration})
-    _write_diffusers(out / "diffusers", settings, weights)
-    _copy_config(out, settings)
+    named, tried = half_precision.choose_images(pictures, min(SIZE, settings.data.crop))
+    weights = _stored_weights(header.path, raw)
+    averaged = _average(weights, header, average)
+    model = _network(weights)
+    frozen = header.metadata["frozen_sha256"]
+    if checkpoint.frozen_sha256(weights) != frozen:
+        raise MissingInputError(f"{header.path}: its encoder does not match its own hash")
 
-    record = {
+    record: dict[str, Any] = {
         "name": settings.name,
-        "iteration": iteration,
+        "stem": stem,
+        "weights": kind,
+        "dtype": dtype,
+        "iteration": int(header.metadata["iteration"]),
         "init_iteration": settings.init.iteration,
-        "source": contents.path.name,
-        "frozen_sha256": contents.metadata["frozen_sha256"],
-        "checks": _verify(out, base, weights, contents.metadata["frozen_sha256"]),
-        "files": {
-            str(path.relative_to(out)): checkpoint.file_sha256(path)
-            for path in (
-                out / f"{base}.safetensors",
-                out / f"{base}.ckpt",
-                out / "diffusers" / "config.json",
-                out / "diffusers" / "diffusion_pytorch_model.safetensors",
-            )
-        },
+        "source": header.path.name,
+        "averaged": averaged,
+        **state.stored_base(header.metadata),
+        "ema_decay": settings.ema.decay,
+        "config_sha256": hashlib.sha256(header.metadata["config"].encode()).hexdigest(),
+        "frozen_sha256": frozen,
     }
-    checkpoint.write_json(out / "export.json", record)
-    checkpoint.write_text(out / "README.md", report.model_card(settings, iteration, record))
+    record["half_precision"] = {"images": named, **half_precision.measure(model, tried)}
+    for path, stored in files.items():
+        tensors = {key: value.to(stored) for key, value in weights.items()}
+        if path.suffix == ".ckpt":
+            contents = {"state_dict": tensors, "global_step": record["iteration"]}
+            checkpoint.write_torch(path, contents)
+        elif path.parent == out:
+            texts = _metadata(settings, header, record, tensors)
+            checkpoint.write_safetensors(path, tensors, texts)
+        else:
+            checkpoint.write_safetensors(path, formats.to_diffusers(tensors), {})
+        del tensors
+    if "diffusers" in layouts:
+        shape = settings.model
+        values = formats.diffusers_config(
+            shape.ch, shape.ch_mult, shape.num_res_blocks, shape.z_channels, settings.data.crop
+        )
+        checkpoint.write_json(diffusers_config, values)
+    _copy_config(run_dir, out)
+
+    record["checks"] = _verify(out, files, model)
+    written = [*files, diffusers_config, out / "config.yaml"]
+    record["files"] = {
+        str(path.relative_to(out)): checkpoint.file_sha256(path)
+        for path in written
+        if path.is_file()
+    }
+    checkpoint.write_text(card, report.model_card(settings, record["iteration"], record))
+    record["files"]["README.md"] = checkpoint.file_sha256(card)
+    checkpoint.write_json(summary, record)
+    for line in _describe(out, record):
+        say(line)
     return out
 
 
+def _describe(out: Path, record: dict[str, Any]) -> list[str]:
+    """Lines for people: the checks, half precision, the files."""
+    sizes = {file: (out / file).stat().st_size for file in record["files"]}
+    rounding = []
+    if record["dtype"] == "bfloat16" and record["half_precision"]["bfloat16"]["mean"]:
+        mean = record["half_precision"]["bfloat16"]["mean"]
+        rounding = [f"WARNING: bfloat16 costs {mean:.2g} levels of 255; publish float32"]
+    return [
+        *(f"{check}: {outcome}" for check, outcome in record["checks"].items()),
+        *half_precision.describe(record["half_precision"]),
+        *rounding,
+        *(
+            f"{out / file}  {sizes[file]:,} bytes  sha256 {digest[:12]}"
+            for file, digest in record["files"].items()
+        ),
+    ]
+
+
+def _weight_files(
+    out: Path, stem: str, layouts: Sequence[str], dtype: str
+) -> dict[Path, torch.dtype]:
+    """The weight files to write, and the type of their tensors."""
+    files = {
+        out / f"{stem}.{layout}": getattr(torch, dtype)
+        for layout in LAYOUTS[:2]
+        if layout in layouts
+    }
+    if "diffusers" in layouts:
+        for name in dict.fromkeys(["float32", "float16", dtype]):
+            variant = f".{DTYPES[name]}" if DTYPES[name] else ""
+            path = out / "diffusers" / f"diffusion_pytorch_model{variant}.safetensors"
+            files[path] = getattr(torch, name)
+    return files
+
+
+def _refuse_to_overwrite(files: list[Path], force: bool) -> None:
+    existing = [path for path in files if path.exists()]
+    if existing and not force:
+        raise UsageError(
+            f"{existing[0]} exists; nothing was written. Give --force, or another --out"
+        )
+
+
+def _stored_weights(path: Path, raw: bool = False) -> State:
+    """The raw or the EMA weights of a training checkpoint, and nothing else of it."""
+    frozen = tuple(f"autoencoder.{name}." for name in FROZEN)
+    parts = ("autoencoder.",) if raw else (*frozen, "ema.")
+    stored = checkpoint.read(path, lambda names: [n for n in names if n.startswith(parts)]).tensors
+    return {
+        key.split(".", 1)[1]: value.float().contiguous()
+        for key, value in stored.items()
+        if key.startswith(parts)
+    }
+
+
+def _nothing(names: Collection[str]) -> Collection[str]:
+    """No tensor of a file; its texts alone."""
+    return ()
+
+
+def _average(weights: State, first: checkpoint.Contents, others: Sequence[Path]) -> list[str]:
+    """Makes the trained part of `weights` the mean, in float64, over it and other checkpoints.
+
+    Returns their names. Raises UsageError if another has other shapes or another encoder.
+    """
+    if not others:
+        return []
+    trained = [key for key in weights if not key.startswith(tuple(f"{n}." for n in FROZEN))]
+    total = {key: weights[key].double() for key in trained}
+    names = [first.path.name]
+    for path in others:
+        header = checkpoint.read(path, _nothing)
+        state.stored_config(header)
+        other = _stored_weights(header.path)
+        try:
+            formats.check_shapes(other, {key: tuple(v.shape) for key, v in weights.items()})
+        except MissingInputError as error:
+            raise UsageError(f"--average {header.path}: {error}") from error
+        if header.metadata["frozen_sha256"] != first.metadata["frozen_sha256"]:
+            raise UsageError(
+                f"--average {header.path} has another encoder (SHA-256 "
+                f"{header.metadata['frozen_sha256'][:12]}, {first.path.name} has "
+                f"{first.metadata['frozen_sha256'][:12]}); average checkpoints of one base"
+            )
+        for key in trained:
+            total[key] += other[key]
+        names.append(header.path.name)
+    for key in trained:
+        weights[key] = (total.pop(key) / len(names)).float()
+    return names
+
+
 def _metadata(
-    settings: Config, stored: dict[str, str], weights: dict[str, Tensor]
+    settings: Config, header: checkpoint.Contents, record: dict[str, Any], tensors: State
 ) -> dict[str, str]:
-    """Texts of the safetensors file: modelspec's fields and our provenance."""
+    """Texts of the safetensors file: modelspec's fields and our provenance.
+
+    The date is the checkpoint's: when the weights were made, not when they were exported.
+    """
+    written = datetime.datetime.fromtimestamp(header.path.stat().st_mtime, datetime.UTC)
+    ours = ("iteration", "base_name", "base_sha256", "ema_decay", "config_sha256", "frozen_sha256")
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-v1/vae",
         "modelspec.implementation": "kl_f8_train",
-        "modelspec.title": f"{settings.name} (EMA, pruned)",
+        "modelspec.title": f"{settings.name} ({record['weights']}, pruned)",
+        "modelspec.date": written.isoformat(timespec="seconds"),
         "modelspec.resolution": f"{settings.data.crop}x{settings.data.crop}",
-        "modelspec.hash_sha256": checkpoint.tensors_sha256(weights),
+        "modelspec.hash_sha256": f"0x{checkpoint.data_sha256(tensors)}",
         "kl_f8_train.version": __version__,
-        "kl_f8_train.iteration": stored["iteration"],
-        "kl_f8_train.ema_decay": str(settings.ema.decay),
-        "kl_f8_train.frozen_sha256": stored["frozen_sha256"],
-        "kl_f8_train.config": stored["config"],
+        "kl_f8_train.recipe": settings.name,
+        "kl_f8_train.weights": record["weights"],
+        **{f"kl_f8_train.{key}": str(record[key]) for key in ours},
+        **({"kl_f8_train.averaged": ", ".join(record["averaged"])} if record["averaged"] else {}),
+        "kl_f8_train.config": header.metadata["config"],
     }
 
 
-def _write_diffusers(folder: Path, settings: Config, weights: dict[str, Tensor]) -> None:
-    shape = settings.model
-    values = formats.diffusers_config(
-        shape.ch, shape.ch_mult, shape.num_res_blocks, shape.z_channels, settings.data.crop
-    )
-    checkpoint.write_json(folder / "config.json", values)
-    checkpoint.write_safetensors(
-        folder / "diffusion_pytorch_model.safetensors", formats.to_diffusers(weights), {}
-    )
+def _copy_config(run_dir: Path, out: Path) -> None:
+    if (run_dir / "config.yaml").is_file():
+        text = (run_dir / "config.yaml").read_text(encoding="utf-8")
+        checkpoint.write_text(out / "config.yaml", text)
 
 
-def _copy_config(out: Path, settings: Config) -> None:
-    recipe = Path(settings.run_dir) / "config.yaml"
-    if recipe.is_file():
-        shutil.copyfile(recipe, out / "config.yaml")
-
-
-def _verify(out: Path, base: str, weights: dict[str, Tensor], frozen: str) -> dict[str, str]:
-    """Reads every file back: same tensors, same encoder, same decoded image.
-
-    Raises RunFailedError if one differs.
-    """
-    files = {
-        f"{base}.safetensors": out / f"{base}.safetensors",
-        f"{base}.ckpt": out / f"{base}.ckpt",
-        "diffusers": out / "diffusers",
-    }
-    latents = torch.linspace(-2.0, 2.0, steps=4 * 8 * 8).view(1, 4, 8, 8)
-    latents = latents[:, : weights["post_quant_conv.weight"].shape[1]]
-    expected = _decode(weights, latents)
-    checks: dict[str, str] = {}
-    for name, path in files.items():
-        read = checkpoint.load_autoencoder(path)
-        tensors = read.state_dict()
-        problems = [key for key in weights if not torch.equal(tensors[key], weights[key])]
-        if state.frozen_sha256(tensors) != frozen:
-            problems.append("encoder and quant_conv are not the imported ones")
-        if not torch.equal(read.decode(latents), expected):
-            problems.append("a probe decodes differently")
-        if problems:
-            raise RunFailedError(f"{path} does not read back as written: {', '.join(problems[:3])}")
-        checks[name] = f"{len(tensors)} tensors read back bit-equal, encoder as imported"
-    strict = torch.load(out / f"{base}.ckpt", map_location="cpu", weights_only=True)
-    if set(strict["state_dict"]) != set(weights):
-        raise RunFailedError(f"{base}.ckpt holds other keys than the {len(weights)} of the VAE")
-    checks["strict keys"] = f"{len(weights)}, no more and no less"
-    return checks
+# --- the proof ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _decode(weights: dict[str, Tensor], latents: Tensor) -> Tensor:
-    model = AutoencoderKL(**formats.architecture(weights))
-    model.load_state_dict(weights)
-    return model.eval().decode(latents)
+def _verify(out: Path, files: dict[Path, torch.dtype], model: AutoencoderKL) -> dict[str, str]:
+    """Reads every file back: same tensors, same latents of a probe, same decoded image.
+
+    Returns the outcome by file. Raises RunFailedError if one differs.
+    """
+    weights = model.state_dict()
+    probe = images.to_float(half_precision.pattern(8 * model.downsampling)[None])
+    latents = model.encode(probe).mean
+    decoded = model.decode(latents)
+    checks: dict[str, str] = {}
+    for path, stored in files.items():
+        tensors = formats.recognise(checkpoint.read(path).tensors).autoencoder
+        problems = [
+            key
+            for key in weights.keys() | tensors.keys()
+            if key not in tensors
+            or key not in weights
+            or not torch.equal(tensors[key], weights[key].to(stored))
+        ]
+        if problems:
+            raise RunFailedError(f"{path} does not read back as written: {', '.join(problems[:3])}")
+        again = _network({key: value.float() for key, value in tensors.items()})
+        latents_error = float((again.encode(probe).mean - latents).abs().max())
+        mean, most = half_precision.levels(again.decode(latents), decoded)
+        if stored == torch.float32 and (latents_error or most):
+            raise RunFailedError(f"{path} reads back, but encodes or decodes a probe differently")
+        checks[str(path.relative_to(out))] = (
+            f"{len(tensors)} tensors read back bit-equal; encoder and quant_conv as imported; "
+            "a probe's latents and image equal"
+            if stored == torch.float32
+            else f"{len(tensors)} tensors read back, all rounded to {DTYPES[str(stored)[6:]]}; "
+            f"a probe's latents within {latents_error:.2g}, its image within {most:.2g} of 255 "
+            f"levels (mean {mean:.2g})"
+        )
+        if path.suffix == ".ckpt":
+            _check_strictly(path, len(weights))
+            checks["strict loader"] = f"{len(weights)} keys in state_dict, no more and no less"
+    return checks
 
 
-def summary(out: Path) -> dict[str, Any]:
-    """export.json of an export."""
-    values: dict[str, Any] = json.loads((out / "export.json").read_text(encoding="utf-8"))
-    return values
+def _check_strictly(path: Path, count: int) -> None:
+    """What torch's own safe loader sees of a .ckpt; raises RunFailedError if it is too much."""
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if set(loaded) != {"state_dict", "global_step"} or len(loaded["state_dict"]) != count:
+        raise RunFailedError(f"{path} holds other things than state_dict and global_step")
+
+
+def _network(weights: State) -> AutoencoderKL:
+    """An autoencoder around these very tensors, without a copy.
+
+    Raises MissingInputError naming the first tensor that is missing, or of another shape.
+    """
+    with torch.device("meta"):
+        model = AutoencoderKL(**formats.architecture(weights))
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    formats.check_shapes(weights, shapes)
+    model.load_state_dict(weights, assign=True)
+    return model.eval().requires_grad_(False)

@@ -70,6 +70,7 @@ class Finetuner(LightningModule):
         self.metrics: dict[str, Tensor | float] = {}
         self.prepared_optimizers: list[Adam] = []
         self.data_digest = ""  # of the sources' counts
+        self.base: dict[str, str] = {}  # name and SHA-256 of the imported file
 
     @property
     def perceptual(self) -> nn.Module:

@@ -7,7 +7,7 @@ import torch
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
-from kl_f8_train import images
+from kl_f8_train import half_precision, images
 from kl_f8_train.config import Config
 from kl_f8_train.perceptual import LABELS
 
@@ -42,6 +42,9 @@ def model_card(config: Config, iteration: int, record: Mapping[str, Any]) -> str
     )
     checks = "\n".join(f"- {check}: {outcome}" for check, outcome in record["checks"].items())
     files = "\n".join(f"| {file} | `{digest}` |" for file, digest in record["files"].items())
+    precision = "\n".join(f"- {line}" for line in half_precision.describe(record["half_precision"]))
+    taken = {"raw": "raw weights, not the EMA", "ema": "EMA weights"}
+    weights = taken.get(record["weights"], f"mean EMA of {', '.join(record['averaged'])}")
     sources = ", ".join(f"{key} ({s.weight:g})" for key, s in config.data.sources.items())
     return f"""---
 library_name: diffusers
@@ -60,7 +63,7 @@ from diffusers import AutoencoderKL
 vae = AutoencoderKL.from_pretrained("diffusers")  # the folder beside this file
 ```
 
-`{name}-ema-pruned.safetensors` and `.ckpt` hold the 248 tensors under the original's names, for
+`{record["stem"]}.safetensors` and `.ckpt` hold the tensors under the original's names, for
 ComfyUI (`models/vae`), AUTOMATIC1111 (`models/VAE`) and the original code.
 
 ## Training
@@ -72,13 +75,17 @@ ComfyUI (`models/vae`), AUTOMATIC1111 (`models/VAE`) and the original code.
 | reconstruction loss | {loss.pixel} + {loss.perceptual_weight:g} {LABELS[loss.perceptual]} |
 | adversarial loss | {adversarial} |
 | learning rate | {config.optimizer.learning_rate:g}, Adam {config.optimizer.betas} |
-| EMA decay | {config.ema.decay:g}; these are the EMA weights |
+| EMA decay | {config.ema.decay:g}; these are the {weights} |
 | data | {sources} |
 
 ## Evaluation
 
-Not measured here. `kl-f8-train evaluate {name}={name}-ema-pruned.safetensors --images FOLDER`
+Not measured here. `kl-f8-train evaluate {name}={record["stem"]}.safetensors --images FOLDER`
 prints the card's table.
+
+## Half precision
+
+{precision}
 
 ## Checks made on these files
 

@@ -40,6 +40,7 @@ def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: st
         "warmup_left": str(finetuner.warmup_left),
         "ema_updates": str(finetuner.ema_updates),
         "frozen_sha256": frozen,
+        **finetuner.base,
         "config": json.dumps(config.to_dict(finetuner.config)),
     }
     path = checkpoint.checkpoint_path(run_dir, finetuner.iteration, finetuner.warmup_done)
@@ -60,6 +61,16 @@ def stored_config(contents: checkpoint.Contents) -> Config:
         raise MissingInputError(f"{contents.path}: its configuration: {error}") from error
 
 
+def base(path: Path) -> dict[str, str]:
+    """Name and SHA-256 of the file that a run starts from, for its checkpoints."""
+    return {"base_name": path.name, "base_sha256": checkpoint.file_sha256(path)}
+
+
+def stored_base(metadata: dict[str, str]) -> dict[str, str]:
+    """Name and SHA-256 of the file a run started from; older checkpoints do not know."""
+    return {key: metadata.get(key, "unknown") for key in ("base_name", "base_sha256")}
+
+
 def restore(finetuner: Finetuner, optimizers: list[Adam], contents: checkpoint.Contents) -> str:
     """Puts a checkpoint's state back, strictly; returns the hash of the frozen part.
 
@@ -76,6 +87,7 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: checkpoint.C
     finetuner.iteration = int(metadata["iteration"])
     finetuner.warmup_left = int(metadata["warmup_left"])
     finetuner.ema_updates = int(metadata["ema_updates"])
+    finetuner.base = stored_base(metadata)
     frozen = frozen_sha256(finetuner.autoencoder.state_dict())
     if frozen != metadata["frozen_sha256"]:
         raise MissingInputError(f"{contents.path}: its encoder does not match its own hash")

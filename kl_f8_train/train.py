@@ -178,6 +178,7 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
     if weights.logvar is not None:
         finetuner.logvar.data.copy_(weights.logvar.reshape(()))
     finetuner.iteration = iteration
+    finetuner.base = state.base(contents.path)
     _import_discriminator(settings, finetuner, weights.discriminator)
     finetuner.prepared_optimizers = build_optimizers(finetuner)
     return finetuner, state.frozen_sha256(finetuner.autoencoder.state_dict())

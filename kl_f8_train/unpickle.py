@@ -97,6 +97,24 @@ def read(path: Path, wanted: Wanted, inside: bool = False) -> TorchFile:
             return _read_inside(archive, file.total(), wanted)
 
 
+def views(path: Path) -> dict[str, tuple[str, "View"]]:
+    """The record and the layout of every tensor in a torch zip, none of which is read.
+
+    Raises MissingInputError if it holds something else, and any exception if it is broken.
+    """
+    with _BoundedFile(path) as file, _open_zip(file) as archive:
+        if not _has_torch_records(archive, file.total()):
+            raise MissingInputError("a zip without torch weights")
+        root, pickled = _zip_pickle(archive)
+        loaded = pickled.load()
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    return {
+        key: (f"{root}data/{view.storage.key}", view)
+        for key, view in state.items()
+        if isinstance(key, str) and isinstance(view, View)
+    }
+
+
 def is_torch(head: bytes) -> bool:
     """Whether a file that begins with `head` may be a torch file."""
     return head[:2] == b"PK" or head[:1] == b"\x80"
@@ -158,13 +176,7 @@ def _has_torch_records(archive: zipfile.ZipFile, total: int) -> bool:
 
 
 def _read_zip(file: _BoundedFile, archive: zipfile.ZipFile, wanted: Wanted) -> TorchFile:
-    (record,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-    root = record.removesuffix("data.pkl")
-    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
-        raise ValueError("its numbers are big-endian")
-    if archive.getinfo(record).file_size > PICKLE_BYTES:
-        raise ValueError(f"{record} is larger than {PICKLE_BYTES:,} bytes")
-    pickled = _Pickle(archive.read(record))
+    root, pickled = _zip_pickle(archive)
     loaded = pickled.load()
 
     def fetch(storage: "_Storage") -> bytes:
@@ -174,6 +186,17 @@ def _read_zip(file: _BoundedFile, archive: zipfile.ZipFile, wanted: Wanted) -> T
         return archive.read(name)
 
     return _collect("torch zip", loaded, pickled.stubbed, fetch, file.total(), wanted)
+
+
+def _zip_pickle(archive: zipfile.ZipFile) -> tuple[str, "_Pickle"]:
+    """The folder in a torch zip, and its pickle."""
+    (record,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+    root = record.removesuffix("data.pkl")
+    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+        raise ValueError("its numbers are big-endian")
+    if archive.getinfo(record).file_size > PICKLE_BYTES:
+        raise ValueError(f"{record} is larger than {PICKLE_BYTES:,} bytes")
+    return root, _Pickle(archive.read(record))
 
 
 def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
@@ -257,7 +280,7 @@ class _Storage:
 
 
 @dataclass(frozen=True)
-class _View:
+class View:
     """A tensor as a pickle describes it, known to lie within its storage."""
 
     storage: _Storage
@@ -301,7 +324,7 @@ def _collect(
     state = loaded.get("state_dict", loaded)
     if not isinstance(state, dict):
         raise MissingInputError("its state_dict is none")
-    views = {key: v for key, v in state.items() if isinstance(key, str) and isinstance(v, _View)}
+    views = {key: v for key, v in state.items() if isinstance(key, str) and isinstance(v, View)}
     chosen = {key: views[key] for key in wanted(views)}
     needed = {view.storage for view in chosen.values()}
     size = sum(view.numel * view.storage.dtype.itemsize for view in chosen.values())
@@ -421,7 +444,7 @@ class _Pickle:
         if not isinstance(name, _Name) or not isinstance(arguments, tuple):
             raise ValueError("its pickle calls what is no class")
         if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-            return _View(*arguments[:4])
+            return View(*arguments[:4])
         if name == "torch._utils._rebuild_parameter":
             return arguments[0]
         if name == "collections.OrderedDict":

@@ -1,6 +1,8 @@
 """Small inputs for the tests: recipes, photographs, shards, networks."""
 
 import io
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -104,6 +106,24 @@ def meta_vae(**shape) -> AutoencoderKL:
     """An autoencoder without memory: names and shapes alone."""
     with torch.device("meta"):
         return AutoencoderKL(**shape)
+
+
+def peak_growth(job: str, *paths: Path) -> float:
+    """MiB by which a process' peak memory grows in `job(*paths)`; `job` is an import (Linux)."""
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        f"{job}\n"
+        "status = Path('/proc/self/status')\n"
+        "lines = lambda: status.read_text().splitlines()\n"
+        "peak = lambda: next(int(x.split()[1]) for x in lines() if x.startswith('VmHWM'))\n"
+        "before = peak()\n"
+        "job(*map(Path, sys.argv[1:]))\n"
+        "print((peak() - before) / 1024)\n"
+    )
+    command = [sys.executable, "-c", program, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
 
 
 def save_zip(content: object, path: Path) -> Path:

@@ -15,9 +15,9 @@ LAYERS = (
     {"shards"},
     {"data"},
     {"finetuner", "evaluate"},
-    {"state"},
+    {"state", "half_precision"},
     {"callbacks", "report"},
-    {"train", "export"},
+    {"train", "export", "inject"},
     {"demo"},
     {"__main__"},
 )
