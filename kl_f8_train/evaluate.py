@@ -1,9 +1,9 @@
 """Scores any number of VAEs on the same images, streaming, on one or several processes.
 
 Each image is decoded once, encoded once for all VAEs with that encoder, and its perceptual features
-are computed once. Nothing depends on order, batches or the number of processes: the posterior's
-noise follows from (seed, name of the image), a CPU takes one image at a time, and a GPU always a
-full batch.
+are computed once. The posterior's noise follows from (seed, name of the image). A CPU takes one
+image at a time, so no bit depends on order or number of processes; a GPU takes batches of one size,
+the last one filled up, and they move the last bits of float32 only.
 """
 
 import contextlib
@@ -688,7 +688,7 @@ def table(result: Mapping[str, Any]) -> str:
     for name, scores in models.items():
         step = result["weights"][name]["iteration"]
         rfid = "not measured" if scores["rfid"] is None else f"{scores['rfid']:.2f}"
-        cells = [_cell(scores[key], key, digits, result) for key, _, digits in shown]
+        cells = [_cell(scores.get(key), key, digits) for key, _, digits in shown]
         first = [name.replace("|", "\\|"), "" if step is None else f"{step:,}", rfid]
         lines.append("| " + " | ".join([*first, *cells]) + " |")
     return "\n".join(lines)
@@ -715,11 +715,9 @@ def footer(result: Mapping[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
-def _cell(
-    value: Mapping[str, float] | None, key: str, digits: int, result: Mapping[str, Any]
-) -> str:
+def _cell(value: Mapping[str, float] | None, key: str, digits: int) -> str:
     if value is None:
-        return "not measured" if key in result["unmeasured"] else "infinite"
+        return "infinite" if key == "psnr" else "not measured"
     return f"{value['mean']:.{digits}f} +/- {value['std']:.{digits}f}"
 
 
