@@ -502,16 +502,19 @@ def evaluate(
             world,
         )
         own = range(rank, image_set.count, world)
-        tally = measure(
-            candidates,
-            networks,
-            protocol,
-            image_set.stream(own, threads=max(1, min(8, (os.cpu_count() or 1) // world))),
-            device=device,
-            batch_size=batch_size,
-            progress=progress if rank == 0 else None,
-            total=len(own),
-        )
+        try:
+            tally = measure(
+                candidates,
+                networks,
+                protocol,
+                image_set.stream(own, threads=max(1, min(8, (os.cpu_count() or 1) // world))),
+                device=device,
+                batch_size=batch_size,
+                progress=progress if rank == 0 else None,
+                total=len(own),
+            )
+        except torch.cuda.OutOfMemoryError as error:
+            raise RunFailedError(f"out of GPU memory: {error}\nHalve --batch-size") from error
         tally = _gather(tally, rank, world)
         if rank > 0:
             return None

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import http.server
 import io
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -139,6 +140,16 @@ def test_another_network_s_weights_are_refused(tmp_path):
     (tmp_path / "vgg.pth").write_bytes(torch_file())
     with pytest.raises(MissingInputError, match="does not hold torch-fidelity's Inception"):
         Inception(tmp_path / "vgg.pth")
+
+
+def test_rfid_without_torch_fidelity_says_so(tmp_path, monkeypatch):
+    from kl_f8_train.inception import Inception
+
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    monkeypatch.delitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", raising=False)
+    (tmp_path / "inception.pth").write_bytes(torch_file())
+    with pytest.raises(MissingInputError, match=r"kl-f8-train\[eval\]"):
+        Inception(tmp_path / "inception.pth")
 
 
 def test_a_hostile_inception_file_runs_nothing(tmp_path):
