@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from kl_f8_train import checkpoint, config, evaluate, export, images, perceptual, report
+from kl_f8_train import checkpoint, config, evaluate, export, images, perceptual, report, scores
 from kl_f8_train.config import Config
 from kl_f8_train.data import IterationSampler, PositionDataset, loader, open_data
 from kl_f8_train.discriminator import Discriminator, initialize
@@ -208,7 +208,7 @@ def _score(
                 row |= {f"{metric}_mean": value["mean"], f"{metric}_std": value["std"]}
         rows.append(row)
     checkpoint.write_json(run_dir / "table.json", rows)
-    checkpoint.write_text(run_dir / "table.md", evaluate.table(result) + "\n")
+    checkpoint.write_text(run_dir / "table.md", scores.table(result) + "\n")
     with checkpoint.atomic_path(run_dir / "strip.png") as temporary:
         images.to_pil(_strip(run_dir / "evaluation")).save(temporary, format="PNG")
     say("stand-ins: base was trained here and is not kl-f8; ST-LPIPS is not LPIPS.")

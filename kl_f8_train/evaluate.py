@@ -7,14 +7,10 @@ the last one filled up, and they move the last bits of float32 only.
 """
 
 import contextlib
-import csv
 import datetime
 import hashlib
 import importlib.metadata
-import io
-import math
 import os
-import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,25 +32,20 @@ from kl_f8_train.metrics import FeatureStatistics
 from kl_f8_train.model import FROZEN, AutoencoderKL
 from kl_f8_train.perceptual import LABELS, PerceptualDistance
 from kl_f8_train.plan import random_state
-
-SEED = 0
-BIASED_BELOW = 2048  # images; the width of Inception's features
-PICTURES = 24  # images shown, at most
-FIRST = 4  # of them, whatever their scores
-SHIFTS = ("red_shift", "green_shift", "blue_shift", "saturation_shift")
-METRICS = ("psnr", "ssim", "psim", "lpips", "st_lpips", "sharpness", *SHIFTS)
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "psim": False, "lpips": False, "st_lpips": False}
-COLUMNS = (  # of the table: metric, heading, digits
-    ("psnr", "PSNR", 2),
-    ("ssim", "SSIM", 3),
-    ("psim", "PSIM", 3),
-    ("lpips", "LPIPS", 4),
-    ("st_lpips", LABELS["st_lpips_alex"], 4),
-    ("sharpness", "sharpness", 0),
+from kl_f8_train.scores import (
+    METRICS,
+    SHIFTS,
+    Row,
+    Tally,
+    choose_pictures,
+    slugs,
+    summarise,
+    write_scores,
 )
 
+SEED = 0
+
 Progress = Callable[[int, int], None]
-Scores = dict[str, list[float]]  # metric -> a number an image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,26 +298,6 @@ def score(
     return scores
 
 
-@dataclass
-class Row:
-    """What one image gave."""
-
-    index: int
-    key: str
-    sha256: str
-    sharpness: float  # of the image itself
-    scores: np.ndarray  # (VAEs, measured metrics), float64
-
-
-@dataclass
-class Tally:
-    """What a process has measured."""
-
-    rows: list[Row] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    statistics: list[FeatureStatistics] = field(default_factory=list)  # images, then each VAE
-
-
 def measure(
     candidates: Sequence[Candidate],
     networks: Networks,
@@ -339,7 +310,7 @@ def measure(
     total: int = 0,
 ) -> Tally:
     """Streams images through the VAEs and the metrics, `batch_size` of them at a time."""
-    tally = Tally()
+    tally = Tally(networks.measured)
     if networks.inception is not None:
         count = len(candidates) + 1
         tally.statistics = [FeatureStatistics.empty(WIDTH, device) for _ in range(count)]
@@ -520,83 +491,15 @@ def evaluate(
             return None
         if not tally.rows:
             raise RunFailedError(f"no image of {where} can be used: {tally.problems[0]}")
-        result = summarise(candidates, networks, protocol, tally, size=size, where=where)
-        write_scores(out, result, candidates, networks, tally)
-        _write_pictures(out, image_set, candidates, networks, protocol, tally, device, batch_size)
+        conditions = {**protocol.describe(), "size": size, **_describe_networks(networks)}
+        weights = {candidate.name: candidate.record for candidate in candidates}
+        result = summarise(tally, weights, conditions, networks.unmeasured, where)
+        write_scores(out, result, tally)
+        _write_pictures(out, image_set, candidates, protocol, tally, device, batch_size)
         for warning in result["warnings"]:
             say(f"warning: {warning}")
         say((out / "table.md").read_text(encoding="utf-8"))
         return result
-
-
-def summarise(
-    candidates: Sequence[Candidate],
-    networks: Networks,
-    protocol: Protocol,
-    tally: Tally,
-    *,
-    size: int,
-    where: str,
-) -> dict[str, Any]:
-    """What scores.json holds: means and deviations, and all that they depend on."""
-    warnings = list(tally.problems)
-    models: dict[str, dict[str, Any]] = {}
-    for number, candidate in enumerate(candidates):
-        values = {
-            name: [float(row.scores[number, column]) for row in tally.rows]
-            for column, name in enumerate(networks.measured)
-        }
-        models[candidate.name] = {
-            **{name: None for name in METRICS if name != "st_lpips"},
-            **{name: mean_std(of_images) for name, of_images in values.items()},
-            "rfid": None,
-        }
-        infinite = sum(map(math.isinf, values["psnr"]))
-        if infinite:
-            warnings.append(f"{candidate.name}: {infinite} infinite PSNR left out of the mean")
-    unmeasured = dict(networks.unmeasured)
-    if tally.statistics and len(tally.rows) < 2:
-        unmeasured["rfid"] = "a covariance needs two images"
-    elif tally.statistics:
-        for candidate, own in zip(candidates, tally.statistics[1:], strict=True):
-            models[candidate.name]["rfid"] = metrics.frechet_distance(tally.statistics[0], own)
-        if len(tally.rows) < BIASED_BELOW:
-            warnings.append(
-                f"rFID on {len(tally.rows):,} images is biased: fewer than {BIASED_BELOW:,}; "
-                "compare only with rFID on the same images"
-            )
-    if networks.perceptual is not None and networks.perceptual.name != "lpips_vgg":
-        warnings.append("ST-LPIPS is a stand-in: it is neither LPIPS nor PSIM")
-    return {
-        "models": models,
-        "unmeasured": unmeasured,
-        "warnings": warnings,
-        "protocol": {**protocol.describe(), "size": size, **_describe_networks(networks)},
-        "weights": {candidate.name: candidate.record for candidate in candidates},
-        "images": len(tally.rows),
-        "images_sha256": images_sha256(tally.rows),
-        "input": {"sharpness": mean_std([row.sharpness for row in tally.rows])},
-        "source": where,
-    }
-
-
-def mean_std(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean and population deviation of what is finite; None if nothing is.
-
-    The authors left infinite PSNR out, too.
-    """
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return None
-    mean = math.fsum(finite) / len(finite)
-    variance = math.fsum((value - mean) ** 2 for value in finite) / len(finite)
-    return {"mean": mean, "std": math.sqrt(variance)}
-
-
-def images_sha256(rows: Sequence[Row]) -> str:
-    """One hash of all names and pixels, whatever their order."""
-    lines = sorted(f"{row.key}\0{row.sha256}\n" for row in rows)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _describe_networks(networks: Networks) -> dict[str, Any]:
@@ -655,113 +558,13 @@ def _silent(message: str) -> None:
     pass
 
 
-# --- files ----------------------------------------------------------------------------------
-
-
-def write_scores(
-    out: Path,
-    result: dict[str, Any],
-    candidates: Sequence[Candidate],
-    networks: Networks,
-    tally: Tally,
-) -> None:
-    """scores.json, table.md and per_image.csv."""
-    checkpoint.write_json(out / "scores.json", result)
-    checkpoint.write_text(out / "table.md", f"{table(result)}\n\n{footer(result)}\n")
-    names = [name for name in METRICS if name != "st_lpips" or name in networks.measured]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "image", *names])
-    for number, candidate in enumerate(candidates):
-        for row in tally.rows:
-            values = dict(zip(networks.measured, row.scores[number].tolist(), strict=True))
-            cells = [f"{values[name]:.6g}" if name in values else "" for name in names]
-            writer.writerow([candidate.name, row.key, *cells])
-    checkpoint.write_text(out / "per_image.csv", text.getvalue())
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """The card's table in Markdown, of what scores.json holds."""
-    models: Mapping[str, Mapping[str, Any]] = result["models"]
-    shown = [
-        c for c in COLUMNS if c[0] != "st_lpips" or any("st_lpips" in m for m in models.values())
-    ]
-    lines = ["| model | iteration | rFID | " + " | ".join(c[1] for c in shown) + " |"]
-    lines.append("|---" * (3 + len(shown)) + "|")
-    for name, scores in models.items():
-        step = result["weights"][name]["iteration"]
-        rfid = "not measured" if scores["rfid"] is None else f"{scores['rfid']:.2f}"
-        cells = [_cell(scores.get(key), key, digits) for key, _, digits in shown]
-        first = [name.replace("|", "\\|"), "" if step is None else f"{step:,}", rfid]
-        lines.append("| " + " | ".join([*first, *cells]) + " |")
-    return "\n".join(lines)
-
-
-def footer(result: Mapping[str, Any]) -> str:
-    """What stands beside every table: protocol, images, hashes, what was not measured and why."""
-    protocol = result["protocol"]
-    posterior = protocol["posterior"]
-    seed = f", seed {protocol['seed']}" if protocol["seed"] is not None else ""
-    lines = [
-        f"{result['images']:,} images, {protocol['size']} x {protocol['size']}, sha256 "
-        f"{result['images_sha256'][:12]}. Protocol {protocol['name']}: {protocol['resize']}; "
-        f"{protocol['crop']} crop; posterior {posterior}{seed}; {protocol['quantize']}; SSIM "
-        f"{protocol['ssim']}; +/- {protocol['std']}."
-    ]
-    hashes = [f"{name} {w['path']} {w['sha256'][:12]}" for name, w in result["weights"].items()]
-    hashes += [f"{n} {protocol[n][:12]}" for n in ("vgg", "inception") if protocol[n]]
-    lines.append(f"Weights (sha256): {'; '.join(hashes)}.")
-    for why in dict.fromkeys(result["unmeasured"].values()):
-        without = [name for name, reason in result["unmeasured"].items() if reason == why]
-        lines.append(f"Not measured: {', '.join(without)} ({why}).")
-    lines += [f"Warning: {warning}." for warning in result["warnings"][:20]]
-    return "\n\n".join(lines)
-
-
-def _cell(value: Mapping[str, float] | None, key: str, digits: int) -> str:
-    if value is None:
-        return "infinite" if key == "psnr" else "not measured"
-    return f"{value['mean']:.{digits}f} +/- {value['std']:.{digits}f}"
-
-
 # --- pictures -------------------------------------------------------------------------------
-
-
-def choose_pictures(
-    rows: Sequence[Row], names: Sequence[str], measured: Sequence[str]
-) -> dict[int, list[str]]:
-    """Place in `rows` -> why it is shown: the first few, then worst, best and median of each.
-
-    PICTURES images at most; every reason of a chosen image is kept.
-    """
-    chosen: dict[int, list[str]] = {place: ["first"] for place in range(min(FIRST, len(rows)))}
-    for rank in ("worst", "best", "median"):
-        for metric in (name for name in measured if name in HIGHER_IS_BETTER):
-            column = measured.index(metric)
-            for number, name in enumerate(names):
-                sign = 1.0 if HIGHER_IS_BETTER[metric] else -1.0
-                values = [(sign * float(row.scores[number, column]), row.index) for row in rows]
-                order = sorted(range(len(rows)), key=values.__getitem__)
-                place = order[{"worst": 0, "best": -1, "median": len(order) // 2}[rank]]
-                if place in chosen or len(chosen) < PICTURES:
-                    chosen.setdefault(place, []).append(f"{rank} {metric} of {name}")
-    return dict(sorted(chosen.items()))
-
-
-def slugs(names: Sequence[str]) -> list[str]:
-    """Names as parts of file names, all different."""
-    made: list[str] = []
-    for number, name in enumerate(names):
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "model"
-        made.append(slug if slug not in (*made, "input") else f"{slug}-{number}")
-    return made
 
 
 def _write_pictures(
     out: Path,
     image_set: ImageSet,
     candidates: Sequence[Candidate],
-    networks: Networks,
     protocol: Protocol,
     tally: Tally,
     device: str,
@@ -769,7 +572,7 @@ def _write_pictures(
 ) -> None:
     """Makes the chosen images and reconstructions again, exactly, and writes them as PNG."""
     names = [candidate.name for candidate in candidates]
-    chosen = choose_pictures(tally.rows, names, networks.measured)
+    chosen = choose_pictures(tally.rows, names, tally.measured)
     entries, kept = [], set[str]()
     for number, (place, why) in enumerate(chosen.items()):
         sample = image_set.load(tally.rows[place].index)

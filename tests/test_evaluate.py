@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kl_f8_train import checkpoint, evaluate, images, perceptual
+from kl_f8_train import checkpoint, evaluate, images, perceptual, scores
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
-from kl_f8_train.evaluate import CARD, STANDARD, Candidate, ImageSet, Networks, Row, Sample
+from kl_f8_train.evaluate import CARD, STANDARD, Candidate, ImageSet, Networks, Sample
+from kl_f8_train.scores import SHIFTS, Row, Tally
 
 SIZE = 32
+CONDITIONS = {**CARD.describe(), "size": SIZE, "vgg": None, "inception": None}
 FILES = ("scores.json", "per_image.csv", "table.md", "pictures.json")
 
 
@@ -88,10 +90,10 @@ def test_scores_stand_beside_what_they_depend_on(folder, single):
     assert result == single
     assert result["images"] == 13
     assert set(result["models"]) == {"a", "b"}
-    for scores in result["models"].values():
-        assert scores["psim"] is scores["lpips"] is scores["rfid"] is None
-        for metric in ("psnr", "ssim", "st_lpips", "sharpness", *evaluate.SHIFTS):
-            assert set(scores[metric]) == {"mean", "std"}
+    for model in result["models"].values():
+        assert model["psim"] is model["lpips"] is model["rfid"] is None
+        for metric in ("psnr", "ssim", "st_lpips", "sharpness", *SHIFTS):
+            assert set(model[metric]) == {"mean", "std"}
     assert set(result["unmeasured"]) == {"psim", "lpips", "rfid"}
     assert any("broken.png" in warning for warning in result["warnings"])
     assert any("stand-in" in warning for warning in result["warnings"])
@@ -144,10 +146,10 @@ def test_pictures_are_exactly_what_was_scored(folder, single):
         x = images.decode((folder / "single" / entry["input"]).read_bytes())
         for name, file in entry["models"].items():
             y = images.decode((folder / "single" / file).read_bytes())
-            scores = evaluate.score(x[None], y[None])
+            again = evaluate.score(x[None], y[None])
             for metric in ("psnr", "ssim", "sharpness", "blue_shift"):
                 expected = float(rows[name, entry["image"]][metric])
-                assert scores[metric].item() == pytest.approx(expected, rel=1e-5, abs=1e-4)
+                assert again[metric].item() == pytest.approx(expected, rel=1e-5, abs=1e-4)
 
 
 def test_pictures_of_an_earlier_evaluation_go(folder):
@@ -167,7 +169,7 @@ def row(index: int, *scores: float) -> Row:
 
 def test_worst_median_and_best_are_chosen():
     rows = [row(index, value, -value) for index, value in enumerate([5, 6, 7, 8, 1, math.inf, 3])]
-    chosen = evaluate.choose_pictures(rows, ["m"], ["psnr", "lpips"])
+    chosen = scores.choose_pictures(rows, ["m"], ["psnr", "lpips"])
     assert {place for place, why in chosen.items() if "worst psnr of m" in why} == {4}
     assert {place for place, why in chosen.items() if "best psnr of m" in why} == {5}
     assert {place for place, why in chosen.items() if "median psnr of m" in why} == {1}
@@ -179,10 +181,10 @@ def test_pictures_are_few():
     random = np.random.RandomState(0)
     names = [f"model {number}" for number in range(10)]
     rows = [Row(i, str(i), "", 0.0, random.normal(size=(10, 2))) for i in range(500)]
-    chosen = evaluate.choose_pictures(rows, names, ["psnr", "ssim"])
-    assert len(chosen) == evaluate.PICTURES
+    chosen = scores.choose_pictures(rows, names, ["psnr", "ssim"])
+    assert len(chosen) == scores.PICTURES
     assert list(chosen) == sorted(chosen)
-    made = evaluate.slugs(["ft EMA", "ft-EMA", "input", "|"])
+    made = scores.slugs(["ft EMA", "ft-EMA", "input", "|"])
     assert made == ["ft-ema", "ft-ema-1", "input-2", "model"]
 
 
@@ -190,15 +192,15 @@ def test_infinite_psnr_is_left_out_of_the_mean_and_written_as_inf(folder):
     rows = [row(0, 20.0, 0.5), row(1, math.inf, 1.0), row(2, 22.0, 0.5)]
     for item in rows:
         item.scores = np.pad(item.scores, ((0, 0), (0, 5)))
-    tally = evaluate.Tally(rows=rows)
-    group, networks = candidates(folder, "a"), Networks()
-    result = evaluate.summarise(group, networks, CARD, tally, size=SIZE, where="x")
+    tally = Tally(Networks().measured, rows)
+    weights = {"a": {"iteration": None, "path": "a", "sha256": "0"}}
+    result = scores.summarise(tally, weights, CONDITIONS, {}, "x")
     assert result["models"]["a"]["psnr"] == {"mean": 21.0, "std": 1.0}
     assert any("1 infinite PSNR" in warning for warning in result["warnings"])
-    evaluate.write_scores(folder / "infinite", result, group, networks, tally)
+    scores.write_scores(folder / "infinite", result, tally)
     written = table_rows(folder / "infinite" / "per_image.csv")
     assert [line["psnr"] for line in written] == ["20", "inf", "22"]
-    assert evaluate.mean_std([math.inf]) is None
+    assert scores.mean_std([math.inf]) is None
 
 
 # --- right ----------------------------------------------------------------------------------
@@ -218,7 +220,7 @@ def test_standard_scores_are_skimage_s():
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
     x, y = pair()
-    scores = evaluate.score(x, y, STANDARD.border)
+    ours = evaluate.score(x, y, STANDARD.border)
     x01, y01 = (image[0].permute(1, 2, 0).numpy() / 255.0 for image in (x, y))
     expected = structural_similarity(
         x01,
@@ -229,9 +231,9 @@ def test_standard_scores_are_skimage_s():
         data_range=1,
         channel_axis=2,
     )
-    assert scores["ssim"].item() == pytest.approx(expected, abs=1e-6)
+    assert ours["ssim"].item() == pytest.approx(expected, abs=1e-6)
     expected = peak_signal_noise_ratio(x01, y01, data_range=1)
-    assert scores["psnr"].item() == pytest.approx(expected, abs=1e-6)
+    assert ours["psnr"].item() == pytest.approx(expected, abs=1e-6)
 
 
 @torch.no_grad()
@@ -319,7 +321,7 @@ def test_rfid_is_torch_fidelity_s(folder, inception_file):
 # --- order, batches, processes --------------------------------------------------------------
 
 
-def measured(group, some: list[Sample], batch_size: int) -> evaluate.Tally:
+def measured(group, some: list[Sample], batch_size: int) -> Tally:
     networks = Networks(perceptual.st_lpips_alex())
     return evaluate.measure(group, networks, CARD, some, device="cpu", batch_size=batch_size)
 
@@ -328,12 +330,12 @@ def test_batches_do_not_change_a_printed_digit(folder):
     """evaluate() takes one image at a time on a CPU; a GPU's batches are tried here on a CPU."""
     group, some = candidates(folder, "ab"), [s for s in loaded(folder) if s.image is not None]
     tables = []
-    networks = Networks(perceptual.st_lpips_alex())
     for size, ordered in ((1, some), (3, some), (8, some[::-1])):
         tally = measured(group, ordered, size)
         assert [r.key for r in tally.rows] == [s.key for s in ordered]
-        result = evaluate.summarise(group, networks, CARD, tally, size=SIZE, where="x")
-        tables.append(evaluate.table(result))
+        weights = {candidate.name: candidate.record for candidate in group}
+        result = scores.summarise(tally, weights, CONDITIONS, {}, "x")
+        tables.append(scores.table(result))
     assert tables[0] == tables[1] == tables[2]
     assert tables[0].count("not measured") == 6
 
@@ -346,7 +348,7 @@ def test_order_does_not_change_a_bit(folder):
     assert len(forward) == 13
     for key in forward:
         assert np.array_equal(forward[key].scores, backward[key].scores)
-    assert evaluate.images_sha256(list(forward.values())) == evaluate.images_sha256(
+    assert scores.images_sha256(list(forward.values())) == scores.images_sha256(
         list(backward.values())
     )
 
@@ -489,7 +491,7 @@ def test_shards_give_the_scores_of_their_images(folder):
     listed.write_text("".join(f"{path}\n" for path in reversed(shards)))
     backwards = run(folder, "backwards", where=listed.name, names="a")
     assert backwards["images_sha256"] == result["images_sha256"]
-    assert evaluate.table(backwards) == evaluate.table(result)
+    assert scores.table(backwards) == scores.table(result)
 
 
 def test_equal_names_in_two_sources_stay_apart(folder):
@@ -560,9 +562,9 @@ def test_without_networks_the_rest_is_measured(folder, capsys, monkeypatch):
 
 def test_vgg_gives_lpips_and_psim(folder, vgg_file):
     result = run(folder, "vgg", perceptual_name="lpips_vgg", vgg=str(vgg_file), limit=2)
-    scores = result["models"]["a"]
-    assert scores["lpips"]["mean"] > 0 < scores["psim"]["mean"]
-    assert "st_lpips" not in scores
+    model = result["models"]["a"]
+    assert model["lpips"]["mean"] > 0 < model["psim"]["mean"]
+    assert "st_lpips" not in model
     assert len(result["protocol"]["vgg"]) == 64
     with Image.open(folder / "vgg" / "pictures" / "0000-a.png") as picture:
         assert picture.size == (SIZE, SIZE)

@@ -13,7 +13,7 @@ LAYERS = (
     {"cache"},
     {"published", "shards"},
     {"perceptual", "inception"},
-    {"data"},
+    {"data", "scores"},
     {"finetuner", "evaluate"},
     {"state"},
     {"callbacks", "report"},
