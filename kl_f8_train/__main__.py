@@ -96,13 +96,19 @@ def build_parser() -> argparse.ArgumentParser:
     inject.add_argument("--force", action="store_true", help="overwrite it")
 
     score = add("evaluate", _evaluate, "Scores VAEs on the same images, as the model card does.")
-    score.add_argument("weights", nargs="+", metavar="[NAME=]WEIGHTS")
-    score.add_argument("--images", type=Path, required=True, help="folder of photographs")
+    score.add_argument(
+        "weights", nargs="+", metavar="[NAME=]WEIGHTS[@raw]", help="file or run; @raw: not its EMA"
+    )
+    score.add_argument("--images", required=True, help="folder of photographs, or shards")
     score.add_argument("--out", type=Path, default=Path("evaluation"), help="directory to write")
+    score.add_argument("--protocol", default="card", choices=["card", "standard"])
     score.add_argument("--size", type=int, default=256, help="resize and centre crop, in pixels")
+    score.add_argument("--limit", type=_positive, help="only the first images")
     score.add_argument("--perceptual", default="lpips_vgg", choices=["lpips_vgg", "st_lpips_alex"])
     score.add_argument("--vgg", help="VGG16 features file")
-    score.add_argument("--device", default=None, help="cpu or cuda")
+    score.add_argument("--inception", help="Inception file, for rFID")
+    score.add_argument("--device", help="cpu or cuda")
+    score.add_argument("--batch-size", type=_positive, default=16, help="on a GPU; a CPU takes 1")
 
     pack = add("pack", _pack, "Packs a folder of images into WebDataset shards.")
     pack.add_argument("images", type=Path, help="folder, searched recursively")
@@ -119,8 +125,11 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument("--cache-dir", help="where remote shards are brought")
     index.add_argument("--cache-gib", type=float, default=100.0, help="its size, at most")
 
-    fetch = add("fetch", _fetch, "Downloads VGG16's features for LPIPS, once.")
-    fetch.add_argument("--url", default=None, help="another place of torchvision's file")
+    fetch = add("fetch", _fetch, "Downloads VGG16's features and Inception, once.")
+    fetch.add_argument(
+        "networks", nargs="*", metavar="vgg|inception", help="both, if none is named"
+    )
+    fetch.add_argument("--url", help="another place of the same file, of one network")
 
     settings = add("config", _config, "Shows, compares or explains recipes.")
     settings.add_argument("action", choices=["show", "diff", "schema"])
@@ -193,14 +202,28 @@ def _inject(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    named = [_name_and_path(text) for text in args.weights]
-    if len({name for name, _ in named}) < len(named):
+    named = [_name_path_select(text) for text in args.weights]
+    if len({name for name, *_ in named}) < len(named):
         raise UsageError("two weights have the same name; give NAME=WEIGHTS")
-    if not args.images.is_dir():
-        raise MissingInputError(f"--images {args.images}: no such folder")
-    from kl_f8_train.evaluate import evaluate_files
+    if not any(sign in args.images for sign in "{*?[:") and not Path(args.images).exists():
+        raise MissingInputError(f"--images {args.images}: no such folder, shard or list of shards")
+    from kl_f8_train.evaluate import PROTOCOLS, evaluate
 
-    evaluate_files(named, args.images, args.out, args.size, args.perceptual, args.vgg, args.device)
+    with _bar("image") as progress:
+        evaluate(
+            named,
+            args.images,
+            args.out,
+            protocol=PROTOCOLS[args.protocol],
+            size=args.size,
+            limit=args.limit,
+            perceptual_name=args.perceptual,
+            vgg=args.vgg,
+            inception=args.inception,
+            device=args.device,
+            batch_size=args.batch_size,
+            progress=progress,
+        )
     return 0
 
 
@@ -259,9 +282,16 @@ def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    from kl_f8_train.perceptual import VGG_URL, fetch_vgg
+    names = args.networks or ["vgg", "inception"]
+    unknown = [name for name in names if name not in ("vgg", "inception")]
+    if unknown:
+        raise UsageError(f"fetch {unknown[0]}: there are vgg and inception")
+    if args.url and len(names) > 1:
+        raise UsageError("--url is the place of one network: fetch vgg --url ...")
+    from kl_f8_train.published import NETWORKS, fetch
 
-    print(f"VGG16 features: {fetch_vgg(args.url or VGG_URL)}")
+    for name in names:
+        print(f"{NETWORKS[name].title}: {fetch(NETWORKS[name], args.url)}", flush=True)
     return 0
 
 
@@ -292,9 +322,20 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _name_and_path(text: str) -> tuple[str, Path]:
+def _name_path_select(text: str) -> tuple[str, Path, str]:
+    """[NAME=]WEIGHTS[@raw] -> name, path, and which weights of a training checkpoint."""
     name, equals, path = text.partition("=")
-    return (name, Path(path)) if equals else (Path(text).stem, Path(text))
+    if not equals:
+        name, path = "", text
+    raw = path.endswith("@raw")
+    path = path.removesuffix("@raw")
+    return name or Path(path).stem + "@raw" * raw, Path(path), "raw" if raw else "ema"
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number above 0")
+    return int(text)
 
 
 if __name__ == "__main__":

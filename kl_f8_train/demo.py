@@ -4,6 +4,7 @@ Photographs: those that scikit-image ships (public domain or CC0). Three train, 
 Stand-ins, named as such: a small network trained here in kl-f8's place, ST-LPIPS in LPIPS' place.
 """
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from kl_f8_train import checkpoint, config, evaluate, export, images, perceptual, report
+from kl_f8_train import checkpoint, config, evaluate, export, images, perceptual, report, scores
 from kl_f8_train.config import Config
 from kl_f8_train.data import IterationSampler, PositionDataset, loader, open_data
 from kl_f8_train.discriminator import Discriminator, initialize
@@ -190,32 +191,40 @@ def _score(
     models: dict[str, tuple[Path, str, int]], held_out: Path, run_dir: Path
 ) -> list[dict[str, Any]]:
     """Scores every model on the same photographs; writes table.json, table.md and strip.png."""
-    pictures = evaluate.load_images(held_out, 128 if held_out.parent == run_dir else 256, say)
-    originals = list(pictures.values())
-    network = perceptual.build("st_lpips_alex")
+    named = [(name, path, select) for name, (path, select, _) in models.items()]
+    result = evaluate.evaluate(
+        named,
+        str(held_out),
+        run_dir / "evaluation",
+        size=128 if held_out.parent == run_dir else 256,
+        perceptual_name="st_lpips_alex",
+    )
+    assert result is not None
     rows: list[dict[str, Any]] = []
-    summaries: dict[str, dict[str, Any]] = {}
-    columns = {"input": originals[:6]}
-    for name, (weights, select, iteration) in models.items():
-        model = checkpoint.load_autoencoder(weights, select)
-        reconstructions = evaluate.reconstruct(model, originals)
-        summary = evaluate.score(originals, reconstructions, network).summary()
-        summaries[name] = {"iteration": iteration, **summary}
-        row: dict[str, Any] = {"model": name, "iteration": iteration, "images": len(originals)}
-        for metric, value in summary.items():
-            assert value is not None
-            row |= {f"{metric}_mean": value["mean"], f"{metric}_std": value["std"]}
-        rows.append({**row, "perceptual_network": perceptual.LABELS[network.name]})
-        if "raw" not in name:
-            columns[name.split(" (")[0]] = reconstructions[:6]
-    table = evaluate.table(summaries, network.name)
+    for name, (_, _, iteration) in models.items():
+        row: dict[str, Any] = {"model": name, "iteration": iteration, "images": result["images"]}
+        for metric, value in result["models"][name].items():
+            if value is not None:
+                row |= {f"{metric}_mean": value["mean"], f"{metric}_std": value["std"]}
+        rows.append(row)
     checkpoint.write_json(run_dir / "table.json", rows)
-    checkpoint.write_text(run_dir / "table.md", table + "\n")
+    checkpoint.write_text(run_dir / "table.md", scores.table(result) + "\n")
     with checkpoint.atomic_path(run_dir / "strip.png") as temporary:
-        images.to_pil(report.strip(columns)).save(temporary, format="PNG")
-    say(f"\n{len(originals)} held-out photographs from {held_out}\n\n{table}\n")
+        images.to_pil(_strip(run_dir / "evaluation")).save(temporary, format="PNG")
     say("stand-ins: base was trained here and is not kl-f8; ST-LPIPS is not LPIPS.")
     return rows
+
+
+def _strip(evaluation: Path) -> Tensor:
+    """The first pictures of an evaluation, the input and each EMA beside it."""
+    columns: dict[str, list[Tensor]] = {}
+    for entry in json.loads((evaluation / "pictures.json").read_text(encoding="utf-8"))[:6]:
+        shown = {"input": entry["input"], **entry["models"]}
+        for name, file in shown.items():
+            if "raw" not in name:
+                picture = images.decode((evaluation / file).read_bytes())
+                columns.setdefault(name.split(" (")[0], []).append(picture)
+    return report.strip(columns)
 
 
 def _pack_photographs(run_dir: Path) -> Path:

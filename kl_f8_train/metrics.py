@@ -1,7 +1,10 @@
-"""Reconstruction metrics, one number per image. Images are (B, 3, H, W) in [0, 1].
+"""Reconstruction metrics, one number per image, and the Frechet distance of two sets.
 
-Formulas of the authors' published evaluator (pesser/stable-diffusion, after SynSin).
+Images are (B, 3, H, W) in [0, 1]. PSNR and SSIM by the formulas of the authors' published evaluator
+(pesser/stable-diffusion, after SynSin).
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +17,20 @@ def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
     return -10.0 * torch.log10(mse)
 
 
-def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Structural similarity, (B,): 11 x 11 Gaussian window (sigma 1.5), zero padding.
+def ssim(images: Tensor, reconstructions: Tensor, border: str = "zero") -> Tensor:
+    """Structural similarity, (B,): 11 x 11 Gaussian window (sigma 1.5), C1 = 0.01^2, C2 = 0.03^2.
 
-    C1 = 0.01^2, C2 = 0.03^2; mean over channels and the whole map.
+    Mean over channels and, with border "zero", over the whole map, zeros beyond the edge, as the
+    authors did; with "valid", over the places where the window fits, as scikit-image does.
     """
     line = _gaussian_line(images)
     rows, columns = line.view(1, 1, 1, 11), line.view(1, 1, 11, 1)  # the window is separable
+    reach = 5 if border == "zero" else 0
 
     def blur(x: Tensor) -> Tensor:
         flat = x.flatten(0, 1)[:, None]  # (3 B, 1, H, W)
-        return F.conv2d(F.conv2d(flat, rows, padding=(0, 5)), columns, padding=(5, 0)).view_as(x)
+        blurred = F.conv2d(F.conv2d(flat, rows, padding=(0, reach)), columns, padding=(reach, 0))
+        return blurred.view(*x.shape[:2], *blurred.shape[2:])
 
     mean_x, mean_y = blur(images), blur(reconstructions)
     var_x = blur(images * images) - mean_x.square()
@@ -44,8 +50,73 @@ def sharpness(images: Tensor) -> Tensor:
     return F.conv2d(luma, kernel.view(1, 1, 3, 3)).flatten(1).var(dim=1, correction=0)
 
 
+def colour_shift(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Mean of reconstruction - image in 8-bit levels: red, green, blue, saturation, (B, 4).
+
+    Saturation is the largest channel minus the smallest.
+    """
+    channels = (reconstructions - images).mean(dim=(2, 3))
+    spread = _saturation(reconstructions) - _saturation(images)
+    return 255.0 * torch.cat([channels, spread[:, None]], dim=1)
+
+
+def _saturation(images: Tensor) -> Tensor:
+    return (images.amax(dim=1) - images.amin(dim=1)).mean(dim=(1, 2))
+
+
 def _gaussian_line(like: Tensor) -> Tensor:
     """(11,), sums to 1; its outer product with itself is the window."""
     offsets = torch.arange(-5, 6, dtype=like.dtype, device=like.device)
     line = torch.exp(-offsets.square() / (2 * 1.5**2))
     return line / line.sum()
+
+
+# --- Frechet distance -----------------------------------------------------------------------
+
+
+@dataclass
+class FeatureStatistics:
+    """Sums over feature vectors, float64: enough for mean and covariance, whatever their number."""
+
+    count: int
+    total: Tensor  # (D,)
+    products: Tensor  # (D, D), sum of x x^T
+
+    @classmethod
+    def empty(cls, width: int, device: str = "cpu") -> "FeatureStatistics":
+        """Of no vectors yet."""
+        zeros = torch.zeros(width, width, dtype=torch.float64, device=device)
+        return cls(0, zeros[0].clone(), zeros)
+
+    def add(self, features: Tensor) -> None:
+        """Counts (B, D) features in."""
+        exact = features.double()
+        self.count += len(exact)
+        self.total += exact.sum(dim=0)
+        self.products += exact.mT @ exact
+
+    def mean(self) -> Tensor:
+        """(D,)."""
+        return self.total / self.count
+
+    def covariance(self) -> Tensor:
+        """(D, D), with n - 1 in the denominator; needs two vectors."""
+        mean = self.mean()
+        return (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1)
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B the covariances, float64.
+
+    Heusel et al. 2017. tr (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2), which
+    stays real where the covariances have no full rank.
+    """
+    cov_a, cov_b = a.covariance(), b.covariance()
+    cross = torch.linalg.svdvals(_matrix_root(cov_a) @ _matrix_root(cov_b)).sum()
+    means = (a.mean() - b.mean()).square().sum()
+    return float(means + cov_a.trace() + cov_b.trace() - 2.0 * cross)
+
+
+def _matrix_root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0.0).sqrt() @ vectors.mT

@@ -1,4 +1,4 @@
-"""The frozen perceptual networks, and where their weights are found.
+"""The frozen perceptual networks.
 
 LPIPS (Zhang et al. 2018) on VGG16, from the `lpips` package, equals the original's to the last
 bit. PSIM, the model card's metric, is half of its unweighted distance (SynSin's PNet).
@@ -6,10 +6,7 @@ ST-LPIPS (Ghildyal and Liu 2022) on AlexNet is the stand-in of demo and tests: i
 the `stlpips-pytorch` wheel. It is never called LPIPS.
 """
 
-import hashlib
 import importlib.util
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,21 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kl_f8_train import checkpoint
-from kl_f8_train.errors import MissingInputError, RunFailedError
+from kl_f8_train import checkpoint, published
+from kl_f8_train.errors import MissingInputError
 
-VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-VGG_SHA256_PREFIX = "397923af"  # torchvision names its files by the start of their SHA-256
-VGG_FILE = "vgg16_features.safetensors"
 LABELS = {"lpips_vgg": "LPIPS", "st_lpips_alex": "ST-LPIPS (stand-in, not LPIPS)"}
 
 
 class PerceptualDistance(nn.Module):
     """Weighted distance of unit-length features; frozen, always in eval mode, never in bfloat16."""
 
-    def __init__(self, name: str, scaling: nn.Module, trunk: nn.Module, heads: Sequence[Tensor]):
+    def __init__(
+        self,
+        name: str,
+        scaling: nn.Module,
+        trunk: nn.Module,
+        heads: Sequence[Tensor],
+        sha256: str | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
+        self.sha256 = sha256  # of the published tensors, whatever file they came in
         self.scaling = scaling
         self.trunk = trunk  # images -> sequence of feature maps
         self.heads = nn.ParameterList(head.detach().clone() for head in heads)  # (1, C, 1, 1)
@@ -44,29 +46,37 @@ class PerceptualDistance(nn.Module):
 
     def forward(self, images: Tensor, reconstructions: Tensor) -> Tensor:
         """Both (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1). Only the second may need a gradient."""
-        squared = self._squared_differences(images, reconstructions)
+        with torch.no_grad():
+            targets = self.features(images)
+        return self.weighted(squared_differences(targets, self.features(reconstructions)))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> the layers' features, of unit length over channels."""
         with torch.autocast(images.device.type, enabled=False):
+            layers = self.trunk(self.scaling(images.to(self.heads[0].dtype)))
+            return [unit_length(layer) for layer in layers]
+
+    def weighted(self, squared: Sequence[Tensor]) -> Tensor:
+        """Squared differences of features -> the distance, (B, 1, 1, 1)."""
+        with torch.autocast(squared[0].device.type, enabled=False):
             layers = [
                 F.conv2d(part, head).mean(dim=(2, 3), keepdim=True)
                 for part, head in zip(squared, self.heads, strict=True)
             ]
         return torch.stack(layers).sum(dim=0)
 
-    def unweighted(self, images: Tensor, reconstructions: Tensor) -> Tensor:
-        """Half the distance without the heads, (B,): PSIM, if the trunk is VGG16."""
-        squared = self._squared_differences(images, reconstructions)
-        return 0.5 * torch.stack([part.sum(dim=1).mean(dim=(1, 2)) for part in squared]).sum(dim=0)
 
-    def _squared_differences(self, images: Tensor, reconstructions: Tensor) -> list[Tensor]:
-        dtype = self.heads[0].dtype
-        with torch.autocast(images.device.type, enabled=False):
-            with torch.no_grad():
-                targets = [unit_length(f) for f in self.trunk(self.scaling(images.to(dtype)))]
-            features = self.trunk(self.scaling(reconstructions.to(dtype)))
-            return [
-                (target - unit_length(feature)).square()
-                for target, feature in zip(targets, features, strict=True)
-            ]
+def squared_differences(targets: Sequence[Tensor], features: Sequence[Tensor]) -> list[Tensor]:
+    """(target - feature)^2, a layer at a time."""
+    return [(a - b).square() for a, b in zip(targets, features, strict=True)]
+
+
+def unweighted(squared: Sequence[Tensor]) -> Tensor:
+    """Half the distance without heads, (B,): the sum over layers of 1 - mean cosine similarity.
+
+    PSIM, if the features are VGG16's.
+    """
+    return 0.5 * torch.stack([part.sum(dim=1).mean(dim=(1, 2)) for part in squared]).sum(dim=0)
 
 
 def unit_length(features: Tensor) -> Tensor:
@@ -82,7 +92,9 @@ def build(name: str, weights: str | None = None) -> PerceptualDistance:
 
     Raises MissingInputError with the remedy if they are not on this machine.
     """
-    return lpips_vgg(find_vgg(weights)) if name == "lpips_vgg" else st_lpips_alex()
+    if name == "lpips_vgg":
+        return lpips_vgg(published.find(published.VGG16, weights))
+    return st_lpips_alex()
 
 
 # --- LPIPS on VGG16 -------------------------------------------------------------------------
@@ -106,69 +118,14 @@ def lpips_vgg(path: Path) -> PerceptualDistance:
             elif isinstance(layer, nn.ReLU):
                 layer.inplace = False  # inplace would overwrite what the backward pass needs
     heads = [head.model[-1].weight for head in package.lins]
-    return PerceptualDistance("lpips_vgg", package.scaling_layer, Slices(slices), heads)
-
-
-def find_vgg(explicit: str | None = None) -> Path:
-    """The VGG16 file: as given, in our cache, or in torch hub's.
-
-    Raises MissingInputError saying how to get it.
-    """
-    hub = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
-    candidates = [Path(explicit)] if explicit else [checkpoint.cache_dir() / VGG_FILE, hub]
-    for path in candidates:
-        if path.is_file():
-            return path
-    looked = "\n  ".join(str(path) for path in candidates)
-    raise MissingInputError(
-        f"LPIPS needs VGG16's features, and there is no file at\n  {looked}\n"
-        "Run `kl-f8-train fetch` once on a machine with network, or name the file with "
-        "loss.perceptual_weights=PATH"
+    return PerceptualDistance(
+        "lpips_vgg", package.scaling_layer, Slices(slices), heads, checkpoint.tensors_sha256(state)
     )
 
 
-def fetch_vgg(url: str = VGG_URL, sha256_prefix: str = VGG_SHA256_PREFIX) -> Path:
-    """Downloads torchvision's VGG16 (553 MB), checks it, keeps the features (59 MB).
-
-    Raises RunFailedError if the network or the checksum fails.
-    """
-    target = checkpoint.cache_dir() / VGG_FILE
-    if target.is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoint.atomic_path(target.with_name("vgg16.pth")) as temporary:
-        digest = _download(url, temporary)
-        if not digest.startswith(sha256_prefix):
-            raise RunFailedError(
-                f"{url}: SHA-256 starts with {digest[:8]}, expected {sha256_prefix}; not kept"
-            )
-        state = {
-            key: value
-            for key, value in checkpoint.read(temporary).tensors.items()
-            if key.startswith("features.")
-        }
-        checkpoint.write_safetensors(target, state, {"source": url, "source_sha256": digest})
-    target.with_name("vgg16.pth").unlink()
-    return target
-
-
-def _download(url: str, path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with urllib.request.urlopen(url, timeout=20) as response, path.open("wb") as file:
-            while block := response.read(1 << 20):
-                file.write(block)
-                digest.update(block)
-    except (urllib.error.URLError, TimeoutError) as error:
-        raise RunFailedError(
-            f"cannot fetch {url}: {error}\nCopy the file to {checkpoint.cache_dir()} from another "
-            "machine, or name it with loss.perceptual_weights=PATH"
-        ) from error
-    return digest.hexdigest()
-
-
 def _vgg_features(path: Path) -> dict[str, Tensor]:
-    state = checkpoint.read(path).tensors
+    tensors = checkpoint.read(path).tensors
+    state = {key: value for key, value in tensors.items() if key.startswith("features.")}
     shape = tuple(state["features.0.weight"].shape) if "features.0.weight" in state else None
     if shape != (64, 3, 3, 3) or "features.28.weight" not in state:
         raise MissingInputError(

@@ -510,12 +510,15 @@ def open_source(
     bad_shards: str = "stop",
     index_dir: str | None = None,
     warn: Callable[[str], None] = print,
+    label: str | None = None,
 ) -> TarSource | FolderSource:
     """Opens a source; a small local one is indexed here, a large or remote one beforehand.
 
+    `label` is where the user named it, for errors.
+
     Raises MissingInputError if shards are missing, broken or not indexed, or nothing is left.
     """
-    where = f"data.sources.{name}.shards={pattern}"
+    where = label or f"data.sources.{name}.shards={pattern}"
     parsed = [Filter.parse(text) for text in filters]
     try:
         folder = Path(pattern)

@@ -4,6 +4,7 @@ Parity is checked in float64: in float32 one sign flip of a LeakyReLU moves a gr
 """
 
 import hashlib
+import io
 import json
 from pathlib import Path
 
@@ -182,3 +183,25 @@ def batch(golden):
         return Batch(images[..., :side, :side], draws[..., :part, :part], ["a", "b"], [])
 
     return build
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """torch-fidelity's Inception with seeded random weights of the right shapes."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Unloaded(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            """Keeps the initial weights: the published ones are not at hand."""
+
+    torch.manual_seed(0)
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
+    network = Unloaded("inception", ["2048"], feature_extractor_weights_path=empty)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(network.state_dict(), path)
+    return path

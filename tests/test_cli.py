@@ -45,6 +45,11 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
         (["config", "diff", "ft_ema", "ft_mse"], 0, "loss.pixel: l1 -> mse"),
         (["config", "schema"], 0, "optimizer.learning_rate"),
         (["evaluate", "a=x.ckpt", "--images", "nowhere"], 3, "no such folder"),
+        (["evaluate", "x.ckpt", "a/x.ckpt", "--images", "."], 2, "the same name"),
+        (["evaluate", "x.ckpt", "--images", ".", "--limit", "0"], 2, "above 0"),
+        (["evaluate", "x.ckpt", "--images", ".", "--protocol", "own"], 2, "standard"),
+        (["fetch", "clip"], 2, "there are vgg and inception"),
+        (["fetch", "--url", "http://x"], 2, "fetch vgg --url"),
         (["pack", "nowhere", "out"], 3, "no such folder"),
     ],
 )

@@ -7,8 +7,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from kl_f8_train import evaluate, images, metrics
-from kl_f8_train.errors import MissingInputError
+from kl_f8_train import metrics
+from kl_f8_train.metrics import FeatureStatistics
 
 
 def pair(name: str = "astronaut", noise: float = 12.0) -> tuple[Tensor, Tensor]:
@@ -98,6 +98,24 @@ def test_the_formula_is_skimage_s_where_no_padding_reaches(name):
     assert np.abs(ours[inside] - theirs[inside]).max() < 1e-6
 
 
+@pytest.mark.parametrize("name", ["astronaut", "chelsea"])
+def test_ssim_without_border_is_skimage_s(name):
+    from skimage.metrics import structural_similarity
+
+    x, y = pair(name)
+    expected = structural_similarity(
+        x[0].numpy(),
+        y[0].numpy(),
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        data_range=1,
+        channel_axis=0,
+    )
+    assert metrics.ssim(x, y, "valid").item() == pytest.approx(expected, abs=1e-6)
+    assert metrics.ssim(x, y).item() != pytest.approx(expected, abs=1e-4)
+
+
 def test_equal_images():
     x, _ = pair()
     assert metrics.psnr(x, x).tolist() == [math.inf]
@@ -142,127 +160,61 @@ def test_a_flat_image_is_not_sharp():
     assert metrics.sharpness(flat).item() == pytest.approx(0, abs=1e-20)
 
 
-# --- evaluate -------------------------------------------------------------------------------
+def test_colour_shift_is_in_levels():
+    x, _ = pair()
+    x = 0.2 + 0.5 * x
+    y = x.clone()
+    y[:, 0] += 10 / 255
+    red, green, blue, saturation = metrics.colour_shift(x, y)[0].tolist()
+    assert [red, green, blue] == pytest.approx([10, 0, 0], abs=1e-9)
+    levels = 255 * np.stack([x[0].numpy(), y[0].numpy()])
+    spread = (levels.max(axis=1) - levels.min(axis=1)).mean(axis=(1, 2))
+    assert saturation == pytest.approx(spread[1] - spread[0], abs=1e-9)
+    grey = x.mean(dim=1, keepdim=True).expand_as(x)
+    assert metrics.colour_shift(x, grey)[0, 3].item() < -10
 
 
-def test_summary_has_the_population_deviation():
-    scores = evaluate.Scores({"psnr": [20.0, 22.0, 27.0], "ssim": [0.5]})
-    summary = scores.summary()
-    assert summary["psnr"]["mean"] == pytest.approx(23.0)
-    assert summary["psnr"]["std"] == pytest.approx(np.std([20, 22, 27], ddof=0))
-    assert summary["ssim"] == {"mean": 0.5, "std": 0.0}
+# --- Frechet distance -----------------------------------------------------------------------
 
 
-def test_summary_leaves_infinite_values_out():
-    summary = evaluate.Scores({"psnr": [20.0, math.inf, 22.0]}).summary()
-    assert summary["psnr"] == {"mean": 21.0, "std": 1.0}
-    only = evaluate.Scores({"psnr": [math.inf]}).summary()
-    assert only["psnr"] is None
-    assert "infinite" in evaluate.table({"perfect": {"iteration": 1, **only}}, None)
+def features(seed: int, count: int, width: int = 64) -> Tensor:
+    """Correlated, shifted, float32."""
+    random = np.random.RandomState(seed)
+    mixing = random.normal(size=(width, width)) / width**0.5
+    values = random.normal(size=(count, width)) @ mixing + random.normal(size=width)
+    return torch.from_numpy(values.astype(np.float32))
 
 
-def test_table():
-    rows = {
-        "ft-EMA": {"iteration": 560001, "psnr": {"mean": 23.812, "std": 3.9}},
-        "other": {"iteration": None, "psnr": {"mean": 1.0, "std": 0.0}},
-    }
-    lines = evaluate.table(rows, "lpips_vgg").splitlines()
-    assert lines[0] == "| model | iteration | PSNR | SSIM | PSIM | LPIPS | sharpness |"
-    assert lines[1].count("---") == lines[0].count("|") - 1 == 7
-    assert lines[2].startswith("| ft-EMA | 560,001 | 23.81 +/- 3.90 | not measured |")
-    assert lines[2].count("not measured") == 4
-    assert lines[3].startswith("| other |  | 1.00 +/- 0.00 |")
+def statistics(values: Tensor, batch: int) -> FeatureStatistics:
+    gathered = FeatureStatistics.empty(values.shape[1])
+    for part in values.split(batch):
+        gathered.add(part)
+    return gathered
 
 
-def test_table_does_not_call_the_stand_in_lpips():
-    header = evaluate.table({}, "st_lpips_alex").splitlines()[0]
-    assert "stand-in" in header
-    assert "| LPIPS |" not in header
+@pytest.mark.parametrize("count", [300, 20])  # 20 vectors have no full rank in 64 dimensions
+def test_frechet_distance_is_torch_fidelity_s(count):
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-
-def test_load_images_names_what_it_leaves_out(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "b.png").write_bytes(samples.encode(samples.noise_picture(1), "PNG"))
-    (tmp_path / "sub" / "a.jpg").write_bytes(samples.encode(samples.noise_picture(2), "JPEG"))
-    (tmp_path / "broken.jpg").write_bytes(b"no image")
-    (tmp_path / "notes.txt").write_text("text")
-    said: list[str] = []
-    loaded = evaluate.load_images(tmp_path, 32, said.append)
-    assert list(loaded) == ["b.png", "sub/a.jpg"]
-    assert {tuple(image.shape) for image in loaded.values()} == {(3, 32, 32)}
-    assert len(said) == 1
-    assert "broken.jpg" in said[0]
-    assert "left out" in said[0]
-
-
-def test_load_images_resizes_and_cuts_the_centre(tmp_path):
-    picture = samples.photograph("chelsea")
-    (tmp_path / "a.png").write_bytes(samples.encode(picture, "PNG"))
-    loaded = evaluate.load_images(tmp_path, 64)["a.png"]
-    resized = images.resize_shorter(torch.from_numpy(picture.copy()).permute(2, 0, 1), 64)
-    assert resized.shape == (3, 64, 96)
-    assert torch.equal(loaded, resized[:, :, 16:80])
-
-
-@pytest.mark.parametrize("name", ["", "absent"])
-def test_load_images_of_nothing(tmp_path, name):
-    with pytest.raises(MissingInputError, match="no images in"):
-        evaluate.load_images(tmp_path / name, 32)
-
-
-def photographs(count: int) -> list[Tensor]:
-    return [
-        torch.from_numpy(samples.noise_picture(n, 32, 32)).permute(2, 0, 1) for n in range(count)
-    ]
-
-
-@pytest.mark.parametrize("sample", [True, False])
-def test_reconstructions_do_not_depend_on_the_batch_size(sample):
-    """Convolutions may round differently: at most one level, in at most 1 % of the values."""
-    model, originals = samples.tiny_vae(), photographs(3)
-    one, two, three = (
-        torch.stack(evaluate.reconstruct(model, originals, sample=sample, batch_size=size)).int()
-        for size in (1, 2, 3)
+    a, b = features(0, count), features(1, count)
+    theirs = [fid_features_to_statistics(values.double()) for values in (a, b)]
+    expected = fid_statistics_to_metric(*theirs, False)["frechet_inception_distance"]
+    ours = metrics.frechet_distance(statistics(a, 7), statistics(b, count))
+    assert ours == pytest.approx(expected, rel=1e-6)
+    assert metrics.frechet_distance(statistics(a, 7), statistics(a, 5)) == pytest.approx(
+        0, abs=1e-5
     )
-    assert one.shape == (3, 3, 32, 32)
-    for other in (two, three):
-        assert (one - other).abs().max() <= 1
-        assert (one != other).float().mean() < 0.01
 
 
-def test_reconstructions_follow_the_seed():
-    model, originals = samples.tiny_vae(), photographs(2)
-    one = evaluate.reconstruct(model, originals, seed=0)
-    same = evaluate.reconstruct(model, originals, seed=0)
-    other = evaluate.reconstruct(model, originals, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
-    assert any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+def test_frechet_distance_of_shifted_features_is_the_shift():
+    a = features(0, 200)
+    shift = torch.linspace(-1, 1, 64)
+    distance = metrics.frechet_distance(statistics(a, 50), statistics(a + shift, 50))
+    assert distance == pytest.approx(float(shift.square().sum()), rel=1e-5)
 
 
-def test_equal_images_get_different_noise():
-    image = photographs(1)[0]
-    one, other = evaluate.reconstruct(samples.tiny_vae(), [image, image])
-    assert not torch.equal(one, other)
-    one, other = evaluate.reconstruct(samples.tiny_vae(), [image, image], sample=False)
-    assert torch.equal(one, other)
-
-
-def test_floor_is_never_above_round():
-    model, originals = samples.tiny_vae(), photographs(2)
-    floored = torch.stack(evaluate.reconstruct(model, originals, quantize="floor")).int()
-    rounded = torch.stack(evaluate.reconstruct(model, originals, quantize="round")).int()
-    difference = rounded - floored
-    assert set(difference.unique().tolist()) == {0, 1}
-
-
-def test_scores_without_a_perceptual_network():
-    originals = photographs(3)
-    copies = [originals[0], originals[1].flip(2), (originals[2] // 2)]
-    scores = evaluate.score(originals, copies, None, batch_size=2)
-    assert set(scores.per_image) == {"psnr", "ssim", "sharpness"}
-    assert scores.per_image["psnr"][0] == math.inf
-    x, y = (image.double()[None] / 255 for image in (originals[1], copies[1]))
-    assert scores.per_image["psnr"][1] == pytest.approx(metrics.psnr(x, y).item())
-    assert scores.per_image["ssim"][1] == pytest.approx(metrics.ssim(x, y).item())
-    assert scores.per_image["sharpness"][1] == pytest.approx(metrics.sharpness(y).item())
-    assert len(scores.per_image["ssim"]) == 3
+def test_statistics_are_float64():
+    values = 1000.0 + 1e-3 * features(0, 100, 8)
+    gathered = statistics(values, 9)
+    expected = np.cov(values.double().numpy(), rowvar=False)
+    np.testing.assert_allclose(gathered.covariance().numpy(), expected, rtol=0, atol=1e-8)

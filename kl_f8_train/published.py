@@ -1,0 +1,111 @@
+"""Networks that others published: where their weights are on this machine, or how they get there.
+
+VGG16 (torchvision) is in LPIPS and PSIM, Inception (TensorFlow's of 2015-12-05, converted by
+torch-fidelity) in rFID. A file is kept in `checkpoint.cache_dir()`, as safetensors.
+"""
+
+import fcntl
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kl_f8_train import cache, checkpoint
+from kl_f8_train.errors import MissingInputError, RunFailedError
+
+
+@dataclass(frozen=True)
+class Network:
+    """One file of weights, and what is kept of it."""
+
+    title: str
+    url: str
+    sha256_prefix: str  # publishers name their files by the start of their SHA-256
+    file: str  # in our cache
+    hub_files: tuple[str, ...]  # in torch hub's
+    keys: str  # the start of the keys that are kept
+    needed_by: str
+    flags: str  # how to name the file instead
+
+
+VGG16 = Network(
+    title="VGG16's features",
+    url="https://download.pytorch.org/models/vgg16-397923af.pth",
+    sha256_prefix="397923af",
+    file="vgg16_features.safetensors",
+    hub_files=("vgg16-397923af.pth",),
+    keys="features.",
+    needed_by="LPIPS and PSIM",
+    flags="--vgg FILE (in training: loss.perceptual_weights=FILE)",
+)
+INCEPTION = Network(
+    title="Inception of 2015-12-05",
+    url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth",
+    sha256_prefix="6726825d",
+    file="inception-2015-12-05.safetensors",
+    hub_files=(
+        "weights-inception-2015-12-05-6726825d.pth",
+        "pt_inception-2015-12-05-6726825d.pth",  # the same file, as pytorch-fid names it
+    ),
+    keys="",
+    needed_by="rFID",
+    flags="--inception FILE",
+)
+NETWORKS = {"vgg": VGG16, "inception": INCEPTION}
+
+
+def find(network: Network, explicit: str | None = None) -> Path:
+    """The file of a network: as given, in our cache, or in torch hub's.
+
+    Raises MissingInputError saying where it looked and how to get it.
+    """
+    hub = Path(torch.hub.get_dir()) / "checkpoints"
+    places = [checkpoint.cache_dir() / network.file, *(hub / name for name in network.hub_files)]
+    candidates = [Path(explicit)] if explicit else places
+    for path in candidates:
+        if path.is_file():
+            return path
+    looked = "\n  ".join(str(path) for path in candidates)
+    raise MissingInputError(
+        f"no file of {network.title}, for {network.needed_by}; `kl-f8-train fetch` gets it, once\n"
+        f"  {looked}\nWithout network here, fetch on another machine and copy it, or name it: "
+        f"{network.flags}"
+    )
+
+
+def fetch(
+    network: Network, url: str | None = None, attempts: int = cache.PATIENCE.attempts
+) -> Path:
+    """Downloads a network once, checks its SHA-256 and keeps it in our cache.
+
+    Of several processes on a node one downloads; the others wait and find the file. Raises
+    MissingInputError if the address has no such file, RunFailedError if the network, the checksum
+    or the disk fails; then nothing is kept.
+    """
+    url = url or network.url
+    target = checkpoint.cache_dir() / network.file
+    checkpoint.check_writable(target.parent)
+    with (target.parent / f".{network.file}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_file():
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                download = Path(folder) / "download"
+                cache.fetch(url, download, attempts=attempts)
+                _keep(network, url, download, target)
+    return target
+
+
+def _keep(network: Network, url: str, download: Path, target: Path) -> None:
+    digest = checkpoint.file_sha256(download)
+    if not digest.startswith(network.sha256_prefix):
+        raise RunFailedError(
+            f"{url}: SHA-256 starts with {digest[:8]}, expected {network.sha256_prefix} "
+            f"({download.stat().st_size:,} bytes came); not kept. Try again, or another address "
+            "with --url"
+        )
+    tensors = checkpoint.read(download).tensors
+    kept: dict[str, Tensor] = {k: v for k, v in tensors.items() if k.startswith(network.keys)}
+    checkpoint.write_safetensors(target, kept, {"source": url, "source_sha256": digest})

@@ -1,0 +1,570 @@
+"""Scores are right, and depend on images and weights alone: not on order, batches or processes."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import samples
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kl_f8_train import checkpoint, evaluate, images, perceptual, scores
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.evaluate import CARD, STANDARD, Candidate, ImageSet, Networks, Sample
+from kl_f8_train.scores import SHIFTS, Row, Tally
+
+SIZE = 32
+CONDITIONS = {**CARD.describe(), "size": SIZE, "vgg": None, "inception": None}
+FILES = ("scores.json", "per_image.csv", "table.md", "pictures.json")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three VAEs, a and b with one encoder, and 13 photographs, one with an awkward name."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    a, b, c = (samples.tiny_vae(seed) for seed in (0, 1, 2))
+    b.encoder, b.quant_conv = a.encoder, a.quant_conv
+    for name, model in zip("abc", (a, b, c), strict=True):
+        checkpoint.write_safetensors(
+            folder / f"{name}.safetensors", model.state_dict(), {"iteration": "7"}
+        )
+    names = ['an "odd", name', *(f"{number:02d}" for number in range(12))]
+    write_photographs(folder / "photos", names)
+    write_photographs(folder / "seven", names[1:8])
+    (folder / "photos" / "broken.png").write_bytes(b"no image")
+    return folder
+
+
+def write_photographs(folder: Path, names: list[str]) -> None:
+    folder.mkdir()
+    for seed, name in enumerate(names):
+        data = samples.encode(samples.noise_picture(seed, 40, 52), "PNG")
+        (folder / f"{name}.png").write_bytes(data)
+
+
+def run(folder: Path, out: str, *, names="ab", where="photos", **options):
+    """evaluate() with the stand-in; what it returned."""
+    named = [(name, folder / f"{name}.safetensors", "ema") for name in names]
+    options = {"size": SIZE, "perceptual_name": "st_lpips_alex", **options}
+    return evaluate.evaluate(named, str(folder / where), folder / out, **options)
+
+
+@pytest.fixture(scope="module")
+def single(folder):
+    """The reference: one process, card protocol."""
+    return run(folder, "single")
+
+
+def table_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def loaded(folder: Path, where="photos") -> list[Sample]:
+    image_set = ImageSet(str(folder / where), SIZE)
+    return [image_set.load(index) for index in range(image_set.count)]
+
+
+def candidates(folder: Path, names="abc") -> list[Candidate]:
+    named = [(name, folder / f"{name}.safetensors", "ema") for name in names]
+    return evaluate.load_candidates(named, "cpu")
+
+
+def stack(some: list[Sample]) -> Tensor:
+    return torch.stack([sample.image for sample in some])
+
+
+# --- files ----------------------------------------------------------------------------------
+
+
+def test_scores_stand_beside_what_they_depend_on(folder, single):
+    result = json.loads((folder / "single" / "scores.json").read_text())
+    assert result == single
+    assert result["images"] == 13
+    assert set(result["models"]) == {"a", "b"}
+    for model in result["models"].values():
+        assert model["psim"] is model["lpips"] is model["rfid"] is None
+        for metric in ("psnr", "ssim", "st_lpips", "sharpness", *SHIFTS):
+            assert set(model[metric]) == {"mean", "std"}
+    assert set(result["unmeasured"]) == {"psim", "lpips", "rfid"}
+    assert any("broken.png" in warning for warning in result["warnings"])
+    assert any("stand-in" in warning for warning in result["warnings"])
+    protocol = result["protocol"]
+    assert (protocol["name"], protocol["size"], protocol["seed"]) == ("card", SIZE, 0)
+    assert protocol["vgg"] is protocol["inception"] is None
+    assert torch.__version__.startswith(protocol["versions"]["torch"])
+    a, b = (result["weights"][name] for name in "ab")
+    assert a["sha256"] == checkpoint.file_sha256(folder / "a.safetensors") != b["sha256"]
+    assert a["frozen_sha256"] == b["frozen_sha256"]
+    assert (a["path"], a["iteration"], a["base"], b["base"]) == ("a.safetensors", 7, True, False)
+
+
+def test_means_and_deviations_are_those_of_the_rows(folder, single):
+    rows = table_rows(folder / "single" / "per_image.csv")
+    assert len(rows) == 2 * 13
+    assert [row["image"] for row in rows[:13]] == sorted(row["image"] for row in rows[:13])
+    assert 'an "odd", name.png' in {row["image"] for row in rows}
+    assert {row["psim"] for row in rows} == {row["lpips"] for row in rows} == {""}
+    for name in "ab":
+        for metric in ("psnr", "ssim", "st_lpips", "sharpness", "red_shift"):
+            values = [float(row[metric]) for row in rows if row["model"] == name]
+            summary = single["models"][name][metric]
+            assert summary["mean"] == pytest.approx(np.mean(values), rel=1e-5, abs=1e-4)
+            assert summary["std"] == pytest.approx(np.std(values, ddof=0), rel=1e-4)
+
+
+def test_table_has_the_protocol_and_hashes_below(folder, single):
+    text = (folder / "single" / "table.md").read_text()
+    lines = text.splitlines()
+    assert lines[0].startswith("| model | iteration | rFID | PSNR | SSIM | PSIM | LPIPS | ST-LPIPS")
+    assert "stand-in" in lines[0]
+    assert lines[1].count("---") == lines[0].count("|") - 1
+    mean, std = single["models"]["a"]["psnr"].values()
+    assert lines[2].startswith(f"| a | 7 | not measured | {mean:.2f} +/- {std:.2f} |")
+    for part in ("Protocol card", "posterior sampled, seed 0", "Not measured: psim, lpips (the st"):
+        assert part in text
+    for digest in (single["images_sha256"], *(w["sha256"] for w in single["weights"].values())):
+        assert digest[:12] in text
+
+
+def test_pictures_are_exactly_what_was_scored(folder, single):
+    rows = {
+        (row["model"], row["image"]): row for row in table_rows(folder / "single/per_image.csv")
+    }
+    entries = json.loads((folder / "single" / "pictures.json").read_text())
+    assert [entry["why"][0] for entry in entries[:4]] == ["first"] * 4
+    assert any("worst psnr of a" in entry["why"] for entry in entries)
+    for entry in entries:
+        x = images.decode((folder / "single" / entry["input"]).read_bytes())
+        for name, file in entry["models"].items():
+            y = images.decode((folder / "single" / file).read_bytes())
+            again = evaluate.score(x[None], y[None])
+            for metric in ("psnr", "ssim", "sharpness", "blue_shift"):
+                expected = float(rows[name, entry["image"]][metric])
+                assert again[metric].item() == pytest.approx(expected, rel=1e-5, abs=1e-4)
+
+
+def test_pictures_of_an_earlier_evaluation_go(folder):
+    run(folder, "twice")
+    before = set((folder / "twice" / "pictures").iterdir())
+    run(folder, "twice", names="a", limit=2)
+    after = set((folder / "twice" / "pictures").iterdir())
+    assert {path.name for path in after} == {
+        f"000{number}-{what}.png" for number in (0, 1) for what in ("input", "a")
+    }
+    assert after < before
+
+
+def row(index: int, *scores: float) -> Row:
+    return Row(index, f"{index:02d}.png", "", 0.0, np.array([scores]))
+
+
+def test_worst_median_and_best_are_chosen():
+    rows = [row(index, value, -value) for index, value in enumerate([5, 6, 7, 8, 1, math.inf, 3])]
+    chosen = scores.choose_pictures(rows, ["m"], ["psnr", "lpips"])
+    assert {place for place, why in chosen.items() if "worst psnr of m" in why} == {4}
+    assert {place for place, why in chosen.items() if "best psnr of m" in why} == {5}
+    assert {place for place, why in chosen.items() if "median psnr of m" in why} == {1}
+    assert {place for place, why in chosen.items() if "best lpips of m" in why} == {5}
+    assert [place for place, why in chosen.items() if "first" in why] == [0, 1, 2, 3]
+
+
+def test_pictures_are_few():
+    random = np.random.RandomState(0)
+    names = [f"model {number}" for number in range(10)]
+    rows = [Row(i, str(i), "", 0.0, random.normal(size=(10, 2))) for i in range(500)]
+    chosen = scores.choose_pictures(rows, names, ["psnr", "ssim"])
+    assert len(chosen) == scores.PICTURES
+    assert list(chosen) == sorted(chosen)
+    made = scores.slugs(["ft EMA", "ft-EMA", "input", "|"])
+    assert made == ["ft-ema", "ft-ema-1", "input-2", "model"]
+
+
+def test_infinite_psnr_is_left_out_of_the_mean_and_written_as_inf(folder):
+    rows = [row(0, 20.0, 0.5), row(1, math.inf, 1.0), row(2, 22.0, 0.5)]
+    for item in rows:
+        item.scores = np.pad(item.scores, ((0, 0), (0, 5)))
+    tally = Tally(Networks().measured, rows)
+    weights = {"a": {"iteration": None, "path": "a", "sha256": "0"}}
+    result = scores.summarise(tally, weights, CONDITIONS, {}, "x")
+    assert result["models"]["a"]["psnr"] == {"mean": 21.0, "std": 1.0}
+    assert any("1 infinite PSNR" in warning for warning in result["warnings"])
+    scores.write_scores(folder / "infinite", result, tally)
+    written = table_rows(folder / "infinite" / "per_image.csv")
+    assert [line["psnr"] for line in written] == ["20", "inf", "22"]
+    assert scores.mean_std([math.inf]) is None
+
+
+# --- right ----------------------------------------------------------------------------------
+
+
+def photograph(name: str) -> Tensor:
+    return torch.from_numpy(samples.photograph(name)[64:192, 96:224].copy()).permute(2, 0, 1)
+
+
+def pair() -> tuple[Tensor, Tensor]:
+    """uint8 (1, 3, 128, 128): a photograph and a coarse copy."""
+    x = photograph("astronaut")[None]
+    return x, (x // 24 * 24 + 5).clamp(max=255)
+
+
+def test_standard_scores_are_skimage_s():
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    x, y = pair()
+    ours = evaluate.score(x, y, STANDARD.border)
+    x01, y01 = (image[0].permute(1, 2, 0).numpy() / 255.0 for image in (x, y))
+    expected = structural_similarity(
+        x01,
+        y01,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        data_range=1,
+        channel_axis=2,
+    )
+    assert ours["ssim"].item() == pytest.approx(expected, abs=1e-6)
+    expected = peak_signal_noise_ratio(x01, y01, data_range=1)
+    assert ours["psnr"].item() == pytest.approx(expected, abs=1e-6)
+
+
+@torch.no_grad()
+def test_psim_restated_in_float64(vgg, vgg_file):
+    """The sum over five layers of 1 - the mean cosine between the features at each place."""
+    x, y = pair()
+    ours = evaluate.score(x, y, network=perceptual.lpips_vgg(vgg_file))
+    layers = [vgg.trunk(vgg.scaling(image.double() / 127.5 - 1)) for image in (x, y)]
+    expected = 0.0
+    for a, b in zip(*layers, strict=True):
+        cosine = (a * b).sum(1) / (a.square().sum(1).sqrt() * b.square().sum(1).sqrt() + 1e-30)
+        both_zero = (a == 0).all(1) & (b == 0).all(1)
+        expected += 1 - torch.where(both_zero, 1.0, cosine).mean().item()
+    assert expected > 0.01
+    assert ours["psim"].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_protocols_differ_where_they_say(folder):
+    group, some = candidates(folder, "a"), loaded(folder)[:2]
+    batch, keys = stack(some), [sample.key for sample in some]
+    model = group[0].model
+    with torch.no_grad():
+        posterior = model.encode(images.to_float(batch))
+        mode = (model.decode(posterior.mean).clamp(-1, 1) + 1) / 2 * 255
+        noise = evaluate.posterior_noise(keys, posterior.mean)
+        sampled = (model.decode(posterior.sample(noise)).clamp(-1, 1) + 1) / 2 * 255
+    (standard,) = evaluate.reconstruct(group, batch, keys, STANDARD)
+    (card,) = evaluate.reconstruct(group, batch, keys, CARD)
+    assert (standard.double() - mode.double().round()).abs().max() <= 1  # at .5, by float32
+    assert (standard != mode.round().byte()).float().mean() < 1e-3
+    assert (card != sampled.floor().byte()).float().mean() < 1e-3
+    assert CARD.describe()["posterior"] == "sampled"
+    assert STANDARD.describe()["seed"] is None
+
+
+def test_noise_follows_from_seed_and_name_alone():
+    like = torch.zeros(3, 4, 2, 2)
+    noise = evaluate.posterior_noise(["a", "b", "c"], like)
+    assert torch.equal(noise.flip(0), evaluate.posterior_noise(["c", "b", "a"], like))
+    assert not torch.equal(noise[0], noise[1])
+    assert not torch.equal(noise, evaluate.posterior_noise(["a", "b", "c"], like, seed=1))
+
+
+def test_frechet_is_that_of_torch_fidelity(folder, inception_file, tmp_path):
+    """On the same features; see the slow test for the whole way."""
+    network = evaluate.Inception(inception_file)
+    features = network(stack(loaded(folder)[1:3]))
+    assert features.shape == (2, evaluate.WIDTH)
+    theirs = network.network(stack(loaded(folder)[1:3]))[0]
+    assert torch.equal(features, theirs)
+    assert features.std() > 0
+
+
+@pytest.mark.slow
+def test_rfid_is_torch_fidelity_s(folder, inception_file):
+    """The PNG folders of an evaluation, by torch-fidelity's own command, with the same weights."""
+    from torch_fidelity import calculate_metrics
+
+    result = run(folder, "rfid", names="a", where="seven", inception=str(inception_file))
+    assert "rfid" not in result["unmeasured"]
+    assert any("biased" in warning for warning in result["warnings"])
+    assert result["protocol"]["inception"]
+    entries = json.loads((folder / "rfid" / "pictures.json").read_text())
+    some = loaded(folder, "seven")
+    group = candidates(folder, "a")
+    for sample in some:
+        (output,) = evaluate.reconstruct(group, sample.image[None], [sample.key])
+        for kind, image in (("x", sample.image), ("y", output[0])):
+            path = folder / "rfid" / kind / sample.key
+            path.parent.mkdir(exist_ok=True)
+            images.to_pil(image).save(path)
+    assert len(entries) <= len(some) == 7
+    theirs = calculate_metrics(
+        input1=str(folder / "rfid" / "y"),
+        input2=str(folder / "rfid" / "x"),
+        fid=True,
+        cuda=False,
+        batch_size=3,
+        verbose=False,
+        feature_extractor_weights_path=str(inception_file),
+    )["frechet_inception_distance"]
+    assert result["models"]["a"]["rfid"] == pytest.approx(theirs, rel=1e-3)
+
+
+# --- order, batches, processes --------------------------------------------------------------
+
+
+def measured(group, some: list[Sample], batch_size: int) -> Tally:
+    networks = Networks(perceptual.st_lpips_alex())
+    return evaluate.measure(group, networks, CARD, some, device="cpu", batch_size=batch_size)
+
+
+def test_batches_do_not_change_a_printed_digit(folder):
+    """evaluate() takes one image at a time on a CPU; a GPU's batches are tried here on a CPU."""
+    group, some = candidates(folder, "ab"), [s for s in loaded(folder) if s.image is not None]
+    tables = []
+    for size, ordered in ((1, some), (3, some), (8, some[::-1])):
+        tally = measured(group, ordered, size)
+        assert [r.key for r in tally.rows] == [s.key for s in ordered]
+        weights = {candidate.name: candidate.record for candidate in group}
+        result = scores.summarise(tally, weights, CONDITIONS, {}, "x")
+        tables.append(scores.table(result))
+    assert tables[0] == tables[1] == tables[2]
+    assert tables[0].count("not measured") == 6
+
+
+def test_order_does_not_change_a_bit(folder):
+    group, some = candidates(folder, "ac"), [s for s in loaded(folder) if s.image is not None]
+    forward = {r.key: r for r in measured(group, some, 1).rows}
+    backward = {r.key: r for r in measured(group, some[::-1], 1).rows}
+    assert forward.keys() == backward.keys()
+    assert len(forward) == 13
+    for key in forward:
+        assert np.array_equal(forward[key].scores, backward[key].scores)
+    assert scores.images_sha256(list(forward.values())) == scores.images_sha256(
+        list(backward.values())
+    )
+
+
+def test_batch_size_means_nothing_on_a_cpu(folder, single):
+    run(folder, "batches", batch_size=5)
+    for file in FILES:
+        assert (folder / "batches" / file).read_bytes() == (folder / "single" / file).read_bytes()
+
+
+def start(folder: Path, out: str, *arguments: str, launcher=(), **environment: str):
+    """`kl-f8-train evaluate` as a real process."""
+    return subprocess.Popen(
+        [
+            *(launcher or (sys.executable,)),
+            *("-m", "kl_f8_train", "evaluate", *arguments, "--out", str(folder / out)),
+            *("--size", str(SIZE), "--perceptual", "st_lpips_alex"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "count"), [("seven", 7), ("photos", 13)])
+def test_two_processes_write_the_files_of_one(folder, where, count):
+    run(folder, f"one-{where}", where=where)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    weights = [f"{name}={folder / name}.safetensors" for name in "ab"]
+    process = start(
+        folder, f"two-{where}", *weights, "--images", str(folder / where), launcher=torchrun
+    )
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    names = [entry["image"] for entry in table_rows(folder / f"two-{where}" / "per_image.csv")]
+    assert len(names) == 2 * count
+    assert len(set(names)) == count
+    pictures = sorted(
+        path.relative_to(folder / f"one-{where}")
+        for path in (folder / f"one-{where}").rglob("*.png")
+    )
+    for file in (*FILES, *pictures):
+        one, two = (folder / f"{kind}-{where}" / file for kind in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes(), file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [("absent", "no such file"), ("b", "the processes see different weights")],
+)
+def test_a_rank_that_fails_ends_all(folder, free_port, other, said):
+    began = time.monotonic()
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "WORLD_SIZE": "2"}
+    running = [
+        start(
+            folder,
+            "failed",
+            f"a={folder / name}.safetensors",
+            "--images",
+            str(folder / "photos"),
+            **place,
+            RANK=str(rank),
+        )
+        for rank, name in enumerate(("a", other))
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in running]
+    assert all(process.returncode != 0 for process in running), outputs
+    assert said in outputs[1]
+    assert time.monotonic() - began < 100
+    assert not (folder / "failed").exists()
+
+
+@pytest.fixture
+def free_port():
+    import socket
+
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+# --- work is done once ----------------------------------------------------------------------
+
+
+def test_equal_encoders_encode_once(folder):
+    group = candidates(folder)
+    a, b, c = (candidate.model for candidate in group)
+    assert a.encoder is b.encoder is not c.encoder
+    calls = {"encoder": 0, "decoder": 0}
+    modules = [(a.encoder, "encoder"), (c.encoder, "encoder")]
+    modules += [(model.decoder, "decoder") for model in (a, b, c)]
+    for module, kind in modules:
+        module.register_forward_hook(lambda *_, kind=kind: calls.update({kind: calls[kind] + 1}))
+    some = loaded(folder)[:3]
+    outputs = list(evaluate.reconstruct(group, stack(some), [s.key for s in some]))
+    assert calls == {"encoder": 2, "decoder": 3}
+    alone = list(evaluate.reconstruct(candidates(folder, "b"), stack(some), [s.key for s in some]))
+    assert torch.equal(outputs[1], alone[0])
+
+
+def test_an_image_is_decoded_once_and_its_features_computed_once(folder, monkeypatch):
+    decoded: list[int] = []
+    decode = images.decode
+    monkeypatch.setattr(images, "decode", lambda data: decoded.append(1) or decode(data))
+    group, network = candidates(folder), perceptual.st_lpips_alex()
+    seen: list[int] = []
+    network.trunk.register_forward_hook(lambda *_: seen.append(1))
+    image_set = ImageSet(str(folder / "seven"), SIZE)
+    samples_ = image_set.stream(range(7), threads=2)
+    evaluate.measure(group, Networks(network), CARD, samples_, device="cpu", batch_size=1)
+    assert len(decoded) == 7
+    assert len(seen) == 7 * (1 + 3)
+
+
+def test_images_are_decoded_only_a_little_ahead(folder, monkeypatch):
+    asked: list[int] = []
+    image_set = ImageSet(str(folder / "seven"), SIZE)
+    load = image_set.load
+    monkeypatch.setattr(image_set, "load", lambda index: asked.append(index) or load(index % 7))
+    stream = image_set.stream(range(1000), threads=2)
+    for _ in range(3):
+        next(stream)
+    assert len(asked) <= 3 + 4 * 2
+    stream.close()
+
+
+# --- what there is to evaluate --------------------------------------------------------------
+
+
+def test_shards_give_the_scores_of_their_images(folder):
+    shards = samples.packed(folder / "shards", 6, per_shard=3)
+    result = run(folder, "from-shards", where="shards", names="a")
+    assert result["images"] == 6
+    keys = [entry["image"] for entry in table_rows(folder / "from-shards" / "per_image.csv")]
+    assert [key.split("/")[0] for key in keys] == ["00000.tar"] * 3 + ["00001.tar"] * 3
+    listed = folder / "backwards.txt"
+    listed.write_text("".join(f"{path}\n" for path in reversed(shards)))
+    backwards = run(folder, "backwards", where=listed.name, names="a")
+    assert backwards["images_sha256"] == result["images_sha256"]
+    assert scores.table(backwards) == scores.table(result)
+
+
+def test_equal_names_in_two_sources_stay_apart(folder):
+    for source, seed in (("one", 0), ("other", 1)):
+        data = samples.encode(samples.noise_picture(seed), "PNG")
+        samples.write_tar(folder / "same" / source / "00000.tar", {"000.png": data})
+    pattern = "same/{one,other}/00000.tar"
+    run(folder, "same-names", where=pattern, names="a")
+    rows = table_rows(folder / "same-names" / "per_image.csv")
+    assert [entry["image"] for entry in rows] == ["00000.tar/000.png", "00000.tar/000.png (2)"]
+    assert rows[0]["psnr"] != rows[1]["psnr"]
+
+
+def test_images_are_resized_and_cut_in_the_centre(tmp_path):
+    picture = samples.photograph("chelsea")
+    (tmp_path / "a.png").write_bytes(samples.encode(picture, "PNG"))
+    sample = ImageSet(str(tmp_path), 64).load(0)
+    resized = images.resize_shorter(torch.from_numpy(picture.copy()).permute(2, 0, 1), 64)
+    assert resized.shape == (3, 64, 96)
+    assert torch.equal(sample.image, resized[:, :, 16:80])
+
+
+def test_load_images_names_what_it_leaves_out(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.png").write_bytes(samples.encode(samples.noise_picture(1), "PNG"))
+    (tmp_path / "sub" / "a.jpg").write_bytes(samples.encode(samples.noise_picture(2), "JPEG"))
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    said: list[str] = []
+    found = evaluate.load_images(tmp_path, 32, said.append)
+    assert list(found) == ["b.png", "sub/a.jpg"]
+    assert {tuple(image.shape) for image in found.values()} == {(3, 32, 32)}
+    assert len(said) == 1
+    assert "broken.jpg" in said[0]
+
+
+@pytest.mark.parametrize("name", ["", "absent"])
+def test_load_images_of_nothing(tmp_path, name):
+    with pytest.raises(MissingInputError, match="no images in"):
+        evaluate.load_images(tmp_path / name, 32)
+
+
+def test_nothing_usable_is_a_failure(folder, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no image")
+    with pytest.raises(RunFailedError, match=r"no image of .* can be used: x.png"):
+        evaluate.evaluate(
+            [("a", folder / "a.safetensors", "ema")], str(tmp_path), tmp_path / "out", size=SIZE
+        )
+    with pytest.raises(UsageError, match="multiple of 2"):
+        run(folder, "odd", size=33)
+
+
+def test_without_networks_the_rest_is_measured(folder, capsys, monkeypatch):
+    monkeypatch.setenv("KL_F8_TRAIN_CACHE", str(folder / "empty"))
+    monkeypatch.setenv("TORCH_HOME", str(folder / "empty"))
+    result = run(folder, "without", perceptual_name="lpips_vgg", limit=2)
+    assert result["models"]["a"]["lpips"] is result["models"]["a"]["psim"] is None
+    assert result["models"]["a"]["psnr"]["mean"] > 0
+    assert "VGG16" in result["unmeasured"]["lpips"]
+    assert "kl-f8-train fetch" in result["unmeasured"]["rfid"]
+    assert "st_lpips" not in result["models"]["a"]
+    output = capsys.readouterr().out
+    assert "not measured: no file of VGG16" in output
+    assert str(folder / "empty") in output
+    for wrong in ({"vgg": "absent"}, {"inception": "absent"}):
+        with pytest.raises(MissingInputError, match="absent"):
+            run(folder, "without", perceptual_name="lpips_vgg", **wrong)
+
+
+def test_vgg_gives_lpips_and_psim(folder, vgg_file):
+    result = run(folder, "vgg", perceptual_name="lpips_vgg", vgg=str(vgg_file), limit=2)
+    model = result["models"]["a"]
+    assert model["lpips"]["mean"] > 0 < model["psim"]["mean"]
+    assert "st_lpips" not in model
+    assert len(result["protocol"]["vgg"]) == 64
+    with Image.open(folder / "vgg" / "pictures" / "0000-a.png") as picture:
+        assert picture.size == (SIZE, SIZE)
