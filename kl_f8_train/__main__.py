@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -76,6 +77,16 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--perceptual", default="lpips_vgg", choices=["lpips_vgg", "st_lpips_alex"])
     score.add_argument("--vgg", help="VGG16 features file")
     score.add_argument("--device", default=None, help="cpu or cuda")
+    score.add_argument("--compare", nargs=2, metavar=("A", "B"), help="is B better than A?")
+
+    card = add("card", _card, "Writes the model card of an export, with measured numbers only.")
+    card.add_argument("export", type=Path, help="directory that export wrote")
+    card.add_argument("--scores", type=Path, help="scores.json that evaluate wrote")
+    licenses = card.add_mutually_exclusive_group()
+    licenses.add_argument("--license", help="identifier on the hub, such as mit; never guessed")
+    licenses.add_argument("--license-file", type=Path, help="text of a license of your own")
+    card.add_argument("--base-model", metavar="OWNER/NAME", help="on the hub; never guessed")
+    card.add_argument("--published", action="store_true", help="quote the published scores too")
 
     pack = add("pack", _pack, "Packs a folder of images into WebDataset shards.")
     pack.add_argument("images", type=Path, help="folder, searched recursively")
@@ -140,11 +151,45 @@ def _evaluate(args: argparse.Namespace) -> int:
     named = [_name_and_path(text) for text in args.weights]
     if len({name for name, _ in named}) < len(named):
         raise UsageError("two weights have the same name; give NAME=WEIGHTS")
+    _check_compared(args.compare, [name for name, _ in named])
     if not args.images.is_dir():
         raise MissingInputError(f"--images {args.images}: no such folder")
+    from kl_f8_train import report
     from kl_f8_train.evaluate import evaluate_files
 
     evaluate_files(named, args.images, args.out, args.size, args.perceptual, args.vgg, args.device)
+    if int(os.environ.get("RANK", "0")) == 0:  # the files are there once
+        for verdict in report.write_comparison(args.out, *args.compare) if args.compare else ():
+            print(verdict.text)
+        print(f"report: {report.write(args.out)}")
+    return 0
+
+
+def _check_compared(compared: list[str] | None, names: list[str]) -> None:
+    unknown = [name for name in compared or () if name not in names]
+    if unknown:
+        raise UsageError(f"--compare {unknown[0]}: no such model; named are {', '.join(names)}")
+    if compared and compared[0] == compared[1]:
+        raise UsageError(f"--compare {compared[0]} {compared[1]}: two different models, please")
+
+
+def _card(args: argparse.Namespace) -> int:
+    if args.license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", args.license):
+        raise UsageError(
+            f"--license {args.license}: expected the hub's identifier, in lower case, such as mit "
+            "or creativeml-openrail-m; for another license: --license-file FILE"
+        )
+    if args.base_model and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.base_model):
+        raise UsageError(f"--base-model {args.base_model}: expected OWNER/NAME, as on the hub")
+    for path in (args.export / "export.json", args.scores, args.license_file):
+        if path is not None and not path.is_file():
+            raise MissingInputError(f"{path}: no such file")
+    from kl_f8_train import card
+
+    details = card.Details(
+        card.license_fields(args.license, args.license_file), args.base_model, args.published
+    )
+    print(card.write(args.export, args.scores, details, args.license_file))
     return 0
 
 

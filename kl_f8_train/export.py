@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_f8_train import __version__, checkpoint, formats, report, state
+from kl_f8_train import __version__, card, checkpoint, formats, state
 from kl_f8_train.config import Config
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.model import AutoencoderKL
@@ -52,7 +52,7 @@ def export(source: Path, out: Path | None = None) -> Path:
         },
     }
     checkpoint.write_json(out / "export.json", record)
-    checkpoint.write_text(out / "README.md", report.model_card(settings, iteration, record))
+    checkpoint.write_text(out / "README.md", card.model_card(settings, iteration, record))
     return out
 
 

@@ -45,6 +45,12 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
         (["config", "schema"], 0, "optimizer.learning_rate"),
         (["evaluate", "a=x.ckpt", "--images", "nowhere"], 3, "no such folder"),
         (["pack", "nowhere", "out"], 3, "no such folder"),
+        (["evaluate", "a=x", "--images", ".", "--compare", "a", "b"], 2, "named are a"),
+        (["evaluate", "a=x", "--images", ".", "--compare", "a", "a"], 2, "two different"),
+        (["card", "nowhere"], 3, "export.json: no such file"),
+        (["card", "nowhere", "--license", "The MIT License"], 2, "--license-file FILE"),
+        (["card", "nowhere", "--license", "mit", "--license-file", "x"], 2, "not allowed with"),
+        (["card", "nowhere", "--base-model", "x"], 2, "OWNER/NAME"),
     ],
 )
 def test_answers_at_once(arguments, code, text):
