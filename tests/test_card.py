@@ -35,16 +35,22 @@ def folder(exported, tmp_path) -> Path:
     return shutil.copytree(exported, tmp_path / "export")
 
 
-@pytest.fixture
-def scores(exported, tmp_path) -> Path:
-    """scores.json whose second model is the export, with a strip beside it."""
-    directory = evaluations.write(tmp_path / "scores", count=4, pictured=0)
+@pytest.fixture(scope="module")
+def evaluated(exported, tmp_path_factory) -> Path:
+    """An evaluation whose second model is the export, with a strip."""
+    directory = evaluations.write(tmp_path_factory.mktemp("scores"), count=4, pictured=0)
     (directory / "strip.png").write_bytes(b"strip")
     values = json.loads((directory / "scores.json").read_text())
     record = json.loads((exported / "export.json").read_text())
     values["weights"]["ft-EMA"]["sha256"] = record["files"]["tiny-ema-pruned.safetensors"]
     (directory / "scores.json").write_text(json.dumps(values))
-    return directory / "scores.json"
+    return directory
+
+
+@pytest.fixture
+def scores(evaluated, tmp_path) -> Path:
+    """A copy of its scores.json, to change."""
+    return shutil.copytree(evaluated, tmp_path / "scores") / "scores.json"
 
 
 def edit(scores: Path, **changes) -> Path:

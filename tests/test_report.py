@@ -204,8 +204,10 @@ def test_nothing_overflows(page, request, kind, width, tmp_path):
     page.open(request.getfixturevalue(kind) / "report.html", width, dark=width == 400)
     assert page.value("document.documentElement.scrollWidth <= innerWidth")
     outside = page.value(
-        "[...document.querySelectorAll('body *')].filter((e) => !e.closest('.scroll, nav, .thumbs') "
-        "&& e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.outerHTML.slice(0, 90))"
+        "[...document.querySelectorAll('body *')]"
+        ".filter((e) => !e.closest('.scroll, nav, .thumbs'))"
+        ".filter((e) => e.getBoundingClientRect().right > innerWidth + 1)"
+        ".map((e) => e.outerHTML.slice(0, 90))"
     )
     assert outside == []
     broken = "[...document.images].filter((i) => i.src && i.complete && !i.naturalWidth).length"
