@@ -354,6 +354,8 @@ def _score(row: Mapping[str, Any], metric: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A text that neither ends a table's cell nor becomes markup."""
+    """A text that neither ends a table's cell nor becomes markup; a mapping in one line."""
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{key} {entry}" for key, entry in value.items())
     text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([|`*])", r"\\\1", text)

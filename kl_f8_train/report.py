@@ -276,7 +276,11 @@ def _warnings(texts: Sequence[str]) -> str:
 
 
 def _unmeasured(reasons: Mapping[str, str]) -> str:
-    lines = (f"{_label(metric)} was not measured: {reason}" for metric, reason in reasons.items())
+    """One line a reason, which several metrics may share."""
+    by_reason: dict[str, list[str]] = {}
+    for metric, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(_label(metric))
+    lines = (f"Not measured: {', '.join(names)} ({reason})." for reason, names in by_reason.items())
     return "".join(f'<p class="note" style="margin:12px 0 0">{_text(line)}</p>' for line in lines)
 
 
@@ -476,10 +480,17 @@ def _facts(values: Mapping[str, Any]) -> str:
         if value is None or value == "":
             continue
         counted = isinstance(value, int) and not isinstance(value, bool)
-        text = _text(f"{value:,}" if counted else value)
+        text = _text(f"{value:,}" if counted else _listed(value))
         text = f"<code>{text}</code>" if key.lower().endswith(("sha256", "sha-256")) else text
         items.append(f"<dt>{_text(key.replace('_', ' '))}</dt><dd>{text}</dd>")
     return f"<dl>{''.join(items)}</dl>"
+
+
+def _listed(value: Any) -> Any:
+    """Versions and the like in one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {entry}" for key, entry in value.items())
+    return value
 
 
 # --- what the page's script reads --------------------------------------------------------------

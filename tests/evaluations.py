@@ -79,6 +79,8 @@ def write_tables(directory: Path, rows: list[dict], names: tuple[str, ...]) -> N
             "size": 256,
             "posterior": "sampled, seed 0",
             "quantisation": "floor to 8 bit",
+            "perceptual": None,
+            "versions": {"torch": "2.15.0", "numpy": "2.4.6"},
             "SSIM": "11 x 11 Gaussian window, sigma 1.5, zero padding",
         },
         "weights": {

@@ -133,6 +133,7 @@ def test_table_protocol_hashes_and_strip(folder, scores):
     assert "rFID on fewer than 2,048 images is biased" in text
     assert values["images_sha256"] in text
     assert "| posterior | sampled, seed 0 |" in text
+    assert "| versions | torch 2.15.0, numpy 2.4.6 |" in text
     assert (folder / "strip.png").read_bytes() == b"strip"
     assert "input, kl-f8, ft-EMA, ft-MSE](strip.png)" in text
     for digest in json.loads((folder / "export.json").read_text())["files"].values():

@@ -9,9 +9,12 @@ import browser
 import evaluations
 import numpy as np
 import pytest
+import runs
+import samples
 import torch
 
 from kl_f8_train import images, report
+from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError
 
 WIDTHS = (400, 1400)
@@ -134,7 +137,7 @@ def test_nothing_points_outside(plain):
 
 def test_says_what_was_not_measured_and_why(plain):
     text = (plain / "report.html").read_text(encoding="utf-8")
-    assert "rFID was not measured: no &lt;Inception&gt; weights: fetch them" in text
+    assert "Not measured: rFID (no &lt;Inception&gt; weights: fetch them)." in text
     assert "rFID on fewer than 2,048 images is biased" in text
     assert "ST-LPIPS" not in text.replace("ST-LPIPS (stand-in, not LPIPS)", "")
 
@@ -147,6 +150,7 @@ def test_tells_protocol_weights_and_hashes(plain):
         assert entry["sha256"] in text
         assert f"iteration {entry['iteration']:,}" in text
     assert "11 x 11 Gaussian window" in text
+    assert "torch 2.15.0, numpy 2.4.6" in text
     assert "All models share one encoder, bit for bit." in text
 
 
@@ -175,6 +179,24 @@ def test_one_model_and_no_pictures_are_enough(tmp_path):
     text = report.write(directory).read_text()
     assert "1 VAE on 2 images" in text
     assert "Pairwise wins" not in text
+
+
+def test_evaluate_writes_the_report_and_the_comparison(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for number in range(10):
+        data = samples.encode(samples.noise_picture(number, 64, 64), "PNG")
+        (tmp_path / "photos" / f"{number}.png").write_bytes(data)
+    weights = runs.make_weights(tmp_path / "model.ckpt")
+    out = tmp_path / "out"
+    arguments = [f"a={weights}", f"b={weights}", "--images", str(tmp_path / "photos")]
+    arguments += ["--size", "64", "--out", str(out), "--compare", "a", "b"]
+    assert main(["evaluate", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "No clear difference between b and a in PSNR: +0.00 dB [0.00, 0.00]" in printed
+    assert f"report: {out / 'report.html'}" in printed
+    assert "Is b better than a?" in (out / "report.html").read_text(encoding="utf-8")
+    verdicts = json.loads((out / "comparison.json").read_text())["verdicts"]
+    assert {"psnr", "ssim", "sharpness"} <= {verdict["metric"] for verdict in verdicts}
 
 
 def test_a_missing_file_is_named(tmp_path):
