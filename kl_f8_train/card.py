@@ -22,6 +22,7 @@ from kl_f8_train.perceptual import LABELS
 
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "vae", "autoencoder", "kl-f8"]
 HUB_TYPES = {"rfid": "fid", "psnr": "psnr", "ssim": "ssim", "psim": "psim", "lpips": "lpips"}
+KL_F8 = (128, 1, 2, 4, 4, 2, 4, 4)  # ch, ch_mult, num_res_blocks, z_channels, embed_dim
 FEWEST_FOR_RFID = 2048  # images; Inception's features have as many dimensions
 PUBLISHED = """
 ### Published, for orientation
@@ -110,34 +111,14 @@ def model_card(
     files = "\n".join(f"| `{file}` | `{digest}` |" for file, digest in record["files"].items())
     checks = "\n".join(f"- {check}: {outcome}" for check, outcome in record["checks"].items())
     link = " and in [LICENSE](LICENSE)" if "license_link" in details.license else ""
+    factor = 2 ** (len(settings.model.ch_mult) - 1)
+    latent = f"{settings.model.z_channels} numbers for each {factor} x {factor} pixels"
     evaluation = _evaluation(evaluated) if evaluated else _not_evaluated(settings.name)
     return f"""---
 {front}---
 # {_cell(settings.name)}
 
-The decoder of Stable Diffusion's kl-f8 autoencoder, finetuned with kl_f8_train. The encoder is
-bit for bit the imported one, so latents stay what they were, and this VAE takes the place of the
-original wherever that is used: Stable Diffusion 1.x and 2.x, and models built on them.
-
-## Use
-
-With [diffusers](https://github.com/huggingface/diffusers); `"."` is this folder, or its name on
-the hub:
-
-```python
-from diffusers import AutoencoderKL
-
-vae = AutoencoderKL.from_pretrained(".", subfolder="diffusers")
-```
-
-Give it to a pipeline: `StableDiffusionPipeline.from_pretrained(MODEL, vae=vae)`.
-
-| program | file | where it goes | how it is chosen |
-|---|---|---|---|
-| ComfyUI | `{settings.name}-ema-pruned.safetensors` | `models/vae/` | node "Load VAE" |
-| AUTOMATIC1111 | `{settings.name}-ema-pruned.safetensors` | `models/VAE/` | Settings, "SD VAE" |
-| original code | `{settings.name}-ema-pruned.ckpt` | anywhere | `torch.load(FILE)["state_dict"]` |
-
+{_introduction(settings)}
 ## Training
 
 | setting | value |
@@ -149,8 +130,8 @@ Give it to a pipeline: `StableDiffusionPipeline.from_pretrained(MODEL, vae=vae)`
 {evaluation}{PUBLISHED if details.published else ""}
 ## Limits
 
-- An image is kept as 4 numbers for each 8 x 8 pixels. Small faces, text and fine patterns do not
-  survive that, and a decoder can only guess them.
+- An image is kept as {latent}. Small faces, text and fine
+  patterns do not survive that, and a decoder can only guess them.
 - It was trained for how reconstructions look. It is no codec: do not rely on details of its
   pictures as evidence.
 - The weights are float32. Decoding in half precision was not measured.
@@ -266,6 +247,42 @@ def _label(metric: str) -> str:
 
 def _digits(metric: str) -> int:
     return METRICS[metric].digits if metric in METRICS else 2
+
+
+def _introduction(settings: Config) -> str:
+    """What it is and how to use it: where Stable Diffusion is, only with kl-f8's own shape."""
+    shape, name = settings.model, settings.name
+    sizes = (shape.ch, *shape.ch_mult, shape.num_res_blocks, shape.z_channels, shape.embed_dim)
+    use = """## Use
+
+With [diffusers](https://github.com/huggingface/diffusers); `"."` is this folder, or its name on
+the hub:
+
+```python
+from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained(".", subfolder="diffusers")
+```
+"""
+    if sizes != KL_F8:
+        return f"""The decoder of an autoencoder of kl-f8's kind, finetuned with kl_f8_train.
+**It does not fit Stable Diffusion**: its shape is not kl-f8's. The encoder is bit for bit the
+imported one.
+
+{use}"""
+    return f"""The decoder of Stable Diffusion's kl-f8 autoencoder, finetuned with kl_f8_train.
+The encoder is bit for bit the imported one, so latents stay what they were, and this VAE takes the
+place of the original wherever that is used: Stable Diffusion 1.x and 2.x, and models built on them.
+
+{use}
+Give it to a pipeline: `StableDiffusionPipeline.from_pretrained(MODEL, vae=vae)`.
+
+| program | file | where it goes | how it is chosen |
+|---|---|---|---|
+| ComfyUI | `{name}-ema-pruned.safetensors` | `models/vae/` | node "Load VAE" |
+| AUTOMATIC1111 | `{name}-ema-pruned.safetensors` | `models/VAE/` | Settings, "SD VAE" |
+| original code | `{name}-ema-pruned.ckpt` | anywhere | `torch.load(FILE)["state_dict"]` |
+"""
 
 
 def _training(settings: Config, iteration: int, record: Mapping[str, Any]) -> str:

@@ -8,12 +8,13 @@ from pathlib import Path
 import evaluations
 import pytest
 import runs
-import test_cli
+import samples
 import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from kl_f8_train import card
+from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.export import export
 from kl_f8_train.train import train
@@ -75,6 +76,17 @@ def test_an_export_has_a_card_without_scores_and_without_a_license(exported):
     assert "Not measured here." in text
     assert "| iterations | 100 -> 101 |" in text
     assert "mse + " in text or "l1 + " in text
+
+
+def test_only_kl_f8s_own_shape_is_offered_to_stable_diffusion(exported):
+    small = (exported / "README.md").read_text()
+    assert "does not fit Stable Diffusion" in small
+    assert "ComfyUI" not in small
+    record = json.loads((exported / "export.json").read_text())
+    full = card.model_card(samples.recipe("ft_ema"), 560_001, record)
+    assert "| ComfyUI | `ft_ema-ema-pruned.safetensors` | `models/vae/` |" in full
+    assert "| AUTOMATIC1111 | `ft_ema-ema-pruned.safetensors` | `models/VAE/` |" in full
+    assert "4 numbers for each 8 x 8 pixels" in full
 
 
 def test_the_verb_writes_the_same_card_as_the_export(folder):
@@ -179,13 +191,11 @@ def test_odd_names_do_not_break_the_card(folder, scores):
     assert "| a\\|b &lt;i>\\`c\\` ## d | 840,001 |" in written
 
 
-def test_the_verb_by_its_command_line(folder, scores, tmp_path):
+def test_the_verb_by_its_command_line(folder, scores, tmp_path, capsys):
     own = tmp_path / "My-License.txt"
     own.write_text("You may.")
-    code, output, _ = test_cli.run(
-        "card", str(folder), "--scores", str(scores), "--license-file", str(own)
-    )
-    assert code == 0, output
+    assert main(["card", str(folder), "--scores", str(scores), "--license-file", str(own)]) == 0
+    assert capsys.readouterr().out == f"{folder / 'README.md'}\n"
     front = front_matter((folder / "README.md").read_text())
     assert [front[k] for k in ("license", "license_name", "license_link")] == [
         "other",
