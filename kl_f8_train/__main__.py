@@ -5,6 +5,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -109,6 +110,16 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--inception", help="Inception file, for rFID")
     score.add_argument("--device", help="cpu or cuda")
     score.add_argument("--batch-size", type=_positive, default=16, help="on a GPU; a CPU takes 1")
+    score.add_argument("--compare", nargs=2, metavar=("A", "B"), help="is B better than A?")
+
+    card = add("card", _card, "Writes the model card of an export, with measured numbers only.")
+    card.add_argument("export", type=Path, help="directory that export wrote")
+    card.add_argument("--scores", type=Path, help="scores.json that evaluate wrote")
+    licenses = card.add_mutually_exclusive_group()
+    licenses.add_argument("--license", help="identifier on the hub, such as mit; never guessed")
+    licenses.add_argument("--license-file", type=Path, help="text of a license of your own")
+    card.add_argument("--base-model", metavar="OWNER/NAME", help="on the hub; never guessed")
+    card.add_argument("--published", action="store_true", help="quote the published scores too")
 
     pack = add("pack", _pack, "Packs a folder of images into WebDataset shards.")
     pack.add_argument("images", type=Path, help="folder, searched recursively")
@@ -205,8 +216,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     named = [_name_path_select(text) for text in args.weights]
     if len({name for name, *_ in named}) < len(named):
         raise UsageError("two weights have the same name; give NAME=WEIGHTS")
+    _check_compared(args.compare, [name for name, *_ in named])
     if not any(sign in args.images for sign in "{*?[:") and not Path(args.images).exists():
         raise MissingInputError(f"--images {args.images}: no such folder, shard or list of shards")
+    from kl_f8_train import report
     from kl_f8_train.evaluate import PROTOCOLS, evaluate
 
     with _bar("image") as progress:
@@ -224,6 +237,38 @@ def _evaluate(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             progress=progress,
         )
+    if int(os.environ.get("RANK", "0")) == 0:  # the files are there once
+        for verdict in report.write_comparison(args.out, *args.compare) if args.compare else ():
+            print(verdict.text)
+        print(f"report: {report.write(args.out)}")
+    return 0
+
+
+def _check_compared(compared: list[str] | None, names: list[str]) -> None:
+    unknown = [name for name in compared or () if name not in names]
+    if unknown:
+        raise UsageError(f"--compare {unknown[0]}: no such model; named are {', '.join(names)}")
+    if compared and compared[0] == compared[1]:
+        raise UsageError(f"--compare {compared[0]} {compared[1]}: two different models, please")
+
+
+def _card(args: argparse.Namespace) -> int:
+    if args.license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", args.license):
+        raise UsageError(
+            f"--license {args.license}: expected the hub's identifier, in lower case, such as mit "
+            "or creativeml-openrail-m; for another license: --license-file FILE"
+        )
+    if args.base_model and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.base_model):
+        raise UsageError(f"--base-model {args.base_model}: expected OWNER/NAME, as on the hub")
+    for path in (args.export / "export.json", args.scores, args.license_file):
+        if path is not None and not path.is_file():
+            raise MissingInputError(f"{path}: no such file")
+    from kl_f8_train import card
+
+    details = card.Details(
+        card.license_fields(args.license, args.license_file), args.base_model, args.published
+    )
+    print(card.write(args.export, args.scores, details, args.license_file))
     return 0
 
 

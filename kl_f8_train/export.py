@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_f8_train import __version__, checkpoint, formats, half_precision, images, report, state
+from kl_f8_train import (
+    __version__,
+    card,
+    checkpoint,
+    config,
+    formats,
+    half_precision,
+    images,
+    state,
+)
 from kl_f8_train.config import Config
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.model import FROZEN, AutoencoderKL
@@ -52,8 +61,8 @@ def export(
     stem = "-".join([settings.name, kind, "pruned", *marks[marks.count(kind) :]])
     files = _weight_files(out, stem, layouts, dtype)
     diffusers_config = out / "diffusers" / "config.json"
-    card, summary = out / "README.md", out / "export.json"
-    _refuse_to_overwrite([*files, diffusers_config, card, summary], force)
+    readme, summary = out / "README.md", out / "export.json"
+    _refuse_to_overwrite([*files, diffusers_config, readme, summary], force)
 
     named, tried = half_precision.choose_images(pictures, min(SIZE, settings.data.crop))
     weights = _stored_weights(header.path, raw)
@@ -76,6 +85,7 @@ def export(
         "ema_decay": settings.ema.decay,
         "config_sha256": hashlib.sha256(header.metadata["config"].encode()).hexdigest(),
         "frozen_sha256": frozen,
+        "config": config.to_dict(settings),
     }
     record["half_precision"] = {"images": named, **half_precision.measure(model, tried)}
     for path, stored in files.items():
@@ -104,8 +114,8 @@ def export(
         for path in written
         if path.is_file()
     }
-    checkpoint.write_text(card, report.model_card(settings, record["iteration"], record))
-    record["files"]["README.md"] = checkpoint.file_sha256(card)
+    checkpoint.write_text(readme, card.model_card(settings, record))
+    record["files"]["README.md"] = checkpoint.file_sha256(readme)
     checkpoint.write_json(summary, record)
     for line in _describe(out, record):
         say(line)

@@ -51,6 +51,12 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
         (["fetch", "clip"], 2, "there are vgg and inception"),
         (["fetch", "--url", "http://x"], 2, "fetch vgg --url"),
         (["pack", "nowhere", "out"], 3, "no such folder"),
+        (["evaluate", "a=x", "--images", ".", "--compare", "a", "b"], 2, "named are a"),
+        (["evaluate", "a=x", "--images", ".", "--compare", "a", "a"], 2, "two different"),
+        (["card", "nowhere"], 3, "export.json: no such file"),
+        (["card", "nowhere", "--license", "The MIT License"], 2, "--license-file FILE"),
+        (["card", "nowhere", "--license", "mit", "--license-file", "x"], 2, "not allowed with"),
+        (["card", "nowhere", "--base-model", "x"], 2, "OWNER/NAME"),
     ],
 )
 def test_answers_at_once(arguments, code, text):

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "kl_f8_train"
 LAYERS = (
     {"errors"},
     {"config", "images", "model", "discriminator", "losses", "ema", "metrics", "plan"}
-    | {"formats", "unpickle", "hub"},
+    | {"formats", "unpickle", "hub", "compare"},
     {"checkpoint", "pack"},
     {"cache"},
     {"published", "shards"},
@@ -17,7 +17,7 @@ LAYERS = (
     {"data", "scores"},
     {"finetuner", "evaluate"},
     {"state", "half_precision"},
-    {"callbacks", "report"},
+    {"callbacks", "report", "card"},
     {"train", "export", "inject"},
     {"demo"},
     {"__main__"},

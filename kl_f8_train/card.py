@@ -1,0 +1,385 @@
+"""The model card of an export: README.md with the hub's front matter.
+
+Only numbers measured on these very files enter its metadata, and what nobody told is left out:
+the license is asked for, the base model too.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kl_f8_train import checkpoint, config, half_precision
+from kl_f8_train.compare import METRICS
+from kl_f8_train.config import Config
+from kl_f8_train.errors import MissingInputError
+from kl_f8_train.perceptual import LABELS
+
+README = "README.md"
+TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "vae", "autoencoder", "kl-f8"]
+HUB_TYPES = {"rfid": "fid", "psnr": "psnr", "ssim": "ssim", "psim": "psim", "lpips": "lpips"}
+KL_F8 = (128, 1, 2, 4, 4, 2, 4, 4)  # ch, ch_mult, num_res_blocks, z_channels, embed_dim
+FEWEST_FOR_RFID = 2048  # images; Inception's features have as many dimensions
+PUBLISHED = """
+### Published, for orientation
+
+Not measured here. As stated on the model cards of `stabilityai/sd-vae-ft-ema` and `-ft-mse` for
+COCO 2017 val, 256 x 256, 5,000 images; comparable only to scores on the same images by the same
+protocol.
+
+| model | rFID | PSNR | SSIM | PSIM |
+|---|---|---|---|---|
+| kl-f8 (published) | 4.99 | 23.4 +/- 3.8 | 0.69 +/- 0.14 | 1.01 +/- 0.28 |
+| ft-EMA (published) | 4.42 | 23.8 +/- 3.9 | 0.69 +/- 0.13 | 0.96 +/- 0.27 |
+| ft-MSE (published) | 4.70 | 24.5 +/- 3.7 | 0.71 +/- 0.13 | 0.92 +/- 0.27 |
+"""
+LICENSED = (
+    "The license stands in the metadata of this card{}; whoever publishes the weights chose it."
+)
+UNLICENSED = (
+    "Not stated. It follows from the imported weights and the training data: "
+    "`kl-f8-train card FOLDER --license ID` puts it here before you publish."
+)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """scores.json, and which of its models the exported weights are."""
+
+    scores: Mapping[str, Any]
+    name: str
+    strip: bool = False  # strip.png lies beside the card
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a card needs to be told, in the hub's names; nothing of it is guessed."""
+
+    license: Mapping[str, str] = field(default_factory=dict)
+    base_model: str | None = None
+    published: bool = False  # quote the published scores of kl-f8 and its finetunes
+
+
+def write(
+    export_dir: Path,
+    scores_file: Path | None = None,
+    details: Details | None = None,
+    license_file: Path | None = None,
+) -> Path:
+    """Writes README.md, the evaluation's strip.png and LICENSE into an export directory.
+
+    Raises MissingInputError if the directory is not an export, if its files are not those that
+    export.json names, or if the scores belong to other weights.
+    """
+    record = _record(export_dir)
+    settings = config.from_dict(record["config"])
+    evaluated = None
+    if scores_file is not None:
+        evaluated = _evaluated(scores_file, record)
+        if evaluated.strip:
+            shutil.copyfile(scores_file.with_name("strip.png"), export_dir / "strip.png")
+    if license_file is not None:
+        shutil.copyfile(license_file, export_dir / "LICENSE")
+    readme = export_dir / README
+    checkpoint.write_text(readme, model_card(settings, record, details, evaluated))
+    record["files"][README] = checkpoint.file_sha256(readme)
+    checkpoint.write_json(export_dir / "export.json", record)
+    return readme
+
+
+def license_fields(identifier: str | None, file: Path | None) -> dict[str, str]:
+    """The front matter's license fields: an identifier of the hub's, or a text of one's own."""
+    if file is not None:
+        return {"license": "other", "license_name": file.stem.lower(), "license_link": "LICENSE"}
+    return {} if identifier is None else {"license": identifier}
+
+
+def model_card(
+    settings: Config,
+    record: Mapping[str, Any],
+    details: Details | None = None,
+    evaluated: Evaluated | None = None,
+) -> str:
+    """README.md of an export: how to use it, how it was made, what was measured and checked."""
+    details = details or Details()
+    front = yaml.safe_dump(
+        _front_matter(settings.name, details, evaluated), sort_keys=False, allow_unicode=True
+    )
+    files = "\n".join(
+        f"| `{file}` | `{digest}` |" for file, digest in record["files"].items() if file != README
+    )
+    precision = "\n".join(f"- {line}" for line in half_precision.describe(record["half_precision"]))
+    checks = "\n".join(f"- {check}: {outcome}" for check, outcome in record["checks"].items())
+    link = " and in [LICENSE](LICENSE)" if "license_link" in details.license else ""
+    factor = 2 ** (len(settings.model.ch_mult) - 1)
+    latent = f"{settings.model.z_channels} numbers for each {factor} x {factor} pixels"
+    evaluation = _evaluation(evaluated) if evaluated else _not_evaluated(record)
+    return f"""---
+{front}---
+# {_cell(settings.name)}
+
+{_introduction(settings, record)}
+## Training
+
+| setting | value |
+|---|---|
+{_training(settings, record)}
+
+## Evaluation
+
+{evaluation}{PUBLISHED if details.published else ""}
+## Limits
+
+- An image is kept as {latent}. Small faces, text and fine
+  patterns do not survive that, and a decoder can only guess them.
+- It was trained for how reconstructions look. It is no codec: do not rely on details of its
+  pictures as evidence.
+- Biases of the training images are biases of the decoder.
+
+## Half precision
+
+{precision}
+
+## Files
+
+{checks}
+
+| file | SHA-256 |
+|---|---|
+{files}
+
+## License
+
+{LICENSED.format(link) if details.license else UNLICENSED}
+"""
+
+
+def _record(export_dir: Path) -> dict[str, Any]:
+    """export.json, its hashes compared with the files."""
+    path = export_dir / "export.json"
+    if not path.is_file():
+        raise MissingInputError(f"{export_dir}: not an export: no export.json in it")
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if "config" not in record:
+        raise MissingInputError(f"{path} is of an older version. Run `kl-f8-train export` again")
+    for file, digest in record["files"].items():
+        if file == README:  # it may be edited
+            continue
+        if not (export_dir / file).is_file():
+            raise MissingInputError(f"{export_dir / file}: no such file, but export.json names it")
+        if checkpoint.file_sha256(export_dir / file) != digest:
+            raise MissingInputError(
+                f"{export_dir / file} is not the file that export.json describes: its SHA-256 "
+                "differs. Run `kl-f8-train export` again"
+            )
+    return record
+
+
+def _evaluated(scores_file: Path, record: Mapping[str, Any]) -> Evaluated:
+    """Finds the exported weights among the evaluated ones, by their hash."""
+    if not scores_file.is_file():
+        raise MissingInputError(f"--scores {scores_file}: no such file")
+    scores = json.loads(scores_file.read_text(encoding="utf-8"))
+    weights: dict[str, Any] = scores.get("weights", {})
+    for name, entry in weights.items():
+        if entry["sha256"] in record["files"].values():
+            return Evaluated(scores, name, scores_file.with_name("strip.png").is_file())
+    listed = "\n".join(f"  {name}: {entry['sha256']}" for name, entry in weights.items())
+    raise MissingInputError(
+        f"{scores_file} has no scores of these weights. It scored\n{listed or '  nothing'}\n"
+        f"and this export is\n  {record['name']}: {next(iter(record['files'].values()))}\n"
+        f"Run `kl-f8-train evaluate` on the exported file"
+    )
+
+
+def _front_matter(name: str, details: Details, evaluated: Evaluated | None) -> dict[str, Any]:
+    """The hub's fields; what is not known is absent."""
+    front: dict[str, Any] = {
+        **details.license,
+        "library_name": "diffusers",
+        "pipeline_tag": "image-to-image",
+        "tags": TAGS,
+    }
+    if details.base_model:
+        front["base_model"] = details.base_model
+    metrics = _measured(evaluated) if evaluated else []
+    if evaluated and metrics:
+        front["model-index"] = [
+            {
+                "name": name,
+                "results": [
+                    {
+                        "task": {"type": "image-to-image", "name": "Image reconstruction"},
+                        "dataset": _dataset(evaluated.scores),
+                        "metrics": metrics,
+                    }
+                ],
+            }
+        ]
+    return front
+
+
+def _dataset(scores: Mapping[str, Any]) -> dict[str, str]:
+    """The images' name, without the path that leads to them on one machine."""
+    name = Path(str(scores.get("source") or "images")).name
+    kind = re.sub(r"\W+", "-", name).strip("-").lower() or "images"
+    protocol = scores["protocol"]["name"]
+    return {"type": kind, "name": f"{name}, {scores['images']:,} images, protocol {protocol}"}
+
+
+def _measured(evaluated: Evaluated) -> list[dict[str, Any]]:
+    """Metrics for model-index: never a stand-in, and no rFID on too few images."""
+    row = evaluated.scores["models"][evaluated.name]
+    found = []
+    for metric, kind in HUB_TYPES.items():
+        biased = metric == "rfid" and evaluated.scores["images"] < FEWEST_FOR_RFID
+        if row.get(metric) is not None and not biased:
+            value = row[metric] if metric == "rfid" else row[metric]["mean"]
+            shown = round(value, _digits(metric))
+            found.append({"type": kind, "name": _label(metric), "value": shown})
+    return found
+
+
+def _label(metric: str) -> str:
+    return METRICS[metric].label if metric in METRICS else {"rfid": "rFID"}.get(metric, metric)
+
+
+def _digits(metric: str) -> int:
+    return METRICS[metric].digits if metric in METRICS else 2
+
+
+def _introduction(settings: Config, record: Mapping[str, Any]) -> str:
+    """What it is and how to use it: where Stable Diffusion is, only with kl-f8's own shape."""
+    shape, name = settings.model, record["stem"]
+    sizes = (shape.ch, *shape.ch_mult, shape.num_res_blocks, shape.z_channels, shape.embed_dim)
+    use = """## Use
+
+With [diffusers](https://github.com/huggingface/diffusers); `"."` is this folder, or its name on
+the hub:
+
+```python
+from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained(".", subfolder="diffusers")
+```
+"""
+    if sizes != KL_F8:
+        return f"""The decoder of an autoencoder of kl-f8's kind, finetuned with kl_f8_train.
+**It does not fit Stable Diffusion**: its shape is not kl-f8's. The encoder is bit for bit the
+imported one.
+
+{use}"""
+    return f"""The decoder of Stable Diffusion's kl-f8 autoencoder, finetuned with kl_f8_train.
+The encoder is bit for bit the imported one, so latents stay what they were, and this VAE takes the
+place of the original wherever that is used: Stable Diffusion 1.x and 2.x, and models built on them.
+
+{use}
+Give it to a pipeline: `StableDiffusionPipeline.from_pretrained(MODEL, vae=vae)`.
+
+| program | file | where it goes | how it is chosen |
+|---|---|---|---|
+| ComfyUI | `{name}.safetensors` | `models/vae/` | node "Load VAE" |
+| AUTOMATIC1111 | `{name}.safetensors` | `models/VAE/` | Settings, "SD VAE" |
+| original code | `{name}.ckpt` | anywhere | `torch.load(FILE)["state_dict"]` |
+"""
+
+
+def _training(settings: Config, record: Mapping[str, Any]) -> str:
+    loss, adversarial, data = settings.loss, settings.adversarial, settings.data
+    start, iteration = record["init_iteration"], record["iteration"]
+    taken = {"raw": "raw weights, not the EMA", "ema": "EMA weights"}
+    weights = taken.get(record["weights"]) or f"mean EMA of {', '.join(record['averaged'])}"
+    rows = {
+        "iterations": f"{'?' if start is None else f'{start:,}'} -> {iteration:,}",
+        "global batch, crop": f"{settings.global_batch}, {data.crop} x {data.crop}",
+        "resize": f"shorter side to {data.shorter_side}" if data.shorter_side else "none",
+        "trained": "decoder and post_quant_conv",
+        "reconstruction loss": f"{loss.pixel} + {loss.perceptual_weight:g} "
+        f"{LABELS[loss.perceptual]}",
+        "adversarial loss": "none"
+        if adversarial is None
+        else f"hinge PatchGAN, {adversarial.weight:g} x adaptive weight, from iteration "
+        f"{adversarial.start_iteration:,}",
+        "learning rate": f"{settings.optimizer.learning_rate:g}, Adam {settings.optimizer.betas}",
+        "EMA decay": f"{settings.ema.decay:g}; these are the {weights}",
+        "precision": settings.precision,
+        "data, shares": ", ".join(f"{key} ({s.weight:g})" for key, s in data.sources.items()),
+    }
+    return "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
+
+
+def _not_evaluated(record: Mapping[str, Any]) -> str:
+    file = next(name for name in record["files"] if not name.endswith((".yaml", ".json")))
+    return f"""Not measured here.
+
+```bash
+kl-f8-train evaluate {record["name"]}={file} --images FOLDER --out evaluation
+kl-f8-train card . --scores evaluation/scores.json      # puts the table here
+```
+"""
+
+
+def _evaluation(evaluated: Evaluated) -> str:
+    """Table, strip and protocol."""
+    scores = evaluated.scores
+    protocol = {
+        **scores["protocol"],
+        "images": f"{scores['images']:,}",
+        "image list SHA-256": scores.get("images_sha256"),
+    }
+    facts = "\n".join(f"| {_cell(k)} | {_cell(v)} |" for k, v in protocol.items() if v is not None)
+    notes = [f"{_label(m)}: not measured, {r}" for m, r in scores.get("unmeasured", {}).items()]
+    notes += scores.get("warnings", [])
+    listed = "".join(f"- {_cell(note)}\n" for note in notes)
+    strip = f"\n![{_strip_text(scores)}](strip.png)\n" if evaluated.strip else ""
+    return f"""Measured by `kl-f8-train evaluate` on {_cell(_dataset(scores)["name"])}.
+Mean +/- population standard deviation over the images. **Bold**: the weights of this folder,
+recognised by their SHA-256.
+
+{_table(evaluated)}
+
+{listed}{strip}
+| protocol | |
+|---|---|
+{facts}
+"""
+
+
+def _strip_text(scores: Mapping[str, Any]) -> str:
+    names = ", ".join(_cell(name) for name in scores["models"])
+    return re.sub(r"([\[\]])", r"\\\1", f"From left to right: input, {names}")
+
+
+def _table(evaluated: Evaluated) -> str:
+    rows = evaluated.scores["models"]
+    columns = [*HUB_TYPES, *(["st_lpips"] if any(r.get("st_lpips") for r in rows.values()) else [])]
+    lines = [f"| model | iteration | {' | '.join(_label(c) for c in columns)} |"]
+    lines.append("|---" * (2 + len(columns)) + "|")
+    for name, row in rows.items():
+        iteration = evaluated.scores.get("weights", {}).get(name, {}).get("iteration")
+        step = "" if iteration is None else f"{iteration:,}"
+        title = f"**{_cell(name)}**" if name == evaluated.name else _cell(name)
+        lines.append(f"| {title} | {step} | {' | '.join(_score(row, c) for c in columns)} |")
+    return "\n".join(lines)
+
+
+def _score(row: Mapping[str, Any], metric: str) -> str:
+    value, digits = row.get(metric), _digits(metric)
+    if value is None:
+        return "not measured"
+    if isinstance(value, Mapping):
+        return f"{value['mean']:.{digits}f} +/- {value['std']:.{digits}f}"
+    return f"{value:.{digits}f}"
+
+
+def _cell(value: Any) -> str:
+    """A text that neither ends a table's cell nor becomes markup; a mapping in one line."""
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{key} {entry}" for key, entry in value.items())
+    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([|`*])", r"\\\1", text)

@@ -1,0 +1,217 @@
+"""Is model B better than model A? Paired per-image differences with a bootstrap interval.
+
+Both models saw the same images, so what counts is B - A on each image: the differences between
+images, much larger than those between models, cancel. Interval: 95 %, bias-corrected and
+accelerated bootstrap (BCa) of the mean difference; Efron and Tibshirani, An Introduction to the
+Bootstrap (1993), chapter 14.
+"""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kl_f8_train.errors import MissingInputError
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+FEWEST = 10  # images below which no interval is given
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a per-image metric is called, printed and read."""
+
+    label: str
+    digits: int
+    better: str | None  # "higher", "lower"; None: neither is better
+    unit: str = ""
+
+
+METRICS = {
+    "psnr": Metric("PSNR", 2, "higher", "dB"),
+    "ssim": Metric("SSIM", 3, "higher"),
+    "psim": Metric("PSIM", 3, "lower"),
+    "lpips": Metric("LPIPS", 4, "lower"),
+    "st_lpips": Metric("ST-LPIPS (stand-in, not LPIPS)", 4, "lower"),
+    "sharpness": Metric("sharpness", 0, None),
+    "red_shift": Metric("red shift", 2, None, "levels"),
+    "green_shift": Metric("green shift", 2, None, "levels"),
+    "blue_shift": Metric("blue shift", 2, None, "levels"),
+    "saturation_shift": Metric("saturation shift", 2, None, "levels"),
+}
+VERDICTS = {  # verdict -> how a sentence says it
+    "better": "{b} is better than {a} in {label}",
+    "worse": "{b} is worse than {a} in {label}",
+    "higher": "{b} is sharper than {a} by {label}",
+    "lower": "{b} is smoother than {a} by {label}",
+    "unclear": "No clear difference between {b} and {a} in {label}",
+    "few": f"Fewer than {FEWEST} images cannot tell {{b}} from {{a}} in {{label}}",
+    "unmeasured": "{label} was not measured for both {a} and {b}",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the images say about B against A in one metric."""
+
+    metric: str
+    a: str
+    b: str
+    verdict: str  # a key of VERDICTS
+    images: int  # that have the metric for both
+    infinite: int  # of them, left out of the mean: a perfect reconstruction's PSNR
+    difference: float | None  # mean of B - A
+    low: float | None  # the interval's ends
+    high: float | None
+    wins: int  # images on which B is better; higher, where neither is better
+    losses: int
+
+    @property
+    def text(self) -> str:
+        """One plain sentence."""
+        metric = METRICS[self.metric]
+        said = VERDICTS[self.verdict].format(a=self.a, b=self.b, label=metric.label)
+        if self.difference is None:
+            return f"{said}." if self.verdict == "unmeasured" else f"{said}: {self._count()}."
+        unit = f" {metric.unit}" if metric.unit else ""
+        shown = f"{self.difference:+.{metric.digits}f}{unit}"
+        if self.low is not None:
+            shown += f" [{self.low:.{metric.digits}f}, {self.high:.{metric.digits}f}]"
+        return f"{said}: {shown}, {self._count()}."
+
+    def _count(self) -> str:
+        verb = "wins" if METRICS[self.metric].better else "higher on"
+        text = f"{verb} {self.wins} of {self.images} images"
+        ties = self.images - self.wins - self.losses
+        text += f", {ties} alike" if ties else ""
+        return text + (f", {self.infinite} infinite and not in the mean" if self.infinite else "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For comparison.json."""
+        return {**asdict(self), "text": self.text}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of per_image.csv. Raises MissingInputError if it is not there or not one."""
+    if not path.is_file():
+        raise MissingInputError(f"{path}: no such file; `kl-f8-train evaluate` writes it")
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"model", "image"} <= rows[0].keys():
+        raise MissingInputError(f"{path}: no scores: expected the columns model, image, psnr, ...")
+    return rows
+
+
+def per_image(rows: Sequence[Mapping[str, str]], metric: str) -> dict[str, dict[str, float]]:
+    """Model -> image -> value, in the order of the rows; what was not measured is left out."""
+    values: dict[str, dict[str, float]] = {}
+    for row in rows:
+        scores = values.setdefault(row["model"], {})
+        number = float(row.get(metric) or "nan")
+        if not math.isnan(number):
+            scores[row["image"]] = number
+    return values
+
+
+def paired(values: Mapping[str, Mapping[str, float]], a: str, b: str) -> tuple[Values, Values]:
+    """The values of two models on the images that have both."""
+    both = [image for image in values.get(a, {}) if image in values.get(b, {})]
+    return (
+        np.array([values[a][image] for image in both], dtype=np.float64),
+        np.array([values[b][image] for image in both], dtype=np.float64),
+    )
+
+
+def wins(a: Values, b: Values, metric: str) -> tuple[int, int]:
+    """On how many images B is better, and A is; higher, where neither is better."""
+    higher, lower = int((b > a).sum()), int((b < a).sum())
+    return (lower, higher) if METRICS[metric].better == "lower" else (higher, lower)
+
+
+def verdicts(rows: Sequence[Mapping[str, str]], a: str, b: str) -> list[Verdict]:
+    """B against A in every metric that has a direction, and in sharpness.
+
+    `rows` are per_image.csv's. A metric that no model has is left out.
+    """
+    found = []
+    for metric, description in METRICS.items():
+        values = per_image(rows, metric)
+        if any(values.values()) and (description.better or metric == "sharpness"):
+            found.append(verdict(metric, a, b, *paired(values, a, b)))
+    return found
+
+
+def verdict(metric: str, name_a: str, name_b: str, a: Values, b: Values) -> Verdict:
+    """B against A in one metric; `a` and `b` are (N,), image by image.
+
+    An image with an infinite value counts as a win or a tie and is left out of the mean.
+    """
+    finite = np.isfinite(a) & np.isfinite(b)
+    differences = b[finite] - a[finite]
+    better, worse = wins(a, b, metric)
+    mean = low = high = None
+    if not len(a):
+        said = "unmeasured"
+    else:
+        mean = float(differences.mean()) if len(differences) else None
+        if len(differences) < FEWEST:
+            said = "few"
+        else:
+            low, high = bootstrap_interval(differences)
+            said = _decide(metric, low, high)
+    infinite = int((~finite).sum())
+    return Verdict(metric, name_a, name_b, said, len(a), infinite, mean, low, high, better, worse)
+
+
+def _decide(metric: str, low: float, high: float) -> str:
+    """A difference is clear if its interval leaves zero out."""
+    if low <= 0.0 <= high:
+        return "unclear"
+    direction = "higher" if low > 0.0 else "lower"
+    better = METRICS[metric].better
+    return direction if better is None else "better" if direction == better else "worse"
+
+
+def bootstrap_interval(
+    differences: Values, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """BCa interval of the mean of (N,) values at LEVEL; the same for the same values."""
+    mean = float(differences.mean())
+    centred = differences - mean
+    squares = float(np.square(centred).sum())
+    if squares <= (1e-12 * mean) ** 2:  # all alike
+        return mean, mean
+    means = _resampled_means(differences, resamples, seed)
+    normal = NormalDist()
+    below = float((means < mean).mean() + 0.5 * (means == mean).mean())
+    bias = normal.inv_cdf(min(max(below, 0.5 / resamples), 1 - 0.5 / resamples))
+    acceleration = float((centred**3).sum()) / (6.0 * squares**1.5)
+
+    def share(level: float) -> float:
+        z = bias + normal.inv_cdf(level)
+        return normal.cdf(bias + z / (1.0 - acceleration * z))
+
+    tail = (1.0 - LEVEL) / 2.0
+    low, high = np.quantile(means, [share(tail), share(1.0 - tail)])
+    return float(low), float(high)
+
+
+def _resampled_means(values: Values, resamples: int, seed: int) -> Values:
+    """(resamples,) means of N values drawn with replacement, in pieces of 16 MiB."""
+    random = np.random.default_rng(seed)
+    piece = max(1, 2**21 // len(values))
+    sizes = [min(piece, resamples - start) for start in range(0, resamples, piece)]
+    return np.concatenate(
+        [
+            values[random.integers(0, len(values), (size, len(values)))].mean(axis=1)
+            for size in sizes
+        ]
+    )

@@ -1,0 +1,207 @@
+"""The model card: only what was measured on these files and what was told, and it is valid."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import evaluations
+import pytest
+import runs
+import samples
+import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from kl_f8_train import card
+from kl_f8_train.__main__ import main
+from kl_f8_train.errors import MissingInputError
+from kl_f8_train.export import export
+from kl_f8_train.train import train
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of a short run."""
+    folder = tmp_path_factory.mktemp("card")
+    runs.make_shards(folder)
+    runs.make_weights(folder / "model.ckpt")
+    train(runs.recipe(folder, "run", "stop_iteration=101", "name=tiny"))
+    return export(folder / "run")
+
+
+@pytest.fixture
+def folder(exported, tmp_path) -> Path:
+    """A copy of the export, to write into."""
+    return shutil.copytree(exported, tmp_path / "export")
+
+
+@pytest.fixture(scope="module")
+def evaluated(exported, tmp_path_factory) -> Path:
+    """An evaluation whose second model is the export, with a strip."""
+    directory = evaluations.write(tmp_path_factory.mktemp("scores"), count=4, pictured=0)
+    (directory / "strip.png").write_bytes(b"strip")
+    values = json.loads((directory / "scores.json").read_text())
+    record = json.loads((exported / "export.json").read_text())
+    values["weights"]["ft-EMA"]["sha256"] = record["files"]["tiny-ema-pruned.safetensors"]
+    (directory / "scores.json").write_text(json.dumps(values))
+    return directory
+
+
+@pytest.fixture
+def scores(evaluated, tmp_path) -> Path:
+    """A copy of its scores.json, to change."""
+    return shutil.copytree(evaluated, tmp_path / "scores") / "scores.json"
+
+
+def edit(scores: Path, **changes) -> Path:
+    """Changes the export's row, or the file's other entries."""
+    values = json.loads(scores.read_text())
+    row = changes.pop("row", {})
+    values["models"]["ft-EMA"] |= row
+    scores.write_text(json.dumps(values | changes))
+    return scores
+
+
+def front_matter(text: str) -> dict:
+    return yaml.safe_load(re.match(r"---\n(.*?\n)---\n", text, re.S)[1])
+
+
+def test_an_export_has_a_card_without_scores_and_without_a_license(exported):
+    text = (exported / "README.md").read_text()
+    front = front_matter(text)
+    assert front["library_name"] == "diffusers"
+    assert not {"license", "base_model", "model-index"} & front.keys()
+    assert "Not stated. It follows" in text
+    assert "Not measured here." in text
+    assert "| iterations | 100 -> 101 |" in text
+    assert "mse + " in text or "l1 + " in text
+
+
+def test_only_kl_f8s_own_shape_is_offered_to_stable_diffusion(exported):
+    small = (exported / "README.md").read_text()
+    assert "does not fit Stable Diffusion" in small
+    assert "ComfyUI" not in small
+    record = json.loads((exported / "export.json").read_text())
+    full = card.model_card(samples.recipe("ft_ema"), record | {"stem": "ft_ema-ema-pruned"})
+    assert "| ComfyUI | `ft_ema-ema-pruned.safetensors` | `models/vae/` |" in full
+    assert "| AUTOMATIC1111 | `ft_ema-ema-pruned.safetensors` | `models/VAE/` |" in full
+    assert "4 numbers for each 8 x 8 pixels" in full
+
+
+def test_the_verb_writes_the_same_card_as_the_export(folder):
+    before = (folder / "README.md").read_text()
+    (folder / "README.md").unlink()
+    assert card.write(folder).read_text() == before
+
+
+def test_its_snippet_for_diffusers_runs(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)[1], names)
+    assert names["vae"].config.latent_channels == 4
+
+
+def test_measured_numbers_enter_the_index_and_no_others(folder, scores):
+    edit(scores, row={"st_lpips": {"mean": 0.5, "std": 0.1}})
+    text = card.write(folder, scores, card.Details({"license": "mit"}, "owner/base")).read_text()
+    front = front_matter(text)
+    (result,) = front["model-index"][0]["results"]
+    metrics = {metric["name"]: metric["value"] for metric in result["metrics"]}
+    row = json.loads(scores.read_text())["models"]["ft-EMA"]
+    assert metrics.keys() == {"PSNR", "SSIM", "LPIPS"}
+    assert metrics["PSNR"] == pytest.approx(row["psnr"]["mean"], abs=0.005)
+    assert (front["license"], front["base_model"]) == ("mit", "owner/base")
+    assert result["dataset"]["name"] == "photographs, 4 images, protocol card"
+
+
+def test_the_hubs_own_reader_accepts_the_metadata(folder, scores):
+    text = card.write(folder, scores, card.Details({"license": "mit"})).read_text()
+    front = front_matter(text)
+    name, results = model_index_to_eval_results(front.pop("model-index"))
+    data = ModelCardData(**front, model_name=name, eval_results=results)
+    assert {result.metric_type for result in data.eval_results} == {"psnr", "ssim", "lpips"}
+    assert yaml.safe_load(data.to_yaml())["model-index"][0]["name"] == "tiny"
+
+
+def test_rfid_enters_the_index_from_2048_images_on(folder, scores):
+    few = card.write(folder, edit(scores, row={"rfid": 4.4217})).read_text()
+    assert "| 4.42 |" in few
+    assert "fid" not in [m["type"] for m in index_metrics(few)]
+    many = card.write(folder, edit(scores, images=5000)).read_text()
+    assert {"type": "fid", "name": "rFID", "value": 4.42} in index_metrics(many)
+
+
+def index_metrics(text: str) -> list[dict]:
+    return front_matter(text)["model-index"][0]["results"][0]["metrics"]
+
+
+def test_table_protocol_hashes_and_strip(folder, scores):
+    text = card.write(folder, scores).read_text()
+    values = json.loads(scores.read_text())
+    assert "| model | iteration | rFID | PSNR | SSIM | PSIM | LPIPS |" in text
+    assert re.search(r"\| \*\*ft-EMA\*\* \| 560,001 \| not measured \| \d\d\.\d\d \+/- ", text)
+    assert "rFID: not measured, no &lt;Inception> weights" in text
+    assert "rFID on fewer than 2,048 images is biased" in text
+    assert values["images_sha256"] in text
+    assert "| posterior | sampled, seed 0 |" in text
+    assert "| versions | torch 2.15.0, numpy 2.4.6 |" in text
+    assert (folder / "strip.png").read_bytes() == b"strip"
+    assert "input, kl-f8, ft-EMA, ft-MSE](strip.png)" in text
+    files = json.loads((folder / "export.json").read_text())["files"]
+    assert checkpoint.file_sha256(folder / "README.md") == files.pop("README.md")
+    for digest in files.values():
+        assert digest in text
+    assert "data/photographs" not in text  # paths of one machine stay on it
+
+
+def test_a_stand_in_has_its_own_column(folder, scores):
+    text = card.write(folder, edit(scores, row={"st_lpips": {"mean": 0.5, "std": 0.1}})).read_text()
+    assert "| LPIPS | ST-LPIPS (stand-in, not LPIPS) |" in text
+    assert "0.5000 +/- 0.1000" in text
+
+
+def test_published_numbers_stand_apart_and_only_if_asked(folder, scores):
+    assert "4.99" not in card.write(folder, scores).read_text()
+    text = card.write(folder, scores, card.Details(published=True)).read_text()
+    measured, published = text.split("### Published, for orientation")
+    assert "Not measured here" in published
+    assert "(published) | 4.99 |" in published
+    assert "(published)" not in measured
+    assert "4.99" not in str(front_matter(text))
+
+
+def test_scores_of_other_weights_are_refused(folder, scores):
+    values = json.loads(scores.read_text())
+    values["weights"]["ft-EMA"]["sha256"] = "0" * 64
+    scores.write_text(json.dumps(values))
+    with pytest.raises(MissingInputError, match="no scores of these weights"):
+        card.write(folder, scores)
+
+
+def test_changed_files_are_refused(folder):
+    with (folder / "tiny-ema-pruned.ckpt").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(MissingInputError, match="SHA-256 differs"):
+        card.write(folder)
+
+
+def test_odd_names_do_not_break_the_card(folder, scores):
+    text = scores.read_text().replace('"ft-MSE"', json.dumps("a|b <i>`c`\n## d"))
+    scores.write_text(text)
+    written = card.write(folder, scores).read_text()
+    assert "| a\\|b &lt;i>\\`c\\` ## d | 840,001 |" in written
+
+
+def test_the_verb_by_its_command_line(folder, scores, tmp_path, capsys):
+    own = tmp_path / "My-License.txt"
+    own.write_text("You may.")
+    assert main(["card", str(folder), "--scores", str(scores), "--license-file", str(own)]) == 0
+    assert capsys.readouterr().out == f"{folder / 'README.md'}\n"
+    front = front_matter((folder / "README.md").read_text())
+    assert [front[k] for k in ("license", "license_name", "license_link")] == [
+        "other",
+        "my-license",
+        "LICENSE",
+    ]
+    assert (folder / "LICENSE").read_text() == "You may."
