@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from kl_f8_train import card
+from kl_f8_train import card, checkpoint
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.export import export
