@@ -133,23 +133,26 @@ def _largest(model: AutoencoderKL) -> Iterator[dict[str, float]]:
 @contextmanager
 def _rounded(model: AutoencoderKL, dtype: torch.dtype) -> Iterator[None]:
     """Inside, the decoder's weights and all that enters or leaves its modules are rounded."""
-    exact = {name: p.data for name, p in model.named_parameters() if _decodes(name)}
+    exact: dict[nn.Parameter, Tensor] = {}  # of the modules that run now: one layer's, not all
 
     def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        for parameter in module.parameters(recurse=False):
+            exact[parameter] = parameter.data
+            parameter.data = parameter.data.to(dtype).float()
         return tuple(x.to(dtype).float() for x in inputs)
 
     def leave(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = exact.pop(parameter)
         return output.to(dtype).float()
 
     handles = [m.register_forward_pre_hook(enter) for _, m in _decoder(model)]
     handles += [m.register_forward_hook(leave) for _, m in _decoder(model)]
     try:
-        for name, values in exact.items():
-            model.get_parameter(name).data = values.to(dtype).float()
         yield
     finally:
-        for name, values in exact.items():
-            model.get_parameter(name).data = values
+        for parameter, values in exact.items():
+            parameter.data = values
         for handle in handles:
             handle.remove()
 

@@ -17,8 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from kl_f8_train import checkpoint, evaluate, images, perceptual, scores
+from kl_f8_train.__main__ import _name_path_select
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.evaluate import CARD, STANDARD, Candidate, ImageSet, Networks, Sample
+from kl_f8_train.model import TRAINED
 from kl_f8_train.scores import SHIFTS, Row, Tally
 
 SIZE = 32
@@ -568,3 +570,33 @@ def test_vgg_gives_lpips_and_psim(folder, vgg_file):
     assert len(result["protocol"]["vgg"]) == 64
     with Image.open(folder / "vgg" / "pictures" / "0000-a.png") as picture:
         assert picture.size == (SIZE, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("runs/ft_ema", ("ft_ema", "runs/ft_ema", "ema")),
+        ("runs/ft_ema@raw", ("ft_ema@raw", "runs/ft_ema", "raw")),
+        ("ft-EMA=a=b.ckpt", ("ft-EMA", "a=b.ckpt", "ema")),
+        ("x, raw=runs/x@raw", ("x, raw", "runs/x", "raw")),
+    ],
+)
+def test_how_weights_are_named(text, expected):
+    name, path, select = _name_path_select(text)
+    assert (name, str(path), select) == expected
+
+
+def test_a_run_has_ema_and_raw_weights(folder):
+    averaged, raw = samples.tiny_vae(0), samples.tiny_vae(1)
+    raw.encoder, raw.quant_conv = averaged.encoder, averaged.quant_conv
+    state = {f"autoencoder.{k}": v for k, v in raw.state_dict().items()}
+    state |= {f"ema.{k}": v for k, v in averaged.state_dict().items() if k.split(".")[0] in TRAINED}
+    path = checkpoint.checkpoint_path(folder / "run", 9)
+    checkpoint.write_safetensors(path, state, {"iteration": "9"})
+    named = [("ema", folder / "run", "ema"), ("raw", folder / "run", "raw")]
+    ema, other = evaluate.load_candidates(named, "cpu")
+    for candidate, model in ((ema, averaged), (other, raw)):
+        assert candidate.record["iteration"] == 9
+        assert torch.equal(candidate.model.last_layer, model.last_layer)
+    assert (ema.record["select"], other.record["select"]) == ("ema", "raw")
+    assert ema.record["frozen_sha256"] == other.record["frozen_sha256"]
