@@ -15,14 +15,14 @@ LAYERS = (
     {"data"},
     {"finetuner", "evaluate"},
     {"state"},
-    {"callbacks", "report"},
+    {"callbacks", "report", "watchdog"},
     {"train", "export"},
     {"demo"},
     {"__main__"},
 )
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 PLACES = {
-    "pytorch_lightning": {"finetuner", "callbacks", "train"},
+    "pytorch_lightning": {"finetuner", "callbacks", "watchdog", "train"},
     "omegaconf": {"config"},
     "webdataset": {"shards"},
     "lpips": {"perceptual"},
