@@ -118,6 +118,7 @@ def _train(
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ |= environment
+    multiprocessing.set_start_method("fork", force=True)  # for loaders; not this server's own
     torch.set_num_threads(1)
     if prepare is not None:
         prepare(*given)
