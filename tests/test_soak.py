@@ -14,8 +14,8 @@ import runs
 from kl_f8_train import checkpoint
 
 pytestmark = pytest.mark.slow
-STOPS, LENGTH = 50, 150
-EXTRA = (f"stop_iteration={100 + LENGTH}", "checkpoint.every=3", "data.workers=1")
+STOPS, LENGTH = 50, 100
+EXTRA = (f"stop_iteration={100 + LENGTH}", "checkpoint.every=2", "data.workers=1", "global_batch=2")
 KINDS = {  # signals, and the exit codes they may lead to: by our handler, or before there is one
     "TERM": {143, -signal.SIGTERM},
     "INT": {130, 1},
@@ -26,13 +26,13 @@ KINDS = {  # signals, and the exit codes they may lead to: by our handler, or be
 
 
 def test_fifty_signals_and_kills_change_nothing(tmp_path: Path) -> None:
-    """The moments are drawn from the start of an attempt to its sixth iteration."""
+    """The moments are drawn from the start of an attempt to its third iteration."""
     runs.make_shards(tmp_path)
     runs.make_weights(tmp_path / "model.ckpt")
     (whole,) = ranks.start(tmp_path, "undisturbed", *EXTRA)
     whole.wait_for("batch: ")
     began = time.perf_counter()
-    whole.wait_for("iteration 106 of")
+    whole.wait_for("iteration 103 of")
     training = time.perf_counter() - began
     ranks.finish([whole])
 
