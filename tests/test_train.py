@@ -469,7 +469,7 @@ def test_a_loader_that_is_stuck_is_named_with_its_image(folder):
     extra = (f"data.sources={tiles}", "data.workers=2", "compute.timeout_minutes=0.1")
     (run,) = ranks.start(folder, "stuck", *extra, "stop_iteration=9000")
     run.wait_for("iteration 102 of")
-    for path in tiles.iterdir():  # pipes that no one writes to: reading never ends
+    for path in list(tiles.iterdir()):  # pipes that no one writes to: reading never ends
         fifo = tiles / "fifo"
         os.mkfifo(fifo)
         fifo.replace(path)
