@@ -43,6 +43,12 @@ class Checkpoints(Callback):
         self.run_dir, self.settings, self.frozen = run_dir, settings, frozen_sha256
         self.saved: tuple[int, int] | None = None
         self.failures = 0
+        self.mark = 0.0  # end of the last save, or the start
+        self.told = False  # that saving takes long
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the first interval."""
+        self.mark = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Saves when it is time."""
@@ -61,6 +67,7 @@ class Checkpoints(Callback):
         if self.saved == now:
             return
         failure: str | None = None
+        began = time.perf_counter()
         if trainer.is_global_zero:
             try:
                 optimizers = [o for o in trainer.optimizers if isinstance(o, Adam)]
@@ -72,12 +79,26 @@ class Checkpoints(Callback):
         failure = trainer.strategy.broadcast(failure)  # all ranks go on, or stop, together
         if failure is None:
             self.saved, self.failures = now, 0
+            self._judge_pause(began, trainer.is_global_zero and not final)
             return
         self.failures += 1
         if final or self.failures > 1:
             raise RunFailedError(failure)
         if trainer.is_global_zero:
             print(f"{failure}\n  training goes on; the next checkpoint tries again", flush=True)
+
+    def _judge_pause(self, began: float, tell: bool) -> None:
+        """Tells once if saving takes more than a second and 5 % of the time between saves."""
+        pause, interval = time.perf_counter() - began, began - self.mark
+        self.mark = time.perf_counter()
+        if tell and not self.told and pause > max(1.0, 0.05 * interval):
+            self.told = True
+            print(
+                f"saving took {pause:.1f} s, {100 * pause / interval:.0f} % of the "
+                f"{interval:.0f} s since the last; raise checkpoint.every, or give run_dir a "
+                "faster disk",
+                flush=True,
+            )
 
 
 class Signals(Callback):
@@ -243,6 +264,7 @@ class RunLog(Callback):
         row["images_per_second"] = self.count * self.config.global_batch / seconds
         row["data_wait_share"] = self.waited / seconds
         row["skipped_images"] = self._judge_skipped(finetuner)
+        row["bad_updates"] = finetuner.bad_updates_in_all
         for name, source in self.plan.plans.items():
             row[f"images_{name}"] = source.share * (finetuner.iteration - self.first)
             row[f"passes_{name}"] = source.passes(finetuner.iteration - self.first)

@@ -4,6 +4,7 @@ Crop and noise are drawn from (seed, position), so a batch is the same whatever 
 GPUs, workers and restarts.
 """
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from kl_f8_train import images
 from kl_f8_train.cache import ShardCache
@@ -23,6 +24,7 @@ from kl_f8_train.plan import Plan, random_state
 from kl_f8_train.shards import FolderSource, Source, TarSource, open_source
 
 MAX_NEIGHBOURS = 100  # bad samples in a row before the run stops
+IDLE = -(2**63)  # no position
 
 
 @dataclass
@@ -67,10 +69,23 @@ class PositionDataset(Dataset[Sample]):
         )
         self.draft_side = config.data.shorter_side if config.data.draft else None
         side = config.data.crop // 2 ** (len(config.model.ch_mult) - 1)
+        self.reading = multiprocessing.RawArray("q", [IDLE] * max(1, config.data.workers))
         self.noise_shape = (2 if config.second_forward else 1, config.model.embed_dim, side, side)
 
     def __getitem__(self, position: int) -> Sample:
-        """Raises MissingInputError if MAX_NEIGHBOURS samples in a row are bad."""
+        """Raises MissingInputError if MAX_NEIGHBOURS samples in a row are bad.
+
+        `reading` tells meanwhile, to the main process too, which position each worker is at.
+        """
+        worker = get_worker_info()
+        slot = 0 if worker is None else worker.id
+        self.reading[slot] = position
+        try:
+            return self._sample(position)
+        finally:
+            self.reading[slot] = IDLE
+
+    def _sample(self, position: int) -> Sample:
         name, shard, first = self.plan.locate(position)
         source = self.sources[name]
         count = int(source.counts[shard])

@@ -1,6 +1,9 @@
 """PatchGAN discriminator (taming-transformers' NLayerDiscriminator), with its state-dict keys."""
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -10,15 +13,16 @@ class Discriminator(nn.Module):
     4x4 convolutions, strides 2, 2, 2, 1, 1 for n_layers 3; 2,765,633 parameters for ndf 64.
     """
 
-    def __init__(self, ndf: int = 64, n_layers: int = 3) -> None:
+    def __init__(self, ndf: int = 64, n_layers: int = 3, sync_batchnorm: bool = False) -> None:
         super().__init__()
+        norm = SyncBatchNorm2d if sync_batchnorm else nn.BatchNorm2d
         widths = [ndf * min(2**level, 8) for level in range(n_layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(3, ndf, 4, 2, 1), nn.LeakyReLU(0.2)]
         for level in range(1, n_layers + 1):
             stride = 2 if level < n_layers else 1
             layers += [
                 nn.Conv2d(widths[level - 1], widths[level], 4, stride, 1, bias=False),
-                nn.BatchNorm2d(widths[level]),
+                norm(widths[level]),
                 nn.LeakyReLU(0.2),
             ]
         layers.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
@@ -26,6 +30,45 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.main(images)
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over the equal batches of all ranks; unlike torch's, also on the CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        world, dtype, x = dist.get_world_size(), x.dtype, x.to(self.weight.dtype)
+        shape = (1, -1, 1, 1)
+        mean: Tensor = _SumOverRanks.apply(x.mean((0, 2, 3))) / world  # (C,)
+        x = x - mean.view(shape)
+        variance: Tensor = _SumOverRanks.apply(x.square().mean((0, 2, 3))) / world
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        with torch.no_grad():
+            count = world * x[:, 0].numel()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (x * scale.view(shape) + self.bias.view(shape)).to(dtype)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """all_reduce; its gradient is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total: Tensor = _SumOverRanks.apply(gradient)
+        return total
 
 
 def initialize(discriminator: Discriminator, seed: int) -> None:

@@ -65,9 +65,10 @@ class Finetuner(LightningModule):
         self.iteration = config.init.iteration or 0
         self.warmup_left = 0
         self.ema_updates = 0
-        self.bad_updates = 0
+        self.bad_updates = 0  # in a row
+        self.bad_updates_in_all = 0  # since this process started
         self.micro_batch = config.compute.per_device_batch or config.global_batch
-        self.metrics: dict[str, Tensor | float] = {}
+        self.metrics: dict[str, Tensor] = {}
         self.prepared_optimizers: list[Adam] = []
         self.data_digest = ""  # of the sources' counts
         self.base: dict[str, str] = {}  # name and SHA-256 of the imported file
@@ -151,7 +152,9 @@ class Finetuner(LightningModule):
     ) -> None:
         """Updates decoder, discriminator and EMA once; leaves its figures in `metrics`.
 
-        Raises RunFailedError after `max_bad_updates` non-finite updates in a row.
+        A loss or gradient that is not finite, on any rank, leaves that update out on all ranks:
+        weights, Adam's state, EMA and BatchNorm's buffers stay. Raises RunFailedError after
+        `max_bad_updates` of them in a row.
         """
         self.train()
         decoder_optimizer.zero_grad(set_to_none=True)
@@ -170,7 +173,7 @@ class Finetuner(LightningModule):
         else:  # a bad batch has passed through BatchNorm's running statistics
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
-        self.metrics = {**metrics, "bad_updates": float(self.bad_updates)}
+        self.metrics = metrics
 
     def _update_both(
         self,
@@ -185,18 +188,20 @@ class Finetuner(LightningModule):
         starts = range(0, len(batch.images), self.micro_batch)
         terms: list[dict[str, Tensor]] = []
         fakes: list[Tensor] = []
+        finite: list[Tensor] = []
         for start in starts:
             images, noise = self._micro(batch, start)
             last = start == starts[-1]
             with nullcontext() if last else no_sync():
                 latents, kl = self._encode(images, noise[0])
-                fake, part = self._decoder_backward(
+                fake, part, good_images = self._decoder_backward(
                     images, latents, len(starts), backward, adversarial
                 )
             terms.append({**part, "kl_loss": kl})
             fakes.append(fake)
+            finite.append(good_images)
         metrics = {key: torch.stack([t[key] for t in terms]).mean() for key in terms[0]}
-        good = self._update_decoder(decoder_optimizer, metrics, batch)
+        good = self._update_decoder(decoder_optimizer, metrics, batch, torch.cat(finite))
         if good and adversarial and discriminator_optimizer is not None:
             more, good = self._update_discriminator(batch, fakes, discriminator_optimizer)
             metrics |= more
@@ -225,8 +230,11 @@ class Finetuner(LightningModule):
 
     def _decoder_backward(
         self, images: Tensor, latents: Tensor, parts: int, backward: Backward, adversarial: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Adds this micro-batch's gradients to the decoder; returns y, detached, and the terms."""
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Adds this micro-batch's gradients to the decoder.
+
+        Returns y, detached, the loss's terms, and which images are finite, (B,) bool.
+        """
         with self._autocast():
             reconstruction = self.autoencoder.decode(latents)
         y = reconstruction.detach().to(images.dtype).requires_grad_()
@@ -244,12 +252,16 @@ class Finetuner(LightningModule):
             self.logvar.grad = accumulated + grad_logvar
         else:
             (grad_y,) = torch.autograd.grad(nll / parts, y)
+        loss = nll.detach()
+        finite = finite_images(grad_y, loss)
         if adversarial:
             grad_g, more = self._adversarial_gradient(reconstruction, y, grad_y * parts)
             grad_y = grad_y + grad_g / parts
+            loss = loss + more["generator_loss"]
             terms |= more
+        grad_y = grad_y + 0.0 * loss  # a loss that is not finite makes all ranks' gradients so
         backward(reconstruction, grad_y.to(reconstruction.dtype))
-        return y.detach(), terms
+        return y.detach(), terms, finite
 
     def _adversarial_gradient(
         self, reconstruction: Tensor, y: Tensor, grad_nll: Tensor
@@ -288,16 +300,16 @@ class Finetuner(LightningModule):
             return False
         return settings.run_before_start or self.iteration >= settings.start_iteration
 
-    def _update_decoder(self, optimizer: Adam, metrics: dict[str, Tensor], batch: Batch) -> bool:
+    def _update_decoder(
+        self, optimizer: Adam, metrics: dict[str, Tensor], batch: Batch, finite: Tensor
+    ) -> bool:
         """Steps decoder and EMA; False, and nothing moved, if a gradient is not finite."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self.logvar.grad is not None:
             average_over_ranks([self.logvar.grad])
-        norm = torch.stack(
-            torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
-        ).norm()
+        norm = norm_of([p.grad for p in parameters if p.grad is not None])
         metrics["decoder_gradient_norm"] = norm
-        if not self._finite(norm, "decoder", batch):
+        if not self._may_update(norm, "decoder", batch, finite):
             return False
         optimizer.step()
         self.ema_updates += 1
@@ -318,7 +330,7 @@ class Finetuner(LightningModule):
         factor = adversarial_factor(self.iteration, self.config.adversarial.start_iteration)
         if self.warmup_left:
             factor = 1.0
-        terms = []
+        terms, finite = [], []
         for index, fake in enumerate(fakes):
             images, noise = self._micro(batch, index * self.micro_batch)
             if self.config.second_forward:  # the original: new noise, updated decoder
@@ -328,6 +340,7 @@ class Finetuner(LightningModule):
                 fake_logits = self.discriminator(fake)
             loss = discriminator_loss(real_logits.to(images.dtype), fake_logits.to(images.dtype))
             (factor * loss / len(fakes)).backward()
+            finite.append(finite_images(images + fake, loss.detach()))
             terms.append(
                 {
                     "discriminator_loss": factor * loss.detach(),
@@ -336,11 +349,11 @@ class Finetuner(LightningModule):
                 }
             )
         gradients = [p.grad for p in self.discriminator.parameters() if p.grad is not None]
-        average_over_ranks(gradients)
         metrics = {key: torch.stack([t[key] for t in terms]).mean() for key in terms[0]}
-        norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        average_over_ranks([*gradients, metrics["discriminator_loss"]])
+        norm = norm_of([*gradients, 0.0 * metrics["discriminator_loss"]])  # its loss counts, too
         metrics["discriminator_gradient_norm"] = norm
-        if not self._finite(norm, "discriminator", batch):
+        if not self._may_update(norm, "discriminator", batch, torch.cat(finite)):
             return metrics, False
         optimizer.step()
         return metrics, True
@@ -363,16 +376,16 @@ class Finetuner(LightningModule):
         self.warmup_left -= 1
         return result
 
-    def _finite(self, norm: Tensor, what: str, batch: Batch) -> bool:
-        """Whether an update may happen, agreed on by all ranks."""
-        if bool(torch.isfinite(norm)):  # gradients are averaged, so all ranks see the same
+    def _may_update(self, norm: Tensor, what: str, batch: Batch, finite: Tensor) -> bool:
+        """Whether the gradient's norm is finite; all ranks see the same one, so they agree."""
+        if bool(torch.isfinite(norm)):
             return True
         self.bad_updates += 1
-        keys = ", ".join(batch.keys[:4])
+        self.bad_updates_in_all += 1
         message = (
-            f"iteration {self.iteration}: the {what}'s gradient is {float(norm)}; "
-            f"update left out ({self.bad_updates} in a row); this rank's batch begins with {keys} "
-            "(the cause may be on another rank)"
+            f"iteration {self.iteration}: loss or gradient of the {what} is not finite; update "
+            f"left out on all ranks ({self.bad_updates} in a row, {self.bad_updates_in_all} in "
+            f"all); {suspects(batch.keys, finite)}"
         )
         if self.bad_updates >= self.config.max_bad_updates:
             raise RunFailedError(
@@ -410,6 +423,32 @@ def build_optimizers(finetuner: Finetuner) -> list[Adam]:
     if finetuner.discriminator is not None:
         optimizers.append(Adam(finetuner.discriminator.parameters(), **options))
     return optimizers
+
+
+def finite_images(tensor: Tensor, loss: Tensor) -> Tensor:
+    """Which images are finite in a (B, ...) tensor; none if only their common loss is not: (B,)."""
+    finite = tensor.isfinite().flatten(1).all(1)
+    return finite & (loss.isfinite() | ~finite.all())
+
+
+def norm_of(tensors: list[Tensor]) -> Tensor:
+    """The norm of all tensors together."""
+    return torch.stack(torch._foreach_norm(tensors)).norm()
+
+
+def suspects(keys: list[str], finite: Tensor) -> str:
+    """Names the images that are not finite, by rank; all ranks call it together."""
+    mine = [key for key, good in zip(keys, finite.tolist(), strict=True) if not good]
+    found: list[list[str]] = [mine]
+    if dist.is_initialized():
+        found = found * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+    named = [
+        f"rank {rank}: {', '.join(bad[:4])}" + (f" and {len(bad) - 4} more" if bad[4:] else "")
+        for rank, bad in enumerate(found)
+        if bad
+    ]
+    return f"caused by {'; '.join(named)}" if named else "every image's own loss is finite"
 
 
 def average_over_ranks(tensors: list[Tensor]) -> None:

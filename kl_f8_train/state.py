@@ -6,6 +6,7 @@ Nothing random is in it: images, crops and noise follow from the seed and the it
 import json
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.optim import Adam
 
@@ -20,9 +21,9 @@ OPTIMIZERS = ("decoder", "discriminator")
 
 
 def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: str) -> Path:
-    """Writes a checkpoint atomically, after checking that the frozen part is the imported one.
+    """Writes a checkpoint atomically, if all is finite and the frozen part is the imported one.
 
-    Raises RunFailedError if it moved, or if the file cannot be written.
+    Raises RunFailedError if not, or if the file cannot be written.
     """
     now = frozen_sha256(finetuner.autoencoder.state_dict())
     if now != frozen:
@@ -33,6 +34,8 @@ def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: st
     tensors = dict(finetuner.state_dict())
     for name, optimizer in zip(OPTIMIZERS, optimizers, strict=False):
         tensors |= _optimizer_tensors(name, optimizer, finetuner)
+    _check_finite(tensors)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "format": "pt",
         "kl_f8_train.format": FORMAT,
@@ -41,6 +44,7 @@ def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: st
         "ema_updates": str(finetuner.ema_updates),
         "frozen_sha256": frozen,
         **finetuner.base,
+        "tensors_sha256": checkpoint.tensors_sha256(tensors),
         "config": json.dumps(config.to_dict(finetuner.config)),
     }
     path = checkpoint.checkpoint_path(run_dir, finetuner.iteration, finetuner.warmup_done)
@@ -71,6 +75,15 @@ def stored_base(metadata: dict[str, str]) -> dict[str, str]:
     return {key: metadata.get(key, "unknown") for key in ("base_name", "base_sha256")}
 
 
+def check_content(contents: checkpoint.Contents) -> None:
+    """Raises MissingInputError if a training checkpoint's tensors are not those once written."""
+    stored = contents.metadata.get("tensors_sha256")  # older files have none
+    if stored is not None and stored != checkpoint.tensors_sha256(contents.tensors):
+        raise MissingInputError(
+            f"{contents.path}: its tensors do not match its own SHA-256; the disk changed them"
+        )
+
+
 def restore(finetuner: Finetuner, optimizers: list[Adam], contents: checkpoint.Contents) -> str:
     """Puts a checkpoint's state back, strictly; returns the hash of the frozen part.
 
@@ -92,6 +105,17 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: checkpoint.C
     if frozen != metadata["frozen_sha256"]:
         raise MissingInputError(f"{contents.path}: its encoder does not match its own hash")
     return frozen
+
+
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    largest = torch._foreach_norm([tensors[name].detach() for name in names], torch.inf)
+    bad = [n for n, value in zip(names, largest, strict=True) if not bool(value.isfinite())]
+    if bad:
+        raise RunFailedError(
+            f"{len(bad)} tensors are not finite, {bad[0]} first; no checkpoint was written, the "
+            "last one is untouched. Lower optimizer.learning_rate, or try precision=float32"
+        )
 
 
 def _optimizer_tensors(name: str, optimizer: Adam, finetuner: Finetuner) -> dict[str, Tensor]:

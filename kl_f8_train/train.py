@@ -36,6 +36,7 @@ from kl_f8_train.formats import check_shapes
 from kl_f8_train.model import AutoencoderKL
 from kl_f8_train.plan import Plan
 from kl_f8_train.shards import FolderSource, Source, TarSource
+from kl_f8_train.watchdog import Watchdog
 
 
 @rank_zero_only
@@ -70,15 +71,19 @@ def train(settings: Config, allow_changes: bool = False) -> int:
         callbacks = [run_log, pictures, signals, saving]
         if any(is_remote(place) for place in _places(sources)):
             callbacks.append(Prefetch(plan, sources, shard_cache(settings)))
+        callbacks.append(Watchdog(settings.compute.timeout_minutes))  # the last: sees all others
         trainer = _trainer(settings, callbacks)
         if trainer.is_global_zero:
             checkpoint.remove_leftovers(run_dir)
             checkpoint.write_text(run_dir / "config.yaml", config.to_yaml(settings))
         trainer.fit(finetuner, datamodule=Iterations(settings, finetuner, plan, sources))
-    except torch.cuda.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:  # torch's CPU allocator has no class of its own
+        if not _out_of_memory(error):
+            raise
         raise RunFailedError(
-            f"out of GPU memory: {error}\nHalve compute.per_device_batch (the global batch stays, "
-            "by accumulation)"
+            f"out of memory: {str(error).splitlines()[0]}\nHalve compute.per_device_batch (the "
+            "global batch stays, by accumulation), or give precision=bfloat16, or fewer "
+            "data.workers if the machine's memory is short"
         ) from error
     finally:
         signals.restore()
@@ -87,6 +92,11 @@ def train(settings: Config, allow_changes: bool = False) -> int:
         return 128 + signals.received
     say(f"done: iteration {finetuner.iteration:,}; next: kl-f8-train export {run_dir}")
     return 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    known = (torch.cuda.OutOfMemoryError, MemoryError)
+    return isinstance(error, known) or "DefaultCPUAllocator" in str(error)
 
 
 class Iterations(LightningDataModule):
@@ -131,6 +141,7 @@ def _start_or_resume(settings: Config, run_dir: Path, allow_changes: bool) -> tu
         try:
             contents = checkpoint.read(path)
             before = state.stored_config(contents)
+            state.check_content(contents)
         except MissingInputError as error:
             say(f"{error}\n  trying the checkpoint before it")
             continue
@@ -213,12 +224,9 @@ def _build(settings: Config) -> Finetuner:
     )
     discriminator = None
     if settings.adversarial is not None:
-        discriminator = Discriminator(settings.adversarial.ndf, settings.adversarial.n_layers)
+        adversary = settings.adversarial
+        discriminator = Discriminator(adversary.ndf, adversary.n_layers, adversary.sync_batchnorm)
         initialize(discriminator, settings.seed)
-        if settings.adversarial.sync_batchnorm and torch.cuda.is_available():
-            converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
-            assert isinstance(converted, Discriminator)
-            discriminator = converted
     network = perceptual.build(settings.loss.perceptual, settings.loss.perceptual_weights)
     return Finetuner(settings, autoencoder, discriminator, network)
 
@@ -273,7 +281,8 @@ class _DecoderDDP(DDPStrategy):
 
     def __init__(self, settings: Config) -> None:
         super().__init__(
-            timeout=datetime.timedelta(minutes=settings.compute.timeout_minutes),
+            # half a minute later than the watchdog, which can name the rank
+            timeout=datetime.timedelta(minutes=settings.compute.timeout_minutes + 0.5),
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )

@@ -17,14 +17,14 @@ LAYERS = (
     {"data", "scores"},
     {"finetuner", "evaluate"},
     {"state", "half_precision"},
-    {"callbacks", "report", "card"},
+    {"callbacks", "watchdog", "report", "card"},
     {"train", "export", "inject"},
     {"demo"},
     {"__main__"},
 )
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 PLACES = {
-    "pytorch_lightning": {"finetuner", "callbacks", "train"},
+    "pytorch_lightning": {"finetuner", "callbacks", "watchdog", "train"},
     "omegaconf": {"config"},
     "webdataset": {"shards"},
     "lpips": {"perceptual"},

@@ -15,6 +15,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import ranks
 import runs
 import samples
 import torch
@@ -380,3 +381,104 @@ def test_wandb_without_a_network_goes_on_offline(folder, monkeypatch, unreachabl
     assert process.returncode == 0, output
     assert list((folder / name).rglob("*.wandb"))
     assert (folder / name / "wandb_id.txt").read_text().strip()
+
+
+# --- memory, disks and loaders that fail ------------------------------------------------------
+
+
+def limit_memory(bytes_left: int) -> None:
+    """Lets this process take so much more memory and no more."""
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + bytes_left,) * 2)
+
+
+def test_out_of_memory_says_what_to_change(folder):
+    extra = ("global_batch=480", "compute.per_device_batch=480", "stop_iteration=101")
+    (run,) = ranks.start(folder, "memory", *extra, prepare=limit_memory, given=(400_000_000,))
+    assert run.end() == 4
+    assert "out of memory:" in run.output
+    assert "Halve compute.per_device_batch" in run.output
+    assert "Traceback" not in run.output
+
+
+def slow_disk(seconds: float) -> None:
+    """Makes flushing a file to the disk take so long."""
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        time.sleep(seconds / 10)  # in turns, so that a signal's handler runs meanwhile
+        for _ in range(9):
+            time.sleep(seconds / 10)
+        original(descriptor)
+
+    os.fsync = fsync
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_during_a_slow_save_is_not_lost(folder, undisturbed, number):
+    name = f"slow-disk-{number}"
+    extra = ("stop_iteration=108", "checkpoint.every=2", "checkpoint.keep_last=9")
+    (run,) = ranks.start(folder, name, *extra, prepare=slow_disk, given=(1.5,))
+    run.wait_for("iteration 104 of")  # and is being saved
+    while not list((folder / name / "checkpoints").glob(".iteration-000000104*.part")):
+        time.sleep(0.01)
+    run.send(number)
+    assert run.end(30) == (128 + number if number == signal.SIGTERM else -number)
+    kept = [path.name for path in checkpoint.list_checkpoints(folder / name)]
+    if number == signal.SIGTERM:  # the save ends, then the iteration that follows, then another
+        assert kept[:2] == ["iteration-000000105.safetensors", "iteration-000000104.safetensors"]
+    else:  # half a file is no checkpoint
+        assert kept == ["iteration-000000102.safetensors"]
+        assert list((folder / name / "checkpoints").glob("*.part"))
+    (run,) = ranks.start(folder, name, *extra)
+    (output,) = ranks.finish([run])
+    assert f"resuming {kept[0]}" in output
+    assert not list((folder / name / "checkpoints").glob(".*.part"))
+    runs.assert_same_state(runs.final_state(folder, name), undisturbed)
+
+
+def test_a_disk_that_becomes_read_only_ends_the_run_and_keeps_the_last_checkpoint(folder):
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    place = folder / "read-only"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(place)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("this machine does not allow mounting a small file system")
+    try:
+        extra = ("stop_iteration=9000", "checkpoint.every=2", f"run_dir={place / 'run'}")
+        (run,) = ranks.start(folder, "read-only-run", *extra)
+        while len(checkpoint.list_checkpoints(place / "run")) < 2:
+            assert run.process.is_alive(), run.output
+            time.sleep(0.02)
+        remount = ["mount", "-o", "remount,ro", str(place)]
+        while subprocess.run(remount, check=False, capture_output=True).returncode:
+            time.sleep(0.005)  # busy: a file is being written
+        assert run.end(60) == 4
+        assert "training goes on; the next checkpoint tries again" in run.output
+        assert "Read-only file system" in run.output
+        kept = checkpoint.list_checkpoints(place / "run")
+        assert checkpoint.read(kept[0]).iteration
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+@pytest.mark.slow
+def test_a_loader_that_is_stuck_is_named_with_its_image(folder):
+    tiles = folder / "stuck-tiles"
+    shutil.copytree(folder / "tiles", tiles)
+    extra = (f"data.sources={tiles}", "data.workers=2", "compute.timeout_minutes=0.1")
+    (run,) = ranks.start(folder, "stuck", *extra, "stop_iteration=9000")
+    run.wait_for("iteration 102 of")
+    for path in list(tiles.iterdir()):  # pipes that no one writes to: reading never ends
+        fifo = tiles / "fifo"
+        os.mkfifo(fifo)
+        fifo.replace(path)
+    assert run.end(60) == 4
+    assert "no iteration ended for 6 s; rank 0 waits for the data of iteration" in run.output
+    for worker in (0, 1):
+        assert f"loader {worker} reads stuck_tiles: {tiles}, image " in run.output
+    assert checkpoint.list_checkpoints(folder / "stuck") == []

@@ -1,0 +1,88 @@
+"""How long a checkpoint of the full-size network stops training, and its share of an interval.
+
+    python tests/benchmarks/checkpoint_pause.py [DIRECTORY] [--saves 5]
+
+DIRECTORY is where run directories will lie (default: a temporary directory). Weights are random.
+"""
+
+import argparse
+import contextlib
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kl_f8_train import checkpoint, config, state
+from kl_f8_train.discriminator import Discriminator
+from kl_f8_train.finetuner import Finetuner, build_optimizers
+from kl_f8_train.model import AutoencoderKL
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", nargs="?", type=Path, default=None)
+    parser.add_argument("--saves", type=int, default=5)
+    args = parser.parse_args()
+    recipe = config.load(
+        config.find_recipe("ft_ema"),
+        ["run_dir=run", "init.weights=model.ckpt", "data.sources=/data"],
+    )
+    finetuner = Finetuner(recipe, AutoencoderKL(), Discriminator(), nn.Identity())
+    optimizers = build_optimizers(finetuner)
+    for optimizer in optimizers:  # one step, so that Adam has its moments
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        optimizer.step()
+    frozen = state.frozen_sha256(finetuner.autoencoder.state_dict())
+
+    with tempfile.TemporaryDirectory(dir=args.directory) as folder:
+        pauses, plain = [], []
+        for _ in range(args.saves):
+            finetuner.iteration += 1
+            with timed(pauses):
+                path = state.save(finetuner, optimizers, Path(folder), frozen)
+            size = path.stat().st_size
+            with timed(plain):
+                (Path(folder) / "plain").write_bytes(path.read_bytes())
+            checkpoint.remove_old_checkpoints(path, 1, 0)
+        with timed(reading := []):
+            state.check_content(checkpoint.read(path))
+        parts = {
+            "SHA-256 of the frozen part": lambda: state.frozen_sha256(
+                finetuner.autoencoder.state_dict()
+            ),
+            "SHA-256 of all tensors": lambda: checkpoint.tensors_sha256(
+                checkpoint.read(path).tensors
+            ),
+        }
+        for name, part in parts.items():
+            with timed(seconds := []):
+                part()
+            print(f"  {name}: {seconds[0]:.2f} s")
+
+    pause = statistics.median(pauses)
+    print(f"checkpoint of {size / 1e9:.2f} GB: a pause of {pause:.2f} s, median of {len(pauses)}")
+    print(f"  all: {', '.join(f'{p:.2f}' for p in pauses)} s; {size / pause / 1e6:.0f} MB/s")
+    print(f"  read and write a plain copy, unflushed: {statistics.median(plain):.2f} s")
+    print(f"  reading it back, with its check: {reading[0]:.2f} s")
+    for every in (100, 1000):
+        least = pause / (0.05 * every)
+        print(f"checkpoint.every={every}: at most 5 % if an iteration takes {least:.3f} s or more")
+        for iteration in (0.5, 1.0, 2.0):
+            share = 100 * pause / (every * iteration)
+            print(f"  {share:.2f} % at {iteration:g} s an iteration")
+
+
+@contextlib.contextmanager
+def timed(into: list[float]) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    into.append(time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main()

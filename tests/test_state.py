@@ -1,0 +1,72 @@
+"""A training checkpoint is taken only whole: cut anywhere, or changed by a bit, it is refused."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from kl_f8_train import checkpoint, state
+from kl_f8_train.errors import MissingInputError, RunFailedError
+from kl_f8_train.finetuner import build_optimizers
+
+
+@pytest.fixture
+def saved(finetuner, batch, tmp_path):
+    """(finetuner, optimizers, path): a checkpoint after one iteration."""
+    tuner = finetuner("ft_ema", "adversarial.start_iteration=0")
+    optimizers = build_optimizers(tuner)
+    tuner.run_iteration(batch(side=32), *optimizers)
+    frozen = state.frozen_sha256(tuner.autoencoder.state_dict())
+    return tuner, optimizers, state.save(tuner, optimizers, tmp_path, frozen)
+
+
+def take(path: Path) -> checkpoint.Contents:
+    """Reads a checkpoint as a resuming run does."""
+    contents = checkpoint.read(path)
+    state.stored_config(contents)
+    state.check_content(contents)
+    return contents
+
+
+def test_a_file_cut_or_changed_anywhere_is_refused(saved):
+    _, _, path = saved
+    whole = path.read_bytes()
+    assert take(path).iteration == 1
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = json.loads(whole[8 : 8 + length])
+    header.pop("__metadata__")
+    starts = sorted(8 + length + entry["data_offsets"][0] for entry in header.values())
+    middle = starts[len(starts) // 2]
+    cuts = [0, 4, 8, 9, 8 + length // 2, 8 + length, *starts[1:4], middle, len(whole) - 1]
+    for cut in cuts:  # at every kind of border, and inside
+        path.write_bytes(whole[:cut])
+        with pytest.raises(MissingInputError):
+            take(path)
+    path.write_bytes(whole[:middle] + bytes(512) + whole[middle + 512 :])  # a lost sector
+    with pytest.raises(MissingInputError, match="do not match its own SHA-256"):
+        take(path)
+    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])  # one bit
+    with pytest.raises(MissingInputError, match="do not match its own SHA-256"):
+        take(path)
+    path.write_bytes(whole)
+    assert take(path).iteration == 1
+
+
+@pytest.mark.parametrize("where", ["weight", "ema", "moment"])
+def test_a_checkpoint_that_is_not_finite_is_never_written(saved, tmp_path, where):
+    tuner, optimizers, path = saved
+    tensor = {
+        "weight": tuner.autoencoder.last_layer,
+        "ema": tuner.ema["decoder"].conv_out.weight,
+        "moment": optimizers[1].state[tuner.discriminator.main[0].weight]["exp_avg"],
+    }[where]
+    tensor.data.view(-1)[-1] = torch.nan if where == "weight" else torch.inf
+    frozen = state.frozen_sha256(tuner.autoencoder.state_dict())
+    before = path.read_bytes()
+    tuner.iteration += 1
+    with pytest.raises(RunFailedError, match="1 tensors are not finite"):
+        state.save(tuner, optimizers, tmp_path, frozen)
+    assert list(path.parent.iterdir()) == [path]
+    assert path.read_bytes() == before
