@@ -4,7 +4,6 @@ Crop and noise are drawn from (seed, position), so a batch is the same whatever 
 GPUs, workers and restarts.
 """
 
-import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from kl_f8_train.plan import Plan, random_state
 from kl_f8_train.shards import FolderSource, Source, TarSource, open_source
 
 MAX_NEIGHBOURS = 100  # bad samples in a row before the run stops
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # stop a run; its loaders ignore them
 
 
 @dataclass
@@ -197,10 +197,10 @@ def loader(dataset: PositionDataset, sampler: IterationSampler, workers: int) ->
 
 
 def _start_worker(worker: int) -> None:
-    """One thread, and a process group of its own: signals to the run's group are not for loaders.
+    """One thread, and deaf to the run's signals: SLURM sends them to every process.
 
     The main process ends its loaders; a loader whose main process is gone ends by itself.
     """
     torch.set_num_threads(1)
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's handler
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
