@@ -25,6 +25,9 @@ settings=(
 )
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+# A store for each start of the processes: torchrun's shared one mixes up restarts of two nodes
+# (pytorch issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}  # older torch: 30, fixed
 
 if [ "$NNODES" = 1 ]; then
