@@ -51,6 +51,7 @@ class Running:
                 cwd=ROOT,
                 env=environment(**variables),
                 start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as a terminal's
             )
 
     def wait(self, seconds: float = SECONDS) -> int:

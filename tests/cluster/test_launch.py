@@ -13,6 +13,7 @@ import yaml
 from launched import FEW, ROOT, Running, environment, wait_for
 
 from kl_f8_train import config
+from kl_f8_train.train import _launched_by_cluster
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.s*"))
 
@@ -38,6 +39,23 @@ def test_multi_node_defaults_are_16_gpus_times_12():
         )
         assert config.micro_batch(recipe, 16) == 12
         assert recipe.global_batch == 16 * 12
+
+
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        ({"SLURM_STEP_ID": "0"}, (8, 2)),
+        ({}, (0, 0)),  # the batch script itself: not one of 16 tasks to wait for
+        ({"SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "bash"}, (0, 0)),  # srun --pty bash
+        ({"SLURM_STEP_ID": "0", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "12"}, (4, 3)),  # torchrun
+    ],
+)
+def test_who_started_the_processes(monkeypatch, more, found):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    allocation = {"SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "kl-f8-train"}
+    for key, value in {**allocation, **more}.items():
+        monkeypatch.setenv(key, value)
+    assert _launched_by_cluster() == found
 
 
 def job() -> dict:
