@@ -142,6 +142,7 @@ def test_the_chain_goes_on_where_it_stopped_and_skips_what_is_done(folder):
         "IMAGES": str(folder / "tiles"),
         "FT_EMA": str(here / "ft_ema.yaml"),
         "FT_MSE": str(here / "ft_mse.yaml"),
+        "MAX_RESTARTS": "0",
         "EVALUATE": "--size 32 --perceptual st_lpips_alex --device cpu",
         "GPUS_PER_NODE": "1",
     }
