@@ -24,13 +24,11 @@ from tqdm import tqdm
 from kl_f8_train import checkpoint, config, images, state
 from kl_f8_train.cache import ShardCache, is_remote
 from kl_f8_train.config import Config
-from kl_f8_train.data import Batch, upcoming
+from kl_f8_train.data import SIGNALS, Batch, upcoming
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.finetuner import Finetuner, average_over_ranks
 from kl_f8_train.plan import Plan
 from kl_f8_train.shards import Source
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Checkpoints(Callback):
@@ -243,16 +241,34 @@ class RunLog(Callback):
         if self.bar is not None:
             self.bar.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            with self._wandb_may_fail():
+                self.wandb.finish()
 
     def picture(self, iteration: int, path: Path) -> None:
         """Sends a strip to wandb."""
         if self.wandb is not None:
             import wandb
 
-            self.wandb.log(
-                {"pictures": wandb.Image(str(path), file_type="jpg"), "iteration": iteration}
-            )
+            with self._wandb_may_fail():
+                self.wandb.log(
+                    {"pictures": wandb.Image(str(path), file_type="jpg"), "iteration": iteration}
+                )
+
+    @contextlib.contextmanager
+    def _wandb_may_fail(self) -> Iterator[None]:
+        """Whatever fails in wandb, training goes on without it, and the next start takes its id up.
+
+        SLURM signals every process of a job: wandb's own ends while the last iteration is saved.
+        """
+        import wandb
+
+        try:
+            yield
+        except Exception as error:
+            self._say(f"wandb: {type(error).__name__}: {error}; going on without it")
+            self.wandb = None
+            with contextlib.suppress(Exception, SystemExit):
+                wandb.teardown()  # now, not in a traceback when Python ends
 
     def _report(self, trainer: Trainer, finetuner: Finetuner) -> None:
         values = [
@@ -274,7 +290,8 @@ class RunLog(Callback):
             with tolerated():
                 self.table.write(finetuner.iteration, row)
             if self.wandb is not None:
-                self.wandb.log({**row, "iteration": finetuner.iteration})
+                with self._wandb_may_fail():
+                    self.wandb.log({**row, "iteration": finetuner.iteration})
             self._say(self._line(finetuner, row, seconds / self.count))
         self.sums, self.count, self.waited = {}, 0, 0.0
         self.mark = time.perf_counter()

@@ -5,7 +5,6 @@ GPUs, workers and restarts.
 """
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from kl_f8_train.shards import FolderSource, Source, TarSource, open_source
 
 MAX_NEIGHBOURS = 100  # bad samples in a row before the run stops
 IDLE = -(2**63)  # no position
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # stop a run; its loaders ignore them
 
 
 @dataclass
@@ -212,10 +212,10 @@ def loader(dataset: PositionDataset, sampler: IterationSampler, workers: int) ->
 
 
 def _start_worker(worker: int) -> None:
-    """One thread, and a process group of its own: signals to the run's group are not for loaders.
+    """One thread, and deaf to the run's signals: SLURM sends them to every process.
 
     The main process ends its loaders; a loader whose main process is gone ends by itself.
     """
     torch.set_num_threads(1)
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's handler
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -3,14 +3,21 @@
 import datetime
 import logging
 import os
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pytorch_lightning import LightningDataModule, Trainer
-from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
+from pytorch_lightning.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
@@ -76,7 +83,7 @@ def train(settings: Config, allow_changes: bool = False) -> int:
         if trainer.is_global_zero:
             checkpoint.remove_leftovers(run_dir)
             checkpoint.write_text(run_dir / "config.yaml", config.to_yaml(settings))
-        trainer.fit(finetuner, datamodule=Iterations(settings, finetuner, plan, sources))
+        _fit(trainer, Iterations(settings, finetuner, plan, sources), run_log)
     except (RuntimeError, MemoryError) as error:  # torch's CPU allocator has no class of its own
         if not _out_of_memory(error):
             raise
@@ -92,6 +99,31 @@ def train(settings: Config, allow_changes: bool = False) -> int:
         return 128 + signals.received
     say(f"done: iteration {finetuner.iteration:,}; next: kl-f8-train export {run_dir}")
     return 0
+
+
+def _fit(trainer: Trainer, iterations: "Iterations", run_log: RunLog) -> None:
+    """Trains; when another rank fell silent, says so instead of torch.distributed's words."""
+    try:
+        trainer.fit(iterations.finetuner, datamodule=iterations)
+    except RuntimeError as error:
+        if not _is_lost_contact(error):
+            raise
+        silent = time.perf_counter() - run_log.batch_end
+        found = checkpoint.list_checkpoints(run_log.run_dir)
+        last = f"goes on from {found[0].name}" if found else "starts anew (no checkpoint yet)"
+        raise RunFailedError(
+            f"rank {trainer.global_rank} of {trainer.world_size} lost contact with the others "
+            f"{silent:.0f} s after iteration {iterations.finetuner.iteration:,}: a process or node "
+            "died, or the network was cut (an earlier message of another rank may tell). "
+            f"The same command {last}; compute.timeout_minutes="
+            f"{iterations.settings.compute.timeout_minutes:g} bounds the wait\n"
+            f"  torch: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    """NCCL and the store raise a DistError, gloo a RuntimeError that names its source file."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -252,19 +284,12 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
     parallel = nodes * per_node > 1
     if accelerator == "cuda" and gpus > per_node:
         say(f"using {per_node} of {gpus} GPUs here: one for each process the launcher started")
-    plugins: list[Any] = []
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        plugins = []  # torchrun, also inside a SLURM job
-    elif _under_slurm():
-        plugins = [SLURMEnvironment(auto_requeue=False)]
-    else:
-        plugins = [LightningEnvironment()]  # an installed srun alone is no cluster
     return Trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=nodes,
         strategy=_DecoderDDP(settings) if parallel else "auto",
-        plugins=plugins or None,
+        plugins=[_cluster()],
         precision="32-true",  # the finetuner autocasts by itself
         max_epochs=1,
         logger=False,
@@ -300,19 +325,29 @@ class _DecoderDDP(DDPStrategy):
         super().configure_ddp()
 
 
+def _cluster() -> ClusterEnvironment:
+    """Who started the processes: torchrun (also inside a SLURM job), srun, or nobody yet."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return TorchElasticEnvironment()
+    if _under_srun():
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()  # an installed srun alone is no cluster
+
+
 def _launched_by_cluster() -> tuple[int, int]:
-    """Processes per node and nodes, as torchrun or SLURM set them; zeros without either."""
+    """Processes per node and nodes, as torchrun or srun set them; zeros without either."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         return local, int(os.environ["WORLD_SIZE"]) // local
-    if _under_slurm():
+    if _under_srun():
         nodes = int(os.environ.get("SLURM_NNODES", "1"))
         return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
     return 0, 0
 
 
-def _under_slurm() -> bool:
-    return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in (
+def _under_srun() -> bool:
+    """A task of srun; neither a batch script's own shell nor an interactive one."""
+    return "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in (
         "bash",
         "interactive",
     )

@@ -1,17 +1,60 @@
 #!/usr/bin/env bash
-# One node, all its GPUs. Edit the paths; run it again to go on after any interruption.
+# One node with all its GPUs, or several nodes by rendezvous.
 #
-#   bash launch/torchrun.sh [key=value ...]
+# Edit: the variables and settings below, or give them in front and behind:
+#   bash launch/torchrun.sh [key=value ...]                                      # one node
+#   NNODES=2 RDZV_ENDPOINT=first-node:29400 bash launch/torchrun.sh [key=value ...]   # on each node
+# 16 GPUs x 12 = 192; with fewer GPUs the batch stays 192, by accumulation.
 #
-# Stop it with Ctrl-C or SIGTERM: the iteration is finished and saved.
+# Stop: Ctrl-C, SIGTERM or SIGUSR1 to this script. The iteration is finished and saved.
+# Go on: the same command again, on every node; run_dir must be one folder that all nodes see.
 set -euo pipefail
 
-gpus=$(nvidia-smi --list-gpus | wc -l)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
-
-exec torchrun --standalone --nproc-per-node "$gpus" -m kl_f8_train train ft_ema \
-    init.weights=model.ckpt \
-    data.sources.aesthetics='/data/aesthetics/{00000..09999}.tar' \
-    data.sources.humans='/data/humans/{00000..09999}.tar' \
-    run_dir=runs/ft_ema \
+RECIPE=${RECIPE:-ft_ema}
+NNODES=${NNODES:-1}                          # 2, or 1:2 to go on with fewer nodes
+RDZV_ENDPOINT=${RDZV_ENDPOINT:-}             # host:port of the first node
+GPUS_PER_NODE=${GPUS_PER_NODE:-$(nvidia-smi --list-gpus | wc -l)}
+MAX_RESTARTS=${MAX_RESTARTS:-3}              # of the processes, after a crash
+JOIN_TIMEOUT=${JOIN_TIMEOUT:-600}            # seconds that a node waits for the others to come
+settings=(
+    init.weights=model.ckpt
+    data.sources.aesthetics='/data/aesthetics/{00000..09999}.tar'
+    data.sources.humans='/data/humans/{00000..09999}.tar'
+    run_dir=runs/ft_ema
     "$@"
+)
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+# A store for each start of the processes: torchrun's shared one mixes up restarts of two nodes
+# (pytorch issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}  # older torch: 30, fixed
+
+if [ "$NNODES" = 1 ]; then
+    rendezvous=(--standalone)
+else
+    rendezvous=(
+        --nnodes="$NNODES" --rdzv-backend=c10d --rdzv-id=kl-f8-train
+        --rdzv-endpoint="${RDZV_ENDPOINT:?host:port of the first node}"
+        --rdzv-conf="join_timeout=$JOIN_TIMEOUT"
+    )
+fi
+
+# A session of its own: Ctrl-C reaches this script alone, which tells torchrun once.
+setsid torchrun "${rendezvous[@]}" --nproc-per-node="$GPUS_PER_NODE" \
+    --max-restarts="$MAX_RESTARTS" -m kl_f8_train train "$RECIPE" "${settings[@]}" &
+torchrun=$!
+stopped=0
+trap 'stopped=2' INT
+trap 'stopped=10' USR1
+trap 'stopped=15' TERM
+
+code=0
+wait "$torchrun" || code=$?  # a signal ends the wait
+if [ "$stopped" != 0 ]; then
+    trap '' INT USR1 TERM
+    kill -TERM "$torchrun" || true
+    code=0
+    wait "$torchrun" || code=$((128 + stopped))  # torchrun itself says 1
+fi
+exit "$code"
