@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import resource
 import secrets
 import signal
 import sys
@@ -21,14 +22,17 @@ from torch import Tensor
 from torch.optim import Adam
 from tqdm import tqdm
 
-from kl_f8_train import checkpoint, config, images, state
+from kl_f8_train import checkpoint, config, images, metrics, state
 from kl_f8_train.cache import ShardCache, is_remote
 from kl_f8_train.config import Config
 from kl_f8_train.data import SIGNALS, Batch, upcoming
+from kl_f8_train.ema import ema_distance
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.finetuner import Finetuner, average_over_ranks
 from kl_f8_train.plan import Plan
 from kl_f8_train.shards import Source
+
+COLOURS = ("red", "green", "blue", "saturation")
 
 
 class Checkpoints(Callback):
@@ -141,45 +145,77 @@ class Signals(Callback):
             trainer.should_stop = True
 
 
-class Pictures(Callback):
-    """Strips of fixed photographs, input beside the EMA's reconstruction, as JPEG."""
+class Validation(Callback):
+    """Fixed photographs at intervals: a strip from the EMA, and scores of EMA and raw weights.
+
+    Posterior mean, 8-bit reconstructions; a mean over the photographs in each column of
+    `validation.csv`. The strips are JPEGs, input beside the EMA's reconstruction.
+    """
 
     def __init__(self, run_dir: Path, every: int, fixed: list[Tensor], run_log: "RunLog") -> None:
         self.folder, self.every, self.fixed = run_dir / "pictures", every, fixed
         self.run_log = run_log
+        self.table = MetricsFile(run_dir / "validation.csv", run_log.start - 1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws the start."""
-        self.draw(trainer, finetuner_of(pl_module))
+        """Validates the start."""
+        self.validate(trainer, finetuner_of(pl_module))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Draws when it is time."""
+        """Validates when it is time."""
         finetuner = finetuner_of(pl_module)
         if self.every and finetuner.iteration % self.every == 0 and not finetuner.warmup_left:
-            self.draw(trainer, finetuner)
+            self.validate(trainer, finetuner)
 
-    def draw(self, trainer: Trainer, finetuner: Finetuner) -> None:
-        """Writes `pictures/iteration-NNNNNNNNN.jpg`."""
+    def validate(self, trainer: Trainer, finetuner: Finetuner) -> None:
+        """Writes a row of `validation.csv` and `pictures/iteration-NNNNNNNNN.jpg`."""
         if not (self.every and self.fixed and trainer.is_global_zero):
             return
-        rows = [
-            images.hstack([image, images.to_uint8(ema_reconstruction(finetuner, image)).cpu()])
-            for image in self.fixed
+        pairs = [reconstruct_fixed(finetuner, image) for image in self.fixed]
+        iteration = finetuner.iteration
+        row = validation_scores(finetuner, self.fixed, pairs)
+        path = self.folder / f"iteration-{iteration:09d}.jpg"
+        strip = [
+            images.hstack([image, ema]) for image, (ema, _) in zip(self.fixed, pairs, strict=True)
         ]
-        path = self.folder / f"iteration-{finetuner.iteration:09d}.jpg"
         with tolerated():
+            self.table.write(iteration, row)
             with checkpoint.atomic_path(path) as temporary:
-                images.to_pil(images.vstack(rows)).save(temporary, format="JPEG", quality=92)
-            self.run_log.picture(finetuner.iteration, path)
+                images.to_pil(images.vstack(strip)).save(temporary, format="JPEG", quality=92)
+            self.run_log.validated(iteration, row, path)
 
 
 @torch.no_grad()
-def ema_reconstruction(finetuner: Finetuner, image: Tensor) -> Tensor:
-    """uint8 (3, H, W) -> (3, H, W) in about [-1, 1], by posterior mean and EMA decoder."""
+def reconstruct_fixed(finetuner: Finetuner, image: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 (3, H, W) -> two of them, from the posterior mean: by EMA and by raw weights."""
     x = images.to_float(image.to(finetuner.device))[None].to(finetuner.autoencoder.last_layer.dtype)
     latents = finetuner.autoencoder.encode(x).mean
-    decoded: Tensor = finetuner.ema["decoder"](finetuner.ema["post_quant_conv"](latents))[0]
-    return decoded
+    ema = finetuner.ema["decoder"](finetuner.ema["post_quant_conv"](latents))[0]
+    raw = finetuner.autoencoder.decode(latents)[0]
+    return images.to_uint8(ema).cpu(), images.to_uint8(raw).cpu()
+
+
+@torch.no_grad()
+def validation_scores(
+    finetuner: Finetuner, originals: list[Tensor], pairs: list[tuple[Tensor, Tensor]]
+) -> dict[str, float]:
+    """PSNR, SSIM and perceptual distance of EMA and raw weights, means over the photographs.
+
+    And the EMA's shift of colour and saturation, reconstruction minus input, in 8-bit levels.
+    """
+    row: dict[str, float] = {}
+    x = torch.stack(originals)
+    for name, outputs in zip(("ema", "raw"), zip(*pairs, strict=True), strict=True):
+        y = torch.stack(list(outputs))
+        x01, y01 = x.double() / 255.0, y.double() / 255.0
+        row[f"psnr_{name}"] = float(metrics.psnr(x01, y01).mean())
+        row[f"ssim_{name}"] = float(metrics.ssim(x01, y01).mean())
+        on_device = [images.to_float(t.to(finetuner.device)) for t in (x, y)]
+        row[f"perceptual_{name}"] = float(finetuner.perceptual(*on_device).mean())
+        if name == "ema":
+            shift = metrics.colour_shift(x01, y01).mean(dim=0)
+            row |= {f"{c}_shift_ema": float(v) for c, v in zip(COLOURS, shift, strict=True)}
+    return row
 
 
 class RunLog(Callback):
@@ -244,15 +280,19 @@ class RunLog(Callback):
             with self._wandb_may_fail():
                 self.wandb.finish()
 
-    def picture(self, iteration: int, path: Path) -> None:
-        """Sends a strip to wandb."""
+    def validated(self, iteration: int, row: dict[str, float], path: Path) -> None:
+        """Tells the scores of the fixed photographs, and sends them and their strip to wandb."""
+        self._say(
+            f"validation at iteration {iteration:,}: PSNR {row['psnr_ema']:.2f} EMA, "
+            f"{row['psnr_raw']:.2f} raw; SSIM {row['ssim_ema']:.3f} EMA, {row['ssim_raw']:.3f} raw"
+        )
         if self.wandb is not None:
             import wandb
 
             with self._wandb_may_fail():
-                self.wandb.log(
-                    {"pictures": wandb.Image(str(path), file_type="jpg"), "iteration": iteration}
-                )
+                scores = {f"validation/{key}": value for key, value in row.items()}
+                strip = wandb.Image(str(path), file_type="jpg")
+                self.wandb.log({**scores, "pictures": strip, "iteration": iteration})
 
     @contextlib.contextmanager
     def _wandb_may_fail(self) -> Iterator[None]:
@@ -284,8 +324,11 @@ class RunLog(Callback):
         for name, source in self.plan.plans.items():
             row[f"images_{name}"] = source.share * (finetuner.iteration - self.first)
             row[f"passes_{name}"] = source.passes(finetuner.iteration - self.first)
+        row["ema_distance"] = ema_distance(finetuner.ema, finetuner.autoencoder)
         if finetuner.device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            row["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if trainer.is_global_zero:
             with tolerated():
                 self.table.write(finetuner.iteration, row)

@@ -153,9 +153,11 @@ class Log:
     """What a run tells."""
 
     every: int = setting("iterations between log lines", 50, machine=True)
-    pictures_every: int = setting("iterations between picture strips; 0: none", 1000, machine=True)
+    pictures_every: int = setting(
+        "iterations between validations on fixed photographs; 0: none", 1000, machine=True
+    )
     pictures: str | None = setting(
-        "folder of fixed photographs; null: the first of the data", None, machine=True
+        "folder of fixed photographs, held out; null: the first of the data", None, machine=True
     )
     wandb: Literal["off", "auto", "offline"] = setting(
         "auto: online, or offline without a network", "off", machine=True

@@ -1,7 +1,7 @@
 """Exponential moving average of the trained part, once per decoder update, in float32."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def ema_decay(number: int, decay: float, warmup: bool) -> float:
@@ -23,3 +23,12 @@ def ema_update(averaged: nn.Module, module: nn.Module, decay: float) -> None:
     if ours.keys() != theirs.keys():
         raise ValueError(f"parameters differ: {sorted(ours.keys() ^ theirs.keys())}")
     torch._foreach_lerp_(list(ours.values()), [theirs[name] for name in ours], 1.0 - decay)
+
+
+@torch.no_grad()
+def ema_distance(averaged: nn.ModuleDict, module: nn.Module) -> float:
+    """|averaged - module| / |module|, over the parts that `averaged` holds by their names."""
+    ours: list[Tensor] = [p for _, part in averaged.items() for p in part.parameters()]
+    theirs: list[Tensor] = [p for name in averaged for p in getattr(module, name).parameters()]
+    apart = torch._foreach_norm(torch._foreach_sub(ours, theirs))
+    return float(torch.stack(apart).norm() / torch.stack(torch._foreach_norm(theirs)).norm())

@@ -288,6 +288,7 @@ class Finetuner(LightningModule):
         scaled = weight * settings.weight
         terms = {
             "generator_loss": g.detach(),
+            "adversarial_loss": scaled * factor * g.detach(),  # as used, beside nll_loss
             "adaptive_weight": scaled,
             "adaptive_weight_clamped": (weight >= settings.max_weight).to(y.dtype),
             "adversarial_factor": torch.full_like(weight, factor),

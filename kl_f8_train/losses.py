@@ -26,7 +26,9 @@ def reconstruction_loss(
     perceptual_weight: float,
     logvar: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """nll, summed over pixels and averaged over images, and its terms per pixel.
+    """nll, summed over pixels and averaged over images, and its terms.
+
+    Terms named `_loss` are means per pixel, those named `_nll` their shares of nll as used.
 
     `pixel` is "l1" or "mse"; `perceptual` is (B, 1, 1, 1); `logvar` is a scalar.
     """
@@ -34,10 +36,13 @@ def reconstruction_loss(
     pixel_term = error.abs() if pixel == "l1" else error.square()
     rec = pixel_term + perceptual_weight * perceptual  # (B, 3, H, W)
     nll = torch.sum(rec / logvar.exp() + logvar) / images.shape[0]
+    scale = images[0].numel() / logvar.exp()  # from a mean per pixel to the share of nll
     terms = {
         "pixel_loss": pixel_term.mean(),
         "perceptual_loss": perceptual.mean(),
         "reconstruction_loss": rec.mean(),
+        "pixel_nll": scale * pixel_term.mean(),
+        "perceptual_nll": scale * perceptual_weight * perceptual.mean(),
         "nll_loss": nll,
     }
     return nll, {name: value.detach() for name, value in terms.items()}

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from kl_f8_train import checkpoint, config, images, perceptual, state
 from kl_f8_train.cache import is_remote
-from kl_f8_train.callbacks import Checkpoints, Pictures, Prefetch, RunLog, Signals
+from kl_f8_train.callbacks import Checkpoints, Prefetch, RunLog, Signals, Validation
 from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.data import (
     IterationSampler,
@@ -71,11 +71,11 @@ def train(settings: Config, allow_changes: bool = False) -> int:
         finetuner.data_digest = plan.digest()
         _describe(settings, finetuner, plan, sources)
         run_log = RunLog(run_dir, settings, finetuner.iteration, plan)
-        pictures = Pictures(
+        validation = Validation(
             run_dir, settings.log.pictures_every, _fixed_images(settings, plan, sources), run_log
         )
         saving = Checkpoints(run_dir, settings.checkpoint, frozen)
-        callbacks = [run_log, pictures, signals, saving]
+        callbacks = [run_log, validation, signals, saving]
         if any(is_remote(place) for place in _places(sources)):
             callbacks.append(Prefetch(plan, sources, shard_cache(settings)))
         callbacks.append(Watchdog(settings.compute.timeout_minutes))  # the last: sees all others

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from kl_f8_train.ema import ema_decay, ema_update
+from kl_f8_train.ema import ema_decay, ema_distance, ema_update
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,20 @@ def test_update_refuses_other_parameters():
     averaged, _ = modules()
     with pytest.raises(ValueError, match="parameters differ"):
         ema_update(averaged, nn.Sequential(nn.Conv2d(3, 4, 3)), 0.9)
+
+
+def test_distance_is_relative_to_the_weights():
+    whole = nn.ModuleDict({"decoder": nn.Linear(3, 2), "encoder": nn.Linear(3, 2)}).double()
+    averaged = nn.ModuleDict({"decoder": nn.Linear(3, 2)}).double()
+    theirs, ours = (
+        torch.cat([p.detach().flatten() for p in m["decoder"].parameters()])
+        for m in (whole, averaged)
+    )
+
+    class Owner(nn.Module):
+        decoder = whole["decoder"]
+
+    expected = float((ours - theirs).norm() / theirs.norm())
+    assert ema_distance(averaged, Owner()) == pytest.approx(expected, rel=1e-12)
+    averaged["decoder"].load_state_dict(whole["decoder"].state_dict())
+    assert ema_distance(averaged, Owner()) == 0.0

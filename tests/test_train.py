@@ -134,7 +134,12 @@ def test_only_broken_checkpoints_stop_and_change_nothing(folder):
     assert sorted((folder / "all-broken" / "checkpoints").iterdir()) == before
 
 
-def test_pictures_and_config_are_written(folder):
+def read_table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_validation_and_config_are_written(folder):
     train(runs.recipe(folder, "pictures", "stop_iteration=102", "log.pictures_every=2"))
     run = folder / "pictures"
     assert {p.name for p in (run / "pictures").iterdir()} == {
@@ -142,6 +147,28 @@ def test_pictures_and_config_are_written(folder):
         "iteration-000000102.jpg",
     }
     assert "stop_iteration: 102" in (run / "config.yaml").read_text()
+    start, end = read_table(run / "validation.csv")
+    assert (start["iteration"], end["iteration"]) == ("100", "102")
+    for key in ("psnr", "ssim", "perceptual"):
+        assert start[f"{key}_ema"] == start[f"{key}_raw"]  # the EMA starts as a copy
+        assert end[f"{key}_ema"] != end[f"{key}_raw"]
+    assert float(end["psnr_raw"]) > float(start["psnr_raw"])
+    assert {"red_shift_ema", "green_shift_ema", "blue_shift_ema"} < end.keys()
+    rows = read_table(run / "metrics.csv")
+    assert 0 < float(rows[0]["ema_distance"]) < float(rows[1]["ema_distance"]) < 0.1
+    for row in rows:
+        as_used = float(row["pixel_nll"]) + float(row["perceptual_nll"])
+        assert as_used == pytest.approx(float(row["nll_loss"]), rel=1e-5)
+        used = float(row["adaptive_weight"]) * float(row["generator_loss"])
+        assert float(row["adversarial_loss"]) == pytest.approx(used, rel=1e-4)
+
+
+def test_validation_rows_of_a_resumed_run_are_not_doubled(folder):
+    for stop in (102, 103):
+        settings = runs.recipe(folder, "valid", f"stop_iteration={stop}", "log.pictures_every=1")
+        train(settings, allow_changes=True)
+    iterations = [row["iteration"] for row in read_table(folder / "valid" / "validation.csv")]
+    assert iterations == ["100", "101", "102", "103"]
 
 
 def test_a_missing_discriminator_warms_up_alone(folder):
