@@ -2,11 +2,14 @@
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from kl_f8_train import __version__
@@ -94,6 +97,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     fetch = add("fetch", _fetch, "Downloads VGG16's features for LPIPS, once.")
     fetch.add_argument("--url", default=None, help="another place of torchvision's file")
+
+    state = add("status", _status, "Tells where a run is, from its files: running, ended or dead.")
+    state.add_argument("run", type=Path, help="run directory")
+    state.add_argument("--json", action="store_true", help="print one JSON object")
+    state.add_argument("--html", type=Path, help="write a page with curves to this file")
 
     settings = add("config", _config, "Shows, compares or explains recipes.")
     settings.add_argument("action", choices=["show", "diff", "schema"])
@@ -206,6 +214,17 @@ def _fetch(args: argparse.Namespace) -> int:
     from kl_f8_train.perceptual import VGG_URL, fetch_vgg
 
     print(f"VGG16 features: {fetch_vgg(args.url or VGG_URL)}")
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from kl_f8_train import status
+
+    now = time.time()
+    found = status.read_status(args.run, now)
+    if args.html:
+        status.write_html(args.run, found, now, args.html)
+    print(json.dumps(asdict(found)) if args.json else "\n".join(status.describe(found)))
     return 0
 
 

@@ -276,7 +276,7 @@ def differences(
     before: Config | Mapping[str, Any], after: Config | Mapping[str, Any], *, machine: bool = False
 ) -> list[str]:
     """Lines `key: before -> after` of what differs; machine settings only on request."""
-    old, new = dict(_leaves(_plain(before))), dict(_leaves(_plain(after)))
+    old, new = dict(leaves(_plain(before))), dict(leaves(_plain(after)))
     keys = [
         key for key in (*old, *(k for k in new if k not in old)) if machine or not _machine(key)
     ]
@@ -584,16 +584,17 @@ def _plain(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     return to_dict(config) if isinstance(config, Config) else dict(config)
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting in nested values."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
 def _leaf_keys(values: Mapping[str, Any]) -> Iterator[str]:
-    return (key for key, _ in _leaves(values))
+    return (key for key, _ in leaves(values))
 
 
 def _field(key: str) -> Field[Any] | None:
