@@ -66,6 +66,13 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     train.add_argument("--allow-changes", action="store_true", help="resume with another recipe")
+    train.add_argument("--dry-run", action="store_true", help="only look it over, as doctor does")
+
+    doctor = add("doctor", _doctor, "Looks a run over before it costs anything: go, or no go.")
+    doctor.add_argument("config", nargs="?", help="recipe: a YAML file, or a shipped one's name")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.add_argument("--scaling", action="store_true", help="print docs/scaling.md's tables")
 
     export = add("export", _export, "Writes a run's EMA weights for every consumer.")
     export.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
@@ -122,12 +129,39 @@ def build_parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> int:
     from kl_f8_train import config
 
+    if args.dry_run:
+        return _examine(args.config, args.overrides, False, args.allow_changes)
     settings = config.load(config.find_recipe(args.config), args.overrides)
     if not Path(settings.init.weights).exists() and not Path(settings.run_dir).is_dir():
         raise MissingInputError(f"init.weights={settings.init.weights}: no such file")
     from kl_f8_train.train import train
 
     return train(settings, args.allow_changes)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    if args.scaling:
+        from kl_f8_train import scaling
+
+        print("\n\n".join(scaling.tables()))
+        return 0
+    if args.config is None:
+        raise UsageError("doctor takes a recipe: kl-f8-train doctor CONFIG [key=value ...]")
+    return _examine(args.config, args.overrides, args.json)
+
+
+def _examine(recipe: str, overrides: list[str], as_json: bool, allow_changes: bool = False) -> int:
+    from kl_f8_train import config
+
+    path = config.find_recipe(recipe)
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        print("loading ...", flush=True)
+        from kl_f8_train.doctor import examine
+
+        report = examine(path, overrides, lambda line: print(line, flush=True), allow_changes)
+    if as_json:
+        print(json.dumps(report.as_json()))
+    return report.exit_code
 
 
 def _export(args: argparse.Namespace) -> int:

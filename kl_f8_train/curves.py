@@ -13,7 +13,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 46, 10, 10, 22  # of a chart
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture: named lines over the iteration, perhaps with a logarithmic y axis."""
+    """One picture: named lines over the iteration, on a logarithmic y axis if asked and needed."""
 
     title: str
     lines: Mapping[str, Points]
@@ -33,7 +33,7 @@ def downsample(points: Points, limit: int = MAX_POINTS) -> Points:
 
 
 def ticks(low: float, high: float, log: bool = False) -> list[float]:
-    """Round numbers in [low, high], about four."""
+    """Round numbers in [low, high], three to six."""
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for factors in ((1, 2, 5), (1,)):
@@ -44,19 +44,19 @@ def ticks(low: float, high: float, log: bool = False) -> list[float]:
         return found[:: 1 + len(found) // 6]
     rough = (high - low) / 3
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    step = max(factor * power for factor in (1, 2, 5) if factor * power <= rough)
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     return [number * step for number in numbers]
 
 
 def svg(chart: Chart, marks: Mapping[str, float]) -> str:
     """A chart; `marks` are vertical lines, name -> x, drawn where they lie inside."""
-    log = chart.log and all(y > 0 for line in chart.lines.values() for _, y in line)
     lines = {name: downsample(line) for name, line in chart.lines.items()}
     xs = [x for line in lines.values() for x, _ in line]
     ys = [y for line in lines.values() for _, y in line]
-    left, right = _widened(min(xs), max(xs), False)
-    low, high = _widened(min(ys), max(ys), log)
+    left, right = _widened(min(xs), max(xs))
+    low, high = _widened(min(ys), max(ys))
+    log = chart.log and low > 0 and high > 20 * low
 
     def across(x: float) -> float:
         return LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT)
@@ -96,11 +96,11 @@ def svg(chart: Chart, marks: Mapping[str, float]) -> str:
     )
 
 
-def _widened(low: float, high: float, log: bool) -> tuple[float, float]:
+def _widened(low: float, high: float) -> tuple[float, float]:
     """A range that is not empty."""
-    if high > low and (not log or high > 1.5 * low):
+    if high > low:
         return low, high
-    return (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+    return (0.0, 1.0) if low == 0 else (low - abs(low) / 2, low + abs(low) / 2)
 
 
 def _short(number: float) -> str:

@@ -239,7 +239,7 @@ def _row_warnings(rows: Sequence[Row]) -> Iterable[str]:
     if waited > 0.1:
         yield f"{100 * waited:.0f} % of the time is spent waiting for data: raise data.workers"
     losses = compare_losses(rows).get("reconstruction_loss")
-    if losses and len(rows) >= 20 and losses["recent"] > 1.2 * losses["first"]:
+    if losses and len(rows) >= 20 and losses["recent"] > 1.5 * losses["first"]:
         yield (
             f"the reconstruction loss rose, from {losses['first']:.4g} to {losses['recent']:.4g}: "
             "the learning rate may be too high"

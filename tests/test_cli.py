@@ -44,6 +44,10 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
         (["config", "diff", "ft_ema", "ft_mse"], 0, "loss.pixel: l1 -> mse"),
         (["config", "schema"], 0, "optimizer.learning_rate"),
         (["evaluate", "a=x.ckpt", "--images", "nowhere"], 3, "no such folder"),
+        (["doctor"], 2, "doctor takes a recipe"),
+        (["doctor", "--scaling"], 0, "| RTX 4090 |"),
+        (["status", "nowhere"], 3, "no such directory"),
+        (["status", "configs"], 3, "no config.yaml"),
         (["pack", "nowhere", "out"], 3, "no such folder"),
     ],
 )

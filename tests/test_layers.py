@@ -7,17 +7,18 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kl_f8_train"
 LAYERS = (
-    {"errors"},
-    {"config", "images", "model", "discriminator", "losses", "ema", "formats", "metrics", "plan"},
-    {"checkpoint", "pack"},
-    {"perceptual", "cache"},
+    {"errors", "units"},
+    {"config", "images", "model", "discriminator", "losses", "ema", "formats", "metrics", "plan"}
+    | {"origins", "curves"},
+    {"checkpoint", "pack", "status", "cost"},
+    {"perceptual", "cache", "scaling"},
     {"shards"},
     {"data"},
     {"finetuner", "evaluate"},
     {"state"},
     {"callbacks", "report"},
     {"train", "export"},
-    {"demo"},
+    {"demo", "doctor"},
     {"__main__"},
 )
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
