@@ -10,7 +10,7 @@ LAYERS = (
     {"errors", "units"},
     {"config", "images", "model", "discriminator", "losses", "ema", "formats", "metrics", "plan"}
     | {"origins", "curves"},
-    {"checkpoint", "pack", "status", "cost"},
+    {"checkpoint", "cost", "pack", "status"},
     {"perceptual", "cache", "scaling"},
     {"shards"},
     {"data"},
