@@ -143,7 +143,7 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.scaling:
         from kl_f8_train import scaling
 
-        print("\n\n".join(scaling.tables()))
+        print(scaling.tables())
         return 0
     if args.config is None:
         raise UsageError("doctor takes a recipe: kl-f8-train doctor CONFIG [key=value ...]")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_f8_train import checkpoint, config, images, origins, perceptual, scaling
+from kl_f8_train import checkpoint, config, cost, images, origins, perceptual, scaling
 from kl_f8_train.cache import is_remote
 from kl_f8_train.callbacks import wandb_reachable
 from kl_f8_train.config import Config
@@ -132,7 +132,7 @@ def _examine_run(report: Report, settings: Config, allow_changes: bool) -> None:
         _check_disk(report, settings)
     report.say("the bill:")
     _bill(report, settings, world)
-    _tell_scaling(report, settings)
+    _tell_scaling(report, settings, world)
 
 
 # --- settings -------------------------------------------------------------------------------
@@ -175,6 +175,7 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
         f"{_count(world, 'process', 'es')} x {micro} images x "
         f"{_count(parts, 'micro-batch', 'es')} = {batch}"
     )
+    report.tell(f"GPU memory that this takes, computed: {size(cost.peak_bytes(settings, micro))}")
     report.tell(
         f"learning rate {rate:g}, absolute: nothing scales it. The original's rule would give "
         f"{parts} x {micro} x {world} x {BASE_RATE:g} = {batch * BASE_RATE:g}; this is "
@@ -296,7 +297,11 @@ def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world
         if cuda
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
-    report.facts |= {"seconds_per_image": seconds / count, "memory_bytes": memory}
+    report.facts |= {
+        "device": _device_name(cuda),
+        "seconds_per_image": seconds / count,
+        "memory_bytes": memory,
+    }
     report.tell(
         f"{count} images in {seconds:.2f} s on {_device_name(cuda)}: "
         f"{count / seconds:.3g} images/s; memory at most {size(memory)}"
@@ -393,7 +398,11 @@ def _check_workers(report: Report, settings: Config, wanted: float) -> None:
 
 
 def _device_name(cuda: bool) -> str:
-    return torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    return (
+        torch.cuda.get_device_name()
+        if cuda
+        else f"this CPU, {_count(torch.get_num_threads(), 'thread', 's')}"
+    )
 
 
 # --- the bill -------------------------------------------------------------------------------
@@ -467,31 +476,41 @@ def _bill(report: Report, settings: Config, world: int) -> None:
     )
 
 
-def _tell_scaling(report: Report, settings: Config) -> None:
-    """What 1 to 64 devices like this one would take, from the measured speed."""
-    seconds = report.facts.get("seconds_per_image")
-    start = _start(report, settings)
-    if seconds is None or start is None:
+def _tell_scaling(report: Report, settings: Config, world: int) -> None:
+    """More devices like this one from its measured speed; without a GPU, the known kinds, too."""
+    seconds, start = report.facts.get("seconds_per_image"), _start(report, settings)
+    if start is None:
         return
+    work = scaling.workload(settings, max(0, settings.stop_iteration - start))
     cuda = settings.compute.accelerator != "cpu" and torch.cuda.is_available()
     gpu = scaling.find_gpu(torch.cuda.get_device_name()) if cuda else None
-    work = scaling.workload(settings, settings.stop_iteration - start)
-    report.say(
-        f"scaling, from the speed of {_device_name(cuda)} (docs/scaling.md has the formulas):"
-    )
-    if gpu is not None:
-        share = work.flops_per_image / (seconds * gpu.flops)
-        assumed = f"{100 * scaling.SHARE:.0f} %"
-        report.tell(f"{100 * share:.0f} % of {gpu.name}'s peak; the docs assume {assumed}")
-    for count in scaling.GPU_COUNTS:
-        if settings.global_batch % count == 0:
-            found = scaling.predict(work, seconds, count, gpu)
-            report.tell(
-                f"{count:>2} devices: {found.images_per_second:.3g} images/s, "
-                f"{duration(found.days * 86400)}; {size(work.reduced_bytes)} reduced in "
-                f"{1e3 * found.reduction_seconds:.1f} ms an iteration, data "
-                f"{size(found.images_per_second * scaling.IMAGE_BYTES)}/s"
-            )
+    assumed = f"{100 * scaling.SHARE:.0f} % of its peak"
+    if seconds is not None:
+        report.say(f"scaling, by docs/scaling.md, from the speed of {_device_name(cuda)}:")
+        if gpu is not None:
+            share = work.flops_per_image / (seconds * gpu.flops)
+            report.tell(f"{100 * share:.0f} % of {gpu.name}'s peak; the docs assume {assumed}")
+        for count in scaling.GPU_COUNTS:
+            if settings.global_batch % count == 0:
+                found = scaling.predict(work, seconds, count, gpu)
+                report.tell(f"{count:>2}: {_predicted(found, work)}")
+    if not cuda:
+        report.say(f"predicted, not measured: {world} of each of these, at {assumed}:")
+        for kind in scaling.GPUS:
+            found = scaling.predict(work, scaling.seconds_per_image(work, kind), world, kind)
+            report.tell(f"{kind.name:<14} {_predicted(found, work)}")
+
+
+def _predicted(found: scaling.Prediction, work: scaling.Workload) -> str:
+    parts = [
+        f"{found.images_per_second:.3g} images/s",
+        duration(found.days * 86400),
+        f"data {size(found.images_per_second * scaling.IMAGE_BYTES)}/s",
+    ]
+    if found.reduction_seconds:
+        reduced = f"{1e3 * found.reduction_seconds:.1f} ms"
+        parts.append(f"{size(work.reduced_bytes)} reduced in {reduced} an iteration")
+    return ", ".join(parts)
 
 
 def _verdict(report: Report) -> None:

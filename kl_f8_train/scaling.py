@@ -140,18 +140,19 @@ def find_gpu(device_name: str) -> Gpu | None:
 # --- tables ---------------------------------------------------------------------------------
 
 
-def tables() -> list[str]:
+def tables() -> str:
     """The tables of docs/scaling.md: both published stages, by the shipped recipes."""
     configs = [load_published(name) for name in ("ft_ema", "ft_mse")]
     works = [published_workload(config) for config in configs]
-    return [
-        gpu_table(),
-        work_table(works),
-        *(prediction_table(work) for work in works),
-        reduction_table(works),
-        rate_table(works[0], configs[0].checkpoint.every),
-        memory_table(configs),
-    ]
+    parts = {
+        "The GPUs": gpu_table(),
+        "The stages": work_table(works),
+        **{f"Predicted speed and days, {work.name}": prediction_table(work) for work in works},
+        "Time of the reduction": reduction_table(works),
+        "Data and checkpoints": rate_table(works[0], configs[0].checkpoint.every),
+        "Memory": memory_table(configs),
+    }
+    return "\n\n".join(f"## {title}\n\n{table}" for title, table in parts.items())
 
 
 def load_published(name: str) -> Config:

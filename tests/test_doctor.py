@@ -126,6 +126,25 @@ def test_a_warm_up_is_announced_and_paid(examined, folder, tmp_path):
     assert found["gradient_audit"]["adversarial"] > 0
 
 
+def test_the_one_gpu_recipe_is_fit_to_start(folder, capsys):
+    tiny = (
+        *runs.TINY,
+        "model.ch=32",
+        "model.num_res_blocks=1",
+        "loss.perceptual=st_lpips_alex",
+        "loss.allow_stand_in=true",
+        "data.shorter_side=null",
+        f"data.sources={folder / 'tiles'}",
+        f"init.weights={folder / 'model.ckpt'}",
+        f"run_dir={folder / 'mine'}",
+    )
+    kept = [text for text in tiny if not text.startswith(("adversarial", "init.iteration"))]
+    assert main(["doctor", "single_gpu", *kept]) == 0, capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "10,000 iterations x 4 = 40,000 images" in told
+    assert "RTX 4090" in told or torch.cuda.is_available()
+
+
 # --- the gradient audit ---------------------------------------------------------------------
 
 
