@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import os
 import secrets
 import signal
 import sys
@@ -433,11 +434,12 @@ def wandb_reachable(timeout_seconds: float = 5.0) -> bool:
     """Whether wandb's server answers at all, within the time, name look-up included."""
     import wandb
 
+    address = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
     answered = threading.Event()
 
     def ask() -> None:
         try:
-            with urllib.request.urlopen(wandb.Settings().base_url, timeout=timeout_seconds):
+            with urllib.request.urlopen(address, timeout=timeout_seconds):
                 answered.set()
         except urllib.error.HTTPError:
             answered.set()

@@ -44,17 +44,16 @@ def ticks(low: float, high: float, log: bool = False) -> list[float]:
         return found[:: 1 + len(found) // 6]
     rough = (high - low) / 3
     power = 10.0 ** math.floor(math.log10(rough))
-    step = max(factor * power for factor in (1, 2, 5) if factor * power <= rough)
+    step = max(factor * power for factor in (1, 2, 5) if factor * power <= rough * (1 + 1e-9))
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     return [number * step for number in numbers]
 
 
-def svg(chart: Chart, marks: Mapping[str, float]) -> str:
-    """A chart; `marks` are vertical lines, name -> x, drawn where they lie inside."""
+def svg(chart: Chart, marks: Mapping[str, float], span: tuple[float, float]) -> str:
+    """A chart over the x of `span`; `marks` are vertical lines, name -> x, drawn where inside."""
     lines = {name: downsample(line) for name, line in chart.lines.items()}
-    xs = [x for line in lines.values() for x, _ in line]
     ys = [y for line in lines.values() for _, y in line]
-    left, right = _widened(min(xs), max(xs))
+    left, right = _widened(*span)
     low, high = _widened(min(ys), max(ys))
     log = chart.log and low > 0 and high > 20 * low
 
@@ -71,11 +70,8 @@ def svg(chart: Chart, marks: Mapping[str, float]) -> str:
         y = up(tick)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 5}" y="{y + 3.5:.1f}" class="end">{_short(tick)}</text>')
-    for x, where in ((min(xs), "start"), (max(xs), "end")):
-        if where == "end" or min(xs) < max(xs):
-            parts.append(
-                f'<text x="{across(x):.1f}" y="{HEIGHT - 6}" class="{where}">{x:,.0f}</text>'
-            )
+    for x, where in dict(zip(span, ("start", "end"), strict=True)).items():
+        parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - 6}" class="{where}">{x:,.0f}</text>')
     for name, x in marks.items():
         if left <= x <= right:
             parts.append(
@@ -97,8 +93,8 @@ def svg(chart: Chart, marks: Mapping[str, float]) -> str:
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
-    """A range that is not empty."""
-    if high > low:
+    """A range that is not empty, nor only the rounding of one value."""
+    if high - low > 1e-9 * max(abs(low), abs(high)):
         return low, high
     return (0.0, 1.0) if low == 0 else (low - abs(low) / 2, low + abs(low) / 2)
 
@@ -107,7 +103,7 @@ def _short(number: float) -> str:
     return f"{number:.0e}".replace("e-0", "e-") if 0 < abs(number) < 1e-3 else f"{number:,.6g}"
 
 
-def figure(chart: Chart, marks: Mapping[str, float]) -> str:
+def figure(chart: Chart, marks: Mapping[str, float], span: tuple[float, float]) -> str:
     """A chart with its title and a legend that tells each line's last value."""
     legend = "".join(
         f'<li><i class="c{number}"></i>{escape(name)} <b>{line[-1][1]:.4g}</b></li>'
@@ -115,7 +111,7 @@ def figure(chart: Chart, marks: Mapping[str, float]) -> str:
     )
     return (
         f"<figure><figcaption>{escape(chart.title)}</figcaption>"
-        f"<ul>{legend}</ul>{svg(chart, marks)}</figure>\n"
+        f"<ul>{legend}</ul>{svg(chart, marks, span)}</figure>\n"
     )
 
 
@@ -127,14 +123,16 @@ def page(
     marks: Mapping[str, float],
     footer: str,
 ) -> str:
-    """The whole document; a chart without points is left out."""
+    """The whole document; a chart without points is left out, all others share their x axis."""
     rows = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
     notes = "".join(f"<li>{escape(line)}</li>" for line in warnings)
     shown = [
         Chart(chart.title, {k: v for k, v in chart.lines.items() if v}, chart.log)
         for chart in charts
     ]
-    figures = "".join(figure(chart, marks) for chart in shown if chart.lines)
+    xs = [x for chart in shown for line in chart.lines.values() for x, _ in line]
+    span = (min(xs, default=0.0), max(xs, default=0.0))
+    figures = "".join(figure(chart, marks, span) for chart in shown if chart.lines)
     key = "".join(f'<li><i class="dash"></i>{escape(k)}: {v:,.0f}</li>' for k, v in marks.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">

@@ -2,6 +2,8 @@
 
 import datetime
 import json
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -197,6 +199,19 @@ def test_weights_that_give_no_number_are_refused(examined, folder, tmp_path):
     assert code == 4
     assert "gradient audit: pixel nan" in found["problems"][0]
     assert found["gradient_audit"]["pixel"] is None  # JSON has no NaN
+
+
+def test_wandb_is_asked(examined, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    try:
+        found = examined("wandb", "log.wandb=auto", "init.weights=absent")[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert found["wandb"] == "online"
+    assert examined("wandb", "log.wandb=offline", "init.weights=absent")[1]["wandb"] == "offline"
 
 
 # --- no go ----------------------------------------------------------------------------------

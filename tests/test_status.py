@@ -197,7 +197,7 @@ def test_the_page_stands_alone_and_its_curves_are_thinned(tmp_path):
 
 def test_points_lie_where_they_belong():
     chart = curves.Chart("t", {"a": [(0, 0), (5, 10), (10, 5)]})
-    (line,) = ElementTree.fromstring(curves.svg(chart, {})).iter("polyline")
+    (line,) = ElementTree.fromstring(curves.svg(chart, {}, (0, 10))).iter("polyline")
     points = [tuple(map(float, pair.split(","))) for pair in line.get("points").split()]
     left, right = curves.LEFT, curves.WIDTH - curves.RIGHT
     bottom, top = curves.HEIGHT - curves.BOTTOM, curves.TOP
@@ -226,9 +226,17 @@ def test_ticks_are_round_and_inside(low, high, log):
     assert found == pytest.approx([float(f"{tick:.3g}") for tick in found])
 
 
-@pytest.mark.parametrize("line", [[(1, 0)], [(1, 5), (2, 5)], [(1, -4), (1, -4)]])
-def test_flat_and_single_points_are_drawn(line):
-    assert ElementTree.fromstring(curves.svg(curves.Chart("t", {"a": line}, log=True), {}))
+@pytest.mark.parametrize(
+    ("line", "span"),
+    [([(1, 0)], (1, 1)), ([(1, 0.1 + 0.2), (2, 0.3)], (1, 2)), ([(1, -4), (1, -4)], (0, 3))],
+)
+def test_flat_and_single_points_are_drawn(line, span):
+    (drawn,) = re.findall(
+        r'(?:points|cy)="([^"]*)"', curves.svg(curves.Chart("t", {"a": line}), {}, span)
+    )
+    heights = {round(float(pair.split(",")[-1])) for pair in drawn.split()}
+    assert len(heights) == 1
+    assert ElementTree.fromstring(curves.svg(curves.Chart("t", {"a": line}, log=True), {}, span))
 
 
 def test_names_cannot_break_the_page(tmp_path):
