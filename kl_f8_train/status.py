@@ -226,12 +226,9 @@ def compare_losses(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 
 def _row_warnings(rows: Sequence[Row]) -> Iterable[str]:
     """What the log rows tell of updates, images, speed and the loss."""
-    bad = [int(row["iteration"]) for row in rows if row.get("bad_updates", 0.0) > 0]
+    bad, last = left_out(rows)
     if bad:
-        yield (
-            f"updates that were not finite were left out, in {len(bad)} log rows, last by "
-            f"iteration {bad[-1]:,}"
-        )
+        yield f"{bad} updates were left out as not finite, the last by iteration {last:,}"
     skipped = rows[-1].get("skipped_images", 0.0) if rows else 0.0
     if skipped:
         yield f"{skipped:,.0f} images could not be used; they are named in skipped-*.txt"
@@ -244,6 +241,18 @@ def _row_warnings(rows: Sequence[Row]) -> Iterable[str]:
             f"the reconstruction loss rose, from {losses['first']:.4g} to {losses['recent']:.4g}: "
             "the learning rate may be too high"
         )
+
+
+def left_out(rows: Sequence[Row]) -> tuple[int, int]:
+    """Updates left out, and the row of the last; each process of a run counts from 0."""
+    total, last, before = 0, 0, 0.0
+    for row in rows:
+        now = row.get("bad_updates", before)
+        new = now - before if now >= before else now
+        if new:
+            total, last = total + math.ceil(new), int(row["iteration"])
+        before = now
+    return total, last
 
 
 def _checkpoint_warnings(

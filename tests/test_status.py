@@ -151,7 +151,7 @@ def test_warm_up_rows_count_apart(tmp_path):
         ({"adaptive_weight_clamped": 0.5}, "clamped in 50 %"),
         ({"discriminator_loss": 0.01, "logits_real": 3, "logits_fake": -3}, "has won"),
         ({"discriminator_loss": 1.0, "logits_real": 0.001, "logits_fake": 0}, "cannot tell"),
-        ({"bad_updates": 2}, "not finite were left out, in 30 log rows, last by iteration 1,300"),
+        ({"bad_updates": 2}, "2 updates were left out as not finite, the last by iteration 1,010"),
         ({"skipped_images": 7}, "7 images could not be used"),
         ({"data_wait_share": 0.4}, "40 % of the time is spent waiting for data"),
     ],
@@ -161,6 +161,11 @@ def test_warnings(tmp_path, changes, warning):
     (found,) = status.read_status(run, NOW).warnings
     assert warning in found
     assert warning in status.html(run, status.read_status(run, NOW), NOW)
+
+
+def test_updates_left_out_are_counted_over_restarts():
+    rows = [row(i, bad_updates=n) for i, n in enumerate([0, 1, 1, 3, 0, 0, 2, 2, 1, 1])]
+    assert status.left_out(rows) == (3 + 2 + 1, 8)
 
 
 def test_a_rising_loss_and_a_missing_checkpoint_are_warned_of(tmp_path):
