@@ -146,6 +146,23 @@ class Compute:
         "images per GPU and micro-batch; null: the largest divisor up to 12", None, machine=True
     )
     timeout_minutes: float = setting("a silent rank is an error after this", 10.0, machine=True)
+    channels_last: bool = setting("networks and images as NHWC in memory", True, machine=True)
+    subpixel_upsample: bool = setting(
+        "double and convolve in one step: 4/9 of the arithmetic, equal but for rounding",
+        True,
+        machine=True,
+    )
+    checkpoint_levels: int = setting(
+        "decoder levels, from full resolution down, whose activations are computed twice "
+        "instead of kept",
+        0,
+        machine=True,
+    )
+    compile: bool | None = setting(
+        "torch.compile the networks; null: on CUDA, where a C compiler is found",
+        None,
+        machine=True,
+    )
 
 
 @dataclass(kw_only=True)
@@ -402,6 +419,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "loss.perceptual_weight": config.loss.perceptual_weight,
         "log.pictures_every": config.log.pictures_every,
         "checkpoint.keep_every": config.checkpoint.keep_every,
+        "compute.checkpoint_levels": config.compute.checkpoint_levels,
     }
     if adversarial is not None:
         positive |= {
