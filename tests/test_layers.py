@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "kl_f8_train"
 LAYERS = (
     {"errors"},
     {"config", "images", "model", "discriminator", "losses", "ema", "formats", "metrics", "plan"},
-    {"checkpoint", "cost", "pack"},
+    {"checkpoint", "compute", "cost", "pack"},
     {"perceptual", "cache"},
     {"shards"},
     {"data"},
