@@ -15,7 +15,7 @@ LAYERS = (
     {"data"},
     {"finetuner", "evaluate"},
     {"state"},
-    {"callbacks", "report"},
+    {"benchmark", "callbacks", "report"},
     {"train", "export"},
     {"demo"},
     {"__main__"},
@@ -28,7 +28,7 @@ PLACES = {
     "lpips": {"perceptual"},
     "safetensors": {"checkpoint"},
     "wandb": {"callbacks"},
-    "diffusers": set(),
+    "diffusers": {"benchmark"},  # what --against measures against, if it is installed
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
