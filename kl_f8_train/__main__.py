@@ -114,6 +114,13 @@ def build_parser() -> argparse.ArgumentParser:
     settings.add_argument("action", choices=["show", "diff", "schema"])
     settings.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]")
 
+    speed = add("benchmark", _benchmark, "Measures a recipe's speed and memory on this machine.")
+    speed.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
+    speed.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    speed.add_argument("--json", action="store_true", help="print one JSON object")
+    speed.add_argument("--against", action="store_true", help="reference variants, in turns")
+    speed.add_argument("--iterations", type=int, default=10, help="iterations measured")
+
     demo = add("demo", _demo, "Runs the whole chain in minutes on a CPU.")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
@@ -280,6 +287,32 @@ def _config(args: argparse.Namespace) -> int:
     else:
         print("\n".join(config.differences(loaded[0], loaded[1], machine=True)))
     return 0
+
+
+def _benchmark(args: argparse.Namespace) -> int:
+    from kl_f8_train import config
+
+    if args.iterations < 1:
+        raise UsageError(f"--iterations {args.iterations}: expected 1 or more")
+    recipe = config.find_recipe(args.config)
+    values = config.resolve(recipe, args.overrides)
+    paths = {
+        "run_dir": values["run_dir"],
+        "init.weights": values["init"]["weights"],
+        "data.sources": values["data"]["sources"],
+    }
+    not_needed = [f"{key}=none" for key, value in paths.items() if value == "???"]
+    settings = config.load(recipe, [*not_needed, *args.overrides])
+    from kl_f8_train.benchmark import benchmark, describe
+
+    result = benchmark(settings, args.iterations, args.against, _say_aside)
+    print(json.dumps(result, indent=1) if args.json else describe(result))
+    return 0
+
+
+def _say_aside(message: str) -> None:
+    """Prints on stderr, so that stdout holds the result alone."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def _demo(args: argparse.Namespace) -> int:

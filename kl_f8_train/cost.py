@@ -165,9 +165,9 @@ def peak_bytes(config: Config, batch: int, element_bytes: float | None = None) -
     return state_bytes(config) + kept + batch * working
 
 
-def largest_batch(config: Config, memory_bytes: float) -> int:
+def largest_batch(config: Config, memory_bytes: float, element_bytes: float | None = None) -> int:
     """Images per micro-batch that fit, by `peak_bytes` and a tenth of the memory left free."""
-    first, second = (peak_bytes(config, batch) for batch in (0, 1))
+    first, second = (peak_bytes(config, batch, element_bytes) for batch in (0, 1))
     return max(0, int((0.9 * memory_bytes - first) // (second - first)))
 
 

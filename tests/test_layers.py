@@ -10,13 +10,13 @@ LAYERS = (
     {"errors", "units"},
     {"config", "images", "model", "discriminator", "losses", "ema", "formats", "metrics", "plan"}
     | {"origins", "curves"},
-    {"checkpoint", "cost", "pack", "status"},
+    {"checkpoint", "compute", "cost", "pack", "status"},
     {"perceptual", "cache", "scaling"},
     {"shards"},
     {"data"},
     {"finetuner", "evaluate"},
     {"state"},
-    {"callbacks", "report"},
+    {"benchmark", "callbacks", "report"},
     {"train", "export"},
     {"demo", "doctor"},
     {"__main__"},
@@ -29,7 +29,7 @@ PLACES = {
     "lpips": {"perceptual"},
     "safetensors": {"checkpoint"},
     "wandb": {"callbacks"},
-    "diffusers": set(),
+    "diffusers": {"benchmark"},  # what --against measures against, if it is installed
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
