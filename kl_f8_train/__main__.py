@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from kl_f8_train import __version__
@@ -65,6 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     train.add_argument("--allow-changes", action="store_true", help="resume with another recipe")
+    train.add_argument("--dry-run", action="store_true", help="only look it over, as doctor does")
+
+    doctor = add("doctor", _doctor, "Looks a run over before it costs anything: go, or no go.")
+    doctor.add_argument("config", nargs="?", help="recipe: a YAML file, or a shipped one's name")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.add_argument("--scaling", action="store_true", help="print docs/scaling.md's tables")
 
     inspect = add("inspect", _inspect, "Says what a VAE file holds, without running any of it.")
     inspect.add_argument("weights", help="file, diffusers folder, run directory or hub id")
@@ -142,9 +151,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     fetch.add_argument("--url", help="another place of the same file, of one network")
 
+    state = add("status", _status, "Tells where a run is, from its files: running, ended or dead.")
+    state.add_argument("run", type=Path, help="run directory")
+    state.add_argument("--json", action="store_true", help="print one JSON object")
+    state.add_argument("--html", type=Path, help="write a page with curves to this file")
+
     settings = add("config", _config, "Shows, compares or explains recipes.")
     settings.add_argument("action", choices=["show", "diff", "schema"])
     settings.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]")
+
+    speed = add("benchmark", _benchmark, "Measures a recipe's speed and memory on this machine.")
+    speed.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
+    speed.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    speed.add_argument("--json", action="store_true", help="print one JSON object")
+    speed.add_argument("--against", action="store_true", help="reference variants, in turns")
+    speed.add_argument("--iterations", type=int, default=10, help="iterations measured")
 
     demo = add("demo", _demo, "Runs the whole chain in minutes on a CPU.")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
@@ -161,12 +182,39 @@ def build_parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> int:
     from kl_f8_train import config
 
+    if args.dry_run:
+        return _examine(args.config, args.overrides, False, args.allow_changes)
     settings = config.load(config.find_recipe(args.config), args.overrides)
     if not Path(settings.run_dir).is_dir():
         _must_be_there(settings.init.weights, "init.weights=")
     from kl_f8_train.train import train
 
     return train(settings, args.allow_changes)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    if args.scaling:
+        from kl_f8_train import scaling
+
+        print(scaling.tables())
+        return 0
+    if args.config is None:
+        raise UsageError("doctor takes a recipe: kl-f8-train doctor CONFIG [key=value ...]")
+    return _examine(args.config, args.overrides, args.json)
+
+
+def _examine(recipe: str, overrides: list[str], as_json: bool, allow_changes: bool = False) -> int:
+    from kl_f8_train import config
+
+    path = config.find_recipe(recipe)
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        print("loading ...", flush=True)
+        from kl_f8_train.doctor import examine
+
+        report = examine(path, overrides, lambda line: print(line, flush=True), allow_changes)
+    if as_json:
+        print(json.dumps(report.as_json()))
+    return report.exit_code
 
 
 def _must_be_there(weights: str, key: str = "") -> None:
@@ -340,6 +388,17 @@ def _fetch(args: argparse.Namespace) -> int:
     return 0
 
 
+def _status(args: argparse.Namespace) -> int:
+    from kl_f8_train import status
+
+    now = time.time()
+    found = status.read_status(args.run, now)
+    if args.html:
+        status.write_html(args.run, found, now, args.html)
+    print(json.dumps(asdict(found)) if args.json else "\n".join(status.describe(found)))
+    return 0
+
+
 def _config(args: argparse.Namespace) -> int:
     from kl_f8_train import config
 
@@ -358,6 +417,32 @@ def _config(args: argparse.Namespace) -> int:
     else:
         print("\n".join(config.differences(loaded[0], loaded[1], machine=True)))
     return 0
+
+
+def _benchmark(args: argparse.Namespace) -> int:
+    from kl_f8_train import config
+
+    if args.iterations < 1:
+        raise UsageError(f"--iterations {args.iterations}: expected 1 or more")
+    recipe = config.find_recipe(args.config)
+    values = config.resolve(recipe, args.overrides)
+    paths = {
+        "run_dir": values["run_dir"],
+        "init.weights": values["init"]["weights"],
+        "data.sources": values["data"]["sources"],
+    }
+    not_needed = [f"{key}=none" for key, value in paths.items() if value == "???"]
+    settings = config.load(recipe, [*not_needed, *args.overrides])
+    from kl_f8_train.benchmark import benchmark, describe
+
+    result = benchmark(settings, args.iterations, args.against, _say_aside)
+    print(json.dumps(result, indent=1) if args.json else describe(result))
+    return 0
+
+
+def _say_aside(message: str) -> None:
+    """Prints on stderr, so that stdout holds the result alone."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import os
 import resource
 import secrets
 import signal
@@ -31,6 +32,7 @@ from kl_f8_train.errors import RunFailedError
 from kl_f8_train.finetuner import Finetuner, average_over_ranks
 from kl_f8_train.plan import Plan
 from kl_f8_train.shards import Source
+from kl_f8_train.units import duration
 
 COLOURS = ("red", "green", "blue", "saturation")
 
@@ -486,7 +488,7 @@ def start_wandb(settings: Config, run_dir: Path) -> Any:
     """A wandb run that keeps its id over resumes; without a network, offline within 20 seconds."""
     import wandb
 
-    offline = settings.log.wandb == "offline" or not _wandb_reachable()
+    offline = settings.log.wandb == "offline" or not wandb_reachable()
     identity = run_dir / "wandb_id.txt"
     if not identity.is_file():
         checkpoint.write_text(identity, f"{secrets.token_hex(4)}\n")
@@ -510,15 +512,16 @@ def start_wandb(settings: Config, run_dir: Path) -> Any:
     return run
 
 
-def _wandb_reachable(timeout_seconds: float = 5.0) -> bool:
+def wandb_reachable(timeout_seconds: float = 5.0) -> bool:
     """Whether wandb's server answers at all, within the time, name look-up included."""
     import wandb
 
+    address = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
     answered = threading.Event()
 
     def ask() -> None:
         try:
-            with urllib.request.urlopen(wandb.Settings().base_url, timeout=timeout_seconds):
+            with urllib.request.urlopen(address, timeout=timeout_seconds):
                 answered.set()
         except urllib.error.HTTPError:
             answered.set()
@@ -533,15 +536,3 @@ def finetuner_of(module: LightningModule) -> Finetuner:
     """The module, typed."""
     assert isinstance(module, Finetuner)
     return module
-
-
-def duration(seconds: float) -> str:
-    """3 d 4 h, 2 h 5 min, 3 min 20 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

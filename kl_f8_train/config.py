@@ -146,6 +146,23 @@ class Compute:
         "images per GPU and micro-batch; null: the largest divisor up to 12", None, machine=True
     )
     timeout_minutes: float = setting("a silent rank is an error after this", 10.0, machine=True)
+    channels_last: bool = setting("networks and images as NHWC in memory", True, machine=True)
+    subpixel_upsample: bool = setting(
+        "double and convolve in one step: 4/9 of the arithmetic, equal but for rounding",
+        True,
+        machine=True,
+    )
+    checkpoint_levels: int = setting(
+        "decoder levels, from full resolution down, whose activations are computed twice "
+        "instead of kept",
+        0,
+        machine=True,
+    )
+    compile: bool | None = setting(
+        "torch.compile the networks; null: on CUDA, where a C compiler is found",
+        None,
+        machine=True,
+    )
 
 
 @dataclass(kw_only=True)
@@ -278,7 +295,7 @@ def differences(
     before: Config | Mapping[str, Any], after: Config | Mapping[str, Any], *, machine: bool = False
 ) -> list[str]:
     """Lines `key: before -> after` of what differs; machine settings only on request."""
-    old, new = dict(_leaves(_plain(before))), dict(_leaves(_plain(after)))
+    old, new = dict(leaves(_plain(before))), dict(leaves(_plain(after)))
     keys = [
         key for key in (*old, *(k for k in new if k not in old)) if machine or not _machine(key)
     ]
@@ -404,6 +421,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "loss.perceptual_weight": config.loss.perceptual_weight,
         "log.pictures_every": config.log.pictures_every,
         "checkpoint.keep_every": config.checkpoint.keep_every,
+        "compute.checkpoint_levels": config.compute.checkpoint_levels,
     }
     if adversarial is not None:
         positive |= {
@@ -586,16 +604,17 @@ def _plain(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     return to_dict(config) if isinstance(config, Config) else dict(config)
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting in nested values."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
 def _leaf_keys(values: Mapping[str, Any]) -> Iterator[str]:
-    return (key for key, _ in _leaves(values))
+    return (key for key, _ in leaves(values))
 
 
 def _field(key: str) -> Field[Any] | None:

@@ -10,8 +10,8 @@ and the adaptive weight w needs only the last layer's share of each. This is exa
 """
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from kl_f8_train import compute
 from kl_f8_train.checkpoint import tensors_sha256
 from kl_f8_train.config import Config
 from kl_f8_train.data import Batch
@@ -34,7 +35,7 @@ from kl_f8_train.losses import (
     generator_loss,
     reconstruction_loss,
 )
-from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.model import TRAINED, AutoencoderKL
 
 Backward = Callable[[Tensor, Tensor | None], None]
 
@@ -42,6 +43,10 @@ Backward = Callable[[Tensor, Tensor | None], None]
 def plain_backward(tensor: Tensor, gradient: Tensor | None) -> None:
     """Backward without a trainer."""
     tensor.backward(gradient)
+
+
+def nothing(phase: str) -> None:
+    """No clock."""
 
 
 class Finetuner(LightningModule):
@@ -57,6 +62,7 @@ class Finetuner(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.config = config
+        compute.apply(config.compute, autoencoder, discriminator, perceptual)
         self.autoencoder = autoencoder.freeze_encoder()
         self.ema = trained_copy(autoencoder)
         self.discriminator = discriminator
@@ -72,6 +78,9 @@ class Finetuner(LightningModule):
         self.prepared_optimizers: list[Adam] = []
         self.data_digest = ""  # of the sources' counts
         self.base: dict[str, str] = {}  # name and SHA-256 of the imported file
+        self.phase_ended: Callable[[str], None] = nothing  # a benchmark's clock
+        if compute.compiles(config.compute):
+            compute.compile_networks(autoencoder, discriminator, perceptual)
 
     @property
     def perceptual(self) -> nn.Module:
@@ -194,6 +203,7 @@ class Finetuner(LightningModule):
             last = start == starts[-1]
             with nullcontext() if last else no_sync():
                 latents, kl = self._encode(images, noise[0])
+                self.phase_ended("encode")
                 fake, part, good_images = self._decoder_backward(
                     images, latents, len(starts), backward, adversarial
                 )
@@ -215,7 +225,10 @@ class Finetuner(LightningModule):
         if images.dtype == torch.uint8:
             images = to_float(images)
         dtype = self.autoencoder.last_layer.dtype
-        return images.to(dtype), batch.noise[:, part].to(dtype)
+        layout = torch.preserve_format
+        if self.config.compute.channels_last:
+            layout = torch.channels_last
+        return images.to(dtype, memory_format=layout), batch.noise[:, part].to(dtype)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.config.precision == "bfloat16"
@@ -237,6 +250,7 @@ class Finetuner(LightningModule):
         """
         with self._autocast():
             reconstruction = self.autoencoder.decode(latents)
+        self.phase_ended("decode")
         y = reconstruction.detach().to(images.dtype).requires_grad_()
         nll, terms = reconstruction_loss(
             images,
@@ -260,7 +274,9 @@ class Finetuner(LightningModule):
             loss = loss + more["generator_loss"]
             terms |= more
         grad_y = grad_y + 0.0 * loss  # a loss that is not finite makes all ranks' gradients so
+        self.phase_ended("losses")
         backward(reconstruction, grad_y.to(reconstruction.dtype))
+        self.phase_ended("backward")
         return y.detach(), terms, finite
 
     def _adversarial_gradient(
@@ -270,7 +286,7 @@ class Finetuner(LightningModule):
         settings = self.config.adversarial
         assert settings is not None
         assert self.discriminator is not None
-        with self._autocast():
+        with frozen(self.discriminator), self._autocast():
             logits = self.discriminator(y)
         g = generator_loss(logits.to(y.dtype))
         (grad_g,) = torch.autograd.grad(g, y)
@@ -313,10 +329,11 @@ class Finetuner(LightningModule):
         if not self._may_update(norm, "decoder", batch, finite):
             return False
         optimizer.step()
+        self.phase_ended("optimizer")
         self.ema_updates += 1
         decay = ema_decay(self.ema_updates, self.config.ema.decay, self.config.ema.warmup)
-        for name, averaged in self.ema.items():
-            ema_update(averaged, getattr(self.autoencoder, name), decay)
+        ema_update(self.ema, trained_part(self.autoencoder), decay)
+        self.phase_ended("ema")
         return True
 
     def _update_discriminator(
@@ -349,6 +366,7 @@ class Finetuner(LightningModule):
                     "logits_fake": fake_logits.detach().to(images.dtype).mean(),
                 }
             )
+        self.phase_ended("discriminator")
         gradients = [p.grad for p in self.discriminator.parameters() if p.grad is not None]
         metrics = {key: torch.stack([t[key] for t in terms]).mean() for key in terms[0]}
         average_over_ranks([*gradients, metrics["discriminator_loss"]])
@@ -357,6 +375,7 @@ class Finetuner(LightningModule):
         if not self._may_update(norm, "discriminator", batch, torch.cat(finite)):
             return metrics, False
         optimizer.step()
+        self.phase_ended("optimizer")
         return metrics, True
 
     @torch.no_grad()
@@ -402,12 +421,24 @@ class Finetuner(LightningModule):
             print(message, flush=True)
 
 
+def trained_part(autoencoder: AutoencoderKL) -> nn.ModuleDict:
+    """Decoder and post_quant_conv themselves."""
+    return nn.ModuleDict({name: getattr(autoencoder, name) for name in TRAINED})
+
+
 def trained_copy(autoencoder: AutoencoderKL) -> nn.ModuleDict:
-    """A frozen copy of the trained part: decoder and post_quant_conv."""
-    parts = {
-        name: copy.deepcopy(getattr(autoencoder, name)) for name in ("decoder", "post_quant_conv")
-    }
-    return nn.ModuleDict(parts).requires_grad_(False).eval()
+    """A frozen copy of the trained part."""
+    return copy.deepcopy(trained_part(autoencoder)).requires_grad_(False).eval()
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Without gradients of the parameters; a compiled module would compute them all."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
 
 
 def build_optimizers(finetuner: Finetuner) -> list[Adam]:
@@ -417,6 +448,7 @@ def build_optimizers(finetuner: Finetuner) -> list[Adam]:
         "lr": settings.learning_rate,
         "betas": (settings.betas[0], settings.betas[1]),
         "eps": settings.eps,
+        "fused": True,
     }
     trained = [p for p in finetuner.autoencoder.parameters() if p.requires_grad]
     trained += [finetuner.logvar] if finetuner.logvar.requires_grad else []

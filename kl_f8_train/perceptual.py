@@ -100,23 +100,26 @@ def build(name: str, weights: str | None = None) -> PerceptualDistance:
 # --- LPIPS on VGG16 -------------------------------------------------------------------------
 
 
-def lpips_vgg(path: Path) -> PerceptualDistance:
-    """LPIPS 0.1 with the VGG16 features of a file (keys `features.0.weight`, ...)."""
+def lpips_vgg(path: Path | None) -> PerceptualDistance:
+    """LPIPS 0.1 with the VGG16 features of a file (keys `features.0.weight`, ...).
+
+    Without a file its weights are random: of use for timing only.
+    """
     import lpips
 
-    state = _vgg_features(path)
+    state = _vgg_features(path) if path is not None else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision deprecates `pretrained=`
         package = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     slices = [getattr(package.net, f"slice{i}") for i in range(1, 6)]
     for part in slices:
         for index, layer in part.named_children():
-            if isinstance(layer, nn.Conv2d):
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = False  # inplace would overwrite what the backward pass needs
+            elif isinstance(layer, nn.Conv2d) and state:
                 layer.weight.data.copy_(state[f"features.{index}.weight"])
                 assert layer.bias is not None
                 layer.bias.data.copy_(state[f"features.{index}.bias"])
-            elif isinstance(layer, nn.ReLU):
-                layer.inplace = False  # inplace would overwrite what the backward pass needs
     heads = [head.model[-1].weight for head in package.lins]
     return PerceptualDistance(
         "lpips_vgg", package.scaling_layer, Slices(slices), heads, checkpoint.tensors_sha256(state)

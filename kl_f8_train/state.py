@@ -141,5 +141,15 @@ def _restore_optimizer(
         if missing:
             raise MissingInputError(f"checkpoint without {prefix}{key}.{missing[0]}")
         optimizer.state[parameter] = {
-            entry: value.clone() for entry, value in entries.items() if value is not None
+            entry: _laid_out_as(parameter, value)
+            for entry, value in entries.items()
+            if value is not None
         }
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy with the parameter's strides, which the fused Adam walks through (not checked there).
+
+    A number, Adam's step, stays as it is.
+    """
+    return torch.empty_like(parameter).copy_(value) if value.dim() else value.clone()

@@ -63,7 +63,7 @@ def train(settings: Config, allow_changes: bool = False) -> int:
     signals = Signals()
     signals.install()
     try:
-        finetuner, frozen = _start_or_resume(settings, run_dir, allow_changes)
+        finetuner, frozen = start_or_resume(settings, run_dir, allow_changes)
         if finetuner.iteration >= settings.stop_iteration and not finetuner.warmup_left:
             say(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
             return 0
@@ -166,7 +166,7 @@ class Iterations(LightningDataModule):
 # --- start or resume ------------------------------------------------------------------------
 
 
-def _start_or_resume(settings: Config, run_dir: Path, allow_changes: bool) -> tuple[Finetuner, str]:
+def start_or_resume(settings: Config, run_dir: Path, allow_changes: bool) -> tuple[Finetuner, str]:
     """The finetuner at its newest readable checkpoint, or at the imported weights."""
     found = checkpoint.list_checkpoints(run_dir)
     for path in found:

@@ -7,19 +7,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kl_f8_train"
 LAYERS = (
-    {"errors"},
+    {"errors", "units"},
     {"config", "images", "model", "discriminator", "losses", "ema", "metrics", "plan"}
-    | {"formats", "unpickle", "hub", "compare"},
-    {"checkpoint", "pack"},
-    {"cache"},
+    | {"formats", "unpickle", "hub", "compare", "origins", "curves"},
+    {"checkpoint", "pack", "compute", "cost", "status"},
+    {"cache", "scaling"},
     {"published", "shards"},
     {"perceptual", "inception"},
     {"data", "scores"},
     {"finetuner", "evaluate"},
     {"state", "half_precision"},
-    {"callbacks", "watchdog", "report", "card"},
+    {"callbacks", "watchdog", "benchmark", "report", "card"},
     {"train", "export", "inject"},
-    {"demo"},
+    {"demo", "doctor"},
     {"__main__"},
 )
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
@@ -31,7 +31,7 @@ PLACES = {
     "torch_fidelity": {"inception"},
     "safetensors": {"checkpoint"},
     "wandb": {"callbacks"},
-    "diffusers": set(),
+    "diffusers": {"benchmark"},  # what --against measures against, if it is installed
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 

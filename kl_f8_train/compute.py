@@ -1,0 +1,60 @@
+"""The machine's switches, `compute.*`, on the networks: layout, recomputation, compilation.
+
+None changes what is computed but for rounding, and none changes a state dict's keys.
+"""
+
+import os
+import shutil
+
+import torch
+from torch import nn
+
+from kl_f8_train.config import Compute
+from kl_f8_train.model import AutoencoderKL, UpLevel, Upsample
+
+
+def apply(
+    settings: Compute,
+    autoencoder: AutoencoderKL,
+    discriminator: nn.Module | None,
+    perceptual: nn.Module,
+) -> None:
+    """Sets the networks' memory layout and how the decoder runs.
+
+    The discriminator's and the perceptual network's layouts are set too.
+    """
+    for network in (autoencoder, discriminator, perceptual):
+        if network is not None and settings.channels_last:
+            network.to(memory_format=torch.channels_last)
+    levels = [part for part in autoencoder.modules() if isinstance(part, UpLevel)]
+    for number, level in enumerate(levels):  # from full resolution down
+        level.recompute = number < settings.checkpoint_levels
+    for part in autoencoder.modules():
+        if isinstance(part, Upsample):
+            part.subpixel = settings.subpixel_upsample
+
+
+def compiles(settings: Compute) -> bool:
+    """Whether to compile: as set, or on CUDA where Triton will find a C compiler."""
+    if settings.compile is not None:
+        return settings.compile
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return settings.accelerator != "cpu" and torch.cuda.is_available() and compiler is not None
+
+
+def compile_networks(
+    autoencoder: AutoencoderKL,
+    discriminator: nn.Module | None,
+    perceptual: nn.Module,
+    backend: str = "inductor",
+) -> None:
+    """Compiles encoder, decoder, discriminator and perceptual network, each in place.
+
+    The decoder in parts, without its last convolution: a compiled region computes all its gradients
+    or none, and the adaptive weight needs the last layer's alone, twice.
+    """
+    decoder = autoencoder.decoder
+    parts = [autoencoder.encoder, decoder.mid, *decoder.up, decoder.norm_out]
+    for part in (*parts, discriminator, perceptual):
+        if part is not None:
+            part.compile(backend=backend, dynamic=False)

@@ -1,0 +1,23 @@
+"""Numbers as people read them: durations and sizes."""
+
+SIZES = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
+
+
+def duration(seconds: float) -> str:
+    """3 d 4 h, 2 h 5 min, 3 min 20 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def size(count: float) -> str:
+    """Bytes in powers of 1000: 950 B, 12 MB, 1.23 GB."""
+    for unit, factor in SIZES.items():
+        if abs(count) >= 0.9995 * factor:
+            return f"{count / factor:.3g} {unit}"
+    return "0 B"

@@ -1,0 +1,293 @@
+"""A run looked over before it starts: real tiny networks, shards, weights; wrong ones, too."""
+
+import datetime
+import json
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import runs
+import samples
+import torch
+
+from kl_f8_train import checkpoint, config, doctor, perceptual
+from kl_f8_train.__main__ import main
+from kl_f8_train.data import Batch
+from kl_f8_train.finetuner import build_optimizers
+from kl_f8_train.losses import reconstruction_loss
+from kl_f8_train.train import train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards and weights that the runs of this file share."""
+    folder = tmp_path_factory.mktemp("doctor")
+    runs.make_shards(folder)
+    runs.make_weights(folder / "model.ckpt")
+    return folder
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Every file below a folder, hashed."""
+    return {str(p): checkpoint.file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def examined(folder, capsys):
+    """examined(run, *overrides) -> (exit code, JSON object, what was printed meanwhile)."""
+
+    def examine(run: str, *extra: str):
+        capsys.readouterr()
+        code = main(["doctor", "demo", *runs.overrides(folder, run, *extra), "--json"])
+        output = capsys.readouterr()
+        return code, json.loads(output.out), output.err
+
+    return examine
+
+
+# --- go -------------------------------------------------------------------------------------
+
+
+def test_go(examined, folder):
+    code, found, told = examined("new", "stop_iteration=350", "checkpoint.every=100")
+    assert (code, found["go"], found["problems"]) == (0, True, [])
+    assert set(found["gradient_audit"]) == {"pixel", "perceptual", "adversarial"}
+    assert all(norm > 0 for norm in found["gradient_audit"].values())
+    assert found["images_total"] == 250 * 4
+    assert found["gpu_hours"] == pytest.approx(1000 * found["seconds_per_image"] / 3600)
+    end = datetime.datetime.fromisoformat(found["end_date"]) - datetime.datetime.now()
+    assert end.total_seconds() == pytest.approx(found["gpu_hours"] * 3600, abs=30)
+    assert found["batch"] == {"processes": 1, "per_device": 4, "accumulation": 1, "global": 4}
+    assert found["data"]["shards"]["images"] == 36
+    assert found["weights"]["sha256"] == checkpoint.file_sha256(folder / "model.ckpt")
+    assert found["settings"]["data.crop"] == {"value": 32, "origin": "yours"}
+    assert found["settings"]["adversarial.weight"]["origin"] == "recipe"
+    assert "1 process x 4 images x 1 micro-batch = 4" in told
+    assert "1 x 4 x 1 x 4.5e-06 = 1.8e-05" in told
+    assert "with discriminator" in told
+    assert told.rstrip().endswith("GO")
+    assert not (folder / "new").exists()
+
+
+def test_the_checkpoints_it_announces_are_those_that_come(examined, folder):
+    extra = ("stop_iteration=107", "checkpoint.every=2", "checkpoint.keep_every=4")
+    announced = examined("sizes", *extra)[1]
+    train(runs.recipe(folder, "sizes", *extra))
+    kept = checkpoint.list_checkpoints(folder / "sizes")
+    assert len(kept) == announced["checkpoints"] == 3  # 104, 106, 107
+    assert announced["checkpoint_bytes"] == pytest.approx(
+        sum(path.stat().st_size for path in kept), rel=0.02
+    )
+
+
+@pytest.mark.parametrize("start", [0, 100, 103])
+@pytest.mark.parametrize("last", [1, 3])
+@pytest.mark.parametrize("milestone", [0, 4, 5, 10, 107])
+def test_count_of_kept_checkpoints(tmp_path, start, last, milestone):
+    """Against the program's own clearing away, on empty files."""
+    settings = config.Checkpoint(every=2, keep_last=last, keep_every=milestone)
+    for iteration in range(start + 1, 108):
+        if iteration % 2 == 0 or iteration == 107:
+            path = checkpoint.checkpoint_path(tmp_path, iteration)
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+            checkpoint.remove_old_checkpoints(path, last, milestone)
+    left = len(checkpoint.list_checkpoints(tmp_path))
+    assert doctor.kept_checkpoints(settings, start, 107) == left
+
+
+def test_a_run_that_would_resume_is_left_as_it_is(examined, folder):
+    train(runs.recipe(folder, "resumed", "stop_iteration=104", *runs.NO_ADVERSARIAL))
+    before = listing(folder / "resumed")
+    code, found, told = examined(
+        "resumed", "stop_iteration=104", "compute.per_device_batch=2", *runs.NO_ADVERSARIAL
+    )
+    assert code == 0
+    assert "would resume" in told
+    assert "1 process x 2 images x 2 micro-batches = 4" in told
+    assert found["images_total"] == 0
+    assert set(found["gradient_audit"]) == {"pixel", "perceptual"}
+    assert listing(folder / "resumed") == before
+
+
+def test_dry_run_is_the_same_and_trains_nothing(folder, capsys):
+    arguments = runs.overrides(folder, "dry", "stop_iteration=102")
+    assert main(["train", "demo", "--dry-run", *arguments]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("GO")
+    assert not (folder / "dry").exists()
+
+
+def test_a_warm_up_is_announced_and_paid(examined, folder, tmp_path):
+    weights = runs.make_weights(tmp_path / "bare.ckpt", discriminator=False)
+    extra = (f"init.weights={weights}", "adversarial.warmup_iterations=50", "stop_iteration=110")
+    code, found, told = examined("warm", *extra)
+    assert code == 0
+    assert "trains alone for 50 iterations" in told
+    assert found["images_total"] == (10 + 50) * 4
+    assert found["gradient_audit"]["adversarial"] > 0
+
+
+def test_the_one_gpu_recipe_is_fit_to_start(folder, capsys):
+    tiny = (
+        *runs.TINY,
+        "model.ch=32",
+        "model.num_res_blocks=1",
+        "loss.perceptual=st_lpips_alex",
+        "loss.allow_stand_in=true",
+        "data.shorter_side=null",
+        f"data.sources={folder / 'tiles'}",
+        f"init.weights={folder / 'model.ckpt'}",
+        f"run_dir={folder / 'mine'}",
+    )
+    kept = [text for text in tiny if not text.startswith(("adversarial", "init.iteration"))]
+    assert main(["doctor", "single_gpu", *kept]) == 0, capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "10,000 iterations x 4 = 40,000 images" in told
+    assert "RTX 4090" in told or torch.cuda.is_available()
+
+
+# --- the gradient audit ---------------------------------------------------------------------
+
+
+def audited(folder: Path, *extra: str):
+    """The audit of a tiny run's first batch, with its finetuner and the batch."""
+    settings = runs.recipe(folder, "audit", *extra)
+    finetuner, _ = doctor.start_or_resume(settings, folder / "audit", False)
+    dataset = doctor.PositionDataset(*doctor.open_data(settings), settings)
+    batch: Batch = doctor.collate([dataset[400 + slot] for slot in range(4)])
+    return doctor.gradient_audit(finetuner, batch), finetuner, batch
+
+
+def test_the_pixel_norm_is_that_of_the_training_step(folder):
+    audit, finetuner, batch = audited(folder, *runs.NO_ADVERSARIAL, "loss.perceptual_weight=0")
+    assert set(audit) == {"pixel"}
+    finetuner.run_iteration(batch, *build_optimizers(finetuner))
+    assert audit["pixel"] == pytest.approx(float(finetuner.autoencoder.last_layer.grad.norm()))
+
+
+def test_the_adversarial_norm_gives_the_adaptive_weight(folder):
+    audit, finetuner, batch = audited(folder, "loss.perceptual_weight=0")
+    finetuner.run_iteration(batch, *build_optimizers(finetuner))
+    weight = 0.5 * audit["pixel"] / (audit["adversarial"] + 1e-4)
+    assert float(finetuner.metrics["adaptive_weight"]) == pytest.approx(weight, rel=1e-4)
+
+
+def test_the_perceptual_norm_is_what_the_whole_has_beside_the_pixels(folder):
+    audit, finetuner, batch = audited(folder)
+    model = finetuner.autoencoder
+    x = batch.images / 127.5 - 1
+    with torch.no_grad():
+        latents = model.encode(x).sample(batch.noise[0])
+    y = model.decode(latents)
+    network = perceptual.build("st_lpips_alex")
+    grads = []
+    for distance in (network(x, y), torch.zeros(4, 1, 1, 1)):
+        nll, _ = reconstruction_loss(
+            x, y, distance, pixel="l1", perceptual_weight=1.0, logvar=torch.zeros(())
+        )
+        grads.append(torch.autograd.grad(nll, model.last_layer, retain_graph=True)[0])
+    assert audit["perceptual"] == pytest.approx(float((grads[0] - grads[1]).norm()), rel=1e-3)
+
+
+def test_weights_that_give_no_number_are_refused(examined, folder, tmp_path):
+    contents = checkpoint.read(folder / "model.ckpt")
+    contents.tensors["decoder.conv_in.bias"][:] = float("nan")
+    bad = tmp_path / "nan.ckpt"
+    checkpoint.write_torch(bad, {"state_dict": contents.tensors, "global_step": 100})
+    code, found, _ = examined("nan", f"init.weights={bad}", "stop_iteration=110")
+    assert code == 4
+    assert "gradient audit: pixel nan" in found["problems"][0]
+    assert found["gradient_audit"]["pixel"] is None  # JSON has no NaN
+
+
+def test_wandb_is_asked(examined, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    try:
+        found = examined("wandb", "log.wandb=auto", "init.weights=absent")[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert found["wandb"] == "online"
+    assert examined("wandb", "log.wandb=offline", "init.weights=absent")[1]["wandb"] == "offline"
+
+
+# --- no go ----------------------------------------------------------------------------------
+
+
+def test_all_problems_are_told_at_once(examined, folder):
+    code, found, told = examined(
+        "many",
+        "init.weights=absent.ckpt",
+        f"data.sources={folder / 'shards'},nowhere/{{0..3}}.tar,nowhere/else",
+        "global_batch=6",
+        "compute.accelerator=cuda",
+        "stop_iteration=110",
+    )
+    no_gpu = not torch.cuda.is_available()
+    assert code == (2 if no_gpu else 3)
+    assert not found["go"]
+    assert len(found["problems"]) == 3 + no_gpu
+    text = "\n".join(found["problems"])
+    assert "absent.ckpt: no such file" in text
+    assert "data.sources.nowhere.shards" in text
+    assert "data.sources.else.shards" in text
+    assert ("torch sees no GPU here" in text) == no_gpu
+    assert found["data"]["shards"]["images"] == 36
+    assert found["images_total"] == 10 * 6
+    assert found["end_date"] is None
+    assert f"NO GO, {3 + no_gpu} problems" in told
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [("seeed=1", "Did you mean 'seed'"), ("global_batch=0", "expected a number above 0")],
+)
+def test_wrong_settings_are_one_problem(examined, override, text):
+    code, found, told = examined("wrong", override)
+    assert code == 2
+    assert text in found["problems"][0]
+    assert "NO GO, 1 problem:" in told
+
+
+def test_a_disk_that_is_too_small_is_told(examined):
+    code, found, _ = examined(
+        "disk", "stop_iteration=1000000000", "checkpoint.every=1", "checkpoint.keep_every=1"
+    )
+    assert code == 4
+    assert "TB for checkpoints" in found["problems"][0]
+    assert found["checkpoint_bytes"] > 1e15
+
+
+def test_a_changed_recipe_is_told(examined, folder):
+    train(runs.recipe(folder, "changed", "stop_iteration=101", *runs.NO_ADVERSARIAL))
+    code, found, _ = examined("changed", "stop_iteration=102", "seed=7", *runs.NO_ADVERSARIAL)
+    assert code == 2
+    assert "seed: 0 -> 7" in found["problems"][0]
+
+
+def test_unusable_images_and_filters_are_told(examined, folder, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(8):
+        (photos / f"{number}.jpg").write_bytes(samples.encode(samples.noise_picture(number)))
+    (photos / "3.jpg").write_bytes(b"no image")
+    code, found, _ = examined("bad", f"data.sources={photos}", "stop_iteration=110")
+    assert code == 0
+    assert found["data"]["photos"]["unusable"] > 0
+    assert "sampled images cannot be used, as photos/3.jpg" in found["remarks"][0]
+    strict = ("data.sources.shards.filters=width >= 4000", "stop_iteration=110")
+    code, found, _ = examined("filtered", *strict)
+    assert code == 3
+    assert "no image is left" in found["problems"][0]
+    loose = ("data.sources.shards.filters=width >= 40", "stop_iteration=110")
+    code, found, told = examined("filtered", *loose)
+    assert code == 0
+    assert "width >= 40 dropped 0 (0.0 %)" in told
+
+
+def test_doctor_without_a_recipe(capsys):
+    assert main(["doctor"]) == 2
+    assert "doctor takes a recipe" in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""The predictions: by hand, against the data sheets' limits, and as the documentation says them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kl_f8_train import cost, scaling
+
+DOCS = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+WORK = scaling.Workload("w", 1000, 192, 2e12, 200e6, 1e9)
+GPU = scaling.Gpu("g", "Gee", 400e12, 80e9, 100e9, 20e9, "made up")
+
+
+def test_the_documentation_ends_in_what_the_program_prints():
+    """Anew: (sed '/^<!-- /q' docs/scaling.md; echo; kl-f8-train doctor --scaling) > NEW."""
+    assert DOCS.partition("`kl-f8-train doctor --scaling` -->\n\n")[2] == scaling.tables() + "\n"
+    assert f"**share = {scaling.SHARE:g}**" in DOCS
+    assert "not measured on CUDA" in DOCS
+
+
+def test_a_prediction_by_hand():
+    seconds = scaling.seconds_per_image(WORK, GPU, share=0.25)
+    assert seconds == 0.02  # 2e12 / (0.25 x 400e12)
+    one = scaling.predict(WORK, seconds, 1, GPU)
+    assert (one.images_per_second, one.reduction_seconds) == (50, 0)
+    assert one.days == pytest.approx(1000 * 192 * 0.02 / 86400)
+    many = scaling.predict(WORK, seconds, 16, GPU)
+    assert many.images_per_gpu == 12
+    assert many.compute_seconds == pytest.approx(0.24)
+    assert many.reduction_seconds == pytest.approx(2 * 15 / 16 * 200e6 / 20e9)
+    assert many.images_per_second == pytest.approx(192 / (0.24 + 0.01875))
+
+
+def test_the_link_is_the_slower_one_only_across_nodes():
+    within = scaling.predict(WORK, 0.02, 8, GPU)
+    assert within.reduction_seconds == pytest.approx(2 * 7 / 8 * 200e6 / 100e9)
+    assert scaling.predict(WORK, 0.02, 8, None).reduction_seconds == 0
+
+
+@pytest.mark.parametrize("gpu", scaling.GPUS, ids=lambda gpu: gpu.name)
+def test_more_gpus_never_scale_better_than_their_number(gpu):
+    config = scaling.load_published("ft_ema")
+    work = scaling.published_workload(config)
+    seconds = scaling.seconds_per_image(work, gpu)
+    speeds = [scaling.predict(work, seconds, n, gpu).images_per_second for n in (1, 8, 16, 64)]
+    assert speeds == sorted(speeds)
+    efficiencies = [speed / n / speeds[0] for speed, n in zip(speeds, (1, 8, 16, 64), strict=True)]
+    assert efficiencies == sorted(efficiencies, reverse=True)
+    assert 0.6 < efficiencies[-1] < 1
+
+
+def test_the_published_stages():
+    ema, mse = (scaling.load_published(name) for name in ("ft_ema", "ft_mse"))
+    assert scaling.published_workload(ema).images == 313_198 * 192
+    assert scaling.published_workload(mse).images == 280_000 * 192
+    difference = scaling.checkpoint_bytes(ema) - scaling.checkpoint_bytes(mse)
+    assert difference == 4 * 3 * cost.parameters(ema)["discriminator"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA A100-SXM4-80GB", "A100 SXM 80 GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("Some Card", None),
+    ],
+)
+def test_gpus_are_known_by_torchs_names(name, expected):
+    found = scaling.find_gpu(name)
+    assert (found.name if found else None) == expected
+
+
+def test_the_tables_need_no_torch():
+    program = (
+        "import sys\n"
+        "from kl_f8_train.__main__ import main\n"
+        "assert main(['doctor', '--scaling']) == 0\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == scaling.tables() + "\n"

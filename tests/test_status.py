@@ -1,0 +1,291 @@
+"""Where a run is, told from made-up files: whole, half written, dead, and from a real run."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kl_f8_train import curves, status
+from kl_f8_train.__main__ import main
+from kl_f8_train.errors import MissingInputError, RunFailedError
+
+NOW = 1_900_000_000.0
+SETTINGS = {
+    "name": "x",
+    "stop_iteration": 2000,
+    "global_batch": 8,
+    "init": {"iteration": 1000},
+    "log": {"every": 10},
+    "checkpoint": {"every": 100},
+    "adversarial": {"start_iteration": 1200},
+}
+
+
+def row(iteration: int, **values: float) -> dict[str, float]:
+    """A log row of a healthy adversarial run."""
+    return {
+        "iteration": iteration,
+        "reconstruction_loss": 1000 / iteration,
+        "decoder_gradient_norm": 5.0,
+        "discriminator_loss": 0.8,
+        "logits_real": 0.4,
+        "logits_fake": -0.3,
+        "adversarial_factor": 1.0,
+        "adaptive_weight": 20.0,
+        "adaptive_weight_clamped": 0.0,
+        "bad_updates": 0.0,
+        "skipped_images": 0.0,
+        "images_per_second": 40.0,
+        "data_wait_share": 0.02,
+        "images_a": 8.0 * (iteration - 1000),
+        **values,
+    }
+
+
+def make_run(
+    folder: Path, rows: list[dict[str, float]], saved: tuple[int, ...] = (), age: float = 10.0
+) -> Path:
+    """A run directory whose newest file was written `age` seconds before NOW."""
+    run = folder / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(SETTINGS))
+    if rows:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        lines = [",".join(columns)]
+        lines += [",".join(f"{row[c]:.8g}" if c in row else "" for c in columns) for row in rows]
+        (run / "metrics.csv").write_text("\n".join(lines) + "\n")
+    for iteration in saved:
+        (run / "checkpoints" / f"iteration-{iteration:09d}.safetensors").write_bytes(b"x")
+    for path in run.rglob("*"):
+        os.utime(path, (NOW - age, NOW - age))
+    return run
+
+
+def test_a_run_that_goes_on(tmp_path):
+    rows = [row(i) for i in range(1010, 1510, 10)]
+    found = status.read_status(make_run(tmp_path, rows, (1400, 1500)), NOW)
+    assert found.state == "seems to be running"
+    assert (found.iteration, found.start_iteration, found.stop_iteration) == (1500, 1000, 2000)
+    assert found.done_share == 0.5
+    assert found.images_per_second == 40
+    assert found.seconds_left == 500 * 8 / 40
+    assert found.end_date == status._date(NOW + 100)
+    assert (found.checkpoint_iteration, found.checkpoint_age_seconds) == (1500, 10)
+    assert found.warnings == []
+    losses = found.losses["reconstruction_loss"]
+    assert losses["recent"] == pytest.approx(sum(1000 / i for i in range(1460, 1510, 10)) / 5)
+    assert losses["first"] > losses["before"] > losses["recent"]
+
+
+def test_a_run_that_died(tmp_path):
+    found = status.read_status(make_run(tmp_path, [row(1010)], age=7260.0), NOW)
+    assert found.state == "silent for 2 h 1 min"
+    assert found.checkpoint is None
+    assert "end, if it went on now" in status.facts(found)
+
+
+def test_silence_is_judged_by_the_interval_of_the_log(tmp_path):
+    """10 iterations of 8 images at 0.1 images/s: a line comes every 800 s."""
+    slow = [row(1010, images_per_second=0.1)]
+    found = status.read_status(make_run(tmp_path, slow, age=3900.0), NOW)
+    assert found.state == "seems to be running"
+
+
+def test_a_run_that_ended(tmp_path):
+    run = make_run(tmp_path, [row(2000)], (1900, 2000), age=1e6)
+    found = status.read_status(run, NOW)
+    assert (found.state, found.done_share, found.seconds_left) == ("ended", 1.0, 0.0)
+
+
+def test_a_run_that_has_only_begun(tmp_path):
+    found = status.read_status(make_run(tmp_path, []), NOW)
+    assert found.state == "seems to be starting"
+    assert (found.iteration, found.images_per_second, found.end_date) == (None, None, None)
+    assert status.html(tmp_path / "run", found, NOW)
+
+
+def test_the_start_is_worked_out_from_the_images_where_the_recipe_does_not_say(tmp_path):
+    run = make_run(tmp_path, [row(1050), row(1100)])
+    (run / "config.yaml").write_text(yaml.safe_dump({**SETTINGS, "init": {"iteration": None}}))
+    assert status.read_status(run, NOW).start_iteration == 1000
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30])
+def test_a_half_written_last_line_is_left_out(tmp_path, cut):
+    run = make_run(tmp_path, [row(1010), row(1020), row(1030)])
+    text = (run / "metrics.csv").read_text()
+    (run / "metrics.csv").write_text(text[:-cut])
+    assert status.read_status(run, NOW).iteration == 1020
+
+
+def test_odd_bytes_cells_and_columns_are_left_out(tmp_path):
+    run = make_run(tmp_path, [row(1010)])
+    with (run / "metrics.csv").open("ab") as file:
+        file.write(b"\0\0\xff\xfe,,,\n")
+        file.write(b"1020,nan,x" + b",1" * 50 + b"\n")
+    found = status.read_rows(run / "metrics.csv")
+    assert [r["iteration"] for r in found] == [1010, 1020]
+    assert "reconstruction_loss" not in found[1]
+
+
+def test_warm_up_rows_count_apart(tmp_path):
+    warm = [{k: v for k, v in row(1000).items() if k != "decoder_gradient_norm"}] * 3
+    run = make_run(tmp_path, [*warm, row(1010), row(1020)])
+    found = status.read_status(run, NOW)
+    assert found.warmup_rows == 3
+    (curve,) = re.findall(r'aria-label="Logits.*?</svg>', status.html(run, found, NOW))
+    assert curve.count("polyline") == 2
+    assert len(curve.split('points="')[1].split('"')[0].split()) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"adaptive_weight_clamped": 0.5}, "clamped in 50 %"),
+        ({"discriminator_loss": 0.01, "logits_real": 3, "logits_fake": -3}, "has won"),
+        ({"discriminator_loss": 1.0, "logits_real": 0.001, "logits_fake": 0}, "cannot tell"),
+        ({"bad_updates": 2}, "2 updates were left out as not finite, the last by iteration 1,010"),
+        ({"skipped_images": 7}, "7 images could not be used"),
+        ({"data_wait_share": 0.4}, "40 % of the time is spent waiting for data"),
+    ],
+)
+def test_warnings(tmp_path, changes, warning):
+    run = make_run(tmp_path, [row(i, **changes) for i in range(1010, 1310, 10)], (1200,))
+    (found,) = status.read_status(run, NOW).warnings
+    assert warning in found
+    assert warning in status.html(run, status.read_status(run, NOW), NOW)
+
+
+def test_updates_left_out_are_counted_over_restarts():
+    rows = [row(i, bad_updates=n) for i, n in enumerate([0, 1, 1, 3, 0, 0, 2, 2, 1, 1], 1)]
+    assert status.left_out(rows) == (3 + 2 + 1, 9)
+
+
+def test_a_rising_loss_and_a_missing_checkpoint_are_warned_of(tmp_path):
+    rows = [row(i, reconstruction_loss=i - 1000) for i in range(1010, 1510, 10)]
+    rise, late = status.read_status(make_run(tmp_path, rows, (1100,)), NOW).warnings
+    assert "the reconstruction loss rose" in rise
+    assert "no checkpoint for 400 iterations" in late
+
+
+def test_a_discriminator_that_does_not_count_yet_is_not_judged(tmp_path):
+    idle = {"adversarial_factor": 0.0, "discriminator_loss": 0.0}
+    assert status.read_status(make_run(tmp_path, [row(1010, **idle)]), NOW).warnings == []
+
+
+# --- the page -------------------------------------------------------------------------------
+
+
+def svgs(page: str) -> list[ElementTree.Element]:
+    return [ElementTree.fromstring(text) for text in re.findall(r"<svg.*?</svg>", page)]
+
+
+def test_the_page_stands_alone_and_its_curves_are_thinned(tmp_path):
+    run = make_run(tmp_path, [row(i) for i in range(1001, 1901)], (1900,))
+    page = status.html(run, status.read_status(run, NOW), NOW)
+    assert not re.search(r"<script|https?://|<link|@import|url\(", page)
+    assert "prefers-color-scheme: dark" in page
+    assert 'name="viewport"' in page
+    lines = [line for svg in svgs(page) for line in svg.iter("polyline")]
+    assert len(lines) >= 9
+    assert all(len(line.get("points").split()) == 500 for line in lines)
+    assert "discriminator starts: 1,200" in page
+    assert all(len(svg.findall("path[@class='mark']")) == 1 for svg in svgs(page))
+
+
+def test_points_lie_where_they_belong():
+    chart = curves.Chart("t", {"a": [(0, 0), (5, 10), (10, 5)]})
+    (line,) = ElementTree.fromstring(curves.svg(chart, {}, (0, 10))).iter("polyline")
+    points = [tuple(map(float, pair.split(","))) for pair in line.get("points").split()]
+    left, right = curves.LEFT, curves.WIDTH - curves.RIGHT
+    bottom, top = curves.HEIGHT - curves.BOTTOM, curves.TOP
+    middle = (left + right) / 2
+    assert points == [(left, bottom), (middle, top), (right, (top + bottom) / 2)]
+
+
+def test_downsampling_keeps_the_mean_and_the_ends():
+    points = [(x, float(x % 7)) for x in range(7000)]
+    thin = curves.downsample(points, 500)
+    assert len(thin) == 500
+    assert sum(y for _, y in thin) / 500 == pytest.approx(3.0)
+    assert thin[0][0] < 14
+    assert thin[-1][0] > 6985
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log"),
+    [(0, 1, 0), (101, 140, 0), (-3, 7, 0), (0, 1e-5, 0), (1e-3, 1e4, 1), (0.3, 8, 1), (1, 30, 1)],
+)
+def test_ticks_are_round_and_inside(low, high, log):
+    found = curves.ticks(low, high, bool(log))
+    assert 3 <= len(found) <= 7
+    assert low <= found[0]
+    assert found[-1] <= high * 1.000001
+    assert found == pytest.approx([float(f"{tick:.3g}") for tick in found])
+
+
+@pytest.mark.parametrize(
+    ("line", "span"),
+    [([(1, 0)], (1, 1)), ([(1, 0.1 + 0.2), (2, 0.3)], (1, 2)), ([(1, -4), (1, -4)], (0, 3))],
+)
+def test_flat_and_single_points_are_drawn(line, span):
+    (drawn,) = re.findall(
+        r'(?:points|cy)="([^"]*)"', curves.svg(curves.Chart("t", {"a": line}), {}, span)
+    )
+    heights = {round(float(pair.split(",")[-1])) for pair in drawn.split()}
+    assert len(heights) == 1
+    assert ElementTree.fromstring(curves.svg(curves.Chart("t", {"a": line}, log=True), {}, span))
+
+
+def test_names_cannot_break_the_page(tmp_path):
+    run = make_run(tmp_path, [row(1010)])
+    (run / "config.yaml").write_text(yaml.safe_dump({**SETTINGS, "name": "<script>&"}))
+    assert "<script>" not in status.html(run, status.read_status(run, NOW), NOW)
+
+
+# --- the verb -------------------------------------------------------------------------------
+
+
+def test_status_answers_within_a_second_without_torch(tmp_path):
+    run = make_run(tmp_path, [row(i) for i in range(1010, 1510, 10)])
+    program = (
+        "import sys\n"
+        "from kl_f8_train.__main__ import main\n"
+        f"assert main(['status', {str(run)!r}, '--json', '--html', {str(run / 'a.html')!r}]) == 0\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    seconds = time.perf_counter() - began
+    assert done.returncode == 0, done.stderr
+    assert seconds < 3.0  # about 0.2 s on an idle machine
+    assert json.loads(done.stdout)["iteration"] == 1500
+    assert (run / "a.html").read_text().endswith("</html>\n")
+
+
+def test_what_is_no_run_is_told(tmp_path, capsys):
+    with pytest.raises(MissingInputError, match="no such directory"):
+        status.read_status(tmp_path / "nowhere", NOW)
+    with pytest.raises(MissingInputError, match=r"no config\.yaml"):
+        status.read_status(tmp_path, NOW)
+    (tmp_path / "config.yaml").write_text("stop_iteration: [")
+    with pytest.raises(MissingInputError, match="not a run's configuration"):
+        status.read_status(tmp_path, NOW)
+    assert main(["status", str(tmp_path)]) == 3
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path):
+    run = make_run(tmp_path, [row(1010)])
+    found = status.read_status(run, NOW)
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(RunFailedError, match="cannot be written"):
+        status.write_html(run, found, NOW, tmp_path / "page.html")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["page.html", "run"]
