@@ -1,0 +1,117 @@
+"""The verb on a tiny recipe: one JSON object, figures that hang together, variants in turns."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kl_f8_train import benchmark, cost
+from kl_f8_train.data import Batch
+from kl_f8_train.errors import UsageError
+
+TINY = ["model.ch_mult=1,1", "data.crop=32", "precision=float32", "model.ch=32"]
+
+
+@pytest.mark.slow
+def test_json_is_one_object_with_everything():
+    """Without weights and shards, against the original's order and diffusers' modules."""
+    arguments = ["benchmark", "ft_ema", *TINY, "--json", "--against", "--iterations", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "kl_f8_train", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    result = json.loads(done.stdout)
+    assert result["flops_per_image"] == pytest.approx(result["flops_floor"], rel=0.02)
+    assert result["images_per_second"] > 0
+    assert result["peak_memory_bytes"] > 4 * 1_000_000
+    assert set(result["phases_ms"]) == set(benchmark.PHASES)
+    assert [variant["name"].split(",")[0] for variant in result["variants"]] == [
+        "ours",
+        "the original's order",
+        "the same step on diffusers' modules",
+    ]
+    ours, *others = result["variants"]
+    assert ours["ratio"] == 1
+    for variant in others:
+        expected = ours["images_per_second"] / variant["images_per_second"]
+        assert variant["ratio"] == pytest.approx(expected)
+    assert any("random" in note for note in result["notes"])
+
+
+def test_figures_become_text(tiny):
+    lines = []
+    config = tiny("demo", *TINY, "compute.per_device_batch=1", "adversarial.n_layers=1")
+    text = benchmark.describe(benchmark.benchmark(config, iterations=1, say=lines.append))
+    assert "images/s" in text
+    assert "limited by: " in text
+    assert "random images" in text
+    assert len(lines) == 1
+
+
+def test_original_order_takes_the_originals_arithmetic(tiny):
+    """As facts say of the original code: 3877 GFLOP at 256 x 256."""
+    config = tiny("ft_ema", "data.crop=64", "compute.per_device_batch=1")
+    batch = next(benchmark._random_batches(config, 1))
+    counted = benchmark.count_flops(benchmark.original(config, torch.device("cpu")), batch)
+    layers = {
+        "encoder": cost.encoder_layers(config),
+        "decoder": cost.decoder_layers(benchmark.plain(config)),
+        "perceptual": cost.perceptual_layers(config),
+        "discriminator": cost.discriminator_layers(config),
+    }
+    one = {name: sum(layer.flops for layer in parts) for name, parts in layers.items()}
+    expected = 4 * (one["encoder"] + one["decoder"]) + 6 * one["perceptual"]
+    expected += 10 * one["discriminator"]
+    assert counted == pytest.approx(expected, rel=0.02)
+
+
+def test_diffusers_modules_take_the_plain_arithmetic(tiny):
+    config = tiny("ft_ema", "data.crop=64", "compute.per_device_batch=1")
+    batch = next(benchmark._random_batches(config, 1))
+    counted = benchmark.count_flops(benchmark.on_diffusers(config, torch.device("cpu")), batch)
+    plain = cost.flops_per_image(benchmark.plain(config))
+    assert counted == pytest.approx(plain, rel=0.01)
+
+
+def test_clock_adds_up_the_parts_of_a_phase(monkeypatch):
+    times = iter([0.0, 1.0, 3.0, 3.5])
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(times))
+    clock = benchmark.Clock(torch.device("cpu"))
+    clock.start()
+    for phase in ("encode", "decode", "encode"):
+        clock(phase)
+    assert clock.read() == {"encode": 1500.0, "decode": 2000.0}
+
+
+@pytest.mark.parametrize("largest", [0, 1, 2, 7, 12, 100])
+@pytest.mark.parametrize("start", [1, 12])
+def test_largest_batch_is_found(largest, start):
+    assert benchmark.largest_that_fits(lambda number: number <= largest, start) == largest
+
+
+@pytest.mark.parametrize(
+    ("wait", "share", "text"), [(0.1, 0.9, "data"), (0, 0.6, "arithmetic"), (0, 0.2, "decode")]
+)
+def test_limit_names_what_to_look_at(wait, share, text):
+    assert text in benchmark.limit({"encode": 1, "decode": 2}, wait, share)
+
+
+def test_cuda_without_a_gpu_is_refused(tiny):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UsageError, match="torch sees no GPU"):
+        benchmark.find_device(tiny("ft_ema", "compute.accelerator=cuda"))
+
+
+def test_flops_are_counted_as_torch_does(tiny):
+    """One convolution, forward and both gradients."""
+    layer = torch.nn.Conv2d(4, 8, 3)
+    images = torch.zeros(1, 4, 10, 10, requires_grad=True)
+    counted = benchmark.count_flops(
+        lambda batch: layer(batch.images).sum().backward(), Batch(images, images, [], [])
+    )
+    assert counted == 3 * 2 * 4 * 8 * 9 * 64

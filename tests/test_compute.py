@@ -1,0 +1,148 @@
+"""Every switch of `compute.*` against the plain path, and torch.compile's own books."""
+
+import copy
+import shutil
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from kl_f8_train import benchmark, compute, cost, perceptual
+from kl_f8_train.data import Batch
+from kl_f8_train.discriminator import Discriminator
+from kl_f8_train.finetuner import Finetuner, build_optimizers
+from kl_f8_train.model import AutoencoderKL, Upsample
+
+PLAIN = (
+    *("compute.channels_last=false", "compute.subpixel_upsample=false"),
+    *("compute.compile=false", "adversarial.start_iteration=0"),
+)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+def test_subpixel_upsampling_is_doubling_and_convolving(dtype, tolerance):
+    torch.manual_seed(0)
+    layer = Upsample(16).to(dtype)
+    x = torch.randn(2, 16, 5, 7, dtype=dtype, requires_grad=True)
+    results = []
+    for layer.subpixel in (False, True):
+        y = layer(x)
+        gradients = torch.autograd.grad(y.cos().sum(), (x, *layer.parameters()))
+        results.append([y, *gradients])
+    for plain, fast in zip(*results, strict=True):
+        assert plain.shape == fast.shape
+        assert (plain - fast).norm() < tolerance * plain.norm()
+
+
+def gradients_of_an_iteration(tuner, batch):
+    """Of decoder and discriminator, from the same start."""
+    tuner.run_iteration(batch, *build_optimizers(tuner))
+    return {key: p.grad.clone() for key, p in tuner.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def plain_gradients(finetuner, autoencoder, discriminator, batch):
+    """As they are with every switch off; the networks are put back."""
+    states = [copy.deepcopy(module.state_dict()) for module in (autoencoder, discriminator)]
+    gradients = gradients_of_an_iteration(finetuner("ft_ema", *PLAIN), batch(side=32))
+    for module, state in zip((autoencoder, discriminator), states, strict=True):
+        module.load_state_dict(state)
+    return gradients
+
+
+def assert_equal_gradients(plain, fast, tolerance=1e-10):
+    assert plain.keys() == fast.keys()
+    assert len(plain) > 100
+    for key, expected in plain.items():  # the key's bias has no gradient: softmax is blind to it
+        scale = max(float(expected.norm()), 1.0)
+        assert float((fast[key] - expected).norm()) < tolerance * scale, key
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        "compute.channels_last=true",
+        "compute.subpixel_upsample=true",
+        "compute.checkpoint_levels=1",
+        "compute.checkpoint_levels=4",
+    ],
+)
+def test_switch_is_exact(finetuner, batch, plain_gradients, switch):
+    fast = gradients_of_an_iteration(finetuner("ft_ema", *PLAIN, switch), batch(side=32))
+    assert_equal_gradients(plain_gradients, fast)
+
+
+def test_channels_last_reaches_networks_and_images(finetuner, batch, standin):
+    tuner = finetuner("ft_ema", "compute.compile=false")
+    seen = []
+    tuner.autoencoder.decoder.up[0].register_forward_hook(lambda m, i, out: seen.append(out))
+    tuner.run_iteration(batch(side=32), *build_optimizers(tuner))
+    weights = [tuner.autoencoder.last_layer, tuner.ema["decoder"].conv_out.weight, *seen]
+    weights.append(tuner.autoencoder.last_layer.grad)
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in weights)
+
+
+@pytest.mark.slow
+def test_compiled_is_exact_without_breaks_or_recompiles(finetuner, batch, plain_gradients):
+    """Traced and differentiated as for inductor, but run by torch's own kernels: quicker."""
+    torch._dynamo.reset()
+    counters.clear()
+    tuner = finetuner("ft_ema", *PLAIN, perceptual=perceptual.st_lpips_alex().double())
+    reference = copy.deepcopy(tuner)
+    parts = tuner.autoencoder, tuner.discriminator, tuner.perceptual
+    compute.compile_networks(*parts, backend="aot_eager")
+    plain = gradients_of_an_iteration(reference, batch(side=32))
+    assert_equal_gradients(plain, gradients_of_an_iteration(tuner, batch(side=32)))
+    optimizers = build_optimizers(tuner)
+    tuner.run_iteration(batch(1, side=32), *optimizers)
+    graphs = benchmark.compiled_graphs()
+    assert graphs >= 10  # encoder, four levels, middle, norm, discriminator, perceptual
+    for step in (2, 3):
+        tuner.run_iteration(batch(step, side=32), *optimizers)
+    assert benchmark.compiled_graphs() == graphs
+    assert benchmark.graph_breaks() == 0
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("setting", "found", "expected"),
+    [("true", None, True), ("false", "gcc", False), ("null", "gcc", False)],
+)
+def test_compilation_is_off_on_a_cpu_unless_asked_for(tiny, monkeypatch, setting, found, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(shutil, "which", lambda name: found)
+    assert compute.compiles(tiny("ft_ema", f"compute.compile={setting}").compute) is expected
+
+
+def test_compilation_by_default_needs_cuda_and_a_compiler(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CC", raising=False)
+    for compiler in ("/usr/bin/gcc", None):
+        monkeypatch.setattr(shutil, "which", lambda name, compiler=compiler: compiler)
+        assert compute.compiles(tiny("ft_ema").compute) is (compiler is not None)
+    assert not compute.compiles(tiny("ft_ema", "compute.accelerator=cpu").compute)
+
+
+# --- arithmetic -------------------------------------------------------------------------------
+
+
+def count(config, network):
+    """Operations of one iteration for one image, on tensors without contents."""
+    critic = Discriminator(config.adversarial.ndf) if config.adversarial else None
+    tuner = Finetuner(config, AutoencoderKL(config.model.ch), critic, network)
+    tuner._finite = lambda *_: True
+    meta, side = torch.device("meta"), config.data.crop
+    images, noise = torch.zeros(1, 3, side, side), torch.zeros(1, 1, 4, side // 8, side // 8)
+    batch = Batch(images, noise, ["a"], []).to(meta)
+    return benchmark.count_flops(benchmark.iteration_of(tuner, meta), batch)
+
+
+@pytest.mark.parametrize(("recipe", "limit"), [("ft_ema", 2437e9), ("ft_mse", 2260e9)])
+def test_full_size_iteration_takes_the_floor(tiny, monkeypatch, recipe, limit):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta device
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)  # nor does the fused Adam
+    config = tiny(recipe, *PLAIN[2:3], "global_batch=1", "model.ch=128", "data.crop=256")
+    counted = count(config, perceptual.lpips_vgg(None))
+    assert counted <= 1.02 * cost.flops_per_image(config)
+    assert counted <= limit
