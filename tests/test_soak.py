@@ -31,6 +31,7 @@ def test_fifty_signals_and_kills_change_nothing(tmp_path: Path) -> None:
     runs.make_shards(tmp_path)
     runs.make_weights(tmp_path / "model.ckpt")
     (whole,) = ranks.start(tmp_path, "undisturbed", *EXTRA)
+    whole.wait_for("init: ")  # the first process also waits for the server's imports
     began = time.perf_counter()
     whole.wait_for("batch: ")
     starting = time.perf_counter() - began
