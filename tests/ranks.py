@@ -47,13 +47,14 @@ class Run:
     def output(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def wait_for(self, text: str, seconds: float = 120.0) -> None:
-        """Waits until the output has `text`."""
+    def wait_for(self, text: str, times: int = 1, seconds: float = 120.0) -> None:
+        """Waits until the output has `text` so many times."""
         pause = threading.Event()
         for _ in range(round(seconds / 0.02)):
-            if text in self.output:
+            alive = self.process.is_alive()
+            if self.output.count(text) >= times:
                 return
-            assert self.process.is_alive() or text in self.output, self.output
+            assert alive, self.output
             pause.wait(0.02)
         raise AssertionError(f"{text!r} never came:\n{self.output}")
 

@@ -402,6 +402,33 @@ def test_update_that_is_not_finite_is_left_out(finetuner, batch):
     assert all(torch.isfinite(v).all() for m in modules for v in m.state_dict().values())
 
 
+def test_the_image_behind_it_is_named(finetuner, batch, capsys):
+    iterate(finetuner("ft_mse"), with_nan(batch(side=32)))
+    assert capsys.readouterr().out.endswith("(1 in a row, 1 in all); caused by rank 0: a\n")
+
+
+@pytest.mark.parametrize("part", ["perceptual", "generator", "discriminator"])
+def test_infinite_loss_with_a_finite_gradient_is_left_out(finetuner, batch, standin, part):
+    tuner = finetuner("ft_ema", "adversarial.start_iteration=0", perceptual=copy.deepcopy(standin))
+    module = tuner.perceptual if part == "perceptual" else tuner.discriminator
+    calls = []
+
+    def shift(module, arguments, out):
+        calls.append(1)
+        broken = len(calls) == {"perceptual": 1, "generator": 1, "discriminator": 2}[part]
+        return out - torch.inf if broken else out
+
+    module.register_forward_hook(shift)
+    decoder, adversary = snapshot(tuner.autoencoder), snapshot(tuner.discriminator)
+    iterate(tuner, batch(side=32))
+    assert tuner.bad_updates == 1
+    assert unchanged(tuner.autoencoder, decoder) == (part != "discriminator")
+    assert unchanged(tuner.discriminator, adversary)
+    tuner.run_iteration(batch(1, side=32), *build_optimizers(tuner))
+    assert tuner.bad_updates == 0
+    assert not unchanged(tuner.discriminator, adversary)
+
+
 def test_too_many_bad_updates_in_a_row_end_the_run(finetuner, batch):
     tuner = finetuner("ft_mse", "max_bad_updates=2")
     optimizers = build_optimizers(tuner)

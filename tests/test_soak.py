@@ -16,6 +16,7 @@ from kl_f8_train import checkpoint
 pytestmark = pytest.mark.slow
 STOPS, LENGTH = 50, 100
 EXTRA = (f"stop_iteration={100 + LENGTH}", "checkpoint.every=2", "data.workers=1", "global_batch=2")
+LINE = f" of {100 + LENGTH} |"  # after each iteration
 KINDS = {  # signals, and the exit codes they may lead to: by our handler, or before there is one
     "TERM": {143, -signal.SIGTERM},
     "INT": {130, 1},
@@ -26,14 +27,18 @@ KINDS = {  # signals, and the exit codes they may lead to: by our handler, or be
 
 
 def test_fifty_signals_and_kills_change_nothing(tmp_path: Path) -> None:
-    """The moments are drawn from the start of an attempt to its third iteration."""
+    """The moments are drawn from the start of an attempt to its second or third iteration."""
     runs.make_shards(tmp_path)
     runs.make_weights(tmp_path / "model.ckpt")
     (whole,) = ranks.start(tmp_path, "undisturbed", *EXTRA)
-    whole.wait_for("batch: ")
+    whole.wait_for("init: ")  # the first process also waits for the server's imports
     began = time.perf_counter()
-    whole.wait_for("iteration 103 of")
-    training = time.perf_counter() - began
+    whole.wait_for("batch: ")
+    starting = time.perf_counter() - began
+    whole.wait_for(LINE)
+    began = time.perf_counter()
+    whole.wait_for(LINE, times=11)
+    iteration = (time.perf_counter() - began) / 10
     ranks.finish([whole])
 
     draw = random.Random(0)
@@ -41,9 +46,10 @@ def test_fifty_signals_and_kills_change_nothing(tmp_path: Path) -> None:
     for _ in range(STOPS):
         kind = draw.choice(list(KINDS))
         (run,) = ranks.start(tmp_path, "disturbed", *EXTRA)
-        if draw.random() < 0.8:  # the rest: while it starts and resumes
-            run.wait_for("batch: ")
-        run.process.join(draw.uniform(0.0, training))
+        after = draw.choice(("start", "batch: ", "batch: ", LINE, LINE))
+        if after != "start":
+            run.wait_for(after)
+        run.process.join(draw.uniform(0.0, starting if after == "start" else iteration))
         for name in kind.split():
             run.send(signal.Signals[f"SIG{name}"])
             run.process.join(0.02)

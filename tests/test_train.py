@@ -456,6 +456,7 @@ def test_a_signal_during_a_slow_save_is_not_lost(folder, undisturbed, number):
     assert run.end(30) == (128 + number if number == signal.SIGTERM else -number)
     kept = [path.name for path in checkpoint.list_checkpoints(folder / name)]
     if number == signal.SIGTERM:  # the save ends, then the iteration that follows, then another
+        assert "saving took" in run.output
         assert kept[:2] == ["iteration-000000105.safetensors", "iteration-000000104.safetensors"]
     else:  # half a file is no checkpoint
         assert kept == ["iteration-000000102.safetensors"]
