@@ -25,8 +25,9 @@ from kl_f8_train.cache import is_remote
 from kl_f8_train.callbacks import wandb_reachable
 from kl_f8_train.config import Config
 from kl_f8_train.data import Batch, PositionDataset, collate, open_data
-from kl_f8_train.errors import RunFailedError, UsageError, UserError
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError
 from kl_f8_train.finetuner import Finetuner, build_optimizers
+from kl_f8_train.formats import Weights
 from kl_f8_train.losses import generator_loss, reconstruction_loss
 from kl_f8_train.model import FROZEN
 from kl_f8_train.train import start_or_resume
@@ -201,19 +202,29 @@ def _check_weights(report: Report, settings: Config) -> None:
     found = checkpoint.list_checkpoints(Path(settings.run_dir))
     if found:
         report.tell(f"{settings.run_dir} holds {len(found)} checkpoints: this run would resume")
-        path = found[0]
-    else:
-        path = checkpoint.find(Path(settings.init.weights))
-    contents, weights = checkpoint.read_weights(path, settings.init.select)
+    paths = found or [Path(settings.init.weights)]
+    contents, weights = _first_readable(report, paths, settings.init.select)
     start = contents.iteration
     if not found and settings.init.iteration is not None:
         start = settings.init.iteration
     report.facts["start_iteration"] = start
-    digest = checkpoint.file_sha256(path)
+    digest = checkpoint.file_sha256(contents.path)
     held = checkpoint.report(contents, weights)
     report.facts["weights"] = {"sha256": digest, **held}
     report.tell(checkpoint.describe(held))
-    report.tell(f"{size(path.stat().st_size)}, SHA-256 {digest}")
+    report.tell(f"{size(contents.path.stat().st_size)}, SHA-256 {digest}")
+
+
+def _first_readable(
+    report: Report, paths: list[Path], select: str
+) -> tuple[checkpoint.Contents, Weights]:
+    """The weights of the first file that can be read, as `train` would take it."""
+    for path in paths[:-1]:
+        try:
+            return checkpoint.read_weights(path, select)
+        except MissingInputError as error:
+            report.remark(f"{error}; the checkpoint before it would be taken")
+    return checkpoint.read_weights(paths[-1], select)
 
 
 def _check_source(report: Report, settings: Config, name: str) -> None:

@@ -98,7 +98,8 @@ def test_count_of_kept_checkpoints(tmp_path, start, last, milestone):
 
 
 def test_a_run_that_would_resume_is_left_as_it_is(examined, folder):
-    train(runs.recipe(folder, "resumed", "stop_iteration=104", *runs.NO_ADVERSARIAL))
+    extra = ("stop_iteration=104", "checkpoint.every=2", *runs.NO_ADVERSARIAL)
+    train(runs.recipe(folder, "resumed", *extra))
     before = listing(folder / "resumed")
     code, found, told = examined(
         "resumed", "stop_iteration=104", "compute.per_device_batch=2", *runs.NO_ADVERSARIAL
@@ -109,6 +110,14 @@ def test_a_run_that_would_resume_is_left_as_it_is(examined, folder):
     assert found["images_total"] == 0
     assert set(found["gradient_audit"]) == {"pixel", "perceptual"}
     assert listing(folder / "resumed") == before
+
+    newest, older = checkpoint.list_checkpoints(folder / "resumed")
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    code, found, _ = examined("resumed", "stop_iteration=104", *runs.NO_ADVERSARIAL)
+    assert code == 0
+    assert found["weights"]["path"] == str(older)
+    assert "is broken or cut short" in found["remarks"][0]
+    assert found["images_total"] == 2 * 4
 
 
 def test_dry_run_is_the_same_and_trains_nothing(folder, capsys):
