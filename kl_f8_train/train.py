@@ -87,10 +87,11 @@ def train(settings: Config, allow_changes: bool = False) -> int:
     except (RuntimeError, MemoryError) as error:  # torch's CPU allocator has no class of its own
         if not _out_of_memory(error):
             raise
+        reason, _, _ = str(error).partition("\n")
         raise RunFailedError(
-            f"out of memory: {str(error).splitlines()[0]}\nHalve compute.per_device_batch (the "
-            "global batch stays, by accumulation), or give precision=bfloat16, or fewer "
-            "data.workers if the machine's memory is short"
+            f"out of memory: {reason}\nHalve compute.per_device_batch (the global batch stays, by "
+            "accumulation), or give precision=bfloat16, or fewer data.workers if the machine's "
+            "memory is short"
         ) from error
     finally:
         signals.restore()
