@@ -45,6 +45,8 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
         (["config", "schema"], 0, "optimizer.learning_rate"),
         (["evaluate", "a=x.ckpt", "--images", "nowhere"], 3, "no such folder"),
         (["pack", "nowhere", "out"], 3, "no such folder"),
+        (["benchmark", "ft_ema", "--iterations", "0"], 2, "expected 1 or more"),
+        (["benchmark", "ft_ema", "compute.checkpoint_levels=-1"], 2, "expected 0 or more"),
     ],
 )
 def test_answers_at_once(arguments, code, text):
