@@ -74,7 +74,7 @@ def test_switch_is_exact(finetuner, batch, plain_gradients, switch):
 
 
 def test_channels_last_reaches_networks_and_images(finetuner, batch, standin):
-    tuner = finetuner("ft_ema", "compute.compile=false")
+    tuner = finetuner("ft_ema", "compute.compile=false", "compute.channels_last=true")
     seen = []
     tuner.autoencoder.decoder.up[0].register_forward_hook(lambda m, i, out: seen.append(out))
     tuner.run_iteration(batch(side=32), *build_optimizers(tuner))
@@ -85,7 +85,7 @@ def test_channels_last_reaches_networks_and_images(finetuner, batch, standin):
 
 def test_adams_state_comes_back_in_the_parameters_layout(tmp_path, finetuner, batch):
     """The fused Adam walks all its tensors by one tensor's strides, and does not check."""
-    tuner = finetuner("ft_mse", "compute.compile=false")
+    tuner = finetuner("ft_mse", "compute.compile=false", "compute.channels_last=true")
     optimizers = build_optimizers(tuner)
     tuner.run_iteration(batch(side=32), *optimizers)
     frozen = state.frozen_sha256(tuner.autoencoder.state_dict())
