@@ -24,7 +24,7 @@ def apply(
     The discriminator's and the perceptual network's layouts are set too.
     """
     for network in (autoencoder, discriminator, perceptual):
-        if network is not None and settings.channels_last:
+        if network is not None and channels_last(settings):
             network.to(memory_format=torch.channels_last)
     levels = [part for part in autoencoder.modules() if isinstance(part, UpLevel)]
     for number, level in enumerate(levels):  # from full resolution down
@@ -34,12 +34,21 @@ def apply(
             part.subpixel = settings.subpixel_upsample
 
 
+def channels_last(settings: Compute) -> bool:
+    """Whether networks and images lie as NHWC: as set, or on CUDA (a CPU is slower with it)."""
+    return _on_cuda(settings) if settings.channels_last is None else settings.channels_last
+
+
 def compiles(settings: Compute) -> bool:
     """Whether to compile: as set, or on CUDA where Triton will find a C compiler."""
     if settings.compile is not None:
         return settings.compile
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return settings.accelerator != "cpu" and torch.cuda.is_available() and compiler is not None
+    return _on_cuda(settings) and compiler is not None
+
+
+def _on_cuda(settings: Compute) -> bool:
+    return settings.accelerator != "cpu" and torch.cuda.is_available()
 
 
 def compile_networks(

@@ -146,7 +146,9 @@ class Compute:
         "images per GPU and micro-batch; null: the largest divisor up to 12", None, machine=True
     )
     timeout_minutes: float = setting("a silent rank is an error after this", 10.0, machine=True)
-    channels_last: bool = setting("networks and images as NHWC in memory", True, machine=True)
+    channels_last: bool | None = setting(
+        "networks and images as NHWC in memory; null: on CUDA", None, machine=True
+    )
     subpixel_upsample: bool = setting(
         "double and convolve in one step: 4/9 of the arithmetic, equal but for rounding",
         True,

@@ -225,9 +225,8 @@ class Finetuner(LightningModule):
         if images.dtype == torch.uint8:
             images = to_float(images)
         dtype = self.autoencoder.last_layer.dtype
-        layout = torch.preserve_format
-        if self.config.compute.channels_last:
-            layout = torch.channels_last
+        nhwc = compute.channels_last(self.config.compute)
+        layout = torch.channels_last if nhwc else torch.preserve_format
         return images.to(dtype, memory_format=layout), batch.noise[:, part].to(dtype)
 
     def _autocast(self) -> torch.autocast:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from samples import load_discriminator
 from torch import Tensor, nn
 
 from kl_f8_train import config, perceptual
 from kl_f8_train.data import Batch
-from kl_f8_train.discriminator import Discriminator
 from kl_f8_train.finetuner import Finetuner
 from kl_f8_train.model import AutoencoderKL
 
@@ -79,12 +79,6 @@ def autoencoder(golden):
 def discriminator(golden):
     """A fresh Discriminator (ndf 64) with the reference weights, in float64."""
     return load_discriminator(golden, 64)
-
-
-def load_discriminator(golden, ndf):
-    model = Discriminator(ndf=ndf).double()
-    model.load_state_dict(golden.weights(f"ndf{ndf}"))
-    return model
 
 
 class StandInDistance(nn.Module):

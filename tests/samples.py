@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from kl_f8_train import config
+from kl_f8_train.discriminator import Discriminator
 from kl_f8_train.model import AutoencoderKL
 from kl_f8_train.pack import pack
 
@@ -143,3 +144,10 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(
         one[key].dtype == other[key].dtype and torch.equal(one[key], other[key]) for key in one
     )
+
+
+def load_discriminator(golden, ndf):
+    """The reference discriminator of one width, in float64."""
+    model = Discriminator(ndf=ndf).double()
+    model.load_state_dict(golden.weights(f"ndf{ndf}"))
+    return model

@@ -61,6 +61,8 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
         (["card", "nowhere", "--license", "The MIT License"], 2, "--license-file FILE"),
         (["card", "nowhere", "--license", "mit", "--license-file", "x"], 2, "not allowed with"),
         (["card", "nowhere", "--base-model", "x"], 2, "OWNER/NAME"),
+        (["benchmark", "ft_ema", "--iterations", "0"], 2, "expected 1 or more"),
+        (["benchmark", "ft_ema", "compute.checkpoint_levels=-1"], 2, "expected 0 or more"),
     ],
 )
 def test_answers_at_once(arguments, code, text):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from kl_f8_train import benchmark, compute, cost, perceptual
+from kl_f8_train import benchmark, checkpoint, compute, cost, perceptual, state
 from kl_f8_train.data import Batch
 from kl_f8_train.discriminator import Discriminator
 from kl_f8_train.finetuner import Finetuner, build_optimizers
@@ -46,8 +46,8 @@ def plain_gradients(finetuner, autoencoder, discriminator, batch):
     """As they are with every switch off; the networks are put back."""
     states = [copy.deepcopy(module.state_dict()) for module in (autoencoder, discriminator)]
     gradients = gradients_of_an_iteration(finetuner("ft_ema", *PLAIN), batch(side=32))
-    for module, state in zip((autoencoder, discriminator), states, strict=True):
-        module.load_state_dict(state)
+    for module, before in zip((autoencoder, discriminator), states, strict=True):
+        module.load_state_dict(before)
     return gradients
 
 
@@ -74,13 +74,29 @@ def test_switch_is_exact(finetuner, batch, plain_gradients, switch):
 
 
 def test_channels_last_reaches_networks_and_images(finetuner, batch, standin):
-    tuner = finetuner("ft_ema", "compute.compile=false")
+    tuner = finetuner("ft_ema", "compute.compile=false", "compute.channels_last=true")
     seen = []
     tuner.autoencoder.decoder.up[0].register_forward_hook(lambda m, i, out: seen.append(out))
     tuner.run_iteration(batch(side=32), *build_optimizers(tuner))
     weights = [tuner.autoencoder.last_layer, tuner.ema["decoder"].conv_out.weight, *seen]
     weights.append(tuner.autoencoder.last_layer.grad)
     assert all(value.is_contiguous(memory_format=torch.channels_last) for value in weights)
+
+
+def test_adams_state_comes_back_in_the_parameters_layout(tmp_path, finetuner, batch):
+    """The fused Adam walks all its tensors by one tensor's strides, and does not check."""
+    tuner = finetuner("ft_mse", "compute.compile=false", "compute.channels_last=true")
+    optimizers = build_optimizers(tuner)
+    tuner.run_iteration(batch(side=32), *optimizers)
+    frozen = state.frozen_sha256(tuner.autoencoder.state_dict())
+    path = state.save(tuner, optimizers, tmp_path, frozen)
+    restored = build_optimizers(tuner)
+    state.restore(tuner, restored, checkpoint.read(path))
+    weight = tuner.autoencoder.last_layer
+    for entry in ("exp_avg", "exp_avg_sq"):
+        before, after = (o[0].state[weight][entry] for o in (optimizers, restored))
+        assert after.stride() == weight.stride() == before.stride()
+        assert torch.equal(after, before)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import load_discriminator
+from samples import load_discriminator
 from torch import nn
 
 from kl_f8_train.discriminator import Discriminator, initialize
