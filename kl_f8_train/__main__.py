@@ -271,7 +271,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from kl_f8_train.evaluate import PROTOCOLS, evaluate
 
     with _bar("image") as progress:
-        evaluate(
+        result = evaluate(
             named,
             args.images,
             args.out,
@@ -285,7 +285,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             progress=progress,
         )
-    if int(os.environ.get("RANK", "0")) == 0:  # the files are there once
+    if result is not None:  # on the first rank: the files are there once
         for verdict in report.write_comparison(args.out, *args.compare) if args.compare else ():
             print(verdict.text)
         print(f"report: {report.write(args.out)}")

@@ -166,13 +166,17 @@ def _refuse_to_overwrite(files: list[Path], force: bool) -> None:
 
 
 def _stored_weights(path: Path, raw: bool = False) -> State:
-    """The raw or the EMA weights of a training checkpoint, and nothing else of it."""
+    """The raw or the EMA weights of a training checkpoint, and nothing else of it.
+
+    Raises MissingInputError if the disk has changed them.
+    """
     frozen = tuple(f"autoencoder.{name}." for name in FROZEN)
     parts = ("autoencoder.",) if raw else (*frozen, "ema.")
-    stored = checkpoint.read(path, lambda names: [n for n in names if n.startswith(parts)]).tensors
+    contents = checkpoint.read(path, lambda names: [n for n in names if n.startswith(parts)])
+    state.check_content(contents, "autoencoder" if raw else "ema")
     return {
         key.split(".", 1)[1]: value.float().contiguous()
-        for key, value in stored.items()
+        for key, value in contents.tensors.items()
         if key.startswith(parts)
     }
 

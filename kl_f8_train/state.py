@@ -44,7 +44,7 @@ def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: st
         "ema_updates": str(finetuner.ema_updates),
         "frozen_sha256": frozen,
         **finetuner.base,
-        "tensors_sha256": checkpoint.tensors_sha256(tensors),
+        **{f"sha256.{part}": _part_sha256(tensors, part) for part in _parts(tensors)},
         "config": json.dumps(config.to_dict(finetuner.config)),
     }
     path = checkpoint.checkpoint_path(run_dir, finetuner.iteration, finetuner.warmup_done)
@@ -75,13 +75,30 @@ def stored_base(metadata: dict[str, str]) -> dict[str, str]:
     return {key: metadata.get(key, "unknown") for key in ("base_name", "base_sha256")}
 
 
-def check_content(contents: checkpoint.Contents) -> None:
-    """Raises MissingInputError if a training checkpoint's tensors are not those once written."""
-    stored = contents.metadata.get("tensors_sha256")  # older files have none
-    if stored is not None and stored != checkpoint.tensors_sha256(contents.tensors):
-        raise MissingInputError(
-            f"{contents.path}: its tensors do not match its own SHA-256; the disk changed them"
-        )
+def check_content(contents: checkpoint.Contents, only: str | None = None) -> None:
+    """Compares a training checkpoint's tensors, or one part of them, with their own hashes.
+
+    Raises MissingInputError if they are not those once written.
+    """
+    for key, stored in contents.metadata.items():  # older files have no hashes
+        part = key.removeprefix("sha256.")
+        if part == key or only not in (None, part):
+            continue
+        if stored != _part_sha256(contents.tensors, part):
+            raise MissingInputError(
+                f"{contents.path}: its {part} does not match its own SHA-256; the disk changed it"
+            )
+
+
+def _parts(tensors: dict[str, Tensor]) -> list[str]:
+    """The first words of the names: autoencoder, discriminator, ema, logvar, optimizer."""
+    return sorted({name.split(".", 1)[0] for name in tensors})
+
+
+def _part_sha256(tensors: dict[str, Tensor], part: str) -> str:
+    return checkpoint.tensors_sha256(
+        {name: tensor for name, tensor in tensors.items() if name.split(".", 1)[0] == part}
+    )
 
 
 def restore(finetuner: Finetuner, optimizers: list[Adam], contents: checkpoint.Contents) -> str:

@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import json
+import struct
 import os
 import pickle
 import platform
@@ -464,3 +465,19 @@ def test_write_torch_holds_no_second_copy(tmp_path):
     )
     assert samples.peak_growth(job, tmp_path / "w.ckpt") < 40  # MiB, of 160
     (tmp_path / "w.ckpt").unlink()
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_weights_that_the_disk_changed_are_not_exported(folder, tmp_path, raw):
+    path = tmp_path / "run" / "checkpoints" / checkpoint.list_checkpoints(folder / "run")[0].name
+    path.parent.mkdir(parents=True)
+    whole = bytearray(checkpoint.list_checkpoints(folder / "run")[0].read_bytes())
+    (length,) = struct.unpack("<Q", whole[:8])
+    entry = json.loads(whole[8 : 8 + length])[
+        f"{'autoencoder' if raw else 'ema'}.decoder.conv_out.weight"
+    ]
+    whole[8 + length + entry["data_offsets"][0]] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(MissingInputError, match="does not match its own SHA-256"):
+        export(tmp_path / "run", raw=raw)
+    assert not list((tmp_path / "run").glob("export*"))
