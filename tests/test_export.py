@@ -3,13 +3,13 @@
 import datetime
 import hashlib
 import json
-import struct
 import os
 import pickle
 import platform
 import re
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
