@@ -280,16 +280,25 @@ def _parities(weight: Tensor, axis: int) -> Tensor:
 def interleave(parts: Tensor) -> Tensor:
     """(B, 4 C, H + 1, W + 1) -> (B, C, 2 H, 2 W): each parity's image into its rows and columns.
 
-    A part of even rows begins one pixel early, as its window reaches up; so do even columns. In
-    memory the result is channels_last.
+    A part of even rows begins one pixel early, as its window reaches up; so do even columns. The
+    layout in memory, NCHW or NHWC, stays.
     """
     height, width = parts.shape[2] - 1, parts.shape[3] - 1
-    parts = parts.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))  # (B, H + 1, W + 1, 2, 2, C)
-    rows = [
-        torch.stack([parts[:, p : p + height, q : q + width, p, q] for q in (0, 1)], dim=3)
-        for p in (0, 1)
-    ]  # (B, H, W, 2, C) each
-    return torch.stack(rows, dim=2).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+    nhwc = parts.is_contiguous(memory_format=torch.channels_last)
+    parts = parts.unflatten(1, (2, 2, -1))  # (B, 2, 2, C, H + 1, W + 1)
+    if nhwc:
+        parts = parts.permute(0, 1, 2, 4, 5, 3)
+    rows, columns = (2, 3) if nhwc else (3, 4)  # axes behind which the parity goes
+
+    def part(p: int, q: int) -> Tensor:
+        one = parts[:, p, q].narrow(rows - 1, p, height)
+        return one.narrow(rows, q, width)
+
+    whole = torch.stack(
+        [torch.stack([part(p, q) for q in (0, 1)], dim=columns) for p in (0, 1)], dim=rows
+    ).flatten(columns, columns + 1)
+    whole = whole.flatten(rows - 1, rows)
+    return whole.permute(0, 3, 1, 2) if nhwc else whole
 
 
 class GroupNorm32(nn.GroupNorm):
