@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import re
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from kl_f8_train import __version__
 from kl_f8_train.errors import MissingInputError, UsageError, UserError
+from kl_f8_train.processes import end_children
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,8 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         text = f"unexpected {type(error).__name__}: {error}\n--debug shows where"
         return _complain(text, UserError.exit_code, args.debug)
     finally:
-        for child in multiprocessing.active_children():
-            child.kill()  # loaders, after a failure; torch would wait five seconds for them
+        end_children()  # loaders, after a failure; torch would wait five seconds for them
 
 
 def _complain(message: str, exit_code: int, debug: bool) -> int:

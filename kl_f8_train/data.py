@@ -4,6 +4,7 @@ Crop and noise are drawn from (seed, position), so a batch is the same whatever 
 GPUs, workers and restarts.
 """
 
+import atexit
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -20,10 +21,12 @@ from kl_f8_train.checkpoint import cache_dir
 from kl_f8_train.config import Config, source_shares
 from kl_f8_train.errors import ImageError, MissingInputError
 from kl_f8_train.plan import Plan, random_state
+from kl_f8_train.processes import end_children
 from kl_f8_train.shards import FolderSource, Source, TarSource, open_source
 
 MAX_NEIGHBOURS = 100  # bad samples in a row before the run stops
 IDLE = -(2**63)  # no position
+atexit.register(end_children)  # before multiprocessing waits for them; SIGTERM does not end them
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # stop a run; its loaders ignore them
 
 
@@ -69,8 +72,12 @@ class PositionDataset(Dataset[Sample]):
         )
         self.draft_side = config.data.shorter_side if config.data.draft else None
         side = config.data.crop // 2 ** (len(config.model.ch_mult) - 1)
-        self.reading = multiprocessing.RawArray("q", [IDLE] * max(1, config.data.workers))
+        self.watch(workers=0)
         self.noise_shape = (2 if config.second_forward else 1, config.model.embed_dim, side, side)
+
+    def watch(self, workers: int) -> None:
+        """Makes room for what each of `workers` processes is reading, seen by all of them."""
+        self.reading = multiprocessing.RawArray("q", [IDLE] * max(1, workers))
 
     def __getitem__(self, position: int) -> Sample:
         """Raises MissingInputError if MAX_NEIGHBOURS samples in a row are bad.
@@ -201,6 +208,7 @@ def collate(samples: list[Sample]) -> Batch:
 
 def loader(dataset: PositionDataset, sampler: IterationSampler, workers: int) -> DataLoader[Sample]:
     """Loads whole iterations in worker processes."""
+    dataset.watch(workers)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
