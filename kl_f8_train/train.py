@@ -85,14 +85,10 @@ def train(settings: Config, allow_changes: bool = False) -> int:
             checkpoint.write_text(run_dir / "config.yaml", config.to_yaml(settings))
         _fit(trainer, Iterations(settings, finetuner, plan, sources), run_log)
     except (RuntimeError, MemoryError) as error:  # torch's CPU allocator has no class of its own
-        if not _out_of_memory(error):
+        remedy = _remedy(error)
+        if remedy is None:
             raise
-        reason, _, _ = str(error).partition("\n")
-        raise RunFailedError(
-            f"out of memory: {reason}\nHalve compute.per_device_batch (the global batch stays, by "
-            "accumulation), or give precision=bfloat16, or fewer data.workers if the machine's "
-            "memory is short"
-        ) from error
+        raise RunFailedError(f"{str(error).splitlines()[0]}\n{remedy}") from error
     finally:
         signals.restore()
     if signals.received:
@@ -127,9 +123,18 @@ def _is_lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo/" in str(error)
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _remedy(error: Exception) -> str | None:
+    """What helps against a failure of memory or of the compiler; None for any other."""
     known = (torch.cuda.OutOfMemoryError, MemoryError)
-    return isinstance(error, known) or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, known) or "DefaultCPUAllocator" in str(error):
+        return (
+            "out of memory: halve compute.per_device_batch (the global batch stays, by "
+            "accumulation), or give compute.checkpoint_levels=4, or precision=bfloat16, or fewer "
+            "data.workers if the machine's memory is short"
+        )
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return "torch.compile failed: give compute.compile=false"
+    return None
 
 
 class Iterations(LightningDataModule):
