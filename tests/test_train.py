@@ -426,7 +426,7 @@ def test_out_of_memory_says_what_to_change(folder):
     (run,) = ranks.start(folder, "memory", *extra, prepare=limit_memory, given=(400_000_000,))
     assert run.end() == 4
     assert "out of memory:" in run.output
-    assert "Halve compute.per_device_batch" in run.output
+    assert "halve compute.per_device_batch" in run.output
     assert "Traceback" not in run.output
 
 
