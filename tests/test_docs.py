@@ -41,8 +41,8 @@ SMALL_RUN = (
     *("data.shorter_side=48", "data.crop=32", "data.workers=0", "log.every=1"),
     *("global_batch=2", "compute.per_device_batch=1", "compute.accelerator=cpu"),
 )
-SMALL_ADVERSARY = ("adversarial.ndf=16", "adversarial.n_layers=2")
-STEPS = {"single_gpu": 30, "ft_ema": 102}  # the weights' iteration is 100
+SMALL_STAGE = ("init.iteration=100", "adversarial.ndf=16", "adversarial.n_layers=2")
+STEPS = {"single_gpu": 30, "ft_ema": 102}
 SMALL_EVALUATION = ("--size", "64", "--perceptual", "st_lpips_alex")
 # And what it names: of the text as it stands, to a path that the test has.
 PATHS = {
@@ -93,7 +93,7 @@ def commands(doc: str) -> Iterator[Command]:
 
 
 ALL = [command for doc in DOCS for command in commands(doc)]
-RUN = sorted({command.doc for command in ALL if not command.marked} - {"quickstart.md"})
+OTHERS = [doc for doc in DOCS if doc not in ("README.md", "data.md", "quickstart.md")]
 
 
 def words(text: str) -> list[list[str]]:
@@ -194,8 +194,8 @@ def small(line: list[str]) -> list[str]:
         return [*line, *SMALL_EVALUATION]
     if verb in ("train", "doctor"):
         name = Path(rest[0]).stem
-        adversary = SMALL_ADVERSARY if name == "ft_ema" else ()
-        return [*line, *SMALL_RUN, *adversary, f"stop_iteration={STEPS[name]}"]
+        stage = SMALL_STAGE if name == "ft_ema" else ()
+        return [*line, *SMALL_RUN, *stage, f"stop_iteration={STEPS[name]}"]
     return line
 
 
@@ -226,13 +226,13 @@ def shard(path: Path, pictures: Path) -> None:
     samples.write_tar(path, members)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
     """A directory with everything that the documents' commands read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    place = tmp_path_factory.mktemp("docs")
+    place = tmp_path
     photographs(place / "photographs", 6)
     photographs(place / "data/coco/val2017", 3)
     for name in ("aesthetics", "humans"):
@@ -263,14 +263,14 @@ def perform(command: Command) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("doc", sorted(RUN, key=lambda doc: (doc != "README.md", doc)))
-def test_the_unmarked_commands_of_a_document_run(doc, place, monkeypatch):
+@pytest.mark.parametrize("docs", [["README.md", *OTHERS], ["data.md"]], ids=["readme", "data"])
+def test_the_unmarked_commands_of_the_documents_run(docs, place, monkeypatch):
     """README comes first: the others read the run that it makes, as their readers would."""
     monkeypatch.chdir(place)
-    for command in commands(doc):
+    for command in (command for doc in docs for command in commands(doc)):
         if not command.marked:
             perform(command)
-    if doc == "data.md":
+    if "data.md" in docs:
         import pyarrow.parquet as pq
 
         assert pq.read_table("wanted/0.parquet")["WIDTH"].to_pylist() == [400]
