@@ -362,7 +362,7 @@ def _under_srun() -> bool:
 def _fixed_images(
     settings: Config, plan: Plan, sources: Mapping[str, Source]
 ) -> list[torch.Tensor]:
-    """Four photographs for the picture strips, centre-cropped."""
+    """Up to eight photographs of `log.pictures`, or four of the data, centre-cropped."""
     if not settings.log.pictures_every:
         return []
     size = settings.data.crop

@@ -115,7 +115,7 @@ def test_a_run_that_would_resume_is_left_as_it_is(examined, folder):
     newest.write_bytes(newest.read_bytes()[:-1000])
     code, found, _ = examined("resumed", "stop_iteration=104", *runs.NO_ADVERSARIAL)
     assert code == 0
-    assert found["weights"]["path"] == str(older)
+    assert found["weights"]["file"] == str(older)
     assert "is broken or cut short" in found["remarks"][0]
     assert found["images_total"] == 2 * 4
 
