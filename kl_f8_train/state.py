@@ -44,7 +44,7 @@ def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: st
         "ema_updates": str(finetuner.ema_updates),
         "frozen_sha256": frozen,
         **finetuner.base,
-        **{f"sha256.{part}": _part_sha256(tensors, part) for part in _parts(tensors)},
+        **content_sha256(tensors),
         "config": json.dumps(config.to_dict(finetuner.config)),
     }
     path = checkpoint.checkpoint_path(run_dir, finetuner.iteration, finetuner.warmup_done)
@@ -75,6 +75,12 @@ def stored_base(metadata: dict[str, str]) -> dict[str, str]:
     return {key: metadata.get(key, "unknown") for key in ("base_name", "base_sha256")}
 
 
+def content_sha256(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Part -> SHA-256; parts are the first words: autoencoder, ema, discriminator, optimizer."""
+    parts = sorted({name.split(".", 1)[0] for name in tensors})
+    return {f"sha256.{part}": _part_sha256(tensors, part) for part in parts}
+
+
 def check_content(contents: checkpoint.Contents, only: str | None = None) -> None:
     """Compares a training checkpoint's tensors, or one part of them, with their own hashes.
 
@@ -88,11 +94,6 @@ def check_content(contents: checkpoint.Contents, only: str | None = None) -> Non
             raise MissingInputError(
                 f"{contents.path}: its {part} does not match its own SHA-256; the disk changed it"
             )
-
-
-def _parts(tensors: dict[str, Tensor]) -> list[str]:
-    """The first words of the names: autoencoder, discriminator, ema, logvar, optimizer."""
-    return sorted({name.split(".", 1)[0] for name in tensors})
 
 
 def _part_sha256(tensors: dict[str, Tensor], part: str) -> str:

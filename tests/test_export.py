@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL as DiffusersAutoencoderKL
 from safetensors.torch import load_file
 from test_checkpoint import no_room
 
-from kl_f8_train import checkpoint, config, formats, half_precision, images
+from kl_f8_train import checkpoint, config, formats, half_precision, images, state
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.export import export
@@ -293,7 +293,8 @@ def changed_checkpoint(folder: Path, path: Path, change=None, **metadata: str) -
     """A copy of the run's newest checkpoint with other tensors or texts."""
     contents = runs.final_state(folder, "run")
     tensors = change(contents.tensors) if change else contents.tensors
-    checkpoint.write_safetensors(path, tensors, {**contents.metadata, **metadata})
+    texts = {**contents.metadata, **state.content_sha256(tensors), **metadata}
+    checkpoint.write_safetensors(path, tensors, texts)
     return path
 
 
