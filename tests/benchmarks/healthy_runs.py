@@ -9,6 +9,7 @@ says.
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -72,7 +73,9 @@ def main(root: Path, pictures: Path = Path("docs/healthy-run")) -> None:
                 *case.overrides,
             )
         )
-        checkpoint.write_text(pictures / f"{name}.svg", picture(case.title, run_dir))
+        checkpoint.write_text(
+            pictures / f"{name}.svg", picture(case.title, run_dir, root / "healthy")
+        )
     print("\n| run | " + " | ".join(columns()) + " |")
     print("|" + "---|" * (1 + len(columns())))
     for name in CASES:
@@ -110,38 +113,45 @@ def rows_of(run_dir: Path) -> list[status.Row]:
     )
 
 
-def picture(title: str, run_dir: Path) -> str:
-    """Six small charts over the iteration in one SVG file, light and dark."""
-    rows = rows_of(run_dir)
+def picture(title: str, run_dir: Path, healthy: Path) -> str:
+    """Six small charts over the iteration in one SVG file, light and dark, on a healthy run's."""
+    charts = []
+    for name, names, log in PANELS:
+        lines = lines_of(run_dir, names)
+        if run_dir != healthy:
+            lines |= lines_of(healthy, names, "healthy ")
+        charts.append((len(names), Chart(name, lines, log)))
     across, down = curves.WIDTH, curves.HEIGHT + 34
-    charts = [
-        Chart(
-            name,
-            {c: [(r["iteration"], r[c]) for r in rows if c in r] for c in columns},
-            log,
-        )
-        for name, columns, log in PANELS
-    ]
     panels = "".join(
-        f'<g transform="translate({i % 2 * across} {40 + i // 2 * down})">{panel(chart)}</g>'
-        for i, chart in enumerate(charts)
+        f'<g class="own{own}" transform="translate({i % 2 * across} {40 + i // 2 * down})">'
+        f"{panel(chart, own)}</g>"
+        for i, (own, chart) in enumerate(charts)
     )
+    key = "" if run_dir == healthy else "grey: the healthy run"
     width, height = 2 * across, 40 + down * len(charts) // 2
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" font-family="sans-serif">\n<style>{curves.STYLE}{STYLE}</style>\n'
         f'<rect width="{width}" height="{height}"/>\n'
-        f'<text class="head" x="12" y="24">{escape(title)}</text>\n{panels}</svg>\n'
+        f'<text class="head" x="12" y="24">{escape(title)}</text>\n'
+        f'<text class="key" x="{width - 12}" y="24">{key}</text>\n{panels}</svg>\n'
     )
 
 
-def panel(chart: Chart) -> str:
-    """A chart under its title and the names of its lines in their colours."""
+def lines_of(run_dir: Path, names: Sequence[str], prefix: str = "") -> dict[str, curves.Points]:
+    """Points over the iteration, by column."""
+    rows = rows_of(run_dir)
+    return {prefix + n: [(row["iteration"], row[n]) for row in rows if n in row] for n in names}
+
+
+def panel(chart: Chart, own: int) -> str:
+    """A chart under its title and the names of its `own` first lines in their colours."""
     xs = [x for line in chart.lines.values() for x, _ in line]
     drawn = curves.svg(chart, {}, (min(xs), max(xs)))
     place = f'<svg y="22" width="{curves.WIDTH}" height="{curves.HEIGHT}" '
     names = "".join(
-        f'<tspan class="n{i}" dx="10">{escape(name)}</tspan>' for i, name in enumerate(chart.lines)
+        f'<tspan class="n{i}" dx="10">{escape(name)}</tspan>'
+        for i, name in enumerate(list(chart.lines)[:own])
     )
     return (
         f'<text x="12" y="16"><tspan class="title">{escape(chart.title)}</tspan>{names}</text>'
@@ -154,8 +164,10 @@ def panel(chart: Chart) -> str:
 STYLE = """
 rect { fill: var(--card); }
 .head { fill: var(--text); font-size: 15px; font-weight: 600; }
+.key { text-anchor: end; }
 .title { fill: var(--text); font-size: 11px; font-weight: 600; }
 .n0 { fill: var(--c0); } .n1 { fill: var(--c1); }
+.own1 .c1, .own2 .c2, .own2 .c3 { stroke: var(--soft); opacity: 0.5; }
 """
 
 
