@@ -39,7 +39,7 @@ CASES = {
         True,
     ),
     "won": Case(
-        "A discriminator that has won",
+        "A discriminator that wins",
         ("adversarial.warmup_iterations=200", "adversarial.weight=0.02"),
         True,
     ),
@@ -53,6 +53,16 @@ PANELS = (
     ("discriminator's loss", ("discriminator_loss",), False),
     ("adaptive weight", ("adaptive_weight",), True),
     ("norm of the decoder's gradient", ("decoder_gradient_norm",), True),
+)
+TABLE = (
+    "logits_real",
+    "logits_fake",
+    "discriminator_loss",
+    "adaptive_weight",
+    "adaptive_weight_clamped",
+    "reconstruction_loss",
+    "psnr_ema",
+    "psnr_raw",
 )
 
 
@@ -76,10 +86,10 @@ def main(root: Path, pictures: Path = Path("docs/healthy-run")) -> None:
         checkpoint.write_text(
             pictures / f"{name}.svg", picture(case.title, run_dir, root / "healthy")
         )
-    print("\n| run | " + " | ".join(columns()) + " |")
-    print("|" + "---|" * (1 + len(columns())))
+    print("\n| run | " + " | ".join(f"`{column}`" for column in TABLE) + " |")
+    print("|" + "---|" * (1 + len(TABLE)))
     for name in CASES:
-        print(f"| {name} | " + " | ".join(numbers(root / name)) + " |")
+        print(f"| {name} | " + " | ".join(late(root / name)) + " |")
     for name in CASES:
         for warning in status.read_status(root / name, time.time()).warnings:
             print(f"{name}: {warning}")
@@ -171,19 +181,13 @@ rect { fill: var(--card); }
 """
 
 
-def columns() -> list[str]:
-    """What the pictures show."""
-    return [column for _, names, _ in PANELS for column in names] + ["adaptive_weight_clamped"]
-
-
-def numbers(run_dir: Path) -> list[str]:
-    """Each column's first row and the mean of its last quarter."""
-    rows = rows_of(run_dir)
+def late(run_dir: Path) -> list[str]:
+    """The mean of each column of TABLE over the last quarter of its rows."""
     found = []
-    for column in columns():
-        values = [row[column] for row in rows if column in row]
-        late = values[-max(1, len(values) // 4) :]
-        found.append(f"{values[0]:.4g} -> {sum(late) / len(late):.4g}")
+    for column in TABLE:
+        values = [row[column] for row in rows_of(run_dir) if column in row]
+        last = values[-max(1, len(values) // 4) :]
+        found.append(f"{sum(last) / len(last):,.4g}")
     return found
 
 
