@@ -39,10 +39,11 @@ def main(root: Path, seeds: list[int]) -> None:
         demo.train_base(recipe(root, f"init.weights={base}", f"stop_iteration={demo.BASE}"), base)
     settling = ("adversarial=null", f"init.weights={base}", f"stop_iteration={SETTLED}")
     train(recipe(root, *settling, f"run_dir={settled}", "checkpoint.every=100"))
+    tiles = held_out(root, base)
     print(f"| settling | iteration | {HEAD}")
     for iteration in range(demo.BASE + 200, SETTLED + 1, 200):
         path = checkpoint.checkpoint_path(settled, iteration)
-        print(f"| | {iteration:,} | {scores(path, root / 'held_out')} |", flush=True)
+        print(f"| | {iteration:,} | {scores(path, *tiles)} |", flush=True)
 
     own, none = write_starts(root, base, settled)
     print(f"| discriminator | iterations after | {HEAD}")
@@ -60,7 +61,7 @@ def main(root: Path, seeds: list[int]) -> None:
             train(recipe(root, *settings))
             for after in SHOWN:
                 path = checkpoint.checkpoint_path(run_dir, SETTLED + after) if after else start
-                print(f"| {name} | {after} | {scores(path, root / 'held_out')} |", flush=True)
+                print(f"| {name} | {after} | {scores(path, *tiles)} |", flush=True)
     print(f"{time.process_time() - began:.0f} s of CPU, {torch.get_num_threads()} thread(s)")
 
 
@@ -90,15 +91,21 @@ def write_starts(root: Path, base: Path, settled: Path) -> tuple[Path, Path]:
 
 
 @torch.no_grad()
-def scores(path: Path, held_out: Path) -> str:
+def held_out(root: Path, base: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The held-out tiles in [-1, 1], and their latents, which no finetune changes."""
+    files = sorted((root / "held_out").glob("*.png"))
+    x = images.to_float(torch.stack([images.decode(file.read_bytes()) for file in files]))
+    return x, checkpoint.load_autoencoder(base).encode(x).mean
+
+
+@torch.no_grad()
+def scores(path: Path, x: torch.Tensor, latents: torch.Tensor) -> str:
     """Mean L1 in [-1, 1], PSNR and perceptual distance of raw weights and EMA, in 8 bit."""
-    pictures = [images.decode(file.read_bytes()) for file in sorted(held_out.glob("*.png"))]
-    x = images.to_float(torch.stack(pictures))
     network = perceptual.build("st_lpips_alex")
     cells = []
     for select in ("raw", "ema"):
         model = checkpoint.load_autoencoder(path, select)
-        y = images.to_float(images.to_uint8(model.decode(model.encode(x).mean)))
+        y = images.to_float(images.to_uint8(model.decode(latents)))
         l1, distance = (x - y).abs().mean(), network(x, y).mean()
         psnr = metrics.psnr((x + 1) / 2, (y + 1) / 2).mean()
         cells.append(f"{l1:.4f} | {psnr:.2f} | {distance:.4f}")
