@@ -1,94 +1,116 @@
-"""What a missing discriminator does to the decoder, with and without a warm-up.
+"""What a missing discriminator does to a settled decoder, with and without a warm-up.
 
-    python tests/benchmarks/warmup.py [RUN_DIR] [BASE_ITERATIONS] [WARMUP_ITERATIONS]
+    python tests/benchmarks/warmup.py RUN_DIR [SEED ...]
 
-Trains the demo's stand-in for kl-f8, takes its discriminator away, and goes on with L1 +
-perceptual + adversarial: with warm-up, without, and, to compare, with the discriminator it had.
-Scores the raw decoder on the demo's held-out photographs: means over 128-pixel tiles.
+Trains the demo's stand-in for kl-f8, finetunes its decoder with L1 + perceptual until the held-out
+scores stand still, then goes on from the EMA in four ways on the same images: without an
+adversarial term, to compare; with the stand-in's own discriminator; with a new one that trained
+alone first; with a new one that did not. Scores are means over the demo's held-out tiles.
 """
 
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-from kl_f8_train import checkpoint, config, demo, evaluate, images, perceptual
+from kl_f8_train import checkpoint, config, demo, images, metrics, perceptual
 from kl_f8_train.train import train
 
-EVERY = 10
-SHOWN = (0, 10, 20, 50, 100)
-SETTINGS = (
-    f"checkpoint.every={EVERY}",
-    "checkpoint.keep_last=99",
-    "log.every=100",
-    "log.pictures_every=0",
-)
+SETTLED = 1400  # iteration; the stand-in's own end at demo.BASE
+RATE = 1e-4
+WARMUP = 200
+SHOWN = (0, 5, 10, 25, 50)
+WAYS = {
+    "none": ("adversarial=null",),
+    "new, no warm-up": (),
+    f"new, warm-up {WARMUP}": (f"adversarial.warmup_iterations={WARMUP}",),
+    "its own": (),
+}
+HEAD = "L1 raw | PSNR raw | ST-LPIPS raw | L1 EMA | PSNR EMA | ST-LPIPS EMA |\n" + "|---" * 8 + "|"
 
 
-def main(root: Path, base_iterations: int = 600, warmup: int = 200) -> None:
-    """Runs the three and prints their scores by iterations after the adversarial term sets in."""
+def main(root: Path, seeds: list[int]) -> None:
+    """Runs all and prints their scores by iterations after the adversarial term sets in."""
     began = time.process_time()
-    shards = demo._pack_photographs(root)
-    base, pruned = root / "base" / "model.ckpt", root / "pruned.ckpt"
-    common = [f"data.sources={shards}", *SETTINGS]
-
-    def recipe(*extra: str) -> config.Config:
-        return config.load(config.find_recipe("demo"), [*common, *extra])
-
+    demo._pack_photographs(root)
+    base, settled = root / "base" / "model.ckpt", root / "settle"
     if not base.is_file():
-        demo.train_base(recipe(f"init.weights={base}", f"stop_iteration={base_iterations}"), base)
-    state = checkpoint.read(base).tensors
-    kept = {k: v for k, v in state.items() if not k.startswith("loss.discriminator.")}
-    checkpoint.write_torch(pruned, {"state_dict": kept, "global_step": base_iterations})
+        demo.train_base(recipe(root, f"init.weights={base}", f"stop_iteration={demo.BASE}"), base)
+    settling = ("adversarial=null", f"init.weights={base}", f"stop_iteration={SETTLED}")
+    train(recipe(root, *settling, f"run_dir={settled}", "checkpoint.every=100"))
+    tiles = held_out(root, base)
+    print(f"| settling | iteration | {HEAD}")
+    for iteration in range(demo.BASE + 200, SETTLED + 1, 200):
+        path = checkpoint.checkpoint_path(settled, iteration)
+        print(f"| | {iteration:,} | {scores(path, *tiles)} |", flush=True)
 
-    runs = {
-        "its own discriminator": (base, 0),
-        f"a new one, warm-up {warmup}": (pruned, warmup),
-        "a new one, no warm-up": (pruned, 0),
-    }
-    pictures = list(evaluate.load_images(root / "held_out", 128, print).values())
-    network = perceptual.build("st_lpips_alex")
-    print("| discriminator | iterations after | L1 | PSNR | ST-LPIPS | sharpness |")
-    print("|" + "---|" * 6)
-    for number, (name, (weights, iterations)) in enumerate(runs.items()):
-        run_dir = root / f"run-{number}"
-        train(
-            recipe(
-                f"init.weights={weights}",
+    own, none = write_starts(root, base, settled)
+    print(f"| discriminator | iterations after | {HEAD}")
+    for seed in seeds:
+        for number, (name, extra) in enumerate(WAYS.items()):
+            start = own if name == "its own" else none
+            run_dir = root / f"seed-{seed}-{number}"
+            settings = (
+                f"init.weights={start}",
                 f"run_dir={run_dir}",
-                f"stop_iteration={base_iterations + SHOWN[-1]}",
-                f"adversarial.warmup_iterations={iterations}",
+                f"stop_iteration={SETTLED + SHOWN[-1]}",
+                f"seed={seed}",
+                *extra,
             )
-        )
-        for after in SHOWN:
-            path = checkpoint.checkpoint_path(run_dir, base_iterations + after)
-            scores = score(path if after else weights, pictures, network)
-            print(f"| {name} | {after} | {scores} |", flush=True)
+            train(recipe(root, *settings))
+            for after in SHOWN:
+                path = checkpoint.checkpoint_path(run_dir, SETTLED + after) if after else start
+                print(f"| {name} | {after} | {scores(path, *tiles)} |", flush=True)
     print(f"{time.process_time() - began:.0f} s of CPU, {torch.get_num_threads()} thread(s)")
 
 
-def score(
-    weights: Path, pictures: list[torch.Tensor], network: perceptual.PerceptualDistance
-) -> str:
-    """Mean L1 in [-1, 1], PSNR, perceptual distance and sharpness of the raw decoder."""
-    model = checkpoint.load_autoencoder(weights, "raw")
-    outputs = evaluate.reconstruct(model, pictures)
-    pairs = zip(pictures, outputs, strict=True)
-    l1 = [float((images.to_float(x) - images.to_float(y)).abs().mean()) for x, y in pairs]
-    found = evaluate.score(pictures, outputs, network).per_image
-    means = {key: sum(values) / len(values) for key, values in found.items()}
-    return (
-        f"{sum(l1) / len(l1):.4f} | {means['psnr']:.2f} | {means['perceptual']:.4f} "
-        f"| {means['sharpness']:.0f}"
+def recipe(root: Path, *overrides: str) -> config.Config:
+    """The demo's recipe on its photographs below `root`, with many checkpoints and little talk."""
+    common = (
+        f"data.sources={root}/shards",
+        f"optimizer.learning_rate={RATE}",
+        "checkpoint.every=5",
+        "checkpoint.keep_last=99",
+        "log.every=5",
+        "log.pictures_every=0",
     )
+    return config.load(config.find_recipe("demo"), [*common, *overrides])
+
+
+def write_starts(root: Path, base: Path, settled: Path) -> tuple[Path, Path]:
+    """The settled EMA with the stand-in's discriminator, and without any."""
+    decoder = checkpoint.load_autoencoder(settled).state_dict()
+    theirs = checkpoint.read(base).tensors
+    discriminator = {k: v for k, v in theirs.items() if k.startswith("loss.")}
+    own, none = root / "own.ckpt", root / "none.ckpt"
+    for path, extra in ((own, discriminator), (none, {})):
+        state = {**decoder, **extra}
+        checkpoint.write_torch(path, {"state_dict": state, "global_step": SETTLED})
+    return own, none
+
+
+@torch.no_grad()
+def held_out(root: Path, base: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The held-out tiles in [-1, 1], and their latents, which no finetune changes."""
+    files = sorted((root / "held_out").glob("*.png"))
+    x = images.to_float(torch.stack([images.decode(file.read_bytes()) for file in files]))
+    return x, checkpoint.load_autoencoder(base).encode(x).mean
+
+
+@torch.no_grad()
+def scores(path: Path, x: torch.Tensor, latents: torch.Tensor) -> str:
+    """Mean L1 in [-1, 1], PSNR and perceptual distance of raw weights and EMA, in 8 bit."""
+    network = perceptual.build("st_lpips_alex")
+    cells = []
+    for select in ("raw", "ema"):
+        model = checkpoint.load_autoencoder(path, select)
+        y = images.to_float(images.to_uint8(model.decode(latents)))
+        l1, distance = (x - y).abs().mean(), network(x, y).mean()
+        psnr = metrics.psnr((x + 1) / 2, (y + 1) / 2).mean()
+        cells.append(f"{l1:.4f} | {psnr:.2f} | {distance:.4f}")
+    return " | ".join(cells)
 
 
 if __name__ == "__main__":
-    numbers = [int(text) for text in sys.argv[2:]]
-    if len(sys.argv) > 1:
-        main(Path(sys.argv[1]), *numbers)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            main(Path(folder))
+    main(Path(sys.argv[1]), [int(text) for text in sys.argv[2:]] or [0])
