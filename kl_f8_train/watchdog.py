@@ -70,6 +70,7 @@ class Watchdog(Callback):
             if teller.is_alive():
                 host = "rank 0, or torchrun on the first node"
                 _say(f"the ranks' meeting point ({host}) did not answer")
+        _say("the same command goes on from the newest checkpoint")
         for child in multiprocessing.active_children():
             child.kill()
         os._exit(RunFailedError.exit_code)
@@ -103,7 +104,7 @@ def _tell_silent(trainer: Trainer, mine: str) -> None:
     except RuntimeError:
         silent = [rank for rank, key in enumerate(keys) if not store.check([key])]
         ranks = ", ".join(map(str, silent))
-        _say(f"rank {ranks} did not answer: stopped, swapped out, or its node is gone")
+        _say(f"rank {ranks} did not answer: stopped, swapped out, or its node or network is gone")
 
 
 def _say(line: str) -> None:

@@ -145,13 +145,12 @@ def test_a_cut_network_stops_both_in_time_and_the_run_goes_on(folder, undisturbe
     hosts[1].cut()
     began = time.monotonic()
     for rank, running in enumerate(both):
-        wait_for(running.log, f"rank {rank} of 2 {LOST}", 60)
+        wait_for(running.log, f"no iteration ended for 15 s; rank {rank} is in iteration", 60)
     assert time.monotonic() - began < 15 + 20  # the timeout, and a loaded machine
+    wait_for(both[0].log, "rank 1 did not answer: stopped, swapped out, or its node or network", 60)
+    wait_for(both[1].log, "the ranks' meeting point (rank 0, or torchrun on the first node)", 60)
     for running in both:
-        text = running.log.read_text()
-        assert "the network was cut" in text
-        assert "goes on from iteration-000000110" in text
-        assert "Traceback" not in text.partition(LOST)[0]
+        wait_for(running.log, "the same command goes on from the newest checkpoint", 60)
     hosts[1].mend()
     if any([running.wait() for running in both]):  # the agents lost each other, too
         both = [host.torchrun(folder, "cut", *extra) for host in hosts]
