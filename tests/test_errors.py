@@ -8,12 +8,10 @@ a case names the fragments that do, `|` between them.
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -228,7 +226,7 @@ WEIGHTS = {
         "inject wide.ckpt full.safetensors --out o", MISSING, "does not fit|expected"
     ),
     "evaluate part": Case(
-        f"{EVALUATE} part.safetensors --images tiles", MISSING, "missing decoder.up"
+        "evaluate part.safetensors --images tiles", MISSING, "missing decoder.up"
     ),
     "vgg nowhere": Case(
         "evaluate model.ckpt --images tiles --vgg no.pth", MISSING, "no file of VGG16|no.pth|fetch"
@@ -506,33 +504,11 @@ def answer(
     log, seconds = here / "case.log", here / "case.seconds"
     log.unlink(missing_ok=True)
     shutil.rmtree(here / "new", ignore_errors=True)
-    given = (here, command.split(), log, seconds, hidden.split(), full)
-    process = ranks.FORKS.Process(target=_answer, args=given)
+    given = (here, command.split(), log, seconds, hidden.split(), FILE_BYTES if full else None)
+    process = ranks.FORKS.Process(target=ranks.answer, args=given)
     process.start()
     process.join(100)
     if process.is_alive():
         process.kill()
         raise AssertionError(f"{command} hangs:\n{log.read_text()}")
     return process.exitcode, log.read_text(), float(seconds.read_text())
-
-
-def _answer(
-    here: Path, arguments: list[str], log: Path, seconds: Path, hidden: list[str], full: bool
-) -> None:
-    from kl_f8_train.__main__ import main
-
-    file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.chdir(here)
-    os.environ["XDG_CACHE_HOME"] = str(here / "cache")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    torch.set_num_threads(1)
-    sys.modules.update(dict.fromkeys(hidden))  # importing one raises ImportError
-    if full:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
-    began = time.process_time()
-    try:
-        sys.exit(main(arguments))
-    finally:
-        seconds.write_text(str(time.process_time() - began))
