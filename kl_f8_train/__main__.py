@@ -32,11 +32,21 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(str(error), error.exit_code, args.debug)
     except KeyboardInterrupt:
         return 130
+    except OSError as error:  # a full, closed or vanished disk, where nothing said it better
+        return _complain(_told(error), UserError.exit_code, args.debug)
     except Exception as error:
         text = f"unexpected {type(error).__name__}: {error}\n--debug shows where"
         return _complain(text, UserError.exit_code, args.debug)
     finally:
         end_children()  # loaders, after a failure; torch would wait five seconds for them
+
+
+def _told(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return (
+        f"{where}{error.strerror or error}; check that the place is there, may be written, and has "
+        "room\n--debug shows where"
+    )
 
 
 def _complain(message: str, exit_code: int, debug: bool) -> int:
@@ -116,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--perceptual", default="lpips_vgg", choices=["lpips_vgg", "st_lpips_alex"])
     score.add_argument("--vgg", help="VGG16 features file")
     score.add_argument("--inception", help="Inception file, for rFID")
-    score.add_argument("--device", help="cpu or cuda")
+    score.add_argument("--device", type=_device, help="cpu or cuda")
     score.add_argument("--batch-size", type=_positive, default=16, help="on a GPU; a CPU takes 1")
     score.add_argument("--compare", nargs=2, metavar=("A", "B"), help="is B better than A?")
 
@@ -133,16 +143,16 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_argument("images", type=Path, help="folder, searched recursively")
     pack.add_argument("out", type=Path, help="directory of the shards")
     pack.add_argument("--per-shard", type=int, default=1000, help="images in each shard")
-    pack.add_argument("--workers", type=int, help="processes (all cores)")
+    pack.add_argument("--workers", type=_positive, help="processes (all cores)")
     pack.add_argument("--reencode", action="store_true", help="write JPEGs anew")
 
     index = add("index", _index, "Indexes shards once: where the images are, and their metadata.")
     index.add_argument("source", help="brace pattern, glob, directory, list file or address")
     index.add_argument("--filter", action="append", default=[], help="such as 'width >= 256'")
     index.add_argument("--index-dir", help="where to keep it (beside the shards)")
-    index.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    index.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes")
     index.add_argument("--cache-dir", help="where remote shards are brought")
-    index.add_argument("--cache-gib", type=float, default=100.0, help="its size, at most")
+    index.add_argument("--cache-gib", type=_above_zero, default=100.0, help="its size, at most")
 
     fetch = add("fetch", _fetch, "Downloads VGG16's features and Inception, once.")
     fetch.add_argument(
@@ -171,7 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
     demo.add_argument("--training", help="shards in place of scikit-image's photographs")
     demo.add_argument("--held-out", type=Path, help="folder of photographs to score on")
-    demo.add_argument("--length", type=float, default=1.0, help="multiplies the iterations")
+    demo.add_argument("--length", type=_above_zero, default=1.0, help="multiplies the iterations")
     return parser
 
 
@@ -220,7 +230,10 @@ def _must_be_there(weights: str, key: str = "") -> None:
     from kl_f8_train import hub
 
     if not Path(weights).exists() and not hub.is_id(weights):
-        raise MissingInputError(f"{key}{weights}: no such file")
+        raise MissingInputError(
+            f"{key}{weights}: no such file; expected a weight file, a diffusers folder, a run "
+            "directory or a hub id OWNER/NAME"
+        )
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -234,7 +247,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     if args.images and not args.images.is_dir():
-        raise MissingInputError(f"--images {args.images}: no such folder")
+        raise MissingInputError(f"--images {args.images}: no such folder; give photographs")
     from kl_f8_train.export import LAYOUTS, export
 
     export(
@@ -265,7 +278,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise UsageError("two weights have the same name; give NAME=WEIGHTS")
     _check_compared(args.compare, [name for name, *_ in named])
     if not any(sign in args.images for sign in "{*?[:") and not Path(args.images).exists():
-        raise MissingInputError(f"--images {args.images}: no such folder, shard or list of shards")
+        raise MissingInputError(
+            f"--images {args.images}: no such folder, shard or list of shards; check the path"
+        )
     from kl_f8_train import report
     from kl_f8_train.evaluate import PROTOCOLS, evaluate
 
@@ -296,7 +311,7 @@ def _check_compared(compared: list[str] | None, names: list[str]) -> None:
     if unknown:
         raise UsageError(f"--compare {unknown[0]}: no such model; named are {', '.join(names)}")
     if compared and compared[0] == compared[1]:
-        raise UsageError(f"--compare {compared[0]} {compared[1]}: two different models, please")
+        raise UsageError(f"--compare {compared[0]} {compared[1]}: expected two different models")
 
 
 def _card(args: argparse.Namespace) -> int:
@@ -307,9 +322,14 @@ def _card(args: argparse.Namespace) -> int:
         )
     if args.base_model and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.base_model):
         raise UsageError(f"--base-model {args.base_model}: expected OWNER/NAME, as on the hub")
-    for path in (args.export / "export.json", args.scores, args.license_file):
+    needed = (
+        (args.export / "export.json", "; give a directory that `kl-f8-train export` wrote"),
+        (args.scores, "; `kl-f8-train evaluate` writes scores.json"),
+        (args.license_file, "; give the text of the license"),
+    )
+    for path, remedy in needed:
         if path is not None and not path.is_file():
-            raise MissingInputError(f"{path}: no such file")
+            raise MissingInputError(f"{path}: no such file{remedy}")
     from kl_f8_train import card
 
     details = card.Details(
@@ -321,7 +341,7 @@ def _card(args: argparse.Namespace) -> int:
 
 def _pack(args: argparse.Namespace) -> int:
     if not args.images.is_dir():
-        raise MissingInputError(f"{args.images}: no such folder")
+        raise MissingInputError(f"{args.images}: no such folder; expected one of photographs")
     from kl_f8_train.pack import pack
 
     with _bar("image") as progress:
@@ -355,7 +375,10 @@ def _index(args: argparse.Namespace) -> int:
     for message in source.broken.values():
         print(message)
     if source.broken:
-        raise MissingInputError(f"{len(source.broken)} of {len(locations)} shards are broken")
+        raise MissingInputError(
+            f"{len(source.broken)} of {len(locations)} shards are broken, as said above; bring "
+            "them again and run this again, or train with data.bad_shards=skip"
+        )
     return 0
 
 
@@ -407,7 +430,10 @@ def _config(args: argparse.Namespace) -> int:
         return 0
     count = 2 if args.action == "diff" else 1
     if len(args.arguments) < count:
-        raise UsageError(f"config {args.action} takes {count} recipe(s)")
+        raise UsageError(
+            f"config {args.action}: got {len(args.arguments)} recipes, expected {count}; give a "
+            "YAML file or a shipped name such as ft_ema for each"
+        )
     overrides = args.arguments[count:]
     names = args.arguments[:count]
     loaded = [config.resolve(config.find_recipe(name), overrides) for name in names]
@@ -459,6 +485,19 @@ def _name_path_select(text: str) -> tuple[str, Path, str]:
     raw = path.endswith("@raw")
     path = path.removesuffix("@raw")
     return name or Path(path).stem + "@raw" * raw, Path(path), "raw" if raw else "ema"
+
+
+def _above_zero(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0")
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"got {text}, expected cpu, cuda or cuda:NUMBER")
+    return text
 
 
 def _positive(text: str) -> int:

@@ -396,7 +396,10 @@ def find_device(config: Config) -> torch.device:
     """The device that training would take; UsageError if CUDA is asked for and not there."""
     available = torch.cuda.is_available()
     if config.compute.accelerator == "cuda" and not available:
-        raise UsageError("compute.accelerator=cuda, but torch sees no GPU here")
+        raise UsageError(
+            "compute.accelerator=cuda, but torch sees no GPU here; mend the driver, or give "
+            "compute.accelerator=cpu"
+        )
     return torch.device("cuda" if available and config.compute.accelerator != "cpu" else "cpu")
 
 

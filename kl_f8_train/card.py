@@ -164,7 +164,7 @@ def _record(export_dir: Path) -> dict[str, Any]:
     path = export_dir / "export.json"
     if not path.is_file():
         raise MissingInputError(f"{export_dir}: not an export: no export.json in it")
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    record = _json(path, "export")
     if "config" not in record:
         raise MissingInputError(f"{path} is of an older version. Run `kl-f8-train export` again")
     for file, digest in record["files"].items():
@@ -180,11 +180,23 @@ def _record(export_dir: Path) -> dict[str, Any]:
     return record
 
 
+def _json(path: Path, verb: str) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise MissingInputError(
+            f"{path} is not JSON: {error}; expected what `kl-f8-train {verb}` writes: run it again"
+        ) from error
+    if not isinstance(values, dict):
+        raise MissingInputError(f"{path} is not what `kl-f8-train {verb}` writes: run it again")
+    return values
+
+
 def _evaluated(scores_file: Path, record: Mapping[str, Any]) -> Evaluated:
     """Finds the exported weights among the evaluated ones, by their hash."""
     if not scores_file.is_file():
         raise MissingInputError(f"--scores {scores_file}: no such file")
-    scores = json.loads(scores_file.read_text(encoding="utf-8"))
+    scores = _json(scores_file, "evaluate")
     weights: dict[str, Any] = scores.get("weights", {})
     for name, entry in weights.items():
         if entry["sha256"] in record["files"].values():

@@ -89,11 +89,23 @@ def read(path: str | Path, wanted: unpickle.Wanted = lambda names: names) -> Con
     except Exception as error:  # whatever a broken file makes its parser raise
         raise MissingInputError(
             f"{path} ({path.stat().st_size:,} bytes) is broken or cut short: "
-            f"{error or type(error).__name__}"
+            f"{error or type(error).__name__}; copy or download it again"
         ) from error
     raise MissingInputError(
-        f"{path} is not a weight file: expected .safetensors, or a torch .ckpt, .pt or .bin"
+        f"{path} is not a weight file: expected .safetensors, or a torch .ckpt, .pt or .bin, got "
+        f"{_beginning(head)}"
     )
+
+
+def _beginning(head: bytes) -> str:
+    """What a file is by its first bytes, and how to get the one that was meant."""
+    if not head:
+        return "an empty file; copy or download it again"
+    if head.startswith(b"version "):
+        return "a pointer of git lfs; `git lfs pull` brings the file"
+    if head.lstrip().startswith(b"<"):
+        return "a web page; download the file itself"
+    return f"a file that begins with {head!r}; check where it came from"
 
 
 def read_weights(path: str | Path, select: str = "ema") -> tuple[Contents, Weights]:
@@ -184,13 +196,14 @@ def find(path: Path) -> Path:
             if (path / name).is_file():
                 return path / name
         raise MissingInputError(
-            f"{path}: neither a run directory with checkpoints nor a diffusers folder"
+            f"{path}: neither a run directory with checkpoints nor a diffusers folder; give one, "
+            "or the weight file itself"
         )
     if path.exists():
         return path
     if hub.is_id(str(path)):
         return hub.fetch(str(path))
-    raise MissingInputError(f"weights {path}: no such file")
+    raise MissingInputError(f"weights {path}: no such file; check the path")
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -208,7 +221,9 @@ def _read_safetensors(path: Path, wanted: unpickle.Wanted) -> Contents:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
     if length > min(HEADER_BYTES, path.stat().st_size):
-        raise MissingInputError(f"its header claims {length:,} bytes; the file is broken")
+        raise MissingInputError(
+            f"its header claims {length:,} bytes; the file is broken; copy it again"
+        )
     with safe_open(path, framework="pt", device="cpu") as file:
         names = list(file.keys())
         chosen = set(wanted(names))
@@ -402,7 +417,9 @@ def check_writable(directory: Path) -> None:
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(b"0")
     except OSError as error:
-        raise RunFailedError(f"cannot write in {directory}: {error}") from error
+        raise RunFailedError(
+            f"cannot write in {directory}: {error.strerror}; make room, or name another directory"
+        ) from error
 
 
 def cache_dir() -> Path:

@@ -20,6 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kl_f8_train.errors import MissingInputError, UsageError
 
+SHIPPED = tuple(folder / "configs" for folder in Path(__file__).parents[:2])  # installed, cloned
+
 
 def setting(doc: str, default: Any = MISSING, *, machine: bool = False) -> Any:
     """A field with its meaning and unit; `machine` marks what may change on resume."""
@@ -233,7 +235,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
             raise UsageError(f"{path}: these settings have no value yet:\n{lines}")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UsageError(f"{path}: {_first_lines(error)}") from error
+        raise UsageError(f"{path}: {_told(error)}") from error
     assert isinstance(config, Config)
     check(config)
     return config
@@ -249,8 +251,10 @@ def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> di
 def _merge(path: Path, overrides: list[str] | tuple[str, ...]) -> DictConfig:
     raw = _read_yaml(path)
     _expand_source_shorthand(raw)
-    for key in _leaf_keys(raw):
-        _declared_type(key, where=str(path))
+    for key, value in leaves(raw):
+        declared = _without_none(_declared_type(key, where=str(path)))
+        if is_dataclass(declared) and isinstance(value, bool | int | float | str | list):
+            _parse(declared, str(value), f"{path}: {key}")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
         assert isinstance(merged, DictConfig)
@@ -258,7 +262,7 @@ def _merge(path: Path, overrides: list[str] | tuple[str, ...]) -> DictConfig:
             _override(merged, text)
         return merged
     except OmegaConfBaseException as error:
-        raise UsageError(f"{path}: {_first_lines(error)}") from error
+        raise UsageError(f"{path}: {_told(error)}") from error
 
 
 def find_recipe(name: str) -> Path:
@@ -266,8 +270,7 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.suffix or path.is_file():
         return path
-    here = Path(__file__).parent
-    for folder in (here / "configs", here.parent / "configs"):
+    for folder in SHIPPED:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
     return path
@@ -278,7 +281,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), dict(values)))
     except OmegaConfBaseException as error:
-        raise UsageError(_first_lines(error)) from error
+        raise UsageError(_told(error)) from error
     assert isinstance(config, Config)
     return config
 
@@ -327,7 +330,7 @@ def check(config: Config) -> None:
     if config.init.iteration is not None and config.init.iteration > config.stop_iteration:
         problems.append(
             f"stop_iteration={config.stop_iteration} lies before "
-            f"init.iteration={config.init.iteration}"
+            f"init.iteration={config.init.iteration}; give a later stop_iteration"
         )
     if problems:
         raise UsageError("wrong settings:\n" + "\n".join(f"  {line}" for line in problems))
@@ -435,6 +438,10 @@ def _ranges(config: Config) -> Iterator[str]:
             "adversarial.weight": adversarial.weight,
             "adversarial.warmup_iterations": adversarial.warmup_iterations,
         }
+    texts = {"name": config.name, "run_dir": config.run_dir, "init.weights": config.init.weights}
+    for key, text in texts.items():
+        if not text.strip():
+            yield f"{key} is empty: expected {_doc(key)}"
     for key, value in not_negative.items():
         if not (value >= 0 and math.isfinite(value)):
             yield f"{key}={value}: expected 0 or more"
@@ -452,7 +459,7 @@ def _ranges(config: Config) -> Iterator[str]:
     if config.data.shorter_side is not None and config.data.shorter_side < config.data.crop:
         yield (
             f"data.shorter_side={config.data.shorter_side} is smaller than "
-            f"data.crop={config.data.crop}"
+            f"data.crop={config.data.crop}; give at least that, or null for no resize"
         )
     if config.model.ch % 32:
         yield f"model.ch={config.model.ch}: expected a multiple of 32 (GroupNorm has 32 groups)"
@@ -463,16 +470,23 @@ def _ranges(config: Config) -> Iterator[str]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        shipped = sorted(str(p) for p in Path("configs").glob("*.yaml"))
-        hint = f"; here are {', '.join(shipped)}" if shipped else ""
-        raise MissingInputError(f"configuration {path}: no such file{hint}")
+        shipped = sorted({p.stem for folder in SHIPPED for p in folder.glob("*.yaml")})
+        raise MissingInputError(
+            f"configuration {path}: no such file; give a YAML file, or a shipped recipe's name: "
+            f"{', '.join(shipped)}"
+        )
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"configuration {path} is not readable YAML: {error}") from error
+        reason = str(error).partition("\n    full_key:")[0]
+        raise UsageError(
+            f"configuration {path} is not readable YAML: {reason}\n  Mend the line; indent with "
+            "spaces, and quote a value with braces or a colon, as '{00..09}.tar'"
+        ) from error
     if not isinstance(raw, dict):
         raise UsageError(
-            f"configuration {path}: expected keys and values, got {type(raw).__name__}"
+            f"configuration {path}: expected keys and values, as seed: 1, got a "
+            f"{type(raw).__name__}; configs/ft_ema.yaml is an example"
         )
     return {str(key): value for key, value in raw.items()}
 
@@ -591,7 +605,8 @@ def _parse(declared: Any, text: str, key: str) -> Any:
     if inner is Source:
         return Source(shards=text)
     if is_dataclass(inner):
-        names = ", ".join(f"{key}.{f.name}" for f in fields(inner))
+        group = key.rpartition(" ")[2]
+        names = ", ".join(f"{group}.{f.name}" for f in fields(inner))
         raise UsageError(f"{key}={text}: this is a group of settings; set {names}")
     return text
 
@@ -613,10 +628,6 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _leaf_keys(values: Mapping[str, Any]) -> Iterator[str]:
-    return (key for key, _ in leaves(values))
 
 
 def _field(key: str) -> Field[Any] | None:
@@ -665,6 +676,12 @@ def _type_name(declared: Any) -> str:
     return str(declared).removeprefix("<class '").removesuffix("'>").replace("NoneType", "null")
 
 
-def _first_lines(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines()]
-    return ", ".join(line for line in lines if line and not line.startswith("object_type="))
+def _told(error: OmegaConfBaseException) -> str:
+    """omegaconf's first line, with the key and what it takes."""
+    reason = str(error).splitlines()[0].rstrip(".")
+    key = str(error.full_key or "")
+    found = _field(key) if key else None
+    if found is None:
+        return f"{f'{key}: ' * bool(key)}{reason}; `kl-f8-train config schema` lists the settings"
+    kinds = {row[0]: row[1] for row in schema()}
+    return f"{key}: {reason}; expected {kinds.get(key, 'a group of settings')}: {_doc(key)}"

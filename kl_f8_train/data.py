@@ -111,7 +111,7 @@ class PositionDataset(Dataset[Sample]):
                 return Sample(image, self._noise(position), f"{name}/{key}", skipped)
         raise MissingInputError(
             f"{len(skipped)} images in a row cannot be used, from {skipped[0]}; check "
-            f"{source.location(shard)} and data.shorter_side={self.shorter_side}, "
+            f"{source.location(shard)} and data.shorter_side={self.shorter_side or 'null'}, "
             f"data.crop={self.crop}"
         )
 

@@ -59,6 +59,7 @@ def demo(
         held_out = held_out or run_dir / "held_out"
     if held_out is None:
         raise MissingInputError("--training without --held-out: name a folder of photographs")
+    _require_folder(held_out)
     base_end = round(BASE * length)
     a_end = base_end + round(STAGE_A * length)
     b_end = a_end + round(STAGE_B * length)
@@ -100,6 +101,12 @@ def demo(
     rows = _score(models, held_out, run_dir)
     say(f"\ndone in {time.perf_counter() - began:.0f} s; pictures: {run_dir}/strip.png")
     return rows
+
+
+def _require_folder(held_out: Path) -> None:
+    """Before the minutes of training that end with scores on it."""
+    if not held_out.is_dir():
+        raise MissingInputError(f"--held-out {held_out}: no such folder; give photographs")
 
 
 def train_base(settings: Config, path: Path) -> None:

@@ -463,6 +463,7 @@ def evaluate(
         _check_size(candidates, size)
         image_set = ImageSet(where, size, limit, say)
         networks = find_networks(perceptual_name, vgg, inception, device, say)
+        checkpoint.check_writable(out)
         _agree(
             {
                 "weights": [c.record["sha256"] for c in candidates],
@@ -490,7 +491,9 @@ def evaluate(
         if rank > 0:
             return None
         if not tally.rows:
-            raise RunFailedError(f"no image of {where} can be used: {tally.problems[0]}")
+            raise RunFailedError(
+                f"no image of {where} can be used: {tally.problems[0]}; give others"
+            )
         conditions = {**protocol.describe(), "size": size, **_describe_networks(networks)}
         weights = {candidate.name: candidate.record for candidate in candidates}
         result = summarise(tally, weights, conditions, networks.unmeasured, where)
@@ -536,6 +539,10 @@ def _exact_float32() -> Iterator[None]:
 
 def _device(asked: str | None) -> str:
     """As asked; "cuda", also by default where there is one, is this process's own GPU."""
+    if (asked or "cpu").startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(
+            f"--device {asked}: torch sees no GPU here; mend the driver, or give --device cpu"
+        )
     if asked not in (None, "cuda") or not torch.cuda.is_available():
         return asked or "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"

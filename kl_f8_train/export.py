@@ -51,7 +51,9 @@ def export(
     RunFailedError if a written file does not read back as what was exported.
     """
     if raw and average:
-        raise UsageError("--average takes the EMAs of checkpoints; leave out --raw")
+        raise UsageError(
+            "--average takes the EMAs of checkpoints, --raw no EMA; leave out one of them"
+        )
     header = checkpoint.read(source, _nothing)
     settings = state.stored_config(header)
     kind = "raw" if raw else "ema-average" if average else "ema"
@@ -63,6 +65,7 @@ def export(
     diffusers_config = out / "diffusers" / "config.json"
     readme, summary = out / "README.md", out / "export.json"
     _refuse_to_overwrite([*files, diffusers_config, readme, summary], force)
+    checkpoint.check_writable(out)
 
     named, tried = half_precision.choose_images(pictures, min(SIZE, settings.data.crop))
     weights = _stored_weights(header.path, raw)

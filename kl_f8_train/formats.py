@@ -77,7 +77,10 @@ def recognise(state: Mapping[str, Tensor], select: str = "ema") -> Weights:
         layout = layout if prefix else "diffusers autoencoder"
     if not autoencoder:
         some = ", ".join(list(state)[:3]) or "nothing"
-        raise MissingInputError(f"no autoencoder in this file: it holds {some} ...")
+        raise MissingInputError(
+            f"no autoencoder in this file: it holds {some} ..., expected encoder.* and decoder.*; "
+            "give a VAE or a full Stable Diffusion checkpoint"
+        )
     return Weights(
         layout=layout,
         autoencoder=autoencoder,
@@ -98,7 +101,9 @@ def _from_training(state: Mapping[str, Tensor], select: str) -> Weights:
     if select == "ema":
         unknown = sorted(ema.keys() - autoencoder.keys())
         if unknown or not ema:
-            raise MissingInputError(f"training checkpoint without a whole EMA: {unknown[:3]}")
+            raise MissingInputError(
+                f"training checkpoint without a whole EMA: {unknown[:3]}; use another"
+            )
         autoencoder = {**autoencoder, **ema}
     return Weights(
         layout=f"training checkpoint ({'EMA' if select == 'ema' else 'raw'} weights)",

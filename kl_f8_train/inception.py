@@ -46,5 +46,6 @@ def _network(state: dict[str, Tensor], path: Path) -> nn.Module:
     except RuntimeError as error:  # load_state_dict's list of what does not fit
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise MissingInputError(
-            f"{path} does not hold torch-fidelity's Inception of 2015-12-05: {reason}"
+            f"{path} does not hold torch-fidelity's Inception of 2015-12-05: {reason:.200}...; "
+            "`kl-f8-train fetch inception` gets it"
         ) from error

@@ -58,7 +58,9 @@ def inject(vae: Path, into: Path, out: Path, force: bool = False) -> list[str]:
     parts = tuple(f"{PREFIX}{part}" for part in formats.AUTOENCODER_PARTS)
     places = {k.removeprefix(PREFIX): place for k, place in places.items() if k.startswith(parts)}
     if not places:
-        raise MissingInputError(f"{into} holds no {PREFIX}*, so it is no full checkpoint")
+        raise MissingInputError(
+            f"{into} holds no {PREFIX}*, so it is no full checkpoint; give one of Stable Diffusion"
+        )
     try:
         shapes = {key: place.shape for key, place in places.items()}
         formats.check_shapes(weights.autoencoder, shapes)

@@ -134,7 +134,7 @@ def _list(folder: Path) -> list[tuple[str, int]]:
     found = images.list_folder(folder)
     files = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in found]
     if not files:
-        raise MissingInputError(f"no images in {folder} ({', '.join(images.SUFFIXES)})")
+        raise MissingInputError(f"no images in {folder}: expected {', '.join(images.SUFFIXES)}")
     return files
 
 
@@ -146,14 +146,18 @@ def _claim(out: Path, manifest: dict[str, Any]) -> None:
         if path.is_file():
             _compare(out, json.loads(path.read_text()), manifest)
         elif any(out.glob("*.tar")):
-            raise UsageError(f"{out} already holds shards; name an empty directory")
+            raise UsageError(
+                f"{out} already holds shards of something else; name an empty directory"
+            )
         else:
             _write_text(path, json.dumps(manifest, indent=0) + "\n")
     except (ValueError, KeyError, TypeError) as error:
-        text = f"{path} is not the list of a pack ({error}); name another directory"
+        text = f"{path} is not the list of a pack; name another directory"
         raise UsageError(text) from error
     except OSError as error:
-        raise RunFailedError(f"cannot write to {out}: {error}") from error
+        raise RunFailedError(
+            f"cannot write to {out}: {error.strerror}; make room, or name another directory"
+        ) from error
 
 
 def _compare(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -132,7 +132,8 @@ def _vgg_features(path: Path) -> dict[str, Tensor]:
     shape = tuple(state["features.0.weight"].shape) if "features.0.weight" in state else None
     if shape != (64, 3, 3, 3) or "features.28.weight" not in state:
         raise MissingInputError(
-            f"{path} does not hold VGG16's features (features.0 to features.28)"
+            f"{path} does not hold VGG16's features (features.0 to features.28); "
+            "`kl-f8-train fetch vgg` gets them"
         )
     return state
 

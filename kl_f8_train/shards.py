@@ -62,7 +62,9 @@ def expand(pattern: str) -> list[str]:
     if path.is_dir():
         found = sorted(str(tar) for tar in path.glob("*.tar"))
         if not found:
-            raise MissingInputError(f"no shards and no images in {path}")
+            raise MissingInputError(
+                f"no shards and no images in {path}; expected .tar files or {', '.join(SUFFIXES)}"
+            )
         return found
     if path.suffix == ".txt" and path.is_file():
         lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
@@ -72,7 +74,9 @@ def expand(pattern: str) -> list[str]:
     try:
         parts = list(expand_urls(pattern))
     except (ValueError, AssertionError) as error:
-        raise MissingInputError(f"no shards: {pattern} is not a pattern: {error}") from error
+        raise MissingInputError(
+            f"no shards: {pattern} is not a pattern: {error}; expected one as 00{{00..99}}.tar"
+        ) from error
     if not is_remote(pattern) and any(letter in pattern for letter in "*?["):
         parts = [found for part in parts for found in sorted(glob.glob(part))]
     return _existing(parts, pattern)
@@ -81,9 +85,11 @@ def expand(pattern: str) -> list[str]:
 def _existing(locations: list[str], pattern: str) -> list[str]:
     missing = [place for place in locations if not is_remote(place) and not os.path.isfile(place)]
     if missing or not locations:
-        shown = ", ".join(missing[:3]) or pattern
+        found = f"{len(missing)} of {len(locations)} files are missing ({', '.join(missing[:3])})"
         raise MissingInputError(
-            f"no shards: {len(missing)} of {len(locations)} files are missing ({shown})"
+            f"no shards: {found if locations else f'no file is named like {pattern}'}; check the "
+            "path; expected .tar files by brace pattern, glob, directory or list, or a folder of "
+            "images"
         )
     return locations
 
@@ -215,7 +221,7 @@ def build_index(
     progress: Progress | None = None,
 ) -> None:
     """Indexes shards in resumable parts and merges them; a part of unchanged shards is kept."""
-    directory.mkdir(parents=True, exist_ok=True)
+    checkpoint.check_writable(directory)
     chunks = [list(locations[i : i + CHUNK]) for i in range(0, len(locations), CHUNK)]
     tasks = [(directory / f"part-{n:06d}.npz", chunk, cache) for n, chunk in enumerate(chunks)]
     if workers > 1 and len(tasks) > 1:
@@ -366,7 +372,7 @@ class Filter:
         try:
             return cls(match[1], match[2], float(match[3]))
         except ValueError:
-            raise UsageError(f"filter {text!r}: {match[3]} is not a number") from None
+            raise UsageError(f"filter {text!r}: got {match[3]}, expected a number") from None
 
     def __str__(self) -> str:
         return f"{self.field} {self.operator} {self.number:g}"
@@ -519,15 +525,15 @@ def open_source(
     Raises MissingInputError if shards are missing, broken or not indexed, or nothing is left.
     """
     where = label or f"data.sources.{name}.shards={pattern}"
-    parsed = [Filter.parse(text) for text in filters]
     try:
+        parsed = [Filter.parse(text) for text in filters]
         folder = Path(pattern)
         if folder.is_dir() and not any(folder.glob("*.tar")):
             return _open_folder(folder, parsed)
         locations = expand(pattern)
         directory = index_directory(locations, index_dir)
         if not _fresh(directory, cache):
-            directory.mkdir(parents=True, exist_ok=True)
+            checkpoint.check_writable(directory)
             with (directory / ".lock").open("w") as lock:  # one rank builds, the others wait
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not _fresh(directory, cache):
@@ -546,16 +552,22 @@ def open_source(
         warn(f"{message}; left out")
     if not source.counts.sum():
         lines = "; ".join(source.describe())
-        raise MissingInputError(f"{where}: no image is left: {lines}")
+        remedy = "; loosen the filters" if parsed else "; pack some with `kl-f8-train pack`"
+        raise MissingInputError(f"{where}: no image is left: {lines}{remedy}")
     return source
 
 
 def _open_folder(folder: Path, filters: Sequence[Filter]) -> FolderSource:
     if filters:
-        raise UsageError("filters need shards with metadata; this is a plain folder")
+        raise UsageError(
+            "filters need shards with metadata; this is a plain folder: `kl-f8-train pack` it, or "
+            "leave them out"
+        )
     source = FolderSource(folder)
     if not source.files:
-        raise MissingInputError(f"no shards and no images in {folder}")
+        raise MissingInputError(
+            f"no shards and no images in {folder}; expected .tar files or {', '.join(SUFFIXES)}"
+        )
     return source
 
 

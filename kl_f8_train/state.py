@@ -58,7 +58,10 @@ def stored_config(contents: checkpoint.Contents) -> Config:
     Raises MissingInputError if the file is not a training checkpoint.
     """
     if contents.metadata.get("kl_f8_train.format") != FORMAT:
-        raise MissingInputError(f"{contents.path} is not a training checkpoint of this program")
+        raise MissingInputError(
+            f"{contents.path} is not a training checkpoint of this program; expected a run "
+            "directory, or a file of its checkpoints/"
+        )
     try:
         return config.from_dict(json.loads(contents.metadata["config"]))
     except (UsageError, KeyError, ValueError, RecursionError) as error:

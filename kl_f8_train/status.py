@@ -73,7 +73,7 @@ def read_settings(run: Path) -> dict[str, Any]:
     """The run's config.yaml as plain values; MissingInputError if there is none."""
     file = run / "config.yaml"
     if not run.is_dir():
-        raise MissingInputError(f"run {run}: no such directory")
+        raise MissingInputError(f"run {run}: no such directory; give the run_dir of a training")
     if not file.is_file():
         raise MissingInputError(
             f"{run} is no run directory yet: it has no config.yaml, which `train` writes once "
@@ -81,9 +81,14 @@ def read_settings(run: Path) -> dict[str, Any]:
         )
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it has no keys and values")
         return {**values, "stop_iteration": int(values["stop_iteration"])}
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, ValueError) as error:
-        raise MissingInputError(f"{file} is not a run's configuration: {error!r}") from error
+        raise MissingInputError(
+            f"{file} is not a run's configuration, as `train` writes it: "
+            f"{type(error).__name__} {error}"
+        ) from error
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -358,7 +363,10 @@ def write_html(run: Path, status: Status, now: float, path: Path) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunFailedError(f"--html {path}: cannot be written: {error}") from error
+        raise RunFailedError(
+            f"--html {path}: cannot be written: {error.strerror}; name a file in a directory that "
+            "is there"
+        ) from error
 
 
 def _points(rows: Sequence[Row], column: str) -> Points:

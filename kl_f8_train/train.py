@@ -219,8 +219,14 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
         check_shapes(weights.autoencoder, {k: tuple(v.shape) for k, v in expected.items()})
     except MissingInputError as error:
         raise MissingInputError(
-            f"{contents.path} and the recipe's model differ: {error}"
+            f"{contents.path} and the recipe's model differ: {error}\nGive other weights, or set "
+            "model.* as theirs"
         ) from error
+    bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
+    if bad:
+        raise MissingInputError(
+            f"{contents.path}: {len(bad)} tensors are not finite, {bad[0]} first; get another copy"
+        )
     finetuner.autoencoder.load_state_dict(weights.autoencoder)
     for name, averaged in finetuner.ema.items():
         averaged.load_state_dict(getattr(finetuner.autoencoder, name).state_dict())
@@ -243,7 +249,8 @@ def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) 
             check_shapes(weights, {key: tuple(value.shape) for key, value in expected.items()})
         except MissingInputError as error:
             raise MissingInputError(
-                f"its discriminator and the recipe's differ: {error}"
+                f"{settings.init.weights}: its discriminator and the recipe's differ: {error}\n"
+                "Set adversarial.ndf and adversarial.n_layers as the file's"
             ) from error
         finetuner.discriminator.load_state_dict(weights)
         return

@@ -7,10 +7,12 @@ function of a module, runs before it, to watch the run or to break something.
 import contextlib
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -124,3 +126,35 @@ def _train(
     if prepare is not None:
         prepare(*given)
     sys.exit(main(arguments))
+
+
+def answer(
+    here: Path,
+    arguments: list[str],
+    log: Path,
+    seconds: Path,
+    hidden: list[str],
+    file_bytes: int | None,
+) -> None:
+    """Runs a command in `here`; writes its output and its CPU seconds.
+
+    The packages `hidden` are not installed there, and no file grows beyond `file_bytes`.
+    """
+    import torch
+
+    from kl_f8_train.__main__ import main
+
+    file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(here)
+    os.environ |= {"XDG_CACHE_HOME": str(here / "cache"), "HF_HUB_OFFLINE": "1"}
+    torch.set_num_threads(1)
+    sys.modules.update(dict.fromkeys(hidden))  # importing one raises ImportError
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    began = time.process_time()
+    try:
+        sys.exit(main(arguments))
+    finally:
+        seconds.write_text(str(time.process_time() - began))
