@@ -31,7 +31,7 @@ from kl_f8_train.formats import Weights
 from kl_f8_train.losses import generator_loss, reconstruction_loss
 from kl_f8_train.model import FROZEN
 from kl_f8_train.train import start_or_resume
-from kl_f8_train.units import duration, size
+from kl_f8_train.units import counted, duration, size
 
 Say = Callable[[str], None]
 BASE_RATE = 4.5e-6  # the original's base learning rate
@@ -173,8 +173,8 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
         "processes": world, "per_device": micro, "accumulation": parts, "global": batch
     }  # fmt: skip
     report.tell(
-        f"{_count(world, 'process', 'es')} x {micro} images x "
-        f"{_count(parts, 'micro-batch', 'es')} = {batch}"
+        f"{counted(world, 'process', 'es')} x {micro} images x "
+        f"{counted(parts, 'micro-batch', 'es')} = {batch}"
     )
     report.tell(f"GPU memory that this takes, computed: {size(cost.peak_bytes(settings, micro))}")
     report.tell(
@@ -409,7 +409,7 @@ def _device_name(cuda: bool) -> str:
     return (
         torch.cuda.get_device_name()
         if cuda
-        else f"this CPU, {_count(torch.get_num_threads(), 'thread', 's')}"
+        else f"this CPU, {counted(torch.get_num_threads(), 'thread', 's')}"
     )
 
 
@@ -527,10 +527,6 @@ def _verdict(report: Report) -> None:
     if not report.problems:
         report.say("GO")
         return
-    report.say(f"NO GO, {_count(len(report.problems), 'problem', 's')}:")
+    report.say(f"NO GO, {counted(len(report.problems), 'problem', 's')}:")
     for number, problem in enumerate(report.problems, 1):
         report.say(textwrap.indent(f"{number}. {problem}", "  "))
-
-
-def _count(number: int, noun: str, ending: str) -> str:
-    return f"{number} {noun}{ending * (number > 1)}"

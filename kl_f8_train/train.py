@@ -43,6 +43,7 @@ from kl_f8_train.formats import check_shapes
 from kl_f8_train.model import AutoencoderKL
 from kl_f8_train.plan import Plan
 from kl_f8_train.shards import FolderSource, Source, TarSource
+from kl_f8_train.units import counted
 from kl_f8_train.watchdog import Watchdog
 
 
@@ -154,8 +155,8 @@ class Iterations(LightningDataModule):
         self.finetuner.micro_batch = micro_batch(self.settings, world)
         accumulation = self.settings.global_batch // world // self.finetuner.micro_batch
         say(
-            f"batch: {world} processes x {self.finetuner.micro_batch} images x {accumulation} "
-            f"micro-batches = {self.settings.global_batch}"
+            f"batch: {counted(world, 'process', 'es')} x {self.finetuner.micro_batch} images x "
+            f"{counted(accumulation, 'micro-batch', 'es')} = {self.settings.global_batch}"
         )
         sampler = IterationSampler(
             self.finetuner.iteration,

@@ -21,3 +21,8 @@ def size(count: float) -> str:
         if abs(count) >= 0.9995 * factor:
             return f"{count / factor:.3g} {unit}"
     return "0 B"
+
+
+def counted(number: int, noun: str, ending: str) -> str:
+    """1 process, 2 processes: a number with its noun."""
+    return f"{number} {noun}{ending * (number > 1)}"

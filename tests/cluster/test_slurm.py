@@ -119,7 +119,7 @@ def test_requeued_at_time_limit_preemption_and_crash_it_ends_as_undisturbed(
     assert re.search(r"stopped by signal 15 at iteration 1\d\d, saved", log)
     assert "time limit (SIGUSR1), with a new checkpoint; requeued (restart" in log
     assert "with a new checkpoint; requeued (restart 3)" in log
-    assert log.count("batch: 2 processes x 2 images x 1 micro-batches = 4") == 4
+    assert log.count("batch: 2 processes x 2 images x 1 micro-batch = 4") == 4
     assert log.count("resuming iteration-") == 3
     runs.assert_same_state(runs.final_state(folder, "slurm"), undisturbed)
     offline = list((run / "wandb").glob("offline-run-*"))

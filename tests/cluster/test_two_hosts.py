@@ -172,10 +172,10 @@ def test_when_a_host_dies_the_other_ends_within_the_join_timeout(folder, hosts):
 
 def test_with_a_range_of_nodes_the_other_goes_on_alone_with_the_same_batch(folder, hosts):
     both = start(hosts, folder, "elastic", NNODES="1:2")
-    assert "batch: 2 processes x 2 images x 1 micro-batches = 4" in both[0].log.read_text()
+    assert "batch: 2 processes x 2 images x 1 micro-batch = 4" in both[0].log.read_text()
     hosts[1].kill()
     assert both[0].wait() == 0, both[0].log.read_text()
-    assert "batch: 1 processes x 4 images x 1 micro-batches = 4" in both[0].log.read_text()
+    assert "batch: 1 process x 4 images x 1 micro-batch = 4" in both[0].log.read_text()
     assert runs.final_state(folder, "elastic").iteration == 140
 
 
