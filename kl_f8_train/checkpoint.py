@@ -8,6 +8,7 @@ A training checkpoint is a safetensors file: tensors named `autoencoder.*`, `ema
 """
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -15,6 +16,7 @@ import os
 import pickle
 import re
 import secrets
+import socket
 import struct
 import tempfile
 import zipfile
@@ -420,6 +422,30 @@ def check_writable(directory: Path) -> None:
         raise RunFailedError(
             f"cannot write in {directory}: {error.strerror}; make room, or name another directory"
         ) from error
+
+
+@contextlib.contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Keeps other processes from training in `run_dir`; the claim ends with the process.
+
+    Raises RunFailedError if another has it. Where the file system has no locks, nothing is kept.
+    """
+    with (run_dir / ".claim").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process's own: loaders have none
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise RunFailedError(
+                f"{owner} is training in run_dir={run_dir}; two would overwrite each other's "
+                "checkpoints. Stop it first, or give another run_dir"
+            ) from error
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def cache_dir() -> Path:

@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,12 @@ def train(settings: Config, allow_changes: bool = False) -> int:
     """
     run_dir = Path(settings.run_dir)
     checkpoint.check_writable(run_dir)
+    first = getattr(rank_zero_only, "rank", 0) == 0  # as the launcher's variables say
+    with checkpoint.claimed(run_dir) if first else nullcontext():
+        return _train(settings, run_dir, allow_changes)
+
+
+def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
     _quiet_lightning()
     signals = Signals()
     signals.install()

@@ -97,6 +97,17 @@ def test_kill_9_and_the_same_command_again_equal_an_undisturbed_run(folder, undi
 
 
 @pytest.mark.slow
+def test_one_run_directory_is_for_one_run_at_a_time(folder):
+    process = runs.start(folder, "claimed", "stop_iteration=9000")
+    wait_for(process, "iteration 101 of")
+    with pytest.raises(RunFailedError, match=f"process {process.pid} on .* is training in"):
+        train(runs.recipe(folder, "claimed", "stop_iteration=9000"))
+    process.kill()  # the claim ends with it
+    process.communicate()
+    assert train(runs.recipe(folder, "claimed", "stop_iteration=103"), allow_changes=True) == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_finishes_the_iteration_saves_and_tells_its_number(folder, undisturbed, number):
     name = f"signal-{number}"
