@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(str(error), error.exit_code, args.debug)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:  # a full, closed or vanished disk, where nothing said it better
         return _complain(_told(error), UserError.exit_code, args.debug)
     except Exception as error:

@@ -15,8 +15,10 @@ SECONDS = 5.0  # for the hub's first answer; its own retries would take 23
 
 
 def is_id(text: str) -> bool:
-    """Whether `text` looks like `stabilityai/sd-vae-ft-mse`, and not like a file."""
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text)) and not text.endswith(SUFFIXES)
+    """Whether `text` looks like `stabilityai/sd-vae-ft-mse`, and not like a file or a run here."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) or text.endswith(SUFFIXES):
+        return False
+    return not Path(text).parent.is_dir()
 
 
 def fetch(repo: str) -> Path:

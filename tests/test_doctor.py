@@ -201,7 +201,7 @@ def test_the_perceptual_norm_is_what_the_whole_has_beside_the_pixels(folder):
 
 def test_weights_that_give_no_number_are_refused(examined, folder, tmp_path):
     contents = checkpoint.read(folder / "model.ckpt")
-    contents.tensors["decoder.conv_in.bias"][:] = float("nan")
+    contents.tensors["decoder.conv_in.weight"] *= 1e38  # finite, but what it makes is not
     bad = tmp_path / "nan.ckpt"
     checkpoint.write_torch(bad, {"state_dict": contents.tensors, "global_step": 100})
     code, found, _ = examined("nan", f"init.weights={bad}", "stop_iteration=110")

@@ -482,15 +482,16 @@ def test_a_signal_during_a_slow_save_is_not_lost(folder, undisturbed, number):
 def test_a_disk_that_becomes_read_only_ends_the_run_and_keeps_the_last_checkpoint(folder):
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
-    place = folder / "read-only"
-    place.mkdir()
+    run_dir = folder / "read-only"
+    place = run_dir / "checkpoints"
+    place.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "tmpfs", str(place)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("this machine does not allow mounting a small file system")
     try:
-        extra = ("stop_iteration=9000", "checkpoint.every=2", f"run_dir={place / 'run'}")
+        extra = ("stop_iteration=9000", "checkpoint.every=2", f"run_dir={run_dir}")
         (run,) = ranks.start(folder, "read-only-run", *extra)
-        while len(checkpoint.list_checkpoints(place / "run")) < 2:
+        while len(checkpoint.list_checkpoints(run_dir)) < 2:
             assert run.process.is_alive(), run.output
             time.sleep(0.02)
         remount = ["mount", "-o", "remount,ro", str(place)]
@@ -499,7 +500,7 @@ def test_a_disk_that_becomes_read_only_ends_the_run_and_keeps_the_last_checkpoin
         assert run.end(60) == 4
         assert "training goes on; the next checkpoint tries again" in run.output
         assert "Read-only file system" in run.output
-        kept = checkpoint.list_checkpoints(place / "run")
+        kept = checkpoint.list_checkpoints(run_dir)
         assert checkpoint.read(kept[0]).iteration
     finally:
         subprocess.run(["umount", "-l", str(place)], check=False)
