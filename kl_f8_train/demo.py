@@ -99,7 +99,8 @@ def demo(
         "ft-MSE, raw weights": (run_dir / "ft_mse", "raw", b_end),
     }
     rows = _score(models, held_out, run_dir)
-    say(f"\ndone in {time.perf_counter() - began:.0f} s; pictures: {run_dir}/strip.png")
+    page = report.write(run_dir / "evaluation")
+    say(f"\ndone in {time.perf_counter() - began:.0f} s; pictures: {run_dir}/strip.png, {page}")
     return rows
 
 

@@ -5,6 +5,7 @@ Nothing heavy is imported, nothing of the run is touched, and what is half writt
 
 import csv
 import datetime
+import fcntl
 import math
 import os
 import re
@@ -49,7 +50,9 @@ class Status:
 
     run_dir: str
     name: str
-    state: str  # "ended", "seems to be starting", "seems to be running" or "silent for ..."
+    state: (
+        str  # "ended", "running", "stopped ... ago"; without a claim "seems to be ..." or "silent"
+    )
     iteration: int | None
     start_iteration: int | None
     stop_iteration: int
@@ -178,14 +181,35 @@ def read_status(run: Path, now: float) -> Status:
     )
 
 
+def _claimed(path: Path) -> bool | None:
+    """Whether a process has a run directory's claim; None where that cannot be told."""
+    try:
+        file = path.open("r+", encoding="utf-8")
+    except OSError:
+        return None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+        except OSError:  # a file system without locks
+            return None
+    return False
+
+
 def _group(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A group of settings; empty where it is null or missing."""
     return settings.get(name) or {}
 
 
 def _state(run: Path, log_interval_seconds: float, now: float) -> str:
-    """Whether a run that has not ended still writes."""
+    """Whether a run that has not ended goes on: by its claim, or by whether it still writes."""
+    claimed = _claimed(run / ".claim")
+    if claimed:
+        return "running"
     news = _age([run / "config.yaml", run / "metrics.csv", *run.glob("*/iteration-*")], now) or 0.0
+    if claimed is False:
+        return f"stopped {duration(news)} ago; the same command goes on"
     if news > max(SILENT_SECONDS, SILENT_INTERVALS * log_interval_seconds):
         return f"silent for {duration(news)}"
     return "seems to be running" if log_interval_seconds else "seems to be starting"
@@ -307,7 +331,7 @@ def facts(status: Status) -> dict[str, str]:
         told["speed lately"] = f"{status.images_per_second:.1f} images/s"
     if status.seconds_left:
         told["time left"] = duration(status.seconds_left)
-        word = "end" if status.state.startswith("seems") else "end, if it went on now"
+        word = "end" if status.state.startswith(("running", "seems")) else "end, if it went on now"
         told[word] = str(status.end_date)
     if status.last_log_age_seconds is not None:
         told["last log"] = f"{duration(status.last_log_age_seconds)} ago"

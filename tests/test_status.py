@@ -91,6 +91,24 @@ def test_a_run_that_died(tmp_path):
     assert "end, if it went on now" in status.facts(found)
 
 
+def test_the_claim_tells_running_from_stopped(tmp_path):
+    run = make_run(tmp_path, [row(1010)])
+    program = (
+        "import sys; from pathlib import Path; from kl_f8_train.checkpoint import claimed\n"
+        f"with claimed(Path({str(run)!r})):\n"
+        "    print('claimed', flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as process:
+        assert process.stdout.readline() == "claimed\n"
+        assert status.read_status(run, NOW).state == "running"
+        assert "end" in status.facts(status.read_status(run, NOW))
+        process.kill()
+    found = status.read_status(run, NOW)
+    assert found.state == "stopped 10 s ago; the same command goes on"
+    assert "end, if it went on now" in status.facts(found)
+
+
 def test_silence_is_judged_by_the_interval_of_the_log(tmp_path):
     """10 iterations of 8 images at 0.1 images/s: a line comes every 800 s."""
     slow = [row(1010, images_per_second=0.1)]
