@@ -407,10 +407,20 @@ def check_wording(output: str) -> None:
     assert max(map(len, message[0].splitlines())) < 500
 
 
+def hear_sigint() -> None:
+    """A shell's background jobs, and so their children, ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupted_while_it_loads(world):
     command = [sys.executable, "-m", "kl_f8_train", "doctor", "demo"]
     process = subprocess.Popen(
-        command, cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=world,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_sigint,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "loading ...\n"
