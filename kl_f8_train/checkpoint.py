@@ -127,7 +127,11 @@ def load_autoencoder(path: str | Path, select: str = "ema") -> AutoencoderKL:
 
     Raises MissingInputError if the file holds none, or not all of one.
     """
-    contents, weights = read_weights(path, select)
+    return build_autoencoder(*read_weights(path, select))
+
+
+def build_autoencoder(contents: Contents, weights: Weights) -> AutoencoderKL:
+    """`load_autoencoder` for what was read already."""
     try:
         with torch.device("meta"):  # whatever size the file claims
             model = AutoencoderKL(**architecture(weights.autoencoder))

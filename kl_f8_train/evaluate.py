@@ -29,7 +29,7 @@ from kl_f8_train.cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.inception import WIDTH, Inception
 from kl_f8_train.metrics import FeatureStatistics
-from kl_f8_train.model import FROZEN, AutoencoderKL
+from kl_f8_train.model import AutoencoderKL
 from kl_f8_train.perceptual import LABELS, PerceptualDistance
 from kl_f8_train.plan import random_state
 from kl_f8_train.scores import (
@@ -173,9 +173,8 @@ def load_candidates(named: Sequence[tuple[str, Path, str]], device: str) -> list
     shared: dict[str, AutoencoderKL] = {}
     for name, path, select in named:
         contents, weights = checkpoint.read_weights(path, select)
-        model = checkpoint.load_autoencoder(path, select).to(device)
-        frozen = {k: v for k, v in model.state_dict().items() if k.split(".")[0] in FROZEN}
-        digest = checkpoint.tensors_sha256(frozen)
+        model = checkpoint.build_autoencoder(contents, weights).to(device)
+        digest = checkpoint.frozen_sha256(model.state_dict())
         first = shared.setdefault(digest, model)
         model.encoder, model.quant_conv = first.encoder, first.quant_conv
         record = {
