@@ -3,6 +3,12 @@
 Parity is checked in float64: in float32 one sign flip of a LeakyReLU moves a gradient by 1 %.
 """
 
+import os
+
+# One thread a process: equal sums in every run that is compared, and several runs at once do not
+# wait for each other's threads. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hashlib
 import io
 import json

@@ -114,6 +114,7 @@ def _train(
     given: tuple[Any, ...],
 ) -> None:
     import torch
+    from pytorch_lightning.utilities import rank_zero_only
 
     from kl_f8_train.__main__ import main
 
@@ -121,6 +122,7 @@ def _train(
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ |= environment
+    rank_zero_only.rank = int(environment.get("RANK", "0"))  # read when the server imported it
     multiprocessing.set_start_method("fork", force=True)  # for loaders; not this server's own
     torch.set_num_threads(1)
     if prepare is not None:
