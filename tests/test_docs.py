@@ -166,6 +166,8 @@ def check_pytest(line: list[str]) -> None:
                 for text in PROJECT["tool"]["pytest"]["ini_options"]["markers"]
             }
             assert set(word.split()) <= {"not", "and", "or", *markers}, word
+        elif before == "-n":
+            assert word.isdigit(), word
         elif not word.startswith("-"):
             assert (ROOT / word.partition("::")[0]).exists(), word
         before = word
