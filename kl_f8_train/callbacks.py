@@ -30,6 +30,7 @@ from kl_f8_train.data import SIGNALS, Batch, upcoming
 from kl_f8_train.ema import ema_distance
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.finetuner import Finetuner, average_over_ranks
+from kl_f8_train.nonfinite import HostCopy
 from kl_f8_train.plan import Plan
 from kl_f8_train.shards import Source
 from kl_f8_train.units import duration
@@ -70,6 +71,7 @@ class Checkpoints(Callback):
         now = (finetuner.iteration, finetuner.warmup_left)
         if self.saved == now:
             return
+        finetuner.judge()
         failure: str | None = None
         began = time.perf_counter()
         if trainer.is_global_zero:
@@ -108,11 +110,13 @@ class Checkpoints(Callback):
 class Signals(Callback):
     """SIGTERM, SIGINT and SIGUSR1 set a flag; all ranks agree on it after an iteration and stop.
 
+    What they agreed on is read after one iteration more, so that no host waits for its device.
     The last state is then saved by `Checkpoints`. A second SIGINT ends the program at once.
     """
 
     def __init__(self) -> None:
         self.received = 0
+        self._agreed: HostCopy | None = None
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
@@ -137,14 +141,21 @@ class Signals(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stops all ranks if one of them got a signal."""
-        agreed = self.received
         if trainer.world_size > 1:
-            flag = torch.tensor(agreed, device=pl_module.device)
+            flag = torch.full((), self.received, device=pl_module.device)  # filled there
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            agreed = int(flag)  # a signal that comes meanwhile waits for the next iteration
-        if agreed:
-            self.received = agreed
+            before, self._agreed = self._agreed, HostCopy(flag)
+            stop = 0 if before is None else int(before.read())
+        else:
+            stop = self.received
+        if stop:
+            self.received = stop
             trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All ranks end with the same code, also if a signal came in the last iteration."""
+        if self._agreed is not None:
+            self.received = int(self._agreed.read())
 
 
 class Validation(Callback):
@@ -313,6 +324,7 @@ class RunLog(Callback):
                 wandb.teardown()  # now, not in a traceback when Python ends
 
     def _report(self, trainer: Trainer, finetuner: Finetuner) -> None:
+        finetuner.judge()
         values = [
             value.to(finetuner.device, torch.float32) / self.count for value in self.sums.values()
         ]

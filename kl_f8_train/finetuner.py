@@ -36,6 +36,7 @@ from kl_f8_train.losses import (
     reconstruction_loss,
 )
 from kl_f8_train.model import TRAINED, AutoencoderKL
+from kl_f8_train.nonfinite import Judgement, Verdict, finite_images, step_unless
 
 Backward = Callable[[Tensor, Tensor | None], None]
 
@@ -73,6 +74,7 @@ class Finetuner(LightningModule):
         self.ema_updates = 0
         self.bad_updates = 0  # in a row
         self.bad_updates_in_all = 0  # since this process started
+        self.unjudged: Judgement | None = None  # the last iteration's, on its way to the host
         self.micro_batch = config.compute.per_device_batch or config.global_batch
         self.metrics: dict[str, Tensor] = {}
         self.prepared_optimizers: list[Adam] = []
@@ -162,8 +164,8 @@ class Finetuner(LightningModule):
         """Updates decoder, discriminator and EMA once; leaves its figures in `metrics`.
 
         A loss or gradient that is not finite, on any rank, leaves that update out on all ranks:
-        weights, Adam's state, EMA and BatchNorm's buffers stay. Raises RunFailedError after
-        `max_bad_updates` of them in a row.
+        weights, Adam's state and BatchNorm's buffers stay. That is decided on the device; `judge`
+        tells the host, an iteration later, so that it need not wait for the device here.
         """
         self.train()
         decoder_optimizer.zero_grad(set_to_none=True)
@@ -171,18 +173,17 @@ class Finetuner(LightningModule):
             discriminator_optimizer.zero_grad(set_to_none=True)
         buffers = [] if self.discriminator is None else list(self.discriminator.buffers())
         before = [buffer.clone() for buffer in buffers]
+        iteration = self.iteration
         if self.warmup_left:
-            metrics, good = self._warm_up(batch, discriminator_optimizer)
+            verdicts = self._warm_up(batch, discriminator_optimizer)
         else:
-            metrics, good = self._update_both(
+            verdicts = self._update_both(
                 batch, decoder_optimizer, discriminator_optimizer, backward, no_sync
             )
-        if good:
-            self.bad_updates = 0
-        else:  # a bad batch has passed through BatchNorm's running statistics
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
-        self.metrics = metrics
+        bad = torch.stack([verdict.bad for verdict in verdicts.values()]).any()
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(torch.where(bad, value, buffer))  # the bad batch went through BatchNorm
+        self.unjudged = Judgement(iteration, batch.keys, verdicts)
 
     def _update_both(
         self,
@@ -191,8 +192,8 @@ class Finetuner(LightningModule):
         discriminator_optimizer: Adam | None,
         backward: Backward,
         no_sync: Callable[[], AbstractContextManager[Any]],
-    ) -> tuple[dict[str, Tensor], bool]:
-        """Decoder, EMA, then discriminator: the figures, and False if an update was left out."""
+    ) -> dict[str, Verdict]:
+        """Decoder, EMA, then discriminator."""
         adversarial = self._adversarial_runs()
         starts = range(0, len(batch.images), self.micro_batch)
         terms: list[dict[str, Tensor]] = []
@@ -210,13 +211,16 @@ class Finetuner(LightningModule):
             terms.append({**part, "kl_loss": kl})
             fakes.append(fake)
             finite.append(good_images)
-        metrics = {key: torch.stack([t[key] for t in terms]).mean() for key in terms[0]}
-        good = self._update_decoder(decoder_optimizer, metrics, batch, torch.cat(finite))
-        if good and adversarial and discriminator_optimizer is not None:
-            more, good = self._update_discriminator(batch, fakes, discriminator_optimizer)
-            metrics |= more
+        self.judge()  # the iteration before
+        self.metrics = mean_of_each(terms)
+        verdicts = {"decoder": self._update_decoder(decoder_optimizer, torch.cat(finite))}
+        if adversarial and discriminator_optimizer is not None:
+            bad = verdicts["decoder"].bad
+            verdicts["discriminator"] = self._update_discriminator(
+                batch, fakes, discriminator_optimizer, bad
+            )
         self.iteration += 1  # also after an update that was left out: the data goes on
-        return metrics, good
+        return verdicts
 
     def _micro(self, batch: Batch, start: int) -> tuple[Tensor, Tensor]:
         """Images in [-1, 1] and noise of one micro-batch, in the weights' precision."""
@@ -316,31 +320,28 @@ class Finetuner(LightningModule):
             return False
         return settings.run_before_start or self.iteration >= settings.start_iteration
 
-    def _update_decoder(
-        self, optimizer: Adam, metrics: dict[str, Tensor], batch: Batch, finite: Tensor
-    ) -> bool:
-        """Steps decoder and EMA; False, and nothing moved, if a gradient is not finite."""
+    def _update_decoder(self, optimizer: Adam, finite: Tensor) -> Verdict:
+        """Steps decoder and EMA; only the EMA, if a gradient is not finite."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self.logvar.grad is not None:
             average_over_ranks([self.logvar.grad])
         norm = norm_of([p.grad for p in parameters if p.grad is not None])
-        metrics["decoder_gradient_norm"] = norm
-        if not self._may_update(norm, "decoder", batch, finite):
-            return False
-        optimizer.step()
+        self.metrics["decoder_gradient_norm"] = norm
+        verdict = Verdict(~norm.isfinite(), finite)
+        step_unless(verdict.bad, optimizer)
         self.phase_ended("optimizer")
         self.ema_updates += 1
         decay = ema_decay(self.ema_updates, self.config.ema.decay, self.config.ema.warmup)
         ema_update(self.ema, trained_part(self.autoencoder), decay)
         self.phase_ended("ema")
-        return True
+        return verdict
 
     def _update_discriminator(
-        self, batch: Batch, fakes: list[Tensor], optimizer: Adam
-    ) -> tuple[dict[str, Tensor], bool]:
+        self, batch: Batch, fakes: list[Tensor], optimizer: Adam, bad: Tensor | None = None
+    ) -> Verdict:
         """One step of the discriminator on images and detached reconstructions.
 
-        Returns its figures, and False if the step was left out.
+        It is left out if a gradient is not finite, or if the decoder's update was `bad`.
         """
         assert self.discriminator is not None
         assert self.config.adversarial is not None
@@ -367,15 +368,15 @@ class Finetuner(LightningModule):
             )
         self.phase_ended("discriminator")
         gradients = [p.grad for p in self.discriminator.parameters() if p.grad is not None]
-        metrics = {key: torch.stack([t[key] for t in terms]).mean() for key in terms[0]}
+        metrics = mean_of_each(terms)
         average_over_ranks([*gradients, metrics["discriminator_loss"]])
         norm = norm_of([*gradients, 0.0 * metrics["discriminator_loss"]])  # its loss counts, too
-        metrics["discriminator_gradient_norm"] = norm
-        if not self._may_update(norm, "discriminator", batch, torch.cat(finite)):
-            return metrics, False
-        optimizer.step()
+        self.metrics |= metrics | {"discriminator_gradient_norm": norm}
+        verdict = Verdict(~norm.isfinite(), torch.cat(finite))
+        left_out = verdict.bad if bad is None else verdict.bad | bad
+        step_unless(left_out, optimizer)
         self.phase_ended("optimizer")
-        return metrics, True
+        return verdict
 
     @torch.no_grad()
     def _reconstruct(self, images: Tensor, noise: Tensor) -> Tensor:
@@ -383,7 +384,7 @@ class Finetuner(LightningModule):
         with self._autocast():
             return self.autoencoder.decode(latents).to(images.dtype)
 
-    def _warm_up(self, batch: Batch, optimizer: Adam | None) -> tuple[dict[str, Tensor], bool]:
+    def _warm_up(self, batch: Batch, optimizer: Adam | None) -> dict[str, Verdict]:
         """Trains the discriminator alone; the decoder, the EMA and `iteration` stay."""
         assert optimizer is not None
         starts = range(0, len(batch.images), self.micro_batch)
@@ -391,20 +392,29 @@ class Finetuner(LightningModule):
         for start in starts:
             images, noise = self._micro(batch, start)
             fakes.append(self._reconstruct(images, noise[0]))
-        result = self._update_discriminator(batch, fakes, optimizer)
+        self.judge()
+        self.metrics = {}
+        verdict = self._update_discriminator(batch, fakes, optimizer)
         self.warmup_left -= 1
-        return result
+        return {"discriminator": verdict}
 
-    def _may_update(self, norm: Tensor, what: str, batch: Batch, finite: Tensor) -> bool:
-        """Whether the gradient's norm is finite; all ranks see the same one, so they agree."""
-        if bool(torch.isfinite(norm)):
-            return True
+    def judge(self) -> None:
+        """Counts and tells whether the last iteration's update was left out, once; on all ranks.
+
+        Raises RunFailedError after `max_bad_updates` of them in a row.
+        """
+        judged, self.unjudged = self.unjudged, None
+        if judged is None:
+            return
+        blame = judged.blame()
+        if blame is None:
+            self.bad_updates = 0
+            return
         self.bad_updates += 1
         self.bad_updates_in_all += 1
         message = (
-            f"iteration {self.iteration}: loss or gradient of the {what} is not finite; update "
-            f"left out on all ranks ({self.bad_updates} in a row, {self.bad_updates_in_all} in "
-            f"all); {suspects(batch.keys, finite)}"
+            f"iteration {judged.iteration}: update left out on all ranks ({self.bad_updates} in a "
+            f"row, {self.bad_updates_in_all} in all): {blame}"
         )
         if self.bad_updates >= self.config.max_bad_updates:
             raise RunFailedError(
@@ -412,7 +422,6 @@ class Finetuner(LightningModule):
                 "checkpoint is untouched. Lower optimizer.learning_rate, or try precision=float32"
             )
         self.print_once(message)
-        return False
 
     def print_once(self, message: str) -> None:
         """Prints on the first rank."""
@@ -457,30 +466,14 @@ def build_optimizers(finetuner: Finetuner) -> list[Adam]:
     return optimizers
 
 
-def finite_images(tensor: Tensor, loss: Tensor) -> Tensor:
-    """Which images are finite in a (B, ...) tensor; none if only their common loss is not: (B,)."""
-    finite = tensor.isfinite().flatten(1).all(1)
-    return finite & (loss.isfinite() | ~finite.all())
+def mean_of_each(terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Means over the micro-batches."""
+    return {key: torch.stack([t[key] for t in terms]).mean() for key in terms[0]}
 
 
 def norm_of(tensors: list[Tensor]) -> Tensor:
     """The norm of all tensors together."""
     return torch.stack(torch._foreach_norm(tensors)).norm()
-
-
-def suspects(keys: list[str], finite: Tensor) -> str:
-    """Names the images that are not finite, by rank; all ranks call it together."""
-    mine = [key for key, good in zip(keys, finite.tolist(), strict=True) if not good]
-    found: list[list[str]] = [mine]
-    if dist.is_initialized():
-        found = found * dist.get_world_size()
-        dist.all_gather_object(found, mine)
-    named = [
-        f"rank {rank}: {', '.join(bad[:4])}" + (f" and {len(bad) - 4} more" if bad[4:] else "")
-        for rank, bad in enumerate(found)
-        if bad
-    ]
-    return f"caused by {'; '.join(named)}" if named else "every image's own loss is finite"
 
 
 def average_over_ranks(tensors: list[Tensor]) -> None:

@@ -147,7 +147,6 @@ def count(config, network):
     """Operations of one iteration for one image, on tensors without contents."""
     critic = Discriminator(config.adversarial.ndf) if config.adversarial else None
     tuner = Finetuner(config, AutoencoderKL(config.model.ch), critic, network)
-    tuner._may_update = lambda *_: True
     meta, side = torch.device("meta"), config.data.crop
     images, noise = torch.zeros(1, 3, side, side), torch.zeros(1, 1, 4, side // 8, side // 8)
     batch = Batch(images, noise, ["a"], []).to(meta)

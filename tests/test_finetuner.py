@@ -5,7 +5,9 @@ which also runs before its start) and of the default shared pass (`ii.*`) are bo
 one in which the encoder trains too is not.
 """
 
+import contextlib
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,9 +15,11 @@ import pytest
 import torch
 
 from kl_f8_train.data import Batch
+from kl_f8_train.discriminator import Discriminator
 from kl_f8_train.errors import RunFailedError
-from kl_f8_train.finetuner import build_optimizers, plain_backward
+from kl_f8_train.finetuner import Finetuner, build_optimizers, plain_backward, trained_part
 from kl_f8_train.losses import generator_loss
+from kl_f8_train.model import AutoencoderKL
 
 FACTS = json.loads((Path(__file__).parent / "golden/facts.json").read_text())
 CASES, RUNS = FACTS["loss_cases"], FACTS["train"]
@@ -387,24 +391,78 @@ def with_nan(batch):
 
 
 def test_update_that_is_not_finite_is_left_out(finetuner, batch):
-    tuner = finetuner("ft_ema", "adversarial.start_iteration=0")
-    modules = (tuner.autoencoder, tuner.ema, tuner.discriminator)
+    tuner = finetuner("ft_ema", "adversarial.start_iteration=0", "ema.decay=0.5")
+    modules = (tuner.autoencoder, tuner.discriminator)
     optimizers = build_optimizers(tuner)
     tuner.run_iteration(batch(0, side=32), *optimizers)
     before = [snapshot(module) for module in modules]
+    adams = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+    average = snapshot(tuner.ema)
     tuner.run_iteration(with_nan(batch(1, side=32)), *optimizers)
-    assert (tuner.iteration, tuner.bad_updates, tuner.ema_updates) == (2, 1, 1)
+    tuner.judge()
+    assert (tuner.iteration, tuner.bad_updates, tuner.ema_updates) == (2, 1, 2)
     for module, state in zip(modules, before, strict=True):  # BatchNorm's buffers too
-        changed = [k for k, v in module.state_dict().items() if not torch.equal(v, state[k])]
-        assert changed == []
+        assert unchanged(module, state)
+    for optimizer, state in zip(optimizers, adams, strict=True):  # with its count of steps
+        torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
+    decoder = trained_part(tuner.autoencoder).state_dict()
+    expected = {key: 0.5 * (average[key] + decoder[key]) for key in average}  # as in any iteration
+    torch.testing.assert_close(dict(tuner.ema.state_dict()), expected, rtol=0, atol=1e-14)
     tuner.run_iteration(batch(2, side=32), *optimizers)
-    assert (tuner.iteration, tuner.bad_updates, tuner.ema_updates) == (3, 0, 2)
+    tuner.judge()
+    assert (tuner.iteration, tuner.bad_updates, tuner.ema_updates) == (3, 0, 3)
+    modules = (*modules, tuner.ema)
     assert all(torch.isfinite(v).all() for m in modules for v in m.state_dict().values())
 
 
+def test_left_out_from_the_start_the_next_update_is_the_first(finetuner, batch, autoencoder):
+    start = snapshot(autoencoder)
+    ends = []
+    for batches in ([batch(1, side=32)], [with_nan(batch(0, side=32)), batch(1, side=32)]):
+        autoencoder.load_state_dict(start)
+        tuner = finetuner("ft_mse")
+        optimizers = build_optimizers(tuner)
+        for one in batches:
+            tuner.run_iteration(one, *optimizers)
+        ends.append(snapshot(autoencoder))
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in start)
+    assert not unchanged(autoencoder, start)
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_the_host_reads_nothing_inside_an_iteration(tiny, standin, monkeypatch, warmup):
+    """On tensors without contents each reading is an error; so the host never waits for a device.
+
+    torch's fused Adam knows no meta device; what it reads on CUDA is torch's own affair.
+    """
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
+    settings = tiny("ft_ema", "adversarial.start_iteration=0", "global_batch=4")
+    settings = dataclasses.replace(
+        settings, compute=dataclasses.replace(settings.compute, per_device_batch=2)
+    )
+    network = copy.deepcopy(standin).float()
+    tuner = Finetuner(settings, AutoencoderKL(ch=32), Discriminator(ndf=16), network).to("meta")
+    network.to("meta")
+    tuner.warmup_left = warmup
+    images, noise = torch.zeros(4, 3, 32, 32), torch.zeros(2, 4, 4, 4, 4)
+    batch = Batch(images, noise, list("abcd"), []).to(torch.device("meta"))
+    tuner.run_iteration(batch, *build_optimizers(tuner))
+    assert tuner.iteration == 1 - warmup
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        tuner.judge()  # it reads
+
+
 def test_the_image_behind_it_is_named(finetuner, batch, capsys):
-    iterate(finetuner("ft_mse"), with_nan(batch(side=32)))
-    assert capsys.readouterr().out.endswith("(1 in a row, 1 in all); caused by rank 0: a\n")
+    tuner = finetuner("ft_mse")
+    iterate(tuner, with_nan(batch(side=32)))
+    assert capsys.readouterr().out == ""
+    tuner.judge()
+    tuner.judge()  # tells it once
+    assert capsys.readouterr().out == (
+        "iteration 0: update left out on all ranks (1 in a row, 1 in all): loss or gradient of the "
+        "decoder is not finite; caused by rank 0: a\n"
+    )
 
 
 @pytest.mark.parametrize("part", ["perceptual", "generator", "discriminator"])
@@ -421,10 +479,12 @@ def test_infinite_loss_with_a_finite_gradient_is_left_out(finetuner, batch, stan
     module.register_forward_hook(shift)
     decoder, adversary = snapshot(tuner.autoencoder), snapshot(tuner.discriminator)
     iterate(tuner, batch(side=32))
+    tuner.judge()
     assert tuner.bad_updates == 1
     assert unchanged(tuner.autoencoder, decoder) == (part != "discriminator")
     assert unchanged(tuner.discriminator, adversary)
     tuner.run_iteration(batch(1, side=32), *build_optimizers(tuner))
+    tuner.judge()
     assert tuner.bad_updates == 0
     assert not unchanged(tuner.discriminator, adversary)
 
@@ -435,8 +495,9 @@ def test_too_many_bad_updates_in_a_row_end_the_run(finetuner, batch):
     bad, good = with_nan(batch(0, side=32)), batch(1, side=32)
     for one in (bad, good, bad):  # never two in a row
         tuner.run_iteration(one, *optimizers)
+    tuner.run_iteration(bad, *optimizers)
     with pytest.raises(RunFailedError, match="2 updates in a row were not finite"):
-        tuner.run_iteration(bad, *optimizers)
+        tuner.judge()
 
 
 # --- precision and images -----------------------------------------------------------------------
@@ -458,6 +519,7 @@ def test_bfloat16_autocast_keeps_float32_weights(finetuner, batch, standin):
     assert {value.dtype for value in states} == {torch.float32}
     assert all(torch.isfinite(value).all() for value in states)
     assert not torch.equal(tuner.autoencoder.last_layer, before)
+    tuner.judge()
     assert tuner.bad_updates_in_all == 0
 
 

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "kl_f8_train"
 LAYERS = (
     {"errors", "units", "processes"},
     {"config", "images", "model", "discriminator", "losses", "ema", "metrics", "plan"}
-    | {"formats", "unpickle", "hub", "compare", "origins", "curves"},
+    | {"formats", "unpickle", "hub", "compare", "origins", "curves", "nonfinite"},
     {"checkpoint", "pack", "compute", "cost", "status"},
     {"cache", "scaling"},
     {"published", "shards"},

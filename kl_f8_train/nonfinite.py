@@ -1,0 +1,86 @@
+"""Updates that are not finite: left out on the device, told to the host an iteration later.
+
+The host never waits for the device inside an iteration: a fused Adam looks at a flag of its own
+(`found_inf`, made for torch's GradScaler), and the flags travel to the host while it queues on.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Adam
+
+
+class HostCopy:
+    """A small tensor on its way to the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._arrived = tensor, None
+        if tensor.device.type == "cuda":
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> Tensor:
+        """The values; waits for them alone, not for what was queued after them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One network's update: `bad`, bool, alike on all ranks; `finite`, this rank's images (B,)."""
+
+    bad: Tensor
+    finite: Tensor
+
+
+class Judgement:
+    """The verdicts over one iteration, by network, on their way to the host."""
+
+    def __init__(self, iteration: int, keys: list[str], verdicts: dict[str, Verdict]) -> None:
+        self.iteration, self.keys, self._networks = iteration, keys, list(verdicts)
+        flags = [torch.cat([v.bad.view(1), v.finite]) for v in verdicts.values()]
+        self._flags = HostCopy(torch.stack(flags))  # (networks, 1 + B)
+
+    def blame(self) -> str | None:
+        """What was not finite, and the images behind it; None if all is well.
+
+        All ranks call it together.
+        """
+        flags = self._flags.read().tolist()
+        for network, (bad, *finite) in zip(self._networks, flags, strict=True):
+            if bad:
+                named = suspects(self.keys, finite)
+                return f"loss or gradient of the {network} is not finite; {named}"
+        return None
+
+
+def step_unless(bad: Tensor, optimizer: Adam) -> None:
+    """One step of a fused Adam; weights and Adam's state stay where `bad`, a bool, is true."""
+    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+    optimizer.step()
+
+
+def finite_images(tensor: Tensor, loss: Tensor) -> Tensor:
+    """Which images are finite in a (B, ...) tensor; none if only their common loss is not: (B,)."""
+    finite = tensor.isfinite().flatten(1).all(1)
+    return finite & (loss.isfinite() | ~finite.all())
+
+
+def suspects(keys: list[str], finite: list[bool]) -> str:
+    """Names the images that are not finite, by rank; all ranks call it together."""
+    mine = [key for key, good in zip(keys, finite, strict=True) if not good]
+    found: list[list[str]] = [mine]
+    if dist.is_initialized():
+        found = found * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+    named = [
+        f"rank {rank}: {', '.join(bad[:4])}" + (f" and {len(bad) - 4} more" if bad[4:] else "")
+        for rank, bad in enumerate(found)
+        if bad
+    ]
+    return f"caused by {'; '.join(named)}" if named else "every image's own loss is finite"
