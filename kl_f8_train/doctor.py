@@ -81,7 +81,7 @@ class Report:
             "problems": [str(problem) for problem in self.problems],
             "remarks": self.remarks,
             **dict.fromkeys(("gradient_audit", "images_total", "gpu_hours", "end_date")),
-            "checkpoint_bytes": None,
+            **dict.fromkeys(("checkpoint_bytes", "per_device_batch_that_fits")),
             **{key: _finite(value) for key, value in self.facts.items()},
         }
 
@@ -177,6 +177,7 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
         f"{counted(parts, 'micro-batch', 'es')} = {batch}"
     )
     report.tell(f"GPU memory that this takes, computed: {size(cost.peak_bytes(settings, micro))}")
+    tell_fitting(report, settings, micro, batch // world, _gpu_memories(settings))
     report.tell(
         f"learning rate {rate:g}, absolute: nothing scales it. The original's rule would give "
         f"{parts} x {micro} x {world} x {BASE_RATE:g} = {batch * BASE_RATE:g}; this is "
@@ -193,6 +194,47 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
             f"compute.devices={settings.compute.devices}, but torch sees {here} GPUs here; give "
             f"compute.devices={here} or run this where the others are"
         )
+
+
+def _gpu_memories(settings: Config) -> dict[str, float]:
+    """Bytes by name of this machine's GPU; without one, of the known kinds, for kl-f8's shape."""
+    if _on_cuda(settings):
+        found = torch.cuda.get_device_properties(0)
+        return {found.name: found.total_memory}
+    return {kind.name: kind.memory_bytes for kind in scaling.GPUS if _is_full_size(settings)}
+
+
+def tell_fitting(
+    report: Report, settings: Config, micro: int, share: int, memories: Mapping[str, float]
+) -> None:
+    """The largest micro-batch for each memory, and a remark if `micro` is too much for the only."""
+    fits = {
+        name: cost.largest_divisor(settings, share, memory) for name, memory in memories.items()
+    }
+    report.facts["per_device_batch_that_fits"] = fits
+    if not fits:
+        return
+    told = ", ".join(f"{count or 'none'} on {name}" for name, count in fits.items())
+    report.tell(
+        f"the largest compute.per_device_batch that fits, computed, with "
+        f"{size(cost.HEADROOM_BYTES)} for CUDA and its allocator: {told}"
+    )
+    largest = max(fits.values())
+    if len(fits) == 1 and micro > largest:
+        report.remark(
+            f"micro-batches of {micro} do not fit this GPU, as computed; "
+            + (f"give compute.per_device_batch={largest}" if largest else "not even 1 image does")
+            + ", or raise compute.checkpoint_levels"
+        )
+
+
+def _on_cuda(settings: Config) -> bool:
+    return settings.compute.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def _is_full_size(settings: Config) -> bool:
+    """Whether the networks have kl-f8's shape: figures for GPUs say nothing about smaller ones."""
+    return bool(settings.model == scaling.load_published("ft_ema").model)
 
 
 # --- inputs ---------------------------------------------------------------------------------
@@ -277,7 +319,7 @@ def existing_parent(path: Path) -> Path:
 def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world: int) -> None:
     """Audits the gradients of a real batch, then runs and times an iteration on it."""
     report.facts |= {"start_iteration": finetuner.iteration, "warmup": finetuner.warmup_left}
-    cuda = settings.compute.accelerator != "cpu" and torch.cuda.is_available()
+    cuda = _on_cuda(settings)
     device = torch.device("cuda" if cuda else "cpu")
     count = config.micro_batch(settings, world)
     count = count if cuda else min(count, CPU_BATCH)
@@ -485,12 +527,15 @@ def _bill(report: Report, settings: Config, world: int) -> None:
 
 
 def _tell_scaling(report: Report, settings: Config, world: int) -> None:
-    """More devices like this one from its measured speed; without a GPU, the known kinds, too."""
+    """More devices like this one from its measured speed; without a GPU, the known kinds, too.
+
+    The known kinds for kl-f8's shape alone.
+    """
     seconds, start = report.facts.get("seconds_per_image"), _start(report, settings)
     if start is None:
         return
     work = scaling.workload(settings, max(0, settings.stop_iteration - start))
-    cuda = settings.compute.accelerator != "cpu" and torch.cuda.is_available()
+    cuda = _on_cuda(settings)
     gpu = scaling.find_gpu(torch.cuda.get_device_name()) if cuda else None
     assumed = f"{100 * scaling.SHARE:.0f} % of its peak"
     if seconds is not None:
@@ -502,7 +547,7 @@ def _tell_scaling(report: Report, settings: Config, world: int) -> None:
             if settings.global_batch % count == 0:
                 found = scaling.predict(work, seconds, count, gpu)
                 report.tell(f"{count:>2}: {_predicted(found, work)}")
-    if not cuda:
+    if not cuda and _is_full_size(settings):
         report.say(f"predicted, not measured: {world} of each of these, at {assumed}:")
         for kind in scaling.GPUS:
             found = scaling.predict(work, scaling.seconds_per_image(work, kind), world, kind)

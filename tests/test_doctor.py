@@ -11,7 +11,7 @@ import runs
 import samples
 import torch
 
-from kl_f8_train import checkpoint, config, doctor, perceptual
+from kl_f8_train import checkpoint, config, cost, doctor, perceptual, scaling
 from kl_f8_train.__main__ import main
 from kl_f8_train.data import Batch
 from kl_f8_train.finetuner import build_optimizers
@@ -153,7 +153,40 @@ def test_the_one_gpu_recipe_is_fit_to_start(folder, capsys):
     assert main(["doctor", "single_gpu", *kept]) == 0, capsys.readouterr().out
     told = capsys.readouterr().out
     assert "10,000 iterations x 4 = 40,000 images" in told
-    assert "RTX 4090" in told or torch.cuda.is_available()
+    assert "RTX 4090" not in told  # figures of the full size say nothing about this network
+
+
+def test_kinds_of_gpu_are_told_for_the_full_size(folder, capsys):
+    extra = (f"run_dir={folder / 'full'}", f"data.sources={folder / 'tiles'}")
+    inputs = ("init.weights=absent", "compute.accelerator=cpu", "compute.devices=2")
+    assert main(["doctor", "ft_ema", *extra, *inputs, "--json"]) == 3
+    output = capsys.readouterr()
+    settings = samples.recipe()
+    fits = json.loads(output.out)["per_device_batch_that_fits"]
+    assert list(fits) == [kind.name for kind in scaling.GPUS]
+    divisors = [n for n in range(1, 97) if 96 % n == 0]
+    for kind in scaling.GPUS:
+        needed = {n: cost.peak_bytes(settings, n) + 2 * 2**30 for n in divisors}
+        assert fits[kind.name] == max(n for n in divisors if needed[n] <= kind.memory_bytes)
+    assert 1 < fits["RTX 4090"] < fits["L40S"] < fits["H200 SXM"]
+    assert f"{fits['RTX 4090']} on RTX 4090" in output.err
+    assert "predicted, not measured: 2 of each" in output.err
+
+
+@pytest.mark.parametrize(
+    ("memory", "proposed", "remark"),
+    [
+        (80e9, 48, ""),
+        (12e9, 6, "micro-batches of 12 do not fit this GPU, as computed; give compute.per_dev"),
+        (3e9, 0, "not even 1 image does, or raise compute.checkpoint_levels"),
+    ],
+)
+def test_a_micro_batch_that_does_not_fit_is_remarked(memory, proposed, remark):
+    report = doctor.Report([].append)
+    doctor.tell_fitting(report, samples.recipe(), 12, 96, {"this one": memory})
+    assert report.facts["per_device_batch_that_fits"] == {"this one": proposed}
+    assert remark in " ".join(report.remarks)
+    assert bool(report.remarks) == bool(remark)
 
 
 # --- the gradient audit ---------------------------------------------------------------------
