@@ -243,7 +243,8 @@ def _is_full_size(settings: Config) -> bool:
 def _check_weights(report: Report, settings: Config) -> None:
     found = checkpoint.list_checkpoints(Path(settings.run_dir))
     if found:
-        report.tell(f"{settings.run_dir} holds {len(found)} checkpoints: this run would resume")
+        held = counted(len(found), "checkpoint", "s")
+        report.tell(f"{settings.run_dir} holds {held}: this run would resume")
     paths = found or [Path(settings.init.weights)]
     contents, weights = _first_readable(report, paths, settings.init.select)
     start = contents.iteration
@@ -251,9 +252,9 @@ def _check_weights(report: Report, settings: Config) -> None:
         start = settings.init.iteration
     report.facts["start_iteration"] = start
     digest = checkpoint.file_sha256(contents.path)
-    held = checkpoint.report(contents, weights)
-    report.facts["weights"] = {"sha256": digest, **held}
-    report.tell(checkpoint.describe(held))
+    told = checkpoint.report(contents, weights)
+    report.facts["weights"] = {"sha256": digest, **told}
+    report.tell(checkpoint.describe(told))
     report.tell(f"{size(contents.path.stat().st_size)}, SHA-256 {digest}")
 
 
@@ -441,7 +442,8 @@ def _check_workers(report: Report, settings: Config, wanted: float) -> None:
     slowest = min(entry["images_per_second_per_worker"] for entry in report.facts["data"].values())
     workers = math.ceil(wanted / slowest)
     report.tell(
-        f"data: {workers} loader processes keep it busy; data.workers={settings.data.workers}"
+        f"data: {counted(workers, 'loader process', 'es')} can keep it busy; "
+        f"data.workers={settings.data.workers}"
     )
     if workers > max(1, settings.data.workers):
         report.remark(f"data.workers={settings.data.workers} is too few; {workers} would do")
@@ -489,8 +491,8 @@ def _check_disk(report: Report, settings: Config) -> None:
     needed, free = (kept + 1) * one - there, shutil.disk_usage(parent).free
     report.facts |= {"checkpoint_bytes": kept * one, "checkpoints": kept, "free_bytes": free}
     report.tell(
-        f"{kept} checkpoints of {size(one)} will be kept: {size(kept * one)}, and one more while "
-        f"it is written; {size(free)} are free"
+        f"{counted(kept, 'checkpoint', 's')} of {size(one)} will be kept: {size(kept * one)}, and "
+        f"one more while it is written; {size(free)} are free"
     )
     if needed > free:
         raise RunFailedError(

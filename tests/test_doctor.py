@@ -66,6 +66,7 @@ def test_go(examined, folder):
     assert "1 process x 4 images x 1 micro-batch = 4" in told
     assert "1 x 4 x 1 x 4.5e-06 = 1.8e-05" in told
     assert "with discriminator" in told
+    assert "1 loader process can keep it busy" in told
     assert told.rstrip().endswith("GO")
     assert not (folder / "new").exists()
 
@@ -105,7 +106,7 @@ def test_a_run_that_would_resume_is_left_as_it_is(examined, folder):
         "resumed", "stop_iteration=104", "compute.per_device_batch=2", *runs.NO_ADVERSARIAL
     )
     assert code == 0
-    assert "would resume" in told
+    assert "holds 2 checkpoints: this run would resume" in told
     assert "1 process x 2 images x 2 micro-batches = 4" in told
     assert found["images_total"] == 0
     assert set(found["gradient_audit"]) == {"pixel", "perceptual"}
