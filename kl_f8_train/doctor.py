@@ -337,7 +337,7 @@ def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world
         report.facts["gradient_audit"] = audit
         for name, norm in audit.items():
             report.tell(f"gradient norm at decoder.conv_out.weight: {name} {norm:.4g}")
-        seconds = _timed_iteration(finetuner, batch)
+        seconds, cold = _timed_iteration(finetuner, batch)
     except torch.cuda.OutOfMemoryError as error:
         raise RunFailedError(
             f"out of GPU memory with {count} images: {error}\nHalve compute.per_device_batch "
@@ -351,10 +351,12 @@ def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world
     report.facts |= {
         "device": _device_name(cuda),
         "seconds_per_image": seconds / count,
+        "cold_iteration": cold,
         "memory_bytes": memory,
     }
+    note = " (the first, cold iteration; later ones are quicker)" if cold else ""
     report.tell(
-        f"{count} images in {seconds:.2f} s on {_device_name(cuda)}: "
+        f"{counted(count, 'image', 's')} in {seconds:.2f} s{note} on {_device_name(cuda)}: "
         f"{count / seconds:.3g} images/s; memory at most {size(memory)}"
     )
     if not cuda:
@@ -399,20 +401,20 @@ def gradient_audit(finetuner: Finetuner, batch: Batch) -> dict[str, float]:
     }
 
 
-def _timed_iteration(finetuner: Finetuner, batch: Batch) -> float:
-    """Seconds of an iteration; of the second one, if there is time for two."""
+def _timed_iteration(finetuner: Finetuner, batch: Batch) -> tuple[float, bool]:
+    """Seconds of the second iteration; of the first, and True, if that took too long for two."""
     decoder, *rest = build_optimizers(finetuner)
     discriminator = rest[0] if rest else None
-    seconds = 0.0
+    seconds: list[float] = []
     for _ in range(2):
         _synchronize()
         began = time.perf_counter()
         finetuner.run_iteration(batch, decoder, discriminator)
         _synchronize()
-        seconds = time.perf_counter() - began
-        if seconds > PATIENCE_SECONDS:
+        seconds.append(time.perf_counter() - began)
+        if seconds[-1] > PATIENCE_SECONDS:
             break
-    return seconds
+    return seconds[-1], len(seconds) == 1
 
 
 def _synchronize() -> None:
@@ -522,8 +524,9 @@ def _bill(report: Report, settings: Config, world: int) -> None:
         "days": elapsed / datetime.timedelta(days=1),
         "end_date": end.isoformat(timespec="seconds"),
     }
+    measured = "of the one, cold iteration" if report.facts["cold_iteration"] else "measured"
     report.tell(
-        f"{hours:,.3g} device-hours at the speed measured here; with {world} of them "
+        f"{hours:,.3g} device-hours at the speed {measured} here; with {world} of them "
         f"{duration(elapsed.total_seconds())}, until {end:%Y-%m-%d %H:%M} if it starts now"
     )
 

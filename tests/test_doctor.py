@@ -66,6 +66,8 @@ def test_go(examined, folder):
     assert "1 process x 4 images x 1 micro-batch = 4" in told
     assert "1 x 4 x 1 x 4.5e-06 = 1.8e-05" in told
     assert "with discriminator" in told
+    assert not found["cold_iteration"]
+    assert "cold" not in told
     assert "1 loader process can keep it busy" in told
     assert told.rstrip().endswith("GO")
     assert not (folder / "new").exists()
@@ -119,6 +121,14 @@ def test_a_run_that_would_resume_is_left_as_it_is(examined, folder):
     assert found["weights"]["file"] == str(older)
     assert "is broken or cut short" in found["remarks"][0]
     assert found["images_total"] == 2 * 4
+
+
+def test_a_cold_iteration_is_called_one(examined, monkeypatch):
+    monkeypatch.setattr(doctor, "PATIENCE_SECONDS", 0.0)
+    _, found, told = examined("cold", "stop_iteration=110", *runs.NO_ADVERSARIAL)
+    assert found["cold_iteration"]
+    assert "s (the first, cold iteration; later ones are quicker) on " in told
+    assert "at the speed of the one, cold iteration here" in told
 
 
 def test_dry_run_is_the_same_and_trains_nothing(folder, capsys):
