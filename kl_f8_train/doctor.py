@@ -25,12 +25,12 @@ from kl_f8_train.cache import is_remote
 from kl_f8_train.callbacks import wandb_reachable
 from kl_f8_train.config import Config
 from kl_f8_train.data import Batch, PositionDataset, collate, open_data
-from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError
+from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError, UserError
 from kl_f8_train.finetuner import Finetuner, build_optimizers
 from kl_f8_train.formats import Weights
 from kl_f8_train.losses import generator_loss, reconstruction_loss
 from kl_f8_train.model import FROZEN
-from kl_f8_train.train import start_or_resume
+from kl_f8_train.train import fixed_photographs, start_or_resume
 from kl_f8_train.units import counted, duration, size
 
 Say = Callable[[str], None]
@@ -118,6 +118,10 @@ def _examine_run(report: Report, settings: Config, allow_changes: bool) -> None:
     for name in settings.data.sources:
         with report.section(f"data: {name}"):
             _check_source(report, settings, name)
+    if settings.log.pictures_every and settings.log.pictures is not None:
+        with report.section("photographs of validation"):
+            found = fixed_photographs(settings, report.tell)
+            report.tell(f"{counted(len(found), 'photograph', 's')} of {settings.log.pictures}")
     with report.section("wandb"):
         _check_wandb(report, settings)
     if report.problems:
@@ -288,17 +292,37 @@ def _check_source(report: Report, settings: Config, name: str) -> None:
     samples = [dataset[position] for position in range(count)]
     speed = count / (time.perf_counter() - began)
     bad = sum(len(sample.skipped) for sample in samples)
+    side = settings.data.shorter_side
+    small = 0 if side is None else _count_smaller(side, dataset, range(count))
     report.facts.setdefault("data", {})[name] = {
         "images": int(source.counts.sum()),
         "shards": len(source.counts),
         "sampled": count,
         "unusable": bad,
+        "enlarged": small,
         "images_per_second_per_worker": speed,
     }
     report.tell(f"sample of {count}: {bad} unusable; {speed:.0f} images/s in one process")
     if bad:
         line = next(sample.skipped[0] for sample in samples if sample.skipped)
         report.remark(f"{name}: {bad} of {count + bad} sampled images cannot be used, as {line}")
+    if small:
+        report.remark(
+            f"{name}: {small} of {count} sampled images are smaller than data.shorter_side={side}, "
+            f"and would be enlarged; leave such out (in shards: data.sources.{name}.filters="
+            f"'width >= {side}, height >= {side}'), or lower data.shorter_side"
+        )
+
+
+def _count_smaller(side: int, dataset: PositionDataset, positions: range) -> int:
+    """How many readable images at these positions have a side shorter than `side` pixels."""
+    smaller = 0
+    for position in positions:
+        name, shard, number = dataset.plan.locate(position)
+        with contextlib.suppress(ImageError, OSError):
+            image = images.decode(dataset.sources[name].read(shard, number)[1])
+            smaller += min(image.shape[1:]) < side
+    return smaller
 
 
 def _check_wandb(report: Report, settings: Config) -> None:

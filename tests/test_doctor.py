@@ -341,6 +341,28 @@ def test_unusable_images_and_filters_are_told(examined, folder, tmp_path):
     assert "width >= 40 dropped 0 (0.0 %)" in told
 
 
+def test_photographs_that_would_be_enlarged_are_told(examined):
+    wanted = ("data.shorter_side=64", "init.weights=absent")
+    found = examined("enlarged", *wanted)[1]
+    assert found["data"]["shards"]["enlarged"] == found["data"]["shards"]["sampled"] == 16
+    assert "16 of 16 sampled images are smaller than data.shorter_side=64" in found["remarks"][0]
+    assert "filters='width >= 64, height >= 64'" in found["remarks"][0]
+    found = examined("enlarged", *wanted, "data.shorter_side=48")[1]  # as the tiles are
+    assert (found["data"]["shards"]["enlarged"], found["remarks"]) == (0, [])
+
+
+def test_a_folder_of_validation_without_photographs_is_told(examined, folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    wanted = (f"log.pictures={tmp_path}", "log.pictures_every=10", "init.weights=absent")
+    code, found, _ = examined("pictures", *wanted)
+    assert code == 3
+    assert f"log.pictures: no images in {tmp_path}" in found["problems"][1]
+    assert len(examined("pictures", *wanted, "log.pictures_every=0")[1]["problems"]) == 1
+    code, found, told = examined("pictures", *wanted, f"log.pictures={folder / 'tiles'}")
+    assert len(found["problems"]) == 1
+    assert f"8 photographs of {folder / 'tiles'}" in told
+
+
 def test_doctor_without_a_recipe(capsys):
     assert main(["doctor"]) == 2
     assert "doctor takes a recipe" in capsys.readouterr().err
