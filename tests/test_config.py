@@ -126,6 +126,13 @@ def test_the_recipes_differ_only_where_the_card_says():
         ("pixel=l1", "loss.pixel"),
         ("learning_rate=1e-4", "optimizer.learning_rate"),
         ("optimizer.learning_rat=1e-4", "optimizer.learning_rate"),
+        ("optimiser.learning_rate=1e-5", "optimizer.learning_rate"),
+        ("optimiser.learning_rat=1e-5", "optimizer.learning_rate"),
+        ("data.learning_rate=1e-5", "optimizer.learning_rate"),
+        ("init.weight=model.ckpt", "init.weights"),
+        ("logs.every=10", "log.every"),
+        ("shards=/d", "data.sources.NAME.shards"),
+        ("adversarail=null", "adversarial"),
         ("data.sources.photos.weigth=2", "data.sources.photos.weight"),
     ],
 )
@@ -133,6 +140,11 @@ def test_unknown_key_on_the_command_line(override, meant):
     message = refused(override)
     assert override.lstrip("-").split("=")[0] in message
     assert f"Did you mean '{meant}'?" in message
+
+
+def test_nothing_is_meant_by_a_key_that_is_like_none():
+    assert refused("optimizer.foo=1").endswith("; optimizer has learning_rate, betas, eps")
+    assert refused("seed.x=1").endswith("; seed has no keys below it")
 
 
 @pytest.mark.parametrize(
