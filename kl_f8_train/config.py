@@ -299,16 +299,32 @@ def to_yaml(config: Config | Mapping[str, Any]) -> str:
 def differences(
     before: Config | Mapping[str, Any], after: Config | Mapping[str, Any], *, machine: bool = False
 ) -> list[str]:
-    """Lines `key: before -> after` of what differs; machine settings only on request."""
-    old, new = dict(leaves(_plain(before))), dict(leaves(_plain(after)))
-    keys = [
-        key for key in (*old, *(k for k in new if k not in old)) if machine or not _machine(key)
-    ]
+    """Lines `key: before -> after` of what differs; machine settings only on request.
+
+    A group that one side does not have is one line.
+    """
     return [
-        f"{key}: {old.get(key, '(none)')} -> {new.get(key, '(none)')}"
-        for key in keys
-        if old.get(key, NO_DEFAULT) != new.get(key, NO_DEFAULT)
+        f"{key}: {_shown(old)} -> {_shown(new)}"
+        for key, old, new in _changes(_plain(before), _plain(after))
+        if machine or not _machine(key)
     ]
+
+
+def _changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    for name in dict.fromkeys((*old, *new)):
+        key, before, after = f"{prefix}{name}", old.get(name, "(none)"), new.get(name, "(none)")
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _changes(before, after, f"{key}.")
+        elif before != after:
+            yield key, before, after
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return str(value)
+    return "{" + ", ".join(f"{key}: {_shown(inner)}" for key, inner in value.items()) + "}"
 
 
 def schema() -> list[tuple[str, str, str, str]]:

@@ -479,9 +479,17 @@ def test_differences():
     lines = config.differences(before, after)
     assert "loss.pixel: l1 -> mse" in lines
     assert {line.split(":")[0].split(".")[0] for line in lines} == {"loss", "adversarial"}
+    (block,) = (line for line in lines if line.startswith("adversarial"))
+    assert block.startswith(
+        "adversarial: {weight: 0.5, start_iteration: 50001, warmup_iterations: "
+    )
+    assert block.endswith(", run_before_start: False} -> None")
     with_machine = config.differences(before, after, machine=True)
     assert {"compute.num_nodes: None -> 2", "data.workers: 4 -> 9"} < set(with_machine)
     assert config.differences(before, before, machine=True) == []
+    more = samples.recipe("ft_ema", "data.sources=/data/photos,/d/b", "data.workers=9")
+    source = "data.sources.b: (none) -> {shards: /d/b, weight: 1.0, filters: []}"
+    assert config.differences(before, more) == [source]
 
 
 def test_schema_explains_every_key():
