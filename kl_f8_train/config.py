@@ -299,16 +299,32 @@ def to_yaml(config: Config | Mapping[str, Any]) -> str:
 def differences(
     before: Config | Mapping[str, Any], after: Config | Mapping[str, Any], *, machine: bool = False
 ) -> list[str]:
-    """Lines `key: before -> after` of what differs; machine settings only on request."""
-    old, new = dict(leaves(_plain(before))), dict(leaves(_plain(after)))
-    keys = [
-        key for key in (*old, *(k for k in new if k not in old)) if machine or not _machine(key)
-    ]
+    """Lines `key: before -> after` of what differs; machine settings only on request.
+
+    A group that one side does not have is one line.
+    """
     return [
-        f"{key}: {old.get(key, '(none)')} -> {new.get(key, '(none)')}"
-        for key in keys
-        if old.get(key, NO_DEFAULT) != new.get(key, NO_DEFAULT)
+        f"{key}: {_shown(old)} -> {_shown(new)}"
+        for key, old, new in _changes(_plain(before), _plain(after))
+        if machine or not _machine(key)
     ]
+
+
+def _changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    for name in dict.fromkeys((*old, *new)):
+        key, before, after = f"{prefix}{name}", old.get(name, "(none)"), new.get(name, "(none)")
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _changes(before, after, f"{key}.")
+        elif before != after:
+            yield key, before, after
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return str(value)
+    return "{" + ", ".join(f"{key}: {_shown(inner)}" for key, inner in value.items()) + "}"
 
 
 def schema() -> list[tuple[str, str, str, str]]:
@@ -555,22 +571,34 @@ def _declared_type(key: str, *, where: str) -> Any:
             current = hints[part]
         else:
             names = [f.name for f in fields(current)] if is_dataclass(current) else []
-            raise UsageError(f"{where}: unknown key {key!r}{_suggestion(part, walked, names)}")
+            raise UsageError(f"{where}: unknown key {key!r}{_suggestion(key, walked, names)}")
         walked.append(part)
     return current
 
 
-def _suggestion(part: str, walked: list[str], names: list[str]) -> str:
-    near = difflib.get_close_matches(part, names, n=1)
-    if near:
-        return f". Did you mean {'.'.join([*walked, near[0]])!r}?"
-    elsewhere = [row[0] for row in schema() if row[0].rsplit(".", 1)[-1] == part]
-    if elsewhere:
-        return f". Did you mean {elsewhere[0]!r}?"
-    prefix = ".".join(walked)
-    return f"; {prefix or 'the top level'} has " + (
-        ", ".join(names) if names else "no keys below it"
-    )
+def _suggestion(key: str, walked: list[str], names: list[str]) -> str:
+    """The nearest setting or group; if none is near, what the last known group has."""
+    nearest = max(_known_keys(key), key=lambda known: _likeness(key, known))
+    if _likeness(key, nearest):
+        return f". Did you mean {nearest!r}?"
+    return f"; {'.'.join(walked) or 'the top level'} has {', '.join(names) or 'no keys below it'}"
+
+
+def _known_keys(key: str) -> Iterator[str]:
+    """Every setting and the groups above it, with the name of the source that `key` is about."""
+    source = re.match(r"data\.sources\.([^.]+)\.", key)
+    for row in schema():
+        parts = row[0].replace("NAME", source[1] if source else "NAME").split(".")
+        yield from (".".join(parts[:depth]) for depth in range(len(parts), 0, -1))
+
+
+def _likeness(key: str, known: str) -> float:
+    """How much two keys look alike, group and last part; 0 where the last part may be another."""
+    group, _, name = key.rpartition(".")
+    known_group, _, known_name = known.rpartition(".")
+    names = difflib.SequenceMatcher(None, name, known_name).ratio()
+    groups = difflib.SequenceMatcher(None, group, known_group).ratio() if group else 1.0
+    return names + groups if names == 1 or min(names, groups) > 0.7 else 0.0
 
 
 def _parse(declared: Any, text: str, key: str) -> Any:

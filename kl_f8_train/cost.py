@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from kl_f8_train.config import Config, Model
 
 GIB = 2**30
+HEADROOM_BYTES = 2 * GIB  # CUDA's context and the allocator's losses, assumed
 VGG = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 ALEX = ((64, 121, 0.5), (192, 25, 0.25), (384, 9, 0.125), (256, 9, 0.125), (256, 9, 0.125))
 PERCEPTUAL_PARAMETERS = {"lpips_vgg": 14_716_160, "st_lpips_alex": 2_470_848}
@@ -169,6 +170,16 @@ def largest_batch(config: Config, memory_bytes: float, element_bytes: float | No
     """Images per micro-batch that fit, by `peak_bytes` and a tenth of the memory left free."""
     first, second = (peak_bytes(config, batch, element_bytes) for batch in (0, 1))
     return max(0, int((0.9 * memory_bytes - first) // (second - first)))
+
+
+def largest_divisor(config: Config, share: int, memory_bytes: float) -> int:
+    """The largest divisor of `share`, a device's images of an iteration, that fits as micro-batch.
+
+    By `peak_bytes` and HEADROOM_BYTES; 0 if not even one image fits.
+    """
+    room = memory_bytes - HEADROOM_BYTES
+    divisors = (n for n in range(1, share + 1) if share % n == 0)
+    return max((n for n in divisors if peak_bytes(config, n) <= room), default=0)
 
 
 def _bytes(config: Config, element_bytes: float | None) -> float:

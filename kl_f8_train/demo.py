@@ -29,10 +29,12 @@ from kl_f8_train.losses import (
 from kl_f8_train.model import AutoencoderKL
 from kl_f8_train.pack import pack
 from kl_f8_train.train import train
+from kl_f8_train.units import duration
 
 TRAINING = ("astronaut.png", "coffee.png", "hubble_deep_field.jpg")
 HELD_OUT = ("chelsea.png", "rocket.jpg")
 BASE, STAGE_A, STAGE_B = 800, 300, 300  # iterations of each part, at length 1
+EARLY = 5  # iterations of the base after which the first line says how long it will take
 STAGE_B_RECIPE = (  # what ft_mse.yaml changes in ft_ema.yaml
     "loss.pixel=mse",
     "loss.perceptual_weight=0.1",
@@ -89,7 +91,7 @@ def demo(
     )
     _run(stage_b)
 
-    say("4 of 4: export, and scores on held-out photographs")
+    say("4 of 4: export, and scores of five models on held-out photographs")
     exports = {s.name: export.export(Path(s.run_dir), force=True) for s in (stage_a, stage_b)}
     models = {
         "base (stand-in for kl-f8)": (base, "ema", base_end),
@@ -133,13 +135,17 @@ def train_base(settings: Config, path: Path) -> None:
     stop = settings.stop_iteration
     turn = round(0.75 * stop)
 
+    say(f"its first {turn:,} iterations: L1 alone, on crops of 32 pixels")
+    began = time.perf_counter()
     for iteration, (x, noise) in enumerate(_base_batches(settings, 0, turn, crop=32, batch=8)):
         pixel = (x - model.decode(model.encode(x).sample(noise))).abs().mean()
         optimizer.zero_grad()
         pixel.backward()
         optimizer.step()
-        _tell(iteration, stop, pixel)
+        _tell(iteration, range(turn), pixel, began)
 
+    say(f"the other {stop - turn:,}: with perceptual and adversarial terms, on larger crops")
+    began = time.perf_counter()
     optimizer.param_groups[0]["lr"] = 4e-4
     rest = _base_batches(settings, turn, stop, settings.data.crop, settings.global_batch)
     for iteration, (x, noise) in enumerate(rest, start=turn):
@@ -159,7 +165,7 @@ def train_base(settings: Config, path: Path) -> None:
         disc_optimizer.zero_grad()
         discriminator_loss(discriminator(x), discriminator(y.detach())).backward()
         disc_optimizer.step()
-        _tell(iteration, stop, terms["pixel_loss"])
+        _tell(iteration, range(turn, stop), terms["pixel_loss"], began)
 
     state = {
         **model.state_dict(),
@@ -180,9 +186,15 @@ def _base_batches(
         yield images.to_float(item.images), item.noise[0]
 
 
-def _tell(iteration: int, stop: int, pixel: Tensor) -> None:
-    if (iteration + 1) % 100 == 0:
-        say(f"iteration {iteration + 1:,} of {stop:,} | L1 {float(pixel.detach()):.4f}")
+def _tell(iteration: int, part: range, pixel: Tensor, began: float) -> None:
+    """Early, and every 50 iterations: how far, and how long to the end of this part."""
+    done = iteration + 1 - part.start
+    if done == EARLY or (iteration + 1) % 50 == 0:
+        left = (len(part) - done) * (time.perf_counter() - began) / done
+        say(
+            f"iteration {iteration + 1:,} of {part.stop:,} | L1 {float(pixel.detach()):.4f} | "
+            f"{duration(left)} left of this part"
+        )
 
 
 def _recipe(overrides: Sequence[str]) -> Config:
@@ -246,6 +258,7 @@ def _pack_photographs(run_dir: Path) -> Path:
     source = Path(skimage.data.__file__).parent
     tiles, out = run_dir / "tiles", run_dir / "shards"
     if not any(out.glob("*.tar")):
+        say("tiles of scikit-image's photographs, and shards of them")
         for name in TRAINING:  # few photographs hold few colours: exchange the channels
             for channels in ((0, 1, 2), (1, 2, 0), (2, 1, 0)):
                 _tile(source / name, tiles, stride=96, channels=channels)

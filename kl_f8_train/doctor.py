@@ -25,12 +25,12 @@ from kl_f8_train.cache import is_remote
 from kl_f8_train.callbacks import wandb_reachable
 from kl_f8_train.config import Config
 from kl_f8_train.data import Batch, PositionDataset, collate, open_data
-from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError
+from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError, UserError
 from kl_f8_train.finetuner import Finetuner, build_optimizers
 from kl_f8_train.formats import Weights
 from kl_f8_train.losses import generator_loss, reconstruction_loss
 from kl_f8_train.model import FROZEN
-from kl_f8_train.train import start_or_resume
+from kl_f8_train.train import fixed_photographs, start_or_resume
 from kl_f8_train.units import counted, duration, size
 
 Say = Callable[[str], None]
@@ -81,7 +81,7 @@ class Report:
             "problems": [str(problem) for problem in self.problems],
             "remarks": self.remarks,
             **dict.fromkeys(("gradient_audit", "images_total", "gpu_hours", "end_date")),
-            "checkpoint_bytes": None,
+            **dict.fromkeys(("checkpoint_bytes", "per_device_batch_that_fits")),
             **{key: _finite(value) for key, value in self.facts.items()},
         }
 
@@ -118,6 +118,10 @@ def _examine_run(report: Report, settings: Config, allow_changes: bool) -> None:
     for name in settings.data.sources:
         with report.section(f"data: {name}"):
             _check_source(report, settings, name)
+    if settings.log.pictures_every and settings.log.pictures is not None:
+        with report.section("photographs of validation"):
+            found = fixed_photographs(settings, report.tell)
+            report.tell(f"{counted(len(found), 'photograph', 's')} of {settings.log.pictures}")
     with report.section("wandb"):
         _check_wandb(report, settings)
     if report.problems:
@@ -177,6 +181,7 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
         f"{counted(parts, 'micro-batch', 'es')} = {batch}"
     )
     report.tell(f"GPU memory that this takes, computed: {size(cost.peak_bytes(settings, micro))}")
+    tell_fitting(report, settings, micro, batch // world, _gpu_memories(settings))
     report.tell(
         f"learning rate {rate:g}, absolute: nothing scales it. The original's rule would give "
         f"{parts} x {micro} x {world} x {BASE_RATE:g} = {batch * BASE_RATE:g}; this is "
@@ -195,13 +200,55 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
         )
 
 
+def _gpu_memories(settings: Config) -> dict[str, float]:
+    """Bytes by name of this machine's GPU; without one, of the known kinds, for kl-f8's shape."""
+    if _on_cuda(settings):
+        found = torch.cuda.get_device_properties(0)
+        return {found.name: found.total_memory}
+    return {kind.name: kind.memory_bytes for kind in scaling.GPUS if _is_full_size(settings)}
+
+
+def tell_fitting(
+    report: Report, settings: Config, micro: int, share: int, memories: Mapping[str, float]
+) -> None:
+    """The largest micro-batch for each memory, and a remark if `micro` is too much for the only."""
+    fits = {
+        name: cost.largest_divisor(settings, share, memory) for name, memory in memories.items()
+    }
+    report.facts["per_device_batch_that_fits"] = fits
+    if not fits:
+        return
+    told = ", ".join(f"{count or 'none'} on {name}" for name, count in fits.items())
+    report.tell(
+        f"the largest compute.per_device_batch that fits, computed, with "
+        f"{size(cost.HEADROOM_BYTES)} for CUDA and its allocator: {told}"
+    )
+    largest = max(fits.values())
+    if len(fits) == 1 and micro > largest:
+        report.remark(
+            f"micro-batches of {micro} do not fit this GPU, as computed; "
+            + (f"give compute.per_device_batch={largest}" if largest else "not even 1 image does")
+            + ", or raise compute.checkpoint_levels"
+        )
+
+
+def _on_cuda(settings: Config) -> bool:
+    return settings.compute.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def _is_full_size(settings: Config) -> bool:
+    """Whether the networks have kl-f8's shape: figures for GPUs say nothing about smaller ones."""
+    return bool(settings.model == scaling.load_published("ft_ema").model)
+
+
 # --- inputs ---------------------------------------------------------------------------------
 
 
 def _check_weights(report: Report, settings: Config) -> None:
     found = checkpoint.list_checkpoints(Path(settings.run_dir))
     if found:
-        report.tell(f"{settings.run_dir} holds {len(found)} checkpoints: this run would resume")
+        held = counted(len(found), "checkpoint", "s")
+        report.tell(f"{settings.run_dir} holds {held}: this run would resume")
     paths = found or [Path(settings.init.weights)]
     contents, weights = _first_readable(report, paths, settings.init.select)
     start = contents.iteration
@@ -209,9 +256,9 @@ def _check_weights(report: Report, settings: Config) -> None:
         start = settings.init.iteration
     report.facts["start_iteration"] = start
     digest = checkpoint.file_sha256(contents.path)
-    held = checkpoint.report(contents, weights)
-    report.facts["weights"] = {"sha256": digest, **held}
-    report.tell(checkpoint.describe(held))
+    told = checkpoint.report(contents, weights)
+    report.facts["weights"] = {"sha256": digest, **told}
+    report.tell(checkpoint.describe(told))
     report.tell(f"{size(contents.path.stat().st_size)}, SHA-256 {digest}")
 
 
@@ -245,17 +292,37 @@ def _check_source(report: Report, settings: Config, name: str) -> None:
     samples = [dataset[position] for position in range(count)]
     speed = count / (time.perf_counter() - began)
     bad = sum(len(sample.skipped) for sample in samples)
+    side = settings.data.shorter_side
+    small = 0 if side is None else _count_smaller(side, dataset, range(count))
     report.facts.setdefault("data", {})[name] = {
         "images": int(source.counts.sum()),
         "shards": len(source.counts),
         "sampled": count,
         "unusable": bad,
+        "enlarged": small,
         "images_per_second_per_worker": speed,
     }
     report.tell(f"sample of {count}: {bad} unusable; {speed:.0f} images/s in one process")
     if bad:
         line = next(sample.skipped[0] for sample in samples if sample.skipped)
         report.remark(f"{name}: {bad} of {count + bad} sampled images cannot be used, as {line}")
+    if small:
+        report.remark(
+            f"{name}: {small} of {count} sampled images are smaller than data.shorter_side={side}, "
+            f"and would be enlarged; leave such out (in shards: data.sources.{name}.filters="
+            f"'width >= {side}, height >= {side}'), or lower data.shorter_side"
+        )
+
+
+def _count_smaller(side: int, dataset: PositionDataset, positions: range) -> int:
+    """How many readable images at these positions have a side shorter than `side` pixels."""
+    smaller = 0
+    for position in positions:
+        name, shard, number = dataset.plan.locate(position)
+        with contextlib.suppress(ImageError, OSError):
+            image = images.decode(dataset.sources[name].read(shard, number)[1])
+            smaller += min(image.shape[1:]) < side
+    return smaller
 
 
 def _check_wandb(report: Report, settings: Config) -> None:
@@ -277,7 +344,7 @@ def existing_parent(path: Path) -> Path:
 def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world: int) -> None:
     """Audits the gradients of a real batch, then runs and times an iteration on it."""
     report.facts |= {"start_iteration": finetuner.iteration, "warmup": finetuner.warmup_left}
-    cuda = settings.compute.accelerator != "cpu" and torch.cuda.is_available()
+    cuda = _on_cuda(settings)
     device = torch.device("cuda" if cuda else "cpu")
     count = config.micro_batch(settings, world)
     count = count if cuda else min(count, CPU_BATCH)
@@ -294,7 +361,7 @@ def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world
         report.facts["gradient_audit"] = audit
         for name, norm in audit.items():
             report.tell(f"gradient norm at decoder.conv_out.weight: {name} {norm:.4g}")
-        seconds = _timed_iteration(finetuner, batch)
+        seconds, cold = _timed_iteration(finetuner, batch)
     except torch.cuda.OutOfMemoryError as error:
         raise RunFailedError(
             f"out of GPU memory with {count} images: {error}\nHalve compute.per_device_batch "
@@ -308,10 +375,12 @@ def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world
     report.facts |= {
         "device": _device_name(cuda),
         "seconds_per_image": seconds / count,
+        "cold_iteration": cold,
         "memory_bytes": memory,
     }
+    note = " (the first, cold iteration; later ones are quicker)" if cold else ""
     report.tell(
-        f"{count} images in {seconds:.2f} s on {_device_name(cuda)}: "
+        f"{counted(count, 'image', 's')} in {seconds:.2f} s{note} on {_device_name(cuda)}: "
         f"{count / seconds:.3g} images/s; memory at most {size(memory)}"
     )
     if not cuda:
@@ -356,20 +425,20 @@ def gradient_audit(finetuner: Finetuner, batch: Batch) -> dict[str, float]:
     }
 
 
-def _timed_iteration(finetuner: Finetuner, batch: Batch) -> float:
-    """Seconds of an iteration; of the second one, if there is time for two."""
+def _timed_iteration(finetuner: Finetuner, batch: Batch) -> tuple[float, bool]:
+    """Seconds of the second iteration; of the first, and True, if that took too long for two."""
     decoder, *rest = build_optimizers(finetuner)
     discriminator = rest[0] if rest else None
-    seconds = 0.0
+    seconds: list[float] = []
     for _ in range(2):
         _synchronize()
         began = time.perf_counter()
         finetuner.run_iteration(batch, decoder, discriminator)
         _synchronize()
-        seconds = time.perf_counter() - began
-        if seconds > PATIENCE_SECONDS:
+        seconds.append(time.perf_counter() - began)
+        if seconds[-1] > PATIENCE_SECONDS:
             break
-    return seconds
+    return seconds[-1], len(seconds) == 1
 
 
 def _synchronize() -> None:
@@ -399,7 +468,8 @@ def _check_workers(report: Report, settings: Config, wanted: float) -> None:
     slowest = min(entry["images_per_second_per_worker"] for entry in report.facts["data"].values())
     workers = math.ceil(wanted / slowest)
     report.tell(
-        f"data: {workers} loader processes keep it busy; data.workers={settings.data.workers}"
+        f"data: {counted(workers, 'loader process', 'es')} can keep it busy; "
+        f"data.workers={settings.data.workers}"
     )
     if workers > max(1, settings.data.workers):
         report.remark(f"data.workers={settings.data.workers} is too few; {workers} would do")
@@ -447,8 +517,8 @@ def _check_disk(report: Report, settings: Config) -> None:
     needed, free = (kept + 1) * one - there, shutil.disk_usage(parent).free
     report.facts |= {"checkpoint_bytes": kept * one, "checkpoints": kept, "free_bytes": free}
     report.tell(
-        f"{kept} checkpoints of {size(one)} will be kept: {size(kept * one)}, and one more while "
-        f"it is written; {size(free)} are free"
+        f"{counted(kept, 'checkpoint', 's')} of {size(one)} will be kept: {size(kept * one)}, and "
+        f"one more while it is written; {size(free)} are free"
     )
     if needed > free:
         raise RunFailedError(
@@ -478,19 +548,23 @@ def _bill(report: Report, settings: Config, world: int) -> None:
         "days": elapsed / datetime.timedelta(days=1),
         "end_date": end.isoformat(timespec="seconds"),
     }
+    measured = "of the one, cold iteration" if report.facts["cold_iteration"] else "measured"
     report.tell(
-        f"{hours:,.3g} device-hours at the speed measured here; with {world} of them "
+        f"{hours:,.3g} device-hours at the speed {measured} here; with {world} of them "
         f"{duration(elapsed.total_seconds())}, until {end:%Y-%m-%d %H:%M} if it starts now"
     )
 
 
 def _tell_scaling(report: Report, settings: Config, world: int) -> None:
-    """More devices like this one from its measured speed; without a GPU, the known kinds, too."""
+    """More devices like this one from its measured speed; without a GPU, the known kinds, too.
+
+    The known kinds for kl-f8's shape alone.
+    """
     seconds, start = report.facts.get("seconds_per_image"), _start(report, settings)
     if start is None:
         return
     work = scaling.workload(settings, max(0, settings.stop_iteration - start))
-    cuda = settings.compute.accelerator != "cpu" and torch.cuda.is_available()
+    cuda = _on_cuda(settings)
     gpu = scaling.find_gpu(torch.cuda.get_device_name()) if cuda else None
     assumed = f"{100 * scaling.SHARE:.0f} % of its peak"
     if seconds is not None:
@@ -502,7 +576,7 @@ def _tell_scaling(report: Report, settings: Config, world: int) -> None:
             if settings.global_batch % count == 0:
                 found = scaling.predict(work, seconds, count, gpu)
                 report.tell(f"{count:>2}: {_predicted(found, work)}")
-    if not cuda:
+    if not cuda and _is_full_size(settings):
         report.say(f"predicted, not measured: {world} of each of these, at {assumed}:")
         for kind in scaling.GPUS:
             found = scaling.predict(work, scaling.seconds_per_image(work, kind), world, kind)

@@ -136,15 +136,17 @@ class ImageSet:
 
 
 def load_images(
-    folder: Path, size: int, report: Callable[[str], None] = print
+    folder: Path, size: int, report: Callable[[str], None] = print, most: int | None = None
 ) -> dict[str, Tensor]:
-    """Images below a folder as uint8 (3, size, size) centre crops, by file name.
+    """The first `most` images below a folder as uint8 (3, size, size) centre crops, by file name.
 
     An unreadable image is named and left out. Raises MissingInputError if none is left.
     """
     files = pixels.list_folder(folder) if folder.is_dir() else []
     loaded: dict[str, Tensor] = {}
     for file in files:
+        if len(loaded) == most:
+            break
         try:
             image = pixels.resize_shorter(pixels.decode(file.read_bytes()), size)
             loaded[str(file.relative_to(folder))] = pixels.crop(image, size)

@@ -86,7 +86,7 @@ def choose_images(folder: Path | None, size: int) -> tuple[str, list[Tensor]]:
     Raises MissingInputError if there is none in `folder`.
     """
     if folder is not None:
-        chosen = list(evaluate.load_images(folder, size).values())[:COUNT]
+        chosen = list(evaluate.load_images(folder, size, most=COUNT).values())
         return f"{len(chosen)} images of {folder.name} at {size} x {size}", chosen
     package = importlib.util.find_spec("skimage")
     places = list(package.submodule_search_locations or []) if package else []

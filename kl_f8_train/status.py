@@ -22,6 +22,7 @@ from kl_f8_train.units import duration
 
 Row = dict[str, float]
 SPEED = "images_per_second"
+LOST_DB = 1.0  # of raw PSNR since the start; no run of docs at a fit rate lost more than 0.6
 RECENT = 0.1  # share of the rows that "lately" means
 SILENT_INTERVALS, SILENT_SECONDS = 5, 120.0  # no news for longer than both: silent
 LOSSES = ("reconstruction_loss", "pixel_loss", "perceptual_loss", "discriminator_loss")
@@ -176,6 +177,7 @@ def read_status(run: Path, now: float) -> Status:
         warnings=[
             *_discriminator_warnings(_lately(training)),
             *_row_warnings(rows),
+            *_validation_warnings(read_rows(run / "validation.csv")),
             *_checkpoint_warnings(settings, iteration, start if saved is None else saved),
         ],
     )
@@ -269,6 +271,16 @@ def _row_warnings(rows: Sequence[Row]) -> Iterable[str]:
         yield (
             f"the reconstruction loss rose, from {losses['first']:.4g} to {losses['recent']:.4g}: "
             "the learning rate may be too high"
+        )
+
+
+def _validation_warnings(rows: Sequence[Row]) -> Iterable[str]:
+    """Whether the raw weights have lost what the EMA may still hide."""
+    first, recent = _mean(rows[:1], "psnr_raw"), _mean(_lately(rows), "psnr_raw")
+    if first is not None and recent is not None and recent < first - LOST_DB:
+        yield (
+            f"the raw weights' PSNR fell from {first:.1f} dB at the start to {recent:.1f}: the "
+            "learning rate may be too high"
         )
 
 

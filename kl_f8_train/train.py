@@ -5,7 +5,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -374,15 +374,25 @@ def _under_srun() -> bool:
     )
 
 
+def fixed_photographs(settings: Config, report: Callable[[str], None]) -> list[torch.Tensor]:
+    """Up to eight photographs of `log.pictures`; MissingInputError if there is none."""
+    assert settings.log.pictures is not None
+    folder = Path(settings.log.pictures)
+    try:
+        return list(load_images(folder, settings.data.crop, report, most=8).values())
+    except MissingInputError as error:
+        raise MissingInputError(f"log.pictures: {error}") from error
+
+
 def _fixed_images(
     settings: Config, plan: Plan, sources: Mapping[str, Source]
 ) -> list[torch.Tensor]:
-    """Up to eight photographs of `log.pictures`, or four of the data, centre-cropped."""
+    """Those of `log.pictures`, or up to four of the data, centre-cropped."""
     if not settings.log.pictures_every:
         return []
-    size = settings.data.crop
     if settings.log.pictures is not None:
-        return list(load_images(Path(settings.log.pictures), size, say).values())[:8]
+        return fixed_photographs(settings, say)
+    size = settings.data.crop
     chosen = []
     for position in range(min(4, plan.batch)):
         name, shard, number = plan.locate(position)

@@ -6,7 +6,7 @@
 #   NNODES=2 RDZV_ENDPOINT=first-node:29400 bash launch/torchrun.sh [key=value ...]   # on each node
 # 16 GPUs x 12 = 192; with fewer GPUs the batch stays 192, by accumulation.
 #
-# Stop: Ctrl-C, SIGTERM or SIGUSR1 to this script. The iteration is finished and saved.
+# Stop: Ctrl-C, SIGTERM or SIGUSR1 to this script: this iteration and the next, then it saves.
 # Go on: the same command again, on every node; run_dir must be one folder that all nodes see.
 set -euo pipefail
 

@@ -126,6 +126,13 @@ def test_the_recipes_differ_only_where_the_card_says():
         ("pixel=l1", "loss.pixel"),
         ("learning_rate=1e-4", "optimizer.learning_rate"),
         ("optimizer.learning_rat=1e-4", "optimizer.learning_rate"),
+        ("optimiser.learning_rate=1e-5", "optimizer.learning_rate"),
+        ("optimiser.learning_rat=1e-5", "optimizer.learning_rate"),
+        ("data.learning_rate=1e-5", "optimizer.learning_rate"),
+        ("init.weight=model.ckpt", "init.weights"),
+        ("logs.every=10", "log.every"),
+        ("shards=/d", "data.sources.NAME.shards"),
+        ("adversarail=null", "adversarial"),
         ("data.sources.photos.weigth=2", "data.sources.photos.weight"),
     ],
 )
@@ -133,6 +140,11 @@ def test_unknown_key_on_the_command_line(override, meant):
     message = refused(override)
     assert override.lstrip("-").split("=")[0] in message
     assert f"Did you mean '{meant}'?" in message
+
+
+def test_nothing_is_meant_by_a_key_that_is_like_none():
+    assert refused("optimizer.foo=1").endswith("; optimizer has learning_rate, betas, eps")
+    assert refused("seed.x=1").endswith("; seed has no keys below it")
 
 
 @pytest.mark.parametrize(
@@ -467,9 +479,17 @@ def test_differences():
     lines = config.differences(before, after)
     assert "loss.pixel: l1 -> mse" in lines
     assert {line.split(":")[0].split(".")[0] for line in lines} == {"loss", "adversarial"}
+    (block,) = (line for line in lines if line.startswith("adversarial"))
+    assert block.startswith(
+        "adversarial: {weight: 0.5, start_iteration: 50001, warmup_iterations: "
+    )
+    assert block.endswith(", run_before_start: False} -> None")
     with_machine = config.differences(before, after, machine=True)
     assert {"compute.num_nodes: None -> 2", "data.workers: 4 -> 9"} < set(with_machine)
     assert config.differences(before, before, machine=True) == []
+    more = samples.recipe("ft_ema", "data.sources=/data/photos,/d/b", "data.workers=9")
+    source = "data.sources.b: (none) -> {shards: /d/b, weight: 1.0, filters: []}"
+    assert config.differences(before, more) == [source]
 
 
 def test_schema_explains_every_key():

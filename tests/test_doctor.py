@@ -11,7 +11,7 @@ import runs
 import samples
 import torch
 
-from kl_f8_train import checkpoint, config, doctor, perceptual
+from kl_f8_train import checkpoint, config, cost, doctor, perceptual, scaling
 from kl_f8_train.__main__ import main
 from kl_f8_train.data import Batch
 from kl_f8_train.finetuner import build_optimizers
@@ -66,6 +66,9 @@ def test_go(examined, folder):
     assert "1 process x 4 images x 1 micro-batch = 4" in told
     assert "1 x 4 x 1 x 4.5e-06 = 1.8e-05" in told
     assert "with discriminator" in told
+    assert not found["cold_iteration"]
+    assert "cold" not in told
+    assert "1 loader process can keep it busy" in told
     assert told.rstrip().endswith("GO")
     assert not (folder / "new").exists()
 
@@ -105,7 +108,7 @@ def test_a_run_that_would_resume_is_left_as_it_is(examined, folder):
         "resumed", "stop_iteration=104", "compute.per_device_batch=2", *runs.NO_ADVERSARIAL
     )
     assert code == 0
-    assert "would resume" in told
+    assert "holds 2 checkpoints: this run would resume" in told
     assert "1 process x 2 images x 2 micro-batches = 4" in told
     assert found["images_total"] == 0
     assert set(found["gradient_audit"]) == {"pixel", "perceptual"}
@@ -118,6 +121,14 @@ def test_a_run_that_would_resume_is_left_as_it_is(examined, folder):
     assert found["weights"]["file"] == str(older)
     assert "is broken or cut short" in found["remarks"][0]
     assert found["images_total"] == 2 * 4
+
+
+def test_a_cold_iteration_is_called_one(examined, monkeypatch):
+    monkeypatch.setattr(doctor, "PATIENCE_SECONDS", 0.0)
+    _, found, told = examined("cold", "stop_iteration=110", *runs.NO_ADVERSARIAL)
+    assert found["cold_iteration"]
+    assert "s (the first, cold iteration; later ones are quicker) on " in told
+    assert "at the speed of the one, cold iteration here" in told
 
 
 def test_dry_run_is_the_same_and_trains_nothing(folder, capsys):
@@ -153,7 +164,40 @@ def test_the_one_gpu_recipe_is_fit_to_start(folder, capsys):
     assert main(["doctor", "single_gpu", *kept]) == 0, capsys.readouterr().out
     told = capsys.readouterr().out
     assert "10,000 iterations x 4 = 40,000 images" in told
-    assert "RTX 4090" in told or torch.cuda.is_available()
+    assert "RTX 4090" not in told  # figures of the full size say nothing about this network
+
+
+def test_kinds_of_gpu_are_told_for_the_full_size(folder, capsys):
+    extra = (f"run_dir={folder / 'full'}", f"data.sources={folder / 'tiles'}")
+    inputs = ("init.weights=absent", "compute.accelerator=cpu", "compute.devices=2")
+    assert main(["doctor", "ft_ema", *extra, *inputs, "--json"]) == 3
+    output = capsys.readouterr()
+    settings = samples.recipe()
+    fits = json.loads(output.out)["per_device_batch_that_fits"]
+    assert list(fits) == [kind.name for kind in scaling.GPUS]
+    divisors = [n for n in range(1, 97) if 96 % n == 0]
+    for kind in scaling.GPUS:
+        needed = {n: cost.peak_bytes(settings, n) + 2 * 2**30 for n in divisors}
+        assert fits[kind.name] == max(n for n in divisors if needed[n] <= kind.memory_bytes)
+    assert 1 < fits["RTX 4090"] < fits["L40S"] < fits["H200 SXM"]
+    assert f"{fits['RTX 4090']} on RTX 4090" in output.err
+    assert "predicted, not measured: 2 of each" in output.err
+
+
+@pytest.mark.parametrize(
+    ("memory", "proposed", "remark"),
+    [
+        (80e9, 48, ""),
+        (12e9, 6, "micro-batches of 12 do not fit this GPU, as computed; give compute.per_dev"),
+        (3e9, 0, "not even 1 image does, or raise compute.checkpoint_levels"),
+    ],
+)
+def test_a_micro_batch_that_does_not_fit_is_remarked(memory, proposed, remark):
+    report = doctor.Report([].append)
+    doctor.tell_fitting(report, samples.recipe(), 12, 96, {"this one": memory})
+    assert report.facts["per_device_batch_that_fits"] == {"this one": proposed}
+    assert remark in " ".join(report.remarks)
+    assert bool(report.remarks) == bool(remark)
 
 
 # --- the gradient audit ---------------------------------------------------------------------
@@ -295,6 +339,28 @@ def test_unusable_images_and_filters_are_told(examined, folder, tmp_path):
     code, found, told = examined("filtered", *loose)
     assert code == 0
     assert "width >= 40 dropped 0 (0.0 %)" in told
+
+
+def test_photographs_that_would_be_enlarged_are_told(examined):
+    wanted = ("data.shorter_side=64", "init.weights=absent")
+    found = examined("enlarged", *wanted)[1]
+    assert found["data"]["shards"]["enlarged"] == found["data"]["shards"]["sampled"] == 16
+    assert "16 of 16 sampled images are smaller than data.shorter_side=64" in found["remarks"][0]
+    assert "filters='width >= 64, height >= 64'" in found["remarks"][0]
+    found = examined("enlarged", *wanted, "data.shorter_side=48")[1]  # as the tiles are
+    assert (found["data"]["shards"]["enlarged"], found["remarks"]) == (0, [])
+
+
+def test_a_folder_of_validation_without_photographs_is_told(examined, folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    wanted = (f"log.pictures={tmp_path}", "log.pictures_every=10", "init.weights=absent")
+    code, found, _ = examined("pictures", *wanted)
+    assert code == 3
+    assert f"log.pictures: no images in {tmp_path}" in found["problems"][1]
+    assert len(examined("pictures", *wanted, "log.pictures_every=0")[1]["problems"]) == 1
+    code, found, told = examined("pictures", *wanted, f"log.pictures={folder / 'tiles'}")
+    assert len(found["problems"]) == 1
+    assert f"8 photographs of {folder / 'tiles'}" in told
 
 
 def test_doctor_without_a_recipe(capsys):

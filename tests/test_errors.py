@@ -89,7 +89,7 @@ CONFIG = {
     "unknown key": train(
         "optimizer.learning_rat=1", USAGE, "unknown key|'optimizer.learning_rate'?"
     ),
-    "unknown section": train("optimiser.eps=1", USAGE, "unknown key|Did you mean"),
+    "unknown section": train("optimiser.eps=1", USAGE, "unknown key|'optimizer.eps'?"),
     "a section": train("optimizer=1", USAGE, "optimizer=1|group of settings|optimizer.eps"),
     "not a number": train("optimizer.learning_rate=fast", USAGE, "=fast: expected a number"),
     "not whole": train("global_batch=1.5", USAGE, "global_batch=1.5: expected a whole number"),

@@ -530,6 +530,8 @@ def test_load_images_names_what_it_leaves_out(tmp_path):
     assert {tuple(image.shape) for image in found.values()} == {(3, 32, 32)}
     assert len(said) == 1
     assert "broken.jpg" in said[0]
+    assert list(evaluate.load_images(tmp_path, 32, said.append, most=1)) == ["b.png"]
+    assert len(said) == 1  # the broken one comes behind it
 
 
 @pytest.mark.parametrize("name", ["", "absent"])

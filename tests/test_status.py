@@ -193,6 +193,30 @@ def test_a_rising_loss_and_a_missing_checkpoint_are_warned_of(tmp_path):
     assert "no checkpoint for 400 iterations" in late
 
 
+@pytest.mark.parametrize(
+    ("psnr", "warned"),  # raw, of docs/healthy-run.md's "rate", "healthy", and the worst of results
+    [
+        ([13.05, 9.45, 11.51, 10.22, 8.86, 9.86, 10.37], [1, 2, 3, 4, 5, 6]),
+        ([13.05, 12.95, 13.11, 12.96, 13.89, 13.10, 13.19], []),
+        ([15.79, 15.20, 15.34, 15.32, 15.19], []),
+    ],
+)
+def test_raw_weights_that_have_lost_their_quality_are_warned_of(tmp_path, psnr, warned):
+    """At each validation, though the loss, after its leap, falls and the EMA looks well."""
+    run = make_run(tmp_path, [row(i) for i in range(1010, 1510, 10)], (1500,))
+    lines = [f"{1000 + 25 * i},13.0,{raw}\n" for i, raw in enumerate(psnr)]
+    found = []
+    for last in range(len(lines)):
+        text = "iteration,psnr_ema,psnr_raw\n" + "".join(lines[: last + 1])
+        (run / "validation.csv").write_text(text)
+        if status.read_status(run, NOW).warnings:
+            found.append(last)
+    assert found == warned
+    if warned:
+        (warning,) = status.read_status(run, NOW).warnings
+        assert "PSNR fell from 13.1 dB at the start to 10.4: the learning rate may" in warning
+
+
 def test_a_discriminator_that_does_not_count_yet_is_not_judged(tmp_path):
     idle = {"adversarial_factor": 0.0, "discriminator_loss": 0.0}
     assert status.read_status(make_run(tmp_path, [row(1010, **idle)]), NOW).warnings == []

@@ -3,6 +3,7 @@
 import csv
 import functools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,7 +21,7 @@ import runs
 import samples
 import torch
 
-from kl_f8_train import checkpoint
+from kl_f8_train import checkpoint, demo
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.train import train
@@ -51,6 +52,16 @@ def wait_for(process: "subprocess.Popen[str]", text: str) -> str:
         if text in line:
             return seen
     raise AssertionError(f"{text!r} never came:\n{seen}")
+
+
+def test_the_demo_tells_early_how_long_its_base_takes(folder, tmp_path, capsys):
+    path = tmp_path / "base.ckpt"
+    short = ("init.iteration=null", "stop_iteration=24", f"init.weights={path}")
+    demo.train_base(runs.recipe(folder, "base", *short), path)
+    told = capsys.readouterr().out
+    for line in ("iteration 5 of 18", "iteration 23 of 24"):
+        assert re.search(rf"^{line} \| L1 \d\.\d+ \| \d+ s left of this part$", told, re.MULTILINE)
+    assert checkpoint.read(path).iteration == 24
 
 
 def test_iterations_count_on_from_the_imported_number(undisturbed):
