@@ -306,7 +306,9 @@ def _training(settings: Config, record: Mapping[str, Any]) -> str:
     start, iteration = record["init_iteration"], record["iteration"]
     taken = {"raw": "raw weights, not the EMA", "ema": "EMA weights"}
     weights = taken.get(record["weights"]) or f"mean EMA of {', '.join(record['averaged'])}"
+    name, digest = (record.get(key, "unknown") for key in ("base_name", "base_sha256"))
     rows = {
+        "base weights": name if digest == "unknown" else f"{name}, SHA-256 {digest}",
         "iterations": f"{'?' if start is None else f'{start:,}'} -> {iteration:,}",
         "global batch, crop": f"{settings.global_batch}, {data.crop} x {data.crop}",
         "resize": f"shorter side to {data.shorter_side}" if data.shorter_side else "none",

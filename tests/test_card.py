@@ -78,6 +78,15 @@ def test_an_export_has_a_card_without_scores_and_without_a_license(exported):
     assert "mse + " in text or "l1 + " in text
 
 
+def test_it_names_the_base_weights(exported):
+    digest = checkpoint.file_sha256(exported.parents[1] / "model.ckpt")
+    text = (exported / "README.md").read_text()
+    assert f"| base weights | model.ckpt, SHA-256 {digest} |" in text
+    record = json.loads((exported / "export.json").read_text())
+    older = record | {"base_name": "unknown", "base_sha256": "unknown"}
+    assert "| base weights | unknown |" in card.model_card(samples.recipe("demo"), older)
+
+
 def test_only_kl_f8s_own_shape_is_offered_to_stable_diffusion(exported):
     small = (exported / "README.md").read_text()
     assert "does not fit Stable Diffusion" in small
