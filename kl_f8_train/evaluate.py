@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ from torch import Tensor
 from kl_f8_train import checkpoint, metrics, perceptual, published, shards
 from kl_f8_train import images as pixels
 from kl_f8_train.cache import ShardCache
+from kl_f8_train.compare import METRICS, SCORES
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.inception import WIDTH, Inception
 from kl_f8_train.metrics import FeatureStatistics
@@ -33,7 +35,6 @@ from kl_f8_train.model import AutoencoderKL
 from kl_f8_train.perceptual import LABELS, PerceptualDistance
 from kl_f8_train.plan import random_state
 from kl_f8_train.scores import (
-    METRICS,
     SHIFTS,
     Row,
     Tally,
@@ -230,6 +231,13 @@ class Networks:
     inception: Inception | None = None
     unmeasured: dict[str, str] = field(default_factory=dict)
 
+    def leave_out(
+        self, metrics: Sequence[str], error: MissingInputError, say: Callable[[str], None]
+    ) -> None:
+        """Says what is missing and which metrics it costs; the first clause is kept for each."""
+        say(f"not measured: {', '.join(SCORES[metric].label for metric in metrics)}: {error}")
+        self.unmeasured |= dict.fromkeys(metrics, re.split("[;\n]", str(error))[0])
+
     @property
     def measured(self) -> tuple[str, ...]:
         """Metrics with a number an image."""
@@ -257,15 +265,13 @@ def find_networks(
     except MissingInputError as error:
         if vgg:
             raise
-        say(f"not measured: {error}")
-        found.unmeasured |= dict.fromkeys(missing, str(error).splitlines()[0])
+        found.leave_out(missing, error, say)
     try:
         found.inception = Inception(published.find(published.INCEPTION, inception)).to(device)
     except MissingInputError as error:
         if inception:
             raise
-        say(f"not measured: {error}")
-        found.unmeasured["rfid"] = str(error).splitlines()[0]
+        found.leave_out(["rfid"], error, say)
     return found
 
 

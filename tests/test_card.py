@@ -150,7 +150,7 @@ def test_table_protocol_hashes_and_strip(folder, scores):
     values = json.loads(scores.read_text())
     assert "| model | iteration | rFID | PSNR | SSIM | PSIM | LPIPS |" in text
     assert re.search(r"\| \*\*ft-EMA\*\* \| 560,001 \| not measured \| \d\d\.\d\d \+/- ", text)
-    assert "rFID: not measured, no &lt;Inception> weights" in text
+    assert "- Not measured: rFID (no &lt;Inception> weights: fetch them).\n" in text
     assert "rFID on fewer than 2,048 images is biased" in text
     assert values["images_sha256"] in text
     assert "| posterior | sampled, seed 0 |" in text

@@ -131,7 +131,7 @@ def test_table_has_the_protocol_and_hashes_below(folder, single):
     assert lines[1].count("---") == lines[0].count("|") - 1
     mean, std = single["models"]["a"]["psnr"].values()
     assert lines[2].startswith(f"| a | 7 | not measured | {mean:.2f} +/- {std:.2f} |")
-    for part in ("Protocol card", "posterior sampled, seed 0", "Not measured: psim, lpips (the st"):
+    for part in ("Protocol card", "posterior sampled, seed 0", "Not measured: PSIM, LPIPS (the st"):
         assert part in text
     for digest in (single["images_sha256"], *(w["sha256"] for w in single["weights"].values())):
         assert digest[:12] in text
@@ -554,11 +554,14 @@ def test_without_networks_the_rest_is_measured(folder, capsys, monkeypatch):
     result = run(folder, "without", perceptual_name="lpips_vgg", limit=2)
     assert result["models"]["a"]["lpips"] is result["models"]["a"]["psim"] is None
     assert result["models"]["a"]["psnr"]["mean"] > 0
-    assert "VGG16" in result["unmeasured"]["lpips"]
-    assert "kl-f8-train fetch" in result["unmeasured"]["rfid"]
+    vgg, inception = "no file of VGG16's features", "no file of Inception of 2015-12-05"
+    assert result["unmeasured"] == {"psim": vgg, "lpips": vgg, "rfid": inception}
     assert "st_lpips" not in result["models"]["a"]
     output = capsys.readouterr().out
-    assert "not measured: no file of VGG16" in output
+    assert f"not measured: PSIM, LPIPS: {vgg}; `kl-f8-train fetch`" in output
+    assert f"not measured: rFID: {inception}; `kl-f8-train fetch`" in output
+    assert output.count("kl-f8-train fetch") == 2  # the table below has the reasons alone
+    assert f"Not measured: PSIM, LPIPS ({vgg}).\n" in output
     assert str(folder / "empty") in output
     for wrong in ({"vgg": "absent"}, {"inception": "absent"}):
         with pytest.raises(MissingInputError, match="absent"):
