@@ -119,8 +119,7 @@ class ImageSet:
         first = int(self.ends[shard]) - int(self.source.counts[shard])
         key, data = self.source.read(shard, index - first)
         try:
-            image = pixels.resize_shorter(pixels.decode(data), self.size)
-            return Sample(index, key, pixels.crop(image, self.size))
+            return Sample(index, key, pixels.square(data, self.size))
         except ImageError as error:
             return Sample(index, key, None, f"{key}: {error}; left out")
 
@@ -134,26 +133,6 @@ class ImageSet:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-
-
-def load_images(
-    folder: Path, size: int, report: Callable[[str], None] = print
-) -> dict[str, Tensor]:
-    """Images below a folder as uint8 (3, size, size) centre crops, by file name.
-
-    An unreadable image is named and left out. Raises MissingInputError if none is left.
-    """
-    files = pixels.list_folder(folder) if folder.is_dir() else []
-    loaded: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            image = pixels.resize_shorter(pixels.decode(file.read_bytes()), size)
-            loaded[str(file.relative_to(folder))] = pixels.crop(image, size)
-        except ImageError as error:
-            report(f"{file}: {error}; left out")
-    if not loaded:
-        raise MissingInputError(f"no images in {folder}: expected a folder of .jpg, .png or .webp")
-    return loaded
 
 
 # --- VAEs -----------------------------------------------------------------------------------

@@ -38,7 +38,6 @@ from kl_f8_train.data import (
 )
 from kl_f8_train.discriminator import Discriminator, initialize
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
-from kl_f8_train.evaluate import load_images
 from kl_f8_train.finetuner import Finetuner, build_optimizers
 from kl_f8_train.formats import check_shapes
 from kl_f8_train.model import AutoencoderKL
@@ -382,13 +381,12 @@ def _fixed_images(
         return []
     size = settings.data.crop
     if settings.log.pictures is not None:
-        return list(load_images(Path(settings.log.pictures), size, say).values())[:8]
+        return images.load_folder(Path(settings.log.pictures), size, 8, say)
     chosen = []
     for position in range(min(4, plan.batch)):
         name, shard, number = plan.locate(position)
         try:
-            image = images.resize_shorter(images.decode(sources[name].read(shard, number)[1]), size)
-            chosen.append(images.crop(image, size))
+            chosen.append(images.square(sources[name].read(shard, number)[1], size))
         except ImageError as error:
             say(f"picture strip: {error}")
     return chosen

@@ -519,25 +519,6 @@ def test_images_are_resized_and_cut_in_the_centre(tmp_path):
     assert torch.equal(sample.image, resized[:, :, 16:80])
 
 
-def test_load_images_names_what_it_leaves_out(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "b.png").write_bytes(samples.encode(samples.noise_picture(1), "PNG"))
-    (tmp_path / "sub" / "a.jpg").write_bytes(samples.encode(samples.noise_picture(2), "JPEG"))
-    (tmp_path / "broken.jpg").write_bytes(b"no image")
-    said: list[str] = []
-    found = evaluate.load_images(tmp_path, 32, said.append)
-    assert list(found) == ["b.png", "sub/a.jpg"]
-    assert {tuple(image.shape) for image in found.values()} == {(3, 32, 32)}
-    assert len(said) == 1
-    assert "broken.jpg" in said[0]
-
-
-@pytest.mark.parametrize("name", ["", "absent"])
-def test_load_images_of_nothing(tmp_path, name):
-    with pytest.raises(MissingInputError, match="no images in"):
-        evaluate.load_images(tmp_path / name, 32)
-
-
 def test_nothing_usable_is_a_failure(folder, tmp_path):
     (tmp_path / "x.png").write_bytes(b"no image")
     with pytest.raises(RunFailedError, match=r"no image of .* can be used: x.png"):
