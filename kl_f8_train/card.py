@@ -19,12 +19,12 @@ from kl_f8_train.compare import SCORES, not_measured
 from kl_f8_train.config import Config
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.perceptual import LABELS
+from kl_f8_train.scores import BIASED_BELOW
 
 README = "README.md"
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "vae", "autoencoder", "kl-f8"]
 HUB_TYPES = {"rfid": "fid", "psnr": "psnr", "ssim": "ssim", "psim": "psim", "lpips": "lpips"}
 KL_F8 = (128, 1, 2, 4, 4, 2, 4, 4)  # ch, ch_mult, num_res_blocks, z_channels, embed_dim
-FEWEST_FOR_RFID = 2048  # images; Inception's features have as many dimensions
 PUBLISHED = """
 ### Published, for orientation
 
@@ -249,7 +249,7 @@ def _measured(evaluated: Evaluated) -> list[dict[str, Any]]:
     row = evaluated.scores["models"][evaluated.name]
     found = []
     for metric, kind in HUB_TYPES.items():
-        biased = metric == "rfid" and evaluated.scores["images"] < FEWEST_FOR_RFID
+        biased = metric == "rfid" and evaluated.scores["images"] < BIASED_BELOW
         if row.get(metric) is not None and not biased:
             value = row[metric] if metric == "rfid" else row[metric]["mean"]
             shown = round(value, SCORES[metric].digits)

@@ -176,7 +176,6 @@ def reconstruct(
     images: Tensor,
     keys: Sequence[str],
     protocol: Protocol = CARD,
-    seed: int = SEED,
 ) -> Iterator[Tensor]:
     """uint8 (B, 3, H, W) -> each VAE's reconstructions, the same; one encoding per encoder."""
     latents: dict[str, Tensor] = {}
@@ -185,7 +184,7 @@ def reconstruct(
         if encoder not in latents:
             posterior = candidate.model.encode(pixels.to_float(images))
             latents[encoder] = (
-                posterior.sample(posterior_noise(keys, posterior.mean, seed))
+                posterior.sample(posterior_noise(keys, posterior.mean))
                 if protocol.sampled
                 else posterior.mean
             )

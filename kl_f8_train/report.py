@@ -136,9 +136,8 @@ def strip(columns: Mapping[str, Sequence[Tensor]], gap: int = 4) -> Tensor:
         while len(text) > 1 and draw.textlength(text, font) > width - gap - 2:
             text = text.removesuffix("...")[:-1] + "..." if len(text) > 4 else text[:-1]
         draw.text((index * width + 2, 3), text, fill="black", font=font)
-    pixels = torch.frombuffer(bytearray(header.tobytes()), dtype=torch.uint8)
-    label_row = pixels.view(20, header.width, 3).permute(2, 0, 1)
-    return images.vstack([label_row, *rows], gap)
+    labels = torch.from_numpy(np.array(header)).permute(2, 0, 1)
+    return images.vstack([labels, *rows], gap)
 
 
 def error_map(picture: Tensor, reconstruction: Tensor) -> Tensor:
@@ -166,11 +165,11 @@ def most_different(pictures: Sequence[Tensor], share: int = 4) -> tuple[int, int
     return row * step, column * step, height, width
 
 
-def zoom(picture: Tensor, box: tuple[int, int, int, int], factor: int = ZOOM) -> Tensor:
-    """A region, every pixel repeated: nothing is smoothed."""
+def zoom(picture: Tensor, box: tuple[int, int, int, int]) -> Tensor:
+    """A region, every pixel repeated ZOOM times each way: nothing is smoothed."""
     top, left, height, width = box
     region = picture[:, top : top + height, left : left + width]
-    return region.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+    return region.repeat_interleave(ZOOM, dim=1).repeat_interleave(ZOOM, dim=2)
 
 
 def _write_pictures(directory: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -226,29 +225,30 @@ def _sharpness(picture: Tensor) -> float:
 def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
     """The template with every <!--part--> filled in, once: inserted texts are not searched."""
     scores, models = evaluation.scores, evaluation.models
-    optional = {
-        "comparison": ("Comparison", _comparison(evaluation)),
-        "wins": ("Wins", _wins(evaluation)),
-        "shifts": ("Colour and sharpness", _shifts(evaluation, pictures)),
-    }
-    sections = {
-        "scores": "Scores",
-        **({"comparison": "Comparison"} if optional["comparison"][1] else {}),
-        **({"pictures": "Pictures", "extremes": "Worst and best"} if pictures else {}),
-        "images": "Every image",
-        **{key: title for key, (title, text) in optional.items() if text and key != "comparison"},
-        "protocol": "Protocol",
-    }
+    comparison, wins = _comparison(evaluation), _wins(evaluation)
+    shifts = _shifts(evaluation, pictures)
+    sections = (
+        ("scores", "Scores", True),
+        ("comparison", "Comparison", comparison),
+        ("pictures", "Pictures", pictures),
+        ("extremes", "Worst and best", pictures),
+        ("images", "Every image", True),
+        ("wins", "Wins", wins),
+        ("shifts", "Colour and sharpness", shifts),
+        ("protocol", "Protocol", True),
+    )
     count = f"{len(models)} VAE" + "s" * (len(models) != 1)
     parts = {
         "title": f"{count} on {scores['images']:,} image" + "s" * (scores["images"] != 1),
         "subtitle": _subtitle(evaluation),
         "ramp": f"linear-gradient(90deg, {', '.join(f'rgb{colour}' for colour in RAMP)})",
-        "sections": "".join(f'<a href="#{key}">{title}</a>' for key, title in sections.items()),
+        "sections": "".join(f'<a href="#{key}">{title}</a>' for key, title, on in sections if on),
         "warnings": _warnings(scores.get("warnings", [])),
         "scores": _scores(evaluation),
         "unmeasured": _unmeasured(scores.get("unmeasured", {})),
-        **{key: text for key, (_, text) in optional.items()},
+        "comparison": comparison,
+        "wins": wins,
+        "shifts": shifts,
         "protocol": _protocol(evaluation),
         "footer": f"kl_f8_train {__version__}. The numbers: <a href='scores.json'>scores.json</a>, "
         "<a href='per_image.csv'>per_image.csv</a>. All pictures are PNG, without loss.",
