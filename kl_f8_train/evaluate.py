@@ -394,10 +394,8 @@ def _gather(tally: Tally, rank: int, world: int) -> Tally:
         mine = (tally.rows, tally.problems, [s.count for s in tally.statistics])
         dist.gather_object(mine, parts if rank == 0 else None)
         for number, statistics in enumerate(tally.statistics):
-            statistics.total, statistics.products = (
-                statistics.total.cpu(),
-                statistics.products.cpu(),
-            )
+            statistics.total = statistics.total.cpu()
+            statistics.products = statistics.products.cpu()
             dist.reduce(statistics.total, 0)
             dist.reduce(statistics.products, 0)
             if rank == 0:
