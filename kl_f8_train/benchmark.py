@@ -116,7 +116,6 @@ def benchmark(
     phases = measure(variants, finetuner, batches, device, iterations)
     rates = {name: matmul_rate(device, kind) for name, kind in PRECISIONS.items()}
     images_per_second = size / variants[0].median
-    wait = phases["data"] / sum(phases.values())
     achieved = counted * images_per_second
     share = achieved / rates[config.precision]
     return {
@@ -134,7 +133,7 @@ def benchmark(
         "peak_memory_bytes": memory,
         "computed_memory_bytes": cost.peak_bytes(config, size, element_bytes(config, device)),
         "largest_batch": largest_batch(config, device, size),
-        "limited_by": limit(phases, wait, share),
+        "limited_by": limit(phases, share),
         "first_iteration_seconds": first_iteration,
         "compiled": compute.compiles(config.compute),
         "graph_breaks": graph_breaks(),
@@ -180,8 +179,9 @@ def describe(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *result["notes"]])
 
 
-def limit(phases: Mapping[str, float], wait: float, share: float) -> str:
+def limit(phases: Mapping[str, float], share: float) -> str:
     """What to look at first: the data, the arithmetic, or everything that is not arithmetic."""
+    wait = phases["data"] / sum(phases.values())
     if wait > 0.02:
         return f"data: {wait:.0%} of the time; raise data.workers"
     if share > 0.5:

@@ -15,16 +15,16 @@ from typing import Any
 import yaml
 
 from kl_f8_train import checkpoint, config, half_precision
-from kl_f8_train.compare import METRICS
+from kl_f8_train.compare import SCORES, not_measured
 from kl_f8_train.config import Config
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.perceptual import LABELS
+from kl_f8_train.scores import BIASED_BELOW
 
 README = "README.md"
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "vae", "autoencoder", "kl-f8"]
 HUB_TYPES = {"rfid": "fid", "psnr": "psnr", "ssim": "ssim", "psim": "psim", "lpips": "lpips"}
 KL_F8 = (128, 1, 2, 4, 4, 2, 4, 4)  # ch, ch_mult, num_res_blocks, z_channels, embed_dim
-FEWEST_FOR_RFID = 2048  # images; Inception's features have as many dimensions
 PUBLISHED = """
 ### Published, for orientation
 
@@ -249,20 +249,12 @@ def _measured(evaluated: Evaluated) -> list[dict[str, Any]]:
     row = evaluated.scores["models"][evaluated.name]
     found = []
     for metric, kind in HUB_TYPES.items():
-        biased = metric == "rfid" and evaluated.scores["images"] < FEWEST_FOR_RFID
+        biased = metric == "rfid" and evaluated.scores["images"] < BIASED_BELOW
         if row.get(metric) is not None and not biased:
             value = row[metric] if metric == "rfid" else row[metric]["mean"]
-            shown = round(value, _digits(metric))
-            found.append({"type": kind, "name": _label(metric), "value": shown})
+            shown = round(value, SCORES[metric].digits)
+            found.append({"type": kind, "name": SCORES[metric].label, "value": shown})
     return found
-
-
-def _label(metric: str) -> str:
-    return METRICS[metric].label if metric in METRICS else {"rfid": "rFID"}.get(metric, metric)
-
-
-def _digits(metric: str) -> int:
-    return METRICS[metric].digits if metric in METRICS else 2
 
 
 def _introduction(settings: Config, record: Mapping[str, Any]) -> str:
@@ -306,7 +298,9 @@ def _training(settings: Config, record: Mapping[str, Any]) -> str:
     start, iteration = record["init_iteration"], record["iteration"]
     taken = {"raw": "raw weights, not the EMA", "ema": "EMA weights"}
     weights = taken.get(record["weights"]) or f"mean EMA of {', '.join(record['averaged'])}"
+    name, digest = (record.get(key, "unknown") for key in ("base_name", "base_sha256"))
     rows = {
+        "base weights": name if digest == "unknown" else f"{name}, SHA-256 {digest}",
         "iterations": f"{'?' if start is None else f'{start:,}'} -> {iteration:,}",
         "global batch, crop": f"{settings.global_batch}, {data.crop} x {data.crop}",
         "resize": f"shorter side to {data.shorter_side}" if data.shorter_side else "none",
@@ -345,8 +339,7 @@ def _evaluation(evaluated: Evaluated) -> str:
         "image list SHA-256": scores.get("images_sha256"),
     }
     facts = "\n".join(f"| {_cell(k)} | {_cell(v)} |" for k, v in protocol.items() if v is not None)
-    notes = [f"{_label(m)}: not measured, {r}" for m, r in scores.get("unmeasured", {}).items()]
-    notes += scores.get("warnings", [])
+    notes = not_measured(scores.get("unmeasured", {})) + scores.get("warnings", [])
     listed = "".join(f"- {_cell(note)}\n" for note in notes)
     strip = f"\n![{_strip_text(scores)}](strip.png)\n" if evaluated.strip else ""
     return f"""Measured by `kl-f8-train evaluate` on {_cell(_dataset(scores)["name"])}.
@@ -370,7 +363,7 @@ def _strip_text(scores: Mapping[str, Any]) -> str:
 def _table(evaluated: Evaluated) -> str:
     rows = evaluated.scores["models"]
     columns = [*HUB_TYPES, *(["st_lpips"] if any(r.get("st_lpips") for r in rows.values()) else [])]
-    lines = [f"| model | iteration | {' | '.join(_label(c) for c in columns)} |"]
+    lines = [f"| model | iteration | {' | '.join(SCORES[c].label for c in columns)} |"]
     lines.append("|---" * (2 + len(columns)) + "|")
     for name, row in rows.items():
         iteration = evaluated.scores.get("weights", {}).get(name, {}).get("iteration")
@@ -381,7 +374,7 @@ def _table(evaluated: Evaluated) -> str:
 
 
 def _score(row: Mapping[str, Any], metric: str) -> str:
-    value, digits = row.get(metric), _digits(metric)
+    value, digits = row.get(metric), SCORES[metric].digits
     if value is None:
         return "not measured"
     if isinstance(value, Mapping):

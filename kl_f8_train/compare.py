@@ -47,6 +47,7 @@ METRICS = {
     "blue_shift": Metric("blue shift", 2, None, "levels"),
     "saturation_shift": Metric("saturation shift", 2, None, "levels"),
 }
+SCORES = {"rfid": Metric("rFID", 2, "lower"), **METRICS}  # rFID is of all images together
 VERDICTS = {  # verdict -> how a sentence says it
     "better": "{b} is better than {a} in {label}",
     "worse": "{b} is worse than {a} in {label}",
@@ -97,6 +98,14 @@ class Verdict:
     def as_dict(self) -> dict[str, Any]:
         """For comparison.json."""
         return {**asdict(self), "text": self.text}
+
+
+def not_measured(reasons: Mapping[str, str]) -> list[str]:
+    """Metric -> reason as sentences, one for each reason: several metrics may share it."""
+    metrics: dict[str, list[str]] = {}
+    for metric, reason in reasons.items():
+        metrics.setdefault(reason, []).append(SCORES[metric].label)
+    return [f"Not measured: {', '.join(names)} ({reason})." for reason, names in metrics.items()]
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ from torch import Tensor
 from kl_f8_train import checkpoint, metrics, perceptual, published, shards
 from kl_f8_train import images as pixels
 from kl_f8_train.cache import ShardCache
+from kl_f8_train.compare import METRICS, SCORES
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.inception import WIDTH, Inception
 from kl_f8_train.metrics import FeatureStatistics
@@ -33,7 +35,6 @@ from kl_f8_train.model import AutoencoderKL
 from kl_f8_train.perceptual import LABELS, PerceptualDistance
 from kl_f8_train.plan import random_state
 from kl_f8_train.scores import (
-    METRICS,
     SHIFTS,
     Row,
     Tally,
@@ -118,8 +119,7 @@ class ImageSet:
         first = int(self.ends[shard]) - int(self.source.counts[shard])
         key, data = self.source.read(shard, index - first)
         try:
-            image = pixels.resize_shorter(pixels.decode(data), self.size)
-            return Sample(index, key, pixels.crop(image, self.size))
+            return Sample(index, key, pixels.square(data, self.size))
         except ImageError as error:
             return Sample(index, key, None, f"{key}: {error}; left out")
 
@@ -133,28 +133,6 @@ class ImageSet:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-
-
-def load_images(
-    folder: Path, size: int, report: Callable[[str], None] = print, most: int | None = None
-) -> dict[str, Tensor]:
-    """The first `most` images below a folder as uint8 (3, size, size) centre crops, by file name.
-
-    An unreadable image is named and left out. Raises MissingInputError if none is left.
-    """
-    files = pixels.list_folder(folder) if folder.is_dir() else []
-    loaded: dict[str, Tensor] = {}
-    for file in files:
-        if len(loaded) == most:
-            break
-        try:
-            image = pixels.resize_shorter(pixels.decode(file.read_bytes()), size)
-            loaded[str(file.relative_to(folder))] = pixels.crop(image, size)
-        except ImageError as error:
-            report(f"{file}: {error}; left out")
-    if not loaded:
-        raise MissingInputError(f"no images in {folder}: expected a folder of .jpg, .png or .webp")
-    return loaded
 
 
 # --- VAEs -----------------------------------------------------------------------------------
@@ -198,7 +176,6 @@ def reconstruct(
     images: Tensor,
     keys: Sequence[str],
     protocol: Protocol = CARD,
-    seed: int = SEED,
 ) -> Iterator[Tensor]:
     """uint8 (B, 3, H, W) -> each VAE's reconstructions, the same; one encoding per encoder."""
     latents: dict[str, Tensor] = {}
@@ -207,7 +184,7 @@ def reconstruct(
         if encoder not in latents:
             posterior = candidate.model.encode(pixels.to_float(images))
             latents[encoder] = (
-                posterior.sample(posterior_noise(keys, posterior.mean, seed))
+                posterior.sample(posterior_noise(keys, posterior.mean))
                 if protocol.sampled
                 else posterior.mean
             )
@@ -231,6 +208,13 @@ class Networks:
     perceptual: PerceptualDistance | None = None
     inception: Inception | None = None
     unmeasured: dict[str, str] = field(default_factory=dict)
+
+    def leave_out(
+        self, metrics: Sequence[str], error: MissingInputError, say: Callable[[str], None]
+    ) -> None:
+        """Says what is missing and which metrics it costs; the first clause is kept for each."""
+        say(f"not measured: {', '.join(SCORES[metric].label for metric in metrics)}: {error}")
+        self.unmeasured |= dict.fromkeys(metrics, re.split("[;\n]", str(error))[0])
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -259,15 +243,13 @@ def find_networks(
     except MissingInputError as error:
         if vgg:
             raise
-        say(f"not measured: {error}")
-        found.unmeasured |= dict.fromkeys(missing, str(error).splitlines()[0])
+        found.leave_out(missing, error, say)
     try:
         found.inception = Inception(published.find(published.INCEPTION, inception)).to(device)
     except MissingInputError as error:
         if inception:
             raise
-        say(f"not measured: {error}")
-        found.unmeasured["rfid"] = str(error).splitlines()[0]
+        found.leave_out(["rfid"], error, say)
     return found
 
 
@@ -412,10 +394,8 @@ def _gather(tally: Tally, rank: int, world: int) -> Tally:
         mine = (tally.rows, tally.problems, [s.count for s in tally.statistics])
         dist.gather_object(mine, parts if rank == 0 else None)
         for number, statistics in enumerate(tally.statistics):
-            statistics.total, statistics.products = (
-                statistics.total.cpu(),
-                statistics.products.cpu(),
-            )
+            statistics.total = statistics.total.cpu()
+            statistics.products = statistics.products.cpu()
             dist.reduce(statistics.total, 0)
             dist.reduce(statistics.products, 0)
             if rank == 0:

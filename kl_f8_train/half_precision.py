@@ -8,14 +8,14 @@ where the CPU has no half-precision convolutions. What happens inside attention 
 import importlib.util
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kl_f8_train import evaluate, images
+from kl_f8_train import images
 from kl_f8_train.errors import ImageError, RunFailedError
 from kl_f8_train.model import AutoencoderKL
 
@@ -86,18 +86,15 @@ def choose_images(folder: Path | None, size: int) -> tuple[str, list[Tensor]]:
     Raises MissingInputError if there is none in `folder`.
     """
     if folder is not None:
-        chosen = list(evaluate.load_images(folder, size, most=COUNT).values())
+        chosen = images.load_folder(folder, size, COUNT)
         return f"{len(chosen)} images of {folder.name} at {size} x {size}", chosen
     package = importlib.util.find_spec("skimage")
     places = list(package.submodule_search_locations or []) if package else []
     files = [Path(place) / "data" / name for place in places for name in SHIPPED]
     chosen = []
     for file in filter(Path.is_file, files):
-        try:
-            image = images.resize_shorter(images.decode(file.read_bytes()), size)
-        except ImageError:
-            continue
-        chosen.append(images.crop(image, size))
+        with suppress(ImageError):
+            chosen.append(images.square(file.read_bytes(), size))
     if chosen:
         return f"{len(chosen)} photographs of scikit-image at {size} x {size}", chosen
     return f"a generated pattern of {size} x {size} (no photographs at hand)", [pattern(size)]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from kl_f8_train.errors import ImageError
+from kl_f8_train.errors import ImageError, MissingInputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # by content; the suffix may lie
@@ -144,6 +144,14 @@ def crop(image: Tensor, side: int, top_share: float = 0.5, left_share: float = 0
     return image[..., top : top + side, left : left + side].contiguous()
 
 
+def square(data: bytes, side: int) -> Tensor:
+    """Encoded image -> its centre as uint8 (3, side, side), the shorter side resized to `side`.
+
+    Raises ImageError as `decode` does.
+    """
+    return crop(resize_shorter(decode(data), side), side)
+
+
 def to_float(image: Tensor) -> Tensor:
     """uint8 0..255 -> float32 [-1, 1], x / 127.5 - 1."""
     return image.float() / 127.5 - 1.0
@@ -175,3 +183,23 @@ def to_pil(image: Tensor) -> Image.Image:
 def list_folder(folder: Path) -> list[Path]:
     """Image files below a folder, sorted."""
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+
+
+def load_folder(
+    folder: Path, side: int, count: int, report: Callable[[str], None] = print
+) -> list[Tensor]:
+    """The first `count` images below a folder as uint8 (3, side, side) centre squares.
+
+    An unreadable image is named and left out. Raises MissingInputError if none is left.
+    """
+    loaded: list[Tensor] = []
+    for file in list_folder(folder) if folder.is_dir() else []:
+        if len(loaded) == count:
+            break
+        try:
+            loaded.append(square(file.read_bytes(), side))
+        except ImageError as error:
+            report(f"{file}: {error}; left out")
+    if not loaded:
+        raise MissingInputError(f"no images in {folder}: expected a folder of .jpg, .png or .webp")
+    return loaded

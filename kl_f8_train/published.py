@@ -26,7 +26,6 @@ class Network:
     file: str  # in our cache
     hub_files: tuple[str, ...]  # in torch hub's
     keys: str  # the start of the keys that are kept
-    needed_by: str
     flags: str  # how to name the file instead
 
 
@@ -37,7 +36,6 @@ VGG16 = Network(
     file="vgg16_features.safetensors",
     hub_files=("vgg16-397923af.pth",),
     keys="features.",
-    needed_by="LPIPS and PSIM",
     flags="--vgg FILE (in training: loss.perceptual_weights=FILE)",
 )
 INCEPTION = Network(
@@ -51,7 +49,6 @@ INCEPTION = Network(
         "pt_inception-2015-12-05-6726825d.pth",  # the same file, as pytorch-fid names it
     ),
     keys="",
-    needed_by="rFID",
     flags="--inception FILE",
 )
 NETWORKS = {"vgg": VGG16, "inception": INCEPTION}
@@ -70,8 +67,8 @@ def find(network: Network, explicit: str | None = None) -> Path:
             return path
     looked = "\n  ".join(str(path) for path in candidates)
     raise MissingInputError(
-        f"no file of {network.title}, for {network.needed_by}; `kl-f8-train fetch` gets it, once\n"
-        f"  {looked}\nWithout network here, fetch on another machine and copy it, or name it: "
+        f"no file of {network.title}; `kl-f8-train fetch` gets it, once\n  {looked}\n"
+        "Without network here, fetch on another machine and copy it, or name it: "
         f"{network.flags}"
     )
 

@@ -23,7 +23,7 @@ from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
 from kl_f8_train import __version__, checkpoint, compare, images, metrics
-from kl_f8_train.compare import METRICS
+from kl_f8_train.compare import METRICS, SCORES
 from kl_f8_train.errors import MissingInputError
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -136,9 +136,8 @@ def strip(columns: Mapping[str, Sequence[Tensor]], gap: int = 4) -> Tensor:
         while len(text) > 1 and draw.textlength(text, font) > width - gap - 2:
             text = text.removesuffix("...")[:-1] + "..." if len(text) > 4 else text[:-1]
         draw.text((index * width + 2, 3), text, fill="black", font=font)
-    pixels = torch.frombuffer(bytearray(header.tobytes()), dtype=torch.uint8)
-    label_row = pixels.view(20, header.width, 3).permute(2, 0, 1)
-    return images.vstack([label_row, *rows], gap)
+    labels = torch.from_numpy(np.array(header)).permute(2, 0, 1)
+    return images.vstack([labels, *rows], gap)
 
 
 def error_map(picture: Tensor, reconstruction: Tensor) -> Tensor:
@@ -166,11 +165,11 @@ def most_different(pictures: Sequence[Tensor], share: int = 4) -> tuple[int, int
     return row * step, column * step, height, width
 
 
-def zoom(picture: Tensor, box: tuple[int, int, int, int], factor: int = ZOOM) -> Tensor:
-    """A region, every pixel repeated: nothing is smoothed."""
+def zoom(picture: Tensor, box: tuple[int, int, int, int]) -> Tensor:
+    """A region, every pixel repeated ZOOM times each way: nothing is smoothed."""
     top, left, height, width = box
     region = picture[:, top : top + height, left : left + width]
-    return region.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+    return region.repeat_interleave(ZOOM, dim=1).repeat_interleave(ZOOM, dim=2)
 
 
 def _write_pictures(directory: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -226,29 +225,30 @@ def _sharpness(picture: Tensor) -> float:
 def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
     """The template with every <!--part--> filled in, once: inserted texts are not searched."""
     scores, models = evaluation.scores, evaluation.models
-    optional = {
-        "comparison": ("Comparison", _comparison(evaluation)),
-        "wins": ("Wins", _wins(evaluation)),
-        "shifts": ("Colour and sharpness", _shifts(evaluation, pictures)),
-    }
-    sections = {
-        "scores": "Scores",
-        **({"comparison": "Comparison"} if optional["comparison"][1] else {}),
-        **({"pictures": "Pictures", "extremes": "Worst and best"} if pictures else {}),
-        "images": "Every image",
-        **{key: title for key, (title, text) in optional.items() if text and key != "comparison"},
-        "protocol": "Protocol",
-    }
+    comparison, wins = _comparison(evaluation), _wins(evaluation)
+    shifts = _shifts(evaluation, pictures)
+    sections = (
+        ("scores", "Scores", True),
+        ("comparison", "Comparison", comparison),
+        ("pictures", "Pictures", pictures),
+        ("extremes", "Worst and best", pictures),
+        ("images", "Every image", True),
+        ("wins", "Wins", wins),
+        ("shifts", "Colour and sharpness", shifts),
+        ("protocol", "Protocol", True),
+    )
     count = f"{len(models)} VAE" + "s" * (len(models) != 1)
     parts = {
         "title": f"{count} on {scores['images']:,} image" + "s" * (scores["images"] != 1),
         "subtitle": _subtitle(evaluation),
         "ramp": f"linear-gradient(90deg, {', '.join(f'rgb{colour}' for colour in RAMP)})",
-        "sections": "".join(f'<a href="#{key}">{title}</a>' for key, title in sections.items()),
+        "sections": "".join(f'<a href="#{key}">{title}</a>' for key, title, on in sections if on),
         "warnings": _warnings(scores.get("warnings", [])),
         "scores": _scores(evaluation),
         "unmeasured": _unmeasured(scores.get("unmeasured", {})),
-        **{key: text for key, (_, text) in optional.items()},
+        "comparison": comparison,
+        "wins": wins,
+        "shifts": shifts,
         "protocol": _protocol(evaluation),
         "footer": f"kl_f8_train {__version__}. The numbers: <a href='scores.json'>scores.json</a>, "
         "<a href='per_image.csv'>per_image.csv</a>. All pictures are PNG, without loss.",
@@ -276,16 +276,8 @@ def _warnings(texts: Sequence[str]) -> str:
 
 
 def _unmeasured(reasons: Mapping[str, str]) -> str:
-    """One line a reason, which several metrics may share."""
-    by_reason: dict[str, list[str]] = {}
-    for metric, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(_label(metric))
-    lines = (f"Not measured: {', '.join(names)} ({reason})." for reason, names in by_reason.items())
+    lines = compare.not_measured(reasons)
     return "".join(f'<p class="note" style="margin:12px 0 0">{_text(line)}</p>' for line in lines)
-
-
-def _label(metric: str) -> str:
-    return "rFID" if metric == "rfid" else METRICS[metric].label if metric in METRICS else metric
 
 
 def _scores(evaluation: Evaluation) -> str:
@@ -296,9 +288,9 @@ def _scores(evaluation: Evaluation) -> str:
         *ALWAYS,
         *(["st_lpips"] if any(r.get("st_lpips") for r in rows.values()) else []),
     ]
-    arrows = {"higher": "\u2191", "lower": "\u2193"}
+    arrows: dict[str | None, str] = {"higher": "\u2191", "lower": "\u2193"}
     heads = "".join(
-        f"<th scope='col'>{_text(_label(c))} {arrows[_better(c)]}</th>" for c in columns
+        f"<th scope='col'>{_text(SCORES[c].label)} {arrows[SCORES[c].better]}</th>" for c in columns
     )
     best = {column: _best(column, rows) for column in columns}
     lines = []
@@ -314,35 +306,31 @@ def _scores(evaluation: Evaluation) -> str:
     )
 
 
-def _better(metric: str) -> str:
-    return "lower" if metric == "rfid" else METRICS[metric].better or ""
-
-
 def _mean(value: Any) -> float | None:
     return value["mean"] if isinstance(value, Mapping) else value
 
 
 def _best(metric: str, rows: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """Models with the best mean, as printed; none if there is nothing to choose from."""
-    digits = 2 if metric == "rfid" else METRICS[metric].digits
+    digits = SCORES[metric].digits
     means = {name: _mean(row.get(metric)) for name, row in rows.items()}
     known = {name: round(mean, digits) for name, mean in means.items() if mean is not None}
     if len(known) < 2:
         return set()
-    top = (min if _better(metric) == "lower" else max)(known.values())
+    top = (min if SCORES[metric].better == "lower" else max)(known.values())
     return {name for name, mean in known.items() if mean == top}
 
 
 def _score_cell(evaluation: Evaluation, name: str, metric: str, best: bool) -> str:
     value = evaluation.scores["models"][name].get(metric)
-    label = f"data-label='{_text(_label(metric))}'"
+    label = f"data-label='{_text(SCORES[metric].label)}'"
     if value is None:
         infinite = bool(evaluation.values.get(metric, {}).get(name))
         reason = evaluation.scores.get("unmeasured", {}).get(metric, "")
         shown = "infinite" if infinite else "not measured"
         return f"<td class='none' {label} title='{_text(reason)}'>{shown}</td>"
     mean = _mean(value)
-    digits = 2 if metric == "rfid" else METRICS[metric].digits
+    digits = SCORES[metric].digits
     text = f"<span{' class=best' if best else ''}>{mean:.{digits}f}</span>"
     if isinstance(value, Mapping):
         text += f" <small>\u00b1 {value['std']:.{digits}f}</small>"
@@ -563,10 +551,11 @@ def _extremes(
     if not any(by_model.values()):
         return None
     named = {reason: item["image"] for item in evaluation.pictures for reason in item["why"]}
+    worst_first = METRICS[metric].better == "lower"
     found = []
     for model in evaluation.models:
         scores = by_model.get(model, {})
-        order = sorted(scores, key=lambda image: scores[image], reverse=_better(metric) == "lower")
+        order = sorted(scores, key=lambda image: scores[image], reverse=worst_first)
         ranks = {"worst": 0, "median": (len(order) - 1) // 2, "best": -1}
         found.append(
             [

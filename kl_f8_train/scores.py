@@ -17,23 +17,13 @@ from typing import Any
 import numpy as np
 
 from kl_f8_train import checkpoint, metrics
+from kl_f8_train.compare import METRICS, not_measured
 from kl_f8_train.metrics import FeatureStatistics
-from kl_f8_train.perceptual import LABELS
 
 BIASED_BELOW = 2048  # images; the width of Inception's features
 PICTURES = 24  # images shown, at most
 FIRST = 4  # of them, whatever their scores
 SHIFTS = ("red_shift", "green_shift", "blue_shift", "saturation_shift")
-METRICS = ("psnr", "ssim", "psim", "lpips", "st_lpips", "sharpness", *SHIFTS)
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "psim": False, "lpips": False, "st_lpips": False}
-COLUMNS = (  # of the table: metric, heading, digits
-    ("psnr", "PSNR", 2),
-    ("ssim", "SSIM", 3),
-    ("psim", "PSIM", 3),
-    ("lpips", "LPIPS", 4),
-    ("st_lpips", LABELS["st_lpips_alex"], 4),
-    ("sharpness", "sharpness", 0),
-)
 
 
 @dataclass
@@ -150,15 +140,15 @@ def write_scores(out: Path, result: Mapping[str, Any], tally: Tally) -> None:
 def table(result: Mapping[str, Any]) -> str:
     """The card's table in Markdown, of what scores.json holds."""
     models: Mapping[str, Mapping[str, Any]] = result["models"]
-    shown = [
-        c for c in COLUMNS if c[0] != "st_lpips" or any("st_lpips" in m for m in models.values())
-    ]
-    lines = ["| model | iteration | rFID | " + " | ".join(c[1] for c in shown) + " |"]
+    hidden = SHIFTS if any("st_lpips" in m for m in models.values()) else ("st_lpips", *SHIFTS)
+    shown = [name for name in METRICS if name not in hidden]
+    heads = " | ".join(METRICS[name].label for name in shown)
+    lines = [f"| model | iteration | rFID | {heads} |"]
     lines.append("|---" * (3 + len(shown)) + "|")
     for name, scores in models.items():
         step = result["weights"][name]["iteration"]
         rfid = "not measured" if scores["rfid"] is None else f"{scores['rfid']:.2f}"
-        cells = [_cell(scores.get(key), key, digits) for key, _, digits in shown]
+        cells = [_cell(scores.get(metric), metric) for metric in shown]
         first = [name.replace("|", "\\|"), "" if step is None else f"{step:,}", rfid]
         lines.append("| " + " | ".join([*first, *cells]) + " |")
     return "\n".join(lines)
@@ -178,16 +168,15 @@ def footer(result: Mapping[str, Any]) -> str:
     hashes = [f"{name} {w['path']} {w['sha256'][:12]}" for name, w in result["weights"].items()]
     hashes += [f"{n} {protocol[n][:12]}" for n in ("vgg", "inception") if protocol[n]]
     lines.append(f"Weights (sha256): {'; '.join(hashes)}.")
-    for why in dict.fromkeys(result["unmeasured"].values()):
-        without = [name for name, reason in result["unmeasured"].items() if reason == why]
-        lines.append(f"Not measured: {', '.join(without)} ({why}).")
+    lines += not_measured(result["unmeasured"])
     lines += [f"Warning: {warning}." for warning in result["warnings"][:20]]
     return "\n\n".join(lines)
 
 
-def _cell(value: Mapping[str, float] | None, key: str, digits: int) -> str:
+def _cell(value: Mapping[str, float] | None, metric: str) -> str:
     if value is None:
-        return "infinite" if key == "psnr" else "not measured"
+        return "infinite" if metric == "psnr" else "not measured"
+    digits = METRICS[metric].digits
     return f"{value['mean']:.{digits}f} +/- {value['std']:.{digits}f}"
 
 
@@ -203,10 +192,10 @@ def choose_pictures(
     """
     chosen: dict[int, list[str]] = {place: ["first"] for place in range(min(FIRST, len(rows)))}
     for rank in ("worst", "best", "median"):
-        for metric in (name for name in measured if name in HIGHER_IS_BETTER):
+        for metric in (name for name in measured if METRICS[name].better):
             column = measured.index(metric)
             for number, name in enumerate(names):
-                sign = 1.0 if HIGHER_IS_BETTER[metric] else -1.0
+                sign = 1.0 if METRICS[metric].better == "higher" else -1.0
                 values = [(sign * float(row.scores[number, column]), row.index) for row in rows]
                 order = sorted(range(len(rows)), key=values.__getitem__)
                 place = order[{"worst": 0, "best": -1, "median": len(order) // 2}[rank]]

@@ -38,7 +38,6 @@ from kl_f8_train.data import (
 )
 from kl_f8_train.discriminator import Discriminator, initialize
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
-from kl_f8_train.evaluate import load_images
 from kl_f8_train.finetuner import Finetuner, build_optimizers
 from kl_f8_train.formats import check_shapes
 from kl_f8_train.model import AutoencoderKL
@@ -379,7 +378,7 @@ def fixed_photographs(settings: Config, report: Callable[[str], None]) -> list[t
     assert settings.log.pictures is not None
     folder = Path(settings.log.pictures)
     try:
-        return list(load_images(folder, settings.data.crop, report, most=8).values())
+        return images.load_folder(folder, settings.data.crop, 8, report)
     except MissingInputError as error:
         raise MissingInputError(f"log.pictures: {error}") from error
 
@@ -397,8 +396,7 @@ def _fixed_images(
     for position in range(min(4, plan.batch)):
         name, shard, number = plan.locate(position)
         try:
-            image = images.resize_shorter(images.decode(sources[name].read(shard, number)[1]), size)
-            chosen.append(images.crop(image, size))
+            chosen.append(images.square(sources[name].read(shard, number)[1], size))
         except ImageError as error:
             say(f"picture strip: {error}")
     return chosen

@@ -9,6 +9,7 @@ kl-f8.zip is. Opcodes are those of Python's pickle protocols 2 to 5, pickletools
 """
 
 import io
+import math
 import mmap
 import shutil
 import struct
@@ -106,13 +107,8 @@ def views(path: Path) -> dict[str, tuple[str, "View"]]:
         if not _has_torch_records(archive, file.total()):
             raise MissingInputError("a zip without torch weights")
         root, pickled = _zip_pickle(archive)
-        loaded = pickled.load()
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
-    return {
-        key: (f"{root}data/{view.storage.key}", view)
-        for key, view in state.items()
-        if isinstance(key, str) and isinstance(view, View)
-    }
+        found = _views(pickled.load())
+    return {key: (f"{root}data/{view.storage.key}", view) for key, view in found.items()}
 
 
 def is_torch(head: bytes) -> bool:
@@ -304,10 +300,17 @@ class View:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for number in self.size:
-            count *= number
-        return count
+        return math.prod(self.size)
+
+
+def _views(loaded: Any) -> dict[str, View]:
+    """The tensors of a state dict, or of the one in a checkpoint."""
+    if not isinstance(loaded, dict):
+        raise MissingInputError(f"holds a {type(loaded).__name__.strip('_')}, not a state dict")
+    state = loaded.get("state_dict", loaded)
+    if not isinstance(state, dict):
+        raise MissingInputError("its state_dict is none")
+    return {key: v for key, v in state.items() if isinstance(key, str) and isinstance(v, View)}
 
 
 def _collect(
@@ -319,12 +322,7 @@ def _collect(
     wanted: Wanted,
 ) -> TorchFile:
     """Reads the tensors that are wanted, each storage once."""
-    if not isinstance(loaded, dict):
-        raise MissingInputError(f"holds a {type(loaded).__name__.strip('_')}, not a state dict")
-    state = loaded.get("state_dict", loaded)
-    if not isinstance(state, dict):
-        raise MissingInputError("its state_dict is none")
-    views = {key: v for key, v in state.items() if isinstance(key, str) and isinstance(v, View)}
+    views = _views(loaded)
     chosen = {key: views[key] for key in wanted(views)}
     needed = {view.storage for view in chosen.values()}
     size = sum(view.numel * view.storage.dtype.itemsize for view in chosen.values())

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 from safetensors.torch import save_file
 from samples import load_discriminator
@@ -143,6 +144,15 @@ def _unit(name, shape):
 def vgg(vgg_file):
     """LPIPS on that VGG16, in float64."""
     return perceptual.lpips_vgg(vgg_file).double()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Shards and weights that the tiny runs of a file share, and a place for them."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs.make_shards(folder)
+    runs.make_weights(folder / "model.ckpt")
+    return folder
 
 
 @pytest.fixture

@@ -94,10 +94,10 @@ def test_largest_batch_is_found(largest, start):
 
 
 @pytest.mark.parametrize(
-    ("wait", "share", "text"), [(0.1, 0.9, "data"), (0, 0.6, "arithmetic"), (0, 0.2, "decode")]
+    ("wait", "share", "text"), [(0.3, 0.9, "data"), (0, 0.6, "arithmetic"), (0, 0.2, "decode")]
 )
 def test_limit_names_what_to_look_at(wait, share, text):
-    assert text in benchmark.limit({"encode": 1, "decode": 2}, wait, share)
+    assert text in benchmark.limit({"data": wait, "encode": 1, "decode": 2}, share)
 
 
 def test_cuda_without_a_gpu_is_refused(tiny):

@@ -78,6 +78,15 @@ def test_an_export_has_a_card_without_scores_and_without_a_license(exported):
     assert "mse + " in text or "l1 + " in text
 
 
+def test_it_names_the_base_weights(exported):
+    digest = checkpoint.file_sha256(exported.parents[1] / "model.ckpt")
+    text = (exported / "README.md").read_text()
+    assert f"| base weights | model.ckpt, SHA-256 {digest} |" in text
+    record = json.loads((exported / "export.json").read_text())
+    older = record | {"base_name": "unknown", "base_sha256": "unknown"}
+    assert "| base weights | unknown |" in card.model_card(samples.recipe("demo"), older)
+
+
 def test_only_kl_f8s_own_shape_is_offered_to_stable_diffusion(exported):
     small = (exported / "README.md").read_text()
     assert "does not fit Stable Diffusion" in small
@@ -141,7 +150,7 @@ def test_table_protocol_hashes_and_strip(folder, scores):
     values = json.loads(scores.read_text())
     assert "| model | iteration | rFID | PSNR | SSIM | PSIM | LPIPS |" in text
     assert re.search(r"\| \*\*ft-EMA\*\* \| 560,001 \| not measured \| \d\d\.\d\d \+/- ", text)
-    assert "rFID: not measured, no &lt;Inception> weights" in text
+    assert "- Not measured: rFID (no &lt;Inception> weights: fetch them).\n" in text
     assert "rFID on fewer than 2,048 images is biased" in text
     assert values["images_sha256"] in text
     assert "| posterior | sampled, seed 0 |" in text

@@ -31,14 +31,6 @@ SYNCED = ("adversarial.sync_batchnorm=true",)
 STEADY = ("optimizer.eps=1.0",)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    runs.make_shards(folder)
-    runs.make_weights(folder / "model.ckpt")
-    return folder
-
-
 def around_iterations(watch: Any) -> None:
     """Makes every iteration of this process run inside `watch(finetuner, batch)`."""
     original = Finetuner.run_iteration

@@ -19,15 +19,6 @@ from kl_f8_train.losses import reconstruction_loss
 from kl_f8_train.train import train
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards and weights that the runs of this file share."""
-    folder = tmp_path_factory.mktemp("doctor")
-    runs.make_shards(folder)
-    runs.make_weights(folder / "model.ckpt")
-    return folder
-
-
 def listing(folder: Path) -> dict[str, str]:
     """Every file below a folder, hashed."""
     return {str(p): checkpoint.file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}

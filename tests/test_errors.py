@@ -434,20 +434,17 @@ def test_interrupted_while_it_loads(world):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(folder):
     """A folder with photographs, shards, weights, a finished run, its export, and broken ones."""
-    here = tmp_path_factory.mktemp("errors")
-    runs.make_shards(here)
-    runs.make_weights(here / "model.ckpt")
-    runs.make_weights(here / "wide.ckpt", ch=64)
+    runs.make_weights(folder / "wide.ckpt", ch=64)
     for command in (f"{TRAIN} {INPUTS} run_dir=run", "export run --out export"):
-        code, text, _ = answer(here, command)
+        code, text, _ = answer(folder, command)
         assert code == 0, text
-    _break_weights(here)
-    _break_data(here)
+    _break_weights(folder)
+    _break_data(folder)
     for name, text in RECIPES.items():
-        (here / f"{name}.yaml").write_text(text)
-    return here
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
 
 
 class _Hostile:

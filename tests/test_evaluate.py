@@ -131,7 +131,7 @@ def test_table_has_the_protocol_and_hashes_below(folder, single):
     assert lines[1].count("---") == lines[0].count("|") - 1
     mean, std = single["models"]["a"]["psnr"].values()
     assert lines[2].startswith(f"| a | 7 | not measured | {mean:.2f} +/- {std:.2f} |")
-    for part in ("Protocol card", "posterior sampled, seed 0", "Not measured: psim, lpips (the st"):
+    for part in ("Protocol card", "posterior sampled, seed 0", "Not measured: PSIM, LPIPS (the st"):
         assert part in text
     for digest in (single["images_sha256"], *(w["sha256"] for w in single["weights"].values())):
         assert digest[:12] in text
@@ -519,27 +519,6 @@ def test_images_are_resized_and_cut_in_the_centre(tmp_path):
     assert torch.equal(sample.image, resized[:, :, 16:80])
 
 
-def test_load_images_names_what_it_leaves_out(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "b.png").write_bytes(samples.encode(samples.noise_picture(1), "PNG"))
-    (tmp_path / "sub" / "a.jpg").write_bytes(samples.encode(samples.noise_picture(2), "JPEG"))
-    (tmp_path / "broken.jpg").write_bytes(b"no image")
-    said: list[str] = []
-    found = evaluate.load_images(tmp_path, 32, said.append)
-    assert list(found) == ["b.png", "sub/a.jpg"]
-    assert {tuple(image.shape) for image in found.values()} == {(3, 32, 32)}
-    assert len(said) == 1
-    assert "broken.jpg" in said[0]
-    assert list(evaluate.load_images(tmp_path, 32, said.append, most=1)) == ["b.png"]
-    assert len(said) == 1  # the broken one comes behind it
-
-
-@pytest.mark.parametrize("name", ["", "absent"])
-def test_load_images_of_nothing(tmp_path, name):
-    with pytest.raises(MissingInputError, match="no images in"):
-        evaluate.load_images(tmp_path / name, 32)
-
-
 def test_nothing_usable_is_a_failure(folder, tmp_path):
     (tmp_path / "x.png").write_bytes(b"no image")
     with pytest.raises(RunFailedError, match=r"no image of .* can be used: x.png"):
@@ -556,11 +535,14 @@ def test_without_networks_the_rest_is_measured(folder, capsys, monkeypatch):
     result = run(folder, "without", perceptual_name="lpips_vgg", limit=2)
     assert result["models"]["a"]["lpips"] is result["models"]["a"]["psim"] is None
     assert result["models"]["a"]["psnr"]["mean"] > 0
-    assert "VGG16" in result["unmeasured"]["lpips"]
-    assert "kl-f8-train fetch" in result["unmeasured"]["rfid"]
+    vgg, inception = "no file of VGG16's features", "no file of Inception of 2015-12-05"
+    assert result["unmeasured"] == {"psim": vgg, "lpips": vgg, "rfid": inception}
     assert "st_lpips" not in result["models"]["a"]
     output = capsys.readouterr().out
-    assert "not measured: no file of VGG16" in output
+    assert f"not measured: PSIM, LPIPS: {vgg}; `kl-f8-train fetch`" in output
+    assert f"not measured: rFID: {inception}; `kl-f8-train fetch`" in output
+    assert output.count("kl-f8-train fetch") == 2  # the table below has the reasons alone
+    assert f"Not measured: PSIM, LPIPS ({vgg}).\n" in output
     assert str(folder / "empty") in output
     for wrong in ({"vgg": "absent"}, {"inception": "absent"}):
         with pytest.raises(MissingInputError, match="absent"):

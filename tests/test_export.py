@@ -33,11 +33,8 @@ from kl_f8_train.train import train
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(folder: Path) -> Path:
     """A short run and its export."""
-    folder = tmp_path_factory.mktemp("export")
-    runs.make_shards(folder)
-    runs.make_weights(folder / "model.ckpt")
     train(runs.recipe(folder, "run", "stop_iteration=103", "name=tiny"))
     export(folder / "run")
     return folder

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from kl_f8_train import images
-from kl_f8_train.errors import ImageError
+from kl_f8_train.errors import ImageError, MissingInputError
 
 PICTURE = samples.noise_picture(0, 40, 56)
 
@@ -421,7 +421,7 @@ import resource, sys, time
 import numpy as np, torch
 import test_images
 from kl_f8_train import images
-from kl_f8_train.errors import ImageError
+from kl_f8_train.errors import ImageError, MissingInputError
 torch.set_num_threads(1)
 random = np.random.RandomState(int(sys.argv[1]))
 seeds, counts, slowest = test_images.fuzz_seeds(), [0, 0], 0.0
@@ -602,3 +602,23 @@ def test_list_folder(tmp_path):
         file.write_bytes(b"")
     found = [str(p.relative_to(tmp_path)) for p in images.list_folder(tmp_path)]
     assert found == ["b/A.PNG", "folder.jpg/x.tif", "m.WebP", "z.jpg"]
+
+
+def test_a_folders_first_images_name_what_is_left_out(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.png", "sub/a.png", "sub/c.png"):
+        (tmp_path / name).write_bytes(samples.encode(samples.noise_picture(len(name)), "PNG"))
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / "sub" / "d.jpg").write_bytes(b"not looked at")
+    said: list[str] = []
+    found = images.load_folder(tmp_path, 32, 3, said.append)
+    assert [tuple(image.shape) for image in found] == 3 * [(3, 32, 32)]
+    assert torch.equal(found[0], images.square((tmp_path / "b.png").read_bytes(), 32))
+    assert len(said) == 1
+    assert "broken.jpg" in said[0]
+
+
+@pytest.mark.parametrize("name", ["", "absent"])
+def test_a_folder_without_images(tmp_path, name):
+    with pytest.raises(MissingInputError, match="no images in"):
+        images.load_folder(tmp_path / name, 32, 3)

@@ -28,15 +28,6 @@ from kl_f8_train.train import train
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards and weights that the runs of this file share."""
-    folder = tmp_path_factory.mktemp("runs")
-    runs.make_shards(folder)
-    runs.make_weights(folder / "model.ckpt")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def undisturbed(folder: Path) -> checkpoint.Contents:
     """Eight iterations without a break."""
     assert train(runs.recipe(folder, "undisturbed", "stop_iteration=108")) == 0
