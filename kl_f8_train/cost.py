@@ -166,19 +166,18 @@ def peak_bytes(config: Config, batch: int, element_bytes: float | None = None) -
 
 
 def largest_batch(config: Config, memory_bytes: float, element_bytes: float | None = None) -> int:
-    """Images per micro-batch that fit, by `peak_bytes` and a tenth of the memory left free."""
+    """Images per micro-batch that fit, by `peak_bytes` and HEADROOM_BYTES."""
     first, second = (peak_bytes(config, batch, element_bytes) for batch in (0, 1))
-    return max(0, int((0.9 * memory_bytes - first) // (second - first)))
+    return max(0, int((memory_bytes - HEADROOM_BYTES - first) // (second - first)))
 
 
 def largest_divisor(config: Config, share: int, memory_bytes: float) -> int:
     """The largest divisor of `share`, a device's images of an iteration, that fits as micro-batch.
 
-    By `peak_bytes` and HEADROOM_BYTES; 0 if not even one image fits.
+    0 if not even one image fits.
     """
-    room = memory_bytes - HEADROOM_BYTES
-    divisors = (n for n in range(1, share + 1) if share % n == 0)
-    return max((n for n in divisors if peak_bytes(config, n) <= room), default=0)
+    most = min(share, largest_batch(config, memory_bytes))
+    return max((n for n in range(1, most + 1) if share % n == 0), default=0)
 
 
 def _bytes(config: Config, element_bytes: float | None) -> float:

@@ -265,12 +265,12 @@ def rate_table(work: Workload, every: int) -> str:
 
 
 def memory_table(configs: Sequence[Config]) -> str:
-    """Memory of an iteration for each micro-batch, and whom it fits with a tenth to spare."""
+    """Memory of an iteration for each micro-batch, and whom it fits with 2 GiB to spare."""
     head = ("images per micro-batch", *(f"{config.name}, GB" for config in configs), "fits both")
     rows = []
     for batch in MICRO_BATCHES:
         needed = [cost.peak_bytes(config, batch) for config in configs]
-        fits = [gpu.name for gpu in GPUS if max(needed) < 0.9 * gpu.memory_bytes]
+        fits = [gpu.name for gpu in GPUS if max(needed) + cost.HEADROOM_BYTES <= gpu.memory_bytes]
         rows.append(
             (str(batch), *(f"{n / 1e9:.1f}" for n in needed), ", ".join(fits) or "none of these")
         )
