@@ -4,10 +4,11 @@ The copy keeps the file's own types, texts and everything that is not the VAE, b
 """
 
 import json
+import math
 import shutil
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,8 +75,8 @@ def inject(vae: Path, into: Path, out: Path, force: bool = False) -> list[str]:
             _write_zip(into, temporary, places, tensors)
         else:
             _write_safetensors(into, temporary, places, tensors)
-        for key, tensor in tensors.items():
-            if not torch.equal(_load(temporary, places[key]), tensor):
+        for key, tensor in _read(temporary, places):
+            if not torch.equal(tensor, tensors[key]):
                 raise RunFailedError(f"{key} does not read back as written")
     types = sorted({str(place.dtype).removeprefix("torch.") for place in places.values()})
     return [
@@ -90,8 +91,9 @@ def _compare_encoders(
     into: Path, places: Mapping[str, Place], tensors: Mapping[str, Tensor]
 ) -> str:
     """Whether latents stay what they were for this checkpoint."""
-    frozen = [key for key in places if key.startswith(tuple(f"{name}." for name in FROZEN))]
-    before = checkpoint.frozen_sha256({key: _load(into, places[key]) for key in frozen})
+    parts = tuple(f"{name}." for name in FROZEN)
+    frozen = {key: place for key, place in places.items() if key.startswith(parts)}
+    before = checkpoint.frozen_sha256(dict(_read(into, frozen)))
     after = checkpoint.frozen_sha256({key: tensors[key] for key in frozen})
     if before == after:
         return f"the encoder is the checkpoint's own (SHA-256 {before[:12]}): latents stay"
@@ -102,16 +104,17 @@ def _compare_encoders(
     )
 
 
-def _load(path: Path, place: Place) -> Tensor:
-    """One tensor of a file, contiguous."""
-    if place.record:
-        with zipfile.ZipFile(path) as archive:
-            data = bytearray(archive.read(place.record))
-        return _view(data, place).contiguous()
-    size = place.dtype.itemsize * torch.Size(place.shape).numel()
-    with path.open("rb") as file:
-        file.seek(place.start)
-        return torch.frombuffer(bytearray(file.read(size)), dtype=place.dtype).view(place.shape)
+def _read(path: Path, places: Mapping[str, Place]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file one by one, contiguous, with their names."""
+    is_zip = any(place.record for place in places.values())
+    with zipfile.ZipFile(path) if is_zip else path.open("rb") as file:
+        for key, place in places.items():
+            if isinstance(file, zipfile.ZipFile):
+                yield key, _view(bytearray(file.read(place.record)), place).contiguous()
+                continue
+            file.seek(place.start)
+            data = bytearray(file.read(place.dtype.itemsize * math.prod(place.shape)))
+            yield key, torch.frombuffer(data, dtype=place.dtype).view(place.shape)
 
 
 def _view(record: bytearray, place: Place) -> Tensor:
