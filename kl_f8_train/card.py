@@ -316,6 +316,8 @@ def _training(settings: Config, record: Mapping[str, Any]) -> str:
         "precision": settings.precision,
         "data, shares": ", ".join(f"{key} ({s.weight:g})" for key, s in data.sources.items()),
     }
+    if record.get("changes"):
+        rows["changed on the way"] = "; ".join(record["changes"])
     return "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
 
 

@@ -201,7 +201,7 @@ class Config:
 
     name: str = setting("name of the run and of its exported files")
     run_dir: str = setting("directory of the run", machine=True)
-    stop_iteration: int = setting("iteration at which the run ends")
+    stop_iteration: int = setting("iteration at which the run ends", machine=True)
     global_batch: int = setting("images per iteration, over all GPUs and micro-batches")
     seed: int = setting("seed of order, crops and noise", 0)
     precision: Literal["float32", "bfloat16"] = setting("autocast type; weights stay float32")

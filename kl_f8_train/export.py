@@ -85,6 +85,7 @@ def export(
         "source": header.path.name,
         "averaged": averaged,
         **state.stored_base(header.metadata),
+        "changes": state.stored_changes(header.metadata),
         "ema_decay": settings.ema.decay,
         "config_sha256": hashlib.sha256(header.metadata["config"].encode()).hexdigest(),
         "frozen_sha256": frozen,
@@ -243,6 +244,7 @@ def _metadata(
         "kl_f8_train.weights": record["weights"],
         **{f"kl_f8_train.{key}": str(record[key]) for key in ours},
         **({"kl_f8_train.averaged": ", ".join(record["averaged"])} if record["averaged"] else {}),
+        **({"kl_f8_train.changes": "; ".join(record["changes"])} if record["changes"] else {}),
         "kl_f8_train.config": header.metadata["config"],
     }
 

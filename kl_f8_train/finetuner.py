@@ -80,6 +80,7 @@ class Finetuner(LightningModule):
         self.prepared_optimizers: list[Adam] = []
         self.data_digest = ""  # of the sources' counts
         self.base: dict[str, str] = {}  # name and SHA-256 of the imported file
+        self.changes: list[str] = []  # of the recipe, on resuming
         self.phase_ended: Callable[[str], None] = nothing  # a benchmark's clock
         if compute.compiles(config.compute):
             compute.compile_networks(autoencoder, discriminator, perceptual)

@@ -44,6 +44,7 @@ def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: st
         "ema_updates": str(finetuner.ema_updates),
         "frozen_sha256": frozen,
         **finetuner.base,
+        "changes": "\n".join(finetuner.changes),
         **content_sha256(tensors),
         "config": json.dumps(config.to_dict(finetuner.config)),
     }
@@ -76,6 +77,11 @@ def base(path: Path) -> dict[str, str]:
 def stored_base(metadata: dict[str, str]) -> dict[str, str]:
     """Name and SHA-256 of the file a run started from; older checkpoints do not know."""
     return {key: metadata.get(key, "unknown") for key in ("base_name", "base_sha256")}
+
+
+def stored_changes(metadata: dict[str, str]) -> list[str]:
+    """Lines `from iteration N: key: old -> new`: what of the recipe was changed on resuming."""
+    return metadata.get("changes", "").splitlines()
 
 
 def content_sha256(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -122,6 +128,7 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: checkpoint.C
     finetuner.warmup_left = int(metadata["warmup_left"])
     finetuner.ema_updates = int(metadata["ema_updates"])
     finetuner.base = stored_base(metadata)
+    finetuner.changes = stored_changes(metadata)
     frozen = frozen_sha256(finetuner.autoencoder.state_dict())
     if frozen != metadata["frozen_sha256"]:
         raise MissingInputError(f"{contents.path}: its encoder does not match its own hash")

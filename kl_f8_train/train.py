@@ -200,6 +200,10 @@ def start_or_resume(settings: Config, run_dir: Path, allow_changes: bool) -> tup
         finetuner.prepared_optimizers = build_optimizers(finetuner)
         frozen = state.restore(finetuner, finetuner.prepared_optimizers, contents)
         say(f"resuming {path.name}")
+        for change in changes:
+            line = " ".join(f"from iteration {finetuner.iteration:,}: {change}".split())
+            finetuner.changes.append(line)
+            say(f"  {line}")
         return finetuner, frozen
     if found:
         raise MissingInputError(

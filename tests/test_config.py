@@ -107,7 +107,6 @@ def test_the_recipes_differ_only_where_the_card_says():
     }
     assert {key for key in changed if not key.startswith("adversarial")} == {
         "name",
-        "stop_iteration",
         "init.iteration",
         "loss.pixel",
         "loss.perceptual_weight",

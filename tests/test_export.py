@@ -277,13 +277,19 @@ def test_the_metadata_tell_where_the_weights_come_from(folder):
     assert record["half_precision"]["images"].startswith("3 photographs of scikit-image")
 
 
-def test_a_resumed_run_still_knows_its_base(folder):
+def test_a_resumed_run_still_knows_its_base_and_what_was_changed(folder):
     for stop in (101, 102):
-        settings = runs.recipe(folder, "resumed", *runs.NO_ADVERSARIAL, f"stop_iteration={stop}")
-        train(settings, allow_changes=True)
+        extra = (*runs.NO_ADVERSARIAL, f"stop_iteration={stop}", f"ema.decay=0.{stop}")
+        train(runs.recipe(folder, "resumed", *extra), allow_changes=True)
     metadata = runs.final_state(folder, "resumed").metadata
     assert metadata["iteration"] == "102"
     assert metadata["base_sha256"] == checkpoint.file_sha256(folder / "model.ckpt")
+    out = export(folder / "resumed", layouts=["safetensors"])
+    change = "from iteration 101: ema.decay: 0.101 -> 0.102"
+    assert json.loads((out / "export.json").read_text())["changes"] == [change]
+    assert f"| changed on the way | {change} |" in (out / "README.md").read_text()
+    exported = checkpoint.read(next(out.glob("*.safetensors"))).metadata
+    assert exported["kl_f8_train.changes"] == change
 
 
 def changed_checkpoint(folder: Path, path: Path, change=None, **metadata: str) -> Path:

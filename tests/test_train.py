@@ -21,7 +21,7 @@ import runs
 import samples
 import torch
 
-from kl_f8_train import checkpoint, demo
+from kl_f8_train import checkpoint, demo, state
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.train import train
@@ -71,11 +71,24 @@ def test_every_trained_tensor_moved_and_no_frozen_one(folder, undisturbed):
 
 def test_stopping_and_resuming_equals_not_stopping(folder, undisturbed):
     train(runs.recipe(folder, "twice", "stop_iteration=103"))
-    settings = runs.recipe(folder, "twice", "stop_iteration=108")
-    with pytest.raises(UsageError, match="stop_iteration: 103 -> 108"):
-        train(settings)
-    assert train(settings, allow_changes=True) == 0
+    assert train(runs.recipe(folder, "twice", "stop_iteration=108")) == 0
     runs.assert_same_state(runs.final_state(folder, "twice"), undisturbed)
+
+
+def test_another_recipe_is_refused_or_remembered(folder, capsys):
+    train(runs.recipe(folder, "changed", *runs.NO_ADVERSARIAL, "stop_iteration=101"))
+    extra = (*runs.NO_ADVERSARIAL, "optimizer.learning_rate=1e-5")
+    settings = runs.recipe(folder, "changed", *extra, "stop_iteration=102")
+    change = "optimizer.learning_rate: 0.0002 -> 1e-05"
+    with pytest.raises(UsageError, match=change):
+        train(settings)
+    train(settings, allow_changes=True)
+    assert f"from iteration 101: {change}\n" in capsys.readouterr().out
+    train(runs.recipe(folder, "changed", *extra, "stop_iteration=103", "data.flip=true"), True)
+    assert state.stored_changes(runs.final_state(folder, "changed").metadata) == [
+        f"from iteration 101: {change}",
+        "from iteration 102: data.flip: False -> True",
+    ]
 
 
 @pytest.mark.slow
@@ -106,7 +119,7 @@ def test_one_run_directory_is_for_one_run_at_a_time(folder):
         train(runs.recipe(folder, "claimed", "stop_iteration=9000"))
     process.kill()  # the claim ends with it
     process.communicate()
-    assert train(runs.recipe(folder, "claimed", "stop_iteration=103"), allow_changes=True) == 0
+    assert train(runs.recipe(folder, "claimed", "stop_iteration=103")) == 0
 
 
 @pytest.mark.slow
