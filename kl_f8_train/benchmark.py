@@ -231,6 +231,9 @@ def iteration_of(finetuner: Finetuner, device: torch.device) -> Iteration:
 
 def open_batches(config: Config, size: int, notes: list[str]) -> Iterator[Batch]:
     """Endless batches of the configured data, or one of random images again and again."""
+    if not config.data.sources:
+        notes.append("random images: no data.sources given")
+        return _random_batches(config, size)
     settings = replace(config, global_batch=size)
     try:
         dataset = PositionDataset(*open_data(settings, notes.append), settings)
