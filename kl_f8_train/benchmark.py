@@ -77,6 +77,7 @@ class Variant:
 # --- the verb -------------------------------------------------------------------------------
 
 
+@compute.with_remedy()
 def benchmark(
     config: Config,
     iterations: int = 10,
@@ -86,7 +87,8 @@ def benchmark(
     """Measures an iteration of `config` on this machine and returns the figures.
 
     With `against` the original's order and diffusers' modules (if installed) run beside it.
-    Raises UsageError if CUDA is asked for and not there.
+    Raises UsageError if CUDA is asked for and not there, RunFailedError with the remedy if memory
+    runs out.
     """
     device = find_device(config)
     size = batch_size(config, device)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kl_f8_train import benchmark, cost
+from kl_f8_train.__main__ import main
 from kl_f8_train.data import Batch
 from kl_f8_train.errors import UsageError
 
@@ -50,6 +51,15 @@ def test_figures_become_text(tiny):
     assert "limited by: " in text
     assert "random images: data.sources." in text
     assert len(lines) == 1
+
+
+def test_out_of_memory_says_what_to_change(capsys):
+    """More bytes than there are addresses."""
+    batch = [f"{key}={10**11}" for key in ("global_batch", "compute.per_device_batch")]
+    assert main(["benchmark", "demo", *TINY, *batch]) == 4
+    error = capsys.readouterr().err
+    assert "halve compute.per_device_batch" in error
+    assert "unexpected" not in error
 
 
 def test_original_order_takes_the_originals_arithmetic(tiny):
