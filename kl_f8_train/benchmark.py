@@ -13,19 +13,20 @@ import statistics
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from kl_f8_train import compute, cost, perceptual
+from kl_f8_train import __version__, compute, cost, perceptual
 from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.data import Batch, IterationSampler, PositionDataset, loader, open_data
 from kl_f8_train.discriminator import Discriminator, initialize
@@ -39,6 +40,7 @@ from kl_f8_train.losses import (
     reconstruction_loss,
 )
 from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.units import counted
 
 WARM_UP = 3  # iterations before the clock starts: kernels are chosen, and compiled
 PHASES = ("data", "encode", "decode", "losses", "backward", "discriminator", "optimizer", "ema")
@@ -117,6 +119,12 @@ def benchmark(
         variant.run(batch)
     phases = measure(variants, finetuner, batches, device, iterations)
     rates = {name: matmul_rate(device, kind) for name, kind in PRECISIONS.items()}
+    cpu_seconds = statistics.median(variants[0].cpu_seconds)
+    if device.type == "cpu" and is_busy(variants[0].median, cpu_seconds, torch.get_num_threads()):
+        notes.append(
+            "the threads waited for a fifth of the time or more: the machine is busy, or the "
+            "images too few for so many threads; the figures are rough"
+        )
     images_per_second = size / (variants[0].median + 1e-3 * phases["data"])
     achieved = counted * images_per_second
     share = achieved / rates[config.precision]
@@ -125,7 +133,10 @@ def benchmark(
         "precision": config.precision,
         "batch": size,
         "crop": config.data.crop,
+        "iterations": iterations,
         "images_per_second": images_per_second,
+        "seconds_quartiles": quartiles(variants[0].seconds),
+        "cpu_seconds": cpu_seconds,
         "flops_per_image": counted,
         "flops_floor": cost.flops_per_image(config),
         "flops_per_second": achieved,
@@ -142,6 +153,12 @@ def benchmark(
         "recompiles_after_warm_up": compiled_graphs() - graphs,
         "synchronizations": synchronizations(ours, batch, device),
         "variants": [variant.figures(size, variants[0]) for variant in variants],
+        "settings": {
+            "name": config.name,
+            "model": asdict(config.model),
+            "compute": asdict(config.compute),
+        },
+        "versions": {"kl_f8_train": __version__, "torch": str(torch.__version__)},
         "notes": notes,
     }
 
@@ -151,10 +168,13 @@ def describe(result: Mapping[str, Any]) -> str:
     phases = result["phases_ms"]
     total = sum(phases.values())
     rates = result["matmul_flops_per_second"]
+    first, median, third = result["seconds_quartiles"]
     giga = 1e9
     lines = [
         f"{result['images_per_second']:.3g} images/s, {result['batch']} at a time; "
-        f"{total:.0f} ms an iteration, first one after {result['first_iteration_seconds']:.0f} s",
+        f"{counted(result['iterations'], 'iteration', 's')} of {median:.3g} s (median; quartiles "
+        f"{first:.3g} and {third:.3g} s), the first one after "
+        f"{result['first_iteration_seconds']:.0f} s",
         *(f"  {name:14}{ms:10.1f} ms {ms / total:6.1%}" for name, ms in phases.items()),
         f"arithmetic: {result['flops_per_image'] / giga:,.1f} GFLOP an image, floor "
         f"{result['flops_floor'] / giga:,.1f}; {result['flops_per_second'] / giga:,.0f} GFLOP/s, "
@@ -186,10 +206,22 @@ def limit(phases: Mapping[str, float], share: float) -> str:
     wait = phases["data"] / sum(phases.values())
     if wait > 0.02:
         return f"data: {wait:.0%} of the time; raise data.workers"
-    if share > 0.5:
+    if share > 0.6:
         return f"arithmetic: {share:.0%} of the matmul rate"
+    if share >= 0.4:
+        return f"arithmetic and memory traffic alike: {share:.0%} of the matmul rate"
     slowest = max(phases, key=lambda name: phases[name])
     return f"memory traffic and launches: {share:.0%} of the matmul rate; most time in {slowest}"
+
+
+def quartiles(seconds: Sequence[float]) -> list[float]:
+    """25 %, 50 % and 75 %, of one number or more."""
+    return list(np.quantile(seconds, (0.25, 0.5, 0.75)).tolist())
+
+
+def is_busy(seconds: float, cpu_seconds: float, threads: int) -> bool:
+    """Whether the clock went on for a quarter longer than the threads computed."""
+    return seconds > 1.25 * cpu_seconds / threads
 
 
 # --- parts ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from kl_f8_train import benchmark, cost
+from kl_f8_train import __version__, benchmark, cost
 from kl_f8_train.__main__ import main
 from kl_f8_train.data import Batch
 from kl_f8_train.errors import UsageError
@@ -41,13 +41,21 @@ def test_json_is_one_object_with_everything():
         expected = ours["images_per_second"] / variant["images_per_second"]
         assert variant["ratio"] == pytest.approx(expected)
     assert "random images: no data.sources given" in result["notes"]
+    first, median, third = result["seconds_quartiles"]
+    assert 0 < first <= median <= third
+    assert result["iterations"] == 2
+    assert result["cpu_seconds"] > 0
+    assert result["settings"]["name"] == "ft_ema"
+    assert result["settings"]["model"]["ch"] == 32
+    assert result["settings"]["compute"]["checkpoint_levels"] == 0
+    assert result["versions"] == {"kl_f8_train": __version__, "torch": torch.__version__}
 
 
 def test_figures_become_text(tiny):
     lines = []
     config = tiny("demo", *TINY, "compute.per_device_batch=1", "adversarial.n_layers=1")
     text = benchmark.describe(benchmark.benchmark(config, iterations=1, say=lines.append))
-    assert "images/s" in text
+    assert "images/s, 1 at a time; 1 iteration of " in text
     assert "limited by: " in text
     assert "random images: data.sources." in text
     assert len(lines) == 1
@@ -104,10 +112,30 @@ def test_largest_batch_is_found(largest, start):
 
 
 @pytest.mark.parametrize(
-    ("wait", "share", "text"), [(0.3, 0.9, "data"), (0, 0.6, "arithmetic"), (0, 0.2, "decode")]
+    ("wait", "share", "text"),
+    [
+        (0.3, 0.9, "data: 9% of the time"),
+        (0, 0.61, "arithmetic: 61%"),
+        (0, 0.59, "arithmetic and memory traffic alike: 59%"),
+        (0, 0.41, "arithmetic and memory traffic alike: 41%"),
+        (0, 0.39, "memory traffic and launches: 39% of the matmul rate; most time in decode"),
+    ],
 )
 def test_limit_names_what_to_look_at(wait, share, text):
-    assert text in benchmark.limit({"data": wait, "encode": 1, "decode": 2}, share)
+    assert benchmark.limit({"data": wait, "encode": 1, "decode": 2}, share).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cpu_seconds", "threads", "busy"),
+    [(1, 0.9, 1, False), (1, 0.7, 1, True), (1, 1.9, 2, False), (1, 1.5, 2, True)],
+)
+def test_busy_is_a_quarter_more_than_the_threads_computed(seconds, cpu_seconds, threads, busy):
+    assert benchmark.is_busy(seconds, cpu_seconds, threads) is busy
+
+
+def test_quartiles():
+    assert benchmark.quartiles([5, 1, 2, 4, 3]) == [2, 3, 4]
+    assert benchmark.quartiles([0.5]) == [0.5, 0.5, 0.5]
 
 
 def test_cuda_without_a_gpu_is_refused(tiny):
