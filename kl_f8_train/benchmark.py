@@ -40,7 +40,7 @@ from kl_f8_train.losses import (
     reconstruction_loss,
 )
 from kl_f8_train.model import AutoencoderKL
-from kl_f8_train.units import counted
+from kl_f8_train.units import counted, duration
 
 WARM_UP = 3  # iterations before the clock starts: kernels are chosen, and compiled
 PHASES = ("data", "encode", "decode", "losses", "backward", "discriminator", "optimizer", "ema")
@@ -104,10 +104,15 @@ def benchmark(
 
     batch = next(batches).to(device)
     reset_peak(device)
-    ours(batch)
-    synchronize(device)
+    first_seconds = timed(ours, batch, device)
     first_iteration = time.perf_counter() - began
-    counted = count_flops(ours, batch) / size
+    left = WARM_UP - 1 + iterations
+    say(
+        f"the first iteration took {first_seconds:.2g} s; {left} more take "
+        f"{'at most' if compute.compiles(config.compute) else 'about'} "
+        f"{duration(left * first_seconds)}{', without those of --against' * against}"
+    )
+    flops_per_image = count_flops(ours, batch) / size
     for _ in range(WARM_UP - 2):
         ours(batch)
     graphs = compiled_graphs()
@@ -115,8 +120,11 @@ def benchmark(
     variants = [Variant("ours", ours)]
     if against:
         variants += reference_variants(config, device, say)
-    for variant in variants[1:]:
-        variant.run(batch)
+        turn = sum(timed(variant.run, batch, device) for variant in variants)
+        say(
+            f"a turn of {counted(len(variants), 'variant', 's')} takes {turn:.2g} s; "
+            f"{iterations} take about {duration(iterations * turn)}"
+        )
     phases = measure(variants, finetuner, batches, device, iterations)
     rates = {name: matmul_rate(device, kind) for name, kind in PRECISIONS.items()}
     cpu_seconds = statistics.median(variants[0].cpu_seconds)
@@ -126,7 +134,7 @@ def benchmark(
             "images too few for so many threads; the figures are rough"
         )
     images_per_second = size / (variants[0].median + 1e-3 * phases["data"])
-    achieved = counted * images_per_second
+    achieved = flops_per_image * images_per_second
     share = achieved / rates[config.precision]
     return {
         "device": device_name(device),
@@ -137,7 +145,7 @@ def benchmark(
         "images_per_second": images_per_second,
         "seconds_quartiles": quartiles(variants[0].seconds),
         "cpu_seconds": cpu_seconds,
-        "flops_per_image": counted,
+        "flops_per_image": flops_per_image,
         "flops_floor": cost.flops_per_image(config),
         "flops_per_second": achieved,
         "matmul_flops_per_second": rates,
@@ -326,6 +334,15 @@ def measure(
                 for name, value in clock.read().items():
                     milliseconds[name].append(value)
     return {name: statistics.median(milliseconds[name]) for name in PHASES if name in milliseconds}
+
+
+def timed(run: Iteration, batch: Batch, device: torch.device) -> float:
+    """Seconds of one iteration."""
+    synchronize(device)
+    began = time.perf_counter()
+    run(batch)
+    synchronize(device)
+    return time.perf_counter() - began
 
 
 class Clock:

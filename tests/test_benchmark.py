@@ -1,6 +1,7 @@
 """The verb on a tiny recipe: one JSON object, figures that hang together, variants in turns."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -26,6 +27,8 @@ def test_json_is_one_object_with_everything():
         check=True,
     )
     result = json.loads(done.stdout)
+    assert "; 4 more take about " in done.stderr
+    assert re.search(r"a turn of 3 variants takes [\d.]+ s; 2 take about ", done.stderr)
     assert result["flops_per_image"] == pytest.approx(result["flops_floor"], rel=0.02)
     assert result["images_per_second"] > 0
     assert result["peak_memory_bytes"] > 4 * 1_000_000
@@ -58,7 +61,8 @@ def test_figures_become_text(tiny):
     assert "images/s, 1 at a time; 1 iteration of " in text
     assert "limited by: " in text
     assert "random images: data.sources." in text
-    assert len(lines) == 1
+    assert re.fullmatch(r"the first iteration took [\d.e-]+ s; 3 more take about \d+ s", lines[1])
+    assert len(lines) == 2
 
 
 def test_out_of_memory_says_what_to_change(capsys):
