@@ -2,8 +2,10 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from kl_f8_train.__main__ import main
 from kl_f8_train.data import Batch
 from kl_f8_train.errors import UsageError
 
+ROOT = Path(__file__).parents[1]
+DOCS = (ROOT / "docs" / "performance.md").read_text()
 TINY = ["model.ch_mult=1,1", "data.crop=32", "precision=float32", "model.ch=32"]
 
 
@@ -57,12 +61,26 @@ def test_json_is_one_object_with_everything():
 def test_figures_become_text(tiny):
     lines = []
     config = tiny("demo", *TINY, "compute.per_device_batch=1", "adversarial.n_layers=1")
-    text = benchmark.describe(benchmark.benchmark(config, iterations=1, say=lines.append))
+    result = benchmark.benchmark(config, iterations=1, say=lines.append)
+    text = benchmark.describe(result)
     assert "images/s, 1 at a time; 1 iteration of " in text
     assert "limited by: " in text
     assert "random images: data.sources." in text
     assert re.fullmatch(r"the first iteration took [\d.e-]+ s; 3 more take about \d+ s", lines[1])
     assert len(lines) == 2
+    assert [key for key in result if f"`{key}`" not in DOCS] == []
+
+
+def test_the_documentation_has_the_computed_tables():
+    """Anew: python tests/benchmarks/memory_table.py."""
+    table = runpy.run_path(str(ROOT / "tests" / "benchmarks" / "memory_table.py"))
+    assert table["which_batch"]() in DOCS
+    assert "\n".join(table["rows"](measure=False)) in DOCS
+    for memory, batch, levels, needed in ((16e9, 12, 2, "11.0 GiB"), (12e9, 8, 2, "7.7 GiB")):
+        *found, size = table["choose"](memory)
+        assert found == [batch, levels]
+        assert f"{size / cost.GIB:.1f} GiB" == needed
+        assert needed in DOCS
 
 
 def test_out_of_memory_says_what_to_change(capsys):

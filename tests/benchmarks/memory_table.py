@@ -69,7 +69,9 @@ def told(days: float) -> str:
 
 def computed(crop: int, precision: str, levels: int, batch: int) -> list[str]:
     """Memory, arithmetic and each card's images/s; a dash where it does not fit or is not known."""
-    settings = config.load("configs/ft_ema.yaml", [*PATHS, *overrides(crop, precision, levels)])
+    settings = config.load(
+        config.find_recipe("ft_ema"), [*PATHS, *overrides(crop, precision, levels)]
+    )
     memory = cost.peak_bytes(settings, batch)
     flops = cost.flops_per_image(settings) + cost.recomputed_flops(settings)
     speeds = [
