@@ -224,7 +224,7 @@ def limit(phases: Mapping[str, float], share: float) -> str:
 
 def quartiles(seconds: Sequence[float]) -> list[float]:
     """25 %, 50 % and 75 %, of one number or more."""
-    return list(np.quantile(seconds, (0.25, 0.5, 0.75)).tolist())
+    return [float(value) for value in np.quantile(seconds, (0.25, 0.5, 0.75))]
 
 
 def is_busy(seconds: float, cpu_seconds: float, threads: int) -> bool:
