@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from kl_f8_train import __version__
@@ -461,6 +461,8 @@ def _benchmark(args: argparse.Namespace) -> int:
     }
     not_needed = [f"{key}=none" for key, value in paths.items() if value == "???"]
     settings = config.load(recipe, [*not_needed, *args.overrides])
+    if "data.sources=none" in not_needed:
+        settings = replace(settings, data=replace(settings.data, sources={}))
     from kl_f8_train.benchmark import benchmark, describe
 
     result = benchmark(settings, args.iterations, args.against, _say_aside)

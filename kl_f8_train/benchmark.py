@@ -13,19 +13,20 @@ import statistics
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from kl_f8_train import compute, cost, perceptual
+from kl_f8_train import __version__, compute, cost, perceptual
 from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.data import Batch, IterationSampler, PositionDataset, loader, open_data
 from kl_f8_train.discriminator import Discriminator, initialize
@@ -39,6 +40,7 @@ from kl_f8_train.losses import (
     reconstruction_loss,
 )
 from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.units import counted, duration
 
 WARM_UP = 3  # iterations before the clock starts: kernels are chosen, and compiled
 PHASES = ("data", "encode", "decode", "losses", "backward", "discriminator", "optimizer", "ema")
@@ -77,6 +79,7 @@ class Variant:
 # --- the verb -------------------------------------------------------------------------------
 
 
+@compute.with_remedy()
 def benchmark(
     config: Config,
     iterations: int = 10,
@@ -86,7 +89,8 @@ def benchmark(
     """Measures an iteration of `config` on this machine and returns the figures.
 
     With `against` the original's order and diffusers' modules (if installed) run beside it.
-    Raises UsageError if CUDA is asked for and not there.
+    Raises UsageError if CUDA is asked for and not there, RunFailedError with the remedy if memory
+    runs out.
     """
     device = find_device(config)
     size = batch_size(config, device)
@@ -100,10 +104,15 @@ def benchmark(
 
     batch = next(batches).to(device)
     reset_peak(device)
-    ours(batch)
-    synchronize(device)
+    first_seconds = timed(ours, batch, device)
     first_iteration = time.perf_counter() - began
-    counted = count_flops(ours, batch) / size
+    left = WARM_UP - 1 + iterations
+    say(
+        f"the first iteration took {first_seconds:.2g} s; {left} more take "
+        f"{'at most' if compute.compiles(config.compute) else 'about'} "
+        f"{duration(left * first_seconds)}{', without those of --against' * against}"
+    )
+    flops_per_image = count_flops(ours, batch) / size
     for _ in range(WARM_UP - 2):
         ours(batch)
     graphs = compiled_graphs()
@@ -111,20 +120,32 @@ def benchmark(
     variants = [Variant("ours", ours)]
     if against:
         variants += reference_variants(config, device, say)
-    for variant in variants[1:]:
-        variant.run(batch)
+        turn = sum(timed(variant.run, batch, device) for variant in variants)
+        say(
+            f"a turn of {counted(len(variants), 'variant', 's')} takes {turn:.2g} s; "
+            f"{iterations} take about {duration(iterations * turn)}"
+        )
     phases = measure(variants, finetuner, batches, device, iterations)
     rates = {name: matmul_rate(device, kind) for name, kind in PRECISIONS.items()}
+    cpu_seconds = statistics.median(variants[0].cpu_seconds)
+    if device.type == "cpu" and is_busy(variants[0].median, cpu_seconds, torch.get_num_threads()):
+        notes.append(
+            "the threads waited for a fifth of the time or more: the machine is busy, or the "
+            "images too few for so many threads; the figures are rough"
+        )
     images_per_second = size / (variants[0].median + 1e-3 * phases["data"])
-    achieved = counted * images_per_second
+    achieved = flops_per_image * images_per_second
     share = achieved / rates[config.precision]
     return {
         "device": device_name(device),
         "precision": config.precision,
         "batch": size,
         "crop": config.data.crop,
+        "iterations": iterations,
         "images_per_second": images_per_second,
-        "flops_per_image": counted,
+        "seconds_quartiles": quartiles(variants[0].seconds),
+        "cpu_seconds": cpu_seconds,
+        "flops_per_image": flops_per_image,
         "flops_floor": cost.flops_per_image(config),
         "flops_per_second": achieved,
         "matmul_flops_per_second": rates,
@@ -140,6 +161,12 @@ def benchmark(
         "recompiles_after_warm_up": compiled_graphs() - graphs,
         "synchronizations": synchronizations(ours, batch, device),
         "variants": [variant.figures(size, variants[0]) for variant in variants],
+        "settings": {
+            "name": config.name,
+            "model": asdict(config.model),
+            "compute": asdict(config.compute),
+        },
+        "versions": {"kl_f8_train": __version__, "torch": str(torch.__version__)},
         "notes": notes,
     }
 
@@ -149,10 +176,13 @@ def describe(result: Mapping[str, Any]) -> str:
     phases = result["phases_ms"]
     total = sum(phases.values())
     rates = result["matmul_flops_per_second"]
+    first, median, third = result["seconds_quartiles"]
     giga = 1e9
     lines = [
         f"{result['images_per_second']:.3g} images/s, {result['batch']} at a time; "
-        f"{total:.0f} ms an iteration, first one after {result['first_iteration_seconds']:.0f} s",
+        f"{counted(result['iterations'], 'iteration', 's')} of {median:.3g} s (median; quartiles "
+        f"{first:.3g} and {third:.3g} s), the first one after "
+        f"{result['first_iteration_seconds']:.0f} s",
         *(f"  {name:14}{ms:10.1f} ms {ms / total:6.1%}" for name, ms in phases.items()),
         f"arithmetic: {result['flops_per_image'] / giga:,.1f} GFLOP an image, floor "
         f"{result['flops_floor'] / giga:,.1f}; {result['flops_per_second'] / giga:,.0f} GFLOP/s, "
@@ -184,10 +214,22 @@ def limit(phases: Mapping[str, float], share: float) -> str:
     wait = phases["data"] / sum(phases.values())
     if wait > 0.02:
         return f"data: {wait:.0%} of the time; raise data.workers"
-    if share > 0.5:
+    if share > 0.6:
         return f"arithmetic: {share:.0%} of the matmul rate"
+    if share >= 0.4:
+        return f"arithmetic and memory traffic alike: {share:.0%} of the matmul rate"
     slowest = max(phases, key=lambda name: phases[name])
     return f"memory traffic and launches: {share:.0%} of the matmul rate; most time in {slowest}"
+
+
+def quartiles(seconds: Sequence[float]) -> list[float]:
+    """25 %, 50 % and 75 %, of one number or more."""
+    return [float(value) for value in np.quantile(seconds, (0.25, 0.5, 0.75))]
+
+
+def is_busy(seconds: float, cpu_seconds: float, threads: int) -> bool:
+    """Whether the clock went on for a quarter longer than the threads computed."""
+    return seconds > 1.25 * cpu_seconds / threads
 
 
 # --- parts ----------------------------------------------------------------------------------
@@ -231,6 +273,9 @@ def iteration_of(finetuner: Finetuner, device: torch.device) -> Iteration:
 
 def open_batches(config: Config, size: int, notes: list[str]) -> Iterator[Batch]:
     """Endless batches of the configured data, or one of random images again and again."""
+    if not config.data.sources:
+        notes.append("random images: no data.sources given")
+        return _random_batches(config, size)
     settings = replace(config, global_batch=size)
     try:
         dataset = PositionDataset(*open_data(settings, notes.append), settings)
@@ -289,6 +334,15 @@ def measure(
                 for name, value in clock.read().items():
                     milliseconds[name].append(value)
     return {name: statistics.median(milliseconds[name]) for name in PHASES if name in milliseconds}
+
+
+def timed(run: Iteration, batch: Batch, device: torch.device) -> float:
+    """Seconds of one iteration."""
+    synchronize(device)
+    began = time.perf_counter()
+    run(batch)
+    synchronize(device)
+    return time.perf_counter() - began
 
 
 class Clock:

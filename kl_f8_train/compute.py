@@ -1,15 +1,19 @@
 """The machine's switches, `compute.*`, on the networks: layout, recomputation, compilation.
 
-None changes what is computed but for rounding, and none changes a state dict's keys.
+None changes what is computed but for rounding, and none changes a state dict's keys. Also here:
+which of them to change when memory or the compiler fails.
 """
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from kl_f8_train.config import Compute
+from kl_f8_train.errors import RunFailedError
 from kl_f8_train.model import AutoencoderKL, UpLevel, Upsample
 
 
@@ -67,3 +71,29 @@ def compile_networks(
     for part in (*parts, discriminator, perceptual):
         if part is not None:
             part.compile(backend=backend, dynamic=False)
+
+
+@contextmanager
+def with_remedy() -> Iterator[None]:
+    """Raises RunFailedError with the remedy for a failure of memory or of the compiler."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch's CPU allocator has no class of its own
+        remedy = _remedy(error)
+        if remedy is None:
+            raise
+        raise RunFailedError(f"{str(error).splitlines()[0]}\n{remedy}") from error
+
+
+def _remedy(error: Exception) -> str | None:
+    """What helps against a failure of memory or of the compiler; None for any other."""
+    known = (torch.cuda.OutOfMemoryError, MemoryError)
+    if isinstance(error, known) or "DefaultCPUAllocator" in str(error):
+        return (
+            "out of memory: halve compute.per_device_batch (the global batch stays, by "
+            "accumulation), or give compute.checkpoint_levels=4, or precision=bfloat16, or fewer "
+            "data.workers if the machine's memory is short"
+        )
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return "torch.compile failed: give compute.compile=false"
+    return None

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from kl_f8_train import checkpoint, config, images, perceptual, state
 from kl_f8_train.cache import is_remote
 from kl_f8_train.callbacks import Checkpoints, Prefetch, RunLog, Signals, Validation
+from kl_f8_train.compute import with_remedy
 from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.data import (
     IterationSampler,
@@ -65,6 +66,7 @@ def train(settings: Config, allow_changes: bool = False) -> int:
         return _train(settings, run_dir, allow_changes)
 
 
+@with_remedy()
 def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
     _quiet_lightning()
     signals = Signals()
@@ -91,11 +93,6 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
             checkpoint.remove_leftovers(run_dir)
             checkpoint.write_text(run_dir / "config.yaml", config.to_yaml(settings))
         _fit(trainer, Iterations(settings, finetuner, plan, sources), run_log)
-    except (RuntimeError, MemoryError) as error:  # torch's CPU allocator has no class of its own
-        remedy = _remedy(error)
-        if remedy is None:
-            raise
-        raise RunFailedError(f"{str(error).splitlines()[0]}\n{remedy}") from error
     finally:
         signals.restore()
     if signals.received:
@@ -128,20 +125,6 @@ def _fit(trainer: Trainer, iterations: "Iterations", run_log: RunLog) -> None:
 def _is_lost_contact(error: RuntimeError) -> bool:
     """NCCL and the store raise a DistError, gloo a RuntimeError that names its source file."""
     return isinstance(error, dist.DistError) or "gloo/" in str(error)
-
-
-def _remedy(error: Exception) -> str | None:
-    """What helps against a failure of memory or of the compiler; None for any other."""
-    known = (torch.cuda.OutOfMemoryError, MemoryError)
-    if isinstance(error, known) or "DefaultCPUAllocator" in str(error):
-        return (
-            "out of memory: halve compute.per_device_batch (the global batch stays, by "
-            "accumulation), or give compute.checkpoint_levels=4, or precision=bfloat16, or fewer "
-            "data.workers if the machine's memory is short"
-        )
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return "torch.compile failed: give compute.compile=false"
-    return None
 
 
 class Iterations(LightningDataModule):

@@ -1,16 +1,22 @@
 """The verb on a tiny recipe: one JSON object, figures that hang together, variants in turns."""
 
 import json
+import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from kl_f8_train import benchmark, cost
+from kl_f8_train import __version__, benchmark, cost
+from kl_f8_train.__main__ import main
 from kl_f8_train.data import Batch
 from kl_f8_train.errors import UsageError
 
+ROOT = Path(__file__).parents[1]
+DOCS = (ROOT / "docs" / "performance.md").read_text()
 TINY = ["model.ch_mult=1,1", "data.crop=32", "precision=float32", "model.ch=32"]
 
 
@@ -25,6 +31,8 @@ def test_json_is_one_object_with_everything():
         check=True,
     )
     result = json.loads(done.stdout)
+    assert "; 4 more take about " in done.stderr
+    assert re.search(r"a turn of 3 variants takes [\d.]+ s; 2 take about ", done.stderr)
     assert result["flops_per_image"] == pytest.approx(result["flops_floor"], rel=0.02)
     assert result["images_per_second"] > 0
     assert result["peak_memory_bytes"] > 4 * 1_000_000
@@ -39,17 +47,49 @@ def test_json_is_one_object_with_everything():
     for variant in others:
         expected = ours["images_per_second"] / variant["images_per_second"]
         assert variant["ratio"] == pytest.approx(expected)
-    assert any("random" in note for note in result["notes"])
+    assert "random images: no data.sources given" in result["notes"]
+    first, median, third = result["seconds_quartiles"]
+    assert 0 < first <= median <= third
+    assert result["iterations"] == 2
+    assert result["cpu_seconds"] > 0
+    assert result["settings"]["name"] == "ft_ema"
+    assert result["settings"]["model"]["ch"] == 32
+    assert result["settings"]["compute"]["checkpoint_levels"] == 0
+    assert result["versions"] == {"kl_f8_train": __version__, "torch": torch.__version__}
 
 
 def test_figures_become_text(tiny):
     lines = []
     config = tiny("demo", *TINY, "compute.per_device_batch=1", "adversarial.n_layers=1")
-    text = benchmark.describe(benchmark.benchmark(config, iterations=1, say=lines.append))
-    assert "images/s" in text
+    result = benchmark.benchmark(config, iterations=1, say=lines.append)
+    text = benchmark.describe(result)
+    assert "images/s, 1 at a time; 1 iteration of " in text
     assert "limited by: " in text
-    assert "random images" in text
-    assert len(lines) == 1
+    assert "random images: data.sources." in text
+    assert re.fullmatch(r"the first iteration took [\d.e-]+ s; 3 more take about \d+ s", lines[1])
+    assert len(lines) == 2
+    assert [key for key in result if f"`{key}`" not in DOCS] == []
+
+
+def test_the_documentation_has_the_computed_tables():
+    """Anew: python tests/benchmarks/memory_table.py."""
+    table = runpy.run_path(str(ROOT / "tests" / "benchmarks" / "memory_table.py"))
+    assert table["which_batch"]() in DOCS
+    assert "\n".join(table["rows"](measure=False)) in DOCS
+    for memory, batch, levels, needed in ((16e9, 12, 2, "11.0 GiB"), (12e9, 8, 2, "7.7 GiB")):
+        *found, size = table["choose"](memory)
+        assert found == [batch, levels]
+        assert f"{size / cost.GIB:.1f} GiB" == needed
+        assert needed in DOCS
+
+
+def test_out_of_memory_says_what_to_change(capsys):
+    """More bytes than there are addresses."""
+    batch = [f"{key}={10**11}" for key in ("global_batch", "compute.per_device_batch")]
+    assert main(["benchmark", "demo", *TINY, *batch]) == 4
+    error = capsys.readouterr().err
+    assert "halve compute.per_device_batch" in error
+    assert "unexpected" not in error
 
 
 def test_original_order_takes_the_originals_arithmetic(tiny):
@@ -94,10 +134,30 @@ def test_largest_batch_is_found(largest, start):
 
 
 @pytest.mark.parametrize(
-    ("wait", "share", "text"), [(0.3, 0.9, "data"), (0, 0.6, "arithmetic"), (0, 0.2, "decode")]
+    ("wait", "share", "text"),
+    [
+        (0.3, 0.9, "data: 9% of the time"),
+        (0, 0.61, "arithmetic: 61%"),
+        (0, 0.59, "arithmetic and memory traffic alike: 59%"),
+        (0, 0.41, "arithmetic and memory traffic alike: 41%"),
+        (0, 0.39, "memory traffic and launches: 39% of the matmul rate; most time in decode"),
+    ],
 )
 def test_limit_names_what_to_look_at(wait, share, text):
-    assert text in benchmark.limit({"data": wait, "encode": 1, "decode": 2}, share)
+    assert benchmark.limit({"data": wait, "encode": 1, "decode": 2}, share).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cpu_seconds", "threads", "busy"),
+    [(1, 0.9, 1, False), (1, 0.7, 1, True), (1, 1.9, 2, False), (1, 1.5, 2, True)],
+)
+def test_busy_is_a_quarter_more_than_the_threads_computed(seconds, cpu_seconds, threads, busy):
+    assert benchmark.is_busy(seconds, cpu_seconds, threads) is busy
+
+
+def test_quartiles():
+    assert benchmark.quartiles([5, 1, 2, 4, 3]) == [2, 3, 4]
+    assert benchmark.quartiles([0.5]) == [0.5, 0.5, 0.5]
 
 
 def test_cuda_without_a_gpu_is_refused(tiny):

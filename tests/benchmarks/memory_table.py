@@ -1,6 +1,6 @@
-"""The tables for choosing of docs/performance.md: batch, crop, precision, levels checkpointed.
+"""The tables for choosing of docs/performance.md: by card; by batch, crop, precision and levels.
 
-    python tests/benchmarks/memory_table.py             # computed, for GPUs
+    python tests/benchmarks/memory_table.py             # computed, for GPUs, both tables
     python tests/benchmarks/memory_table.py --measure   # this machine: takes minutes on a CPU
 
 Measured rows are `kl-f8-train benchmark --json`, each in a process of its own.
@@ -9,22 +9,74 @@ Measured rows are `kl-f8-train benchmark --json`, each in a process of its own.
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 from kl_f8_train import config, cost, scaling
 
 PATHS = ("run_dir=none", "init.weights=none", "data.sources=none", "data.shorter_side=null")
 CARDS = tuple(gpu for gpu in scaling.GPUS if gpu.torch_name in ("A100", "H100", "RTX 4090"))
+RUNS = (("single_gpu", 1), *product(("ft_ema", "ft_mse"), (1, 8)))  # and on how many GPUs
+LEVELS = range(5)  # compute.checkpoint_levels: none to all
+
+
+def which_batch() -> str:
+    """For each card the settings of ft_ema, what they take, and how long the recipes run."""
+    head = ["GPU", "`compute.per_device_batch`", "`compute.checkpoint_levels`", "memory"]
+    head += [f"images/s on {count}" for count in (1, 8)]
+    head += [f"{name} on {count}" for name, count in RUNS]
+    return scaling.markdown(head, [_row(gpu) for gpu in scaling.GPUS])
+
+
+def _row(gpu: scaling.Gpu) -> list[str]:
+    batch, levels, memory = choose(gpu.memory_bytes)
+    found = {run: predict(run[0], levels, gpu, run[1]) for run in RUNS}
+    return [
+        *(gpu.name, str(batch), str(levels), f"{memory / cost.GIB:.1f} GiB"),
+        *(f"{found['ft_ema', count].images_per_second:,.0f}" for count in (1, 8)),
+        *(told(prediction.days) for prediction in found.values()),
+    ]
+
+
+def choose(memory_bytes: float) -> tuple[int, int, float]:
+    """ft_ema's micro-batch, levels checkpointed, bytes: 12 if it fits, with as few levels as do."""
+    for batch, levels in product((12, 8, 6, 4, 3, 2, 1), LEVELS):
+        needed = cost.peak_bytes(load("ft_ema", levels), batch)
+        if needed + cost.HEADROOM_BYTES <= memory_bytes:
+            return batch, levels, needed
+    raise ValueError(f"not even one image fits {memory_bytes / cost.GIB:.1f} GiB")
+
+
+def predict(name: str, levels: int, gpu: scaling.Gpu, count: int) -> scaling.Prediction:
+    """A recipe on `count` GPUs, the levels' second forward pass included."""
+    settings = load(name, levels)
+    work = scaling.published_workload(settings)
+    again = cost.recomputed_flops(settings) / (gpu.flops * scaling.SHARE)
+    return scaling.predict(work, scaling.seconds_per_image(work, gpu) + again, count, gpu)
+
+
+def load(name: str, levels: int) -> config.Config:
+    """A shipped recipe with so many levels checkpointed."""
+    settings = scaling.load_published(name)
+    return replace(settings, compute=replace(settings.compute, checkpoint_levels=levels))
+
+
+def told(days: float) -> str:
+    """In hours below a day."""
+    return f"{days:.2g} d" if days >= 1 else f"{24 * days:.2g} h"
 
 
 def computed(crop: int, precision: str, levels: int, batch: int) -> list[str]:
     """Memory, arithmetic and each card's images/s; a dash where it does not fit or is not known."""
-    settings = config.load("configs/ft_ema.yaml", [*PATHS, *overrides(crop, precision, levels)])
+    settings = config.load(
+        config.find_recipe("ft_ema"), [*PATHS, *overrides(crop, precision, levels)]
+    )
     memory = cost.peak_bytes(settings, batch)
     flops = cost.flops_per_image(settings) + cost.recomputed_flops(settings)
     speeds = [
         f"{gpu.flops * scaling.SHARE / flops:,.0f}"
-        if precision == "bfloat16" and memory + 2 * cost.GIB < gpu.memory_bytes
+        if precision == "bfloat16" and memory + cost.HEADROOM_BYTES <= gpu.memory_bytes
         else "-"
         for gpu in CARDS
     ]
@@ -53,21 +105,29 @@ def overrides(crop: int, precision: str, levels: int) -> list[str]:
     return [f"data.crop={crop}", f"precision={precision}", f"compute.checkpoint_levels={levels}"]
 
 
-def main() -> None:
-    """Prints a Markdown table."""
+def rows(measure: bool) -> Iterator[str]:
+    """The lines of the long table."""
     head = ["batch", "crop", "precision", "levels checkpointed"]
-    if "--measure" in sys.argv:
+    if measure:
         head += ["memory", "computed", "images/s", "of the matmul rate"]
-        rows = product((64, 128), ("float32", "bfloat16"), (0, 4), (1, 4))
-        fill = measured
+        settings = product((64, 128), ("float32", "bfloat16"), (0, 4), (1, 4))
     else:
         head += ["memory", "GFLOP an image", *(f"{gpu.name}, images/s" for gpu in CARDS)]
-        rows = product((256, 512), ("bfloat16", "float32"), (0, 4), (4, 12, 24))
-        fill = computed
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for crop, precision, levels, batch in rows:
+        settings = product((256, 512), ("bfloat16", "float32"), (0, 4), (4, 12, 24))
+    fill = measured if measure else computed
+    yield from scaling.markdown(head, []).splitlines()
+    for crop, precision, levels, batch in settings:
         cells = [str(batch), str(crop), precision, str(levels)]
-        print(f"| {' | '.join([*cells, *fill(crop, precision, levels, batch)])} |", flush=True)
+        yield f"| {' | '.join([*cells, *fill(crop, precision, levels, batch)])} |"
+
+
+def main() -> None:
+    """Prints Markdown tables."""
+    measure = "--measure" in sys.argv
+    if not measure:
+        print(which_batch(), end="\n\n")
+    for line in rows(measure):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
