@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import io
 import math
+import os
 import resource
 import shutil
 import textwrap
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_f8_train import checkpoint, config, cost, images, origins, perceptual, scaling
+from kl_f8_train import benchmark, checkpoint, config, cost, images, origins, perceptual, scaling
 from kl_f8_train.cache import is_remote
 from kl_f8_train.callbacks import wandb_reachable
 from kl_f8_train.config import Config
@@ -37,6 +38,7 @@ Say = Callable[[str], None]
 BASE_RATE = 4.5e-6  # the original's base learning rate
 SAMPLE = 32  # images of each local source that are decoded; of a remote one, REMOTE_SAMPLE
 REMOTE_SAMPLE = 2
+THIS_MACHINE = "this machine"  # where a run on its CPU gets its memory
 CPU_BATCH = 2  # images of the trial iteration without a GPU
 PATIENCE_SECONDS = 8.0  # a trial iteration that took longer is not run a second time
 
@@ -180,8 +182,7 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
         f"{counted(world, 'process', 'es')} x {micro} images x "
         f"{counted(parts, 'micro-batch', 'es')} = {batch}"
     )
-    report.tell(f"GPU memory that this takes, computed: {size(cost.peak_bytes(settings, micro))}")
-    tell_fitting(report, settings, micro, batch // world, _gpu_memories(settings))
+    _tell_memory(report, settings, micro, batch // world)
     report.tell(
         f"learning rate {rate:g}, absolute: nothing scales it. The original's rule would give "
         f"{parts} x {micro} x {world} x {BASE_RATE:g} = {batch * BASE_RATE:g}; this is "
@@ -198,38 +199,78 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
             f"compute.devices={settings.compute.devices}, but torch sees {here} GPUs here; give "
             f"compute.devices={here} or run this where the others are"
         )
+    check_fits(settings, micro, batch // world, _memory_here(settings))
 
 
-def _gpu_memories(settings: Config) -> dict[str, float]:
-    """Bytes by name of this machine's GPU; without one, of the known kinds, for kl-f8's shape."""
+def _tell_memory(report: Report, settings: Config, micro: int, share: int) -> None:
+    """What micro-batches of `micro` take, and the largest that would fit here or on known GPUs."""
+    kept = _element_bytes(settings)
+    report.tell(
+        f"{'memory' if _on_cpu(settings) else 'GPU memory'} that this takes, computed: "
+        f"{size(cost.peak_bytes(settings, micro, kept))}"
+    )
+    here = _memory_here(settings)
+    fits = {name: cost.largest_divisor(settings, share, here[name], kept) for name in here}
+    if _is_full_size(settings) and not _on_cuda(settings):
+        fits |= {
+            kind.name: cost.largest_divisor(settings, share, kind.memory_bytes)
+            for kind in scaling.GPUS
+        }
+    report.facts["per_device_batch_that_fits"] = fits
+    if fits:
+        told = ", ".join(f"{count or 'none'} on {name}" for name, count in fits.items())
+        gpus = fits.keys() != {THIS_MACHINE}
+        left = f", with {size(cost.HEADROOM_BYTES)} for CUDA and its allocator" if gpus else ""
+        report.tell(f"the largest compute.per_device_batch that fits, computed{left}: {told}")
+
+
+def _memory_here(settings: Config) -> dict[str, float]:
+    """Bytes by name of what this machine gives each process; {} where a GPU elsewhere is meant."""
     if _on_cuda(settings):
         found = torch.cuda.get_device_properties(0)
         return {found.name: found.total_memory}
-    return {kind.name: kind.memory_bytes for kind in scaling.GPUS if _is_full_size(settings)}
+    if not _on_cpu(settings):
+        return {}
+    # torch is loaded already: what is available needs no headroom
+    available = available_memory() / (settings.compute.devices or 1)
+    return {THIS_MACHINE: available + cost.HEADROOM_BYTES}
 
 
-def tell_fitting(
-    report: Report, settings: Config, micro: int, share: int, memories: Mapping[str, float]
-) -> None:
-    """The largest micro-batch for each memory, and a remark if `micro` is too much for the only."""
-    fits = {
-        name: cost.largest_divisor(settings, share, memory) for name, memory in memories.items()
-    }
-    report.facts["per_device_batch_that_fits"] = fits
-    if not fits:
-        return
-    told = ", ".join(f"{count or 'none'} on {name}" for name, count in fits.items())
-    report.tell(
-        f"the largest compute.per_device_batch that fits, computed, with "
-        f"{size(cost.HEADROOM_BYTES)} for CUDA and its allocator: {told}"
-    )
-    largest = max(fits.values())
-    if len(fits) == 1 and micro > largest:
-        report.remark(
-            f"micro-batches of {micro} do not fit this GPU, as computed; "
-            + (f"give compute.per_device_batch={largest}" if largest else "not even 1 image does")
-            + ", or raise compute.checkpoint_levels"
-        )
+def available_memory() -> int:
+    """Bytes that processes can still have: Linux's estimate, elsewhere all of the memory."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def check_fits(settings: Config, micro: int, share: int, memories: Mapping[str, float]) -> None:
+    """Raises RunFailedError if a micro-batch of `micro` images needs more than a memory has."""
+    kept = _element_bytes(settings)
+    for name, memory in memories.items():
+        largest = cost.largest_divisor(settings, share, memory, kept)
+        if micro > largest:
+            smaller = f"give compute.per_device_batch={largest}, or " if largest else ""
+            raise RunFailedError(
+                f"compute.per_device_batch={micro} takes "
+                f"{size(cost.peak_bytes(settings, micro, kept))}, computed, but {name} has "
+                f"{size(max(0.0, memory - cost.HEADROOM_BYTES))} for it; {smaller}"
+                "raise compute.checkpoint_levels, or lower data.crop"
+            )
+
+
+def _element_bytes(settings: Config) -> float | None:
+    """Bytes a kept number where the run will be: on a GPU unless it is for this CPU."""
+    return benchmark.element_bytes(settings, torch.device("cpu" if _on_cpu(settings) else "cuda"))
+
+
+def _on_cpu(settings: Config) -> bool:
+    """Whether the run will use this machine's CPU; full size without a GPU is a plan for others."""
+    accelerator = settings.compute.accelerator
+    if accelerator == "auto":
+        return not torch.cuda.is_available() and not _is_full_size(settings)
+    return accelerator == "cpu"
 
 
 def _on_cuda(settings: Config) -> bool:
@@ -346,8 +387,8 @@ def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world
     report.facts |= {"start_iteration": finetuner.iteration, "warmup": finetuner.warmup_left}
     cuda = _on_cuda(settings)
     device = torch.device("cuda" if cuda else "cpu")
-    count = config.micro_batch(settings, world)
-    count = count if cuda else min(count, CPU_BATCH)
+    micro = config.micro_batch(settings, world)
+    count = micro if cuda else min(micro, CPU_BATCH)
     dataset = PositionDataset(*open_data(settings, report.tell), settings)
     first = finetuner.iteration * settings.global_batch
     batch = collate([dataset[first + slot] for slot in range(count)]).to(device)
@@ -379,8 +420,9 @@ def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world
         "memory_bytes": memory,
     }
     note = " (the first, cold iteration; later ones are quicker)" if cold else ""
+    tried = f"{count} of {micro} images" if count < micro else counted(count, "image", "s")
     report.tell(
-        f"{counted(count, 'image', 's')} in {seconds:.2f} s{note} on {_device_name(cuda)}: "
+        f"{tried} in {seconds:.2f} s{note} on {_device_name(cuda)}: "
         f"{count / seconds:.3g} images/s; memory at most {size(memory)}"
     )
     if not cuda:
