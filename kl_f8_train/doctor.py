@@ -104,8 +104,22 @@ def examine(path: Path, overrides: list[str], say: Say, allow_changes: bool = Fa
         _tell_settings(report, settings, path, overrides)
     if settings is not None:
         _examine_run(report, settings, allow_changes)
+    elif (plan := _plan_without_inputs(path, overrides)) is not None:
+        world = world_size(plan)
+        with report.section("batch and learning rate"):
+            _check_batch(report, plan, world)
+        _tell_bill(report, plan, world)
     _verdict(report)
     return report
+
+
+def _plan_without_inputs(path: Path, overrides: list[str]) -> Config | None:
+    """The settings with a name in the place of each without a value; None if more is wrong."""
+    with contextlib.suppress(UserError):
+        values = dict(config.leaves(config.resolve(path, overrides)))
+        absent = [f"{key}=absent" for key, value in values.items() if value == "???"]
+        return config.load(path, [*overrides, *absent])
+    return None
 
 
 def _examine_run(report: Report, settings: Config, allow_changes: bool) -> None:
@@ -137,9 +151,7 @@ def _examine_run(report: Report, settings: Config, allow_changes: bool) -> None:
             _try_iteration(report, settings, finetuner, world)
     with report.section("disk"):
         _check_disk(report, settings)
-    report.say("the bill:")
-    _bill(report, settings, world)
-    _tell_scaling(report, settings, world)
+    _tell_bill(report, settings, world)
 
 
 # --- settings -------------------------------------------------------------------------------
@@ -569,6 +581,12 @@ def _check_disk(report: Report, settings: Config) -> None:
         )
 
 
+def _tell_bill(report: Report, settings: Config, world: int) -> None:
+    report.say("the bill:")
+    _bill(report, settings, world)
+    _tell_scaling(report, settings, world)
+
+
 def _bill(report: Report, settings: Config, world: int) -> None:
     start, seconds = _start(report, settings), report.facts.get("seconds_per_image")
     if start is None:
@@ -603,9 +621,8 @@ def _tell_scaling(report: Report, settings: Config, world: int) -> None:
     The known kinds for kl-f8's shape alone.
     """
     seconds, start = report.facts.get("seconds_per_image"), _start(report, settings)
-    if start is None:
-        return
-    work = scaling.workload(settings, max(0, settings.stop_iteration - start))
+    iterations = 0 if start is None else max(0, settings.stop_iteration - start)
+    work = scaling.workload(settings, iterations)
     cuda = _on_cuda(settings)
     gpu = scaling.find_gpu(torch.cuda.get_device_name()) if cuda else None
     assumed = f"{100 * scaling.SHARE:.0f} % of its peak"
@@ -628,7 +645,7 @@ def _tell_scaling(report: Report, settings: Config, world: int) -> None:
 def _predicted(found: scaling.Prediction, work: scaling.Workload) -> str:
     parts = [
         f"{found.images_per_second:.3g} images/s",
-        duration(found.days * 86400),
+        *([duration(found.days * 86400)] if found.days else []),
         f"data {size(found.images_per_second * scaling.IMAGE_BYTES)}/s",
     ]
     if found.reduction_seconds:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -306,6 +307,29 @@ def test_all_problems_are_told_at_once(examined, folder):
     assert found["images_total"] == 10 * 6
     assert found["end_date"] is None
     assert f"NO GO, {3 + no_gpu} problems" in told
+
+
+def test_batch_and_bill_are_told_without_the_inputs(capsys):
+    assert main(["doctor", "ft_ema", "compute.devices=8", "data.sources=photos", "--json"]) == 2
+    output = capsys.readouterr()
+    found, told = json.loads(output.out), output.err
+    (problem,) = found["problems"]
+    assert "run_dir=..." in problem
+    assert "data.sources" not in problem
+    assert "8 processes x 12 images x 2 micro-batches = 192" in told
+    assert found["images_total"] == (560001 - 246803) * 192
+    if not torch.cuda.is_available():
+        assert re.search(
+            r"predicted, not measured: 8 of each(.|\n)*H100 SXM .* images/s, \d+ h", told
+        )
+
+
+def test_speed_is_predicted_where_the_start_is_not_known(capsys):
+    assert main(["doctor", "ft_ema", "init.iteration=null"]) == 2
+    told = capsys.readouterr().out
+    assert "the bill:\n  not known: weights that tell their iteration" in told
+    if not torch.cuda.is_available():
+        assert re.search(r"H100 SXM +\d+ images/s, data", told)
 
 
 @pytest.mark.parametrize(
