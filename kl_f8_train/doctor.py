@@ -31,7 +31,7 @@ from kl_f8_train.finetuner import Finetuner, build_optimizers
 from kl_f8_train.formats import Weights
 from kl_f8_train.losses import generator_loss, reconstruction_loss
 from kl_f8_train.model import FROZEN
-from kl_f8_train.train import fixed_photographs, start_or_resume
+from kl_f8_train.train import check_model, fixed_photographs, start_or_resume
 from kl_f8_train.units import counted, duration, size
 
 Say = Callable[[str], None]
@@ -313,6 +313,8 @@ def _check_weights(report: Report, settings: Config) -> None:
     report.facts["weights"] = {"sha256": digest, **told}
     report.tell(checkpoint.describe(told))
     report.tell(f"{size(contents.path.stat().st_size)}, SHA-256 {digest}")
+    if not found:
+        check_model(settings, contents.path, weights.autoencoder)
 
 
 def _first_readable(

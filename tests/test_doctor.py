@@ -332,6 +332,17 @@ def test_speed_is_predicted_where_the_start_is_not_known(capsys):
         assert re.search(r"H100 SXM +\d+ images/s, data", told)
 
 
+def test_another_shape_is_told_beside_a_missing_network(examined, monkeypatch, tmp_path):
+    monkeypatch.setenv("KL_F8_TRAIN_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    code, found, _ = examined("shape", "model.ch=64", "loss.perceptual=lpips_vgg")
+    assert code == 3
+    shape, network = found["problems"]
+    assert "is (32, 3, 3, 3), expected (64, 3, 3, 3)" in shape
+    assert "set model.* as theirs" in shape
+    assert "no file of VGG16" in network
+
+
 @pytest.mark.parametrize(
     ("override", "text"),
     [("seeed=1", "Did you mean 'seed'"), ("global_batch=0", "expected a number above 0")],
