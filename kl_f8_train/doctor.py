@@ -341,7 +341,8 @@ def _check_source(report: Report, settings: Config, name: str) -> None:
     height, width = images.decode(data).shape[1:]
     place = source.location(first)
     report.tell(f"first shard {place}: {key}, {width} x {height} pixels, {size(len(data))}")
-    count = min(plan.batch * 4, REMOTE_SAMPLE if is_remote(place) else SAMPLE)
+    dealt = plan.plans[name].lanes * plan.plans[name].lane_length  # in a pass, none twice
+    count = min(plan.batch * 4, dealt, REMOTE_SAMPLE if is_remote(place) else SAMPLE)
     dataset = PositionDataset(plan, sources, settings)
     began = time.perf_counter()
     samples = [dataset[position] for position in range(count)]

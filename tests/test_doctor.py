@@ -390,6 +390,12 @@ def test_unusable_images_and_filters_are_told(examined, folder, tmp_path):
     assert "width >= 40 dropped 0 (0.0 %)" in told
 
 
+def test_no_more_images_are_sampled_than_there_are(examined):
+    found = examined("few", "global_batch=10", "init.weights=absent")[1]
+    entry = found["data"]["shards"]
+    assert (entry["images"], entry["sampled"]) == (36, 30)  # in a pass, of which 6 have a rest
+
+
 def test_photographs_that_would_be_enlarged_are_told(examined):
     wanted = ("data.shorter_side=64", "init.weights=absent")
     found = examined("enlarged", *wanted)[1]
