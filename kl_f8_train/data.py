@@ -7,6 +7,7 @@ GPUs, workers and restarts.
 import atexit
 import multiprocessing
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,6 +210,8 @@ def collate(samples: list[Sample]) -> Batch:
 def loader(dataset: PositionDataset, sampler: IterationSampler, workers: int) -> DataLoader[Sample]:
     """Loads whole iterations in worker processes."""
     dataset.watch(workers)
+    # torch would say it twice at each start; workers that wait cost little
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     return DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -1,4 +1,6 @@
 import hashlib
+import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -290,6 +292,20 @@ def test_workers_do_not_multiply_threads(folders):
     finally:
         torch.set_num_threads(before)
     assert all(same(first, second) for first, second in zip(one, two, strict=True))
+
+
+def test_more_workers_than_cores_are_no_warning(folders):
+    cores = os.sched_getaffinity(0)
+    dataset = dataset_of(folders)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert len(batches(dataset, stop=2, workers=2)) == 2
+            with pytest.raises(UserWarning, match="another"):
+                warnings.warn("another", UserWarning, stacklevel=1)
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def test_crop_and_noise_are_frozen(folders):

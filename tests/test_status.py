@@ -181,6 +181,18 @@ def test_warnings(tmp_path, changes, warning):
     assert warning in status.html(run, status.read_status(run, NOW), NOW)
 
 
+def test_waiting_for_data_is_judged_late_and_more_workers_than_cores_are_not_advised(tmp_path):
+    waiting = [row(i, data_wait_share=0.4) for i in range(1010, 1210, 10)]
+    assert status.read_status(make_run(tmp_path / "early", waiting[:19]), NOW).warnings == []
+    run = make_run(tmp_path / "late", waiting)
+    assert status.read_status(run, NOW).warnings[0].endswith("waiting for data: raise data.workers")
+    settings = {**SETTINGS, "data": {"workers": os.cpu_count()}}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    (warning,) = status.read_status(run, NOW).warnings
+    assert "40 % of the time" in warning
+    assert "raise" not in warning
+
+
 def test_updates_left_out_are_counted_over_restarts():
     rows = [row(i, bad_updates=n) for i, n in enumerate([0, 1, 1, 3, 0, 0, 2, 2, 1, 1], 1)]
     assert status.left_out(rows) == (3 + 2 + 1, 9)
