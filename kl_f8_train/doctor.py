@@ -191,7 +191,7 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
         "processes": world, "per_device": micro, "accumulation": parts, "global": batch
     }  # fmt: skip
     report.tell(
-        f"{counted(world, 'process', 'es')} x {micro} images x "
+        f"{counted(world, 'process', 'es')} x {counted(micro, 'image', 's')} x "
         f"{counted(parts, 'micro-batch', 'es')} = {batch}"
     )
     _tell_memory(report, settings, micro, batch // world)
@@ -420,8 +420,8 @@ def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world
         seconds, cold = _timed_iteration(finetuner, batch)
     except torch.cuda.OutOfMemoryError as error:
         raise RunFailedError(
-            f"out of GPU memory with {count} images: {error}\nHalve compute.per_device_batch "
-            "(the global batch stays, by accumulation)"
+            f"out of GPU memory with {counted(count, 'image', 's')}: {error}\n"
+            "Halve compute.per_device_batch (the global batch stays, by accumulation)"
         ) from error
     memory = (
         torch.cuda.max_memory_allocated()
@@ -600,7 +600,10 @@ def _bill(report: Report, settings: Config, world: int) -> None:
     total = iterations * settings.global_batch
     report.facts["images_total"] = total
     extra = f", {warmup:,} of them the discriminator's warm-up" if warmup else ""
-    report.tell(f"{iterations:,} iterations{extra} x {settings.global_batch} = {total:,} images")
+    report.tell(
+        f"{counted(iterations, 'iteration', 's')}{extra} x {settings.global_batch} = "
+        f"{counted(total, 'image', 's')}"
+    )
     if seconds is None:
         return
     hours = total * seconds / 3600

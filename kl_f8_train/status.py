@@ -18,7 +18,7 @@ import yaml
 
 from kl_f8_train.curves import Chart, Points, page
 from kl_f8_train.errors import MissingInputError, RunFailedError
-from kl_f8_train.units import duration
+from kl_f8_train.units import counted, duration
 
 Row = dict[str, float]
 SPEED = "images_per_second"
@@ -260,10 +260,11 @@ def _row_warnings(settings: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[
     """What the log rows tell of updates, images, speed and the loss."""
     bad, last = left_out(rows)
     if bad:
-        yield f"{bad} updates were left out as not finite, the last by iteration {last:,}"
+        updates = counted(bad, "update", "s")
+        yield f"{updates} left out as not finite, the last by iteration {last:,}"
     skipped = rows[-1].get("skipped_images", 0.0) if rows else 0.0
     if skipped:
-        yield f"{skipped:,.0f} images could not be used; they are named in skipped-*.txt"
+        yield f"{counted(round(skipped), 'image', 's')} could not be used: see skipped-*.txt"
     waited = _mean(_lately(rows), "data_wait_share") or 0.0
     if waited > 0.1 and len(rows) >= ENOUGH_ROWS:
         workers, cores = _group(settings, "data").get("workers", 0), os.cpu_count() or 1

@@ -161,7 +161,8 @@ class Iterations(LightningDataModule):
         self.finetuner.micro_batch = micro_batch(self.settings, world)
         accumulation = self.settings.global_batch // world // self.finetuner.micro_batch
         say(
-            f"batch: {counted(world, 'process', 'es')} x {self.finetuner.micro_batch} images x "
+            f"batch: {counted(world, 'process', 'es')} x "
+            f"{counted(self.finetuner.micro_batch, 'image', 's')} x "
             f"{counted(accumulation, 'micro-batch', 'es')} = {self.settings.global_batch}"
         )
         sampler = IterationSampler(
