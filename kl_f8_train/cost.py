@@ -171,12 +171,14 @@ def largest_batch(config: Config, memory_bytes: float, element_bytes: float | No
     return max(0, int((memory_bytes - HEADROOM_BYTES - first) // (second - first)))
 
 
-def largest_divisor(config: Config, share: int, memory_bytes: float) -> int:
+def largest_divisor(
+    config: Config, share: int, memory_bytes: float, element_bytes: float | None = None
+) -> int:
     """The largest divisor of `share`, a device's images of an iteration, that fits as micro-batch.
 
     0 if not even one image fits.
     """
-    most = min(share, largest_batch(config, memory_bytes))
+    most = min(share, largest_batch(config, memory_bytes, element_bytes))
     return max((n for n in range(1, most + 1) if share % n == 0), default=0)
 
 

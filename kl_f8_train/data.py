@@ -7,6 +7,7 @@ GPUs, workers and restarts.
 import atexit
 import multiprocessing
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,11 @@ from kl_f8_train import images
 from kl_f8_train.cache import ShardCache
 from kl_f8_train.checkpoint import cache_dir
 from kl_f8_train.config import Config, source_shares
-from kl_f8_train.errors import ImageError, MissingInputError
+from kl_f8_train.errors import ImageError, MissingInputError, SmallImageError
 from kl_f8_train.plan import Plan, random_state
 from kl_f8_train.processes import end_children
 from kl_f8_train.shards import FolderSource, Source, TarSource, open_source
+from kl_f8_train.units import counted
 
 MAX_NEIGHBOURS = 100  # bad samples in a row before the run stops
 IDLE = -(2**63)  # no position
@@ -71,7 +73,8 @@ class PositionDataset(Dataset[Sample]):
             config.data.flip,
         )
         self.draft_side = config.data.shorter_side if config.data.draft else None
-        side = config.data.crop // 2 ** (len(config.model.ch_mult) - 1)
+        self.factor = 2 ** (len(config.model.ch_mult) - 1)
+        side = config.data.crop // self.factor
         self.watch(workers=0)
         self.noise_shape = (2 if config.second_forward else 1, config.model.embed_dim, side, side)
 
@@ -97,6 +100,7 @@ class PositionDataset(Dataset[Sample]):
         source = self.sources[name]
         count = int(source.counts[shard])
         skipped: list[str] = []
+        small: list[int] = []
         for step in range(min(count, MAX_NEIGHBOURS)):
             number = (first + step) % count  # a bad sample gives way to its neighbour
             key = f"{source.location(shard)}, image {number}"
@@ -105,15 +109,25 @@ class PositionDataset(Dataset[Sample]):
                 image = self._load(data, position)
             except ImageError as error:
                 skipped.append(f"{name}/{key}: {error}")
+                small += [error.side] if isinstance(error, SmallImageError) else []
             except OSError as error:
                 skipped.append(f"{name}/{key}: cannot be read: {error}")
             else:
                 return Sample(image, self._noise(position), f"{name}/{key}", skipped)
-        raise MissingInputError(
-            f"{len(skipped)} images in a row cannot be used, from {skipped[0]}; check "
-            f"{source.location(shard)} and data.shorter_side={self.shorter_side or 'null'}, "
+        remedy = (
+            f"check {source.location(shard)} and data.shorter_side={self.shorter_side or 'null'}, "
             f"data.crop={self.crop}"
         )
+        raise MissingInputError(
+            f"{counted(len(skipped), 'image', 's')} in a row cannot be used, from {skipped[0]}; "
+            + (remedy if len(small) < len(skipped) else self._fitting_crop(min(small)))
+        )
+
+    def _fitting_crop(self, side: int) -> str:
+        """What to set where all images are smaller than the crop, the smallest of `side` pixels."""
+        crop = side // self.factor * self.factor
+        smaller = f"set data.crop to {crop} or less, or " if crop else "set "
+        return f"{smaller}data.shorter_side={self.crop} (which enlarges them)"
 
     def _load(self, data: bytes, position: int) -> Tensor:
         top, left, mirror = random_state(self.seed, "crop", position).random_sample(3)
@@ -209,6 +223,8 @@ def collate(samples: list[Sample]) -> Batch:
 def loader(dataset: PositionDataset, sampler: IterationSampler, workers: int) -> DataLoader[Sample]:
     """Loads whole iterations in worker processes."""
     dataset.watch(workers)
+    # torch would say it twice at each start; workers that wait cost little
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     return DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -102,7 +102,10 @@ def demo(
     }
     rows = _score(models, held_out, run_dir)
     page = report.write(run_dir / "evaluation")
-    say(f"\ndone in {time.perf_counter() - began:.0f} s; pictures: {run_dir}/strip.png, {page}")
+    say(
+        f"\ndone in {time.perf_counter() - began:.0f} s; pictures: {run_dir}/strip.png, {page}\n"
+        "next: your own photographs, docs/quickstart.md"
+    )
     return rows
 
 

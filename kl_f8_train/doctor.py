@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import io
 import math
+import os
 import resource
 import shutil
 import textwrap
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_f8_train import checkpoint, config, cost, images, origins, perceptual, scaling
+from kl_f8_train import benchmark, checkpoint, config, cost, images, origins, perceptual, scaling
 from kl_f8_train.cache import is_remote
 from kl_f8_train.callbacks import wandb_reachable
 from kl_f8_train.config import Config
@@ -30,13 +31,14 @@ from kl_f8_train.finetuner import Finetuner, build_optimizers
 from kl_f8_train.formats import Weights
 from kl_f8_train.losses import generator_loss, reconstruction_loss
 from kl_f8_train.model import FROZEN
-from kl_f8_train.train import fixed_photographs, start_or_resume
+from kl_f8_train.train import check_model, fixed_photographs, start_or_resume
 from kl_f8_train.units import counted, duration, size
 
 Say = Callable[[str], None]
 BASE_RATE = 4.5e-6  # the original's base learning rate
 SAMPLE = 32  # images of each local source that are decoded; of a remote one, REMOTE_SAMPLE
 REMOTE_SAMPLE = 2
+THIS_MACHINE = "this machine"  # where a run on its CPU gets its memory
 CPU_BATCH = 2  # images of the trial iteration without a GPU
 PATIENCE_SECONDS = 8.0  # a trial iteration that took longer is not run a second time
 
@@ -102,8 +104,22 @@ def examine(path: Path, overrides: list[str], say: Say, allow_changes: bool = Fa
         _tell_settings(report, settings, path, overrides)
     if settings is not None:
         _examine_run(report, settings, allow_changes)
+    elif (plan := _plan_without_inputs(path, overrides)) is not None:
+        world = world_size(plan)
+        with report.section("batch and learning rate"):
+            _check_batch(report, plan, world)
+        _tell_bill(report, plan, world)
     _verdict(report)
     return report
+
+
+def _plan_without_inputs(path: Path, overrides: list[str]) -> Config | None:
+    """The settings with a name in the place of each without a value; None if more is wrong."""
+    with contextlib.suppress(UserError):
+        values = dict(config.leaves(config.resolve(path, overrides)))
+        absent = [f"{key}=absent" for key, value in values.items() if value == "???"]
+        return config.load(path, [*overrides, *absent])
+    return None
 
 
 def _examine_run(report: Report, settings: Config, allow_changes: bool) -> None:
@@ -135,9 +151,7 @@ def _examine_run(report: Report, settings: Config, allow_changes: bool) -> None:
             _try_iteration(report, settings, finetuner, world)
     with report.section("disk"):
         _check_disk(report, settings)
-    report.say("the bill:")
-    _bill(report, settings, world)
-    _tell_scaling(report, settings, world)
+    _tell_bill(report, settings, world)
 
 
 # --- settings -------------------------------------------------------------------------------
@@ -177,11 +191,10 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
         "processes": world, "per_device": micro, "accumulation": parts, "global": batch
     }  # fmt: skip
     report.tell(
-        f"{counted(world, 'process', 'es')} x {micro} images x "
+        f"{counted(world, 'process', 'es')} x {counted(micro, 'image', 's')} x "
         f"{counted(parts, 'micro-batch', 'es')} = {batch}"
     )
-    report.tell(f"GPU memory that this takes, computed: {size(cost.peak_bytes(settings, micro))}")
-    tell_fitting(report, settings, micro, batch // world, _gpu_memories(settings))
+    _tell_memory(report, settings, micro, batch // world)
     report.tell(
         f"learning rate {rate:g}, absolute: nothing scales it. The original's rule would give "
         f"{parts} x {micro} x {world} x {BASE_RATE:g} = {batch * BASE_RATE:g}; this is "
@@ -198,38 +211,78 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
             f"compute.devices={settings.compute.devices}, but torch sees {here} GPUs here; give "
             f"compute.devices={here} or run this where the others are"
         )
+    check_fits(settings, micro, batch // world, _memory_here(settings))
 
 
-def _gpu_memories(settings: Config) -> dict[str, float]:
-    """Bytes by name of this machine's GPU; without one, of the known kinds, for kl-f8's shape."""
+def _tell_memory(report: Report, settings: Config, micro: int, share: int) -> None:
+    """What micro-batches of `micro` take, and the largest that would fit here or on known GPUs."""
+    kept = _element_bytes(settings)
+    report.tell(
+        f"{'memory' if _on_cpu(settings) else 'GPU memory'} that this takes, computed: "
+        f"{size(cost.peak_bytes(settings, micro, kept))}"
+    )
+    here = _memory_here(settings)
+    fits = {name: cost.largest_divisor(settings, share, here[name], kept) for name in here}
+    if _is_full_size(settings) and not _on_cuda(settings):
+        fits |= {
+            kind.name: cost.largest_divisor(settings, share, kind.memory_bytes)
+            for kind in scaling.GPUS
+        }
+    report.facts["per_device_batch_that_fits"] = fits
+    if fits:
+        told = ", ".join(f"{count or 'none'} on {name}" for name, count in fits.items())
+        gpus = fits.keys() != {THIS_MACHINE}
+        left = f", with {size(cost.HEADROOM_BYTES)} for CUDA and its allocator" if gpus else ""
+        report.tell(f"the largest compute.per_device_batch that fits, computed{left}: {told}")
+
+
+def _memory_here(settings: Config) -> dict[str, float]:
+    """Bytes by name of what this machine gives each process; {} where a GPU elsewhere is meant."""
     if _on_cuda(settings):
         found = torch.cuda.get_device_properties(0)
         return {found.name: found.total_memory}
-    return {kind.name: kind.memory_bytes for kind in scaling.GPUS if _is_full_size(settings)}
+    if not _on_cpu(settings):
+        return {}
+    # torch is loaded already: what is available needs no headroom
+    available = available_memory() / (settings.compute.devices or 1)
+    return {THIS_MACHINE: available + cost.HEADROOM_BYTES}
 
 
-def tell_fitting(
-    report: Report, settings: Config, micro: int, share: int, memories: Mapping[str, float]
-) -> None:
-    """The largest micro-batch for each memory, and a remark if `micro` is too much for the only."""
-    fits = {
-        name: cost.largest_divisor(settings, share, memory) for name, memory in memories.items()
-    }
-    report.facts["per_device_batch_that_fits"] = fits
-    if not fits:
-        return
-    told = ", ".join(f"{count or 'none'} on {name}" for name, count in fits.items())
-    report.tell(
-        f"the largest compute.per_device_batch that fits, computed, with "
-        f"{size(cost.HEADROOM_BYTES)} for CUDA and its allocator: {told}"
-    )
-    largest = max(fits.values())
-    if len(fits) == 1 and micro > largest:
-        report.remark(
-            f"micro-batches of {micro} do not fit this GPU, as computed; "
-            + (f"give compute.per_device_batch={largest}" if largest else "not even 1 image does")
-            + ", or raise compute.checkpoint_levels"
-        )
+def available_memory() -> int:
+    """Bytes that processes can still have: Linux's estimate, elsewhere all of the memory."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def check_fits(settings: Config, micro: int, share: int, memories: Mapping[str, float]) -> None:
+    """Raises RunFailedError if a micro-batch of `micro` images needs more than a memory has."""
+    kept = _element_bytes(settings)
+    for name, memory in memories.items():
+        largest = cost.largest_divisor(settings, share, memory, kept)
+        if micro > largest:
+            smaller = f"give compute.per_device_batch={largest}, or " if largest else ""
+            raise RunFailedError(
+                f"compute.per_device_batch={micro} takes "
+                f"{size(cost.peak_bytes(settings, micro, kept))}, computed, but {name} has "
+                f"{size(max(0.0, memory - cost.HEADROOM_BYTES))} for it; {smaller}"
+                "raise compute.checkpoint_levels, or lower data.crop"
+            )
+
+
+def _element_bytes(settings: Config) -> float | None:
+    """Bytes a kept number where the run will be: on a GPU unless it is for this CPU."""
+    return benchmark.element_bytes(settings, torch.device("cpu" if _on_cpu(settings) else "cuda"))
+
+
+def _on_cpu(settings: Config) -> bool:
+    """Whether the run will use this machine's CPU; full size without a GPU is a plan for others."""
+    accelerator = settings.compute.accelerator
+    if accelerator == "auto":
+        return not torch.cuda.is_available() and not _is_full_size(settings)
+    return accelerator == "cpu"
 
 
 def _on_cuda(settings: Config) -> bool:
@@ -260,6 +313,8 @@ def _check_weights(report: Report, settings: Config) -> None:
     report.facts["weights"] = {"sha256": digest, **told}
     report.tell(checkpoint.describe(told))
     report.tell(f"{size(contents.path.stat().st_size)}, SHA-256 {digest}")
+    if not found:
+        check_model(settings, contents.path, weights.autoencoder)
 
 
 def _first_readable(
@@ -286,7 +341,8 @@ def _check_source(report: Report, settings: Config, name: str) -> None:
     height, width = images.decode(data).shape[1:]
     place = source.location(first)
     report.tell(f"first shard {place}: {key}, {width} x {height} pixels, {size(len(data))}")
-    count = min(plan.batch * 4, REMOTE_SAMPLE if is_remote(place) else SAMPLE)
+    dealt = plan.plans[name].lanes * plan.plans[name].lane_length  # in a pass, none twice
+    count = min(plan.batch * 4, dealt, REMOTE_SAMPLE if is_remote(place) else SAMPLE)
     dataset = PositionDataset(plan, sources, settings)
     began = time.perf_counter()
     samples = [dataset[position] for position in range(count)]
@@ -346,8 +402,8 @@ def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world
     report.facts |= {"start_iteration": finetuner.iteration, "warmup": finetuner.warmup_left}
     cuda = _on_cuda(settings)
     device = torch.device("cuda" if cuda else "cpu")
-    count = config.micro_batch(settings, world)
-    count = count if cuda else min(count, CPU_BATCH)
+    micro = config.micro_batch(settings, world)
+    count = micro if cuda else min(micro, CPU_BATCH)
     dataset = PositionDataset(*open_data(settings, report.tell), settings)
     first = finetuner.iteration * settings.global_batch
     batch = collate([dataset[first + slot] for slot in range(count)]).to(device)
@@ -364,8 +420,8 @@ def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world
         seconds, cold = _timed_iteration(finetuner, batch)
     except torch.cuda.OutOfMemoryError as error:
         raise RunFailedError(
-            f"out of GPU memory with {count} images: {error}\nHalve compute.per_device_batch "
-            "(the global batch stays, by accumulation)"
+            f"out of GPU memory with {counted(count, 'image', 's')}: {error}\n"
+            "Halve compute.per_device_batch (the global batch stays, by accumulation)"
         ) from error
     memory = (
         torch.cuda.max_memory_allocated()
@@ -379,8 +435,9 @@ def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world
         "memory_bytes": memory,
     }
     note = " (the first, cold iteration; later ones are quicker)" if cold else ""
+    tried = f"{count} of {micro} images" if count < micro else counted(count, "image", "s")
     report.tell(
-        f"{counted(count, 'image', 's')} in {seconds:.2f} s{note} on {_device_name(cuda)}: "
+        f"{tried} in {seconds:.2f} s{note} on {_device_name(cuda)}: "
         f"{count / seconds:.3g} images/s; memory at most {size(memory)}"
     )
     if not cuda:
@@ -527,6 +584,12 @@ def _check_disk(report: Report, settings: Config) -> None:
         )
 
 
+def _tell_bill(report: Report, settings: Config, world: int) -> None:
+    report.say("the bill:")
+    _bill(report, settings, world)
+    _tell_scaling(report, settings, world)
+
+
 def _bill(report: Report, settings: Config, world: int) -> None:
     start, seconds = _start(report, settings), report.facts.get("seconds_per_image")
     if start is None:
@@ -537,7 +600,10 @@ def _bill(report: Report, settings: Config, world: int) -> None:
     total = iterations * settings.global_batch
     report.facts["images_total"] = total
     extra = f", {warmup:,} of them the discriminator's warm-up" if warmup else ""
-    report.tell(f"{iterations:,} iterations{extra} x {settings.global_batch} = {total:,} images")
+    report.tell(
+        f"{counted(iterations, 'iteration', 's')}{extra} x {settings.global_batch} = "
+        f"{counted(total, 'image', 's')}"
+    )
     if seconds is None:
         return
     hours = total * seconds / 3600
@@ -561,9 +627,8 @@ def _tell_scaling(report: Report, settings: Config, world: int) -> None:
     The known kinds for kl-f8's shape alone.
     """
     seconds, start = report.facts.get("seconds_per_image"), _start(report, settings)
-    if start is None:
-        return
-    work = scaling.workload(settings, max(0, settings.stop_iteration - start))
+    iterations = 0 if start is None else max(0, settings.stop_iteration - start)
+    work = scaling.workload(settings, iterations)
     cuda = _on_cuda(settings)
     gpu = scaling.find_gpu(torch.cuda.get_device_name()) if cuda else None
     assumed = f"{100 * scaling.SHARE:.0f} % of its peak"
@@ -586,7 +651,7 @@ def _tell_scaling(report: Report, settings: Config, world: int) -> None:
 def _predicted(found: scaling.Prediction, work: scaling.Workload) -> str:
     parts = [
         f"{found.images_per_second:.3g} images/s",
-        duration(found.days * 86400),
+        *([duration(found.days * 86400)] if found.days else []),
         f"data {size(found.images_per_second * scaling.IMAGE_BYTES)}/s",
     ]
     if found.reduction_seconds:

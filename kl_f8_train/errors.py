@@ -36,3 +36,11 @@ class RunFailedError(UserError):
 
 class ImageError(ValueError):
     """One image that cannot be used, `reason: detail`; the run goes on with its neighbour."""
+
+
+class SmallImageError(ImageError):
+    """An image whose shorter side, `side` pixels, is smaller than the crop."""
+
+    def __init__(self, message: str, side: int) -> None:
+        super().__init__(message)
+        self.side = side

@@ -239,7 +239,7 @@ def find_networks(
         found.unmeasured |= dict.fromkeys(missing, why)
         missing = ("st_lpips",)
     try:
-        found.perceptual = perceptual.build(name, vgg).to(device)
+        found.perceptual = perceptual.build(name, vgg, published.VGG16.flag).to(device)
     except MissingInputError as error:
         if vgg:
             raise

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kl_f8_train import images
 from kl_f8_train.errors import ImageError, RunFailedError
 from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.units import counted
 
 LIMIT = torch.finfo(torch.float16).max  # 65504
 COUNT = 3
@@ -87,7 +88,7 @@ def choose_images(folder: Path | None, size: int) -> tuple[str, list[Tensor]]:
     """
     if folder is not None:
         chosen = images.load_folder(folder, size, COUNT)
-        return f"{len(chosen)} images of {folder.name} at {size} x {size}", chosen
+        return f"{counted(len(chosen), 'image', 's')} of {folder.name} at {size} x {size}", chosen
     package = importlib.util.find_spec("skimage")
     places = list(package.submodule_search_locations or []) if package else []
     files = [Path(place) / "data" / name for place in places for name in SHIPPED]
@@ -96,7 +97,10 @@ def choose_images(folder: Path | None, size: int) -> tuple[str, list[Tensor]]:
         with suppress(ImageError):
             chosen.append(images.square(file.read_bytes(), size))
     if chosen:
-        return f"{len(chosen)} photographs of scikit-image at {size} x {size}", chosen
+        return (
+            f"{counted(len(chosen), 'photograph', 's')} of scikit-image at {size} x {size}",
+            chosen,
+        )
     return f"a generated pattern of {size} x {size} (no photographs at hand)", [pattern(size)]
 
 

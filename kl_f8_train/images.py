@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from kl_f8_train.errors import ImageError, MissingInputError
+from kl_f8_train.errors import ImageError, MissingInputError, SmallImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # by content; the suffix may lie
@@ -134,11 +134,13 @@ def flip(image: Tensor) -> Tensor:
 def crop(image: Tensor, side: int, top_share: float = 0.5, left_share: float = 0.5) -> Tensor:
     """Square crop; the shares in [0, 1] place it (0.5, 0.5: the centre).
 
-    Raises ImageError if the image is smaller than the crop.
+    Raises SmallImageError if the image is smaller than the crop.
     """
     height, width = image.shape[-2:]
     if min(height, width) < side:
-        raise ImageError(f"{width} x {height} pixels, smaller than the {side} x {side} crop")
+        raise SmallImageError(
+            f"{width} x {height} pixels, smaller than the {side} x {side} crop", min(height, width)
+        )
     top = min(math.floor(top_share * (height - side + 1)), height - side)
     left = min(math.floor(left_share * (width - side + 1)), width - side)
     return image[..., top : top + side, left : left + side].contiguous()

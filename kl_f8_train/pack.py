@@ -26,6 +26,7 @@ import torch
 
 from kl_f8_train import images
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
+from kl_f8_train.units import counted
 
 MAX_PER_SHARD = 10_000  # four digits
 MAX_SHARDS = 100_000  # five digits
@@ -47,8 +48,8 @@ class PackResult:
     def __str__(self) -> str:
         """For the command line: numbers, and the first images that were left out."""
         lines = [
-            f"{self.images:,} images in {len(self.shards):,} shards, {self.written:,} of them "
-            f"written now: {self.shards[0].parent}"
+            f"{counted(self.images, 'image', 's')} in {counted(len(self.shards), 'shard', 's')}, "
+            f"{self.written:,} of them written now: {self.shards[0].parent}"
         ]
         lines += [f"left out: {line}" for line in self.skipped[:SHOWN]]
         if len(self.skipped) > SHOWN:
@@ -177,7 +178,7 @@ def _compare(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     for text, names in named.items():
         if names:
             shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            differences.append(f"{len(names):,} files {text} ({shown})")
+            differences.append(f"{counted(len(names), 'file', 's')} {text} ({shown})")
     if differences:
         raise UsageError(
             f"{out} holds shards of something else: {'; '.join(differences)}. "

@@ -19,6 +19,7 @@ from kl_f8_train import checkpoint, published
 from kl_f8_train.errors import MissingInputError
 
 LABELS = {"lpips_vgg": "LPIPS", "st_lpips_alex": "ST-LPIPS (stand-in, not LPIPS)"}
+SETTING = "loss.perceptual_weights=FILE"  # how a recipe names VGG16's file
 
 
 class PerceptualDistance(nn.Module):
@@ -87,13 +88,13 @@ def unit_length(features: Tensor) -> Tensor:
     return (features / (norm + 1e-10)).masked_fill(zero, 0.0)
 
 
-def build(name: str, weights: str | None = None) -> PerceptualDistance:
+def build(name: str, weights: str | None = None, flag: str = SETTING) -> PerceptualDistance:
     """The network called "lpips_vgg" or "st_lpips_alex", with its weights.
 
-    Raises MissingInputError with the remedy if they are not on this machine.
+    Raises MissingInputError with the remedy, `flag` among them, if they are not on this machine.
     """
     if name == "lpips_vgg":
-        return lpips_vgg(published.find(published.VGG16, weights))
+        return lpips_vgg(published.find(published.VGG16, weights, flag))
     return st_lpips_alex()
 
 

@@ -26,7 +26,7 @@ class Network:
     file: str  # in our cache
     hub_files: tuple[str, ...]  # in torch hub's
     keys: str  # the start of the keys that are kept
-    flags: str  # how to name the file instead
+    flag: str  # how `evaluate` names the file instead
 
 
 VGG16 = Network(
@@ -36,7 +36,7 @@ VGG16 = Network(
     file="vgg16_features.safetensors",
     hub_files=("vgg16-397923af.pth",),
     keys="features.",
-    flags="--vgg FILE (in training: loss.perceptual_weights=FILE)",
+    flag="--vgg FILE",
 )
 INCEPTION = Network(
     title="Inception of 2015-12-05",
@@ -49,13 +49,13 @@ INCEPTION = Network(
         "pt_inception-2015-12-05-6726825d.pth",  # the same file, as pytorch-fid names it
     ),
     keys="",
-    flags="--inception FILE",
+    flag="--inception FILE",
 )
 NETWORKS = {"vgg": VGG16, "inception": INCEPTION}
 
 
-def find(network: Network, explicit: str | None = None) -> Path:
-    """The file of a network: as given, in our cache, or in torch hub's.
+def find(network: Network, explicit: str | None = None, flag: str | None = None) -> Path:
+    """The file of a network: as given (by `flag`), in our cache, or in torch hub's.
 
     Raises MissingInputError saying where it looked and how to get it.
     """
@@ -69,7 +69,7 @@ def find(network: Network, explicit: str | None = None) -> Path:
     raise MissingInputError(
         f"no file of {network.title}; `kl-f8-train fetch` gets it, once\n  {looked}\n"
         "Without network here, fetch on another machine and copy it, or name it: "
-        f"{network.flags}"
+        f"{flag or network.flag}"
     )
 
 

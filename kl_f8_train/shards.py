@@ -27,6 +27,7 @@ from kl_f8_train import checkpoint
 from kl_f8_train.cache import ShardCache, is_remote
 from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.images import SUFFIXES, list_folder
+from kl_f8_train.units import counted
 
 BLOCK = 512  # bytes; everything in a tar starts at a multiple of it
 CHUNK = 64  # shards indexed as one resumable part
@@ -142,12 +143,13 @@ def index_tar(path: Path) -> TarIndex:
             block = file.read(BLOCK)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise MissingInputError(
-            f"shard {path} is broken: {error} after {len(found.sizes)} images"
+            f"shard {path} is broken: {error} after {counted(len(found.sizes), 'image', 's')}"
         ) from error
     found.without_image += not has_image
     if len(block) != BLOCK or block.strip(b"\0"):
         raise MissingInputError(
-            f"shard {path} is cut short: no end mark after {len(found.sizes)} images"
+            f"shard {path} is cut short: no end mark after "
+            f"{counted(len(found.sizes), 'image', 's')}"
         )
     return found
 
@@ -163,8 +165,9 @@ def add_neighbours(found: TarIndex, path: Path) -> TarIndex:
         expected = _numbers(stats.read_bytes()).get("successes", 0)
         if len(found.sizes) < expected:
             raise MissingInputError(
-                f"shard {path} holds {len(found.sizes)} images, {stats.name} says {expected:.0f} "
-                "(delete that file if images were taken out on purpose)"
+                f"shard {path} holds {counted(len(found.sizes), 'image', 's')}, "
+                f"{stats.name} says {expected:.0f} (delete that file if images were taken out on "
+                "purpose)"
             )
     table = path.with_suffix(".parquet")
     if table.is_file() and not all(found.numbers) and importlib.util.find_spec("pyarrow"):
@@ -444,7 +447,7 @@ class TarSource:
     def describe(self) -> list[str]:
         """Images, shards, and the share that each filter dropped."""
         total, kept = int(self.starts[-1]), int(self.counts.sum())
-        lines = [f"{kept:,} images in {len(self.locations):,} shards"]
+        lines = [f"{counted(kept, 'image', 's')} in {counted(len(self.locations), 'shard', 's')}"]
         for text, number in self.dropped.items():
             lines.append(f"{text} dropped {number:,} ({100 * number / max(total, 1):.1f} %)")
         if self.without_image:
@@ -504,7 +507,7 @@ class FolderSource:
 
     def describe(self) -> list[str]:
         """How many files."""
-        return [f"{len(self.files):,} images in a folder"]
+        return [f"{counted(len(self.files), 'image', 's')} in a folder"]
 
 
 def open_source(
@@ -580,7 +583,7 @@ def _build_here(pattern: str, locations: Sequence[str], directory: Path, cache: 
     remote = sum(is_remote(place) for place in locations)
     if remote or len(locations) > AUTOMATIC:
         raise MissingInputError(
-            f"{len(locations):,} shards ({remote:,} remote) are not indexed yet; run "
+            f"{counted(len(locations), 'shard', 's')} ({remote:,} remote) not indexed yet; run "
             f"`kl-f8-train index '{pattern}'` once"
         )
     build_index(locations, directory, cache, workers=_cores() if len(locations) > CHUNK else 1)

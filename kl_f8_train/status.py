@@ -18,12 +18,13 @@ import yaml
 
 from kl_f8_train.curves import Chart, Points, page
 from kl_f8_train.errors import MissingInputError, RunFailedError
-from kl_f8_train.units import duration
+from kl_f8_train.units import counted, duration
 
 Row = dict[str, float]
 SPEED = "images_per_second"
 LOST_DB = 1.0  # of raw PSNR since the start; healthy small runs lost up to 0.8, a bad one 1.5
 RECENT = 0.1  # share of the rows that "lately" means
+ENOUGH_ROWS = 20  # for a judgement on speed and the loss: the start is slow
 SILENT_INTERVALS, SILENT_SECONDS = 5, 120.0  # no news for longer than both: silent
 LOSSES = ("reconstruction_loss", "pixel_loss", "perceptual_loss", "discriminator_loss")
 CHARTS = (  # title, columns, logarithmic
@@ -176,7 +177,7 @@ def read_status(run: Path, now: float) -> Status:
         losses=compare_losses(training),
         warnings=[
             *_discriminator_warnings(_lately(training)),
-            *_row_warnings(rows),
+            *_row_warnings(settings, rows),
             *_validation_warnings(read_rows(run / "validation.csv")),
             *_checkpoint_warnings(settings, iteration, start if saved is None else saved),
         ],
@@ -255,19 +256,26 @@ def compare_losses(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     return table
 
 
-def _row_warnings(rows: Sequence[Row]) -> Iterable[str]:
+def _row_warnings(settings: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[str]:
     """What the log rows tell of updates, images, speed and the loss."""
     bad, last = left_out(rows)
     if bad:
-        yield f"{bad} updates were left out as not finite, the last by iteration {last:,}"
+        updates = counted(bad, "update", "s")
+        yield f"{updates} left out as not finite, the last by iteration {last:,}"
     skipped = rows[-1].get("skipped_images", 0.0) if rows else 0.0
     if skipped:
-        yield f"{skipped:,.0f} images could not be used; they are named in skipped-*.txt"
+        yield f"{counted(round(skipped), 'image', 's')} could not be used: see skipped-*.txt"
     waited = _mean(_lately(rows), "data_wait_share") or 0.0
-    if waited > 0.1:
-        yield f"{100 * waited:.0f} % of the time is spent waiting for data: raise data.workers"
+    if waited > 0.1 and len(rows) >= ENOUGH_ROWS:
+        workers, cores = _group(settings, "data").get("workers", 0), os.cpu_count() or 1
+        yield f"{100 * waited:.0f} % of the time is spent waiting for data: " + (
+            "raise data.workers"
+            if workers < cores
+            else f"data.workers={workers} is enough for the {cores} cores here; give smaller or "
+            "nearer images, or more cores"
+        )
     losses = compare_losses(rows).get("reconstruction_loss")
-    if losses and len(rows) >= 20 and losses["recent"] > 1.5 * losses["first"]:
+    if losses and len(rows) >= ENOUGH_ROWS and losses["recent"] > 1.5 * losses["first"]:
         yield (
             f"the reconstruction loss rose, from {losses['first']:.4g} to {losses['recent']:.4g}: "
             "the learning rate may be too high"

@@ -40,7 +40,7 @@ from kl_f8_train.data import (
 from kl_f8_train.discriminator import Discriminator, initialize
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.finetuner import Finetuner, build_optimizers
-from kl_f8_train.formats import check_shapes
+from kl_f8_train.formats import State, check_shapes
 from kl_f8_train.model import AutoencoderKL
 from kl_f8_train.plan import Plan
 from kl_f8_train.shards import FolderSource, Source, TarSource
@@ -144,7 +144,8 @@ class Iterations(LightningDataModule):
         self.finetuner.micro_batch = micro_batch(self.settings, world)
         accumulation = self.settings.global_batch // world // self.finetuner.micro_batch
         say(
-            f"batch: {counted(world, 'process', 'es')} x {self.finetuner.micro_batch} images x "
+            f"batch: {counted(world, 'process', 'es')} x "
+            f"{counted(self.finetuner.micro_batch, 'image', 's')} x "
             f"{counted(accumulation, 'micro-batch', 'es')} = {self.settings.global_batch}"
         )
         sampler = IterationSampler(
@@ -207,15 +208,8 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
         raise UsageError(
             f"{contents.path} does not tell its iteration; give init.iteration (kl-f8: 246803)"
         )
+    check_model(settings, contents.path, weights.autoencoder)
     finetuner = _build(settings)
-    expected = finetuner.autoencoder.state_dict()
-    try:
-        check_shapes(weights.autoencoder, {k: tuple(v.shape) for k, v in expected.items()})
-    except MissingInputError as error:
-        raise MissingInputError(
-            f"{contents.path} and the recipe's model differ: {error}\nGive other weights, or set "
-            "model.* as theirs"
-        ) from error
     bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
     if bad:
         raise MissingInputError(
@@ -231,6 +225,19 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
     _import_discriminator(settings, finetuner, weights.discriminator)
     finetuner.prepared_optimizers = build_optimizers(finetuner)
     return finetuner, state.frozen_sha256(finetuner.autoencoder.state_dict())
+
+
+def check_model(settings: Config, path: Path, weights: State) -> None:
+    """Raises MissingInputError if the autoencoder of a file has another shape than the recipe's."""
+    with torch.device("meta"):
+        expected = _autoencoder(settings).state_dict()
+    try:
+        check_shapes(weights, {key: tuple(value.shape) for key, value in expected.items()})
+    except MissingInputError as error:
+        raise MissingInputError(
+            f"{path} and the recipe's model differ: {error}\nGive other weights, or set "
+            "model.* as theirs"
+        ) from error
 
 
 def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) -> None:
@@ -257,17 +264,20 @@ def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) 
 
 def _build(settings: Config) -> Finetuner:
     """The networks of a run, with a seeded new discriminator."""
-    shape = settings.model
-    autoencoder = AutoencoderKL(
-        shape.ch, tuple(shape.ch_mult), shape.num_res_blocks, shape.z_channels, shape.embed_dim
-    )
-    discriminator = None
+    autoencoder, discriminator = _autoencoder(settings), None
     if settings.adversarial is not None:
         adversary = settings.adversarial
         discriminator = Discriminator(adversary.ndf, adversary.n_layers, adversary.sync_batchnorm)
         initialize(discriminator, settings.seed)
     network = perceptual.build(settings.loss.perceptual, settings.loss.perceptual_weights)
     return Finetuner(settings, autoencoder, discriminator, network)
+
+
+def _autoencoder(settings: Config) -> AutoencoderKL:
+    shape = settings.model
+    return AutoencoderKL(
+        shape.ch, tuple(shape.ch_mult), shape.num_res_blocks, shape.z_channels, shape.embed_dim
+    )
 
 
 # --- the trainer ----------------------------------------------------------------------------

@@ -24,5 +24,5 @@ def size(count: float) -> str:
 
 
 def counted(number: int, noun: str, ending: str) -> str:
-    """1 process, 2 processes: a number with its noun."""
-    return f"{number} {noun}{ending * (number > 1)}"
+    """1 process, 2 processes, 1,000 processes: a number with its noun."""
+    return f"{number:,} {noun}{ending * (number != 1)}"

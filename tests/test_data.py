@@ -1,4 +1,6 @@
 import hashlib
+import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -219,12 +221,28 @@ def test_substitutes_keep_crop_and_noise(tmp_path):
 def test_only_bad_images_end_the_run(tmp_path, count, workers):
     members = {f"{number}.jpg": b"bad" for number in range(count)}
     dataset = dataset_of(source_with(tmp_path, members))
-    with pytest.raises(MissingInputError, match="images in a row cannot be used") as caught:
+    with pytest.raises(MissingInputError, match="in a row cannot be used") as caught:
         batches(dataset, stop=1, workers=workers)
     tried = min(count, data.MAX_NEIGHBOURS)
-    assert f"{tried} images in a row" in str(caught.value)
+    assert f"{tried} image{'s' * (tried > 1)} in a row" in str(caught.value)
     assert "0.tar" in str(caught.value)
     assert "Traceback" not in str(caught.value)  # what the command line prints
+
+
+@pytest.mark.parametrize(
+    ("others", "remedy"),
+    [
+        ([], "; set data.crop to 24 or less, or data.shorter_side=48 (which enlarges them)"),
+        ([b"bad"], "0.tar and data.shorter_side=null, data.crop=48"),
+        ([samples.encode(samples.noise_picture(0, 9, 7))], "; set data.shorter_side=48 (which"),
+    ],
+)
+def test_images_smaller_than_the_crop_say_what_to_set(tmp_path, others, remedy):
+    members = {f"{number}.jpg": member for number, member in enumerate([small(), *others])}
+    dataset = dataset_of(source_with(tmp_path, members))
+    with pytest.raises(MissingInputError) as caught:
+        dataset[0]
+    assert remedy in str(caught.value)
 
 
 def test_a_shard_that_shrinks_later_is_a_bad_image(tmp_path):
@@ -290,6 +308,20 @@ def test_workers_do_not_multiply_threads(folders):
     finally:
         torch.set_num_threads(before)
     assert all(same(first, second) for first, second in zip(one, two, strict=True))
+
+
+def test_more_workers_than_cores_are_no_warning(folders):
+    cores = os.sched_getaffinity(0)
+    dataset = dataset_of(folders)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert len(batches(dataset, stop=2, workers=2)) == 2
+            with pytest.raises(UserWarning, match="another"):
+                warnings.warn("another", UserWarning, stacklevel=1)
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def test_crop_and_noise_are_frozen(folders):

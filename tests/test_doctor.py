@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from kl_f8_train import checkpoint, config, cost, doctor, perceptual, scaling
 from kl_f8_train.__main__ import main
 from kl_f8_train.data import Batch
+from kl_f8_train.errors import RunFailedError
 from kl_f8_train.finetuner import build_optimizers
 from kl_f8_train.losses import reconstruction_loss
 from kl_f8_train.train import train
@@ -60,6 +62,8 @@ def test_go(examined, folder):
     assert not found["cold_iteration"]
     assert "cold" not in told
     assert "1 loader process can keep it busy" in told
+    if not torch.cuda.is_available():
+        assert "  2 of 4 images in " in told
     assert told.rstrip().endswith("GO")
     assert not (folder / "new").exists()
 
@@ -165,7 +169,7 @@ def test_kinds_of_gpu_are_told_for_the_full_size(folder, capsys):
     output = capsys.readouterr()
     settings = samples.recipe()
     fits = json.loads(output.out)["per_device_batch_that_fits"]
-    assert list(fits) == [kind.name for kind in scaling.GPUS]
+    assert list(fits) == ["this machine", *(kind.name for kind in scaling.GPUS)]
     divisors = [n for n in range(1, 97) if 96 % n == 0]
     for kind in scaling.GPUS:
         needed = {n: cost.peak_bytes(settings, n) + 2 * 2**30 for n in divisors}
@@ -176,19 +180,39 @@ def test_kinds_of_gpu_are_told_for_the_full_size(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("memory", "proposed", "remark"),
+    ("memory", "problem"),
     [
-        (80e9, 48, ""),
-        (12e9, 6, "micro-batches of 12 do not fit this GPU, as computed; give compute.per_dev"),
-        (3e9, 0, "not even 1 image does, or raise compute.checkpoint_levels"),
+        (12e9, "has 9.85 GB for it; give compute.per_device_batch=6, or raise compute.checkpoint"),
+        (3e9, "has 853 MB for it; raise compute.checkpoint_levels"),
     ],
 )
-def test_a_micro_batch_that_does_not_fit_is_remarked(memory, proposed, remark):
-    report = doctor.Report([].append)
-    doctor.tell_fitting(report, samples.recipe(), 12, 96, {"this one": memory})
-    assert report.facts["per_device_batch_that_fits"] == {"this one": proposed}
-    assert remark in " ".join(report.remarks)
-    assert bool(report.remarks) == bool(remark)
+def test_a_micro_batch_that_does_not_fit_is_refused(memory, problem):
+    settings = samples.recipe()
+    with pytest.raises(RunFailedError, match=r"batch=12 takes 17\.4 GB") as caught:
+        doctor.check_fits(settings, 12, 96, {"this one": memory})
+    assert problem in str(caught.value)
+    doctor.check_fits(settings, 12, 96, {"this one": 20e9})
+
+
+def test_a_batch_beyond_this_machine_is_no_go(examined):
+    huge = ("global_batch=65536", "compute.per_device_batch=65536", "data.crop=256")
+    wanted = (*huge, "init.weights=absent", "compute.accelerator=cpu")
+    code, found, told = examined("huge", *wanted)
+    assert code == 3  # of the weights; this alone would be 4
+    assert "=65536 takes" in found["problems"][0]
+    fits = found["per_device_batch_that_fits"]["this machine"]
+    assert f"give compute.per_device_batch={fits}," in found["problems"][0]
+    assert "  memory that this takes, computed: " in told
+    settings = config.load(config.find_recipe("demo"), ["data.crop=256", *runs.TINY[:1], *huge])
+    assert cost.peak_bytes(settings, fits) <= 1.5 * doctor.available_memory()
+
+
+def test_a_login_machine_s_memory_says_nothing_about_the_plan_for_gpus():
+    settings = samples.recipe("ft_ema", "compute.devices=8")
+    if not torch.cuda.is_available():
+        assert doctor._memory_here(settings) == {}
+    here = samples.recipe("ft_ema", "compute.devices=8", "compute.accelerator=cpu")
+    assert list(doctor._memory_here(here)) == ["this machine"]
 
 
 # --- the gradient audit ---------------------------------------------------------------------
@@ -285,6 +309,40 @@ def test_all_problems_are_told_at_once(examined, folder):
     assert f"NO GO, {3 + no_gpu} problems" in told
 
 
+def test_batch_and_bill_are_told_without_the_inputs(capsys):
+    assert main(["doctor", "ft_ema", "compute.devices=8", "data.sources=photos", "--json"]) == 2
+    output = capsys.readouterr()
+    found, told = json.loads(output.out), output.err
+    (problem,) = found["problems"]
+    assert "run_dir=..." in problem
+    assert "data.sources" not in problem
+    assert "8 processes x 12 images x 2 micro-batches = 192" in told
+    assert found["images_total"] == (560001 - 246803) * 192
+    if not torch.cuda.is_available():
+        assert re.search(
+            r"predicted, not measured: 8 of each(.|\n)*H100 SXM .* images/s, \d+ h", told
+        )
+
+
+def test_speed_is_predicted_where_the_start_is_not_known(capsys):
+    assert main(["doctor", "ft_ema", "init.iteration=null"]) == 2
+    told = capsys.readouterr().out
+    assert "the bill:\n  not known: weights that tell their iteration" in told
+    if not torch.cuda.is_available():
+        assert re.search(r"H100 SXM +\d+ images/s, data", told)
+
+
+def test_another_shape_is_told_beside_a_missing_network(examined, monkeypatch, tmp_path):
+    monkeypatch.setenv("KL_F8_TRAIN_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    code, found, _ = examined("shape", "model.ch=64", "loss.perceptual=lpips_vgg")
+    assert code == 3
+    shape, network = found["problems"]
+    assert "is (32, 3, 3, 3), expected (64, 3, 3, 3)" in shape
+    assert "set model.* as theirs" in shape
+    assert "no file of VGG16" in network
+
+
 @pytest.mark.parametrize(
     ("override", "text"),
     [("seeed=1", "Did you mean 'seed'"), ("global_batch=0", "expected a number above 0")],
@@ -330,6 +388,12 @@ def test_unusable_images_and_filters_are_told(examined, folder, tmp_path):
     code, found, told = examined("filtered", *loose)
     assert code == 0
     assert "width >= 40 dropped 0 (0.0 %)" in told
+
+
+def test_no_more_images_are_sampled_than_there_are(examined):
+    found = examined("few", "global_batch=10", "init.weights=absent")[1]
+    entry = found["data"]["shards"]
+    assert (entry["images"], entry["sampled"]) == (36, 30)  # in a pass, of which 6 have a rest
 
 
 def test_photographs_that_would_be_enlarged_are_told(examined):

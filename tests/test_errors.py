@@ -261,7 +261,9 @@ DATA = {
     "not images": train(
         "data.sources=not_images", MISSING, "not a readable image|check not_images"
     ),
-    "small images": train("data.crop=64", MISSING, "48 x 48 pixels, smaller than|data.crop=64"),
+    "small images": train(
+        "data.crop=64", MISSING, "48 x 48 pixels, smaller|data.crop to 48 or|data.shorter_side=64"
+    ),
     "list file": train("data.sources=text.txt", MISSING, "2 of 2 files are missing (a.tar, b.tar)"),
     "not indexed": train(
         "data.sources=http://127.0.0.1:9/0.tar", MISSING, "not indexed|index 'http"

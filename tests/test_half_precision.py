@@ -80,7 +80,7 @@ def test_images_are_chosen_and_named(tmp_path, monkeypatch):
     assert [tuple(image.shape) for image in chosen] == [(3, 64, 64)] * 3
     (tmp_path / "p.png").write_bytes(samples.encode(samples.noise_picture(0), "PNG"))
     named, chosen = half_precision.choose_images(tmp_path, 32)
-    assert named == f"1 images of {tmp_path.name} at 32 x 32"
+    assert named == f"1 image of {tmp_path.name} at 32 x 32"
     assert len(chosen) == 1
     (tmp_path / "p.png").unlink()
     with pytest.raises(MissingInputError, match="no images"):

@@ -305,9 +305,9 @@ def change_a_file(folder: Path) -> dict[str, int]:
     [
         (change_shard_size, "per_shard: 4 there, 5 asked for"),
         (change_reencoding, "reencode: False there, True asked for"),
-        (add_a_file, r"1 files new \(new.png\)"),
-        (remove_a_file, r"1 files missing \(photo 0.jpg\)"),
-        (change_a_file, r"1 files of another size \(photo 0.jpg\)"),
+        (add_a_file, r"1 file new \(new.png\)"),
+        (remove_a_file, r"1 file missing \(photo 0.jpg\)"),
+        (change_a_file, r"1 file of another size \(photo 0.jpg\)"),
     ],
 )
 def test_shards_of_something_else_are_not_overwritten(tmp_path, change, named):

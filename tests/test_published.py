@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from kl_f8_train import checkpoint, published
+from kl_f8_train import checkpoint, evaluate, perceptual, published
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError, RunFailedError
 from kl_f8_train.published import INCEPTION, VGG16
@@ -132,6 +132,16 @@ def test_a_named_file_is_the_only_place(tmp_path):
     assert published.find(VGG16, str(tmp_path / "mine.pth")) == tmp_path / "mine.pth"
     with pytest.raises(MissingInputError, match=r"other\.pth"):
         published.find(VGG16, str(tmp_path / "other.pth"))
+
+
+def test_a_missing_network_is_named_as_its_verb_names_it():
+    said: list[str] = []
+    evaluate.find_networks("lpips_vgg", None, None, "cpu", said.append)
+    vgg, inception = said
+    assert vgg.endswith("name it: --vgg FILE")
+    assert inception.endswith("name it: --inception FILE")
+    with pytest.raises(MissingInputError, match=r"name it: loss\.perceptual_weights=FILE$"):
+        perceptual.build("lpips_vgg")  # as train and doctor do
 
 
 def test_another_network_s_weights_are_refused(tmp_path):

@@ -269,7 +269,7 @@ def test_filters_keep_what_passes_and_has_the_field(tmp_path, filters, kept):
 def test_dropped_shares_are_told_before_training(tmp_path):
     source = open_source(with_metadata(tmp_path / "m", ROWS), ["width >= 256", "aesthetic >= 5"])
     text = "; ".join(source.describe())
-    assert "2 images in 1 shards" in text
+    assert "2 images in 1 shard;" in text
     assert "width >= 256 dropped 2 (33.3 %)" in text
     assert "aesthetic >= 5 dropped 2 (33.3 %)" in text
 

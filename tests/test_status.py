@@ -169,7 +169,7 @@ def test_warm_up_rows_count_apart(tmp_path):
         ({"adaptive_weight_clamped": 0.5}, "clamped in 50 %"),
         ({"discriminator_loss": 0.01, "logits_real": 3, "logits_fake": -3}, "has won"),
         ({"discriminator_loss": 1.0, "logits_real": 0.001, "logits_fake": 0}, "cannot tell"),
-        ({"bad_updates": 2}, "2 updates were left out as not finite, the last by iteration 1,010"),
+        ({"bad_updates": 2}, "2 updates left out as not finite, the last by iteration 1,010"),
         ({"skipped_images": 7}, "7 images could not be used"),
         ({"data_wait_share": 0.4}, "40 % of the time is spent waiting for data"),
     ],
@@ -179,6 +179,18 @@ def test_warnings(tmp_path, changes, warning):
     (found,) = status.read_status(run, NOW).warnings
     assert warning in found
     assert warning in status.html(run, status.read_status(run, NOW), NOW)
+
+
+def test_waiting_for_data_is_judged_late_and_more_workers_than_cores_are_not_advised(tmp_path):
+    waiting = [row(i, data_wait_share=0.4) for i in range(1010, 1210, 10)]
+    assert status.read_status(make_run(tmp_path / "early", waiting[:19]), NOW).warnings == []
+    run = make_run(tmp_path / "late", waiting)
+    assert status.read_status(run, NOW).warnings[0].endswith("waiting for data: raise data.workers")
+    settings = {**SETTINGS, "data": {"workers": os.cpu_count()}}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    (warning,) = status.read_status(run, NOW).warnings
+    assert "40 % of the time" in warning
+    assert "raise" not in warning
 
 
 def test_updates_left_out_are_counted_over_restarts():
