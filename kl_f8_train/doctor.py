@@ -211,7 +211,8 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
             f"compute.devices={settings.compute.devices}, but torch sees {here} GPUs here; give "
             f"compute.devices={here} or run this where the others are"
         )
-    check_fits(settings, micro, batch // world, _memory_here(settings))
+    if not _on_cuda(settings):  # a GPU is tried with a whole micro-batch
+        check_fits(settings, micro, batch // world, _memory_here(settings))
 
 
 def _tell_memory(report: Report, settings: Config, micro: int, share: int) -> None:
