@@ -387,8 +387,8 @@ def micro_batch(config: Config, world_size: int) -> int:
         return max(d for d in _divisors(per_rank) if d <= 12)
     if per_rank % given:
         raise UsageError(
-            f"compute.per_device_batch={given} does not divide the {per_rank} images of each of "
-            f"{world_size} processes (global_batch={batch}); {_divisors(per_rank)} do"
+            f"compute.per_device_batch={given} does not divide a process' {per_rank} images "
+            f"(global_batch={batch} / {world_size}); {_divisors(per_rank)} do"
         )
     return given
 

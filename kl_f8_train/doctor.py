@@ -194,7 +194,8 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
         f"{counted(world, 'process', 'es')} x {counted(micro, 'image', 's')} x "
         f"{counted(parts, 'micro-batch', 'es')} = {batch}"
     )
-    _tell_memory(report, settings, micro, batch // world)
+    here = _memory_here(settings)
+    _tell_memory(report, settings, micro, batch // world, here)
     report.tell(
         f"learning rate {rate:g}, absolute: nothing scales it. The original's rule would give "
         f"{parts} x {micro} x {world} x {BASE_RATE:g} = {batch * BASE_RATE:g}; this is "
@@ -205,24 +206,25 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
             "compute.accelerator=cuda, but torch sees no GPU here; mend the driver, or give "
             "compute.accelerator=cpu"
         )
-    here = torch.cuda.device_count()
-    if here and (settings.compute.devices or 1) > here:
+    gpus = torch.cuda.device_count()
+    if gpus and (settings.compute.devices or 1) > gpus:
         raise UsageError(
-            f"compute.devices={settings.compute.devices}, but torch sees {here} GPUs here; give "
-            f"compute.devices={here} or run this where the others are"
+            f"compute.devices={settings.compute.devices}, but torch sees {gpus} GPUs here; give "
+            f"compute.devices={gpus} or run this where the others are"
         )
     if not _on_cuda(settings):  # a GPU is tried with a whole micro-batch
-        check_fits(settings, micro, batch // world, _memory_here(settings))
+        check_fits(settings, micro, batch // world, here)
 
 
-def _tell_memory(report: Report, settings: Config, micro: int, share: int) -> None:
+def _tell_memory(
+    report: Report, settings: Config, micro: int, share: int, here: Mapping[str, float]
+) -> None:
     """What micro-batches of `micro` take, and the largest that would fit here or on known GPUs."""
     kept = _element_bytes(settings)
     report.tell(
         f"{'memory' if _on_cpu(settings) else 'GPU memory'} that this takes, computed: "
         f"{size(cost.peak_bytes(settings, micro, kept))}"
     )
-    here = _memory_here(settings)
     fits = {name: cost.largest_divisor(settings, share, here[name], kept) for name in here}
     if _is_full_size(settings) and not _on_cuda(settings):
         fits |= {
