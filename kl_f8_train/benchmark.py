@@ -237,11 +237,8 @@ def is_busy(seconds: float, cpu_seconds: float, threads: int) -> bool:
 
 def build_finetuner(config: Config, notes: list[str]) -> Finetuner:
     """The recipe's networks with random weights; notes what stands in for what."""
-    shape = config.model
     torch.manual_seed(config.seed)
-    autoencoder = AutoencoderKL(
-        shape.ch, tuple(shape.ch_mult), shape.num_res_blocks, shape.z_channels, shape.embed_dim
-    )
+    autoencoder = AutoencoderKL(**asdict(config.model))
     discriminator = None
     if config.adversarial is not None:
         discriminator = Discriminator(config.adversarial.ndf, config.adversarial.n_layers)

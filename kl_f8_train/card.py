@@ -24,7 +24,6 @@ from kl_f8_train.scores import BIASED_BELOW
 README = "README.md"
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "vae", "autoencoder", "kl-f8"]
 HUB_TYPES = {"rfid": "fid", "psnr": "psnr", "ssim": "ssim", "psim": "psim", "lpips": "lpips"}
-KL_F8 = (128, 1, 2, 4, 4, 2, 4, 4)  # ch, ch_mult, num_res_blocks, z_channels, embed_dim
 PUBLISHED = """
 ### Published, for orientation
 
@@ -259,8 +258,7 @@ def _measured(evaluated: Evaluated) -> list[dict[str, Any]]:
 
 def _introduction(settings: Config, record: Mapping[str, Any]) -> str:
     """What it is and how to use it: where Stable Diffusion is, only with kl-f8's own shape."""
-    shape, name = settings.model, record["stem"]
-    sizes = (shape.ch, *shape.ch_mult, shape.num_res_blocks, shape.z_channels, shape.embed_dim)
+    name = record["stem"]
     use = """## Use
 
 With [diffusers](https://github.com/huggingface/diffusers); `"."` is this folder, or its name on
@@ -272,7 +270,7 @@ from diffusers import AutoencoderKL
 vae = AutoencoderKL.from_pretrained(".", subfolder="diffusers")
 ```
 """
-    if sizes != KL_F8:
+    if settings.model != config.KL_F8:
         return f"""The decoder of an autoencoder of kl-f8's kind, finetuned with kl_f8_train.
 **It does not fit Stable Diffusion**: its shape is not kl-f8's. The encoder is bit for bit the
 imported one.

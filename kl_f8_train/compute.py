@@ -40,7 +40,7 @@ def apply(
 
 def channels_last(settings: Compute) -> bool:
     """Whether networks and images lie as NHWC: as set, or on CUDA (a CPU is slower with it)."""
-    return _on_cuda(settings) if settings.channels_last is None else settings.channels_last
+    return on_cuda(settings) if settings.channels_last is None else settings.channels_last
 
 
 def compiles(settings: Compute) -> bool:
@@ -48,10 +48,11 @@ def compiles(settings: Compute) -> bool:
     if settings.compile is not None:
         return settings.compile
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return _on_cuda(settings) and compiler is not None
+    return on_cuda(settings) and compiler is not None
 
 
-def _on_cuda(settings: Compute) -> bool:
+def on_cuda(settings: Compute) -> bool:
+    """Whether networks will run on a GPU of this machine."""
     return settings.accelerator != "cpu" and torch.cuda.is_available()
 
 

@@ -56,6 +56,9 @@ class Model:
     embed_dim: int = setting("channels of the latents")
 
 
+KL_F8 = Model(ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=4, embed_dim=4)
+
+
 @dataclass(kw_only=True)
 class Loss:
     """sum over pixels of (pixel term + perceptual_weight * perceptual), mean over images."""

@@ -7,7 +7,7 @@ Stand-ins, named as such: a small network trained here in kl-f8's place, ST-LPIP
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +122,9 @@ def train_base(settings: Config, path: Path) -> None:
     1e-6 KL + 0.5 x adaptive x adversarial.
     """
     torch.manual_seed(settings.seed)
-    shape = settings.model
-    model = AutoencoderKL(
-        shape.ch, tuple(shape.ch_mult), shape.num_res_blocks, shape.z_channels, shape.embed_dim
-    )
+    model = AutoencoderKL(**asdict(settings.model))
     assert model.quant_conv.bias is not None
-    model.quant_conv.bias.data[shape.embed_dim :] = -8.0  # a sharp posterior learns sooner
+    model.quant_conv.bias.data[settings.model.embed_dim :] = -8.0  # a sharp posterior learns sooner
     assert settings.adversarial is not None
     discriminator = Discriminator(settings.adversarial.ndf, settings.adversarial.n_layers)
     initialize(discriminator, settings.seed)

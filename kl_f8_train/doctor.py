@@ -21,13 +21,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_f8_train import benchmark, checkpoint, config, cost, images, origins, perceptual, scaling
+from kl_f8_train import (
+    benchmark,
+    checkpoint,
+    compute,
+    config,
+    cost,
+    images,
+    origins,
+    perceptual,
+    scaling,
+)
 from kl_f8_train.cache import is_remote
 from kl_f8_train.callbacks import wandb_reachable
 from kl_f8_train.config import Config
 from kl_f8_train.data import Batch, PositionDataset, collate, open_data
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError, UserError
-from kl_f8_train.finetuner import Finetuner, build_optimizers
+from kl_f8_train.finetuner import Finetuner
 from kl_f8_train.formats import Weights
 from kl_f8_train.losses import generator_loss, reconstruction_loss
 from kl_f8_train.model import FROZEN
@@ -212,7 +222,7 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
             f"compute.devices={settings.compute.devices}, but torch sees {gpus} GPUs here; give "
             f"compute.devices={gpus} or run this where the others are"
         )
-    if not _on_cuda(settings):  # a GPU is tried with a whole micro-batch
+    if not compute.on_cuda(settings.compute):  # a GPU is tried with a whole micro-batch
         check_fits(settings, micro, batch // world, here)
 
 
@@ -226,7 +236,7 @@ def _tell_memory(
         f"{size(cost.peak_bytes(settings, micro, kept))}"
     )
     fits = {name: cost.largest_divisor(settings, share, here[name], kept) for name in here}
-    if _is_full_size(settings) and not _on_cuda(settings):
+    if _is_full_size(settings) and not compute.on_cuda(settings.compute):
         fits |= {
             kind.name: cost.largest_divisor(settings, share, kind.memory_bytes)
             for kind in scaling.GPUS
@@ -241,7 +251,7 @@ def _tell_memory(
 
 def _memory_here(settings: Config) -> dict[str, float]:
     """Bytes by name of what this machine gives each process; {} where a GPU elsewhere is meant."""
-    if _on_cuda(settings):
+    if compute.on_cuda(settings.compute):
         found = torch.cuda.get_device_properties(0)
         return {found.name: found.total_memory}
     if not _on_cpu(settings):
@@ -288,13 +298,9 @@ def _on_cpu(settings: Config) -> bool:
     return accelerator == "cpu"
 
 
-def _on_cuda(settings: Config) -> bool:
-    return settings.compute.accelerator != "cpu" and torch.cuda.is_available()
-
-
 def _is_full_size(settings: Config) -> bool:
     """Whether the networks have kl-f8's shape: figures for GPUs say nothing about smaller ones."""
-    return bool(settings.model == scaling.load_published("ft_ema").model)
+    return settings.model == config.KL_F8
 
 
 # --- inputs ---------------------------------------------------------------------------------
@@ -403,7 +409,7 @@ def existing_parent(path: Path) -> Path:
 def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world: int) -> None:
     """Audits the gradients of a real batch, then runs and times an iteration on it."""
     report.facts |= {"start_iteration": finetuner.iteration, "warmup": finetuner.warmup_left}
-    cuda = _on_cuda(settings)
+    cuda = compute.on_cuda(settings.compute)
     device = torch.device("cuda" if cuda else "cpu")
     micro = config.micro_batch(settings, world)
     count = micro if cuda else min(micro, CPU_BATCH)
@@ -487,23 +493,14 @@ def gradient_audit(finetuner: Finetuner, batch: Batch) -> dict[str, float]:
 
 def _timed_iteration(finetuner: Finetuner, batch: Batch) -> tuple[float, bool]:
     """Seconds of the second iteration; of the first, and True, if that took too long for two."""
-    decoder, *rest = build_optimizers(finetuner)
-    discriminator = rest[0] if rest else None
+    device = batch.images.device
+    run = benchmark.iteration_of(finetuner, device)
     seconds: list[float] = []
     for _ in range(2):
-        _synchronize()
-        began = time.perf_counter()
-        finetuner.run_iteration(batch, decoder, discriminator)
-        _synchronize()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(benchmark.timed(run, batch, device))
         if seconds[-1] > PATIENCE_SECONDS:
             break
     return seconds[-1], len(seconds) == 1
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _check_gradients(finetuner: Finetuner, audit: Mapping[str, float]) -> None:
@@ -632,7 +629,7 @@ def _tell_scaling(report: Report, settings: Config, world: int) -> None:
     seconds, start = report.facts.get("seconds_per_image"), _start(report, settings)
     iterations = 0 if start is None else max(0, settings.stop_iteration - start)
     work = scaling.workload(settings, iterations)
-    cuda = _on_cuda(settings)
+    cuda = compute.on_cuda(settings.compute)
     gpu = scaling.find_gpu(torch.cuda.get_device_name()) if cuda else None
     assumed = f"{100 * scaling.SHARE:.0f} % of its peak"
     if seconds is not None:

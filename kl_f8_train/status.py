@@ -52,9 +52,8 @@ class Status:
 
     run_dir: str
     name: str
-    state: (
-        str  # "ended", "running", "stopped ... ago"; without a claim "seems to be ..." or "silent"
-    )
+    # "ended", "running", "stopped ... ago"; without a claim "seems to be ..." or "silent ..."
+    state: str
     iteration: int | None
     start_iteration: int | None
     stop_iteration: int

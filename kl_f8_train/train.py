@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -230,14 +231,18 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
 def check_model(settings: Config, path: Path, weights: State) -> None:
     """Raises MissingInputError if the autoencoder of a file has another shape than the recipe's."""
     with torch.device("meta"):
-        expected = _autoencoder(settings).state_dict()
+        expected = AutoencoderKL(**asdict(settings.model))
+    remedy = "Give other weights, or set model.* as theirs"
+    _check_like(expected, weights, f"{path} and the recipe's model differ", remedy)
+
+
+def _check_like(expected: torch.nn.Module, weights: State, differ: str, remedy: str) -> None:
+    """Raises MissingInputError if weights do not have a network's names and shapes."""
+    shapes = {key: tuple(value.shape) for key, value in expected.state_dict().items()}
     try:
-        check_shapes(weights, {key: tuple(value.shape) for key, value in expected.items()})
+        check_shapes(weights, shapes)
     except MissingInputError as error:
-        raise MissingInputError(
-            f"{path} and the recipe's model differ: {error}\nGive other weights, or set "
-            "model.* as theirs"
-        ) from error
+        raise MissingInputError(f"{differ}: {error}\n{remedy}") from error
 
 
 def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) -> None:
@@ -245,14 +250,9 @@ def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) 
     if finetuner.discriminator is None or settings.adversarial is None:
         return
     if weights:
-        expected = finetuner.discriminator.state_dict()
-        try:
-            check_shapes(weights, {key: tuple(value.shape) for key, value in expected.items()})
-        except MissingInputError as error:
-            raise MissingInputError(
-                f"{settings.init.weights}: its discriminator and the recipe's differ: {error}\n"
-                "Set adversarial.ndf and adversarial.n_layers as the file's"
-            ) from error
+        differ = f"{settings.init.weights}: its discriminator and the recipe's differ"
+        remedy = "Set adversarial.ndf and adversarial.n_layers as the file's"
+        _check_like(finetuner.discriminator, weights, differ, remedy)
         finetuner.discriminator.load_state_dict(weights)
         return
     finetuner.warmup_left = settings.adversarial.warmup_iterations
@@ -264,20 +264,13 @@ def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) 
 
 def _build(settings: Config) -> Finetuner:
     """The networks of a run, with a seeded new discriminator."""
-    autoencoder, discriminator = _autoencoder(settings), None
+    autoencoder, discriminator = AutoencoderKL(**asdict(settings.model)), None
     if settings.adversarial is not None:
         adversary = settings.adversarial
         discriminator = Discriminator(adversary.ndf, adversary.n_layers, adversary.sync_batchnorm)
         initialize(discriminator, settings.seed)
     network = perceptual.build(settings.loss.perceptual, settings.loss.perceptual_weights)
     return Finetuner(settings, autoencoder, discriminator, network)
-
-
-def _autoencoder(settings: Config) -> AutoencoderKL:
-    shape = settings.model
-    return AutoencoderKL(
-        shape.ch, tuple(shape.ch_mult), shape.num_res_blocks, shape.z_channels, shape.embed_dim
-    )
 
 
 # --- the trainer ----------------------------------------------------------------------------
