@@ -505,7 +505,8 @@ def largest_batch(config: Config, device: torch.device, size: int) -> int:
     """The largest micro-batch that fits: tried on CUDA, uncompiled; computed on a CPU."""
     if device.type == "cpu":
         pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return cost.largest_batch(config, pages, element_bytes(config, device))
+        room = pages - cost.HEADROOM_BYTES
+        return cost.largest_batch(config, room, element_bytes(config, device))
     eager = replace(config, compute=replace(config.compute, compile=False))
     gc.collect()
     torch.cuda.empty_cache()

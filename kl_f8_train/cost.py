@@ -165,20 +165,20 @@ def peak_bytes(config: Config, batch: int, element_bytes: float | None = None) -
     return state_bytes(config) + kept + batch * working
 
 
-def largest_batch(config: Config, memory_bytes: float, element_bytes: float | None = None) -> int:
-    """Images per micro-batch that fit, by `peak_bytes` and HEADROOM_BYTES."""
+def largest_batch(config: Config, room_bytes: float, element_bytes: float | None = None) -> int:
+    """Images per micro-batch that fit into `room_bytes`, by `peak_bytes`."""
     first, second = (peak_bytes(config, batch, element_bytes) for batch in (0, 1))
-    return max(0, int((memory_bytes - HEADROOM_BYTES - first) // (second - first)))
+    return max(0, int((room_bytes - first) // (second - first)))
 
 
 def largest_divisor(
-    config: Config, share: int, memory_bytes: float, element_bytes: float | None = None
+    config: Config, share: int, room_bytes: float, element_bytes: float | None = None
 ) -> int:
     """The largest divisor of `share`, a device's images of an iteration, that fits as micro-batch.
 
     0 if not even one image fits.
     """
-    most = min(share, largest_batch(config, memory_bytes, element_bytes))
+    most = min(share, largest_batch(config, room_bytes, element_bytes))
     return max((n for n in range(1, most + 1) if share % n == 0), default=0)
 
 

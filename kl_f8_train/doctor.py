@@ -238,7 +238,7 @@ def _tell_memory(
     fits = {name: cost.largest_divisor(settings, share, here[name], kept) for name in here}
     if _is_full_size(settings) and not compute.on_cuda(settings.compute):
         fits |= {
-            kind.name: cost.largest_divisor(settings, share, kind.memory_bytes)
+            kind.name: cost.largest_divisor(settings, share, kind.room_bytes)
             for kind in scaling.GPUS
         }
     report.facts["per_device_batch_that_fits"] = fits
@@ -250,15 +250,13 @@ def _tell_memory(
 
 
 def _memory_here(settings: Config) -> dict[str, float]:
-    """Bytes by name of what this machine gives each process; {} where a GPU elsewhere is meant."""
+    """Room in bytes, by name, for each process here; {} where a GPU elsewhere is meant."""
     if compute.on_cuda(settings.compute):
         found = torch.cuda.get_device_properties(0)
-        return {found.name: found.total_memory}
+        return {found.name: found.total_memory - cost.HEADROOM_BYTES}
     if not _on_cpu(settings):
         return {}
-    # torch is loaded already: what is available needs no headroom
-    available = available_memory() / (settings.compute.devices or 1)
-    return {THIS_MACHINE: available + cost.HEADROOM_BYTES}
+    return {THIS_MACHINE: available_memory() / (settings.compute.devices or 1)}
 
 
 def available_memory() -> int:
@@ -270,17 +268,17 @@ def available_memory() -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
-def check_fits(settings: Config, micro: int, share: int, memories: Mapping[str, float]) -> None:
-    """Raises RunFailedError if a micro-batch of `micro` images needs more than a memory has."""
+def check_fits(settings: Config, micro: int, share: int, rooms: Mapping[str, float]) -> None:
+    """Raises RunFailedError if a micro-batch of `micro` images needs more than there is room."""
     kept = _element_bytes(settings)
-    for name, memory in memories.items():
-        largest = cost.largest_divisor(settings, share, memory, kept)
+    for name, room in rooms.items():
+        largest = cost.largest_divisor(settings, share, room, kept)
         if micro > largest:
             smaller = f"give compute.per_device_batch={largest}, or " if largest else ""
             raise RunFailedError(
                 f"compute.per_device_batch={micro} takes "
                 f"{size(cost.peak_bytes(settings, micro, kept))}, computed, but {name} has "
-                f"{size(max(0.0, memory - cost.HEADROOM_BYTES))} for it; {smaller}"
+                f"{size(room)} for it; {smaller}"
                 "raise compute.checkpoint_levels, or lower data.crop"
             )
 

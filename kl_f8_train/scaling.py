@@ -45,6 +45,11 @@ class Gpu:
     network: float  # between nodes, assumed: what such machines are usually sold with
     source: str
 
+    @property
+    def room_bytes(self) -> float:
+        """What CUDA and its allocator leave of the memory."""
+        return self.memory_bytes - cost.HEADROOM_BYTES
+
 
 GPUS = (
     Gpu("A100 SXM 80 GB", "A100", 312e12, 80e9, NVLINK_3, HDR, "NVIDIA A100 data sheet"),
@@ -270,7 +275,7 @@ def memory_table(configs: Sequence[Config]) -> str:
     rows = []
     for batch in MICRO_BATCHES:
         needed = [cost.peak_bytes(config, batch) for config in configs]
-        fits = [gpu.name for gpu in GPUS if max(needed) + cost.HEADROOM_BYTES <= gpu.memory_bytes]
+        fits = [gpu.name for gpu in GPUS if max(needed) <= gpu.room_bytes]
         rows.append(
             (str(batch), *(f"{n / 1e9:.1f}" for n in needed), ", ".join(fits) or "none of these")
         )

@@ -76,7 +76,7 @@ def computed(crop: int, precision: str, levels: int, batch: int) -> list[str]:
     flops = cost.flops_per_image(settings) + cost.recomputed_flops(settings)
     speeds = [
         f"{gpu.flops * scaling.SHARE / flops:,.0f}"
-        if precision == "bfloat16" and memory + cost.HEADROOM_BYTES <= gpu.memory_bytes
+        if precision == "bfloat16" and memory <= gpu.room_bytes
         else "-"
         for gpu in CARDS
     ]
