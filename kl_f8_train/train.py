@@ -294,7 +294,7 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
     parallel = nodes * per_node > 1
     if accelerator == "cuda" and gpus > per_node:
         say(f"using {per_node} of {gpus} GPUs here: one for each process the launcher started")
-    return Trainer(
+    trainer = Trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=nodes,
@@ -309,6 +309,10 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
         use_distributed_sampler=False,
         callbacks=callbacks,
     )
+    # Lightning's own flag for SIGTERM: sent and read from the device before each iteration, while
+    # the watchdog believes that data is awaited. `Signals` has one that nobody waits for.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 class _DecoderDDP(DDPStrategy):
