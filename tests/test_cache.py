@@ -202,7 +202,7 @@ def test_a_passing_fault_costs_another_attempt(server, tmp_path, fault):
     url = server.add("a.tar", BODY, fault, fault)
     started = time.monotonic()
     fetch(url, tmp_path / "a.tar", **(QUICK if fault in ("stall", "silent") else CALM))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert (tmp_path / "a.tar").read_bytes() == BODY
     assert server.gets["a.tar"] == 3
 
@@ -345,7 +345,7 @@ def test_silent_command_is_killed_with_its_children(tmp_path):
     command = f"echo some; (sleep 60 & echo $! > {tmp_path}/pid; wait)"
     with pytest.raises(RunFailedError, match=r"stalled: nothing for 0\.4 s"):
         fetch(f"pipe:{command}", tmp_path / "a.tar", attempts=1, **QUICK)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 20
     child = Path("/proc") / (tmp_path / "pid").read_text().strip()
     soon(lambda: not child.exists() or "\nState:\tZ" in (child / "status").read_text())
 
@@ -774,7 +774,7 @@ def test_the_queue_is_bounded(server, shards):
     started = time.monotonic()
     assert one.prefetch(urls) == 3
     assert one.prefetch(urls[5:]) == 0
-    assert time.monotonic() - started < 0.2
+    assert time.monotonic() - started < 10  # a stalled download lasts 30 s
     server.released.set()
 
 
@@ -864,7 +864,7 @@ def test_missing_key(s3, shards, name):
     started = time.monotonic()
     with pytest.raises(MissingInputError, match=rf"s3://{name}: status 1: "):
         shards(patience=Patience(attempts=9, backoff_seconds=9.0)).path(f"s3://{name}")
-    assert time.monotonic() - started < 8  # one attempt
+    assert time.monotonic() - started < 9  # one attempt: the next comes 9 s later
 
 
 def test_silent_object_store(s3, server, tmp_path, monkeypatch):
@@ -874,7 +874,7 @@ def test_silent_object_store(s3, server, tmp_path, monkeypatch):
     started = time.monotonic()
     with pytest.raises(RunFailedError, match="stalled: nothing for 1 s"):
         fetch("s3://shards/a.tar", tmp_path / "a.tar", attempts=1, timeout_seconds=1.0)
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,9 @@ def test_positions_do_not_depend_on_the_number_of_processes(world):
 
 def test_locating_late_in_a_large_set_is_quick():
     plan = plan_of({"a": [1000] * 5000}, {"a": 192}, lanes=48)
-    start = time.monotonic()
+    start = time.process_time()
     found = located(plan, range(840_001 * 192, 840_002 * 192))
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
     assert len(set(found)) == 192
 
 
@@ -182,6 +182,6 @@ def test_passes():
 
 def test_a_plan_of_100_000_shards_is_quick():
     plan = plan_of({"a": np.full(100_000, 1000)}, {"a": 192}, lanes=48)
-    began = time.monotonic()
+    began = time.process_time()
     assert len(set(located(plan, range(840_001 * 192, 840_002 * 192)))) == 192
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
