@@ -253,7 +253,7 @@ def _pack_photographs(run_dir: Path) -> Path:
         import skimage.data
     except ImportError as error:
         raise MissingInputError(
-            "the demo's photographs come with scikit-image: pip install 'kl-f8-train[demo]'"
+            "the demo's photographs come with scikit-image: pip install scikit-image"
         ) from error
     source = Path(skimage.data.__file__).parent
     tiles, out = run_dir / "tiles", run_dir / "shards"

@@ -31,7 +31,7 @@ def fetch(repo: str) -> Path:
         import huggingface_hub as hub
     except ImportError as error:
         raise MissingInputError(
-            f"{where} it needs huggingface_hub: pip install 'kl-f8-train[hub]'"
+            f"{where} it needs huggingface_hub: pip install huggingface_hub"
         ) from error
     for name in FILES:
         cached = hub.try_to_load_from_cache(repo, name)

@@ -33,7 +33,7 @@ def _network(state: dict[str, Tensor], path: Path) -> nn.Module:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise MissingInputError(
-            "rFID needs the torch-fidelity package: pip install 'kl-f8-train[eval]'"
+            "rFID needs the torch-fidelity package: pip install torch-fidelity"
         ) from error
     cleaned = io.BytesIO()  # tensors that we read safely: torch-fidelity would unpickle the file
     torch.save(state, cleaned)

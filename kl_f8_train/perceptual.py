@@ -216,7 +216,7 @@ def _st_lpips_file() -> Path:
     spec = importlib.util.find_spec("stlpips_pytorch")
     if spec is None or not spec.submodule_search_locations:
         raise MissingInputError(
-            "the stand-in ST-LPIPS needs the stlpips-pytorch wheel: pip install 'kl-f8-train[demo]'"
+            "the stand-in ST-LPIPS needs the stlpips-pytorch package: pip install stlpips-pytorch"
         )
     root = Path(next(iter(spec.submodule_search_locations)))
     return root / "weights" / "vST0.0" / "alex_shift_tolerant.pth"

@@ -360,15 +360,15 @@ MACHINE = {
     "evaluate GPU": Case(
         "evaluate model.ckpt --images tiles --device cuda", USAGE, "no GPU here; mend"
     ),
-    "stlpips": train("", MISSING, "pip install 'kl-f8-train[demo]'", hidden="stlpips_pytorch"),
+    "stlpips": train("", MISSING, "pip install stlpips-pytorch", hidden="stlpips_pytorch"),
     "fidelity": Case(
         f"{EVALUATE} --images tiles --inception plain.safetensors",
         MISSING,
-        "pip install 'kl-f8-train[eval]'",
+        "pip install torch-fidelity",
         "torch_fidelity torch_fidelity.feature_extractor_inceptionv3",
     ),
-    "skimage": Case("demo --run-dir d2", MISSING, "pip install 'kl-f8-train[demo]'", "skimage"),
-    "hub": Case("inspect owner/name", MISSING, "kl-f8-train[hub]", "huggingface_hub"),
+    "skimage": Case("demo --run-dir d2", MISSING, "pip install scikit-image", "skimage"),
+    "hub": Case("inspect owner/name", MISSING, "pip install huggingface_hub", "huggingface_hub"),
     "fsspec": Case(
         "index gs://b/0.tar --index-dir i", MISSING, "nothing here reads gs://|pip", "gcsfs fsspec"
     ),
