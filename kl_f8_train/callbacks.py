@@ -135,10 +135,6 @@ class Signals(Callback):
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the signals again, after Lightning took them."""
-        self.install()
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stops all ranks if one of them got a signal."""
         if trainer.world_size > 1:

@@ -205,8 +205,10 @@ def find(path: Path) -> Path:
             f"{path}: neither a run directory with checkpoints nor a diffusers folder; give one, "
             "or the weight file itself"
         )
-    if path.exists():
+    if path.is_file():
         return path
+    if path.exists():
+        raise MissingInputError(f"weights {path}: a pipe or device; give a file")
     if hub.is_id(str(path)):
         return hub.fetch(str(path))
     raise MissingInputError(f"weights {path}: no such file; check the path")

@@ -103,8 +103,11 @@ class Finetuner(LightningModule):
         return self.prepared_optimizers or build_optimizers(self)
 
     def on_fit_start(self) -> None:
-        """Moves the perceptual network to the device, and checks that all ranks start alike."""
+        """Moves what Lightning leaves behind, and checks that all ranks start alike."""
         self.perceptual.to(self.device)
+        for optimizer in self.prepared_optimizers:
+            for parameter, state in optimizer.state.items():  # restored; the fused Adam reads it
+                state["step"] = state["step"].to(parameter.device)
         self._compare_ranks()
 
     def _compare_ranks(self) -> None:

@@ -1,8 +1,9 @@
 """Names of the same tensors in other people's files: state dict -> state dict, nothing else.
 
-Layouts: CompVis (`encoder.down.0.block.0...`, perhaps under `first_stage_model.`, perhaps with
-`loss.*`), diffusers (`encoder.down_blocks.0.resnets.0...`, old and new attention names) and our
-training checkpoints (`autoencoder.*`, `ema.*`, `discriminator.*`).
+Layouts: CompVis (`encoder.down.0.block.0...`, perhaps with `loss.*`), diffusers
+(`encoder.down_blocks.0.resnets.0...`, old and new attention names), each perhaps under
+`first_stage_model.` or a wrapper's `module.`; and our training checkpoints (`autoencoder.*`,
+`ema.*`, `discriminator.*`).
 """
 
 import re
@@ -23,6 +24,7 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 AUTOENCODER_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 COUNTERS = ".num_batches_tracked"  # of BatchNorm: the only whole numbers among weights
 FIRST_STAGE = "first_stage_model."
+FIRST_WEIGHT = "encoder.conv_in.weight"  # so called by CompVis and by diffusers
 DISCRIMINATOR = "loss.discriminator."
 LOGVAR = "loss.logvar"
 EMA_SCALARS = ("model_ema.decay", "model_ema.num_updates")
@@ -42,14 +44,29 @@ class Weights:
 
 def relevant(keys: Collection[str]) -> list[str]:
     """The names in a file that `recognise` needs the values of; most of a full model's are not."""
-    if any(key.startswith("autoencoder.") for key in keys):
+    if _is_training(keys):
         return [key for key in keys if not key.startswith("optimizer.")]
     prefix = _prefix(keys)
-    return [key for key in keys if key.startswith(prefix) and _is_used(key.removeprefix(prefix))]
+    inner = [key for key in keys if key.startswith(prefix) and _is_used(key.removeprefix(prefix))]
+    return inner + [key for key in EMA_SCALARS if prefix and key in keys]
+
+
+def _is_training(keys: Collection[str]) -> bool:
+    marks = ("ema.", "optimizer.", "logvar")
+    return all(any(key.startswith(part) for key in keys) for part in ("autoencoder.", marks))
 
 
 def _prefix(keys: Collection[str]) -> str:
-    return FIRST_STAGE if any(key.startswith(FIRST_STAGE) for key in keys) else ""
+    """What stands before the autoencoder's names; raises MissingInputError if that is not one."""
+    if any(key.startswith(FIRST_STAGE) for key in keys):
+        return FIRST_STAGE
+    found = {key.removesuffix(FIRST_WEIGHT) for key in keys if key.endswith(FIRST_WEIGHT)}
+    if len(found) > 1 and "" not in found:
+        raise MissingInputError(
+            f"several autoencoders in this file, below {', '.join(sorted(found))}; give a file "
+            "with one"
+        )
+    return "" if "" in found else next(iter(found), "")
 
 
 def _is_used(key: str) -> bool:
@@ -61,20 +78,21 @@ def recognise(state: Mapping[str, Tensor], select: str = "ema") -> Weights:
 
     Raises MissingInputError if there is none.
     """
-    if any(key.startswith("autoencoder.") for key in state):
+    if _is_training(state):
         return _from_training(state, select)
     prefix = _prefix(state)
     inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     layout = "CompVis autoencoder"
-    if prefix:
+    if prefix == FIRST_STAGE:
         xl = any(key.startswith("conditioner.") for key in state)
         layout = f"Stable Diffusion {'XL ' if xl else ''}checkpoint"
-    dropped = [key for key in state if not key.startswith(prefix)]
+    scalars = {k: _scalar(inner.get(k, state.get(k))) for k in EMA_SCALARS}
+    dropped = [key for key in state if not key.startswith(prefix) and key not in scalars]
     dropped += [key for key in inner if not _is_used(key)]
     autoencoder = {k: v for k, v in inner.items() if k.startswith(AUTOENCODER_PARTS)}
     if any(".down_blocks." in key or ".mid_block." in key for key in autoencoder):
         autoencoder = from_diffusers(autoencoder)
-        layout = layout if prefix else "diffusers autoencoder"
+        layout = layout if prefix == FIRST_STAGE else "diffusers autoencoder"
     if not autoencoder:
         some = ", ".join(list(state)[:3]) or "nothing"
         raise MissingInputError(
@@ -86,7 +104,7 @@ def recognise(state: Mapping[str, Tensor], select: str = "ema") -> Weights:
         autoencoder=autoencoder,
         discriminator=_below(inner, DISCRIMINATOR) or None,
         logvar=_scalar(inner.get(LOGVAR)),
-        ema_scalars={k: float(inner[k]) for k in EMA_SCALARS if _scalar(inner.get(k)) is not None},
+        ema_scalars={k: float(v) for k, v in scalars.items() if v is not None},
         dropped=dropped,
     )
 
@@ -101,9 +119,10 @@ def _from_training(state: Mapping[str, Tensor], select: str) -> Weights:
     if select == "ema":
         unknown = sorted(ema.keys() - autoencoder.keys())
         if unknown or not ema:
-            raise MissingInputError(
-                f"training checkpoint without a whole EMA: {unknown[:3]}; use another"
+            got = (
+                f"of other names: {', '.join(unknown[:3])}" if ema else "that is missing: no ema.*"
             )
+            raise MissingInputError(f"training checkpoint with an EMA {got}; use another")
         autoencoder = {**autoencoder, **ema}
     return Weights(
         layout=f"training checkpoint ({'EMA' if select == 'ema' else 'raw'} weights)",

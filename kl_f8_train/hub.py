@@ -7,8 +7,8 @@ from kl_f8_train.errors import MissingInputError
 
 FILES = tuple(
     f"{folder}diffusion_pytorch_model.{suffix}"
-    for folder in ("", "vae/")
-    for suffix in ("safetensors", "bin")
+    for folder in ("", "vae/", "diffusers/")
+    for suffix in ("safetensors", "bin", "fp16.safetensors", "fp16.bin")
 )
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".zip")
 SECONDS = 5.0  # for the hub's first answer; its own retries would take 23
@@ -52,4 +52,4 @@ def fetch(repo: str) -> Path:
             f"{where} there is no answer: {reason}\nBring its {FILES[0]} here by other means, and "
             "give its path"
         ) from error
-    raise MissingInputError(f"{where} it holds none of {', '.join(FILES)}")
+    raise MissingInputError(f"{where} it holds no {FILES[0]}, nor one in vae/")

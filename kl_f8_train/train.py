@@ -282,23 +282,27 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     gpus = torch.cuda.device_count()
-    if accelerator == "cuda" and gpus < (compute.devices or 1):
-        raise UsageError(
-            f"compute.devices={compute.devices or 'all'}, but torch sees {gpus} GPUs here; "
-            "mend the driver, or give compute.devices, or compute.accelerator=cpu"
-        )
     local, nodes = _launched_by_cluster()
-    nodes = compute.num_nodes or nodes or 1
-    devices: int | str = compute.devices or local or ("auto" if accelerator == "cuda" else 1)
-    per_node = gpus if devices == "auto" else int(devices)
-    parallel = nodes * per_node > 1
+    per_node = local or compute.devices or (gpus if accelerator == "cuda" else 1)
+    nodes = nodes or compute.num_nodes or 1
+    if accelerator == "cuda" and not 0 < per_node <= gpus:
+        raise UsageError(
+            f"{per_node or 'all'} processes with a GPU each, but torch sees {gpus} GPUs here; "
+            "mend the driver, or start fewer processes (without a launcher: compute.devices), or "
+            "give compute.accelerator=cpu"
+        )
+    if local and compute.devices not in (None, local):
+        say(
+            f"{local} processes here, as the launcher started them; compute.devices="
+            f"{compute.devices} is for a start without one"
+        )
     if accelerator == "cuda" and gpus > per_node:
         say(f"using {per_node} of {gpus} GPUs here: one for each process the launcher started")
     trainer = Trainer(
         accelerator=accelerator,
-        devices=devices,
+        devices=per_node,
         num_nodes=nodes,
-        strategy=_DecoderDDP(settings) if parallel else "auto",
+        strategy=_DecoderDDP(settings) if nodes * per_node > 1 else "auto",
         plugins=[_cluster()],
         precision="32-true",  # the finetuner autocasts by itself
         max_epochs=1,
@@ -309,8 +313,9 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
         use_distributed_sampler=False,
         callbacks=callbacks,
     )
-    # Lightning's own flag for SIGTERM: sent and read from the device before each iteration, while
-    # the watchdog believes that data is awaited. `Signals` has one that nobody waits for.
+    # Signals are for `Signals` alone: Lightning would end a run on SIGTERM without a checkpoint,
+    # and send a flag of its own before each iteration and read it from the device.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer
 

@@ -182,11 +182,12 @@ def test_no_autoencoder(tmp_path):
         checkpoint.read_weights(path)
 
 
-@pytest.mark.parametrize("folder", ["", "vae"])
-def test_pipeline_folder(tmp_path, folder):
+@pytest.mark.parametrize("folder", ["", "vae", "diffusers"])
+@pytest.mark.parametrize("variant", ["", "fp16."])
+def test_pipeline_folder(tmp_path, folder, variant):
     (tmp_path / folder).mkdir(exist_ok=True)
     state = to_diffusers(samples.tiny_vae().state_dict())
-    save_file(state, tmp_path / folder / "diffusion_pytorch_model.safetensors")
+    save_file(state, tmp_path / folder / f"diffusion_pytorch_model.{variant}safetensors")
     (tmp_path / "unet").mkdir()
     assert same_network(tmp_path)
 

@@ -22,6 +22,7 @@ from kl_f8_train.checkpoint import tensors_sha256
 from kl_f8_train.discriminator import Discriminator
 from kl_f8_train.finetuner import Finetuner
 from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.train import Iterations
 
 pytestmark = pytest.mark.slow
 BATCH = ("global_batch=12", "checkpoint.keep_last=9", "log.every=1000")
@@ -341,6 +342,30 @@ def test_too_many_in_a_row_stop_all_ranks_and_keep_a_good_checkpoint(folder):
     good = checkpoint.read(folder / "stopped/checkpoints/iteration-000000103.safetensors")
     kept = [key for key in good.tensors if not key.startswith("ema.")]
     assert all(torch.equal(last.tensors[key], good.tensors[key]) for key in kept)
+
+
+# --- signals --------------------------------------------------------------------------------
+
+
+def signal_rank_1_at_start() -> None:
+    """SIGTERM to rank 1 alone, while Lightning sets up the data; no handler of its may wait."""
+    original = Iterations.train_dataloader
+
+    def train_dataloader(self):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    Iterations.train_dataloader = train_dataloader
+
+
+def test_a_signal_to_one_rank_at_its_start_stops_all_saved(folder):
+    extra = (*BATCH, "stop_iteration=9000", "compute.devices=1")  # the launcher knows better
+    started = ranks.start(folder, "early", *extra, world=2, prepare=signal_rank_1_at_start)
+    assert [run.end(60) for run in started] == [143, 143], started[0].output
+    assert started[0].output.count("2 processes here, as the launcher started them") == 1
+    assert "batch: 2 processes" in started[0].output
+    assert runs.final_state(folder, "early").iteration == 102
 
 
 # --- standing still ---------------------------------------------------------------------------

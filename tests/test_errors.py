@@ -355,7 +355,7 @@ MACHINE = {
     "full inject": Case("inject run full.safetensors --out o", FAILED, "File too large", full=True),
     "full pack": Case("pack tiles y2", FAILED, "File too large", full=True),
     "no GPU": train("compute.accelerator=cuda", USAGE, "torch sees 0 GPUs|compute.accelerator=cpu"),
-    "few GPUs": train("compute.accelerator=cuda compute.devices=2", USAGE, "devices=2, but|mend"),
+    "few GPUs": train("compute.accelerator=cuda compute.devices=2", USAGE, "2 processes|mend"),
     "benchmark GPU": Case("benchmark demo compute.accelerator=cuda", USAGE, "no GPU here; mend"),
     "evaluate GPU": Case(
         "evaluate model.ckpt --images tiles --device cuda", USAGE, "no GPU here; mend"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning_fabric.utilities.optimizer import _optimizer_to_device
 
 from kl_f8_train.data import Batch
 from kl_f8_train.discriminator import Discriminator
@@ -451,6 +452,19 @@ def test_the_host_reads_nothing_inside_an_iteration(tiny, standin, monkeypatch, 
     assert tuner.iteration == 1 - warmup
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         tuner.judge()  # it reads
+
+
+def test_restored_steps_lie_where_the_fused_adam_reads_them(finetuner):
+    """Lightning moves an optimizer's state to the device, but not its steps."""
+    tuner = finetuner("ft_mse")
+    parameter = torch.nn.Parameter(torch.empty(2, device="meta"))
+    optimizer = torch.optim.Adam([parameter], fused=False)
+    optimizer.state[parameter] = {"step": torch.ones(()), "exp_avg": torch.zeros(2)}
+    _optimizer_to_device(optimizer, torch.device("meta"))
+    assert optimizer.state[parameter]["step"].device.type == "cpu"
+    tuner.prepared_optimizers = [optimizer]
+    tuner.on_fit_start()
+    assert {value.device.type for value in optimizer.state[parameter].values()} == {"meta"}
 
 
 def test_the_image_behind_it_is_named(finetuner, batch, capsys):

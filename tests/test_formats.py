@@ -172,9 +172,11 @@ def test_original_training_file():
 def test_stable_diffusion_checkpoint():
     state = {f"first_stage_model.{key}": value for key, value in tiny_state().items()}
     state["model.diffusion_model.out.weight"] = torch.ones(1)
+    state["model_ema.decay"] = torch.tensor(0.5)
     weights = formats.recognise(state)
     assert weights.layout == "Stable Diffusion checkpoint"
     assert equal(weights.autoencoder, tiny_state())
+    assert weights.ema_scalars == {"model_ema.decay": 0.5}
     assert weights.dropped == ["model.diffusion_model.out.weight"]
     assert set(formats.relevant(state)) == set(state) - set(weights.dropped)
 
@@ -183,6 +185,27 @@ def test_stable_diffusion_xl_is_told_by_its_text_encoders():
     state = {f"first_stage_model.{key}": value for key, value in tiny_state().items()}
     state["conditioner.embedders.0.transformer.x"] = torch.ones(1)
     assert formats.recognise(state).layout == "Stable Diffusion XL checkpoint"
+
+
+@pytest.mark.parametrize("rename", [dict, formats.to_diffusers])
+@pytest.mark.parametrize("prefix", ["module.", "model.vae.", "autoencoder."])
+def test_below_a_wrappers_name(prefix, rename):
+    state = {f"{prefix}{key}": value for key, value in rename(tiny_state()).items()}
+    state |= {f"{prefix}loss.logvar": torch.tensor(0.25), "other.weight": torch.ones(1)}
+    weights = formats.recognise(state)
+    assert equal(weights.autoencoder, tiny_state())
+    assert weights.logvar == 0.25
+    assert weights.dropped == ["other.weight"]
+    assert set(formats.relevant(state)) == set(state) - {"other.weight"}
+
+
+def test_two_autoencoders_in_one_file():
+    state = {f"{p}{k}": v for p in ("model.", "model_copy.") for k, v in tiny_state().items()}
+    for look in (formats.relevant, formats.recognise):
+        with pytest.raises(
+            MissingInputError, match=r"several autoencoders .* model\., model_copy\."
+        ):
+            look(state)
 
 
 def test_scalars_that_are_none():

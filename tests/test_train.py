@@ -23,6 +23,7 @@ import torch
 
 from kl_f8_train import checkpoint, demo, state
 from kl_f8_train.__main__ import main
+from kl_f8_train.callbacks import Validation
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.train import train
 
@@ -454,6 +455,25 @@ def test_out_of_memory_says_what_to_change(folder):
     assert "out of memory:" in run.output
     assert "halve compute.per_device_batch" in run.output
     assert "Traceback" not in run.output
+
+
+def signal_at_start() -> None:
+    """SIGTERM after Lightning has set itself up, before the first iteration."""
+    original = Validation.on_train_start
+
+    def on_train_start(self, trainer, pl_module):
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(self, trainer, pl_module)
+
+    Validation.on_train_start = on_train_start
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_iteration_is_not_lost(folder):
+    (run,) = ranks.start(folder, "early", "stop_iteration=108", prepare=signal_at_start)
+    assert run.end(60) == 143, run.output
+    assert "stopped by signal 15 at iteration 101, saved" in run.output
+    assert runs.final_state(folder, "early").iteration == 101
 
 
 def slow_disk(seconds: float) -> None:
