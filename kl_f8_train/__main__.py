@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from tarfile import is_tarfile
 
 from kl_f8_train import __version__
 from kl_f8_train.errors import MissingInputError, UsageError, UserError
@@ -280,10 +281,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if len({name for name, *_ in named}) < len(named):
         raise UsageError("two weights have the same name; give NAME=WEIGHTS")
     _check_compared(args.compare, [name for name, *_ in named])
-    if not any(sign in args.images for sign in "{*?[:") and not Path(args.images).exists():
-        raise MissingInputError(
-            f"--images {args.images}: no such folder, shard or list of shards; check the path"
-        )
+    _check_places(args.images, args.out)
     from kl_f8_train import report
     from kl_f8_train.evaluate import PROTOCOLS, evaluate
 
@@ -307,6 +305,28 @@ def _evaluate(args: argparse.Namespace) -> int:
             print(verdict.text)
         print(f"report: {report.write(args.out)}")
     return 0
+
+
+def _check_places(images: str, out: Path) -> None:
+    """Raises UsageError or MissingInputError for what a look at the two tells."""
+    source = Path(images)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is a file; expected a directory: name another place")
+    if not any(sign in images for sign in "{*?[:") and not source.exists():
+        raise MissingInputError(
+            f"--images {images}: no such folder, shard or list of shards; check the path"
+        )
+    if source.is_file() and source.suffix not in (".tar", ".txt") and not is_tarfile(source):
+        raise MissingInputError(
+            f"--images {images}: expected a folder of images, .tar shards or a .txt list of them, "
+            "got another file; name its folder"
+        )
+    folder = source.resolve()
+    if folder.is_dir() and not any(folder.glob("*.tar")) and out.resolve().is_relative_to(folder):
+        raise UsageError(
+            f"--out {out}: lies inside --images {images}, where its pictures would be scored the "
+            f"next time; give a directory outside, such as {folder.parent / folder.name}-evaluation"
+        )
 
 
 def _check_compared(compared: list[str] | None, names: list[str]) -> None:
@@ -485,11 +505,14 @@ def _demo(args: argparse.Namespace) -> int:
 def _name_path_select(text: str) -> tuple[str, Path, str]:
     """[NAME=]WEIGHTS[@raw] -> name, path, and which weights of a training checkpoint."""
     name, equals, path = text.partition("=")
-    if not equals:
+    if not equals or os.sep in name:
         name, path = "", text
     raw = path.endswith("@raw")
-    path = path.removesuffix("@raw")
-    return name or Path(path).stem + "@raw" * raw, Path(path), "raw" if raw else "ema"
+    place = Path(path.removesuffix("@raw"))
+    if not name:
+        ending = "" if place.is_dir() else r"(\.vae)?\.(safetensors|ckpt|pth?|bin|zip)$"
+        name = re.sub(ending, "", place.absolute().name) + "@raw" * raw
+    return name, place, "raw" if raw else "ema"
 
 
 def _above_zero(text: str) -> float:

@@ -244,7 +244,7 @@ def _strip(evaluation: Path) -> Tensor:
             if "raw" not in name:
                 picture = images.decode((evaluation / file).read_bytes())
                 columns.setdefault(name.split(" (")[0], []).append(picture)
-    return report.strip(columns)
+    return report.strip([*columns.items()])
 
 
 def _pack_photographs(run_dir: Path) -> Path:

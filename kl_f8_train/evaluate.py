@@ -170,7 +170,6 @@ def load_candidates(named: Sequence[tuple[str, Path, str]], device: str) -> list
     return candidates
 
 
-@torch.no_grad()
 def reconstruct(
     candidates: Sequence[Candidate],
     images: Tensor,
@@ -178,6 +177,15 @@ def reconstruct(
     protocol: Protocol = CARD,
 ) -> Iterator[Tensor]:
     """uint8 (B, 3, H, W) -> each VAE's reconstructions, the same; one encoding per encoder."""
+    for output in _outputs(candidates, images, keys, protocol):
+        yield pixels.to_uint8(output, protocol.quantize)
+
+
+@torch.no_grad()
+def _outputs(
+    candidates: Sequence[Candidate], images: Tensor, keys: Sequence[str], protocol: Protocol
+) -> Iterator[Tensor]:
+    """What each decoder puts out, float [-1, 1] but for overshoot."""
     latents: dict[str, Tensor] = {}
     for candidate in candidates:
         encoder = candidate.record["frozen_sha256"]
@@ -188,7 +196,7 @@ def reconstruct(
                 if protocol.sampled
                 else posterior.mean
             )
-        yield pixels.to_uint8(candidate.model.decode(latents[encoder]), protocol.quantize)
+        yield candidate.model.decode(latents[encoder])
 
 
 def posterior_noise(keys: Sequence[str], like: Tensor, seed: int = SEED) -> Tensor:
@@ -342,16 +350,23 @@ def _measure_batch(
     if inception is not None:
         statistics[0].add(inception(images)[:real])
     columns: list[Tensor] = []
-    outputs = reconstruct(candidates, images, [s.key for s in filled], protocol)
+    outputs = _outputs(candidates, images, [s.key for s in filled], protocol)
     for number, output in enumerate(outputs, start=1):
-        scores = score(images, output, protocol.border, network, targets)
-        columns.append(torch.stack([scores[name] for name in networks.measured], dim=1)[:real])
+        levels = pixels.to_uint8(output, protocol.quantize)
+        scores = score(images, levels, protocol.border, network, targets)
+        scores["finite"] = output.isfinite().flatten(1).all(dim=1).double()  # not seen in 8 bit
+        columns.append(torch.stack([scores[m] for m in (*networks.measured, "finite")], 1)[:real])
         if inception is not None:
-            statistics[number].add(inception(output)[:real])
-    values = torch.stack(columns, dim=1).cpu().numpy()  # (real, VAEs, metrics)
+            statistics[number].add(inception(levels)[:real])
+    values = torch.stack(columns, dim=1).cpu().numpy()  # (real, VAEs, metrics and finite)
+    for image, vae in np.argwhere(values[..., -1] == 0):
+        raise RunFailedError(
+            f"{candidates[vae].name}: decodes {batch[image].key} to values that are not finite; "
+            "its weights are broken: give others, such as an earlier checkpoint"
+        )
     sharpness = metrics.sharpness(images.double() / 255.0).tolist()
     return [
-        Row(sample.index, sample.key, sample.sha256(), sharpness[i], values[i])
+        Row(sample.index, sample.key, sample.sha256(), sharpness[i], values[i, :, :-1])
         for i, sample in enumerate(batch)
     ]
 
@@ -434,7 +449,7 @@ def evaluate(
 
     Returns what scores.json holds, on the first process, and None on the others. Raises
     MissingInputError for files that are not there, UsageError for a size that does not divide,
-    RunFailedError if no image can be used.
+    RunFailedError if no image can be used or a VAE puts out what is not finite.
     """
     with processes() as (rank, world), _exact_float32():
         say = _say if rank == 0 else _silent
@@ -561,7 +576,8 @@ def _write_pictures(
     """Makes the chosen images and reconstructions again, exactly, and writes them as PNG."""
     names = [candidate.name for candidate in candidates]
     chosen = choose_pictures(tally.rows, names, tally.measured)
-    entries, kept = [], set[str]()
+    former = _pictures(out)
+    entries = []
     for number, (place, why) in enumerate(chosen.items()):
         sample = image_set.load(tally.rows[place].index)
         assert sample.image is not None
@@ -573,13 +589,21 @@ def _write_pictures(
         for name, slug, output in zip(names, slugs(names), outputs, strict=True):
             models[name] = f"pictures/{number:04d}-{slug}.png"
             _write_png(out / models[name], output[0])
-        kept |= {shown, *models.values()}
         key = tally.rows[place].key
         entries.append({"image": key, "input": shown, "models": models, "why": why})
-    for path in (out / "pictures").glob("[0-9][0-9][0-9][0-9]-*.png"):
-        if f"pictures/{path.name}" not in kept:
-            path.unlink()  # of an earlier evaluation
     checkpoint.write_json(out / "pictures.json", entries)
+    for name in former - _pictures(out):  # the report's have the same names
+        for folder in ("pictures", "zooms", "errors"):
+            (out / folder / name).unlink(missing_ok=True)
+    if former:
+        (out / "comparison.json").unlink(missing_ok=True)
+
+
+def _pictures(out: Path) -> set[str]:
+    """Names of the pictures that an evaluation has written to `out`."""
+    listed = out / "pictures.json"
+    text = listed.read_text(encoding="utf-8", errors="replace") if listed.is_file() else ""
+    return set(re.findall(r'"pictures/(\d{4}-[a-z0-9-]+\.png)"', text))
 
 
 def _write_png(path: Path, image: Tensor) -> None:

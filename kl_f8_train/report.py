@@ -119,19 +119,17 @@ def _rows_sha256(directory: Path) -> str:
 # --- pictures -------------------------------------------------------------------------------
 
 
-def strip(columns: Mapping[str, Sequence[Tensor]], gap: int = 4) -> Tensor:
-    """Label -> uint8 (3, H, W) pictures, one column a label, one row an image: a uint8 picture.
+def strip(columns: Sequence[tuple[str, Sequence[Tensor]]], gap: int = 4) -> Tensor:
+    """(label, uint8 (3, H, W) pictures), a column each, one row an image -> a uint8 picture.
 
     A label wider than its column is cut. Raises ValueError if the columns differ in length.
     """
-    rows = [
-        images.hstack(list(row), gap) for row in zip(*(columns[c] for c in columns), strict=True)
-    ]
-    width = next(iter(columns.values()))[0].shape[2] + gap
+    rows = [images.hstack(list(r), gap) for r in zip(*(p for _, p in columns), strict=True)]
+    width = columns[0][1][0].shape[2] + gap
     header = images.to_pil(torch.full((3, 20, rows[0].shape[2]), 255, dtype=torch.uint8))
     draw = ImageDraw.Draw(header)
     font = ImageFont.load_default(size=12)
-    for index, label in enumerate(columns):
+    for index, (label, _) in enumerate(columns):
         text = label
         while len(text) > 1 and draw.textlength(text, font) > width - gap - 2:
             text = text.removesuffix("...")[:-1] + "..." if len(text) > 4 else text[:-1]
@@ -175,29 +173,29 @@ def zoom(picture: Tensor, box: tuple[int, int, int, int]) -> Tensor:
 def _write_pictures(directory: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
     """Writes strip.png, zooms and error maps; returns what the page shows of each image."""
     shown: list[dict[str, Any]] = []
-    columns: dict[str, list[Tensor]] = {}
+    columns: list[tuple[str, list[Tensor]]] = [(name, []) for name in ("input", *evaluation.models)]
     for item in evaluation.pictures:
-        models = {name: item["models"][name] for name in evaluation.models}
-        paths = {"input": item["input"], **models}
-        pictures = [_load(directory / path) for path in paths.values()]
+        paths = [item["input"], *(item["models"][name] for name in evaluation.models)]
+        pictures = [_load(directory / path) for path in paths]
         others = pictures[1:] if len(pictures) > 2 else pictures
         box = most_different(others)
         height, width = pictures[0].shape[1:]
         sides = []
-        for index, (name, path) in enumerate(paths.items()):
+        for index, path in enumerate(paths):
+            name, column = columns[index]
             file = Path(path).name
             _save(directory / "zooms" / file, zoom(pictures[index], box))
             side = {"name": name, "picture": path, "zoom": f"zooms/{file}"}
             if index:
                 _save(directory / "errors" / file, error_map(pictures[0], pictures[index]))
                 side |= {"error": f"errors/{file}"}
-            columns.setdefault(name, []).append(pictures[index])
+            column.append(pictures[index])
             sides.append({**side, "sharpness": _sharpness(pictures[index])})
         frame = (box[0] / height, box[1] / width, box[2] / height, box[3] / width)
         shown.append({"image": item["image"], "why": item["why"], "box": frame, "sides": sides})
-    if columns:
-        rows = {name: column[:STRIP_ROWS] for name, column in columns.items()}
-        _save(directory / "strip.png", strip(rows))
+    if shown:
+        first = [(name, column[:STRIP_ROWS]) for name, column in columns]
+        _save(directory / "strip.png", strip(first))
     return shown
 
 

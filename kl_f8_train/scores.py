@@ -7,6 +7,7 @@ beside them stands all that they depend on.
 import csv
 import hashlib
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from kl_f8_train.metrics import FeatureStatistics
 BIASED_BELOW = 2048  # images; the width of Inception's features
 PICTURES = 24  # images shown, at most
 FIRST = 4  # of them, whatever their scores
+LONGEST = 60  # letters of a model in a file name
 SHIFTS = ("red_shift", "green_shift", "blue_shift", "saturation_shift")
 
 
@@ -59,7 +61,9 @@ def summarise(
     `weights`: name of each VAE -> what is known of its file, in the order of the rows' scores.
     """
     warnings = list(tally.problems)
+    unmeasured = dict(unmeasured)
     models: dict[str, dict[str, Any]] = {}
+    perfect: list[str] = []
     for number, model in enumerate(weights):
         values = {
             name: [float(row.scores[number, column]) for row in tally.rows]
@@ -73,7 +77,12 @@ def summarise(
         infinite = sum(map(math.isinf, values["psnr"]))
         if infinite:
             warnings.append(f"{model}: {infinite} infinite PSNR left out of the mean")
-    unmeasured = dict(unmeasured)
+        if infinite == len(tally.rows):
+            perfect.append(model)
+    if perfect:
+        unmeasured["psnr"] = (
+            f"infinite: every reconstruction by {', '.join(perfect)} equals its input"
+        )
     if tally.statistics and len(tally.rows) < 2:
         unmeasured["rfid"] = "a covariance needs two images"
     elif tally.statistics:
@@ -206,8 +215,9 @@ def choose_pictures(
 
 def slugs(names: Sequence[str]) -> list[str]:
     """Names as parts of file names, all different."""
-    made: list[str] = []
-    for number, name in enumerate(names):
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "model"
-        made.append(slug if slug not in (*made, "input") else f"{slug}-{number}")
-    return made
+    made = ["input"]  # the picture beside them
+    for name in names:
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower())[:LONGEST].strip("-") or "model"
+        numbered = (f"{slug}-{number}" for number in itertools.count(1))
+        made.append(next(s for s in itertools.chain([slug], numbered) if s not in made))
+    return made[1:]

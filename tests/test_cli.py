@@ -48,6 +48,13 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
         (["evaluate", "x.ckpt", "a/x.ckpt", "--images", "."], 2, "the same name"),
         (["evaluate", "x.ckpt", "--images", ".", "--limit", "0"], 2, "above 0"),
         (["evaluate", "x.ckpt", "--images", ".", "--protocol", "own"], 2, "standard"),
+        (["evaluate", "x.ckpt", "--images", "."], 2, "--out evaluation: lies inside --images ."),
+        (
+            ["evaluate", "x.ckpt", "--images", "docs", "--out", "README.md"],
+            2,
+            "README.md: is a file",
+        ),
+        (["evaluate", "x.ckpt", "--images", "README.md"], 3, "expected a folder of images"),
         (["fetch", "clip"], 2, "there are vgg and inception"),
         (["fetch", "--url", "http://x"], 2, "fetch vgg --url"),
         (["doctor"], 2, "doctor takes a recipe"),

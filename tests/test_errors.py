@@ -342,7 +342,14 @@ MACHINE = {
         "inject run full.safetensors --out full.safetensors", USAGE, "exists; nothing|--force"
     ),
     "pack file": Case("pack tiles model.ckpt", FAILED, "cannot write to model.ckpt: |another"),
-    "evaluate file": Case(f"{EVALUATE} --images tiles --out model.ckpt", FAILED, "cannot write in"),
+    "evaluate file": Case(
+        f"{EVALUATE} --images tiles --out model.ckpt",
+        USAGE,
+        "--out model.ckpt: is a file|directory",
+    ),
+    "evaluate below": Case(
+        f"{EVALUATE} --images tiles --out model.ckpt/x", FAILED, "cannot write in model.ckpt/x"
+    ),
     "html": Case("status run --html no/x.html", FAILED, "--html no/x.html: cannot be|name a file"),
     "index file": Case(
         "index shards --index-dir model.ckpt", FAILED, "cannot write in model.ckpt/"

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kl_f8_train import checkpoint, evaluate, images, perceptual, scores
-from kl_f8_train.__main__ import _name_path_select
+from kl_f8_train import checkpoint, evaluate, images, perceptual, report, scores
+from kl_f8_train.__main__ import _check_places, _name_path_select
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.evaluate import CARD, STANDARD, Candidate, ImageSet, Networks, Sample
 from kl_f8_train.model import TRAINED
@@ -165,6 +165,23 @@ def test_pictures_of_an_earlier_evaluation_go(folder):
     assert after < before
 
 
+def test_pieces_of_an_earlier_report_go_and_nothing_else(folder):
+    out = folder / "pieces"
+    run(folder, "pieces")
+    report.write_comparison(out, "a", "b")
+    report.write(out)
+    foreign = [out / part / "2024-holiday.png" for part in ("pictures", "zooms", "errors")]
+    for path in foreign:
+        path.touch()
+    run(folder, "pieces", names="a", limit=2)
+    report.write(out)
+    assert not (out / "comparison.json").exists()
+    assert all(path.is_file() for path in foreign)
+    for part, models in (("pictures", "ia"), ("zooms", "ia"), ("errors", "a")):
+        found = [path.name for path in (out / part).iterdir() if path not in foreign]
+        assert sorted(name[5] for name in found) == sorted(models * 2)
+
+
 def row(index: int, *scores: float) -> Row:
     return Row(index, f"{index:02d}.png", "", 0.0, np.array([scores]))
 
@@ -186,8 +203,15 @@ def test_pictures_are_few():
     chosen = scores.choose_pictures(rows, names, ["psnr", "ssim"])
     assert len(chosen) == scores.PICTURES
     assert list(chosen) == sorted(chosen)
-    made = scores.slugs(["ft EMA", "ft-EMA", "input", "|"])
-    assert made == ["ft-ema", "ft-ema-1", "input-2", "model"]
+
+
+def test_pictures_of_two_models_have_two_names():
+    made = scores.slugs(["ft EMA", "ft-EMA", "input", "|", "a-1", "a", "A", "Input"])
+    expected = ["ft-ema", "ft-ema-1", "input-1", "model", "a-1", "a", "a-2", "input-2"]
+    assert made == expected
+    long = scores.slugs(["x" * 300, "x" * 301])
+    assert len(set(long)) == 2
+    assert max(map(len, long)) < 80
 
 
 def test_infinite_psnr_is_left_out_of_the_mean_and_written_as_inf(folder):
@@ -203,6 +227,10 @@ def test_infinite_psnr_is_left_out_of_the_mean_and_written_as_inf(folder):
     written = table_rows(folder / "infinite" / "per_image.csv")
     assert [line["psnr"] for line in written] == ["20", "inf", "22"]
     assert scores.mean_std([math.inf]) is None
+    only = scores.summarise(Tally(tally.measured, rows[1:2]), weights, CONDITIONS, {}, "x")
+    assert only["models"]["a"]["psnr"] is None
+    assert only["unmeasured"]["psnr"] == "infinite: every reconstruction by a equals its input"
+    assert "psnr" not in result["unmeasured"]
 
 
 # --- right ----------------------------------------------------------------------------------
@@ -340,6 +368,26 @@ def test_batches_do_not_change_a_printed_digit(folder):
         tables.append(scores.table(result))
     assert tables[0] == tables[1] == tables[2]
     assert tables[0].count("not measured") == 6
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_no_black_image(folder, value):
+    group, some = candidates(folder, "ab"), loaded(folder, "seven")[:3]
+    decoder = group[1].model.decoder
+    original = decoder.forward
+    seen: list[Tensor] = []
+
+    def broken(latents: Tensor) -> Tensor:
+        """The second image has one bad value."""
+        seen.append(latents)
+        output = original(latents)
+        output[0, 1, 5, 5] = value if len(seen) == 2 else 0.0
+        return output
+
+    decoder.forward = broken
+    with pytest.raises(RunFailedError, match=f"^b: decodes {some[1].key} to values that are not"):
+        measured(group, some, 1)
+    assert len(seen) == 2
 
 
 def test_order_does_not_change_a_bit(folder):
@@ -499,6 +547,17 @@ def test_shards_give_the_scores_of_their_images(folder):
     assert scores.table(backwards) == scores.table(result)
 
 
+def test_only_a_folder_of_images_must_not_hold_out(folder, tmp_path):
+    photos = folder / "photos"
+    samples.packed(tmp_path / "shards", 2, per_shard=2)
+    _check_places(str(tmp_path / "shards"), tmp_path / "shards" / "evaluation")
+    _check_places(str(photos), folder / "photos-2")
+    (tmp_path / "link").symlink_to(photos)
+    for out in (photos, photos / "new" / "deep", tmp_path / "link" / "out"):
+        with pytest.raises(UsageError, match=r"inside --images .*, such as .*/photos-evaluation"):
+            _check_places(str(photos), out)
+
+
 def test_equal_names_in_two_sources_stay_apart(folder):
     for source, seed in (("one", 0), ("other", 1)):
         data = samples.encode(samples.noise_picture(seed), "PNG")
@@ -566,11 +625,27 @@ def test_vgg_gives_lpips_and_psim(folder, vgg_file):
         ("runs/ft_ema@raw", ("ft_ema@raw", "runs/ft_ema", "raw")),
         ("ft-EMA=a=b.ckpt", ("ft-EMA", "a=b.ckpt", "ema")),
         ("x, raw=runs/x@raw", ("x, raw", "runs/x", "raw")),
+        ("/tmp/a=b/x.pt", ("x", "/tmp/a=b/x.pt", "ema")),
+        ("org/sd-v1.5", ("sd-v1.5", "org/sd-v1.5", "ema")),
+        (
+            "vae-ft-mse-840000-ema-pruned.vae.pt@raw",
+            ("vae-ft-mse-840000-ema-pruned@raw", "vae-ft-mse-840000-ema-pruned.vae.pt", "raw"),
+        ),
     ],
 )
 def test_how_weights_are_named(text, expected):
     name, path, select = _name_path_select(text)
     assert (name, str(path), select) == expected
+
+
+def test_a_directory_keeps_its_whole_name(tmp_path, monkeypatch):
+    (tmp_path / "r 1.5").mkdir()
+    (tmp_path / "r.pt").mkdir()
+    (tmp_path / "r.ckpt").touch()
+    names = [_name_path_select(str(tmp_path / name))[0] for name in ("r 1.5", "r.pt", "r.ckpt")]
+    assert names == ["r 1.5", "r.pt", "r"]
+    monkeypatch.chdir(tmp_path / "r 1.5")
+    assert _name_path_select(".")[0] == "r 1.5"
 
 
 def test_a_run_has_ema_and_raw_weights(folder):

@@ -96,7 +96,7 @@ def test_the_most_different_region_is_found_and_enlarged():
 
 def test_a_long_label_stays_in_its_column():
     picture = torch.zeros(3, 8, 64, dtype=torch.uint8)
-    columns = {"a label much wider than its column": [picture], "b": [picture]}
+    columns = [("a label much wider than its column", [picture]), ("b", [picture])]
     label = report.strip(columns)[:, :20]
     assert label[:, :, 62:68].min() == 255  # nothing is written across the gap
     assert label[:, :, :60].min() == 0
@@ -179,6 +179,13 @@ def test_one_model_and_no_pictures_are_enough(tmp_path):
     text = report.write(directory).read_text()
     assert "1 VAE on 2 images" in text
     assert "Pairwise wins" not in text
+
+
+def test_a_model_may_be_named_input(tmp_path):
+    directory = evaluations.write(tmp_path, names=("input", "ft"), count=1, pictured=1)
+    report.write(directory)
+    assert read(directory / "strip.png").shape[2] == 3 * 256 + 2 * 4
+    assert {path.name[5] for path in (directory / "errors").iterdir()} == {"a", "b"}
 
 
 def test_evaluate_writes_the_report_and_the_comparison(tmp_path, capsys):
