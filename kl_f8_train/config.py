@@ -7,6 +7,7 @@ A recipe is one complete YAML file. A number that defines a recipe has no defaul
 import difflib
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
@@ -16,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import KeyValidationError, OmegaConfBaseException, ValidationError
 
 from kl_f8_train.errors import MissingInputError, UsageError
 
@@ -222,6 +223,51 @@ class Config:
     checkpoint: Checkpoint = setting("checkpoints", Checkpoint)
 
 
+ABOVE_0, BELOW_1, ANY = math.ulp(0.0), math.nextafter(1.0, 0.0), sys.float_info.max
+ITERATIONS = 10**9 - 1  # a checkpoint's name has nine digits
+IMAGES, PIXELS, CHANNELS, MOST_LEVELS = 10**6, 2**16, 2048, 8  # beyond any use
+BOUNDS: dict[str, tuple[float, float]] = {  # of every number, and of each number in a list
+    "stop_iteration": (1, ITERATIONS),
+    "global_batch": (1, IMAGES),
+    "seed": (0, 2**63 - 1),
+    "max_bad_updates": (1, ITERATIONS),
+    "init.iteration": (0, ITERATIONS),
+    "model.ch": (1, CHANNELS),
+    "model.ch_mult": (1, 64),
+    "model.num_res_blocks": (1, 64),
+    "model.z_channels": (1, CHANNELS),
+    "model.embed_dim": (1, CHANNELS),
+    "loss.perceptual_weight": (0, ANY),
+    "adversarial.weight": (0, ANY),
+    "adversarial.start_iteration": (0, ITERATIONS),
+    "adversarial.warmup_iterations": (0, ITERATIONS),
+    "adversarial.ndf": (1, CHANNELS),
+    "adversarial.n_layers": (1, 16),
+    "adversarial.max_weight": (ABOVE_0, ANY),
+    "optimizer.learning_rate": (ABOVE_0, ANY),
+    "optimizer.betas": (0, BELOW_1),
+    "optimizer.eps": (ABOVE_0, ANY),
+    "ema.decay": (0, BELOW_1),
+    "data.sources.NAME.weight": (ABOVE_0, 10**6),
+    "data.shorter_side": (1, PIXELS),
+    "data.crop": (1, PIXELS),
+    "data.lanes": (1, IMAGES),
+    "data.max_bad_share": (ABOVE_0, 1),
+    "data.workers": (0, 256),
+    "data.cache_gib": (ABOVE_0, 10**9),
+    "compute.devices": (1, 1000),
+    "compute.num_nodes": (1, 10_000),
+    "compute.per_device_batch": (1, IMAGES),
+    "compute.timeout_minutes": (ABOVE_0, 10**6),
+    "compute.checkpoint_levels": (0, MOST_LEVELS),
+    "log.every": (1, ITERATIONS),
+    "log.pictures_every": (0, ITERATIONS),
+    "checkpoint.every": (1, ITERATIONS),
+    "checkpoint.keep_last": (1, ITERATIONS),
+    "checkpoint.keep_every": (0, ITERATIONS),
+}
+
+
 # --- loading --------------------------------------------------------------------------------
 
 
@@ -253,7 +299,7 @@ def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> di
 
 def _merge(path: Path, overrides: list[str] | tuple[str, ...]) -> DictConfig:
     raw = _read_yaml(path)
-    _expand_source_shorthand(raw)
+    _expand_source_shorthand(raw, path)
     for key, value in leaves(raw):
         declared = _without_none(_declared_type(key, where=str(path)))
         if is_dataclass(declared) and isinstance(value, bool | int | float | str | list):
@@ -264,6 +310,8 @@ def _merge(path: Path, overrides: list[str] | tuple[str, ...]) -> DictConfig:
         for text in overrides:
             _override(merged, text)
         return merged
+    except OverflowError as error:
+        raise UsageError(f"{path}: {error}; give a smaller number") from error
     except OmegaConfBaseException as error:
         raise UsageError(f"{path}: {_told(error)}") from error
 
@@ -397,7 +445,8 @@ def micro_batch(config: Config, world_size: int) -> int:
 
 
 def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def _batch_problems(config: Config) -> Iterator[str]:
@@ -413,68 +462,39 @@ def _batch_problems(config: Config) -> Iterator[str]:
 
 
 def _ranges(config: Config) -> Iterator[str]:
-    adversarial, per_device = config.adversarial, config.compute.per_device_batch
-    positive: dict[str, float] = {
-        "global_batch": config.global_batch,
-        "model.ch": config.model.ch,
-        "model.ch_mult": min(config.model.ch_mult, default=0),
-        "model.num_res_blocks": config.model.num_res_blocks,
-        "model.z_channels": config.model.z_channels,
-        "model.embed_dim": config.model.embed_dim,
-        "compute.per_device_batch": 1 if per_device is None else per_device,
-        "optimizer.learning_rate": config.optimizer.learning_rate,
-        "optimizer.eps": config.optimizer.eps,
-        "data.crop": config.data.crop,
-        "data.lanes": config.data.lanes,
-        "stop_iteration": config.stop_iteration,
-        "max_bad_updates": config.max_bad_updates,
-        "log.every": config.log.every,
-        "data.cache_gib": config.data.cache_gib,
-        "data.max_bad_share": config.data.max_bad_share,
-        "checkpoint.every": config.checkpoint.every,
-        "checkpoint.keep_last": config.checkpoint.keep_last,
-        "compute.num_nodes": 1 if config.compute.num_nodes is None else config.compute.num_nodes,
-        "compute.timeout_minutes": config.compute.timeout_minutes,
-        "compute.devices": 1 if config.compute.devices is None else config.compute.devices,
-        **{f"data.sources.{name}.weight": s.weight for name, s in config.data.sources.items()},
-    }
-    not_negative: dict[str, float] = {
-        "seed": config.seed,
-        "init.iteration": config.init.iteration or 0,
-        "data.workers": config.data.workers,
-        "loss.perceptual_weight": config.loss.perceptual_weight,
-        "log.pictures_every": config.log.pictures_every,
-        "checkpoint.keep_every": config.checkpoint.keep_every,
-        "compute.checkpoint_levels": config.compute.checkpoint_levels,
-    }
-    if adversarial is not None:
-        positive |= {
-            "adversarial.ndf": adversarial.ndf,
-            "adversarial.n_layers": adversarial.n_layers,
-            "adversarial.max_weight": adversarial.max_weight,
-        }
-        not_negative |= {
-            "adversarial.weight": adversarial.weight,
-            "adversarial.warmup_iterations": adversarial.warmup_iterations,
-        }
+    values = dict(leaves(to_dict(config)))
+    nested = [
+        f"{key}={value}: expected a list without lists or groups in it"
+        for key, value in values.items()
+        if isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
+    ]
+    if nested:
+        yield from nested
+        return
+    levels = len(config.model.ch_mult)
+    bounds = {**BOUNDS, "compute.checkpoint_levels": (0, levels)}
+    for key, value in values.items():
+        if isinstance(value, str) and "\0" in value:
+            yield f"{key}={value!r}: expected a text without a NUL byte"
+        if (declared := _declared_key(key)) in bounds and value is not None:
+            least, most = bounds[declared]
+            if not all(least <= n <= most for n in (value if isinstance(value, list) else [value])):
+                yield f"{key}={value}: expected {_interval(least, most)}"
+    if "per_second" in config.data.sources:
+        yield (
+            "data.sources.per_second: metrics.csv has a column images_per_second of its own; give "
+            "another name, as data.sources.NAME=SHARDS"
+        )
     texts = {"name": config.name, "run_dir": config.run_dir, "init.weights": config.init.weights}
     for key, text in texts.items():
         if not text.strip():
             yield f"{key} is empty: expected {_doc(key)}"
-    for key, value in not_negative.items():
-        if not (value >= 0 and math.isfinite(value)):
-            yield f"{key}={value}: expected 0 or more"
-    for key, value in positive.items():
-        if not (value > 0 and math.isfinite(value)):
-            yield f"{key}={value}: expected a number above 0"
-    if not 0 <= config.ema.decay < 1:
-        yield f"ema.decay={config.ema.decay}: expected 0 <= decay < 1"
-    betas = config.optimizer.betas
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        yield f"optimizer.betas={betas}: expected two numbers in [0, 1)"
-    factor = 2 ** max(len(config.model.ch_mult) - 1, 0)
-    if config.data.crop % factor:
-        yield f"data.crop={config.data.crop}: expected a multiple of {factor}"
+    if len(config.optimizer.betas) != 2:
+        yield f"optimizer.betas={config.optimizer.betas}: expected two numbers in [0, 1)"
+    if not 1 <= levels <= MOST_LEVELS:
+        yield f"model.ch_mult={config.model.ch_mult}: expected 1 to {MOST_LEVELS} numbers"
+    elif config.data.crop % 2 ** (levels - 1):
+        yield f"data.crop={config.data.crop}: expected a multiple of {2 ** (levels - 1)}"
     if config.data.shorter_side is not None and config.data.shorter_side < config.data.crop:
         yield (
             f"data.shorter_side={config.data.shorter_side} is smaller than "
@@ -484,6 +504,12 @@ def _ranges(config: Config) -> Iterator[str]:
         yield f"model.ch={config.model.ch}: expected a multiple of 32 (GroupNorm has 32 groups)"
 
 
+def _interval(least: float, most: float) -> str:
+    """What is expected, in words; whole numbers and others begin above 0 or with it."""
+    ends = {ANY: "", BELOW_1: ", below 1"}
+    return ("a number above 0" if least else "0 or more") + ends.get(most, f", at most {most:,}")
+
+
 # --- YAML, keys and values ------------------------------------------------------------------
 
 
@@ -491,12 +517,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         shipped = sorted({p.stem for folder in SHIPPED for p in folder.glob("*.yaml")})
         raise MissingInputError(
-            f"configuration {path}: no such file; give a YAML file, or a shipped recipe's name: "
-            f"{', '.join(shipped)}"
+            f"configuration {path}: {'is a directory' if path.is_dir() else 'no such file'}; give "
+            f"a YAML file, or a shipped recipe's name: {', '.join(shipped)}"
         )
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"configuration {path} is not readable YAML: byte {error.start} is not UTF-8; save it "
+            "as UTF-8"
+        ) from error
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         reason = str(error).partition("\n    full_key:")[0]
         raise UsageError(
             f"configuration {path} is not readable YAML: {reason}\n  Mend the line; indent with "
@@ -510,7 +541,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in raw.items()}
 
 
-def _expand_source_shorthand(raw: dict[str, Any]) -> None:
+def _expand_source_shorthand(raw: dict[str, Any], path: Path) -> None:
     """`sources: PATTERN` and `sources: [PATTERN, ...]` mean one source for each pattern."""
     data = raw.get("data")
     if not isinstance(data, dict):
@@ -524,11 +555,17 @@ def _expand_source_shorthand(raw: dict[str, Any]) -> None:
         for name, source in sources.items():
             if isinstance(source, str):
                 sources[name] = {"shards": source}
+            elif not isinstance(source, dict):
+                shown = "null" if source is None else source
+                raise UsageError(
+                    f"{path}: data.sources.{name}: got {shown}, expected "
+                    f"{_doc('data.sources.NAME.shards')}"
+                )
 
 
 def parse_sources(text: str) -> dict[str, dict[str, str]]:
     """`A,B` -> one source for each pattern, named after the directory that holds its shards."""
-    body = text.strip()
+    body = text.strip().removesuffix("{}")
     if body.startswith("[") and body.endswith("]"):
         body = body[1:-1]
     patterns = [part.strip() for part in re.split(r",(?![^{]*\})", body) if part.strip()]
@@ -629,6 +666,8 @@ def _parse(declared: Any, text: str, key: str) -> Any:
     if origin is list:
         parts = [part for part in text.strip().strip("[]").split(",") if part.strip()]
         return [_parse(get_args(inner)[0], part.strip(), key) for part in parts]
+    if text.strip() in ("null", "~") and (origin is dict or inner in (Source, str)):  # as in YAML
+        raise UsageError(f"{key}={text}: cannot be null; expected {_doc(key)}")
     if origin is dict:
         return {
             name: Source(shards=values["shards"]) for name, values in parse_sources(text).items()
@@ -708,11 +747,18 @@ def _type_name(declared: Any) -> str:
 
 
 def _told(error: OmegaConfBaseException) -> str:
-    """omegaconf's first line, with the key and what it takes."""
+    """What was got for a key, and what it takes; without a value, omegaconf's first line."""
     reason = str(error).splitlines()[0].rstrip(".")
-    key = str(error.full_key or "")
-    found = _field(key) if key else None
-    if found is None:
+    key = re.sub(r"\[\d+\]$", "", str(error.full_key or ""))
+    if not (key and _field(key)):
         return f"{f'{key}: ' * bool(key)}{reason}; `kl-f8-train config schema` lists the settings"
+    if isinstance(error, ValidationError) and not isinstance(error, KeyValidationError):
+        reason = f"got {repr(error.value).replace('None', 'null')}"
     kinds = {row[0]: row[1] for row in schema()}
-    return f"{key}: {reason}; expected {kinds.get(key, 'a group of settings')}: {_doc(key)}"
+    expected = kinds.get(_declared_key(key), "a group of settings")
+    return f"{key}: {reason}; expected {expected}: {_doc(key)}"
+
+
+def _declared_key(key: str) -> str:
+    """The key as `schema` has it: NAME in the place of a source's name."""
+    return re.sub(r"^(data\.sources)\..*\.(\w+)$", r"\1.NAME.\2", key)

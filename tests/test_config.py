@@ -238,7 +238,7 @@ def test_interpolation_that_leads_nowhere(name):
 def test_binary_file(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_bytes(bytes(range(128, 256)))
-    with pytest.raises(UsageError, match="not readable YAML"):
+    with pytest.raises(UsageError, match="not UTF-8; save it as UTF-8"):
         config.load(file)
 
 
@@ -248,9 +248,9 @@ def test_yaml_cannot_run_code(tmp_path):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", ["absent.yaml", ""])
-def test_missing_file(tmp_path, name):
-    with pytest.raises(MissingInputError, match="no such file") as caught:
+@pytest.mark.parametrize(("name", "said"), [("absent.yaml", "no such"), ("", "is a directory")])
+def test_missing_file(tmp_path, name, said):
+    with pytest.raises(MissingInputError, match=said) as caught:
         config.load(tmp_path / name)
     assert caught.value.exit_code == 3
 
@@ -311,17 +311,70 @@ def test_stand_in_needs_consent():
         "model.num_res_blocks=0",
         "model.embed_dim=0",
         "data.sources=",
+        "data.sources={}",
+        "global_batch=99999999999999999999999",
+        "seed=9223372036854775808",
+        "stop_iteration=1000000000",
+        "data.max_bad_share=5",
+        "data.workers=257",
+        "data.crop=1000000000",
+        "data.sources.photos.weight=1e308",
+        "compute.checkpoint_levels=5",
+        "compute.timeout_minutes=1e30",
+        "adversarial.start_iteration=-5",
+        "model.num_res_blocks=1000000",
+        "model.ch_mult=" + "1," * 9,
+        "model.ch_mult=1,100000",
+        "data.sources.per_second=/d",
     ],
 )
 def test_values_out_of_range(override):
     assert override.split("=")[0].rsplit(".", 1)[-1] in refused(override)
 
 
+def test_every_number_has_bounds():
+    numbers = {row[0] for row in config.schema() if re.search(r"\b(int|float)\b", row[1])}
+    assert set(config.BOUNDS) == numbers
+
+
+def test_what_was_got_is_told():
+    assert "model.ch_mult=[]: expected 1 to 8 numbers" in refused("model.ch_mult=[]")
+    assert "data.workers=999: expected 0 or more, at most 256" in refused("data.workers=999")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("ch_mult: [1, 2, 4, 4]", "ch_mult: [1, [1, 2]]", "model.ch_mult=[1, [1, 2]]: expected a"),
+        ("ch_mult: [1, 2, 4, 4]", "ch_mult: [1, null]", "model.ch_mult: got null; expected list"),
+        ("betas: [0.5, 0.9]", "betas: 0.5", "optimizer.betas: got 0.5; expected list[float]"),
+        ("seed: 0 ", "seed: null ", "seed: got null; expected int: seed of order"),
+        ("eps: 1.0e-8", "eps: 1" + "0" * 400, "too large"),
+        ("seed: 0 ", "seed: 1" + "0" * 5000, "not readable YAML"),
+        ("sources: ???", "sources: {a: [x]}", "data.sources.a: got ['x'], expected shards"),
+        ("sources: ???", "sources: {a: null}", "data.sources.a: got null, expected shards"),
+        ("run_dir: ???", r'run_dir: "a\0b"', r"run_dir='a\x00b': expected a text without a NUL"),
+    ],
+)
+def test_values_of_the_file_are_told_in_our_words(tmp_path, old, new, said):
+    with pytest.raises(UsageError, match=re.escape(said)) as caught:
+        others = [text for text in samples.YOURS if not text.startswith(new.partition(":")[0])]
+        config.load(edited(tmp_path, old, new), others)
+    for foreign in ("AnyNode", "Optional", "ListConfig", "subclass"):
+        assert foreign not in str(caught.value)
+
+
+def test_the_demo_is_its_recipe():
+    """After `demo`, `train demo` goes on with its stage A: the two name the source alike."""
+    stage_a = config.load(config.find_recipe("demo"), ["data.sources=runs/demo/shards"])
+    assert config.differences(stage_a, config.load(config.find_recipe("demo"))) == []
+
+
 # --- values ---------------------------------------------------------------------------------
 
 
 def test_text_stays_text():
-    for text in ("00012", "1e3", "true", "null", "2020-01-01"):
+    for text in ("00012", "1e3", "true", "none", "2020-01-01"):
         assert samples.recipe("ft_ema", f"name={text}").name == text
 
 
@@ -341,6 +394,14 @@ def test_numbers_and_lists():
     settings = samples.recipe("ft_ema", "optimizer.betas=[0.1, 0.2]", "optimizer.eps=1e-6")
     assert settings.optimizer.betas == [0.1, 0.2]
     assert settings.optimizer.eps == 1e-6
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["name", "run_dir", "init.weights", "data.sources", "data.sources.x", "data.sources.x.shards"],
+)
+def test_a_text_is_never_null(key):
+    assert f"{key}=null: cannot be null; expected " in refused(f"{key}=null")
 
 
 def test_null():
