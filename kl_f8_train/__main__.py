@@ -15,7 +15,7 @@ from tarfile import is_tarfile
 
 from kl_f8_train import __version__
 from kl_f8_train.errors import MissingInputError, UsageError, UserError
-from kl_f8_train.processes import end_children
+from kl_f8_train.processes import end_children, launched
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -198,6 +198,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _examine(args.config, args.overrides, False, args.allow_changes)
     settings = config.load(config.find_recipe(args.config), args.overrides)
+    launched(settings.compute.num_nodes)
     if not Path(settings.run_dir).is_dir():
         _must_be_there(settings.init.weights, "init.weights=")
     from kl_f8_train.train import train
@@ -220,6 +221,7 @@ def _examine(recipe: str, overrides: list[str], as_json: bool, allow_changes: bo
     from kl_f8_train import config
 
     path = config.find_recipe(recipe)
+    launched()
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         print("loading ...", flush=True)
         from kl_f8_train.doctor import examine

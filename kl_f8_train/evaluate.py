@@ -34,6 +34,7 @@ from kl_f8_train.metrics import FeatureStatistics
 from kl_f8_train.model import AutoencoderKL
 from kl_f8_train.perceptual import LABELS, PerceptualDistance
 from kl_f8_train.plan import random_state
+from kl_f8_train.processes import meeting, world_size
 from kl_f8_train.scores import (
     SHIFTS,
     Row,
@@ -377,10 +378,12 @@ def _measure_batch(
 @contextlib.contextmanager
 def processes() -> Iterator[tuple[int, int]]:
     """(rank, number of processes), joined over gloo where a launcher such as torchrun says so."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     if world == 1:
         yield 0, 1
         return
+    if os.environ["RANK"] == "0":
+        _say(f"waiting for {world} processes at {meeting()}")
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=30))
     try:
         yield dist.get_rank(), world

@@ -2,7 +2,6 @@
 
 import datetime
 import logging
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -44,6 +43,7 @@ from kl_f8_train.finetuner import Finetuner, build_optimizers
 from kl_f8_train.formats import State, check_shapes
 from kl_f8_train.model import AutoencoderKL
 from kl_f8_train.plan import Plan
+from kl_f8_train.processes import SRUN, TORCHRUN, launched
 from kl_f8_train.shards import FolderSource, Source, TarSource
 from kl_f8_train.units import counted
 from kl_f8_train.watchdog import Watchdog
@@ -282,7 +282,7 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     gpus = torch.cuda.device_count()
-    local, nodes = _launched_by_cluster()
+    launcher, local, nodes = launched(compute.num_nodes)
     per_node = local or compute.devices or (gpus if accelerator == "cuda" else 1)
     nodes = nodes or compute.num_nodes or 1
     if accelerator == "cuda" and not 0 < per_node <= gpus:
@@ -298,12 +298,18 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
         )
     if accelerator == "cuda" and gpus > per_node:
         say(f"using {per_node} of {gpus} GPUs here: one for each process the launcher started")
+    cluster = _cluster(launcher)
+    if nodes * per_node > 1:
+        say(
+            f"waiting for {nodes * per_node} processes at "
+            f"{cluster.main_address}:{cluster.main_port}"
+        )
     trainer = Trainer(
         accelerator=accelerator,
         devices=per_node,
         num_nodes=nodes,
         strategy=_DecoderDDP(settings) if nodes * per_node > 1 else "auto",
-        plugins=[_cluster()],
+        plugins=[cluster],
         precision="32-true",  # the finetuner autocasts by itself
         max_epochs=1,
         logger=False,
@@ -344,32 +350,12 @@ class _DecoderDDP(DDPStrategy):
         super().configure_ddp()
 
 
-def _cluster() -> ClusterEnvironment:
-    """Who started the processes: torchrun (also inside a SLURM job), srun, or nobody yet."""
-    if "LOCAL_WORLD_SIZE" in os.environ:
+def _cluster(launcher: str) -> ClusterEnvironment:
+    if launcher == TORCHRUN:
         return TorchElasticEnvironment()
-    if _under_srun():
+    if launcher == SRUN:
         return SLURMEnvironment(auto_requeue=False)
     return LightningEnvironment()  # an installed srun alone is no cluster
-
-
-def _launched_by_cluster() -> tuple[int, int]:
-    """Processes per node and nodes, as torchrun or srun set them; zeros without either."""
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        return local, int(os.environ["WORLD_SIZE"]) // local
-    if _under_srun():
-        nodes = int(os.environ.get("SLURM_NNODES", "1"))
-        return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
-    return 0, 0
-
-
-def _under_srun() -> bool:
-    """A task of srun; neither a batch script's own shell nor an interactive one."""
-    return "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in (
-        "bash",
-        "interactive",
-    )
 
 
 def fixed_photographs(settings: Config, report: Callable[[str], None]) -> list[torch.Tensor]:

@@ -357,8 +357,8 @@ def test_what_was_got_is_told():
     ],
 )
 def test_values_of_the_file_are_told_in_our_words(tmp_path, old, new, said):
+    others = [text for text in samples.YOURS if not text.startswith(new.partition(":")[0])]
     with pytest.raises(UsageError, match=re.escape(said)) as caught:
-        others = [text for text in samples.YOURS if not text.startswith(new.partition(":")[0])]
         config.load(edited(tmp_path, old, new), others)
     for foreign in ("AnyNode", "Optional", "ListConfig", "subclass"):
         assert foreign not in str(caught.value)

@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kl_f8_train"
 LAYERS = (
-    {"errors", "units", "processes"},
+    {"errors", "units"},
     {"config", "images", "model", "discriminator", "losses", "ema", "metrics", "plan"}
-    | {"formats", "unpickle", "hub", "compare", "origins", "curves", "nonfinite"},
+    | {"formats", "unpickle", "hub", "compare", "origins", "curves", "nonfinite", "processes"},
     {"checkpoint", "pack", "compute", "cost", "status"},
     {"cache", "scaling"},
     {"published", "shards"},

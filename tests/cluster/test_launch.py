@@ -13,8 +13,17 @@ import yaml
 from launched import FEW, ROOT, Running, environment, wait_for
 
 from kl_f8_train import config
-from kl_f8_train.train import _launched_by_cluster
+from kl_f8_train.processes import launched
 
+ALLOCATION = {
+    **{"SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"},
+    **{"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"},
+    "SLURM_JOB_NAME": "kl-f8-train",
+}
+TORCHRUN = {
+    **{"WORLD_SIZE": "12", "RANK": "5", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"},
+    **{"MASTER_ADDR": "node1", "MASTER_PORT": "29500"},
+}
 SCRIPTS = sorted((ROOT / "launch").glob("*.s*"))
 
 
@@ -44,18 +53,16 @@ def test_multi_node_defaults_are_16_gpus_times_12():
 @pytest.mark.parametrize(
     ("more", "found"),
     [
-        ({"SLURM_STEP_ID": "0"}, (8, 2)),
-        ({}, (0, 0)),  # the batch script itself: not one of 16 tasks to wait for
-        ({"SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "bash"}, (0, 0)),  # srun --pty bash
-        ({"SLURM_STEP_ID": "0", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "12"}, (4, 3)),  # torchrun
+        ({"SLURM_STEP_ID": "0"}, ("srun", 8, 2)),
+        ({}, ("", 0, 0)),  # the batch script itself: not one of 16 tasks to wait for
+        ({"SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "bash"}, ("", 0, 0)),  # srun --pty bash
+        ({"SLURM_STEP_ID": "0", **TORCHRUN}, ("torchrun", 4, 3)),
     ],
 )
 def test_who_started_the_processes(monkeypatch, more, found):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    allocation = {"SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "kl-f8-train"}
-    for key, value in {**allocation, **more}.items():
+    for key, value in {**ALLOCATION, **more}.items():
         monkeypatch.setenv(key, value)
-    assert _launched_by_cluster() == found
+    assert launched() == found
 
 
 def job() -> dict:
