@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,7 +32,10 @@ from kl_f8_train.units import counted
 
 BLOCK = 512  # bytes; everything in a tar starts at a multiple of it
 CHUNK = 64  # shards indexed as one resumable part
+MOST = 1_000_000  # shards of one pattern
 AUTOMATIC = 2000  # local shards that are indexed without being asked
+
+UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)  # of an index
 
 Progress = Callable[[int, int], None]
 
@@ -68,11 +72,12 @@ def expand(pattern: str) -> list[str]:
             )
         return found
     if path.suffix == ".txt" and path.is_file():
-        lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-        return _existing([line for line in lines if line and not line.startswith("#")], pattern)
+        return _existing(_listed(path), pattern)
     if pattern.startswith("pipe:"):
         return [pattern]
     try:
+        if (count := _alternatives(pattern)) > MOST:
+            raise ValueError(f"{count:,} shards, expected {MOST:,} at most")
         parts = list(expand_urls(pattern))
     except (ValueError, AssertionError) as error:
         raise MissingInputError(
@@ -81,6 +86,36 @@ def expand(pattern: str) -> list[str]:
     if not is_remote(pattern) and any(letter in pattern for letter in "*?["):
         parts = [found for part in parts for found in sorted(glob.glob(part))]
     return _existing(parts, pattern)
+
+
+def _listed(path: Path) -> list[str]:
+    """The lines of a list file that are neither empty nor comments."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise MissingInputError(
+            f"{path} is no list of shards: byte {error.start} is not UTF-8; expected a text with a "
+            "shard on each line"
+        ) from error
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise MissingInputError(f"{path} lists no shards: expected a shard on each line")
+    return found
+
+
+def _alternatives(pattern: str) -> int:
+    """How many places a brace pattern names, at most, without making them."""
+    count = 1
+    while group := re.search(r"\{([^{}]*)\}", pattern):  # the innermost ones first
+        ends = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", group[1])
+        if ends:
+            count *= abs(int(ends[2]) - int(ends[1])) // max(1, int(ends[3] or 1)) + 1
+        elif letters := re.match(r"([a-zA-Z])\.\.([a-zA-Z])", group[1]):
+            count *= abs(ord(letters[2]) - ord(letters[1])) + 1
+        else:
+            count *= group[1].count(",") + 1
+        pattern = pattern[: group.start()] + pattern[group.end() :]
+    return count
 
 
 def _existing(locations: list[str], pattern: str) -> list[str]:
@@ -248,7 +283,7 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
     """Indexes a chunk of shards into one part file, unless it is there and still right."""
     part, chunk, cache = task
     fingerprints = [fingerprint(place) for place in chunk]
-    if part.is_file() and _part_header(part)["fingerprints"] == fingerprints:
+    if _fingerprints(part) == fingerprints:
         return len(chunk)
     blocks: list[int] = []
     sizes: list[int] = []
@@ -287,6 +322,18 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
             **columns,  # type: ignore[arg-type]
         )
     return len(chunk)
+
+
+def _fingerprints(part: Path) -> list[list[int]] | None:
+    """Of the shards that a part was made of; None if it is not there, or cannot be read."""
+    try:
+        with zipfile.ZipFile(part) as archive:
+            if archive.testzip():
+                return None
+        found: list[list[int]] = _part_header(part)["fingerprints"]
+    except UNREADABLE:
+        return None
+    return found
 
 
 def _part_header(part: Path) -> dict[str, Any]:
@@ -409,8 +456,7 @@ class TarSource:
         self.without_image: int = header["without_image"]
         self.columns: list[str] = header["columns"]
         self.starts = np.concatenate([[0], np.cumsum(np.array(header["counts"], np.int64))])
-        self.blocks = np.load(directory / "blocks.npy", mmap_mode="r")
-        self.sizes = np.load(directory / "sizes.npy", mmap_mode="r")
+        self.blocks, self.sizes = self._mapped("blocks"), self._mapped("sizes")
         self.dropped: dict[str, int] = {}
         self.counts = self._filtered_counts()
         self._kept = lru_cache(maxsize=256)(self._kept_rows)
@@ -484,9 +530,14 @@ class TarSource:
         if name not in self.columns:
             known = ", ".join(self.columns) or "none at all"
             raise UsageError(f"no image has a field {name!r} to filter by; there are {known}")
-        path = self.directory / f"column-{self.columns.index(name)}.npy"
-        column: np.ndarray = np.load(path, mmap_mode="r")
-        return column
+        return self._mapped(f"column-{self.columns.index(name)}")
+
+    def _mapped(self, name: str) -> np.ndarray:
+        """An array of the index; ValueError if it is not as long as index.json says."""
+        array: np.ndarray = np.load(self.directory / f"{name}.npy", mmap_mode="r")
+        if len(array) != self.starts[-1]:
+            raise ValueError(f"{name}.npy: got {len(array)} rows, expected {self.starts[-1]}")
+        return array
 
 
 class FolderSource:
@@ -575,8 +626,14 @@ def _open_folder(folder: Path, filters: Sequence[Filter]) -> FolderSource:
 
 
 def _fresh(directory: Path, cache: ShardCache) -> bool:
-    """Whether there is an index, of the shards as they are now."""
-    return (directory / "index.json").is_file() and not TarSource(directory, [], cache).changed()
+    """Whether there is an index that can be read, of the shards as they are now."""
+    try:
+        source = TarSource(directory, [], cache)
+        for name in source.columns:
+            source._column(name)
+        return not source.changed()
+    except UNREADABLE:
+        return False
 
 
 def _build_here(pattern: str, locations: Sequence[str], directory: Path, cache: ShardCache) -> None:

@@ -161,9 +161,17 @@ def test_expand(folder, pattern, expected):
         ("missing.txt", "missing.txt"),
         ("shards/{000..", "shards/{000.."),
         ("shards/**.tar/{0", "shards/**.tar/{0"),
+        ("x/{000000000..999999999}.tar", "1,000,000,000 shards, expected 1,000,000 at most"),
+        ("x/{0..999..3}{a..c}.tar", "1002 of 1002 files are missing"),
+        ("x/{{0..999},b}{0..99999}.tar", "200,000,000 shards, expected 1,000,000 at most"),
+        ("x/" + 30 * "{a,b}", "1,073,741,824 shards"),
+        ("binary.txt", "binary.txt is no list of shards: byte 3 is not UTF-8"),
+        ("empty.txt", "empty.txt lists no shards: expected a shard on each line"),
     ],
 )
 def test_expand_names_what_is_missing(folder, pattern, named):
+    (folder / "binary.txt").write_bytes(b"abc\xff\xfe")
+    (folder / "empty.txt").write_text("# none\n\n")
     with pytest.raises(MissingInputError) as caught:
         shards.expand(pattern)
     assert named in str(caught.value)
@@ -290,6 +298,20 @@ def test_the_index_is_kept_beside_the_shards_and_used_again(tmp_path, monkeypatc
     assert one.directory.parent == tmp_path / "photos" / ".kl_f8_index"
     monkeypatch.setattr(shards, "index_tar", None)  # it would fail if it were called
     assert read_all(open_source(tmp_path / "photos")) == read_all(one)
+
+
+@pytest.mark.parametrize("cut", ["index.json", "blocks.npy", "sizes.npy", "column-0.npy", "part"])
+def test_an_index_that_cannot_be_read_is_made_anew(tmp_path, cut):
+    samples.packed(tmp_path / "photos", count=4, per_shard=2)
+    before = open_source(tmp_path / "photos")
+    whole = read_all(before)
+    for left in (0, 100, -4):
+        names = ["part-000000.npz", "index.json"] if cut == "part" else [cut]
+        for file in (before.directory / name for name in names):
+            file.write_bytes(file.read_bytes()[:left])
+        source = open_source(tmp_path / "photos", ["height >= 1"])
+        assert read_all(source) == whole
+        assert source.columns == before.columns
 
 
 def test_a_changed_shard_is_indexed_anew(tmp_path):
