@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     if hasattr(args, "overrides") and all("=" in text for text in rest):
         args.overrides += rest  # key=value behind a flag, or written --key=value
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     verb: Callable[[argparse.Namespace], int] = args.verb
     try:
         return verb(args)
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def add(name: str, verb: Callable[[argparse.Namespace], int], text: str):  # type: ignore[no-untyped-def]
         sub = verbs.add_parser(name, help=text, description=text, parents=[shared])
-        sub.set_defaults(verb=verb)
+        sub.set_defaults(verb=verb, parser=sub)
         return sub
 
     train = add("train", _train, "Starts a run; the same command again resumes it.")
@@ -81,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     train.add_argument("--allow-changes", action="store_true", help="resume with another recipe")
     train.add_argument("--dry-run", action="store_true", help="only look it over, as doctor does")
+    train.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object")
 
     doctor = add("doctor", _doctor, "Looks a run over before it costs anything: go, or no go.")
     doctor.add_argument("config", nargs="?", help="recipe: a YAML file, or a shipped one's name")
@@ -196,7 +197,9 @@ def _train(args: argparse.Namespace) -> int:
     from kl_f8_train import config
 
     if args.dry_run:
-        return _examine(args.config, args.overrides, False, args.allow_changes)
+        return _examine(args.config, args.overrides, args.json, args.allow_changes)
+    if args.json:
+        raise UsageError("--json: a training prints no JSON; give --dry-run with it")
     settings = config.load(config.find_recipe(args.config), args.overrides)
     launched(settings.compute.num_nodes)
     if not Path(settings.run_dir).is_dir():

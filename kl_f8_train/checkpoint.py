@@ -425,8 +425,9 @@ def check_writable(directory: Path) -> None:
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(b"0")
     except OSError as error:
+        reason = "it is a file;" if directory.is_file() else f"{error.strerror}; make room, or"
         raise RunFailedError(
-            f"cannot write in {directory}: {error.strerror}; make room, or name another directory"
+            f"cannot write in {directory}: {reason} name another directory"
         ) from error
 
 

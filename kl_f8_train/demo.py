@@ -4,6 +4,7 @@ Photographs: those that scikit-image ships (public domain or CC0). Three train, 
 Stand-ins, named as such: a small network trained here in kl-f8's place, ST-LPIPS in LPIPS' place.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from kl_f8_train import checkpoint, config, evaluate, export, images, perceptual
 from kl_f8_train.config import Config
 from kl_f8_train.data import IterationSampler, PositionDataset, loader, open_data
 from kl_f8_train.discriminator import Discriminator, initialize
-from kl_f8_train.errors import MissingInputError, RunFailedError
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.losses import (
     adaptive_weight,
     discriminator_loss,
@@ -53,18 +54,21 @@ def demo(
 
     `training` names shards and `held_out` a folder in place of scikit-image's photographs;
     `length` multiplies the iterations. A finished part is not run again. Raises MissingInputError
-    without the demo's dependencies, RunFailedError if a part was interrupted.
+    without the demo's dependencies, UsageError for a length or settings that leave a part without
+    iterations or discriminator, RunFailedError if a part was interrupted.
     """
     began = time.perf_counter()
+    base_end, a_end, b_end = _ends(length)
+    if _recipe([*overrides, f"stop_iteration={base_end}"]).adversarial is None:
+        raise UsageError(
+            "adversarial=null: the demo's first part trains a discriminator; leave it out"
+        )
     if training is None:
         training = str(_pack_photographs(run_dir))
         held_out = held_out or run_dir / "held_out"
     if held_out is None:
         raise MissingInputError("--training without --held-out: name a folder of photographs")
     _require_folder(held_out)
-    base_end = round(BASE * length)
-    a_end = base_end + round(STAGE_A * length)
-    b_end = a_end + round(STAGE_B * length)
     common = [f"data.sources={training}", *overrides]
 
     say("1 of 4: a small autoencoder and discriminator, the stand-in for kl-f8")
@@ -107,6 +111,17 @@ def demo(
         "next: your own photographs, docs/quickstart.md"
     )
     return rows
+
+
+def _ends(length: float) -> tuple[int, ...]:
+    """The iterations at which the three parts end. Raises UsageError if one has none."""
+    parts = [round(part * length) for part in (BASE, STAGE_A, STAGE_B)]
+    if not min(parts) or sum(parts) > config.ITERATIONS:
+        raise UsageError(
+            f"--length {length:g}: leaves a part of the demo without iterations, or gives more "
+            f"than {config.ITERATIONS:,}; expected 0.01 to 100,000"
+        )
+    return tuple(itertools.accumulate(parts))
 
 
 def _require_folder(held_out: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from kl_f8_train.curves import Chart, Points, page
-from kl_f8_train.errors import MissingInputError, RunFailedError
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.units import counted, duration
 
 Row = dict[str, float]
@@ -27,6 +27,10 @@ RECENT = 0.1  # share of the rows that "lately" means
 ENOUGH_ROWS = 20  # for a judgement on speed and the loss: the start is slow
 SILENT_INTERVALS, SILENT_SECONDS = 5, 120.0  # no news for longer than both: silent
 LOSSES = ("reconstruction_loss", "pixel_loss", "perceptual_loss", "discriminator_loss")
+NUMBERS = (  # settings that are read here
+    *("stop_iteration", "global_batch", "init.iteration", "log.every", "checkpoint.every"),
+    *("adversarial.start_iteration", "data.workers"),
+)
 CHARTS = (  # title, columns, logarithmic
     ("Reconstruction loss, per pixel", ("reconstruction_loss",), False),
     ("Its terms, unweighted", ("pixel_loss", "perceptual_loss"), True),
@@ -87,12 +91,23 @@ def read_settings(run: Path) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it has no keys and values")
+        for key in NUMBERS:
+            _check_number(values, key)
         return {**values, "stop_iteration": int(values["stop_iteration"])}
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, ValueError) as error:
         raise MissingInputError(
             f"{file} is not a run's configuration, as `train` writes it: "
             f"{type(error).__name__} {error}"
         ) from error
+
+
+def _check_number(settings: Mapping[str, Any], key: str) -> None:
+    """Raises ValueError if a setting is neither a number nor null."""
+    group, _, name = key.rpartition(".")
+    held = settings.get(group) or {} if group else settings
+    value = held.get(name) if isinstance(held, Mapping) else held
+    if value is not None and not (isinstance(value, int | float) and 0 <= value < 2**63):
+        raise ValueError(f"{key}: got {value!r}, expected a number")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -399,7 +414,9 @@ def html(run: Path, status: Status, now: float) -> str:
 
 
 def write_html(run: Path, status: Status, now: float, path: Path) -> None:
-    """Writes the page atomically; RunFailedError if it cannot be written."""
+    """Writes the page atomically; UsageError or RunFailedError if it cannot be written."""
+    if not path.name:
+        raise UsageError(f"--html {path}: names no file; expected one to write, as status.html")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         temporary.write_text(html(run, status, now), encoding="utf-8")
@@ -417,4 +434,7 @@ def _points(rows: Sequence[Row], column: str) -> Points:
 
 
 def _date(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+    try:
+        return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+    except (ValueError, OverflowError, OSError):
+        return "after the year 9999"

@@ -40,6 +40,8 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
         (["train", "demo", "--allow-changes", "global_batch=abc"], 2, "a whole number"),
         (["train", "demo", "--global_batch=abc"], 2, "a whole number"),
         (["train", "demo", "--no-such-flag"], 2, "unrecognized arguments: --no-such-flag"),
+        (["train", "demo", "--no-such-flag"], 2, "usage: kl-f8-train train "),
+        (["train", "demo", "--json"], 2, "give --dry-run with it"),
         (["export", "runs/x", "a=b"], 2, "unrecognized arguments: a=b"),
         (["config", "show", "ft_mse"], 0, "pixel: mse"),
         (["config", "diff", "ft_ema", "ft_mse"], 0, "loss.pixel: l1 -> mse"),

@@ -68,6 +68,8 @@ RECIPES = {
     "interpolation": "name: ${nowhere}\n",
     "sources": "data:\n  sources: 3\n",
     "null": "null: 3\n",
+    "latin": "name: M\xe4rz\n",
+    "optional": "seed: null\n",
 }
 
 CONFIG = {
@@ -82,9 +84,11 @@ CONFIG = {
     "recipe section": Case("train section.yaml", USAGE, "section.yaml: optimizer=3|group|.betas"),
     "recipe brace": Case("train brace.yaml", USAGE, "brace.yaml|line 3|quote|braces"),
     "recipe interpolation": Case("train interpolation.yaml", USAGE, "'nowhere' not found|name"),
-    "recipe sources": Case("train sources.yaml", USAGE, "data.sources|int|expected|name -> source"),
+    "recipe sources": Case("train sources.yaml", USAGE, "data.sources: got 3|name -> source"),
+    "recipe latin": Case("train latin.yaml", USAGE, "latin.yaml|byte 7 is not UTF-8; save it as"),
+    "recipe optional": Case("train optional.yaml", USAGE, "seed: got null; expected int: seed of"),
     "recipe null": Case("train null.yaml", USAGE, "null.yaml|Incompatible key type"),
-    "recipe folder": Case("train shards", MISSING, "shards: no such file|ft_ema, ft_mse"),
+    "recipe folder": Case("train shards", MISSING, "shards: is a directory; give|ft_ema, ft_mse"),
     "recipe name": Case("config show ft_emaa", MISSING, "ft_emaa: no such file|ft_ema, ft_mse"),
     "unknown key": train(
         "optimizer.learning_rat=1", USAGE, "unknown key|'optimizer.learning_rate'?"
@@ -96,6 +100,25 @@ CONFIG = {
     "exponent": train("global_batch=1e3", USAGE, "global_batch=1e3: expected a whole number"),
     "no number": train("optimizer.learning_rate=nan", USAGE, "=nan: expected a number above 0"),
     "negative": train("seed=-1", USAGE, "seed=-1: expected 0 or more"),
+    "large seed": train("seed=9223372036854775808", USAGE, "seed=9223372036854775808: expected 0"),
+    "large batch": train("global_batch=99999999999999999999999", USAGE, "at most 1,000,000"),
+    "large stop": train("stop_iteration=1000000000", USAGE, "above 0, at most 999,999,999"),
+    "many workers": train("data.workers=100000", USAGE, "=100000: expected 0 or more, at most 256"),
+    "many blocks": train("model.num_res_blocks=1000000", USAGE, "above 0, at most 64"),
+    "many levels": train("compute.checkpoint_levels=99", USAGE, "0 or more, at most 2"),
+    "no levels": train("model.ch_mult=[]", USAGE, "model.ch_mult=[]: expected 1 to 8 numbers"),
+    "early start": train("adversarial.start_iteration=-5", USAGE, "=-5: expected 0 or more"),
+    "bad share": train("data.max_bad_share=5", USAGE, "=5.0: expected a number above 0, at most 1"),
+    "null run_dir": train(
+        "run_dir=null", USAGE, "run_dir=null: cannot be null; expected directory"
+    ),
+    "null weights": train("init.weights=null", USAGE, "weights=null: cannot be null; expected"),
+    "null sources": train("data.sources=null", USAGE, "sources=null: cannot be null; expected"),
+    "braces": train("data.sources={}", USAGE, "data.sources is empty|data.sources=SHARDS"),
+    "speed's name": train(
+        "data.sources.per_second=shards", USAGE, "per_second: metrics.csv has|another name"
+    ),
+    "json": train("--json", USAGE, "--json: a training prints no JSON; give --dry-run"),
     "not one of": train("loss.pixel=l2", USAGE, "loss.pixel=l2: expected one of l1, mse"),
     "not a switch": train("data.flip=maybe", USAGE, "data.flip=maybe: expected true or false"),
     "empty value": train("global_batch=", USAGE, "global_batch=: expected a whole number"),
@@ -119,7 +142,7 @@ CONFIG = {
         "init.iteration=2000", USAGE, "=101 lies before init.iteration=2000|later"
     ),
     "betas": train("optimizer.betas=0.5", USAGE, "optimizer.betas=[0.5]: expected two numbers"),
-    "decay": train("ema.decay=1", USAGE, "ema.decay=1.0: expected 0 <= decay < 1"),
+    "decay": train("ema.decay=1", USAGE, "ema.decay=1.0: expected 0 or more, below 1"),
     "crop": train("data.crop=33", USAGE, "data.crop=33: expected a multiple of 2"),
     "larger crop": train(
         "data.shorter_side=16", USAGE, "=16 is smaller than data.crop=32|at least"
@@ -132,6 +155,11 @@ CONFIG = {
     ),
     "config": Case("config explain", USAGE, "'explain'|schema"),
     "demo length": Case("demo --length -1", USAGE, "--length: got -1, expected a number above 0"),
+    "demo short": Case(
+        "demo --length 0.0001 --run-dir d", USAGE, "--length 0.0001: leaves a part|expected 0.01"
+    ),
+    "demo long": Case("demo --length 1e300 --run-dir d", USAGE, "--length 1e+300|to 100,000"),
+    "demo null": Case("demo adversarial=null --run-dir d", USAGE, "adversarial=null: the|leave"),
     "demo key": Case("demo seeed=1 --run-dir d", USAGE, "unknown key 'seeed'|'seed'?"),
     "benchmark": Case("benchmark demo --iterations 0", USAGE, "--iterations 0: expected 1 or more"),
     "index filter": Case("index shards --filter width~256", USAGE, "'width~256': expected FIELD"),
@@ -264,6 +292,11 @@ DATA = {
     "small images": train(
         "data.crop=64", MISSING, "48 x 48 pixels, smaller|data.crop to 48 or|data.shorter_side=64"
     ),
+    "binary list": train("data.sources=binary.txt", MISSING, "binary.txt is no list|expected"),
+    "empty list": train("data.sources=empty.txt", MISSING, "empty.txt lists no shards: expected"),
+    "many shards": train(
+        "data.sources=x/{000000000..999999999}.tar", MISSING, "1,000,000,000 shards, expected 1,0"
+    ),
     "list file": train("data.sources=text.txt", MISSING, "2 of 2 files are missing (a.tar, b.tar)"),
     "not indexed": train(
         "data.sources=http://127.0.0.1:9/0.tar", MISSING, "not indexed|index 'http"
@@ -332,7 +365,9 @@ DATA = {
 }
 
 MACHINE = {
-    "run_dir a file": train("run_dir=model.ckpt", FAILED, "cannot write in model.ckpt: |another"),
+    "run_dir a file": train(
+        "run_dir=model.ckpt", FAILED, "cannot write in model.ckpt: it is a file; name another"
+    ),
     "run_dir below": train("run_dir=model.ckpt/run", FAILED, "Not a directory; make room|another"),
     "export exists": Case("export run --out export", USAGE, "exists; nothing was written|--force"),
     "export file": Case(
@@ -350,6 +385,7 @@ MACHINE = {
     "evaluate below": Case(
         f"{EVALUATE} --images tiles --out model.ckpt/x", FAILED, "cannot write in model.ckpt/x"
     ),
+    "html folder": Case("status run --html .", USAGE, "--html .: names no file; expected one"),
     "html": Case("status run --html no/x.html", FAILED, "--html no/x.html: cannot be|name a file"),
     "index file": Case(
         "index shards --index-dir model.ckpt", FAILED, "cannot write in model.ckpt/"
@@ -452,7 +488,7 @@ def world(folder):
     _break_weights(folder)
     _break_data(folder)
     for name, text in RECIPES.items():
-        (folder / f"{name}.yaml").write_text(text)
+        (folder / f"{name}.yaml").write_text(text, encoding="latin-1")
     return folder
 
 
@@ -505,6 +541,8 @@ def _break_data(here: Path) -> None:
     (here / "not_images").mkdir()
     for number in range(40):
         (here / "not_images" / f"{number}.jpg").write_bytes(b"GIF?" * 100)
+    (here / "binary.txt").write_bytes(b"\xff\xfe")
+    (here / "empty.txt").touch()
     (here / "text.txt").write_text("a.tar\n\nb.tar\n")
     (here / "bad_manifest").mkdir()
     (here / "bad_manifest" / "pack.json").write_text("[]")

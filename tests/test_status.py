@@ -343,3 +343,33 @@ def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(RunFailedError, match="cannot be written"):
         status.write_html(run, found, NOW, tmp_path / "page.html")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["page.html", "run"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"init": {"iteration": "abc"}}, "init.iteration: got 'abc', expected a number"),
+        ({"init": 3.5, "log": {"every": []}}, "log.every: got [], expected a number"),
+        ({"init": "x"}, "init.iteration: got 'x', expected a number"),
+        ({"adversarial": {"start_iteration": "soon"}}, "start_iteration: got 'soon'"),
+        ({"global_batch": -8}, "global_batch: got -8, expected a number"),
+        ({"stop_iteration": float("nan")}, "stop_iteration: got nan, expected a number"),
+    ],
+)
+def test_a_setting_that_is_no_number_is_named(tmp_path, setting, said):
+    run = make_run(tmp_path, [row(1010)])
+    (run / "config.yaml").write_text(yaml.safe_dump({**SETTINGS, **setting}))
+    with pytest.raises(MissingInputError, match=re.escape(said)):
+        status.read_status(run, NOW)
+
+
+def test_a_run_of_thousands_of_years(tmp_path):
+    run = make_run(tmp_path, [row(1010, images_per_second=1e-9)])
+    assert status.read_status(run, NOW).end_date == "after the year 9999"
+
+
+@pytest.mark.parametrize("place", ["", "."])
+def test_a_page_needs_a_file(tmp_path, monkeypatch, capsys, place):
+    monkeypatch.chdir(make_run(tmp_path, [row(1010)]))
+    assert main(["status", ".", "--html", place]) == 2
+    assert "--html .: names no file; expected one" in capsys.readouterr().err
