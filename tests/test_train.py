@@ -56,6 +56,21 @@ def test_the_demo_tells_early_how_long_its_base_takes(folder, tmp_path, capsys):
     assert checkpoint.read(path).iteration == 24
 
 
+@pytest.mark.slow
+def test_after_the_demo_its_recipe_is_at_its_end(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["model.ch_mult=[1,1]", "data.crop=32", "log.pictures_every=0"]
+    photographs = Path("runs/demo/photographs")
+    photographs.mkdir(parents=True)
+    shutil.copy(folder / "tiles" / "astr-000-000.png", photographs)
+    short = ("--length", "0.004", "--held-out", str(photographs))  # 3 + 1 + 1 iterations
+    assert main(["demo", *short, *small]) == 0
+    assert main(["train", "demo", *small, "stop_iteration=4"]) == 0
+    assert "runs/demo/ft_ema is at iteration 4, its end; nothing to do" in capsys.readouterr().out
+    assert main(["doctor", "demo", *small, "stop_iteration=4"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("GO")
+
+
 def test_iterations_count_on_from_the_imported_number(undisturbed):
     assert undisturbed.iteration == 108
     assert undisturbed.metadata["ema_updates"] == "8"
