@@ -1,8 +1,18 @@
-"""The helper processes of this one, and their end."""
+"""This process's output, which may lose its reader, and its helper processes, which must end."""
 
 import multiprocessing
+import os
 import signal
+import sys
 import threading
+
+
+def tell(line: str) -> None:
+    """Prints a line at once; a terminal or pipe that is gone does not end a run."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def end_children() -> None:

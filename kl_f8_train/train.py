@@ -44,15 +44,12 @@ from kl_f8_train.finetuner import Finetuner, build_optimizers
 from kl_f8_train.formats import State, check_shapes
 from kl_f8_train.model import AutoencoderKL
 from kl_f8_train.plan import Plan
+from kl_f8_train.processes import tell
 from kl_f8_train.shards import FolderSource, Source, TarSource
 from kl_f8_train.units import counted
 from kl_f8_train.watchdog import Watchdog
 
-
-@rank_zero_only
-def say(message: str) -> None:
-    """Prints on the first rank."""
-    print(message, flush=True)
+say = rank_zero_only(tell)
 
 
 def train(settings: Config, allow_changes: bool = False) -> int:
@@ -97,7 +94,10 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
     finally:
         signals.restore()
     if signals.received:
-        say(f"stopped by signal {signals.received} at iteration {finetuner.iteration:,}, saved")
+        say(
+            f"stopped by signal {signals.received} at iteration {finetuner.iteration:,}, saved; "
+            "the same command goes on"
+        )
         return 128 + signals.received
     say(f"done: iteration {finetuner.iteration:,}; next: kl-f8-train export {run_dir}")
     return 0

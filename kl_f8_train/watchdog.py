@@ -1,5 +1,6 @@
 """A run that stands still: says where, which rank and which image, and ends with exit code 4."""
 
+import contextlib
 import datetime
 import faulthandler
 import multiprocessing
@@ -108,4 +109,5 @@ def _tell_silent(trainer: Trainer, mine: str) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        print(line, file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ import torch
 
 from kl_f8_train import checkpoint, demo, state
 from kl_f8_train.__main__ import main
-from kl_f8_train.callbacks import Validation
+from kl_f8_train.callbacks import MetricsFile, Validation
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.train import train
 
@@ -92,6 +92,42 @@ def test_another_recipe_is_refused_or_remembered(folder, capsys):
     ]
 
 
+def test_other_networks_than_the_checkpoints_are_refused(folder, undisturbed):
+    shutil.copytree(folder / "undisturbed", folder / "other")
+    for extra, said in (
+        (("model.ch_mult=[1,2]",), "conv1.weight is (32, 32, 3, 3), expected (64, 32, 3, 3)"),
+        (runs.NO_ADVERSARIAL, "unexpected discriminator."),
+    ):
+        settings = runs.recipe(folder, "other", *extra, "stop_iteration=110")
+        with pytest.raises(MissingInputError) as caught:
+            train(settings, allow_changes=True)
+        assert said in str(caught.value)
+        assert "start a new run_dir, with init.weights=" in str(caught.value)
+
+
+def test_a_damaged_line_of_the_metrics_does_not_stop_a_run(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(b"iteration,rec\n101,0.5\n102,\xff\xfe\n\x00\xff\n103,0.25\n")
+    table = MetricsFile(path, start=102)
+    table.write(103, {"rec": 0.125})
+    assert [line.split(",")[0] for line in path.read_text().splitlines()[1:]] == [
+        "101",
+        "102",
+        "103",
+    ]
+
+
+@pytest.mark.slow
+def test_without_a_terminal_or_a_reader_a_run_goes_on(folder, undisturbed):
+    process = runs.start(folder, "alone", "stop_iteration=108", launcher=("nohup", sys.executable))
+    wait_for(process, "iteration 102 of")
+    assert process.stdout is not None
+    process.stdout.close()
+    os.killpg(process.pid, signal.SIGHUP)  # the shell is gone, too
+    assert process.wait(60) == 0
+    runs.assert_same_state(runs.final_state(folder, "alone"), undisturbed)
+
+
 @pytest.mark.slow
 def test_kill_9_and_the_same_command_again_equal_an_undisturbed_run(folder, undisturbed):
     extra = ("stop_iteration=108", "checkpoint.every=2", "data.workers=1")
@@ -124,7 +160,7 @@ def test_one_run_directory_is_for_one_run_at_a_time(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_finishes_the_iteration_saves_and_tells_its_number(folder, undisturbed, number):
     name = f"signal-{number}"
     process = runs.start(folder, name, "stop_iteration=108", "data.workers=1")
@@ -417,6 +453,15 @@ def unreachable(request: pytest.FixtureRequest) -> Iterator[str]:
         if request.param == "refused":
             server.close()
         yield f"http://127.0.0.1:{port}"
+
+
+@pytest.mark.slow
+def test_wandb_that_cannot_start_does_not_end_a_run(folder, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "nonsense")
+    (run,) = ranks.start(folder, "odd", "stop_iteration=101", "log.wandb=auto")
+    (output,) = ranks.finish([run])
+    assert "going on without it" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow
