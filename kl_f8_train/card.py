@@ -128,12 +128,13 @@ def _with_kept(details: Details, kept: Mapping[str, Any]) -> Details:
 
 
 def _kept(export_dir: Path, record: Mapping[str, Any]) -> Evaluated | None:
-    """The scores that an earlier call was given."""
+    """The scores that an earlier call was given; their strip, if it is still the same."""
     kept = record.get("card", {})
     if "scores" not in kept:
         return None
-    strip = STRIP in record["files"] and (export_dir / STRIP).is_file()
-    return Evaluated(kept["scores"], kept["model"], strip)
+    strip, digest = export_dir / STRIP, record["files"].get(STRIP)
+    same = strip.is_file() and checkpoint.file_sha256(strip) == digest
+    return Evaluated(kept["scores"], kept["model"], same)
 
 
 def _bring(file: Path, target: Path) -> None:

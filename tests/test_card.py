@@ -322,6 +322,6 @@ def test_what_was_told_before_stays(folder, scores, tmp_path):
         ]
         == "mit"
     )
-    (folder / "strip.png").unlink()
+    (folder / "strip.png").write_bytes(b"of another evaluation")
     assert "strip.png" not in card.write(folder).read_text()
     assert "data/photographs" not in (folder / "export.json").read_text()
