@@ -3,6 +3,7 @@
 import datetime
 import logging
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -99,7 +100,8 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
             "the same command goes on"
         )
         return 128 + signals.received
-    say(f"done: iteration {finetuner.iteration:,}; next: kl-f8-train export {run_dir}")
+    there = shlex.quote(str(run_dir))
+    say(f"done: iteration {finetuner.iteration:,}; next: kl-f8-train export {there}")
     return 0
 
 
