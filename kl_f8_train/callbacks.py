@@ -263,6 +263,10 @@ class RunLog(Callback):
         """Counts the time spent waiting for data."""
         self.waited += time.perf_counter() - self.batch_end
 
+    def await_data(self) -> None:
+        """Begins to count: the last callback tells that reports and files are done."""
+        self.batch_end = time.perf_counter()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
@@ -270,10 +274,8 @@ class RunLog(Callback):
         finetuner = finetuner_of(pl_module)
         self._note_skipped(batch, trainer)
         for key, value in finetuner.metrics.items():
-            if key not in self.sums:
-                self.sums[key] = torch.zeros((), dtype=torch.float64)
             finite = torch.nan_to_num(torch.as_tensor(value), 0.0, 0.0, 0.0)  # left-out updates
-            self.sums[key] = self.sums[key].to(finite.device) + finite
+            self.sums[key] = finite.double() + self.sums.get(key, 0.0)
         self.count += 1
         if self.bar is not None and not finetuner.warmup_left:
             self.bar.update(finetuner.iteration - self.bar.n)

@@ -88,7 +88,8 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
         callbacks = [run_log, validation, signals, saving]
         if any(is_remote(place) for place in _places(sources)):
             callbacks.append(Prefetch(plan, sources, shard_cache(settings)))
-        callbacks.append(Watchdog(settings.compute.timeout_minutes))  # the last: sees all others
+        # the last: sees all others
+        callbacks.append(Watchdog(settings.compute.timeout_minutes, run_log.await_data))
         trainer = _trainer(settings, callbacks)
         if trainer.is_global_zero:
             checkpoint.remove_leftovers(run_dir)
