@@ -184,9 +184,10 @@ class Validation(Callback):
         """Writes a row of `validation.csv` and `pictures/iteration-NNNNNNNNN.jpg`."""
         if not (self.every and self.fixed and trainer.is_global_zero):
             return
-        pairs = [reconstruct_fixed(finetuner, image) for image in self.fixed]
+        with torch.compiler.set_stance("force_eager"):  # too few images to compile graphs for
+            pairs = [reconstruct_fixed(finetuner, image) for image in self.fixed]
+            row = validation_scores(finetuner, self.fixed, pairs)
         iteration = finetuner.iteration
-        row = validation_scores(finetuner, self.fixed, pairs)
         path = self.folder / f"iteration-{iteration:09d}.jpg"
         strip = [
             images.hstack([image, ema]) for image, (ema, _) in zip(self.fixed, pairs, strict=True)
