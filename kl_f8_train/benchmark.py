@@ -116,7 +116,7 @@ def benchmark(
     reset_peak(device)  # after compiling, and after the count, which runs eagerly
     for _ in range(WARM_UP - 2):
         ours(batch)
-    memory = peak_memory(device) - before
+    memory, breaks = peak_memory(device) - before, graph_breaks()
     variants = [Variant("ours", ours)]
     if against:
         variants += reference_variants(config, device, say)
@@ -156,7 +156,7 @@ def benchmark(
         "limited_by": limit(phases, share),
         "first_iteration_seconds": first_iteration,
         "compiled": compute.compiles(config.compute),
-        "graph_breaks": graph_breaks(),
+        "graph_breaks": breaks,
         "recompiles_after_warm_up": variants[0].graphs,
         "synchronizations": synchronizations(ours, batch, device),
         "variants": [variant.figures(size, variants[0]) for variant in variants],
@@ -549,7 +549,8 @@ def reference_variants(
 ) -> list[Variant]:
     """The original's order on our modules, and our step on diffusers' modules.
 
-    And our own step in float32, where the recipe has another precision.
+    Those with the recipe's layout and compilation, too, where ours has them. And our own step in
+    float32, where the recipe has another precision.
     """
     exact = replace(config, precision="float32")
     runs: dict[str, Iteration] = {}
@@ -562,9 +563,14 @@ def reference_variants(
     if importlib.util.find_spec("diffusers") is None:
         say("diffusers is not installed: its variant is left out (pip install diffusers)")
     else:
+        name = "the same step on diffusers' modules"
         for precision in dict.fromkeys(("float32", config.precision)):
-            name = f"the same step on diffusers' modules, {precision}"
-            runs[name] = on_diffusers(replace(config, precision=precision), device)
+            peer = plain(replace(config, precision=precision))
+            runs[f"{name}, {precision}"] = on_diffusers(peer, device)
+        switches = {"channels_last": compute.channels_last, "compiled": compute.compiles}
+        on = [switch for switch, is_on in switches.items() if is_on(config.compute)]
+        if on:
+            runs[", ".join([name, config.precision, *on])] = on_diffusers(config, device)
     return [Variant(name, run) for name, run in runs.items()]
 
 
@@ -627,12 +633,15 @@ def original(config: Config, device: torch.device) -> Iteration:
 
 
 def on_diffusers(config: Config, device: torch.device) -> Iteration:
-    """Our step with diffusers' encoder and decoder in place of ours, in their default layout."""
+    """Our step with diffusers' encoder and decoder in place of ours.
+
+    In the layout of `config`, and compiled, if it says so, in the parts that ours is compiled in.
+    """
     from diffusers import AutoencoderKL as Peer
 
     shape = config.model
     levels = len(shape.ch_mult)
-    peer = Peer(
+    peer: Any = Peer(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=tuple(shape.ch * multiplier for multiplier in shape.ch_mult),
@@ -642,6 +651,11 @@ def on_diffusers(config: Config, device: torch.device) -> Iteration:
     parts = build_finetuner(plain(config), [])
     for name in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
         setattr(parts.autoencoder, name, getattr(peer, name))
-    return iteration_of(
-        Finetuner(parts.config, parts.autoencoder, parts.discriminator, parts.perceptual), device
-    )
+    settings = replace(parts.config, compute=replace(config.compute, compile=False))
+    losses = parts.discriminator, parts.perceptual
+    finetuner = Finetuner(settings, parts.autoencoder, *losses)
+    if compute.compiles(config.compute):
+        decoder = peer.decoder
+        ends = peer.encoder, decoder.mid_block, decoder.conv_norm_out
+        compute.compile_each([*ends, *decoder.up_blocks, *losses])
+    return iteration_of(finetuner, device)

@@ -6,12 +6,14 @@ import re
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from kl_f8_train import __version__, benchmark, cost
+from kl_f8_train import __version__, benchmark, compute, cost
 from kl_f8_train.__main__ import main
 from kl_f8_train.data import Batch
 from kl_f8_train.errors import UsageError
@@ -125,6 +127,25 @@ def test_diffusers_modules_take_the_plain_arithmetic(tiny):
     counted = benchmark.count_flops(benchmark.on_diffusers(config, torch.device("cpu")), batch)
     plain = cost.flops_per_image(benchmark.plain(config))
     assert counted == pytest.approx(plain, rel=0.01)
+
+
+def test_diffusers_modules_run_with_our_layout_and_compiled(tiny, monkeypatch):
+    eager = partial(compute.compile_each, backend="eager")
+    monkeypatch.setattr(compute, "compile_each", eager)
+    torch._dynamo.reset()
+    counters.clear()
+    switches = "compute.channels_last=true", "compute.compile=true"
+    config = tiny("ft_mse", *TINY, *switches)
+    *_, plain, switched = benchmark.reference_variants(config, torch.device("cpu"), print)
+    assert plain.name == "the same step on diffusers' modules, float32"
+    assert switched.name == f"{plain.name}, channels_last, compiled"
+    batch = next(benchmark._random_batches(config, 1))
+    plain.run(batch)
+    assert benchmark.compiled_graphs() == 0
+    switched.run(batch)
+    assert benchmark.compiled_graphs() >= 5  # encoder, middle, two levels, norm
+    assert benchmark.graph_breaks() == 0
+    torch._dynamo.reset()
 
 
 def test_clock_adds_up_the_parts_of_a_phase(monkeypatch):
