@@ -184,9 +184,10 @@ class Validation(Callback):
         """Writes a row of `validation.csv` and `pictures/iteration-NNNNNNNNN.jpg`."""
         if not (self.every and self.fixed and trainer.is_global_zero):
             return
-        pairs = [reconstruct_fixed(finetuner, image) for image in self.fixed]
+        with torch.compiler.set_stance("force_eager"):  # too few images to compile graphs for
+            pairs = [reconstruct_fixed(finetuner, image) for image in self.fixed]
+            row = validation_scores(finetuner, self.fixed, pairs)
         iteration = finetuner.iteration
-        row = validation_scores(finetuner, self.fixed, pairs)
         path = self.folder / f"iteration-{iteration:09d}.jpg"
         strip = [
             images.hstack([image, ema]) for image, (ema, _) in zip(self.fixed, pairs, strict=True)
@@ -264,6 +265,10 @@ class RunLog(Callback):
         """Counts the time spent waiting for data."""
         self.waited += time.perf_counter() - self.batch_end
 
+    def await_data(self) -> None:
+        """Begins to count: the last callback tells that reports and files are done."""
+        self.batch_end = time.perf_counter()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
@@ -271,10 +276,8 @@ class RunLog(Callback):
         finetuner = finetuner_of(pl_module)
         self._note_skipped(batch, trainer)
         for key, value in finetuner.metrics.items():
-            if key not in self.sums:
-                self.sums[key] = torch.zeros((), dtype=torch.float64)
             finite = torch.nan_to_num(torch.as_tensor(value), 0.0, 0.0, 0.0)  # left-out updates
-            self.sums[key] = self.sums[key].to(finite.device) + finite
+            self.sums[key] = finite.double() + self.sums.get(key, 0.0)
         self.count += 1
         if self.bar is not None and not finetuner.warmup_left:
             self.bar.update(finetuner.iteration - self.bar.n)

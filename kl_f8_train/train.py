@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from kl_f8_train import checkpoint, config, images, perceptual, state
 from kl_f8_train.cache import is_remote
 from kl_f8_train.callbacks import Checkpoints, Prefetch, RunLog, Signals, Validation
-from kl_f8_train.compute import with_remedy
+from kl_f8_train.compute import kernels, with_remedy
 from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.data import (
     IterationSampler,
@@ -86,12 +86,14 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
         callbacks = [run_log, validation, signals, saving]
         if any(is_remote(place) for place in _places(sources)):
             callbacks.append(Prefetch(plan, sources, shard_cache(settings)))
-        callbacks.append(Watchdog(settings.compute.timeout_minutes))  # the last: sees all others
+        # the last: sees all others
+        callbacks.append(Watchdog(settings.compute.timeout_minutes, run_log.await_data))
         trainer = _trainer(settings, callbacks)
         if trainer.is_global_zero:
             checkpoint.remove_leftovers(run_dir)
             checkpoint.write_text(run_dir / "config.yaml", config.to_yaml(settings))
-        _fit(trainer, Iterations(settings, finetuner, plan, sources), run_log)
+        with kernels(settings.precision):
+            _fit(trainer, Iterations(settings, finetuner, plan, sources), run_log)
     finally:
         signals.restore()
     if signals.received:

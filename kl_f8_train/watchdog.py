@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -25,14 +26,16 @@ class Watchdog(Callback):
     A thread counts its own ticks, so that time in which the whole process slept does not count.
     """
 
-    def __init__(self, timeout_minutes: float) -> None:
+    def __init__(self, timeout_minutes: float, await_data: Callable[[], None]) -> None:
         self.seconds = 60 * timeout_minutes
+        self.await_data = await_data  # called when an iteration with its reports is done
         self.done = 0  # phases that have ended
         self.waiting = True  # for data
         self.stopped = threading.Event()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts watching."""
+        self.await_data()
         threading.Thread(target=self._watch, args=(trainer, pl_module), daemon=True).start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -43,6 +46,7 @@ class Watchdog(Callback):
         """Iteration, reports and files are done."""
         self.done += 1
         self.waiting = True
+        self.await_data()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops watching."""

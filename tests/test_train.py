@@ -226,6 +226,20 @@ def test_validation_and_config_are_written(folder):
         assert float(row["adversarial_loss"]) == pytest.approx(used, rel=1e-4)
 
 
+def test_saving_is_no_waiting_for_data(folder, monkeypatch):
+    save = state.save
+
+    def slow(*arguments):
+        time.sleep(0.5)
+        return save(*arguments)
+
+    monkeypatch.setattr(state, "save", slow)
+    extra = "checkpoint.every=1", "log.pictures_every=1", *runs.NO_ADVERSARIAL
+    assert train(runs.recipe(folder, "slow-save", "stop_iteration=104", *extra)) == 0
+    rows = read_table(folder / "slow-save" / "metrics.csv")
+    assert max(float(row["data_wait_share"]) for row in rows) < 0.4
+
+
 def test_validation_rows_of_a_resumed_run_are_not_doubled(folder):
     for stop in (102, 103):
         settings = runs.recipe(folder, "valid", f"stop_iteration={stop}", "log.pictures_every=1")
