@@ -25,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     if hasattr(args, "overrides") and all("=" in text for text in rest):
         args.overrides += rest  # key=value behind a flag, or written --key=value
     elif rest:
-        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = "; name all weights before the first flag" if args.verb is _evaluate else ""
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     verb: Callable[[argparse.Namespace], int] = args.verb
     try:
         return verb(args)
@@ -99,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, help="directory to write (RUN/export)")
     export.add_argument("--raw", action="store_true", help="the raw weights in place of the EMA")
     export.add_argument(
-        "--average", nargs="+", type=Path, default=[], metavar="CKPT", help="mean with their EMAs"
+        "--average", nargs="+", type=Path, default=[], metavar="CKPT", help="mean EMA; after RUN"
     )
     export.add_argument(
         "--dtype",

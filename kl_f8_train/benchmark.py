@@ -56,6 +56,7 @@ class Variant:
     run: Iteration
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
+    graphs: int = 0  # compiled while it was measured
 
     @property
     def median(self) -> float:
@@ -103,7 +104,6 @@ def benchmark(
     say(f"{device_name(device)}: {size} x {config.data.crop} px, {config.precision}")
 
     batch = next(batches).to(device)
-    reset_peak(device)
     first_seconds = timed(ours, batch, device)
     first_iteration = time.perf_counter() - began
     left = WARM_UP - 1 + iterations
@@ -113,10 +113,10 @@ def benchmark(
         f"{duration(left * first_seconds)}{', without those of --against' * against}"
     )
     flops_per_image = count_flops(ours, batch) / size
+    reset_peak(device)  # after compiling, and after the count, which runs eagerly
     for _ in range(WARM_UP - 2):
         ours(batch)
-    graphs = compiled_graphs()
-    memory = peak_memory(device) - before
+    memory, breaks = peak_memory(device) - before, graph_breaks()
     variants = [Variant("ours", ours)]
     if against:
         variants += reference_variants(config, device, say)
@@ -136,7 +136,7 @@ def benchmark(
     images_per_second = size / (variants[0].median + 1e-3 * phases["data"])
     achieved = flops_per_image * images_per_second
     share = achieved / rates[config.precision]
-    return {
+    result = {
         "device": device_name(device),
         "precision": config.precision,
         "batch": size,
@@ -153,12 +153,11 @@ def benchmark(
         "phases_ms": phases,
         "peak_memory_bytes": memory,
         "computed_memory_bytes": cost.peak_bytes(config, size, element_bytes(config, device)),
-        "largest_batch": largest_batch(config, device, size),
         "limited_by": limit(phases, share),
         "first_iteration_seconds": first_iteration,
         "compiled": compute.compiles(config.compute),
-        "graph_breaks": graph_breaks(),
-        "recompiles_after_warm_up": compiled_graphs() - graphs,
+        "graph_breaks": breaks,
+        "recompiles_after_warm_up": variants[0].graphs,
         "synchronizations": synchronizations(ours, batch, device),
         "variants": [variant.figures(size, variants[0]) for variant in variants],
         "settings": {
@@ -169,6 +168,8 @@ def benchmark(
         "versions": {"kl_f8_train": __version__, "torch": str(torch.__version__)},
         "notes": notes,
     }
+    del finetuner, ours, variants  # their memory is room for the largest batch
+    return result | {"largest_batch": largest_batch(config, device, size)}
 
 
 def describe(result: Mapping[str, Any]) -> str:
@@ -263,7 +264,8 @@ def iteration_of(finetuner: Finetuner, device: torch.device) -> Iteration:
 
     def run(batch: Batch) -> None:
         finetuner.micro_batch = len(batch.images)
-        finetuner.run_iteration(batch, decoder, discriminator)
+        with compute.kernels(finetuner.config.precision):
+            finetuner.run_iteration(batch, decoder, discriminator)
 
     return run
 
@@ -322,11 +324,13 @@ def measure(
         clock("data")
         for variant in variants:
             synchronize(device)
+            graphs = compiled_graphs()
             began, cpu_began = time.perf_counter(), time.process_time()
             variant.run(batch)
             synchronize(device)
             variant.seconds.append(time.perf_counter() - began)
             variant.cpu_seconds.append(time.process_time() - cpu_began)
+            variant.graphs += compiled_graphs() - graphs
             if variant is variants[0]:
                 for name, value in clock.read().items():
                     milliseconds[name].append(value)
@@ -516,7 +520,9 @@ def largest_batch(config: Config, device: torch.device, size: int) -> int:
         try:
             run(next(_random_batches(config, number)).to(device))
             return True
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:
+            if not compute.is_out_of_memory(error):
+                raise
             return False
         finally:
             torch.cuda.empty_cache()
@@ -543,7 +549,8 @@ def reference_variants(
 ) -> list[Variant]:
     """The original's order on our modules, and our step on diffusers' modules.
 
-    And our own step in float32, where the recipe has another precision.
+    Those with the recipe's layout and compilation, too, where ours has them. And our own step in
+    float32, where the recipe has another precision.
     """
     exact = replace(config, precision="float32")
     runs: dict[str, Iteration] = {}
@@ -556,9 +563,14 @@ def reference_variants(
     if importlib.util.find_spec("diffusers") is None:
         say("diffusers is not installed: its variant is left out (pip install diffusers)")
     else:
+        name = "the same step on diffusers' modules"
         for precision in dict.fromkeys(("float32", config.precision)):
-            name = f"the same step on diffusers' modules, {precision}"
-            runs[name] = on_diffusers(replace(config, precision=precision), device)
+            peer = plain(replace(config, precision=precision))
+            runs[f"{name}, {precision}"] = on_diffusers(peer, device)
+        switches = {"channels_last": compute.channels_last, "compiled": compute.compiles}
+        on = [switch for switch, is_on in switches.items() if is_on(config.compute)]
+        if on:
+            runs[", ".join([name, config.precision, *on])] = on_diffusers(config, device)
     return [Variant(name, run) for name, run in runs.items()]
 
 
@@ -597,6 +609,7 @@ def original(config: Config, device: torch.device) -> Iteration:
             x, y, distance, pixel=pixel, perceptual_weight=weight, logvar=logvar
         )[0]
 
+    @compute.kernels(config.precision)
     def run(batch: Batch) -> None:
         x = to_float(batch.images) if batch.images.dtype == torch.uint8 else batch.images
         posterior = model.encode(x)
@@ -620,12 +633,15 @@ def original(config: Config, device: torch.device) -> Iteration:
 
 
 def on_diffusers(config: Config, device: torch.device) -> Iteration:
-    """Our step with diffusers' encoder and decoder in place of ours, in their default layout."""
+    """Our step with diffusers' encoder and decoder in place of ours.
+
+    In the layout of `config`, and compiled, if it says so, in the parts that ours is compiled in.
+    """
     from diffusers import AutoencoderKL as Peer
 
     shape = config.model
     levels = len(shape.ch_mult)
-    peer = Peer(
+    peer: Any = Peer(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=tuple(shape.ch * multiplier for multiplier in shape.ch_mult),
@@ -635,6 +651,11 @@ def on_diffusers(config: Config, device: torch.device) -> Iteration:
     parts = build_finetuner(plain(config), [])
     for name in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
         setattr(parts.autoencoder, name, getattr(peer, name))
-    return iteration_of(
-        Finetuner(parts.config, parts.autoencoder, parts.discriminator, parts.perceptual), device
-    )
+    settings = replace(parts.config, compute=replace(config.compute, compile=False))
+    losses = parts.discriminator, parts.perceptual
+    finetuner = Finetuner(settings, parts.autoencoder, *losses)
+    if compute.compiles(config.compute):
+        decoder = peer.decoder
+        ends = peer.encoder, decoder.mid_block, decoder.conv_norm_out
+        compute.compile_each([*ends, *decoder.up_blocks, *losses])
+    return iteration_of(finetuner, device)

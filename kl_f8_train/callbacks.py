@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import http.client
 import os
 import resource
 import secrets
@@ -32,6 +33,7 @@ from kl_f8_train.errors import RunFailedError
 from kl_f8_train.finetuner import Finetuner, average_over_ranks
 from kl_f8_train.nonfinite import HostCopy
 from kl_f8_train.plan import Plan
+from kl_f8_train.processes import tell
 from kl_f8_train.shards import Source
 from kl_f8_train.units import duration
 
@@ -78,10 +80,12 @@ class Checkpoints(Callback):
             try:
                 optimizers = [o for o in trainer.optimizers if isinstance(o, Adam)]
                 path = state.save(finetuner, optimizers, self.run_dir, self.frozen)
-                keep = self.settings
-                checkpoint.remove_old_checkpoints(path, keep.keep_last, keep.keep_every)
             except (RunFailedError, OSError) as error:
                 failure = str(error)
+            else:
+                with tolerated("an old checkpoint could not be removed"):
+                    keep = self.settings
+                    checkpoint.remove_old_checkpoints(path, keep.keep_last, keep.keep_every)
         failure = trainer.strategy.broadcast(failure)  # all ranks go on, or stop, together
         if failure is None:
             self.saved, self.failures = now, 0
@@ -91,24 +95,23 @@ class Checkpoints(Callback):
         if final or self.failures > 1:
             raise RunFailedError(failure)
         if trainer.is_global_zero:
-            print(f"{failure}\n  training goes on; the next checkpoint tries again", flush=True)
+            tell(f"{failure}\n  training goes on; the next checkpoint tries again")
 
-    def _judge_pause(self, began: float, tell: bool) -> None:
+    def _judge_pause(self, began: float, aloud: bool) -> None:
         """Tells once if saving takes more than a second and 5 % of the time between saves."""
         pause, interval = time.perf_counter() - began, began - self.mark
         self.mark = time.perf_counter()
-        if tell and not self.told and pause > max(1.0, 0.05 * interval):
+        if aloud and not self.told and pause > max(1.0, 0.05 * interval):
             self.told = True
-            print(
+            tell(
                 f"saving took {pause:.1f} s, {100 * pause / interval:.0f} % of the "
                 f"{interval:.0f} s since the last; raise checkpoint.every, or give run_dir a "
-                "faster disk",
-                flush=True,
+                "faster disk"
             )
 
 
 class Signals(Callback):
-    """SIGTERM, SIGINT and SIGUSR1 set a flag; all ranks agree on it after an iteration and stop.
+    """SIGTERM, SIGINT, SIGUSR1, SIGHUP set a flag; all ranks agree on it after an iteration, stop.
 
     What they agreed on is read after one iteration more, so that no host waits for its device.
     The last state is then saved by `Checkpoints`. A second SIGINT ends the program at once.
@@ -122,8 +125,9 @@ class Signals(Callback):
     def install(self) -> None:
         """Takes the signals over."""
         for number in SIGNALS:
-            self._before.setdefault(number, signal.getsignal(number))
-            signal.signal(number, self._note)
+            self._before[number] = signal.getsignal(number)
+            if (number, self._before[number]) != (signal.SIGHUP, signal.SIG_IGN):  # nohup's
+                signal.signal(number, self._note)
 
     def restore(self) -> None:
         """Gives the signals back."""
@@ -180,9 +184,10 @@ class Validation(Callback):
         """Writes a row of `validation.csv` and `pictures/iteration-NNNNNNNNN.jpg`."""
         if not (self.every and self.fixed and trainer.is_global_zero):
             return
-        pairs = [reconstruct_fixed(finetuner, image) for image in self.fixed]
+        with torch.compiler.set_stance("force_eager"):  # too few images to compile graphs for
+            pairs = [reconstruct_fixed(finetuner, image) for image in self.fixed]
+            row = validation_scores(finetuner, self.fixed, pairs)
         iteration = finetuner.iteration
-        row = validation_scores(finetuner, self.fixed, pairs)
         path = self.folder / f"iteration-{iteration:09d}.jpg"
         strip = [
             images.hstack([image, ema]) for image, (ema, _) in zip(self.fixed, pairs, strict=True)
@@ -250,7 +255,8 @@ class RunLog(Callback):
         if not trainer.is_global_zero:
             return
         if self.config.log.wandb != "off":
-            self.wandb = start_wandb(self.config, self.run_dir)
+            with self._wandb_may_fail():
+                self.wandb = start_wandb(self.config, self.run_dir)
         if sys.stdout.isatty():
             total, unit = self.config.stop_iteration, "iteration"
             self.bar = tqdm(total=total, initial=self.start, unit=unit, mininterval=1.0)
@@ -259,6 +265,10 @@ class RunLog(Callback):
         """Counts the time spent waiting for data."""
         self.waited += time.perf_counter() - self.batch_end
 
+    def await_data(self) -> None:
+        """Begins to count: the last callback tells that reports and files are done."""
+        self.batch_end = time.perf_counter()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
@@ -266,10 +276,8 @@ class RunLog(Callback):
         finetuner = finetuner_of(pl_module)
         self._note_skipped(batch, trainer)
         for key, value in finetuner.metrics.items():
-            if key not in self.sums:
-                self.sums[key] = torch.zeros((), dtype=torch.float64)
             finite = torch.nan_to_num(torch.as_tensor(value), 0.0, 0.0, 0.0)  # left-out updates
-            self.sums[key] = self.sums[key].to(finite.device) + finite
+            self.sums[key] = finite.double() + self.sums.get(key, 0.0)
         self.count += 1
         if self.bar is not None and not finetuner.warmup_left:
             self.bar.update(finetuner.iteration - self.bar.n)
@@ -419,7 +427,7 @@ class RunLog(Callback):
         if self.bar is not None:
             self.bar.write(line)
         else:
-            print(line, flush=True)
+            tell(line)
 
 
 class Prefetch(Callback):
@@ -429,7 +437,6 @@ class Prefetch(Callback):
 
     def __init__(self, plan: Plan, sources: Mapping[str, Source], cache: ShardCache) -> None:
         self.plan, self.sources, self.cache = plan, sources, cache
-
         self.asked = -self.EVERY
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -446,12 +453,12 @@ class Prefetch(Callback):
 
 
 @contextlib.contextmanager
-def tolerated() -> Iterator[None]:
-    """A report that cannot be written, on a full disk say, is told and does not end the run."""
+def tolerated(what: str = "a report could not be written") -> Iterator[None]:
+    """What fails for a full disk, say, but is no checkpoint, is told and does not end the run."""
     try:
         yield
     except (OSError, RunFailedError) as error:
-        print(f"{error}\n  a report could not be written; training goes on", flush=True)
+        tell(f"{error}\n  {what}; training goes on")
 
 
 class MetricsFile:
@@ -461,8 +468,9 @@ class MetricsFile:
         self.path = path
         self.columns: list[str] = ["iteration"]
         self.rows: list[dict[str, str]] = []
+        self.appends = False  # once this process has written the whole file
         if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
+            with path.open(newline="", encoding="utf-8", errors="replace") as file:
                 reader = csv.DictReader(file)
                 kept = [row for row in reader if (row.get("iteration") or "").isdigit()]
                 self.columns = list(reader.fieldnames or self.columns)
@@ -475,7 +483,7 @@ class MetricsFile:
             **{key: f"{value:.8g}" for key, value in values.items()},
         }
         new = [key for key in row if key not in self.columns]
-        first = not self.rows or not self.path.is_file() or bool(new) or not hasattr(self, "_open")
+        first = not self.rows or not self.path.is_file() or bool(new) or not self.appends
         self.columns += new
         self.rows.append(row)
         if first:
@@ -486,7 +494,7 @@ class MetricsFile:
                 writer = csv.DictWriter(file, self.columns, restval="")
                 writer.writeheader()
                 writer.writerows(self.rows)
-            self._open = True
+            self.appends = True
         else:
             with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.columns, restval="").writerow(row)
@@ -512,11 +520,11 @@ def start_wandb(settings: Config, run_dir: Path) -> Any:
     try:
         run = wandb.init(mode="offline" if offline else "online", settings=quiet, **options)
     except wandb.errors.Error as error:
-        print(f"wandb: {error}; going on offline", flush=True)
+        tell(f"wandb: {error}; going on offline")
         offline = True
         run = wandb.init(mode="offline", settings=quiet, **options)
     if offline:
-        print(f"wandb is offline; later: wandb sync {run_dir}/wandb/offline-run-*", flush=True)
+        tell(f"wandb is offline; later: wandb sync {run_dir}/wandb/offline-run-*")
     return run
 
 
@@ -533,7 +541,7 @@ def wandb_reachable(timeout_seconds: float = 5.0) -> bool:
                 answered.set()
         except urllib.error.HTTPError:
             answered.set()
-        except OSError:
+        except (OSError, ValueError, http.client.HTTPException):
             return
 
     threading.Thread(target=ask, daemon=True).start()

@@ -5,10 +5,12 @@ the license is asked for, the base model too.
 """
 
 import json
+import math
 import re
+import shlex
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ import yaml
 from kl_f8_train import checkpoint, config, half_precision
 from kl_f8_train.compare import SCORES, not_measured
 from kl_f8_train.config import Config
-from kl_f8_train.errors import MissingInputError
+from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.perceptual import LABELS
 from kl_f8_train.scores import BIASED_BELOW
 
-README = "README.md"
+README, STRIP, LICENSE = "README.md", "strip.png", "LICENSE"  # written here, and may be edited
+DIFFUSERS = "diffusers/diffusion_pytorch_model.safetensors"
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "vae", "autoencoder", "kl-f8"]
 HUB_TYPES = {"rfid": "fid", "psnr": "psnr", "ssim": "ssim", "psim": "psim", "lpips": "lpips"}
 PUBLISHED = """
@@ -37,6 +40,21 @@ protocol.
 | ft-EMA (published) | 4.42 | 23.8 +/- 3.9 | 0.69 +/- 0.13 | 0.96 +/- 0.27 |
 | ft-MSE (published) | 4.70 | 24.5 +/- 3.7 | 0.71 +/- 0.13 | 0.92 +/- 0.27 |
 """
+USE_DIFFUSERS = """
+## Use with diffusers
+
+With [diffusers](https://github.com/huggingface/diffusers); `"."` is this folder, or its name on
+the hub:
+
+```python
+from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained(".", subfolder="diffusers")
+```
+"""
+USE_PIPELINE = """
+Give it to a pipeline: `StableDiffusionPipeline.from_pretrained(MODEL, vae=vae)`.
+"""
 LICENSED = (
     "The license stands in the metadata of this card{}; whoever publishes the weights chose it."
 )
@@ -48,7 +66,7 @@ UNLICENSED = (
 
 @dataclass(frozen=True)
 class Evaluated:
-    """scores.json, and which of its models the exported weights are."""
+    """What a card takes of scores.json, and which of its models the exported weights are."""
 
     scores: Mapping[str, Any]
     name: str
@@ -72,23 +90,58 @@ def write(
 ) -> Path:
     """Writes README.md, the evaluation's strip.png and LICENSE into an export directory.
 
+    What an earlier call was told, and this one is not, is kept in export.json and stays.
     Raises MissingInputError if the directory is not an export, if its files are not those that
-    export.json names, or if the scores belong to other weights.
+    export.json names, or if the scores are damaged or belong to other weights.
     """
     record = _record(export_dir)
-    settings = config.from_dict(record["config"])
-    evaluated = None
-    if scores_file is not None:
-        evaluated = _evaluated(scores_file, record)
-        if evaluated.strip:
-            shutil.copyfile(scores_file.with_name("strip.png"), export_dir / "strip.png")
+    settings = _settings(export_dir, record)
+    details = _with_kept(details or Details(), record.get("card", {}))
+    evaluated = _evaluated(scores_file, record) if scores_file else _kept(export_dir, record)
+    if scores_file and evaluated and evaluated.strip:
+        _bring(scores_file.with_name(STRIP), export_dir / STRIP)
     if license_file is not None:
-        shutil.copyfile(license_file, export_dir / "LICENSE")
+        _bring(license_file, export_dir / LICENSE)
+    record["card"] = asdict(details)
+    if evaluated:
+        record["card"] |= {"scores": evaluated.scores, "model": evaluated.name}
+    parts = {STRIP: evaluated and evaluated.strip, LICENSE: "license_link" in details.license}
+    files = record["files"]
+    for file, used in parts.items():
+        files.pop(file, None)
+        if used:
+            files[file] = _sha256(export_dir / file)
     readme = export_dir / README
     checkpoint.write_text(readme, model_card(settings, record, details, evaluated))
-    record["files"][README] = checkpoint.file_sha256(readme)
+    files[README] = checkpoint.file_sha256(readme)
     checkpoint.write_json(export_dir / "export.json", record)
     return readme
+
+
+def _with_kept(details: Details, kept: Mapping[str, Any]) -> Details:
+    """What is told now, and of the rest what was told before."""
+    return Details(
+        details.license or kept.get("license", {}),
+        details.base_model or kept.get("base_model"),
+        details.published or kept.get("published", False),
+    )
+
+
+def _kept(export_dir: Path, record: Mapping[str, Any]) -> Evaluated | None:
+    """The scores that an earlier call was given; their strip, if it is still the same."""
+    kept = record.get("card", {})
+    if "scores" not in kept:
+        return None
+    strip, digest = export_dir / STRIP, record["files"].get(STRIP)
+    same = strip.is_file() and checkpoint.file_sha256(strip) == digest
+    return Evaluated(kept["scores"], kept["model"], same)
+
+
+def _bring(file: Path, target: Path) -> None:
+    """Copies a file, unless it is there already."""
+    if not (target.exists() and file.samefile(target)):
+        with checkpoint.atomic_path(target) as temporary:
+            shutil.copyfile(file, temporary)
 
 
 def license_fields(identifier: str | None, file: Path | None) -> dict[str, str]:
@@ -107,7 +160,7 @@ def model_card(
     """README.md of an export: how to use it, how it was made, what was measured and checked."""
     details = details or Details()
     front = yaml.safe_dump(
-        _front_matter(settings.name, details, evaluated), sort_keys=False, allow_unicode=True
+        _front_matter(record, details, evaluated), sort_keys=False, allow_unicode=True
     )
     files = "\n".join(
         f"| `{file}` | `{digest}` |" for file, digest in record["files"].items() if file != README
@@ -167,16 +220,25 @@ def _record(export_dir: Path) -> dict[str, Any]:
     if "config" not in record:
         raise MissingInputError(f"{path} is of an older version. Run `kl-f8-train export` again")
     for file, digest in record["files"].items():
-        if file == README:  # it may be edited
-            continue
-        if not (export_dir / file).is_file():
-            raise MissingInputError(f"{export_dir / file}: no such file, but export.json names it")
-        if checkpoint.file_sha256(export_dir / file) != digest:
+        if file not in (README, STRIP, LICENSE) and _sha256(export_dir / file) != digest:
             raise MissingInputError(
                 f"{export_dir / file} is not the file that export.json describes: its SHA-256 "
                 "differs. Run `kl-f8-train export` again"
             )
     return record
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        raise MissingInputError(f"{path}: no such file, but export.json names it")
+    return checkpoint.file_sha256(path)
+
+
+def _settings(export_dir: Path, record: Mapping[str, Any]) -> Config:
+    try:
+        return config.from_dict(record["config"])
+    except UsageError as error:
+        raise MissingInputError(f"{export_dir / 'export.json'}: its config: {error}") from error
 
 
 def _json(path: Path, verb: str) -> dict[str, Any]:
@@ -192,15 +254,22 @@ def _json(path: Path, verb: str) -> dict[str, Any]:
 
 
 def _evaluated(scores_file: Path, record: Mapping[str, Any]) -> Evaluated:
-    """Finds the exported weights among the evaluated ones, by their hash."""
+    """Finds the exported weights among the evaluated ones, by their hash or their checkpoint's."""
     if not scores_file.is_file():
         raise MissingInputError(f"--scores {scores_file}: no such file")
     scores = _json(scores_file, "evaluate")
-    weights: dict[str, Any] = scores.get("weights", {})
-    for name, entry in weights.items():
-        if entry["sha256"] in record["files"].values():
-            return Evaluated(scores, name, scores_file.with_name("strip.png").is_file())
-    listed = "\n".join(f"  {name}: {entry['sha256']}" for name, entry in weights.items())
+    for problem in _problems(scores):
+        raise MissingInputError(
+            f"{scores_file}: {problem}. Give scores.json as `kl-f8-train evaluate` writes it, or "
+            "run that again"
+        )
+    for name, entry in scores["weights"].items():
+        if entry["sha256"] in record["files"].values() or _is_source(entry, record):
+            return Evaluated(_taken(scores), name, scores_file.with_name(STRIP).is_file())
+    listed = "\n".join(
+        f"  {name}: {entry['sha256']} ({entry.get('select', 'ema')})"
+        for name, entry in scores["weights"].items()
+    )
     raise MissingInputError(
         f"{scores_file} has no scores of these weights. It scored\n{listed or '  nothing'}\n"
         f"and this export is\n  {record['name']}: {next(iter(record['files'].values()))}\n"
@@ -208,11 +277,77 @@ def _evaluated(scores_file: Path, record: Mapping[str, Any]) -> Evaluated:
     )
 
 
-def _front_matter(name: str, details: Details, evaluated: Evaluated | None) -> dict[str, Any]:
+def _problems(scores: Mapping[str, Any]) -> Iterator[str]:
+    """What of scores.json is missing or has another form."""
+    if "weights" not in scores:
+        yield (
+            'it holds no hashes of weights ("weights"), so nothing tells whether its scores '
+            "belong to this export"
+        )
+    for key in ("weights", "models"):
+        group = scores.get(key)
+        if not (isinstance(group, dict) and all(isinstance(v, dict) for v in group.values())):
+            yield f'"{key}" is not an entry for each model'
+            return
+    for name, entry in scores["weights"].items():
+        if name not in scores["models"]:
+            yield f'"models" has no scores of {name}'
+        if not isinstance(entry.get("sha256"), str):
+            yield f'"weights" has no sha256 of {name}'
+        if not isinstance(entry.get("iteration"), int | None):
+            yield f'"weights" has no whole number as iteration of {name}'
+    protocol = scores.get("protocol")
+    if not (isinstance(protocol, dict) and "name" in protocol):
+        yield '"protocol" does not name one'
+    if not isinstance(scores.get("images"), int):
+        yield '"images" is not their number'
+    if not isinstance(scores.get("unmeasured", {}), dict):
+        yield '"unmeasured" is not a reason for each metric'
+    if not isinstance(scores.get("warnings", []), list):
+        yield '"warnings" is not a list'
+
+
+def _is_source(entry: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether the scored weights are those of the checkpoint that were exported, in float32."""
+    return (
+        entry["sha256"] == record.get("source_sha256")
+        and entry.get("select") == record["weights"]
+        and (record["dtype"] == "float32" or DIFFUSERS in record["files"])
+    )
+
+
+def _taken(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card tells of scores.json: no path of one machine, and finite numbers only."""
+    return {
+        "models": {
+            name: {metric: _finite(value, metric) for metric, value in row.items()}
+            for name, row in scores["models"].items()
+        },
+        **{key: scores[key] for key in ("weights", "protocol", "images")},
+        "images_sha256": scores.get("images_sha256"),
+        "unmeasured": {k: str(v) for k, v in scores.get("unmeasured", {}).items() if k in SCORES},
+        "warnings": scores.get("warnings", []),
+        "source": Path(str(scores.get("source") or "images")).name,
+    }
+
+
+def _finite(value: Any, metric: str) -> Any:
+    """rFID, or another metric's mean and deviation; None if that is missing or not finite."""
+    if metric == "rfid":
+        numbers = [value]
+    else:
+        numbers = [value.get("mean"), value.get("std")] if isinstance(value, dict) else [None]
+    known = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+    return value if known else None
+
+
+def _front_matter(
+    record: Mapping[str, Any], details: Details, evaluated: Evaluated | None
+) -> dict[str, Any]:
     """The hub's fields; what is not known is absent."""
     front: dict[str, Any] = {
         **details.license,
-        "library_name": "diffusers",
+        **({"library_name": "diffusers"} if DIFFUSERS in record["files"] else {}),
         "pipeline_tag": "image-to-image",
         "tags": TAGS,
     }
@@ -222,7 +357,7 @@ def _front_matter(name: str, details: Details, evaluated: Evaluated | None) -> d
     if evaluated and metrics:
         front["model-index"] = [
             {
-                "name": name,
+                "name": record["name"],
                 "results": [
                     {
                         "task": {"type": "image-to-image", "name": "Image reconstruction"},
@@ -236,8 +371,7 @@ def _front_matter(name: str, details: Details, evaluated: Evaluated | None) -> d
 
 
 def _dataset(scores: Mapping[str, Any]) -> dict[str, str]:
-    """The images' name, without the path that leads to them on one machine."""
-    name = Path(str(scores.get("source") or "images")).name
+    name = scores["source"]
     kind = re.sub(r"\W+", "-", name).strip("-").lower() or "images"
     protocol = scores["protocol"]["name"]
     return {"type": kind, "name": f"{name}, {scores['images']:,} images, protocol {protocol}"}
@@ -258,37 +392,49 @@ def _measured(evaluated: Evaluated) -> list[dict[str, Any]]:
 
 def _introduction(settings: Config, record: Mapping[str, Any]) -> str:
     """What it is and how to use it: where Stable Diffusion is, only with kl-f8's own shape."""
-    name = record["stem"]
-    use = """## Use
-
-With [diffusers](https://github.com/huggingface/diffusers); `"."` is this folder, or its name on
-the hub:
-
-```python
-from diffusers import AutoencoderKL
-
-vae = AutoencoderKL.from_pretrained(".", subfolder="diffusers")
-```
-"""
+    use = USE_DIFFUSERS if DIFFUSERS in record["files"] else ""
     if settings.model != config.KL_F8:
         return f"""The decoder of an autoencoder of kl-f8's kind, finetuned with kl_f8_train.
-**It does not fit Stable Diffusion**: its shape is not kl-f8's. The encoder is bit for bit the
-imported one.
-
+**It does not fit Stable Diffusion**: its shape is not kl-f8's.
+{_encoder(record)}
 {use}"""
     return f"""The decoder of Stable Diffusion's kl-f8 autoencoder, finetuned with kl_f8_train.
-The encoder is bit for bit the imported one, so latents stay what they were, and this VAE takes the
-place of the original wherever that is used: Stable Diffusion 1.x and 2.x, and models built on them.
+{_encoder(record)}
+It takes the place of the original wherever that is used: Stable Diffusion 1.x and 2.x, and models
+built on them.
+{use and use + USE_PIPELINE}{_programs(record)}"""
 
-{use}
-Give it to a pipeline: `StableDiffusionPipeline.from_pretrained(MODEL, vae=vae)`.
+
+def _encoder(record: Mapping[str, Any]) -> str:
+    """What became of the encoder, and with it of latents."""
+    if record["dtype"] == "float32":
+        return "The encoder is bit for bit the imported one, so latents stay what they were."
+    exact = "; in `diffusers/` it is there in float32, too" if DIFFUSERS in record["files"] else ""
+    return (
+        f"The encoder is the imported one rounded to {record['dtype']}, which moves latents as "
+        f"far as stands under Files{exact}."
+    )
+
+
+def _programs(record: Mapping[str, Any]) -> str:
+    """Where the single files go; nothing if there are none."""
+    files = {suffix: f"{record['stem']}.{suffix}" for suffix in ("safetensors", "ckpt")}
+    files = {suffix: file for suffix, file in files.items() if file in record["files"]}
+    safetensors, ckpt = files.get("safetensors"), files.get("ckpt")
+    rows = (
+        ("ComfyUI", safetensors, '`models/vae/` | node "Load VAE"'),
+        ("AUTOMATIC1111", safetensors or ckpt, '`models/VAE/` | Settings, "SD VAE"'),
+        ("original code", ckpt, 'anywhere | `torch.load(FILE)["state_dict"]`'),
+    )
+    table = "".join(f"| {program} | `{file}` | {rest} |\n" for program, file, rest in rows if file)
+    if not table:
+        return ""
+    return f"""
+## Use in other programs
 
 | program | file | where it goes | how it is chosen |
 |---|---|---|---|
-| ComfyUI | `{name}.safetensors` | `models/vae/` | node "Load VAE" |
-| AUTOMATIC1111 | `{name}.safetensors` | `models/VAE/` | Settings, "SD VAE" |
-| original code | `{name}.ckpt` | anywhere | `torch.load(FILE)["state_dict"]` |
-"""
+{table}"""
 
 
 def _training(settings: Config, record: Mapping[str, Any]) -> str:
@@ -324,7 +470,7 @@ def _not_evaluated(record: Mapping[str, Any]) -> str:
     return f"""Not measured here.
 
 ```bash
-kl-f8-train evaluate {record["name"]}={file} --images FOLDER --out evaluation
+kl-f8-train evaluate {shlex.quote(f"{record['name']}={file}")} --images FOLDER --out evaluation
 kl-f8-train card . --scores evaluation/scores.json      # puts the table here
 ```
 """
@@ -336,15 +482,15 @@ def _evaluation(evaluated: Evaluated) -> str:
     protocol = {
         **scores["protocol"],
         "images": f"{scores['images']:,}",
-        "image list SHA-256": scores.get("images_sha256"),
+        "image list SHA-256": scores["images_sha256"],
     }
     facts = "\n".join(f"| {_cell(k)} | {_cell(v)} |" for k, v in protocol.items() if v is not None)
-    notes = not_measured(scores.get("unmeasured", {})) + scores.get("warnings", [])
+    notes = not_measured(scores["unmeasured"]) + scores["warnings"]
     listed = "".join(f"- {_cell(note)}\n" for note in notes)
     strip = f"\n![{_strip_text(scores)}](strip.png)\n" if evaluated.strip else ""
     return f"""Measured by `kl-f8-train evaluate` on {_cell(_dataset(scores)["name"])}.
 Mean +/- population standard deviation over the images. **Bold**: the weights of this folder,
-recognised by their SHA-256.
+recognised by their SHA-256, or by that of the checkpoint they were exported from.
 
 {_table(evaluated)}
 

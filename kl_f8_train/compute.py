@@ -6,7 +6,7 @@ which of them to change when memory or the compiler fails.
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,15 @@ from torch import nn
 from kl_f8_train.config import Compute
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.model import AutoencoderKL, UpLevel, Upsample
+
+GRAPHS_PER_CLASS = 64  # four levels, with and without gradients, of a few networks in a process
+# How memory's end reads where torch has no class for it: its CPU allocator, cuDNN, cuBLAS.
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "unable to find an engine",
+    "Unable to find a valid cuDNN algorithm",
+    "STATUS_ALLOC_FAILED",
+)
 
 
 def apply(
@@ -69,9 +78,38 @@ def compile_networks(
     """
     decoder = autoencoder.decoder
     parts = [autoencoder.encoder, decoder.mid, *decoder.up, decoder.norm_out]
-    for part in (*parts, discriminator, perceptual):
+    compile_each([*parts, discriminator, perceptual], backend)
+
+
+def compile_each(parts: Iterable[nn.Module | None], backend: str = "inductor") -> None:
+    """Compiles each part by itself, in place, with room for many of one class."""
+    # The decoder's levels are of one class, so they share one limit; beyond it they run eagerly.
+    dynamo = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # 2.6
+    setattr(dynamo, limit, GRAPHS_PER_CLASS)
+    # DDP's own splitting of graphs fails on recomputed levels in torch 2.6. Without it the hooks
+    # that reduce gradients run after each part's backward pass, while the next part's is computed.
+    dynamo.optimize_ddp = False
+    for part in parts:
         if part is not None:
             part.compile(backend=backend, dynamic=False)
+
+
+@contextmanager
+def kernels(precision: str) -> Iterator[None]:
+    """Sets how cuDNN convolves in iterations: the fastest kernels by trial, TF32 by precision.
+
+    Precision "float32" means float32, while torch's default for convolutions is TF32; it stays for
+    what "bfloat16" leaves in float32, the perceptual network. Nothing on a CPU.
+    """
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(
+        enabled=cudnn.enabled,
+        benchmark=True,  # an iteration's shapes are those of the iteration before
+        deterministic=cudnn.deterministic,
+        allow_tf32=precision != "float32",
+    ):
+        yield
 
 
 @contextmanager
@@ -79,17 +117,22 @@ def with_remedy() -> Iterator[None]:
     """Raises RunFailedError with the remedy for a failure of memory or of the compiler."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch's CPU allocator has no class of its own
+    except (RuntimeError, MemoryError) as error:
         remedy = _remedy(error)
         if remedy is None:
             raise
         raise RunFailedError(f"{str(error).splitlines()[0]}\n{remedy}") from error
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; near its end cuDNN finds no kernel that fits, and says only that."""
+    known = (torch.cuda.OutOfMemoryError, MemoryError)
+    return isinstance(error, known) or any(text in str(error) for text in OUT_OF_MEMORY)
+
+
 def _remedy(error: Exception) -> str | None:
     """What helps against a failure of memory or of the compiler; None for any other."""
-    known = (torch.cuda.OutOfMemoryError, MemoryError)
-    if isinstance(error, known) or "DefaultCPUAllocator" in str(error):
+    if is_out_of_memory(error):
         return (
             "out of memory: halve compute.per_device_batch (the global batch stays, by "
             "accumulation), or give compute.checkpoint_levels=4, or precision=bfloat16, or fewer "

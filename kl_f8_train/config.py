@@ -328,12 +328,17 @@ def find_recipe(name: str) -> Path:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """The configuration stored in a checkpoint; UsageError if this version does not know a key."""
+    """The configuration stored in a checkpoint.
+
+    Raises UsageError if this version does not know a key, or if `name` is no file name.
+    """
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), dict(values)))
     except OmegaConfBaseException as error:
         raise UsageError(_told(error)) from error
     assert isinstance(config, Config)
+    for problem in _name_problems(config.name):  # it comes from elsewhere, and becomes a path
+        raise UsageError(problem)
     return config
 
 
@@ -485,7 +490,8 @@ def _ranges(config: Config) -> Iterator[str]:
             "data.sources.per_second: metrics.csv has a column images_per_second of its own; give "
             "another name, as data.sources.NAME=SHARDS"
         )
-    texts = {"name": config.name, "run_dir": config.run_dir, "init.weights": config.init.weights}
+    yield from _name_problems(config.name)
+    texts = {"run_dir": config.run_dir, "init.weights": config.init.weights}
     for key, text in texts.items():
         if not text.strip():
             yield f"{key} is empty: expected {_doc(key)}"
@@ -508,6 +514,15 @@ def _interval(least: float, most: float) -> str:
     """What is expected, in words; whole numbers and others begin above 0 or with it."""
     ends = {ANY: "", BELOW_1: ", below 1"}
     return ("a number above 0" if least else "0 or more") + ends.get(most, f", at most {most:,}")
+
+
+def _name_problems(name: str) -> Iterator[str]:
+    """Exported files are called after it, so it must not lead out of their folder."""
+    if name.strip() in ("", ".", "..") or not name.isprintable() or re.search(r"^-|[/\\]", name):
+        yield (
+            f"name={name!r}: expected one part of a file name, such as ft_ema: not empty, not . or "
+            "..; without / or \\ or control characters, and no - in front"
+        )
 
 
 # --- YAML, keys and values ------------------------------------------------------------------

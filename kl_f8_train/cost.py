@@ -6,7 +6,6 @@ takes 4 L^2 C forward and 10 L^2 C backward, as torch.utils.flop_counter counts 
 (normalisation, activations, optimizers, EMA) is below a thousandth and left out.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +14,6 @@ from kl_f8_train.config import Config, Model
 GIB = 2**30
 HEADROOM_BYTES = 2 * GIB  # CUDA's context and the allocator's losses, assumed
 VGG = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-ALEX = ((64, 121, 0.5), (192, 25, 0.25), (384, 9, 0.125), (256, 9, 0.125), (256, 9, 0.125))
 PERCEPTUAL_PARAMETERS = {"lpips_vgg": 14_716_160, "st_lpips_alex": 2_470_848}
 # Kept for the backward pass, in bytes a pixel and image, measured by saved_tensors_hooks.
 PERCEPTUAL_BYTES = {"lpips_vgg": 2440, "st_lpips_alex": 1409}
@@ -221,18 +219,37 @@ def decoder_layers(config: Config) -> list[Layer]:
 
 def perceptual_layers(config: Config) -> list[Layer]:
     """The perceptual network's convolutions on one image (its heads, once a pair, left out)."""
-    layers = []
-    previous, crop = 3, config.data.crop
-    if config.loss.perceptual == "lpips_vgg":
-        for depth, stage in enumerate(VGG):
-            for width in stage:
-                layers.append(Layer(previous, width, 9, crop // 2**depth))
-                previous = width
-        return layers
-    for width, taps, scale in ALEX:
-        layers.append(Layer(previous, width, taps, math.ceil(crop * scale)))
-        previous = width
+    crop = config.data.crop
+    if config.loss.perceptual == "st_lpips_alex":
+        return _alex_layers(crop)
+    layers, previous = [], 3
+    for depth, stage in enumerate(VGG):
+        for width in stage:
+            layers.append(Layer(previous, width, 9, crop // 2**depth))
+            previous = width
     return layers
+
+
+def _alex_layers(crop: int) -> list[Layer]:
+    """ST-LPIPS' convolutions, its blurring ones (one input each) among them."""
+
+    def blurred(side: int) -> int:  # 3 x 3 at every other pixel, with two reflected ones around
+        return (side + 1) // 2 + 1
+
+    first = crop - 6  # 11 x 11 with two pixels around
+    pooled = blurred(first) - 2  # each pooling takes 3 x 3, too, with nothing around
+    second = blurred(pooled)
+    third = blurred(second - 2)
+    return [
+        Layer(3, 64, 121, first),
+        Layer(1, 64, 9, blurred(first)),
+        Layer(1, 64, 9, second),
+        Layer(64, 192, 25, second),
+        Layer(1, 192, 9, third),
+        Layer(192, 384, 9, third),
+        Layer(384, 256, 9, third),
+        Layer(256, 256, 9, third),
+    ]
 
 
 def discriminator_layers(config: Config) -> list[Layer]:

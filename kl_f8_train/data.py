@@ -29,7 +29,7 @@ from kl_f8_train.units import counted
 MAX_NEIGHBOURS = 100  # bad samples in a row before the run stops
 IDLE = -(2**63)  # no position
 atexit.register(end_children)  # before multiprocessing waits for them; SIGTERM does not end them
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # stop a run; its loaders ignore them
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # loaders ignore them
 
 
 @dataclass

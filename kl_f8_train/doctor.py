@@ -420,12 +420,15 @@ def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world
     if settings.adversarial is not None:  # with everything that it will cost
         finetuner.iteration = max(finetuner.iteration, settings.adversarial.start_iteration)
     try:
-        audit = gradient_audit(finetuner, batch)
+        with torch.compiler.set_stance("force_eager"):  # each term's backward pass keeps the graph
+            audit = gradient_audit(finetuner, batch)
         report.facts["gradient_audit"] = audit
         for name, norm in audit.items():
             report.tell(f"gradient norm at decoder.conv_out.weight: {name} {norm:.4g}")
         seconds, cold = _timed_iteration(finetuner, batch)
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not (cuda and compute.is_out_of_memory(error)):
+            raise
         raise RunFailedError(
             f"out of GPU memory with {counted(count, 'image', 's')}: {error}\n"
             "Halve compute.per_device_batch (the global batch stays, by accumulation)"
@@ -490,13 +493,16 @@ def gradient_audit(finetuner: Finetuner, batch: Batch) -> dict[str, float]:
 
 
 def _timed_iteration(finetuner: Finetuner, batch: Batch) -> tuple[float, bool]:
-    """Seconds of the second iteration; of the first, and True, if that took too long for two."""
+    """Seconds of the second iteration; of the first, and True, if that took too long for two.
+
+    A first iteration that compiles says nothing about the others.
+    """
     device = batch.images.device
     run = benchmark.iteration_of(finetuner, device)
     seconds: list[float] = []
     for _ in range(2):
         seconds.append(benchmark.timed(run, batch, device))
-        if seconds[-1] > PATIENCE_SECONDS:
+        if seconds[-1] > PATIENCE_SECONDS and not compute.compiles(finetuner.config.compute):
             break
     return seconds[-1], len(seconds) == 1
 

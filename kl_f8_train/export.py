@@ -2,9 +2,10 @@
 
 import datetime
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,14 @@ DTYPES = {"float32": "", "float16": "fp16", "bfloat16": "bf16"}  # and their sho
 SIZE = 128  # of the images that try half precision, in pixels
 
 
+class WeightFile(NamedTuple):
+    """A file of weights to write."""
+
+    path: Path
+    layout: str  # one of LAYOUTS
+    dtype: torch.dtype
+
+
 def export(
     source: Path,
     out: Path | None = None,
@@ -42,30 +51,35 @@ def export(
     force: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Writes NAME-ema-pruned.safetensors and .ckpt, diffusers/, README.md and export.json.
+    """Writes NAME-ema-pruned.safetensors and .ckpt, diffusers/, the configuration and the card.
 
     `source` is a run directory or one of its checkpoints; its EMA is averaged with those of
     `average`, or with `raw` its raw weights are taken. `dtype` is that of the single files;
-    diffusers/ always holds float32 and the fp16 variant. Returns the directory. Raises UsageError
-    if a file exists and not `force`, MissingInputError if there is no training checkpoint,
-    RunFailedError if a written file does not read back as what was exported.
+    diffusers/ always holds float32 and the fp16 variant. With `force` the weight files of an
+    earlier export that this one does not have are removed. Returns the directory. Raises UsageError
+    if a file exists and not `force`, or if `out` is a run directory; MissingInputError if there is
+    no training checkpoint; RunFailedError if a written file does not read back as what was
+    exported.
     """
     if raw and average:
         raise UsageError(
             "--average takes the EMAs of checkpoints, --raw no EMA; leave out one of them"
         )
+    _refuse_the_same_twice([source, *average])
     header = checkpoint.read(source, _nothing)
     settings = state.stored_config(header)
     kind = "raw" if raw else "ema-average" if average else "ema"
     marks = [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
-    run_dir = source if source.is_dir() else header.path.parents[1]
-    out = out or run_dir / "-".join(["export", *marks])
+    out = out or _home(source) / "-".join(["export", *marks])
     stem = "-".join([settings.name, kind, "pruned", *marks[marks.count(kind) :]])
     files = _weight_files(out, stem, layouts, dtype)
     diffusers_config = out / "diffusers" / "config.json"
+    described = [diffusers_config] * ("diffusers" in layouts) + [out / "config.yaml"]
     readme, summary = out / "README.md", out / "export.json"
-    _refuse_to_overwrite([*files, diffusers_config, readme, summary], force)
+    written = [*(file.path for file in files), *described]
+    _refuse_to_overwrite(out, [*written, readme, summary], force)
     checkpoint.check_writable(out)
+    before = _listed(summary)
 
     named, tried = half_precision.choose_images(pictures, min(SIZE, settings.data.crop))
     weights = _stored_weights(header.path, raw)
@@ -83,6 +97,7 @@ def export(
         "iteration": int(header.metadata["iteration"]),
         "init_iteration": settings.init.iteration,
         "source": header.path.name,
+        "source_sha256": checkpoint.file_sha256(header.path),
         "averaged": averaged,
         **state.stored_base(header.metadata),
         "changes": state.stored_changes(header.metadata),
@@ -92,12 +107,12 @@ def export(
         "config": config.to_dict(settings),
     }
     record["half_precision"] = {"images": named, **half_precision.measure(model, tried)}
-    for path, stored in files.items():
+    for path, layout, stored in files:
         tensors = {key: value.to(stored) for key, value in weights.items()}
-        if path.suffix == ".ckpt":
+        if layout == "ckpt":
             contents = {"state_dict": tensors, "global_step": record["iteration"]}
             checkpoint.write_torch(path, contents)
-        elif path.parent == out:
+        elif layout == "safetensors":
             texts = _metadata(settings, header, record, tensors)
             checkpoint.write_safetensors(path, tensors, texts)
         else:
@@ -109,19 +124,14 @@ def export(
             shape.ch, shape.ch_mult, shape.num_res_blocks, shape.z_channels, settings.data.crop
         )
         checkpoint.write_json(diffusers_config, values)
-    _copy_config(run_dir, out)
+    checkpoint.write_text(out / "config.yaml", config.to_yaml(settings))
 
     record["checks"] = _verify(out, files, model)
-    written = [*files, diffusers_config, out / "config.yaml"]
-    record["files"] = {
-        str(path.relative_to(out)): checkpoint.file_sha256(path)
-        for path in written
-        if path.is_file()
-    }
+    record["files"] = {str(path.relative_to(out)): checkpoint.file_sha256(path) for path in written}
     checkpoint.write_text(readme, card.model_card(settings, record))
     record["files"]["README.md"] = checkpoint.file_sha256(readme)
     checkpoint.write_json(summary, record)
-    for line in _describe(out, record):
+    for line in (*_describe(out, record), *_remove_old(out, before, record["files"])):
         say(line)
     return out
 
@@ -144,29 +154,69 @@ def _describe(out: Path, record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _weight_files(
-    out: Path, stem: str, layouts: Sequence[str], dtype: str
-) -> dict[Path, torch.dtype]:
-    """The weight files to write, and the type of their tensors."""
-    files = {
-        out / f"{stem}.{layout}": getattr(torch, dtype)
+def _home(source: Path) -> Path:
+    """The run directory; of a checkpoint that lies elsewhere, its own folder."""
+    if source.is_dir():
+        return source
+    folder = source.parent.resolve()
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
+def _weight_files(out: Path, stem: str, layouts: Sequence[str], dtype: str) -> list[WeightFile]:
+    """The weight files to write."""
+    files = [
+        WeightFile(out / f"{stem}.{layout}", layout, getattr(torch, dtype))
         for layout in LAYOUTS[:2]
         if layout in layouts
-    }
+    ]
     if "diffusers" in layouts:
         for name in dict.fromkeys(["float32", "float16", dtype]):
             variant = f".{DTYPES[name]}" if DTYPES[name] else ""
             path = out / "diffusers" / f"diffusion_pytorch_model{variant}.safetensors"
-            files[path] = getattr(torch, name)
+            files.append(WeightFile(path, "diffusers", getattr(torch, name)))
     return files
 
 
-def _refuse_to_overwrite(files: list[Path], force: bool) -> None:
+def _refuse_the_same_twice(sources: Sequence[Path]) -> None:
+    """An average would count it twice."""
+    seen: set[Path] = set()
+    for path in (checkpoint.find(source).resolve() for source in sources):
+        if path in seen:
+            raise UsageError(f"--average: {path} is given twice; give each checkpoint once")
+        seen.add(path)
+
+
+def _refuse_to_overwrite(out: Path, files: list[Path], force: bool) -> None:
+    if (out / ".claim").exists() or checkpoint.list_checkpoints(out):
+        raise UsageError(
+            f"--out {out} is a run directory, and its config.yaml would be replaced; nothing was "
+            f"written. Give a folder of its own, such as {out / 'export'}"
+        )
     existing = [path for path in files if path.exists()]
     if existing and not force:
         raise UsageError(
             f"{existing[0]} exists; nothing was written. Give --force, or another --out"
         )
+
+
+def _listed(summary: Path) -> dict[str, str]:
+    """Files and hashes that an earlier export.json names; none if it cannot be read."""
+    try:
+        return dict(json.loads(summary.read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _remove_old(out: Path, before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Removes what an earlier export wrote, unchanged since, and this one did not; says so."""
+    weights = [path for suffix in LAYOUTS[:2] for path in sorted(out.glob(f"*.{suffix}"))]
+    lines = []
+    for path in (*weights, *sorted(out.glob("diffusers/*"))):
+        file = str(path.relative_to(out))
+        if file in before and file not in now and checkpoint.file_sha256(path) == before[file]:
+            path.unlink()
+            lines.append(f"{path} of the earlier export was removed")
+    return lines
 
 
 def _stored_weights(path: Path, raw: bool = False) -> State:
@@ -249,17 +299,11 @@ def _metadata(
     }
 
 
-def _copy_config(run_dir: Path, out: Path) -> None:
-    if (run_dir / "config.yaml").is_file():
-        text = (run_dir / "config.yaml").read_text(encoding="utf-8")
-        checkpoint.write_text(out / "config.yaml", text)
-
-
 # --- the proof ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _verify(out: Path, files: dict[Path, torch.dtype], model: AutoencoderKL) -> dict[str, str]:
+def _verify(out: Path, files: Sequence[WeightFile], model: AutoencoderKL) -> dict[str, str]:
     """Reads every file back: same tensors, same latents of a probe, same decoded image.
 
     Returns the outcome by file. Raises RunFailedError if one differs.
@@ -269,7 +313,7 @@ def _verify(out: Path, files: dict[Path, torch.dtype], model: AutoencoderKL) -> 
     latents = model.encode(probe).mean
     decoded = model.decode(latents)
     checks: dict[str, str] = {}
-    for path, stored in files.items():
+    for path, layout, stored in files:
         frozen = _read_back(path, FROZEN, weights, stored)
         again = _network({**weights, **frozen})
         latents_error = float((again.encode(probe).mean - latents).abs().max())
@@ -287,7 +331,7 @@ def _verify(out: Path, files: dict[Path, torch.dtype], model: AutoencoderKL) -> 
             f"a probe's latents within {latents_error:.2g}, its image within {most:.2g} of 255 "
             f"levels (mean {mean:.2g})"
         )
-        if path.suffix == ".ckpt":
+        if layout == "ckpt":
             _check_strictly(path, len(weights))
             checks["strict loader"] = f"{len(weights)} keys in state_dict, no more and no less"
     return checks

@@ -37,6 +37,7 @@ from kl_f8_train.losses import (
 )
 from kl_f8_train.model import TRAINED, AutoencoderKL
 from kl_f8_train.nonfinite import Judgement, Verdict, finite_images, step_unless
+from kl_f8_train.processes import tell
 
 Backward = Callable[[Tensor, Tensor | None], None]
 
@@ -430,7 +431,7 @@ class Finetuner(LightningModule):
     def print_once(self, message: str) -> None:
         """Prints on the first rank."""
         if not dist.is_initialized() or dist.get_rank() == 0:
-            print(message, flush=True)
+            tell(message)
 
 
 def trained_part(autoencoder: AutoencoderKL) -> nn.ModuleDict:

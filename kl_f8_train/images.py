@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kl_f8_train.errors import ImageError, MissingInputError, SmallImageError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # by content; the suffix may lie
 MAX_PIXELS = 100_000_000  # of one image, as its header says
 ORIENTATION = 0x0112  # EXIF's tag

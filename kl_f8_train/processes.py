@@ -1,9 +1,10 @@
-"""The other processes of a run, as their launcher tells of them, and the end of loaders."""
+"""The run's other processes, this one's output, which may lose its reader, and its loaders' end."""
 
 import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 from typing import NamedTuple
 
@@ -115,6 +116,14 @@ def _number(name: str, launcher: str, least: int = 0, most: int = 99_999) -> int
 def _remedy(launcher: str) -> str:
     there = ", ".join(name for name in SIGNS if name in os.environ)
     return f", as {launcher} sets it; start the processes with it, or unset {there}"
+
+
+def tell(line: str) -> None:
+    """Prints a line at once; a terminal or pipe that is gone does not end a run."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def end_children() -> None:

@@ -15,6 +15,7 @@ from kl_f8_train.checkpoint import frozen_sha256
 from kl_f8_train.config import Config
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.finetuner import Finetuner
+from kl_f8_train.formats import check_shapes
 
 FORMAT = "kl_f8_train.checkpoint.1"
 OPTIMIZERS = ("decoder", "discriminator")
@@ -118,10 +119,15 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: checkpoint.C
     """
     tensors, metadata = contents.tensors, contents.metadata
     networks = {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}
+    own = finetuner.state_dict()
     try:
-        finetuner.load_state_dict(networks, strict=True)
-    except RuntimeError as error:
-        raise MissingInputError(f"{contents.path} does not fit this run: {error}") from error
+        check_shapes(networks, {key: tuple(value.shape) for key, value in own.items()})
+    except MissingInputError as error:
+        raise MissingInputError(
+            f"{contents.path} does not fit this run's networks: {error}\nA run keeps its networks; "
+            f"for others start a new run_dir, with init.weights={contents.path}"
+        ) from error
+    finetuner.load_state_dict(networks, strict=True)
     for name, optimizer in zip(OPTIMIZERS, optimizers, strict=False):
         _restore_optimizer(name, optimizer, finetuner, tensors)
     finetuner.iteration = int(metadata["iteration"])

@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader
 from kl_f8_train import checkpoint, config, images, perceptual, state
 from kl_f8_train.cache import is_remote
 from kl_f8_train.callbacks import Checkpoints, Prefetch, RunLog, Signals, Validation
-from kl_f8_train.compute import with_remedy
+from kl_f8_train.compute import kernels, with_remedy
 from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.data import (
     IterationSampler,
@@ -43,16 +44,12 @@ from kl_f8_train.finetuner import Finetuner, build_optimizers
 from kl_f8_train.formats import State, check_shapes
 from kl_f8_train.model import AutoencoderKL
 from kl_f8_train.plan import Plan
-from kl_f8_train.processes import SRUN, TORCHRUN, launched
+from kl_f8_train.processes import SRUN, TORCHRUN, launched, tell
 from kl_f8_train.shards import FolderSource, Source, TarSource
 from kl_f8_train.units import counted
 from kl_f8_train.watchdog import Watchdog
 
-
-@rank_zero_only
-def say(message: str) -> None:
-    """Prints on the first rank."""
-    print(message, flush=True)
+say = rank_zero_only(tell)
 
 
 def train(settings: Config, allow_changes: bool = False) -> int:
@@ -88,18 +85,24 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
         callbacks = [run_log, validation, signals, saving]
         if any(is_remote(place) for place in _places(sources)):
             callbacks.append(Prefetch(plan, sources, shard_cache(settings)))
-        callbacks.append(Watchdog(settings.compute.timeout_minutes))  # the last: sees all others
+        # the last: sees all others
+        callbacks.append(Watchdog(settings.compute.timeout_minutes, run_log.await_data))
         trainer = _trainer(settings, callbacks)
         if trainer.is_global_zero:
             checkpoint.remove_leftovers(run_dir)
             checkpoint.write_text(run_dir / "config.yaml", config.to_yaml(settings))
-        _fit(trainer, Iterations(settings, finetuner, plan, sources), run_log)
+        with kernels(settings.precision):
+            _fit(trainer, Iterations(settings, finetuner, plan, sources), run_log)
     finally:
         signals.restore()
     if signals.received:
-        say(f"stopped by signal {signals.received} at iteration {finetuner.iteration:,}, saved")
+        say(
+            f"stopped by signal {signals.received} at iteration {finetuner.iteration:,}, saved; "
+            "the same command goes on"
+        )
         return 128 + signals.received
-    say(f"done: iteration {finetuner.iteration:,}; next: kl-f8-train export {run_dir}")
+    there = shlex.quote(str(run_dir))
+    say(f"done: iteration {finetuner.iteration:,}; next: kl-f8-train export {there}")
     return 0
 
 

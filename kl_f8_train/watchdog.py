@@ -1,11 +1,13 @@
 """A run that stands still: says where, which rank and which image, and ends with exit code 4."""
 
+import contextlib
 import datetime
 import faulthandler
 import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -24,14 +26,16 @@ class Watchdog(Callback):
     A thread counts its own ticks, so that time in which the whole process slept does not count.
     """
 
-    def __init__(self, timeout_minutes: float) -> None:
+    def __init__(self, timeout_minutes: float, await_data: Callable[[], None]) -> None:
         self.seconds = 60 * timeout_minutes
+        self.await_data = await_data  # called when an iteration with its reports is done
         self.done = 0  # phases that have ended
         self.waiting = True  # for data
         self.stopped = threading.Event()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts watching."""
+        self.await_data()
         threading.Thread(target=self._watch, args=(trainer, pl_module), daemon=True).start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -42,6 +46,7 @@ class Watchdog(Callback):
         """Iteration, reports and files are done."""
         self.done += 1
         self.waiting = True
+        self.await_data()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops watching."""
@@ -108,4 +113,5 @@ def _tell_silent(trainer: Trainer, mine: str) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        print(line, file=sys.stderr, flush=True)

@@ -6,14 +6,14 @@
 #   NNODES=2 RDZV_ENDPOINT=first-node:29400 bash launch/torchrun.sh [key=value ...]   # on each node
 # 16 GPUs x 12 = 192; with fewer GPUs the batch stays 192, by accumulation.
 #
-# Stop: Ctrl-C, SIGTERM or SIGUSR1 to this script: this iteration and the next, then it saves.
+# Stop: Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP to this script: this iteration and the next, then it saves.
 # Go on: the same command again, on every node; run_dir must be one folder that all nodes see.
 set -euo pipefail
 
 RECIPE=${RECIPE:-ft_ema}
 NNODES=${NNODES:-1}                          # 2, or 1:2 to go on with fewer nodes
 RDZV_ENDPOINT=${RDZV_ENDPOINT:-}             # host:port of the first node
-GPUS_PER_NODE=${GPUS_PER_NODE:-$(nvidia-smi --list-gpus | wc -l)}
+GPUS_PER_NODE=${GPUS_PER_NODE:-}             # all that nvidia-smi lists
 MAX_RESTARTS=${MAX_RESTARTS:-3}              # of the processes, after a crash
 JOIN_TIMEOUT=${JOIN_TIMEOUT:-600}            # seconds that a node waits for the others to come
 settings=(
@@ -24,6 +24,10 @@ settings=(
     "$@"
 )
 
+if [ -z "$GPUS_PER_NODE" ] && ! GPUS_PER_NODE=$(nvidia-smi --list-gpus | wc -l); then
+    echo "launch/torchrun.sh: nvidia-smi finds no GPUs here; give GPUS_PER_NODE" >&2
+    exit 2
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 # A store for each start of the processes: torchrun's shared one mixes up restarts of two nodes
 # (pytorch issue 135712).
@@ -45,6 +49,7 @@ setsid torchrun "${rendezvous[@]}" --nproc-per-node="$GPUS_PER_NODE" \
     --max-restarts="$MAX_RESTARTS" -m kl_f8_train train "$RECIPE" "${settings[@]}" &
 torchrun=$!
 stopped=0
+trap 'stopped=1' HUP  # a closed terminal; not under nohup
 trap 'stopped=2' INT
 trap 'stopped=10' USR1
 trap 'stopped=15' TERM
@@ -52,7 +57,7 @@ trap 'stopped=15' TERM
 code=0
 wait "$torchrun" || code=$?  # a signal ends the wait
 if [ "$stopped" != 0 ]; then
-    trap '' INT USR1 TERM
+    trap '' HUP INT USR1 TERM
     kill -TERM "$torchrun" || true
     code=0
     wait "$torchrun" || code=$((128 + stopped))  # torchrun itself says 1

@@ -1,19 +1,23 @@
 """The verb on a tiny recipe: one JSON object, figures that hang together, variants in turns."""
 
+import gc
 import json
 import re
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from kl_f8_train import __version__, benchmark, cost
+from kl_f8_train import __version__, benchmark, compute, cost
 from kl_f8_train.__main__ import main
 from kl_f8_train.data import Batch
 from kl_f8_train.errors import UsageError
+from kl_f8_train.finetuner import Finetuner
 
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "performance.md").read_text()
@@ -58,10 +62,18 @@ def test_json_is_one_object_with_everything():
     assert result["versions"] == {"kl_f8_train": __version__, "torch": torch.__version__}
 
 
-def test_figures_become_text(tiny):
-    lines = []
+def test_figures_become_text(tiny, monkeypatch):
+    lines, left = [], []
+
+    def largest_batch(*_):
+        gc.collect()
+        left.extend(part for part in gc.get_objects() if type(part) is Finetuner)
+        return 1
+
+    monkeypatch.setattr(benchmark, "largest_batch", largest_batch)
     config = tiny("demo", *TINY, "compute.per_device_batch=1", "adversarial.n_layers=1")
     result = benchmark.benchmark(config, iterations=1, say=lines.append)
+    assert left == []  # the networks that were measured take no room from the largest batch
     text = benchmark.describe(result)
     assert "images/s, 1 at a time; 1 iteration of " in text
     assert "limited by: " in text
@@ -117,6 +129,25 @@ def test_diffusers_modules_take_the_plain_arithmetic(tiny):
     assert counted == pytest.approx(plain, rel=0.01)
 
 
+def test_diffusers_modules_run_with_our_layout_and_compiled(tiny, monkeypatch):
+    eager = partial(compute.compile_each, backend="eager")
+    monkeypatch.setattr(compute, "compile_each", eager)
+    torch._dynamo.reset()
+    counters.clear()
+    switches = "compute.channels_last=true", "compute.compile=true"
+    config = tiny("ft_mse", *TINY, *switches)
+    *_, plain, switched = benchmark.reference_variants(config, torch.device("cpu"), print)
+    assert plain.name == "the same step on diffusers' modules, float32"
+    assert switched.name == f"{plain.name}, channels_last, compiled"
+    batch = next(benchmark._random_batches(config, 1))
+    plain.run(batch)
+    assert benchmark.compiled_graphs() == 0
+    switched.run(batch)
+    assert benchmark.compiled_graphs() >= 5  # encoder, middle, two levels, norm
+    assert benchmark.graph_breaks() == 0
+    torch._dynamo.reset()
+
+
 def test_clock_adds_up_the_parts_of_a_phase(monkeypatch):
     times = iter([0.0, 1.0, 3.0, 3.5])
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(times))
@@ -125,6 +156,20 @@ def test_clock_adds_up_the_parts_of_a_phase(monkeypatch):
     for phase in ("encode", "decode", "encode"):
         clock(phase)
     assert clock.read() == {"encode": 1500.0, "decode": 2000.0}
+
+
+def test_recompiles_are_counted_for_each_variant(tiny):
+    config = tiny("ft_mse", "data.crop=32")
+    growing = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    sizes = iter(range(2, 9))
+    variants = [
+        benchmark.Variant("ours", lambda batch: None),
+        benchmark.Variant("other", lambda _: growing(torch.zeros(next(sizes)))),
+    ]
+    tuner = benchmark.build_finetuner(config, [])
+    batches = benchmark._random_batches(config, 1)
+    benchmark.measure(variants, tuner, batches, torch.device("cpu"), 2)
+    assert [variant.graphs for variant in variants] == [0, 2]
 
 
 @pytest.mark.parametrize("largest", [0, 1, 2, 7, 12, 100])

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from kl_f8_train import card, checkpoint
+from kl_f8_train import card, checkpoint, config
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.export import export
@@ -92,10 +92,33 @@ def test_only_kl_f8s_own_shape_is_offered_to_stable_diffusion(exported):
     assert "does not fit Stable Diffusion" in small
     assert "ComfyUI" not in small
     record = json.loads((exported / "export.json").read_text())
-    full = card.model_card(samples.recipe("ft_ema"), record | {"stem": "ft_ema-ema-pruned"})
-    assert "| ComfyUI | `ft_ema-ema-pruned.safetensors` | `models/vae/` |" in full
-    assert "| AUTOMATIC1111 | `ft_ema-ema-pruned.safetensors` | `models/VAE/` |" in full
+    full = card.model_card(samples.recipe("ft_ema"), record)
+    assert "| ComfyUI | `tiny-ema-pruned.safetensors` | `models/vae/` |" in full
+    assert "| AUTOMATIC1111 | `tiny-ema-pruned.safetensors` | `models/VAE/` |" in full
+    assert "The encoder is bit for bit the imported one" in full
     assert "4 numbers for each 8 x 8 pixels" in full
+
+
+def test_the_card_describes_no_file_that_is_not_there(exported):
+    record = json.loads((exported / "export.json").read_text())
+    record["files"] = {"tiny-ema-pruned.ckpt": "0" * 64}
+    text = card.model_card(samples.recipe("ft_ema"), record)
+    assert "library_name" not in front_matter(text)
+    for absent in ("from_pretrained", "ComfyUI", ".safetensors"):
+        assert absent not in text.replace(checks(record), "")
+    assert "| AUTOMATIC1111 | `tiny-ema-pruned.ckpt` |" in text
+
+
+def checks(record: dict) -> str:
+    return "\n".join(f"- {check}: {outcome}" for check, outcome in record["checks"].items())
+
+
+def test_the_card_of_half_precision_claims_no_equal_encoder(exported):
+    record = json.loads((exported / "export.json").read_text()) | {"dtype": "float16"}
+    for settings in (samples.recipe("ft_ema"), config.from_dict(record["config"])):
+        text = card.model_card(settings, record)
+        assert "The encoder is the imported one rounded to float16, which moves latents" in text
+        assert "bit for bit the imported one" not in text
 
 
 def test_the_verb_writes_the_same_card_as_the_export(folder):
@@ -188,6 +211,54 @@ def test_scores_of_other_weights_are_refused(folder, scores):
         card.write(folder, scores)
 
 
+def other_files(scores: Path, **entry) -> Path:
+    """The export's weights are scored as another file."""
+    values = json.loads(scores.read_text())
+    values["weights"]["ft-EMA"] |= entry
+    scores.write_text(json.dumps(values))
+    return scores
+
+
+def test_scores_of_the_exported_checkpoint_are_taken(folder, exported, scores):
+    (source,) = checkpoint.list_checkpoints(exported.parent)
+    digest = checkpoint.file_sha256(source)
+    assert json.loads((folder / "export.json").read_text())["source_sha256"] == digest
+    with pytest.raises(MissingInputError, match="no scores of these weights"):
+        card.write(folder, other_files(scores, sha256=digest, select="raw"))
+    assert "| **ft-EMA** |" in card.write(folder, other_files(scores, select="ema")).read_text()
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda v: v.pop("weights"), "no hashes of weights"),
+        (lambda v: v.update(weights={"a": {}}), '"models" has no scores of a'),
+        (lambda v: v["weights"]["ft-EMA"].pop("sha256"), "no sha256 of ft-EMA"),
+        (lambda v: v["weights"]["ft-EMA"].update(iteration="7"), "iteration of ft-EMA"),
+        (lambda v: v.update(weights=[]), '"weights" is not an entry for each model'),
+        (lambda v: v.update(models=None), '"models" is not an entry for each model'),
+        (lambda v: v["models"].pop("ft-EMA"), '"models" has no scores of ft-EMA'),
+        (lambda v: v.pop("protocol"), '"protocol" does not name one'),
+        (lambda v: v.pop("images"), '"images" is not their number'),
+        (lambda v: v.update(unmeasured=[]), '"unmeasured" is not'),
+        (lambda v: v.update(warnings=3), '"warnings" is not a list'),
+    ],
+)
+def test_damaged_scores_are_refused(folder, scores, damage, told):
+    values = json.loads(scores.read_text())
+    damage(values)
+    scores.write_text(json.dumps(values))
+    with pytest.raises(MissingInputError, match=f"{re.escape(told)}.*kl-f8-train evaluate"):
+        card.write(folder, scores)
+
+
+def test_numbers_that_are_none_enter_neither_index_nor_table(folder, scores):
+    row = {"rfid": float("inf"), "psnr": {"mean": float("nan"), "std": 1.0}, "ssim": 0.5}
+    text = card.write(folder, edit(scores, row=row, images=5000)).read_text()
+    assert {metric["type"] for metric in index_metrics(text)} == {"lpips"}
+    assert "| **ft-EMA** | 560,001 | not measured | not measured | not measured |" in text
+
+
 def test_changed_files_are_refused(folder):
     with (folder / "tiny-ema-pruned.ckpt").open("ab") as file:
         file.write(b"x")
@@ -214,3 +285,43 @@ def test_the_verb_by_its_command_line(folder, scores, tmp_path, capsys):
         "LICENSE",
     ]
     assert (folder / "LICENSE").read_text() == "You may."
+
+
+# --- again, into the same folder -------------------------------------------------------------
+
+
+def test_what_lies_in_the_export_already_is_taken(folder, scores, capsys):
+    for name in ("scores.json", "strip.png"):
+        shutil.copy(scores.with_name(name), folder)
+    (folder / "LICENSE").write_text("You may.")
+    command = ["card", str(folder), "--scores", str(folder / "scores.json")]
+    command += ["--license-file", str(folder / "LICENSE")]
+    assert [main(command), main(command)] == [0, 0]
+    assert (folder / "LICENSE").read_text() == "You may."
+    text = (folder / "README.md").read_text()
+    assert "](strip.png)" in text
+    files = json.loads((folder / "export.json").read_text())["files"]
+    for name in ("strip.png", "LICENSE"):
+        assert checkpoint.file_sha256(folder / name) == files[name]
+        assert f"| `{name}` | `{files[name]}` |" in text
+
+
+def test_what_was_told_before_stays(folder, scores, tmp_path):
+    own = tmp_path / "own.txt"
+    own.write_text("You may.")
+    card.write(folder, scores, card.Details(base_model="owner/base"))
+    measured = index_metrics((folder / "README.md").read_text())
+    text = card.write(folder, None, card.Details(card.license_fields(None, own)), own).read_text()
+    assert front_matter(text)["base_model"] == "owner/base"
+    assert index_metrics(text) == measured
+    assert "](strip.png)" in text
+    assert card.write(folder).read_text() == text
+    assert (
+        front_matter(card.write(folder, None, card.Details({"license": "mit"})).read_text())[
+            "license"
+        ]
+        == "mit"
+    )
+    (folder / "strip.png").write_bytes(b"of another evaluation")
+    assert "strip.png" not in card.write(folder).read_text()
+    assert "data/photographs" not in (folder / "export.json").read_text()

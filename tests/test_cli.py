@@ -43,6 +43,11 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
         (["train", "demo", "--no-such-flag"], 2, "usage: kl-f8-train train "),
         (["train", "demo", "--json"], 2, "give --dry-run with it"),
         (["export", "runs/x", "a=b"], 2, "unrecognized arguments: a=b"),
+        (
+            ["evaluate", "a=W", "--images", "X", "b=W"],
+            2,
+            "b=W; name all weights before the first flag",
+        ),
         (["config", "show", "ft_mse"], 0, "pixel: mse"),
         (["config", "diff", "ft_ema", "ft_mse"], 0, "loss.pixel: l1 -> mse"),
         (["config", "schema"], 0, "optimizer.learning_rate"),

@@ -3,16 +3,20 @@
 import copy
 import shutil
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
+import runs
 import torch
 from torch._dynamo.utils import counters
 
 from kl_f8_train import benchmark, checkpoint, compute, cost, perceptual, state
 from kl_f8_train.data import Batch
 from kl_f8_train.discriminator import Discriminator
+from kl_f8_train.errors import RunFailedError
 from kl_f8_train.finetuner import Finetuner, build_optimizers
-from kl_f8_train.model import AutoencoderKL, Upsample
+from kl_f8_train.model import AutoencoderKL, UpLevel, Upsample
+from kl_f8_train.train import train
 
 PLAIN = (
     *("compute.channels_last=false", "compute.subpixel_upsample=false"),
@@ -119,6 +123,65 @@ def test_compiled_is_exact_without_breaks_or_recompiles(finetuner, batch, plain_
     assert benchmark.compiled_graphs() == graphs
     assert benchmark.graph_breaks() == 0
     torch._dynamo.reset()
+
+
+def test_levels_stay_compiled_with_and_without_gradients_and_for_other_batches():
+    """All have one `forward`, for which torch would compile eight graphs in all."""
+    torch._dynamo.reset()
+    levels = [UpLevel(width, 32, 1, upsample=False) for width in (32, 64, 96, 128)]
+    compute.compile_each(levels, backend="eager")
+    before = benchmark.compiled_graphs()
+    for batch, gradients in ((1, False), (2, False), (2, True)):
+        with torch.set_grad_enabled(gradients):
+            for level in levels:
+                level(torch.zeros(batch, level.block[0].conv1.in_channels, 4, 4))
+    assert benchmark.compiled_graphs() - before == 12
+    torch._dynamo.reset()
+
+
+def test_training_compiles_for_its_micro_batches_alone_and_sets_its_kernels(folder, monkeypatch):
+    """Validation, one photograph at a time and before the first iteration, runs eagerly."""
+    cudnn = torch.backends.cudnn
+    seen = set()
+
+    def record(graph, inputs):
+        shapes = [value.shape for value in inputs if isinstance(value, torch.Tensor)]
+        batches = [shape[0] for shape in shapes if shape[1:] == (3, 32, 32)]
+        seen.update((batch, cudnn.allow_tf32, cudnn.benchmark) for batch in batches)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compile_networks = partial(compute.compile_networks, backend=record)
+    monkeypatch.setattr(compute, "compile_networks", compile_networks)
+    switches = "compute.compile=true", "log.pictures_every=1", "stop_iteration=101"
+    assert train(runs.recipe(folder, "compiled", *switches, *runs.NO_ADVERSARIAL)) == 0
+    assert seen == {(4, False, True)}
+    torch._dynamo.reset()
+
+
+def test_float32_is_no_tf32_and_all_is_put_back():
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+    for precision, tf32 in (("float32", False), ("bfloat16", True)):
+        with compute.kernels(precision):
+            inside = cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+        assert inside == (before[0], True, before[2], tf32)
+        assert before == (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
+
+
+@pytest.mark.parametrize(
+    ("message", "known"),
+    [
+        ("GET was unable to find an engine to execute this computation", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_the_end_of_memory_is_known_by_its_words(message, known):
+    assert compute.is_out_of_memory(RuntimeError(message)) is known
+    expected, text = (RunFailedError, "per_device_batch") if known else (RuntimeError, "illegal")
+    with pytest.raises(expected, match=text), compute.with_remedy():
+        raise RuntimeError(message)
 
 
 @pytest.mark.parametrize(

@@ -601,3 +601,23 @@ def test_a_typo_is_told_at_once():
     assert "Did you mean 'seed'?" in done.stdout
     assert "without torch" in done.stdout
     assert seconds < 2.0  # 0.2 s on an idle machine
+
+
+# --- the name, of which files are called ----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["/tmp/here", "../../x", "a/b", "a\\b", "..", ".", " ", "", "-x"])
+def test_a_name_is_one_part_of_a_file_name(name):
+    assert "name=" in refused(f"name={name}")
+    with pytest.raises(UsageError, match="expected one part of a file name"):
+        config.from_dict({**config.to_dict(samples.recipe("ft_ema")), "name": name})
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\0b", "a\x1bb"])
+def test_a_name_has_no_control_characters(name):
+    assert f"name={name!r}" in refused(f"name={name}")
+
+
+@pytest.mark.parametrize("name", ["ft_ema", "mine v1.5 (b)", "größer", "..a"])
+def test_other_names_are_taken(name):
+    assert samples.recipe("ft_ema", f"name={name}").name == name

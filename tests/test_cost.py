@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kl_f8_train import cost, perceptual
+from kl_f8_train import benchmark, config, cost, perceptual
 from kl_f8_train.discriminator import Discriminator
 from kl_f8_train.model import AutoencoderKL
 
@@ -44,6 +44,17 @@ def test_floor_lies_below_the_plain_arithmetic(tiny):
     assert cost.flops_per_image(mse) / 1e9 == pytest.approx(1971, abs=1)
     plain = tiny("ft_mse", *FULL, "compute.subpixel_upsample=false")
     assert cost.flops_per_image(plain) / 1e9 == pytest.approx(2260, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "extra", [(), ("data.crop=32", "model.ch_mult=[1,1]", "adversarial.n_layers=2")]
+)
+def test_the_demos_floor_is_what_its_iteration_takes(extra):
+    """With ST-LPIPS, whose maps are not powers of two."""
+    settings = config.load(config.find_recipe("demo"), [*extra, "compute.compile=false"])
+    run = benchmark.iteration_of(benchmark.build_finetuner(settings, []), torch.device("cpu"))
+    counted = benchmark.count_flops(run, next(benchmark._random_batches(settings, 1)))
+    assert counted == pytest.approx(cost.flops_per_image(settings), rel=0.01)
 
 
 class Kept:

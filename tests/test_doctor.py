@@ -4,6 +4,7 @@ import datetime
 import json
 import re
 import threading
+from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import runs
 import samples
 import torch
 
-from kl_f8_train import checkpoint, config, cost, doctor, perceptual, scaling
+from kl_f8_train import benchmark, checkpoint, compute, config, cost, doctor, perceptual, scaling
 from kl_f8_train.__main__ import main
 from kl_f8_train.data import Batch
 from kl_f8_train.errors import RunFailedError
@@ -124,6 +125,27 @@ def test_a_cold_iteration_is_called_one(examined, monkeypatch):
     assert found["cold_iteration"]
     assert "s (the first, cold iteration; later ones are quicker) on " in told
     assert "at the speed of the one, cold iteration here" in told
+
+
+def test_an_iteration_that_compiled_is_run_again(examined, monkeypatch):
+    """And the gradient audit before it compiles nothing."""
+    graphs = []
+
+    def audit(*arguments):
+        before, norms = benchmark.compiled_graphs(), gradient_audit(*arguments)
+        graphs.append(benchmark.compiled_graphs() - before)
+        return norms
+
+    gradient_audit = doctor.gradient_audit
+    monkeypatch.setattr(doctor, "gradient_audit", audit)
+    monkeypatch.setattr(doctor, "PATIENCE_SECONDS", 0.0)
+    eager = partial(compute.compile_networks, backend="eager")
+    monkeypatch.setattr(compute, "compile_networks", eager)
+    switches = "compute.compile=true", "stop_iteration=110", *runs.NO_ADVERSARIAL
+    _, found, told = examined("compiled", *switches)
+    assert found["cold_iteration"] is False
+    assert "cold iteration" not in told
+    assert graphs == [0]
 
 
 def test_dry_run_is_the_same_and_trains_nothing(folder, capsys):

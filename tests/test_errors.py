@@ -343,7 +343,7 @@ DATA = {
     "card scores": Case("card export --scores no.json", MISSING, "no.json: no such file|evaluate"),
     "card junk": Case("card export --scores text.ckpt", MISSING, "text.ckpt is not JSON|expected"),
     "card others": Case(
-        "card export --scores other.json", MISSING, "no scores of these weights|Run"
+        "card export --scores other.json", MISSING, "no hashes of weights|run that again"
     ),
     "card old": Case("card bad_export", MISSING, "export.json is of an older version|again"),
     "status": Case("status directory", MISSING, "no run directory yet|config.yaml"),

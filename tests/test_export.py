@@ -113,15 +113,16 @@ def test_only_training_checkpoints_are_exported(folder):
         export(folder / "model.ckpt")
 
 
-def test_a_next_stage_starts_from_the_run_or_its_export(folder):
+def test_a_next_stage_starts_from_the_run_or_its_export(folder, capsys):
     exported = folder / "run" / "export" / "tiny-ema-pruned.safetensors"
     finals = []
-    for name, weights in (("from-run", folder / "run"), ("from-export", exported)):
+    for name, weights in (("from run", folder / "run"), ("from-export", exported)):
         extra = (f"init.weights={weights}", "init.iteration=null", "stop_iteration=105")
         train(runs.recipe(folder, name, *runs.NO_ADVERSARIAL, *extra))
         finals.append(runs.final_state(folder, name))
     runs.assert_same_state(*finals)
     assert finals[0].metadata["ema_updates"] == "2"
+    assert f"next: kl-f8-train export '{folder / 'from run'}'\n" in capsys.readouterr().out
 
 
 # --- what consumers need --------------------------------------------------------------------
@@ -364,6 +365,63 @@ def test_existing_files_are_overwritten_only_by_force(folder, tmp_path, capsys):
     first = (tmp_path / "tiny-ema-pruned.ckpt").read_bytes()
     assert main([*command, "--force"]) == 0
     assert (tmp_path / "tiny-ema-pruned.ckpt").read_bytes() == first
+
+
+def test_no_other_runs_config_is_overwritten(folder, tmp_path, capsys):
+    command = ["export", str(folder / "run"), "--format", "ckpt", "--out"]
+    (tmp_path / "config.yaml").write_text("mine")
+    assert main([*command, str(tmp_path)]) == 2
+    assert f"{tmp_path}/config.yaml exists" in capsys.readouterr().err
+    before = sorted((folder / "run").iterdir())
+    assert main([*command, str(folder / "run"), "--force"]) == 2
+    assert "is a run directory" in capsys.readouterr().err
+    assert sorted((folder / "run").iterdir()) == before
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+
+
+def test_the_directory_of_a_checkpoint_wherever_it_lies(folder, tmp_path, monkeypatch):
+    """In the run; of one that was moved, beside it, with its own configuration."""
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.rmtree(run / "export")
+    (path,) = checkpoint.list_checkpoints(run)
+    monkeypatch.chdir(path.parent)
+    assert export(Path(path.name), layouts=["ckpt"]) == run / "export"
+    moved = tmp_path / "elsewhere/here" / path.name
+    moved.parent.mkdir(parents=True)
+    path.rename(moved)
+    (tmp_path / "elsewhere/config.yaml").write_text("seed: 7")
+    out = export(moved, layouts=["ckpt"])
+    assert out == tmp_path / "elsewhere/here/export"
+    assert (out / "config.yaml").read_text() == (run / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "/tmp/here"])
+def test_a_checkpoints_name_does_not_lead_out_of_the_directory(folder, tmp_path, capsys, name):
+    stored = json.loads(runs.final_state(folder, "run").metadata["config"])
+    foreign = json.dumps(stored | {"name": name})
+    path = changed_checkpoint(folder, tmp_path / "in/a.safetensors", config=foreign)
+    assert main(["export", str(path), "--out", str(tmp_path / "deep/out")]) == 3
+    assert f"name={name!r}: expected one part of a file name" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.rglob("*")] == ["in", "a.safetensors"]
+
+
+def test_an_export_with_fewer_formats_leaves_no_older_weights(folder, tmp_path):
+    export(folder / "run", tmp_path)
+    (tmp_path / "mine.ckpt").write_text("mine")
+    (tmp_path / "diffusers/config.json").write_text("{}")  # changed by hand: it stays
+    said: list[str] = []
+    export(folder / "run", tmp_path, layouts=["ckpt"], force=True, say=said.append)
+    left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    files = json.loads((tmp_path / "export.json").read_text())["files"]
+    assert files.keys() == {"tiny-ema-pruned.ckpt", "config.yaml", "README.md"}
+    assert left == {*files, "export.json", "mine.ckpt", "diffusers/config.json"}
+    assert f"{tmp_path / WEIGHT_FILES[0]} of the earlier export was removed" in said
+
+
+def test_an_average_counts_no_checkpoint_twice(folder, tmp_path):
+    (path,) = checkpoint.list_checkpoints(folder / "run")
+    with pytest.raises(UsageError, match="is given twice"):
+        export(folder / "run", tmp_path / "out", average=[path])
 
 
 def test_the_average_of_three(folder, tmp_path):

@@ -23,7 +23,7 @@ import torch
 
 from kl_f8_train import checkpoint, demo, state
 from kl_f8_train.__main__ import main
-from kl_f8_train.callbacks import Validation
+from kl_f8_train.callbacks import MetricsFile, Validation
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.train import train
 
@@ -107,6 +107,42 @@ def test_another_recipe_is_refused_or_remembered(folder, capsys):
     ]
 
 
+def test_other_networks_than_the_checkpoints_are_refused(folder, undisturbed):
+    shutil.copytree(folder / "undisturbed", folder / "other")
+    for extra, said in (
+        (("model.ch_mult=[1,2]",), "conv1.weight is (32, 32, 3, 3), expected (64, 32, 3, 3)"),
+        (runs.NO_ADVERSARIAL, "unexpected discriminator."),
+    ):
+        settings = runs.recipe(folder, "other", *extra, "stop_iteration=110")
+        with pytest.raises(MissingInputError) as caught:
+            train(settings, allow_changes=True)
+        assert said in str(caught.value)
+        assert "start a new run_dir, with init.weights=" in str(caught.value)
+
+
+def test_a_damaged_line_of_the_metrics_does_not_stop_a_run(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(b"iteration,rec\n101,0.5\n102,\xff\xfe\n\x00\xff\n103,0.25\n")
+    table = MetricsFile(path, start=102)
+    table.write(103, {"rec": 0.125})
+    assert [line.split(",")[0] for line in path.read_text().splitlines()[1:]] == [
+        "101",
+        "102",
+        "103",
+    ]
+
+
+@pytest.mark.slow
+def test_without_a_terminal_or_a_reader_a_run_goes_on(folder, undisturbed):
+    process = runs.start(folder, "alone", "stop_iteration=108", launcher=("nohup", sys.executable))
+    wait_for(process, "iteration 102 of")
+    assert process.stdout is not None
+    process.stdout.close()
+    os.killpg(process.pid, signal.SIGHUP)  # the shell is gone, too
+    assert process.wait(60) == 0
+    runs.assert_same_state(runs.final_state(folder, "alone"), undisturbed)
+
+
 @pytest.mark.slow
 def test_kill_9_and_the_same_command_again_equal_an_undisturbed_run(folder, undisturbed):
     extra = ("stop_iteration=108", "checkpoint.every=2", "data.workers=1")
@@ -139,7 +175,7 @@ def test_one_run_directory_is_for_one_run_at_a_time(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_finishes_the_iteration_saves_and_tells_its_number(folder, undisturbed, number):
     name = f"signal-{number}"
     process = runs.start(folder, name, "stop_iteration=108", "data.workers=1")
@@ -203,6 +239,20 @@ def test_validation_and_config_are_written(folder):
         assert as_used == pytest.approx(float(row["nll_loss"]), rel=1e-5)
         used = float(row["adaptive_weight"]) * float(row["generator_loss"])
         assert float(row["adversarial_loss"]) == pytest.approx(used, rel=1e-4)
+
+
+def test_saving_is_no_waiting_for_data(folder, monkeypatch):
+    save = state.save
+
+    def slow(*arguments):
+        time.sleep(0.5)
+        return save(*arguments)
+
+    monkeypatch.setattr(state, "save", slow)
+    extra = "checkpoint.every=1", "log.pictures_every=1", *runs.NO_ADVERSARIAL
+    assert train(runs.recipe(folder, "slow-save", "stop_iteration=104", *extra)) == 0
+    rows = read_table(folder / "slow-save" / "metrics.csv")
+    assert max(float(row["data_wait_share"]) for row in rows) < 0.4
 
 
 def test_validation_rows_of_a_resumed_run_are_not_doubled(folder):
@@ -432,6 +482,15 @@ def unreachable(request: pytest.FixtureRequest) -> Iterator[str]:
         if request.param == "refused":
             server.close()
         yield f"http://127.0.0.1:{port}"
+
+
+@pytest.mark.slow
+def test_wandb_that_cannot_start_does_not_end_a_run(folder, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "nonsense")
+    (run,) = ranks.start(folder, "odd", "stop_iteration=101", "log.wandb=auto")
+    (output,) = ranks.finish([run])
+    assert "going on without it" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow
