@@ -611,18 +611,27 @@ def _bill(report: Report, settings: Config, world: int) -> None:
     if seconds is None:
         return
     hours = total * seconds / 3600
-    elapsed = datetime.timedelta(hours=hours / world)
-    end = datetime.datetime.now().replace(microsecond=0) + elapsed
+    days = hours / world / 24
+    end = date_in(days)
     report.facts |= {
         "gpu_hours": hours,
-        "days": elapsed / datetime.timedelta(days=1),
-        "end_date": end.isoformat(timespec="seconds"),
+        "days": days,
+        "end_date": end and end.isoformat(timespec="seconds"),
     }
+    until = f"{end:%Y-%m-%d %H:%M}" if end else "after the year 9999"
     measured = "of the one, cold iteration" if report.facts["cold_iteration"] else "measured"
     report.tell(
         f"{hours:,.3g} device-hours at the speed {measured} here; with {world} of them "
-        f"{duration(elapsed.total_seconds())}, until {end:%Y-%m-%d %H:%M} if it starts now"
+        f"{duration(days * 86400)}, until {until} if it starts now"
     )
+
+
+def date_in(days: float) -> datetime.datetime | None:
+    """The time in so many days, to the second; None after the year 9999."""
+    try:
+        return datetime.datetime.now().replace(microsecond=0) + datetime.timedelta(days=days)
+    except OverflowError:
+        return None
 
 
 def _tell_scaling(report: Report, settings: Config, world: int) -> None:

@@ -148,6 +148,11 @@ def test_an_iteration_that_compiled_is_run_again(examined, monkeypatch):
     assert graphs == [0]
 
 
+def test_an_end_beyond_the_calendar_has_no_date():
+    assert doctor.date_in(1.0) is not None
+    assert [doctor.date_in(days) for days in (4e6, 1e300)] == [None, None]
+
+
 def test_dry_run_is_the_same_and_trains_nothing(folder, capsys):
     arguments = runs.overrides(folder, "dry", "stop_iteration=102")
     assert main(["train", "demo", "--dry-run", *arguments]) == 0
