@@ -240,7 +240,7 @@ class RunLog(Callback):
         given = settings.init.iteration
         self.first = start if given is None else given  # iteration at which the run began
         self.table = MetricsFile(run_dir / "metrics.csv", start)
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}  # of what is finite, and how many that are
         self.count = 0
         self.skipped: Counter[tuple[str, str]] = Counter()  # (source, reason), on this rank
         self.seen = 0  # images, on this rank
@@ -276,8 +276,10 @@ class RunLog(Callback):
         finetuner = finetuner_of(pl_module)
         self._note_skipped(batch, trainer)
         for key, value in finetuner.metrics.items():
-            finite = torch.nan_to_num(torch.as_tensor(value), 0.0, 0.0, 0.0)  # left-out updates
-            self.sums[key] = finite.double() + self.sums.get(key, 0.0)
+            number = torch.as_tensor(value).double()
+            finite = number.isfinite()  # not of every update that was left out
+            one = torch.stack([torch.where(finite, number, 0.0), finite.double()])
+            self.sums[key] = one + self.sums.get(key, 0.0)
         self.count += 1
         if self.bar is not None and not finetuner.warmup_left:
             self.bar.update(finetuner.iteration - self.bar.n)
@@ -329,11 +331,10 @@ class RunLog(Callback):
 
     def _report(self, trainer: Trainer, finetuner: Finetuner) -> None:
         finetuner.judge()
-        values = [
-            value.to(finetuner.device, torch.float32) / self.count for value in self.sums.values()
-        ]
-        average_over_ranks(values)
-        row: dict[str, float] = dict(zip(self.sums, (float(v) for v in values), strict=True))
+        sums = torch.stack([pair.to(finetuner.device) for pair in self.sums.values()])
+        average_over_ranks([sums])
+        pairs = zip(self.sums, sums.tolist(), strict=True)
+        row = {key: total / number for key, (total, number) in pairs if number}
         seconds = time.perf_counter() - self.mark
         row["images_per_second"] = self.count * self.config.global_batch / seconds
         row["data_wait_share"] = self.waited / seconds
