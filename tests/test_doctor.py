@@ -383,7 +383,7 @@ def test_wrong_settings_are_one_problem(examined, override, text):
 
 def test_a_disk_that_is_too_small_is_told(examined):
     code, found, _ = examined(
-        "disk", "stop_iteration=1000000000", "checkpoint.every=1", "checkpoint.keep_every=1"
+        "disk", "stop_iteration=999999999", "checkpoint.every=1", "checkpoint.keep_every=1"
     )
     assert code == 4
     assert "TB for checkpoints" in found["problems"][0]
