@@ -282,7 +282,7 @@ def open_batches(config: Config, size: int, notes: list[str]) -> Iterator[Batch]
         notes.append(f"random images: {str(error).splitlines()[0]}")
         return _random_batches(config, size)
     sampler = IterationSampler(0, 10**9, 0, size, 0, 1)
-    return iter(loader(dataset, sampler, config.data.workers))
+    return iter(loader(dataset, sampler, config))
 
 
 def _random_batches(config: Config, size: int) -> Iterator[Batch]:
@@ -422,11 +422,13 @@ def synchronizations(run: Iteration, batch: Batch, device: torch.device) -> int 
     """How often the host waits for the device in an iteration, as torch reports it; CUDA only."""
     if device.type != "cuda":
         return None
-    torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run(batch)
-    torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(item.message) for item in caught)
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -240,7 +240,7 @@ class RunLog(Callback):
         given = settings.init.iteration
         self.first = start if given is None else given  # iteration at which the run began
         self.table = MetricsFile(run_dir / "metrics.csv", start)
-        self.sums: dict[str, Tensor] = {}  # of what is finite, and how many that are
+        self.sums: dict[tuple[str, ...], Tensor] = {}  # names -> (names, 2): sum, and how many
         self.count = 0
         self.skipped: Counter[tuple[str, str]] = Counter()  # (source, reason), on this rank
         self.seen = 0  # images, on this rank
@@ -275,17 +275,23 @@ class RunLog(Callback):
         """Adds an iteration's figures, and reports every `log.every`."""
         finetuner = finetuner_of(pl_module)
         self._note_skipped(batch, trainer)
-        for key, value in finetuner.metrics.items():
-            number = torch.as_tensor(value).double()
-            finite = number.isfinite()  # not of every update that was left out
-            one = torch.stack([torch.where(finite, number, 0.0), finite.double()])
-            self.sums[key] = one + self.sums.get(key, 0.0)
+        names, values = zip(*finetuner.metrics.items(), strict=True)
+        numbers = torch.stack(values).double()
+        finite = numbers.isfinite()  # not of every update that was left out
+        pairs = torch.stack([torch.where(finite, numbers, 0.0), finite.double()], dim=1)
+        self.sums[names] = pairs + self.sums.get(names, 0.0)
         self.count += 1
         if self.bar is not None and not finetuner.warmup_left:
             self.bar.update(finetuner.iteration - self.bar.n)
         if finetuner.iteration % self.config.log.every == 0 or self.count >= self.config.log.every:
             self._report(trainer, finetuner)
         self.batch_end = time.perf_counter()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
+        """Ends wandb's run as failed."""
+        if self.wandb is not None:
+            with self._wandb_may_fail():
+                self.wandb.finish(exit_code=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reports the rest."""
@@ -331,10 +337,14 @@ class RunLog(Callback):
 
     def _report(self, trainer: Trainer, finetuner: Finetuner) -> None:
         finetuner.judge()
-        sums = torch.stack([pair.to(finetuner.device) for pair in self.sums.values()])
-        average_over_ranks([sums])
-        pairs = zip(self.sums, sums.tolist(), strict=True)
-        row = {key: total / number for key, (total, number) in pairs if number}
+        average_over_ranks(list(self.sums.values()))
+        totals: defaultdict[str, float] = defaultdict(float)
+        numbers: defaultdict[str, float] = defaultdict(float)
+        for names, pairs in self.sums.items():  # one, unless a term has set in since
+            for name, (total, number) in zip(names, pairs.tolist(), strict=True):
+                totals[name] += total
+                numbers[name] += number
+        row = {name: totals[name] / number for name, number in numbers.items() if number}
         seconds = time.perf_counter() - self.mark
         row["images_per_second"] = self.count * self.config.global_batch / seconds
         row["data_wait_share"] = self.waited / seconds

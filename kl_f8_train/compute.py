@@ -6,8 +6,10 @@ which of them to change when memory or the compiler fails.
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,9 +19,10 @@ from kl_f8_train.errors import RunFailedError
 from kl_f8_train.model import AutoencoderKL, UpLevel, Upsample
 
 GRAPHS_PER_CLASS = 64  # four levels, with and without gradients, of a few networks in a process
-# How memory's end reads where torch has no class for it: its CPU allocator, cuDNN, cuBLAS.
+# How memory's end reads where torch has no class for it: its CPU allocator, CUDA, cuDNN, cuBLAS.
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator",
+    "out of memory",
     "unable to find an engine",
     "Unable to find a valid cuDNN algorithm",
     "STATUS_ALLOC_FAILED",
@@ -53,11 +56,12 @@ def channels_last(settings: Compute) -> bool:
 
 
 def compiles(settings: Compute) -> bool:
-    """Whether to compile: as set, or on CUDA where Triton will find a C compiler."""
+    """Whether to compile: as set, or on CUDA where Triton will find a C compiler and Python.h."""
     if settings.compile is not None:
         return settings.compile
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return on_cuda(settings) and compiler is not None
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return on_cuda(settings) and compiler is not None and header.is_file()
 
 
 def on_cuda(settings: Compute) -> bool:

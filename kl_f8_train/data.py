@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from kl_f8_train import images
 from kl_f8_train.cache import ShardCache
 from kl_f8_train.checkpoint import cache_dir
+from kl_f8_train.compute import on_cuda
 from kl_f8_train.config import Config, source_shares
 from kl_f8_train.errors import ImageError, MissingInputError, SmallImageError
 from kl_f8_train.plan import Plan, random_state
@@ -50,6 +51,10 @@ class Batch:
     noise: Tensor  # (draws, B, embed_dim, h, w) float32, standard normal
     keys: list[str]
     skipped: list[str]
+
+    def first(self, count: int) -> "Batch":
+        """Its first images alone."""
+        return Batch(self.images[:count], self.noise[:, :count], self.keys[:count], [])
 
     def pin_memory(self) -> "Batch":
         """Page-locked tensors, for the copy to the GPU."""
@@ -220,8 +225,11 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
-def loader(dataset: PositionDataset, sampler: IterationSampler, workers: int) -> DataLoader[Sample]:
-    """Loads whole iterations in worker processes."""
+def loader(
+    dataset: PositionDataset, sampler: IterationSampler, settings: Config
+) -> DataLoader[Sample]:
+    """Loads whole iterations in worker processes, for a GPU into memory that it can read."""
+    workers = settings.data.workers
     dataset.watch(workers)
     # torch would say it twice at each start; workers that wait cost little
     warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -230,7 +238,7 @@ def loader(dataset: PositionDataset, sampler: IterationSampler, workers: int) ->
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=on_cuda(settings.compute),
         worker_init_fn=_start_worker,
     )
 

@@ -49,7 +49,7 @@ BASE_RATE = 4.5e-6  # the original's base learning rate
 SAMPLE = 32  # images of each local source that are decoded; of a remote one, REMOTE_SAMPLE
 REMOTE_SAMPLE = 2
 THIS_MACHINE = "this machine"  # where a run on its CPU gets its memory
-CPU_BATCH = 2  # images of the trial iteration without a GPU
+FEW_IMAGES = 2  # of the gradient audit, and of the trial iteration without a GPU
 PATIENCE_SECONDS = 8.0  # a trial iteration that took longer is not run a second time
 
 
@@ -410,7 +410,7 @@ def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world
     cuda = compute.on_cuda(settings.compute)
     device = torch.device("cuda" if cuda else "cpu")
     micro = config.micro_batch(settings, world)
-    count = micro if cuda else min(micro, CPU_BATCH)
+    count = micro if cuda else min(micro, FEW_IMAGES)
     dataset = PositionDataset(*open_data(settings, report.tell), settings)
     first = finetuner.iteration * settings.global_batch
     batch = collate([dataset[first + slot] for slot in range(count)]).to(device)
@@ -421,7 +421,7 @@ def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world
         finetuner.iteration = max(finetuner.iteration, settings.adversarial.start_iteration)
     try:
         with torch.compiler.set_stance("force_eager"):  # each term's backward pass keeps the graph
-            audit = gradient_audit(finetuner, batch)
+            audit = gradient_audit(finetuner, batch.first(FEW_IMAGES))
         report.facts["gradient_audit"] = audit
         for name, norm in audit.items():
             report.tell(f"gradient norm at decoder.conv_out.weight: {name} {norm:.4g}")
@@ -501,6 +501,7 @@ def _timed_iteration(finetuner: Finetuner, batch: Batch) -> tuple[float, bool]:
     run = benchmark.iteration_of(finetuner, device)
     seconds: list[float] = []
     for _ in range(2):
+        benchmark.reset_peak(device)  # neither the audit's memory nor the compiler's
         seconds.append(benchmark.timed(run, batch, device))
         if seconds[-1] > PATIENCE_SECONDS and not compute.compiles(finetuner.config.compute):
             break

@@ -20,7 +20,9 @@ class HostCopy:
         if tensor.device.type == "cuda":
             self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
             self._tensor.copy_(tensor, non_blocking=True)
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event(
+                blocking=True
+            )  # a host that waits leaves its core to loaders
             self._arrived.record()
 
     def read(self) -> Tensor:

@@ -60,6 +60,9 @@ def world_size() -> int:
     Raises UsageError for variables that are no numbers, or do not let the processes meet.
     """
     _check_present()
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if "WORLD_SIZE" not in os.environ and _under_srun() and tasks != "1":
+        raise UsageError("several tasks of srun, which do not meet here; start them with torchrun")
     world = _number("WORLD_SIZE", TORCHRUN, 1) if "WORLD_SIZE" in os.environ else 1
     if world > 1:
         _number("RANK", TORCHRUN, 0, world - 1)

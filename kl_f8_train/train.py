@@ -1,7 +1,9 @@
 """Builds the parts of a run and hands them to Lightning. To resume, run the same command again."""
 
+import atexit
 import datetime
 import logging
+import os
 import shlex
 import time
 import warnings
@@ -28,7 +30,7 @@ from torch.utils.data import DataLoader
 from kl_f8_train import checkpoint, config, images, perceptual, state
 from kl_f8_train.cache import is_remote
 from kl_f8_train.callbacks import Checkpoints, Prefetch, RunLog, Signals, Validation
-from kl_f8_train.compute import kernels, with_remedy
+from kl_f8_train.compute import is_out_of_memory, kernels, with_remedy
 from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.data import (
     IterationSampler,
@@ -107,28 +109,42 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
 
 
 def _fit(trainer: Trainer, iterations: "Iterations", run_log: RunLog) -> None:
-    """Trains; when another rank fell silent, says so instead of torch.distributed's words."""
+    """Trains; when another rank fell silent, says so, with torch.distributed's words below."""
     try:
         trainer.fit(iterations.finetuner, datamodule=iterations)
-    except RuntimeError as error:
-        if not _is_lost_contact(error):
+    except BaseException as error:
+        _leave_without_the_others(error)
+        if not isinstance(error, RuntimeError) or not _is_lost_contact(error):
             raise
+        who = f"rank {trainer.global_rank} of {trainer.world_size}"
         silent = time.perf_counter() - run_log.batch_end
+        what = (
+            f"{who} lost contact with the others {silent:.0f} s after iteration "
+            f"{iterations.finetuner.iteration:,}: a process or node died, or the network was cut "
+            "(an earlier message of another rank may tell)."
+            if run_log.seen
+            else f"{who} did not get through to the others: a process died at its start, two share "
+            "a GPU, or the network between the nodes is not open (NCCL_SOCKET_IFNAME names it)."
+        )
         found = checkpoint.list_checkpoints(run_log.run_dir)
         last = f"goes on from {found[0].name}" if found else "starts anew (no checkpoint yet)"
         raise RunFailedError(
-            f"rank {trainer.global_rank} of {trainer.world_size} lost contact with the others "
-            f"{silent:.0f} s after iteration {iterations.finetuner.iteration:,}: a process or node "
-            "died, or the network was cut (an earlier message of another rank may tell). "
-            f"The same command {last}; compute.timeout_minutes="
+            f"{what} The same command {last}; compute.timeout_minutes="
             f"{iterations.settings.compute.timeout_minutes:g} bounds the wait\n"
-            f"  torch: {str(error).splitlines()[0]}"
+            f"  torch: {error}"
         ) from error
+
+
+def _leave_without_the_others(error: BaseException) -> None:
+    """Ends a failed rank when Python does; NCCL's own end would wait for ranks that still train."""
+    if dist.is_initialized():
+        atexit.register(os._exit, getattr(error, "exit_code", RunFailedError.exit_code))
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:
     """NCCL and the store raise a DistError, gloo a RuntimeError that names its source file."""
-    return isinstance(error, dist.DistError) or "gloo/" in str(error)
+    lost = isinstance(error, dist.DistError) or "gloo/" in str(error)
+    return lost and not is_out_of_memory(error)
 
 
 class Iterations(LightningDataModule):
@@ -161,7 +177,7 @@ class Iterations(LightningDataModule):
             world,
         )
         dataset = PositionDataset(self.plan, self.sources, self.settings)
-        return loader(dataset, sampler, self.settings.data.workers)
+        return loader(dataset, sampler, self.settings)
 
 
 # --- start or resume ------------------------------------------------------------------------
@@ -291,8 +307,13 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
     if accelerator == "cuda" and not 0 < per_node <= gpus:
         raise UsageError(
             f"{per_node or 'all'} processes with a GPU each, but torch sees {gpus} GPUs here; "
-            "mend the driver, or start fewer processes (without a launcher: compute.devices), or "
-            "give compute.accelerator=cpu"
+            + (
+                "each task must see all of its node's: srun --gpus-per-node, not --gpus-per-task "
+                "or --gpu-bind"
+                if launcher == SRUN
+                else "mend the driver, or start fewer processes (without a launcher: "
+                "compute.devices), or give compute.accelerator=cpu"
+            )
         )
     if local and compute.devices not in (None, local):
         say(
@@ -343,14 +364,17 @@ class _DecoderDDP(DDPStrategy):
     def configure_ddp(self) -> None:
         """Keeps the discriminator out of DDP's buckets."""
         assert self.model is not None
-        names = [
-            n
-            for n, _ in self.model.named_parameters()
-            if n.startswith(("discriminator.", "logvar"))
-        ]
+        names = ["logvar", ".logvar"]  # DDP calls the model's own parameters by both
+        names += [n for n, _ in self.model.named_parameters() if n.startswith("discriminator.")]
         names += [n for n, _ in self.model.named_buffers() if n.startswith("discriminator.")]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
         super().configure_ddp()
+
+    def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
+        """On the stream of the training: Lightning's own would make it wait in each iteration."""
+        return DistributedDataParallel(
+            model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs
+        )
 
 
 def _cluster(launcher: str) -> ClusterEnvironment:

@@ -23,7 +23,8 @@ GRACE = 5.0  # seconds that the ranks give each other to say where they are
 class Watchdog(Callback):
     """Ends the process if no iteration, with its reports and files, ends within the time.
 
-    A thread counts its own ticks, so that time in which the whole process slept does not count.
+    The first may take three times as long: it compiles. A thread counts its own ticks, so that time
+    in which the whole process slept does not count.
     """
 
     def __init__(self, timeout_minutes: float, await_data: Callable[[], None]) -> None:
@@ -59,13 +60,13 @@ class Watchdog(Callback):
     def _watch(self, trainer: Trainer, finetuner: Finetuner) -> None:
         tick = min(1.0, self.seconds / 20)
         silent, before = 0.0, 0
-        while silent < self.seconds:
+        while silent < (self.seconds if self.done else 3 * self.seconds):
             if self.stopped.wait(tick):
                 return
             silent = silent + tick if self.done == before else 0.0
             before = self.done
         mine = f"rank {trainer.global_rank} {self._phase(trainer, finetuner.iteration + 1)}"
-        _say(f"kl-f8-train: no iteration ended for {self.seconds:g} s; {mine}")
+        _say(f"kl-f8-train: no iteration ended for {silent:.0f} s; {mine}")
         if sys.__stderr__ is not None:
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         if trainer.world_size > 1:  # in a thread: the store itself may not answer

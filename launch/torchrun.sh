@@ -13,7 +13,7 @@ set -euo pipefail
 RECIPE=${RECIPE:-ft_ema}
 NNODES=${NNODES:-1}                          # 2, or 1:2 to go on with fewer nodes
 RDZV_ENDPOINT=${RDZV_ENDPOINT:-}             # host:port of the first node
-GPUS_PER_NODE=${GPUS_PER_NODE:-}             # all that nvidia-smi lists
+GPUS_PER_NODE=${GPUS_PER_NODE:-}             # all that torch sees
 MAX_RESTARTS=${MAX_RESTARTS:-3}              # of the processes, after a crash
 JOIN_TIMEOUT=${JOIN_TIMEOUT:-600}            # seconds that a node waits for the others to come
 settings=(
@@ -24,8 +24,9 @@ settings=(
     "$@"
 )
 
-if [ -z "$GPUS_PER_NODE" ] && ! GPUS_PER_NODE=$(nvidia-smi --list-gpus | wc -l); then
-    echo "launch/torchrun.sh: nvidia-smi finds no GPUs here; give GPUS_PER_NODE" >&2
+: "${GPUS_PER_NODE:=$(python3 -c 'import torch; print(torch.cuda.device_count())')}"
+if [ "${GPUS_PER_NODE:-0}" = 0 ]; then
+    echo "launch/torchrun.sh: torch sees no GPUs here; mend the driver, or give GPUS_PER_NODE" >&2
     exit 2
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import sysconfig
 from contextlib import nullcontext
 from functools import partial
 
@@ -174,6 +175,7 @@ def test_float32_is_no_tf32_and_all_is_put_back():
     [
         ("GET was unable to find an engine to execute this computation", True),
         ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: out of memory", True),
         ("CUDA error: an illegal memory access was encountered", False),
     ],
 )
@@ -194,13 +196,18 @@ def test_compilation_is_off_on_a_cpu_unless_asked_for(tiny, monkeypatch, setting
     assert compute.compiles(tiny("ft_ema", f"compute.compile={setting}").compute) is expected
 
 
-def test_compilation_by_default_needs_cuda_and_a_compiler(tiny, monkeypatch):
+def test_compilation_by_default_needs_cuda_a_compiler_and_pythons_header(
+    tiny, monkeypatch, tmp_path
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    for compiler in ("/usr/bin/gcc", None):
+    for compiler, header in (("/usr/bin/gcc", False), (None, True), ("/usr/bin/gcc", True)):
         monkeypatch.setattr(shutil, "which", lambda name, compiler=compiler: compiler)
-        assert compute.compiles(tiny("ft_ema").compute) is (compiler is not None)
-    assert not compute.compiles(tiny("ft_ema", "compute.accelerator=cpu").compute)
+        (tmp_path / "Python.h").unlink(missing_ok=True)
+        if header:
+            (tmp_path / "Python.h").touch()
+        assert compute.compiles(tiny("ft_ema").compute) is (compiler is not None and header)
 
 
 # --- arithmetic -------------------------------------------------------------------------------

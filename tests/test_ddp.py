@@ -346,6 +346,12 @@ def test_too_many_in_a_row_stop_all_ranks_and_keep_a_good_checkpoint(folder):
     assert all(torch.equal(last.tensors[key], good.tensors[key]) for key in kept)
 
 
+def test_a_learned_logvar_is_reduced_beside_ddp(folder):
+    extra = (*BATCH, *runs.NO_ADVERSARIAL, "loss.learn_logvar=true", "stop_iteration=103")
+    ranks.finish(ranks.start(folder, "logvar", *extra, world=2))
+    assert runs.final_state(folder, "logvar").tensors["logvar"] != 0
+
+
 # --- signals --------------------------------------------------------------------------------
 
 

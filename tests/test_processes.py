@@ -90,6 +90,14 @@ def test_evaluate_names_a_wrong_variable(monkeypatch, variables, said):
         world_size()
 
 
+def test_tasks_of_srun_do_not_evaluate_each_for_itself(monkeypatch):
+    given(monkeypatch, SRUN)
+    with pytest.raises(UsageError, match="several tasks of srun"):
+        world_size()
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert world_size() == 1
+
+
 def test_nodes_started_by_hand_need_a_place_to_meet(monkeypatch, capsys):
     assert main(["train", "demo", "compute.num_nodes=2"]) == 2
     assert "MASTER_ADDR, MASTER_PORT, NODE_RANK are not set" in capsys.readouterr().err

@@ -158,7 +158,7 @@ def test_rfid_without_torch_fidelity_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     monkeypatch.delitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", raising=False)
     (tmp_path / "inception.pth").write_bytes(torch_file())
-    with pytest.raises(MissingInputError, match=r"kl-f8-train\[eval\]"):
+    with pytest.raises(MissingInputError, match=r"pip install torch-fidelity"):
         Inception(tmp_path / "inception.pth")
 
 

@@ -484,10 +484,14 @@ def unreachable(request: pytest.FixtureRequest) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
+def no_address_for_wandb() -> None:
+    os.environ["WANDB_BASE_URL"] = "nonsense"
+
+
 @pytest.mark.slow
-def test_wandb_that_cannot_start_does_not_end_a_run(folder, monkeypatch):
-    monkeypatch.setenv("WANDB_BASE_URL", "nonsense")
-    (run,) = ranks.start(folder, "odd", "stop_iteration=101", "log.wandb=auto")
+def test_wandb_that_cannot_start_does_not_end_a_run(folder):
+    extra = ("stop_iteration=101", "log.wandb=auto")
+    (run,) = ranks.start(folder, "odd", *extra, prepare=no_address_for_wandb)
     (output,) = ranks.finish([run])
     assert "going on without it" in output
     assert "Traceback" not in output
