@@ -327,11 +327,10 @@ def _check_places(images: str, out: Path) -> None:
             f"--images {images}: expected a folder of images, .tar shards or a .txt list of them, "
             "got another file; name its folder"
         )
-    folder = source.resolve()
-    if folder.is_dir() and not any(folder.glob("*.tar")) and out.resolve().is_relative_to(folder):
+    if source.is_dir() and source.resolve() == out.resolve():
         raise UsageError(
-            f"--out {out}: lies inside --images {images}, where its pictures would be scored the "
-            f"next time; give a directory outside, such as {folder.parent / folder.name}-evaluation"
+            f"--out {out}: is the folder of --images, and its pictures would be scored the next "
+            f"time; give another, such as {out / 'evaluation'}"
         )
 
 

@@ -103,13 +103,25 @@ class ImageSet:
     """A folder or shards as centre crops, each decoded when it is asked for."""
 
     def __init__(
-        self, where: str, size: int, limit: int | None = None, warn: Callable[[str], None] = print
+        self,
+        where: str,
+        size: int,
+        limit: int | None = None,
+        warn: Callable[[str], None] = print,
+        out: Path | None = None,
     ) -> None:
-        """Raises MissingInputError if nothing is there."""
+        """Leaves out what lies below `out`, a former evaluation's pictures.
+
+        Raises MissingInputError if nothing is there.
+        """
         cache = ShardCache(checkpoint.cache_dir() / "shards", 100 * 2**30)
         self.source = shards.open_source(
             "images", where, [], cache, bad_shards="skip", warn=warn, label=f"--images {where}"
         )
+        if out is not None and isinstance(self.source, shards.FolderSource):
+            self.source.leave_out(out)
+            if not self.source.files:
+                raise MissingInputError(f"--images {where}: no images but those of --out {out}")
         self.size = size
         self.ends = np.cumsum(self.source.counts)
         self.count = min(int(self.ends[-1]), limit or int(self.ends[-1]))
@@ -460,7 +472,7 @@ def evaluate(
         batch_size = batch_size if device.startswith("cuda") else 1
         candidates = load_candidates(named, device)
         _check_size(candidates, size)
-        image_set = ImageSet(where, size, limit, say)
+        image_set = ImageSet(where, size, limit, say, out)
         networks = find_networks(perceptual_name, vgg, inception, device, say)
         checkpoint.check_writable(out)
         _agree(

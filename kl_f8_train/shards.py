@@ -548,6 +548,13 @@ class FolderSource:
         self.files = [str(path.relative_to(folder)) for path in list_folder(folder)]
         self.counts = np.array([len(self.files)], np.int64)
 
+    def leave_out(self, inner: Path) -> None:
+        """Forgets the files below a folder in this one."""
+        where, inner = self.folder.resolve(), inner.resolve()
+        if where in inner.parents:
+            self.files = [file for file in self.files if inner not in (where / file).parents]
+            self.counts = np.array([len(self.files)], np.int64)
+
     def read(self, shard: int, sample: int) -> tuple[str, bytes]:
         """The file's path below the folder, and its bytes."""
         return self.files[sample], (self.folder / self.files[sample]).read_bytes()

@@ -55,7 +55,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
         (["evaluate", "x.ckpt", "a/x.ckpt", "--images", "."], 2, "the same name"),
         (["evaluate", "x.ckpt", "--images", ".", "--limit", "0"], 2, "above 0"),
         (["evaluate", "x.ckpt", "--images", ".", "--protocol", "own"], 2, "standard"),
-        (["evaluate", "x.ckpt", "--images", "."], 2, "--out evaluation: lies inside --images ."),
+        (["evaluate", "x.ckpt", "--images", ".", "--out", "."], 2, "is the folder of --images"),
         (
             ["evaluate", "x.ckpt", "--images", "docs", "--out", "README.md"],
             2,

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -547,15 +548,18 @@ def test_shards_give_the_scores_of_their_images(folder):
     assert scores.table(backwards) == scores.table(result)
 
 
-def test_only_a_folder_of_images_must_not_hold_out(folder, tmp_path):
-    photos = folder / "photos"
-    samples.packed(tmp_path / "shards", 2, per_shard=2)
-    _check_places(str(tmp_path / "shards"), tmp_path / "shards" / "evaluation")
-    _check_places(str(photos), folder / "photos-2")
+def test_pictures_of_a_former_evaluation_are_no_images(folder, tmp_path):
+    photos = shutil.copytree(folder / "photos", tmp_path / "photos")
+    count = ImageSet(str(photos), SIZE).count
+    shutil.copytree(folder / "photos", photos / "deep" / "out")
     (tmp_path / "link").symlink_to(photos)
-    for out in (photos, photos / "new" / "deep", tmp_path / "link" / "out"):
-        with pytest.raises(UsageError, match=r"inside --images .*, such as .*/photos-evaluation"):
-            _check_places(str(photos), out)
+    for out in (photos / "deep" / "out", tmp_path / "link" / "deep"):
+        assert ImageSet(str(photos), SIZE, out=out).count == count
+    assert ImageSet(str(photos), SIZE, out=tmp_path).count == 2 * count
+    with pytest.raises(MissingInputError, match="no images but those of --out"):
+        ImageSet(str(photos / "deep"), SIZE, out=photos / "deep" / "out")
+    with pytest.raises(UsageError, match="is the folder of --images"):
+        _check_places(str(photos), tmp_path / "link")
 
 
 def test_equal_names_in_two_sources_stay_apart(folder):
