@@ -282,7 +282,7 @@ def open_batches(config: Config, size: int, notes: list[str]) -> Iterator[Batch]
         notes.append(f"random images: {str(error).splitlines()[0]}")
         return _random_batches(config, size)
     sampler = IterationSampler(0, 10**9, 0, size, 0, 1)
-    return iter(loader(dataset, sampler, config))
+    return iter(loader(dataset, sampler, config.data.workers, compute.on_cuda(config.compute)))
 
 
 def _random_batches(config: Config, size: int) -> Iterator[Batch]:

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from kl_f8_train import images
 from kl_f8_train.cache import ShardCache
 from kl_f8_train.checkpoint import cache_dir
-from kl_f8_train.compute import on_cuda
 from kl_f8_train.config import Config, source_shares
 from kl_f8_train.errors import ImageError, MissingInputError, SmallImageError
 from kl_f8_train.plan import Plan, random_state
@@ -226,10 +225,9 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def loader(
-    dataset: PositionDataset, sampler: IterationSampler, settings: Config
+    dataset: PositionDataset, sampler: IterationSampler, workers: int, pin_memory: bool = False
 ) -> DataLoader[Sample]:
-    """Loads whole iterations in worker processes, for a GPU into memory that it can read."""
-    workers = settings.data.workers
+    """Loads whole iterations in worker processes, for a GPU into page-locked memory."""
     dataset.watch(workers)
     # torch would say it twice at each start; workers that wait cost little
     warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -238,7 +236,7 @@ def loader(
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=workers,
-        pin_memory=on_cuda(settings.compute),
+        pin_memory=pin_memory,
         worker_init_fn=_start_worker,
     )
 

@@ -194,10 +194,10 @@ def _base_batches(
     settings: Config, start: int, stop: int, crop: int, batch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images in [-1, 1] and posterior noise of the iterations start .. stop - 1."""
-    data = replace(settings.data, crop=crop, workers=1)
+    data = replace(settings.data, crop=crop)
     settings = replace(settings, data=data, global_batch=batch)
     sampler = IterationSampler(start, stop, 0, batch, 0, 1)
-    for item in loader(PositionDataset(*open_data(settings, say), settings), sampler, settings):
+    for item in loader(PositionDataset(*open_data(settings, say), settings), sampler, 1):
         yield images.to_float(item.images), item.noise[0]
 
 

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from kl_f8_train import checkpoint, config, images, perceptual, state
 from kl_f8_train.cache import is_remote
 from kl_f8_train.callbacks import Checkpoints, Prefetch, RunLog, Signals, Validation
-from kl_f8_train.compute import is_out_of_memory, kernels, with_remedy
+from kl_f8_train.compute import is_out_of_memory, kernels, on_cuda, with_remedy
 from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.data import (
     IterationSampler,
@@ -177,7 +177,7 @@ class Iterations(LightningDataModule):
             world,
         )
         dataset = PositionDataset(self.plan, self.sources, self.settings)
-        return loader(dataset, sampler, self.settings)
+        return loader(dataset, sampler, self.settings.data.workers, on_cuda(self.settings.compute))
 
 
 # --- start or resume ------------------------------------------------------------------------
