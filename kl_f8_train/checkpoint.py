@@ -35,18 +35,20 @@ from kl_f8_train import hub, unpickle
 from kl_f8_train.errors import MissingInputError, RunFailedError
 from kl_f8_train.formats import (
     SDXL_SCALING_FACTOR,
+    State,
     Weights,
     architecture,
     check_shapes,
     differences,
     recognise,
     relevant,
+    shapes_of,
 )
 from kl_f8_train.model import FROZEN, AutoencoderKL
 
-State = dict[str, Tensor]
 HEADER_BYTES = 16 << 20  # of a safetensors file; a whole Stable Diffusion's takes 0.2 MB
 NAME = re.compile(r"iteration-(\d{9})\.safetensors$")
+CLAIM = ".claim"  # of the process that trains in a run directory
 
 
 @dataclass
@@ -135,7 +137,7 @@ def build_autoencoder(contents: Contents, weights: Weights) -> AutoencoderKL:
     try:
         with torch.device("meta"):  # whatever size the file claims
             model = AutoencoderKL(**architecture(weights.autoencoder))
-        check_shapes(weights.autoencoder, _shapes(model))
+        check_shapes(weights.autoencoder, shapes_of(model.state_dict()))
     except (MissingInputError, ValueError) as error:
         raise MissingInputError(f"{contents.path}: {error}") from error
     tensors = {key: value.float().contiguous() for key, value in weights.autoencoder.items()}
@@ -146,7 +148,7 @@ def build_autoencoder(contents: Contents, weights: Weights) -> AutoencoderKL:
 def report(contents: Contents, weights: Weights) -> dict[str, Any]:
     """What a file holds, as plain values; `describe` writes them as text."""
     with torch.device("meta"):
-        differing = differences(weights.autoencoder, _shapes(AutoencoderKL()))
+        differing = differences(weights.autoencoder, shapes_of(AutoencoderKL().state_dict()))
     groups = Counter(
         ".".join(key.split(".")[: 1 + key.startswith("loss.")]) for key in weights.dropped
     )
@@ -219,6 +221,11 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("iteration-*.safetensors"), reverse=True)
 
 
+def is_run(directory: Path) -> bool:
+    """Whether a run was started there."""
+    return (directory / CLAIM).exists() or bool(list_checkpoints(directory))
+
+
 def checkpoint_path(run_dir: Path, iteration: int, warmup: int = 0) -> Path:
     """`run_dir/checkpoints/iteration-000246803.safetensors`; `warmup` counts unfinished warm-up."""
     suffix = f"-warmup-{warmup:06d}" if warmup else ""
@@ -249,10 +256,6 @@ def _read_torch(path: Path, wanted: unpickle.Wanted) -> Contents:
     found = unpickle.read(path, wanted)
     counts = {key: str(value) for key, value in found.counts.items()}
     return Contents(path, found.tensors, counts, found.container, found.optimizer, found.stubbed)
-
-
-def _shapes(model: AutoencoderKL) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 def _scaling_factor(weights: Path) -> float | None:
@@ -437,7 +440,7 @@ def claimed(run_dir: Path) -> Iterator[None]:
 
     Raises RunFailedError if another has it. Where the file system has no locks, nothing is kept.
     """
-    with (run_dir / ".claim").open("a+", encoding="utf-8") as file:
+    with (run_dir / CLAIM).open("a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process's own: loaders have none
         except (BlockingIOError, PermissionError) as error:

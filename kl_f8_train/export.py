@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from kl_f8_train import (
     __version__,
@@ -22,9 +21,8 @@ from kl_f8_train import (
 )
 from kl_f8_train.config import Config
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.formats import State
 from kl_f8_train.model import FROZEN, TRAINED, AutoencoderKL
-
-State = dict[str, Tensor]
 
 LAYOUTS = ("safetensors", "ckpt", "diffusers")
 DTYPES = {"float32": "", "float16": "fp16", "bfloat16": "bf16"}  # and their short names
@@ -187,7 +185,7 @@ def _refuse_the_same_twice(sources: Sequence[Path]) -> None:
 
 
 def _refuse_to_overwrite(out: Path, files: list[Path], force: bool) -> None:
-    if (out / ".claim").exists() or checkpoint.list_checkpoints(out):
+    if checkpoint.is_run(out):
         raise UsageError(
             f"--out {out} is a run directory, and its config.yaml would be replaced; nothing was "
             f"written. Give a folder of its own, such as {out / 'export'}"
@@ -255,7 +253,7 @@ def _average(weights: State, first: checkpoint.Contents, others: Sequence[Path])
         state.stored_config(header)
         other = _stored_weights(header.path)
         try:
-            formats.check_shapes(other, {key: tuple(v.shape) for key, v in weights.items()})
+            formats.check_shapes(other, formats.shapes_of(weights))
         except MissingInputError as error:
             raise UsageError(f"--average {header.path}: {error}") from error
         if header.metadata["frozen_sha256"] != first.metadata["frozen_sha256"]:
@@ -368,7 +366,6 @@ def _network(weights: State) -> AutoencoderKL:
     """
     with torch.device("meta"):
         model = AutoencoderKL(**formats.architecture(weights))
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    formats.check_shapes(weights, shapes)
+    formats.check_shapes(weights, formats.shapes_of(model.state_dict()))
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)

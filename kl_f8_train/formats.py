@@ -132,6 +132,21 @@ def _from_training(state: Mapping[str, Tensor], select: str) -> Weights:
     )
 
 
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, by its name."""
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def check_like(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], differ: str, remedy: str
+) -> None:
+    """`check_shapes` against another state dict; `differ` and `remedy` frame what it says."""
+    try:
+        check_shapes(state, shapes_of(expected))
+    except MissingInputError as error:
+        raise MissingInputError(f"{differ}: {error}\n{remedy}") from error
+
+
 def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises MissingInputError naming the first differences of names, shapes or kinds."""
     problems = differences(state, expected)

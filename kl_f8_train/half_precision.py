@@ -23,7 +23,6 @@ from kl_f8_train.units import counted
 LIMIT = torch.finfo(torch.float16).max  # 65504
 COUNT = 3
 SHIPPED = ("astronaut.png", "chelsea.png", "coffee.png")
-State = dict[str, Tensor]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from kl_f8_train.checkpoint import frozen_sha256
 from kl_f8_train.config import Config
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.finetuner import Finetuner
-from kl_f8_train.formats import check_shapes
+from kl_f8_train.formats import check_like
 
 FORMAT = "kl_f8_train.checkpoint.1"
 OPTIMIZERS = ("decoder", "discriminator")
@@ -119,14 +119,12 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: checkpoint.C
     """
     tensors, metadata = contents.tensors, contents.metadata
     networks = {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}
-    own = finetuner.state_dict()
-    try:
-        check_shapes(networks, {key: tuple(value.shape) for key, value in own.items()})
-    except MissingInputError as error:
-        raise MissingInputError(
-            f"{contents.path} does not fit this run's networks: {error}\nA run keeps its networks; "
-            f"for others start a new run_dir, with init.weights={contents.path}"
-        ) from error
+    differ = f"{contents.path} does not fit this run's networks"
+    remedy = (
+        "A run keeps its networks; for others start a new run_dir, with init.weights="
+        f"{contents.path}"
+    )
+    check_like(networks, finetuner.state_dict(), differ, remedy)
     finetuner.load_state_dict(networks, strict=True)
     for name, optimizer in zip(OPTIMIZERS, optimizers, strict=False):
         _restore_optimizer(name, optimizer, finetuner, tensors)

@@ -43,7 +43,7 @@ from kl_f8_train.data import (
 from kl_f8_train.discriminator import Discriminator, initialize
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.finetuner import Finetuner, build_optimizers
-from kl_f8_train.formats import State, check_shapes
+from kl_f8_train.formats import State, check_like
 from kl_f8_train.model import AutoencoderKL
 from kl_f8_train.plan import Plan
 from kl_f8_train.processes import SRUN, TORCHRUN, launched, tell
@@ -252,16 +252,7 @@ def check_model(settings: Config, path: Path, weights: State) -> None:
     with torch.device("meta"):
         expected = AutoencoderKL(**asdict(settings.model))
     remedy = "Give other weights, or set model.* as theirs"
-    _check_like(expected, weights, f"{path} and the recipe's model differ", remedy)
-
-
-def _check_like(expected: torch.nn.Module, weights: State, differ: str, remedy: str) -> None:
-    """Raises MissingInputError if weights do not have a network's names and shapes."""
-    shapes = {key: tuple(value.shape) for key, value in expected.state_dict().items()}
-    try:
-        check_shapes(weights, shapes)
-    except MissingInputError as error:
-        raise MissingInputError(f"{differ}: {error}\n{remedy}") from error
+    check_like(weights, expected.state_dict(), f"{path} and the recipe's model differ", remedy)
 
 
 def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) -> None:
@@ -271,7 +262,7 @@ def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) 
     if weights:
         differ = f"{settings.init.weights}: its discriminator and the recipe's differ"
         remedy = "Set adversarial.ndf and adversarial.n_layers as the file's"
-        _check_like(finetuner.discriminator, weights, differ, remedy)
+        check_like(weights, finetuner.discriminator.state_dict(), differ, remedy)
         finetuner.discriminator.load_state_dict(weights)
         return
     finetuner.warmup_left = settings.adversarial.warmup_iterations
