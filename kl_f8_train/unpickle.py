@@ -11,6 +11,7 @@ kl-f8.zip is. Opcodes are those of Python's pickle protocols 2 to 5, pickletools
 import io
 import math
 import mmap
+import pickle
 import shutil
 import struct
 import tempfile
@@ -359,101 +360,126 @@ class _Stub:
     """Stands where another object stood."""
 
 
-class _Pickle:
-    """Interprets pickles as data, one after the other; counts what they cost."""
+class _Counted(dict[int, Any]):
+    """The opcodes that are read; counts how many were."""
 
-    def __init__(self, data: bytes | mmap.mmap) -> None:
-        self.data, self.position, self.left = data, 0, OPERATIONS
-        self.stubbed: set[str] = set()
-        self.storages: dict[str, _Storage] = {}
+    left = OPERATIONS
 
-    def load(self) -> Any:
-        """The next object; raises MissingInputError at a foreign name, ValueError if broken."""
-        self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-        while (code := self._take(1)) != b".":
-            self._spend(1)
-            if code not in _ACTIONS:
-                raise ValueError(f"pickle opcode {code!r} at byte {self.position:,}")
-            _ACTIONS[code](self)
-        return self.stack.pop()
-
-    def _spend(self, operations: int) -> None:
-        self.left -= operations
+    def __getitem__(self, code: int) -> Any:
+        self.left -= 1
         if self.left < 0:
             raise ValueError(f"its pickle takes more than {OPERATIONS:,} operations")
+        return super().__getitem__(code)
 
-    def _take(self, count: int) -> bytes:
+
+class _Window:
+    """The file of a pickle: reads no more than there is."""
+
+    def __init__(self, data: bytes | mmap.mmap) -> None:
+        self.data, self.position = data, 0
+
+    def read(self, count: int) -> bytes:
         end = self.position + count
-        if count < 0 or end > len(self.data):
-            raise EOFError("its pickle ends too soon")
-        if end > PICKLE_BYTES:
-            raise ValueError(f"its pickle is longer than {PICKLE_BYTES:,} bytes")
-        piece = self.data[self.position : end]
-        self.position = end
+        if not 0 <= count or end > len(self.data) or end > PICKLE_BYTES:
+            raise EOFError("its pickle ends too soon, or is too long")
+        piece, self.position = self.data[self.position : end], end
         return piece
 
-    def _number(self, kind: str) -> Any:
-        return struct.unpack(kind, self._take(struct.calcsize(kind)))[0]
-
-    def _line(self) -> str:
+    def readline(self) -> bytes:
         end = self.data.find(b"\n", self.position, self.position + 1000)
-        if end < 0:
-            raise ValueError("a name without an end")
-        return self._take(end + 1 - self.position)[:-1].decode()
+        return self.read(end + 1 - self.position)
 
-    def _replace(self, count: int, make: Callable[..., Any]) -> None:
-        """Takes `count` objects from the stack and puts back what `make` makes of them."""
-        if len(self.stack) < count:
-            raise ValueError("its pickle takes what is not there")
-        objects = self.stack[len(self.stack) - count :]
-        del self.stack[len(self.stack) - count :]
-        self.stack.append(make(*objects))
 
-    def _mark(self) -> None:
-        if len(self.marked) > DEPTH:
-            raise ValueError(f"its pickle is nested more than {DEPTH} deep")
-        self.marked.append(self.stack)
-        self.stack = []
+class _Pickle(pickle._Unpickler):  # type: ignore[name-defined]
+    """Python's own reader of pickles, in Python, without its calls, names and hashes."""
 
-    def _to_mark(self) -> list[Any]:
-        items = self.stack
-        self.stack = self.marked.pop()
-        return items
-
-    def _name(self, module: Any, name: Any) -> _Name:
-        """A name on the list; another raises MissingInputError."""
-        if type(module) is not str or type(name) is not str:
-            raise ValueError("a class whose name is no text")
-        full = f"{module}.{name}".replace("__builtin__.", "builtins.", 1)[:300]
-        if full in PLAIN:
-            return _Name(full)
-        if full in STUBBED or full.split(".")[0] in STUBBED_PACKAGES:
-            self.stubbed.add(full)
-            return _Name(full)
-        raise MissingInputError(
-            f"the file asks to run {full}, which is neither a tensor nor a known training "
-            "object; it is refused. Get the weights as .safetensors"
+    def __init__(self, data: bytes | mmap.mmap) -> None:
+        self.window = _Window(data)
+        super().__init__(self.window, encoding="utf-8", errors="replace")
+        self.stubbed: set[str] = set()
+        self.storages: dict[str, _Storage] = {}
+        self.dispatch = _Counted(
+            {code: getattr(type(self), f.__name__) for code, f in READ.items()}
         )
 
-    def _make(self, name: Any, arguments: Any, *_: Any) -> Any:
-        """What a call of `name` would have made, if it is a tensor or a dict."""
+    @property
+    def position(self) -> int:
+        return self.window.position
+
+    def load(self) -> Any:
+        self.memo = {}
+        return super().load()
+
+    def load_mark(self) -> None:
+        if len(self.metastack) > DEPTH:
+            raise ValueError(f"its pickle is nested more than {DEPTH} deep")
+        super().load_mark()
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A name on the list; another raises MissingInputError."""
+        full = f"{module}.{name}".replace("__builtin__.", "builtins.", 1)[:300]
+        if full not in PLAIN:
+            if full not in STUBBED and full.split(".")[0] not in STUBBED_PACKAGES:
+                raise MissingInputError(
+                    f"the file asks to run {full}, which is neither a tensor nor a known training "
+                    "object; it is refused. Get the weights as .safetensors"
+                )
+            self.stubbed.add(full)
+        return _Name(full)
+
+    def load_reduce(self) -> None:
+        """What a call would have made, if it is a tensor or a dict."""
+        arguments, name = self.stack.pop(), self.stack.pop()
         if not isinstance(name, _Name) or not isinstance(arguments, tuple):
             raise ValueError("its pickle calls what is no class")
         if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-            return View(*arguments[:4])
-        if name == "torch._utils._rebuild_parameter":
-            return arguments[0]
-        if name == "collections.OrderedDict":
+            made: Any = View(*arguments[:4])
+        elif name == "torch._utils._rebuild_parameter":
+            made = arguments[0]
+        elif name == "collections.OrderedDict":
             pairs = arguments[0] if arguments else []  # filled where Python 2 wrote it
-            self._spend(len(pairs))
+            self.dispatch.left -= len(pairs)
             if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs):
                 raise ValueError("a dict of what are no pairs")
-            return {key: value for key, value in pairs if type(key) in (str, int)}
-        return _Stub()
+            made = {key: value for key, value in pairs if type(key) in (str, int)}
+        else:
+            made = _Stub()
+        self.append(made)
 
-    def _storage(self, described: Any) -> _Storage:
+    load_newobj = load_reduce
+
+    def load_newobj_ex(self) -> None:
+        self.stack.pop()
+        self.load_reduce()
+
+    def load_build(self) -> None:
+        self.stack.pop()  # the state is left out
+
+    def load_setitem(self) -> None:
+        self._set([self.stack.pop(-2), self.stack.pop()])
+
+    def load_setitems(self) -> None:
+        self._set(self.pop_mark())
+
+    def _set(self, items: list[Any]) -> None:
+        if isinstance(self.stack[-1], dict):
+            pairs = zip(items[::2], items[1::2], strict=True)
+            self.stack[-1].update({key: value for key, value in pairs if type(key) in (str, int)})
+
+    def load_append(self) -> None:
+        self._extend([self.stack.pop()])
+
+    def load_appends(self) -> None:
+        self._extend(self.pop_mark())
+
+    def _extend(self, items: list[Any]) -> None:
+        if isinstance(self.stack[-1], list):
+            self.stack[-1].extend(items)
+
+    load_empty_set, load_additems = pickle._Unpickler.load_empty_list, load_appends  # type: ignore
+    load_frozenset = pickle._Unpickler.load_list  # type: ignore[attr-defined]
+
+    def persistent_load(self, described: Any) -> _Storage:
         if not (isinstance(described, tuple) and described[0] == "storage"):
             raise ValueError("it refers to something that is no storage")
         _, kind, key, _, count, *views = described
@@ -465,110 +491,6 @@ class _Pickle:
         self.storages.setdefault(key, storage)
         return storage
 
-    def _extend(self) -> None:
-        items = self._to_mark()
-        if isinstance(self.stack[-1], list):
-            self.stack[-1].extend(items)
 
-    def _append(self, target: Any, item: Any) -> Any:
-        if isinstance(target, list):
-            target.append(item)
-        return target
-
-    def _set_items(self, target: Any, *items: Any) -> Any:
-        if isinstance(target, dict):
-            pairs = zip(items[::2], items[1::2], strict=True)
-            target.update({key: value for key, value in pairs if type(key) in (str, int)})
-        return target
-
-    def _set_marked(self) -> None:
-        items = self._to_mark()
-        self.stack[-1] = self._set_items(self.stack[-1], *items)
-
-
-Action = Callable[[_Pickle], object]
-
-
-def _push(value: Callable[[_Pickle], Any]) -> Action:
-    return lambda p: p.stack.append(value(p))
-
-
-def _counted(kind: str) -> Callable[[_Pickle], bytes]:
-    return lambda p: p._take(p._number(kind))
-
-
-def _text(kind: str) -> Action:
-    return lambda p: p.stack.append(p._take(p._number(kind)).decode(errors="replace"))
-
-
-def _put(kind: str) -> Action:
-    return lambda p: p.memo.update({p._number(kind): p.stack[-1]})
-
-
-def _from_mark(make: Callable[[list[Any]], Any]) -> Action:
-    def act(pickle: _Pickle) -> None:
-        items = pickle._to_mark()
-        pickle.stack.append(make(items))
-
-    return act
-
-
-def _from_stack(count: int, make: str) -> Action:
-    return lambda p: p._replace(count, getattr(p, make))
-
-
-def _tuple(count: int) -> Action:
-    return lambda p: p._replace(count, lambda *items: items)
-
-
-_ACTIONS: dict[bytes, Action] = {
-    b"\x80": lambda p: p._take(1),  # PROTO
-    b"\x95": lambda p: p._take(8),  # FRAME
-    b"(": _Pickle._mark,
-    b"0": lambda p: p.stack.pop() if p.stack else p._to_mark(),
-    b"1": _Pickle._to_mark,
-    b"2": _push(lambda p: p.stack[-1]),
-    b"N": _push(lambda p: None),
-    b"\x88": _push(lambda p: True),
-    b"\x89": _push(lambda p: False),
-    b"K": _push(lambda p: p._number("<B")),
-    b"M": _push(lambda p: p._number("<H")),
-    b"J": _push(lambda p: p._number("<i")),
-    b"G": _push(lambda p: p._number(">d")),
-    b"\x8a": _push(lambda p: int.from_bytes(_counted("<B")(p), "little", signed=True)),
-    b"C": _push(_counted("<B")),
-    b"B": _push(_counted("<I")),
-    b"\x8e": _push(_counted("<Q")),
-    b"\x96": _push(_counted("<Q")),  # BYTEARRAY8
-    b"\x8c": _text("<B"),
-    b"X": _text("<I"),
-    b"\x8d": _text("<Q"),
-    b"U": _text("<B"),  # Python 2's str
-    b"T": _text("<i"),
-    b"q": _put("<B"),
-    b"r": _put("<I"),
-    b"\x94": lambda p: p.memo.update({len(p.memo): p.stack[-1]}),  # MEMOIZE
-    b"h": _push(lambda p: p.memo[p._number("<B")]),
-    b"j": _push(lambda p: p.memo[p._number("<I")]),
-    b")": _push(lambda p: ()),
-    b"t": _from_mark(tuple),
-    b"\x85": _tuple(1),
-    b"\x86": _tuple(2),
-    b"\x87": _tuple(3),
-    b"]": _push(lambda p: []),
-    b"a": _from_stack(2, "_append"),
-    b"e": _Pickle._extend,
-    b"\x8f": _push(lambda p: []),  # EMPTY_SET: a list, so that nothing is hashed
-    b"\x90": _Pickle._extend,  # ADDITEMS
-    b"\x91": _from_mark(list),  # FROZENSET
-    b"}": _push(lambda p: {}),
-    b"s": _from_stack(3, "_set_items"),
-    b"u": _Pickle._set_marked,
-    b"c": _push(lambda p: p._name(p._line(), p._line())),
-    b"\x93": _from_stack(2, "_name"),
-    b"R": _from_stack(2, "_make"),
-    b"\x81": _from_stack(2, "_make"),  # NEWOBJ
-    b"\x92": _from_stack(3, "_make"),  # NEWOBJ_EX
-    b"b": lambda p: p._replace(2, lambda target, state: target),  # BUILD: the state is left out
-    b"Q": _from_stack(1, "_storage"),  # BINPERSID
-}
+REFUSED = {*b"iPoIJLFSVgp", 0x82, 0x83, 0x84, 0x8B, 0x97, 0x98} - {*b"J"}
+READ = {code: f for code, f in pickle._Unpickler.dispatch.items() if code not in REFUSED}  # type: ignore
