@@ -10,21 +10,19 @@ A training checkpoint is a safetensors file: tensors named `autoencoder.*`, `ema
 import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import os
-import pickle
 import re
 import secrets
 import socket
 import struct
 import tempfile
 import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -317,70 +315,33 @@ def write_safetensors(
 
 
 def write_torch(path: Path, contents: Mapping[str, Any]) -> None:
-    """Writes a torch zip with only the records of torch 1.6, which strict loaders demand.
-
-    Tensors go to the file one by one; each is stored whole, also a view of another.
-    """
-    pickled = io.BytesIO()
-    pickler = _TensorPickler(pickled, protocol=2)
-    pickler.dump(dict(contents))
-    with (
-        atomic_path(path) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as target,
-    ):
-        _write_aligned(target, "archive/data.pkl", pickled.getvalue())
-        for number, tensor in enumerate(pickler.tensors):
-            _write_aligned(target, f"archive/data/{number}", tensor_bytes(tensor))
-        _write_aligned(target, "archive/version", b"3\n")
+    """Writes a torch zip with only the records of torch 1.6, which strict loaders demand."""
+    with atomic_path(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as whole:
+        torch.save(_plain(contents), whole)
+        with zipfile.ZipFile(whole) as source, zipfile.ZipFile(temporary, "w") as target:
+            for entry in source.infolist():
+                if TORCH_1_6.fullmatch(entry.filename):
+                    target.writestr(aligned(target, entry.filename), source.read(entry))
 
 
-class _Stored(NamedTuple):
-    """What torch's pickles hold in a tensor's place: the record of its numbers."""
-
-    kind: type
-    record: str
-    numbers: int
-
-
-class _TensorPickler(pickle.Pickler):
-    """Pickles as torch.save does, and keeps the tensors, whose bytes belong in other records."""
-
-    def __init__(self, file: io.BytesIO, protocol: int) -> None:
-        super().__init__(file, protocol)
-        self.tensors: list[Tensor] = []
-
-    def reducer_override(self, value: Any) -> Any:
-        """A tensor as a call of torch's rebuilding function; anything else as usual."""
-        if not isinstance(value, Tensor):
-            return NotImplemented
-        stored = _Stored(STORAGES[value.dtype], str(len(self.tensors)), value.numel())
-        self.tensors.append(value.detach())
-        shape = tuple(value.shape)
-        strides = torch.empty(shape, device="meta").stride()  # contiguous
-        hooks: dict[str, Any] = OrderedDict()
-        return torch._utils._rebuild_tensor_v2, (stored, 0, shape, strides, False, hooks)
-
-    def persistent_id(self, value: Any) -> Any:
-        """torch's words for a record."""
-        if isinstance(value, _Stored):
-            return ("storage", value.kind, value.record, "cpu", value.numbers)
-        return None
+def _plain(value: Any) -> Any:
+    """Tensors with memory of their own: torch.save stores a view's whole storage."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu().contiguous()
+    whole = value.untyped_storage().nbytes() == value.nbytes
+    return value if whole else value.clone()
 
 
-STORAGES: dict[torch.dtype, type] = {
-    dtype: getattr(torch, name) for name, dtype in unpickle.DTYPES.items()
-}
+TORCH_1_6 = re.compile(r"[^/]+/(data/\d+|data\.pkl|version)")
 
 
 def tensor_bytes(tensor: Tensor) -> Any:
     """The numbers of a tensor in order, as bytes; copied only if they do not lie so."""
     plain = tensor.detach().cpu().contiguous()
     return plain.flatten().view(torch.uint8).numpy()
-
-
-def _write_aligned(target: zipfile.ZipFile, name: str, data: Any) -> None:
-    """Stores a record with its data at a multiple of 64 bytes, so that torch can map it."""
-    target.writestr(aligned(target, name), data)
 
 
 def aligned(target: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
