@@ -11,11 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from kl_f8_train.errors import MissingInputError
 
@@ -194,33 +194,16 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """BCa interval of the mean of (N,) values at LEVEL; the same for the same values."""
     mean = float(differences.mean())
-    centred = differences - mean
-    squares = float(np.square(centred).sum())
+    squares = float(np.square(differences - mean).sum())
     if squares <= (1e-12 * mean) ** 2:  # all alike
         return mean, mean
-    means = _resampled_means(differences, resamples, seed)
-    normal = NormalDist()
-    below = float((means < mean).mean() + 0.5 * (means == mean).mean())
-    bias = normal.inv_cdf(min(max(below, 0.5 / resamples), 1 - 0.5 / resamples))
-    acceleration = float((centred**3).sum()) / (6.0 * squares**1.5)
-
-    def share(level: float) -> float:
-        z = bias + normal.inv_cdf(level)
-        return normal.cdf(bias + z / (1.0 - acceleration * z))
-
-    tail = (1.0 - LEVEL) / 2.0
-    low, high = np.quantile(means, [share(tail), share(1.0 - tail)])
-    return float(low), float(high)
-
-
-def _resampled_means(values: Values, resamples: int, seed: int) -> Values:
-    """(resamples,) means of N values drawn with replacement, in pieces of 16 MiB."""
-    random = np.random.default_rng(seed)
-    piece = max(1, 2**21 // len(values))
-    sizes = [min(piece, resamples - start) for start in range(0, resamples, piece)]
-    return np.concatenate(
-        [
-            values[random.integers(0, len(values), (size, len(values)))].mean(axis=1)
-            for size in sizes
-        ]
-    )
+    found = stats.bootstrap(
+        (differences,),
+        np.mean,
+        n_resamples=resamples,
+        batch=max(1, 2**21 // len(differences)),  # in pieces of 16 MiB
+        confidence_level=LEVEL,
+        method="BCa",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
