@@ -4,13 +4,14 @@ A recipe is one complete YAML file. A number that defines a recipe has no defaul
 (`MISSING`): the file must state it. Machine settings have defaults, and may change on resume.
 """
 
+import contextlib
 import difflib
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -24,9 +25,20 @@ from kl_f8_train.errors import MissingInputError, UsageError
 SHIPPED = tuple(folder / "configs" for folder in Path(__file__).parents[:2])  # installed, cloned
 
 
-def setting(doc: str, default: Any = MISSING, *, machine: bool = False) -> Any:
-    """A field with its meaning and unit; `machine` marks what may change on resume."""
-    metadata = {"doc": doc, "machine": machine}
+ABOVE_0, BELOW_1, ANY = math.ulp(0.0), math.nextafter(1.0, 0.0), sys.float_info.max
+ITERATIONS = 10**9 - 1  # a checkpoint's name has nine digits
+IMAGES, PIXELS, CHANNELS, MOST_LEVELS = 10**6, 2**16, 2048, 8  # beyond any use
+Bounds = tuple[float, float]
+
+
+def setting(
+    doc: str, default: Any = MISSING, *, machine: bool = False, bounds: Bounds | None = None
+) -> Any:
+    """A field with its meaning and unit; `machine` marks what may change on resume.
+
+    `bounds` are the least and the largest number, of each number in a list.
+    """
+    metadata = {"doc": doc, "machine": machine, "bounds": bounds}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -42,7 +54,9 @@ class Init:
     weights: str = setting(
         "file, diffusers folder, run directory or hub id of the VAE to start from", machine=True
     )
-    iteration: int | None = setting("iteration of these weights; null: as the file says")
+    iteration: int | None = setting(
+        "iteration of these weights; null: as the file says", bounds=(0, ITERATIONS)
+    )
     select: Literal["ema", "raw"] = setting("which weights of a training checkpoint", "ema")
 
 
@@ -50,11 +64,18 @@ class Init:
 class Model:
     """AutoencoderKL's shape, in the original's names."""
 
-    ch: int = setting("channels at full resolution")
-    ch_mult: list[int] = setting("channel multiplier of each level")
-    num_res_blocks: int = setting("residual blocks per encoder level (the decoder has one more)")
-    z_channels: int = setting("channels of the encoder's output (doubled: mean and log variance)")
-    embed_dim: int = setting("channels of the latents")
+    ch: int = setting("channels at full resolution", bounds=(1, CHANNELS))
+    ch_mult: list[int] = setting("channel multiplier of each level", bounds=(1, 64))
+    num_res_blocks: int = setting(
+        "residual blocks per encoder level (the decoder has one more)", bounds=(1, 64)
+    )
+    z_channels: int = setting(
+        "channels of the encoder's output (doubled: mean and log variance)", bounds=(1, CHANNELS)
+    )
+    embed_dim: int = setting("channels of the latents", bounds=(1, CHANNELS))
+    norm_num_groups: int = setting(
+        "groups of every GroupNorm (the original: 32)", 32, bounds=(1, CHANNELS)
+    )
 
 
 KL_F8 = Model(ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=4, embed_dim=4)
@@ -66,7 +87,9 @@ class Loss:
 
     pixel: Literal["l1", "mse"] = setting("pixel term: |x - y| or (x - y)^2")
     perceptual: Literal["lpips_vgg", "st_lpips_alex"] = setting("the frozen perceptual network")
-    perceptual_weight: float = setting("weight of the perceptual term, per pixel and channel")
+    perceptual_weight: float = setting(
+        "weight of the perceptual term, per pixel and channel", bounds=(0, ANY)
+    )
     learn_logvar: bool = setting("train the loss's log variance (the original's stays 0)", False)
     perceptual_weights: str | None = setting(
         "VGG16 features file; null: where `kl-f8-train fetch` put it", None, machine=True
@@ -78,12 +101,16 @@ class Loss:
 class Adversarial:
     """The discriminator and its hinge loss."""
 
-    weight: float = setting("factor on the adaptive weight (disc_weight)")
-    start_iteration: int = setting("first iteration with the adversarial term (disc_start)")
-    warmup_iterations: int = setting("discriminator-only iterations first, if the file has none")
-    ndf: int = setting("channels of the discriminator's first convolution")
-    n_layers: int = setting("strided convolutions in the discriminator")
-    max_weight: float = setting("upper clamp of the adaptive weight", 1e4)
+    weight: float = setting("factor on the adaptive weight (disc_weight)", bounds=(0, ANY))
+    start_iteration: int = setting(
+        "first iteration with the adversarial term (disc_start)", bounds=(0, ITERATIONS)
+    )
+    warmup_iterations: int = setting(
+        "discriminator-only iterations first, if the file has none", bounds=(0, ITERATIONS)
+    )
+    ndf: int = setting("channels of the discriminator's first convolution", bounds=(1, CHANNELS))
+    n_layers: int = setting("strided convolutions in the discriminator", bounds=(1, 16))
+    max_weight: float = setting("upper clamp of the adaptive weight", 1e4, bounds=(ABOVE_0, ANY))
     sync_batchnorm: bool = setting("batch statistics over all GPUs (the original: per GPU)", False)
     per_gpu_weight: bool = setting("adaptive weight per GPU as in the original", False)
     run_before_start: bool = setting("run the discriminator before start, as the original", False)
@@ -93,16 +120,18 @@ class Adversarial:
 class Optimizer:
     """Adam, one for the decoder and one for the discriminator."""
 
-    learning_rate: float = setting("absolute, per decoder update; nothing scales it")
-    betas: list[float] = setting("Adam's two decays")
-    eps: float = setting("Adam's epsilon")
+    learning_rate: float = setting(
+        "absolute, per decoder update; nothing scales it", bounds=(ABOVE_0, ANY)
+    )
+    betas: list[float] = setting("Adam's two decays", bounds=(0, BELOW_1))
+    eps: float = setting("Adam's epsilon", bounds=(ABOVE_0, ANY))
 
 
 @dataclass(kw_only=True)
 class Ema:
     """Moving average of the decoder and post_quant_conv."""
 
-    decay: float = setting("share kept at each update")
+    decay: float = setting("share kept at each update", bounds=(0, BELOW_1))
     warmup: bool = setting("decay grows as (1 + n) / (10 + n); forgets the start", False)
 
 
@@ -113,7 +142,9 @@ class Source:
     shards: str = setting(
         "shards: brace pattern, glob, directory, .tar, list file, address; or a folder of images"
     )
-    weight: float = setting("share in every batch, relative to the other sources", 1.0)
+    weight: float = setting(
+        "share in every batch, relative to the other sources", 1.0, bounds=(ABOVE_0, 10**6)
+    )
     filters: list[str] = setting("conditions on an image's metadata, such as 'width >= 256'", list)
 
 
@@ -122,14 +153,18 @@ class Data:
     """What the images are and how they are cut."""
 
     sources: dict[str, Source] = setting("name -> source")
-    shorter_side: int | None = setting("bicubic resize of the shorter side, in pixels; null: none")
-    crop: int = setting("random square crop, in pixels; a multiple of 8")
+    shorter_side: int | None = setting(
+        "bicubic resize of the shorter side, in pixels; null: none", bounds=(1, PIXELS)
+    )
+    crop: int = setting("random square crop, in pixels; a multiple of 8", bounds=(1, PIXELS))
     flip: bool = setting("mirror every other image, at random (the original does not)", False)
     draft: bool = setting("decode JPEGs at reduced size: faster, slightly other pixels", False)
-    lanes: int = setting("parallel lanes of the plan, at most", 48)
-    max_bad_share: float = setting("share of bad images that stops a run, from 1,000 on", 0.1)
+    lanes: int = setting("parallel lanes of the plan, at most", 48, bounds=(1, IMAGES))
+    max_bad_share: float = setting(
+        "share of bad images that stops a run, from 1,000 on", 0.1, bounds=(ABOVE_0, 1)
+    )
     bad_shards: Literal["stop", "skip"] = setting("what a truncated shard does at start", "stop")
-    workers: int = setting("loader processes per GPU", 4, machine=True)
+    workers: int = setting("loader processes per GPU", 4, machine=True, bounds=(0, 256))
     index_dir: str | None = setting(
         "where indexes are kept; null: beside the shards, or in the user's cache",
         None,
@@ -138,7 +173,9 @@ class Data:
     cache_dir: str | None = setting(
         "node-local directory for remote shards; null: in the user's cache", None, machine=True
     )
-    cache_gib: float = setting("size of that directory at most, in GiB", 100.0, machine=True)
+    cache_gib: float = setting(
+        "size of that directory at most, in GiB", 100.0, machine=True, bounds=(ABOVE_0, 10**9)
+    )
 
 
 @dataclass(kw_only=True)
@@ -146,12 +183,19 @@ class Compute:
     """The machine. May change on resume."""
 
     accelerator: Literal["auto", "cpu", "cuda"] = setting("device kind", "auto", machine=True)
-    devices: int | None = setting("GPUs per node; null: all", None, machine=True)
-    num_nodes: int | None = setting("nodes; null: as torchrun or SLURM says", None, machine=True)
-    per_device_batch: int | None = setting(
-        "images per GPU and micro-batch; null: the largest divisor up to 12", None, machine=True
+    devices: int | None = setting("GPUs per node; null: all", None, machine=True, bounds=(1, 1000))
+    num_nodes: int | None = setting(
+        "nodes; null: as torchrun or SLURM says", None, machine=True, bounds=(1, 10_000)
     )
-    timeout_minutes: float = setting("a silent rank is an error after this", 10.0, machine=True)
+    per_device_batch: int | None = setting(
+        "images per GPU and micro-batch; null: the largest divisor up to 12",
+        None,
+        machine=True,
+        bounds=(1, IMAGES),
+    )
+    timeout_minutes: float = setting(
+        "a silent rank is an error after this", 10.0, machine=True, bounds=(ABOVE_0, 10**6)
+    )
     channels_last: bool | None = setting(
         "networks and images as NHWC in memory; null: on CUDA", None, machine=True
     )
@@ -165,6 +209,7 @@ class Compute:
         "instead of kept",
         0,
         machine=True,
+        bounds=(0, MOST_LEVELS),
     )
     compile: bool | None = setting(
         "torch.compile the networks; null: on CUDA, where a C compiler is found",
@@ -177,9 +222,12 @@ class Compute:
 class Log:
     """What a run tells."""
 
-    every: int = setting("iterations between log lines", 50, machine=True)
+    every: int = setting("iterations between log lines", 50, machine=True, bounds=(1, ITERATIONS))
     pictures_every: int = setting(
-        "iterations between validations on fixed photographs; 0: none", 1000, machine=True
+        "iterations between validations on fixed photographs; 0: none",
+        1000,
+        machine=True,
+        bounds=(0, ITERATIONS),
     )
     pictures: str | None = setting(
         "folder of fixed photographs, held out; null: the first of the data", None, machine=True
@@ -194,9 +242,13 @@ class Log:
 class Checkpoint:
     """When the state is written, and what is kept."""
 
-    every: int = setting("iterations between checkpoints", 1000, machine=True)
-    keep_last: int = setting("newest checkpoints kept", 2, machine=True)
-    keep_every: int = setting("checkpoints at its multiples stay; 0: none", 50000, machine=True)
+    every: int = setting(
+        "iterations between checkpoints", 1000, machine=True, bounds=(1, ITERATIONS)
+    )
+    keep_last: int = setting("newest checkpoints kept", 2, machine=True, bounds=(1, ITERATIONS))
+    keep_every: int = setting(
+        "checkpoints at its multiples stay; 0: none", 50000, machine=True, bounds=(0, ITERATIONS)
+    )
 
 
 @dataclass(kw_only=True)
@@ -205,12 +257,18 @@ class Config:
 
     name: str = setting("name of the run and of its exported files")
     run_dir: str = setting("directory of the run", machine=True)
-    stop_iteration: int = setting("iteration at which the run ends", machine=True)
-    global_batch: int = setting("images per iteration, over all GPUs and micro-batches")
-    seed: int = setting("seed of order, crops and noise", 0)
+    stop_iteration: int = setting(
+        "iteration at which the run ends", machine=True, bounds=(1, ITERATIONS)
+    )
+    global_batch: int = setting(
+        "images per iteration, over all GPUs and micro-batches", bounds=(1, IMAGES)
+    )
+    seed: int = setting("seed of order, crops and noise", 0, bounds=(0, 2**63 - 1))
     precision: Literal["float32", "bfloat16"] = setting("autocast type; weights stay float32")
     second_forward: bool = setting("the original's second pass for the discriminator", False)
-    max_bad_updates: int = setting("non-finite updates in a row before the run stops", 10)
+    max_bad_updates: int = setting(
+        "non-finite updates in a row before the run stops", 10, bounds=(1, ITERATIONS)
+    )
     init: Init = setting("start", Init)
     model: Model = setting("network", Model)
     loss: Loss = setting("reconstruction loss", Loss)
@@ -223,49 +281,76 @@ class Config:
     checkpoint: Checkpoint = setting("checkpoints", Checkpoint)
 
 
-ABOVE_0, BELOW_1, ANY = math.ulp(0.0), math.nextafter(1.0, 0.0), sys.float_info.max
-ITERATIONS = 10**9 - 1  # a checkpoint's name has nine digits
-IMAGES, PIXELS, CHANNELS, MOST_LEVELS = 10**6, 2**16, 2048, 8  # beyond any use
-BOUNDS: dict[str, tuple[float, float]] = {  # of every number, and of each number in a list
-    "stop_iteration": (1, ITERATIONS),
-    "global_batch": (1, IMAGES),
-    "seed": (0, 2**63 - 1),
-    "max_bad_updates": (1, ITERATIONS),
-    "init.iteration": (0, ITERATIONS),
-    "model.ch": (1, CHANNELS),
-    "model.ch_mult": (1, 64),
-    "model.num_res_blocks": (1, 64),
-    "model.z_channels": (1, CHANNELS),
-    "model.embed_dim": (1, CHANNELS),
-    "loss.perceptual_weight": (0, ANY),
-    "adversarial.weight": (0, ANY),
-    "adversarial.start_iteration": (0, ITERATIONS),
-    "adversarial.warmup_iterations": (0, ITERATIONS),
-    "adversarial.ndf": (1, CHANNELS),
-    "adversarial.n_layers": (1, 16),
-    "adversarial.max_weight": (ABOVE_0, ANY),
-    "optimizer.learning_rate": (ABOVE_0, ANY),
-    "optimizer.betas": (0, BELOW_1),
-    "optimizer.eps": (ABOVE_0, ANY),
-    "ema.decay": (0, BELOW_1),
-    "data.sources.NAME.weight": (ABOVE_0, 10**6),
-    "data.shorter_side": (1, PIXELS),
-    "data.crop": (1, PIXELS),
-    "data.lanes": (1, IMAGES),
-    "data.max_bad_share": (ABOVE_0, 1),
-    "data.workers": (0, 256),
-    "data.cache_gib": (ABOVE_0, 10**9),
-    "compute.devices": (1, 1000),
-    "compute.num_nodes": (1, 10_000),
-    "compute.per_device_batch": (1, IMAGES),
-    "compute.timeout_minutes": (ABOVE_0, 10**6),
-    "compute.checkpoint_levels": (0, MOST_LEVELS),
-    "log.every": (1, ITERATIONS),
-    "log.pictures_every": (0, ITERATIONS),
-    "checkpoint.every": (1, ITERATIONS),
-    "checkpoint.keep_last": (1, ITERATIONS),
-    "checkpoint.keep_every": (0, ITERATIONS),
-}
+# --- one table of all settings --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A dotted key, or a group of them; the name of a source in it is NAME."""
+
+    kind: Any  # declared type, without None
+    nullable: bool
+    default: Any
+    doc: str
+    machine: bool
+    bounds: Bounds | None
+
+    @property
+    def is_group(self) -> bool:
+        """Whether there are keys below it."""
+        return is_dataclass(self.kind) or get_origin(self.kind) is dict
+
+    @property
+    def type_name(self) -> str:
+        """For people."""
+        if get_origin(self.kind) is Literal:
+            name = " | ".join(get_args(self.kind))
+        else:
+            name = self.kind.__name__ if isinstance(self.kind, type) else str(self.kind)
+        name = str(self.kind) if get_origin(self.kind) is list else name
+        return f"{name} | null" if self.nullable else name
+
+
+def _settings(kind: Any, prefix: str = "") -> Iterator[tuple[str, Setting]]:
+    """(key, setting) of a dataclass and all below it, in the order of the declaration."""
+    hints = get_type_hints(kind)
+    for item in fields(kind):
+        declared, nullable = hints[item.name], False
+        if get_origin(declared) in (Union, UnionType):
+            declared = next(arg for arg in get_args(declared) if arg is not NoneType)
+            nullable = True
+        default = "" if item.default is NO_DEFAULT else item.default
+        found = Setting(declared, nullable, default, **item.metadata)
+        yield f"{prefix}{item.name}", found
+        inner = declared
+        if get_origin(declared) is dict:
+            inner, prefix_below = get_args(declared)[1], f"{prefix}{item.name}.NAME"
+            yield prefix_below, replace(found, kind=inner)
+        else:
+            prefix_below = f"{prefix}{item.name}"
+        if is_dataclass(inner):
+            yield from _settings(inner, f"{prefix_below}.")
+
+
+SETTINGS = dict(_settings(Config))
+BOUNDS = {key: found.bounds for key, found in SETTINGS.items() if found.bounds}
+
+
+def setting_of(key: str) -> Setting | None:
+    """What is known of a dotted key; None if there is no such key."""
+    source = re.match(r"data\.sources\.(.+?)(\.\w+)?$", key)
+    if source is None:
+        return SETTINGS.get(key)
+    return SETTINGS.get(f"data.sources.NAME{source[2] or ''}")
+
+
+def schema() -> list[tuple[str, str, str, str]]:
+    """Rows (key, type, default, meaning) of every setting."""
+    return [
+        (key, s.type_name, "in the recipe" if s.default == MISSING else str(s.default), s.doc)
+        for key, s in SETTINGS.items()
+        if not s.is_group
+    ]
 
 
 # --- loading --------------------------------------------------------------------------------
@@ -277,14 +362,12 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     Raises MissingInputError for a missing file and UsageError for anything wrong in it.
     """
     merged = _merge(Path(path), overrides)
-    try:
+    with _in_our_words(str(path)):
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             lines = "\n".join(f"  {key}=...   {_doc(key)}" for key in missing)
             raise UsageError(f"{path}: these settings have no value yet:\n{lines}")
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UsageError(f"{path}: {_told(error)}") from error
     assert isinstance(config, Config)
     check(config)
     return config
@@ -301,19 +384,37 @@ def _merge(path: Path, overrides: list[str] | tuple[str, ...]) -> DictConfig:
     raw = _read_yaml(path)
     _expand_source_shorthand(raw, path)
     for key, value in leaves(raw):
-        declared = _without_none(_declared_type(key, where=str(path)))
-        if is_dataclass(declared) and isinstance(value, bool | int | float | str | list):
-            _parse(declared, str(value), f"{path}: {key}")
-    try:
+        if _known(key, str(path)).is_group and isinstance(value, bool | int | float | str | list):
+            _parse(key, str(value), str(path))
+    with _in_our_words(str(path)):
         merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
         assert isinstance(merged, DictConfig)
         for text in overrides:
             _override(merged, text)
         return merged
+
+
+@contextlib.contextmanager
+def _in_our_words(where: str) -> Iterator[None]:
+    """Raises omegaconf's errors as UsageError: what was got for a key, and what it takes."""
+    try:
+        yield
     except OverflowError as error:
-        raise UsageError(f"{path}: {error}; give a smaller number") from error
+        raise UsageError(f"{where}: {error}; give a smaller number") from error
     except OmegaConfBaseException as error:
-        raise UsageError(f"{path}: {_told(error)}") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        key = re.sub(r"\[\d+\]$", "", str(error.full_key or ""))
+        found = setting_of(key)
+        if found is None:
+            text = (
+                f"{f'{key}: ' * bool(key)}{reason}; `kl-f8-train config schema` lists the settings"
+            )
+        else:
+            if isinstance(error, ValidationError) and not isinstance(error, KeyValidationError):
+                reason = f"got {repr(error.value).replace('None', 'null')}"
+            expected = "a group of settings" if found.is_group else found.type_name
+            text = f"{key}: {reason}; expected {expected}: {found.doc}"
+        raise UsageError(f"{where}: {text}") from error
 
 
 def find_recipe(name: str) -> Path:
@@ -321,10 +422,8 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.suffix or path.is_file():
         return path
-    for folder in SHIPPED:
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    return path
+    shipped = (folder / f"{name}.yaml" for folder in SHIPPED)
+    return next((file for file in shipped if file.is_file()), path)
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -332,10 +431,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
     Raises UsageError if this version does not know a key, or if `name` is no file name.
     """
-    try:
+    with _in_our_words("stored configuration"):
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), dict(values)))
-    except OmegaConfBaseException as error:
-        raise UsageError(_told(error)) from error
     assert isinstance(config, Config)
     for problem in _name_problems(config.name):  # it comes from elsewhere, and becomes a path
         raise UsageError(problem)
@@ -362,7 +459,7 @@ def differences(
     return [
         f"{key}: {_shown(old)} -> {_shown(new)}"
         for key, old, new in _changes(_plain(before), _plain(after))
-        if machine or not _machine(key)
+        if machine or not ((found := setting_of(key)) and found.machine)
     ]
 
 
@@ -381,11 +478,6 @@ def _shown(value: Any) -> str:
     if not isinstance(value, Mapping):
         return str(value)
     return "{" + ", ".join(f"{key}: {_shown(inner)}" for key, inner in value.items()) + "}"
-
-
-def schema() -> list[tuple[str, str, str, str]]:
-    """Rows (key, type, default, meaning) of every setting."""
-    return list(_schema_rows(Config, ""))
 
 
 # --- checking -------------------------------------------------------------------------------
@@ -477,12 +569,12 @@ def _ranges(config: Config) -> Iterator[str]:
         yield from nested
         return
     levels = len(config.model.ch_mult)
-    bounds = {**BOUNDS, "compute.checkpoint_levels": (0, levels)}
     for key, value in values.items():
         if isinstance(value, str) and "\0" in value:
             yield f"{key}={value!r}: expected a text without a NUL byte"
-        if (declared := _declared_key(key)) in bounds and value is not None:
-            least, most = bounds[declared]
+        if (found := setting_of(key)) and found.bounds and value is not None:
+            least, most = found.bounds
+            most = levels if key == "compute.checkpoint_levels" else most
             if not all(least <= n <= most for n in (value if isinstance(value, list) else [value])):
                 yield f"{key}={value}: expected {_interval(least, most)}"
     if "per_second" in config.data.sources:
@@ -506,8 +598,9 @@ def _ranges(config: Config) -> Iterator[str]:
             f"data.shorter_side={config.data.shorter_side} is smaller than "
             f"data.crop={config.data.crop}; give at least that, or null for no resize"
         )
-    if config.model.ch % 32:
-        yield f"model.ch={config.model.ch}: expected a multiple of 32 (GroupNorm has 32 groups)"
+    groups = config.model.norm_num_groups
+    if config.model.ch % groups:
+        yield f"model.ch={config.model.ch}: expected a multiple of model.norm_num_groups={groups}"
 
 
 def _interval(least: float, most: float) -> str:
@@ -600,9 +693,8 @@ def _override(merged: DictConfig, text: str) -> None:
     key = key.strip().lstrip("-")
     if not equals or not key:
         raise UsageError(f"override {text!r}: expected key=value, such as seed=1")
-    declared = _declared_type(key, where="command line")
-    parsed = _parse(declared, value, key)
-    if declared is Source:  # data.sources.x=SHARDS leaves x's weight alone
+    parsed = _parse(key, value)
+    if _known(key).kind is Source:  # data.sources.x=SHARDS leaves x's weight alone
         key, parsed = f"{key}.shards", value
     if key.startswith("data.sources.") and OmegaConf.is_missing(merged.data, "sources"):
         merged.data.sources = {}
@@ -614,92 +706,70 @@ def _override(merged: DictConfig, text: str) -> None:
     OmegaConf.update(merged, key, parsed, force_add=True, merge=False)
 
 
-def _declared_type(key: str, *, where: str) -> Any:
-    """The type of a dotted key; UsageError with the nearest name if there is none."""
-    current: Any = Config
-    walked: list[str] = []
-    for part in key.split("."):
-        current = _without_none(current)
-        if get_origin(current) is dict:
-            current = get_args(current)[1]
-        elif is_dataclass(current) and part in (hints := get_type_hints(current)):
-            current = hints[part]
-        else:
-            names = [f.name for f in fields(current)] if is_dataclass(current) else []
-            raise UsageError(f"{where}: unknown key {key!r}{_suggestion(key, walked, names)}")
-        walked.append(part)
-    return current
-
-
-def _suggestion(key: str, walked: list[str], names: list[str]) -> str:
-    """The nearest setting or group; if none is near, what the last known group has."""
-    nearest = max(_known_keys(key), key=lambda known: _likeness(key, known))
-    if _likeness(key, nearest):
-        return f". Did you mean {nearest!r}?"
-    return f"; {'.'.join(walked) or 'the top level'} has {', '.join(names) or 'no keys below it'}"
-
-
-def _known_keys(key: str) -> Iterator[str]:
-    """Every setting and the groups above it, with the name of the source that `key` is about."""
+def _known(key: str, where: str = "command line") -> Setting:
+    """What is known of a key; UsageError with the nearest key if it is none."""
+    if found := setting_of(key):
+        return found
     source = re.match(r"data\.sources\.([^.]+)\.", key)
-    for row in schema():
-        parts = row[0].replace("NAME", source[1] if source else "NAME").split(".")
-        yield from (".".join(parts[:depth]) for depth in range(len(parts), 0, -1))
+    known = [name.replace("NAME", source[1] if source else "NAME") for name in SETTINGS]
+    nearest = max(known, key=lambda name: _likeness(key, name))
+    if _likeness(key, nearest):
+        raise UsageError(f"{where}: unknown key {key!r}. Did you mean {nearest!r}?")
+    group = key.rpartition(".")[0]
+    names = ", ".join(_below(group)) or "no keys below it"
+    raise UsageError(f"{where}: unknown key {key!r}; {group or 'the top level'} has {names}")
+
+
+def _below(group: str) -> list[str]:
+    """Names of the settings right below a group."""
+    parts = [name.rpartition(".") for name in SETTINGS]
+    return [name for parent, _, name in parts if parent == group]
 
 
 def _likeness(key: str, known: str) -> float:
     """How much two keys look alike, group and last part; 0 where the last part may be another."""
-    group, _, name = key.rpartition(".")
-    known_group, _, known_name = known.rpartition(".")
+    (group, _, name), (known_group, _, known_name) = key.rpartition("."), known.rpartition(".")
     names = difflib.SequenceMatcher(None, name, known_name).ratio()
     groups = difflib.SequenceMatcher(None, group, known_group).ratio() if group else 1.0
     return names + groups if names == 1 or min(names, groups) > 0.7 else 0.0
 
 
-def _parse(declared: Any, text: str, key: str) -> Any:
+def _parse(key: str, text: str, where: str = "") -> Any:
     """Text -> value by the declared type, never by YAML's guess."""
-    inner = _without_none(declared)
-    if inner is not declared and text in ("null", "none", ""):
+    found, shown = _known(key), f"{where}: {key}" if where else key
+    kind, origin = found.kind, get_origin(found.kind)
+    if found.nullable and text in ("null", "none", ""):
         return None
-    origin = get_origin(inner)
-    if origin is Literal:
-        if text in get_args(inner):
-            return text
-        near = difflib.get_close_matches(text, [str(a) for a in get_args(inner)], n=1)
-        hint = f". Did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"{key}={text}: expected one of {', '.join(get_args(inner))}{hint}")
-    if inner is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise UsageError(f"{key}={text}: expected true or false")
-    if inner in (int, float):
-        try:
-            return inner(text)
-        except ValueError:
-            kind = "a whole number" if inner is int else "a number"
-            raise UsageError(f"{key}={text}: expected {kind}") from None
-    if origin is list:
-        parts = [part for part in text.strip().strip("[]").split(",") if part.strip()]
-        return [_parse(get_args(inner)[0], part.strip(), key) for part in parts]
-    if text.strip() in ("null", "~") and (origin is dict or inner in (Source, str)):  # as in YAML
-        raise UsageError(f"{key}={text}: cannot be null; expected {_doc(key)}")
+    if text.strip() in ("null", "~") and (origin is dict or kind in (Source, str)):  # as in YAML
+        raise UsageError(f"{shown}={text}: cannot be null; expected {found.doc}")
     if origin is dict:
-        return {
-            name: Source(shards=values["shards"]) for name, values in parse_sources(text).items()
-        }
-    if inner is Source:
+        return {name: Source(**values) for name, values in parse_sources(text).items()}
+    if kind is Source:
         return Source(shards=text)
-    if is_dataclass(inner):
-        group = key.rpartition(" ")[2]
-        names = ", ".join(f"{group}.{f.name}" for f in fields(inner))
-        raise UsageError(f"{key}={text}: this is a group of settings; set {names}")
-    return text
+    if is_dataclass(kind):
+        names = ", ".join(f"{key}.{name}" for name in _below(key))
+        raise UsageError(f"{shown}={text}: this is a group of settings; set {names}")
+    values = [p.strip() for p in text.strip().strip("[]").split(",") if p.strip()]
+    inner = get_args(kind)[0] if origin is list else kind
+    try:
+        return [READERS[inner](v) for v in values] if origin is list else READERS[inner](text)
+    except KeyError:
+        pass
+    except ValueError:
+        raise UsageError(f"{shown}={text}: expected {EXPECTED[inner]}") from None
+    if origin is Literal and text not in get_args(kind):
+        near = difflib.get_close_matches(text, get_args(kind), n=1)
+        hint = f". Did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"{shown}={text}: expected one of {', '.join(get_args(kind))}{hint}")
+    return values if origin is list else text
 
 
-def _without_none(declared: Any) -> Any:
-    if get_origin(declared) in (Union, UnionType):
-        return next(arg for arg in get_args(declared) if arg is not NoneType)
-    return declared
+def _bool(text: str) -> bool:
+    return bool(("false", "true").index(text.lower()))
+
+
+READERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, bool: _bool}
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def _plain(config: Config | Mapping[str, Any]) -> dict[str, Any]:
@@ -715,65 +785,6 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def _field(key: str) -> Field[Any] | None:
-    current: Any = Config
-    found = None
-    for part in key.split("."):
-        current = _without_none(current)
-        if get_origin(current) is dict:
-            current = get_args(current)[1]
-            continue
-        found = next((f for f in fields(current) if f.name == part), None)
-        if found is None:
-            return None
-        current = get_type_hints(current)[part]
-    return found
-
-
 def _doc(key: str) -> str:
-    found = _field(key)
-    return found.metadata["doc"] if found else ""
-
-
-def _machine(key: str) -> bool:
-    found = _field(key)
-    return bool(found and found.metadata["machine"])
-
-
-def _schema_rows(kind: Any, prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    hints = get_type_hints(kind)
-    for item in fields(kind):
-        key, declared = f"{prefix}{item.name}", hints[item.name]
-        inner = _without_none(declared)
-        if is_dataclass(inner):
-            yield from _schema_rows(inner, f"{key}.")
-        elif get_origin(inner) is dict:
-            yield from _schema_rows(get_args(inner)[1], f"{key}.NAME.")
-        else:
-            default = item.default if item.default is not NO_DEFAULT else ""
-            shown = "in the recipe" if default == MISSING else str(default)
-            yield key, _type_name(declared), shown, item.metadata["doc"]
-
-
-def _type_name(declared: Any) -> str:
-    if get_origin(declared) is Literal:
-        return " | ".join(str(arg) for arg in get_args(declared))
-    return str(declared).removeprefix("<class '").removesuffix("'>").replace("NoneType", "null")
-
-
-def _told(error: OmegaConfBaseException) -> str:
-    """What was got for a key, and what it takes; without a value, omegaconf's first line."""
-    reason = str(error).splitlines()[0].rstrip(".")
-    key = re.sub(r"\[\d+\]$", "", str(error.full_key or ""))
-    if not (key and _field(key)):
-        return f"{f'{key}: ' * bool(key)}{reason}; `kl-f8-train config schema` lists the settings"
-    if isinstance(error, ValidationError) and not isinstance(error, KeyValidationError):
-        reason = f"got {repr(error.value).replace('None', 'null')}"
-    kinds = {row[0]: row[1] for row in schema()}
-    expected = kinds.get(_declared_key(key), "a group of settings")
-    return f"{key}: {reason}; expected {expected}: {_doc(key)}"
-
-
-def _declared_key(key: str) -> str:
-    """The key as `schema` has it: NAME in the place of a source's name."""
-    return re.sub(r"^(data\.sources)\..*\.(\w+)$", r"\1.NAME.\2", key)
+    found = setting_of(key)
+    return found.doc if found else ""
