@@ -49,10 +49,11 @@ class AutoencoderKL(nn.Module):
         num_res_blocks: int = 2,
         z_channels: int = 4,
         embed_dim: int = 4,
+        norm_num_groups: int = 32,
     ) -> None:
         super().__init__()
-        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels)
-        self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels)
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels, norm_num_groups)
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels, norm_num_groups)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         self.downsampling = 2 ** (len(ch_mult) - 1)
@@ -92,7 +93,9 @@ class AutoencoderKL(nn.Module):
 class Encoder(nn.Module):
     """(B, 3, H, W) -> (B, 2 * z_channels, h, w)."""
 
-    def __init__(self, ch: int, ch_mult: tuple[int, ...], blocks: int, z_channels: int) -> None:
+    def __init__(
+        self, ch: int, ch_mult: tuple[int, ...], blocks: int, z_channels: int, groups: int
+    ) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         widths = [ch * multiplier for multiplier in ch_mult]
@@ -100,10 +103,10 @@ class Encoder(nn.Module):
         previous = ch
         for level, width in enumerate(widths):
             last = level == len(widths) - 1
-            self.down.append(DownLevel(previous, width, blocks, downsample=not last))
+            self.down.append(DownLevel(previous, width, blocks, groups, downsample=not last))
             previous = width
-        self.mid = Middle(previous)
-        self.norm_out = NormSwish(previous)
+        self.mid = Middle(previous, groups)
+        self.norm_out = NormSwish(groups, previous)
         self.conv_out = nn.Conv2d(previous, 2 * z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,17 +119,19 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """(B, z_channels, h, w) -> (B, 3, H, W); one residual block per level more than the encoder."""
 
-    def __init__(self, ch: int, ch_mult: tuple[int, ...], blocks: int, z_channels: int) -> None:
+    def __init__(
+        self, ch: int, ch_mult: tuple[int, ...], blocks: int, z_channels: int, groups: int
+    ) -> None:
         super().__init__()
         widths = [ch * multiplier for multiplier in ch_mult]
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
+        self.mid = Middle(widths[-1], groups)
         inputs = [*widths[1:], widths[-1]]  # level i takes the output of level i + 1
         self.up = nn.ModuleList(
-            UpLevel(inputs[level], width, blocks + 1, upsample=level > 0)
+            UpLevel(inputs[level], width, blocks + 1, groups, upsample=level > 0)
             for level, width in enumerate(widths)
         )
-        self.norm_out = NormSwish(widths[0])
+        self.norm_out = NormSwish(groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -139,10 +144,12 @@ class Decoder(nn.Module):
 class DownLevel(nn.Module):
     """Residual blocks at one resolution, then a halving."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, downsample: bool) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, blocks: int, groups: int, downsample: bool
+    ) -> None:
         super().__init__()
         widths = [inputs] + [outputs] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
+        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
         self.attn = nn.ModuleList()
         if downsample:
             self.downsample = Downsample(outputs)
@@ -156,10 +163,12 @@ class DownLevel(nn.Module):
 class UpLevel(nn.Module):
     """Residual blocks at one resolution, then a doubling."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, upsample: bool) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, blocks: int, groups: int, upsample: bool
+    ) -> None:
         super().__init__()
         widths = [inputs] + [outputs] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
+        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
         self.attn = nn.ModuleList()
         self.recompute = False  # blocks keep their input only, and run again in the backward pass
         if upsample:
@@ -177,11 +186,11 @@ class UpLevel(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels)
-        self.attn_1 = Attention(channels)
-        self.block_2 = ResnetBlock(channels, channels)
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = Attention(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -190,11 +199,11 @@ class Middle(nn.Module):
 class ResnetBlock(nn.Module):
     """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 shortcut where widths differ."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = NormSwish(inputs)
+        self.norm1 = NormSwish(groups, inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2 = NormSwish(outputs)
+        self.norm2 = NormSwish(groups, outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         if inputs != outputs:
             self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
@@ -208,9 +217,9 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Single-head self-attention over all h * w positions, as 1x1 convolutions."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = GroupNorm32(channels)
+        self.norm = Norm(groups, channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -301,14 +310,14 @@ def interleave(parts: Tensor) -> Tensor:
     return whole.permute(0, 3, 1, 2) if nhwc else whole
 
 
-class GroupNorm32(nn.GroupNorm):
-    """Normalisation over 32 groups of channels, eps 1e-6."""
+class Norm(nn.GroupNorm):
+    """GroupNorm with the original's eps of 1e-6."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(32, channels, eps=1e-6)
+    def __init__(self, groups: int, channels: int) -> None:
+        super().__init__(groups, channels, eps=1e-6)
 
 
-class NormSwish(GroupNorm32):
+class NormSwish(Norm):
     """x * sigmoid(x) of the normalised input; one kernel where the module is compiled."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ CONFIG = {
     "larger crop": train(
         "data.shorter_side=16", USAGE, "=16 is smaller than data.crop=32|at least"
     ),
-    "groups": train("model.ch=33", USAGE, "model.ch=33: expected a multiple of 32"),
+    "groups": train("model.ch=33", USAGE, "model.ch=33: expected a multiple of"),
     "flag": train("--fast", USAGE, "unrecognized arguments: --fast"),
     "verb": Case("finetune", USAGE, "invalid choice: 'finetune'|'train'"),
     "diff": Case(
