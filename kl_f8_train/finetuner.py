@@ -36,7 +36,7 @@ from kl_f8_train.losses import (
     reconstruction_loss,
 )
 from kl_f8_train.model import TRAINED, AutoencoderKL
-from kl_f8_train.nonfinite import Judgement, Verdict, finite_images, step_unless
+from kl_f8_train.nonfinite import Judgement, Remembered, Verdict, finite_images, step_unless
 from kl_f8_train.processes import tell
 
 Backward = Callable[[Tensor, Tensor | None], None]
@@ -161,71 +161,51 @@ class Finetuner(LightningModule):
     def run_iteration(
         self,
         batch: Batch,
-        decoder_optimizer: Adam,
-        discriminator_optimizer: Adam | None = None,
+        decoder: Adam,
+        critic: Adam | None = None,
         backward: Backward = plain_backward,
         no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """Updates decoder, discriminator and EMA once; leaves its figures in `metrics`.
+        """Updates decoder, EMA and discriminator once; in warm-up the discriminator alone.
 
         A loss or gradient that is not finite, on any rank, leaves that update out on all ranks:
         weights, Adam's state and BatchNorm's buffers stay. That is decided on the device; `judge`
         tells the host, an iteration later, so that it need not wait for the device here.
         """
         self.train()
-        decoder_optimizer.zero_grad(set_to_none=True)
-        if discriminator_optimizer is not None:
-            discriminator_optimizer.zero_grad(set_to_none=True)
-        buffers = [] if self.discriminator is None else list(self.discriminator.buffers())
-        before = [buffer.clone() for buffer in buffers]
-        iteration = self.iteration
-        if self.warmup_left:
-            verdicts = self._warm_up(batch, discriminator_optimizer)
-        else:
-            verdicts = self._update_both(
-                batch, decoder_optimizer, discriminator_optimizer, backward, no_sync
-            )
-        bad = torch.stack([verdict.bad for verdict in verdicts.values()]).any()
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(torch.where(bad, value, buffer))  # the bad batch went through BatchNorm
-        self.unjudged = Judgement(iteration, batch.keys, verdicts)
-
-    def _update_both(
-        self,
-        batch: Batch,
-        decoder_optimizer: Adam,
-        discriminator_optimizer: Adam | None,
-        backward: Backward,
-        no_sync: Callable[[], AbstractContextManager[Any]],
-    ) -> dict[str, Verdict]:
-        """Decoder, EMA, then discriminator."""
-        adversarial = self._adversarial_runs()
-        starts = range(0, len(batch.images), self.micro_batch)
-        terms: list[dict[str, Tensor]] = []
-        fakes: list[Tensor] = []
-        finite: list[Tensor] = []
-        for start in starts:
-            images, noise = self._micro(batch, start)
-            last = start == starts[-1]
-            with nullcontext() if last else no_sync():
-                latents, kl = self._encode(images, noise[0])
-                self.phase_ended("encode")
-                fake, part, good_images = self._decoder_backward(
-                    images, latents, len(starts), backward, adversarial
-                )
-            terms.append({**part, "kl_loss": kl})
-            fakes.append(fake)
-            finite.append(good_images)
+        zero_grad(decoder, critic)
+        number, warming_up, adversarial = (
+            self.iteration,
+            self.warmup_left > 0,
+            self._adversarial_runs(),
+        )
+        batch_norm = Remembered(self.discriminator)
+        parts = range(0, len(batch.images), self.micro_batch)
+        terms, fakes, finite = [], [], []
+        for start in parts:
+            x, noise = self._micro(batch, start)  # (B, 3, H, W) in [-1, 1]
+            z, kl = self._encode(x, noise[0])  # (B, 4, h, w), no graph
+            self.phase_ended("encode")
+            if warming_up:
+                fakes.append(self._decode(z))  # no graph either
+                continue
+            with nullcontext() if start == parts[-1] else no_sync():
+                y, of_part, good = self._decoder_backward(x, z, len(parts), backward, adversarial)
+            terms.append({**of_part, "kl_loss": kl})
+            fakes.append(y)
+            finite.append(good)
         self.judge()  # the iteration before
         self.metrics = mean_of_each(terms)
-        verdicts = {"decoder": self._update_decoder(decoder_optimizer, torch.cat(finite))}
-        if adversarial and discriminator_optimizer is not None:
-            bad = verdicts["decoder"].bad
-            verdicts["discriminator"] = self._update_discriminator(
-                batch, fakes, discriminator_optimizer, bad
-            )
-        self.iteration += 1  # also after an update that was left out: the data goes on
-        return verdicts
+        verdicts: dict[str, Verdict] = {}
+        if not warming_up:
+            verdicts["decoder"] = self._update_decoder(decoder, torch.cat(finite))
+        if critic is not None and (adversarial or warming_up):
+            before = [verdict.bad for verdict in verdicts.values()]
+            verdicts["discriminator"] = self._update_discriminator(batch, fakes, critic, *before)
+        self.iteration += not warming_up  # also after an update that was left out: the data goes on
+        self.warmup_left -= warming_up
+        batch_norm.restore(torch.stack([verdict.bad for verdict in verdicts.values()]).any())
+        self.unjudged = Judgement(number, batch.keys, verdicts)
 
     def _micro(self, batch: Batch, start: int) -> tuple[Tensor, Tensor]:
         """Images in [-1, 1] and noise of one micro-batch, in the weights' precision."""
@@ -384,24 +364,12 @@ class Finetuner(LightningModule):
         return verdict
 
     @torch.no_grad()
-    def _reconstruct(self, images: Tensor, noise: Tensor) -> Tensor:
-        latents, _ = self._encode(images, noise)
+    def _decode(self, latents: Tensor) -> Tensor:
         with self._autocast():
-            return self.autoencoder.decode(latents).to(images.dtype)
+            return self.autoencoder.decode(latents).to(latents.dtype)
 
-    def _warm_up(self, batch: Batch, optimizer: Adam | None) -> dict[str, Verdict]:
-        """Trains the discriminator alone; the decoder, the EMA and `iteration` stay."""
-        assert optimizer is not None
-        starts = range(0, len(batch.images), self.micro_batch)
-        fakes = []
-        for start in starts:
-            images, noise = self._micro(batch, start)
-            fakes.append(self._reconstruct(images, noise[0]))
-        self.judge()
-        self.metrics = {}
-        verdict = self._update_discriminator(batch, fakes, optimizer)
-        self.warmup_left -= 1
-        return {"discriminator": verdict}
+    def _reconstruct(self, images: Tensor, noise: Tensor) -> Tensor:
+        return self._decode(self._encode(images, noise)[0])
 
     def judge(self) -> None:
         """Counts and tells whether the last iteration's update was left out, once; on all ranks.
@@ -471,9 +439,15 @@ def build_optimizers(finetuner: Finetuner) -> list[Adam]:
     return optimizers
 
 
+def zero_grad(*optimizers: Adam | None) -> None:
+    """Forgets the gradients."""
+    for optimizer in filter(None, optimizers):
+        optimizer.zero_grad(set_to_none=True)
+
+
 def mean_of_each(terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Means over the micro-batches."""
-    return {key: torch.stack([t[key] for t in terms]).mean() for key in terms[0]}
+    return {key: torch.stack([t[key] for t in terms]).mean() for key in (terms or [{}])[0]}
 
 
 def norm_of(tensors: list[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam
 
 
@@ -59,6 +59,18 @@ class Judgement:
                 named = suspects(self.keys, finite)
                 return f"loss or gradient of the {network} is not finite; {named}"
         return None
+
+
+class Remembered:
+    """A network's buffers as they are now: a bad batch goes through BatchNorm, too."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.pairs = [(b, b.clone()) for b in module.buffers()] if module is not None else []
+
+    def restore(self, bad: Tensor) -> None:
+        """Puts them back where `bad`, a bool, is true."""
+        for buffer, before in self.pairs:
+            buffer.copy_(torch.where(bad, before, buffer))
 
 
 def step_unless(bad: Tensor, optimizer: Adam) -> None:
