@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +31,7 @@ from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.data import Batch, IterationSampler, PositionDataset, loader, open_data
 from kl_f8_train.discriminator import Discriminator, initialize
 from kl_f8_train.errors import MissingInputError, UsageError
-from kl_f8_train.finetuner import Finetuner, build_optimizers
+from kl_f8_train.finetuner import Finetuner
 from kl_f8_train.images import to_float
 from kl_f8_train.losses import (
     adaptive_weight,
@@ -40,6 +40,7 @@ from kl_f8_train.losses import (
     reconstruction_loss,
 )
 from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.phases import timed_by
 from kl_f8_train.units import counted, duration
 
 WARM_UP = 3  # iterations before the clock starts: kernels are chosen, and compiled
@@ -125,7 +126,7 @@ def benchmark(
             f"a turn of {counted(len(variants), 'variant', 's')} takes {turn:.2g} s; "
             f"{iterations} take about {duration(iterations * turn)}"
         )
-    phases = measure(variants, finetuner, batches, device, iterations)
+    phases = measure(variants, batches, device, iterations)
     rates = {name: matmul_rate(device, kind) for name, kind in PRECISIONS.items()}
     cpu_seconds = statistics.median(variants[0].cpu_seconds)
     if device.type == "cpu" and is_busy(variants[0].median, cpu_seconds, torch.get_num_threads()):
@@ -259,13 +260,10 @@ def iteration_of(finetuner: Finetuner, device: torch.device) -> Iteration:
     """The finetuner's iteration, one micro-batch each, on `device`."""
     finetuner.to(device)
     finetuner.perceptual.to(device)
-    decoder, discriminator = (*build_optimizers(finetuner), None)[:2]
-    assert decoder is not None
 
     def run(batch: Batch) -> None:
-        finetuner.micro_batch = len(batch.images)
         with compute.kernels(finetuner.config.precision):
-            finetuner.run_iteration(batch, decoder, discriminator)
+            finetuner.run_iteration(batch)
 
     return run
 
@@ -306,17 +304,15 @@ def batch_size(config: Config, device: torch.device) -> int:
 
 def measure(
     variants: list[Variant],
-    finetuner: Finetuner,
     batches: Iterator[Batch],
     device: torch.device,
     iterations: int,
 ) -> dict[str, float]:
-    """Runs all variants in turns, the first being `finetuner`'s; returns its phases' milliseconds.
+    """Runs all variants in turns; returns the milliseconds of the first one's phases.
 
     Medians over the iterations.
     """
     clock = Clock(device)
-    finetuner.phase_ended = clock
     milliseconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(iterations):
         clock.start()
@@ -326,7 +322,8 @@ def measure(
             synchronize(device)
             graphs = compiled_graphs()
             began, cpu_began = time.perf_counter(), time.process_time()
-            variant.run(batch)
+            with timed_by(clock) if variant is variants[0] else nullcontext():
+                variant.run(batch)
             synchronize(device)
             variant.seconds.append(time.perf_counter() - began)
             variant.cpu_seconds.append(time.process_time() - cpu_began)
@@ -513,7 +510,8 @@ def largest_batch(config: Config, device: torch.device, size: int) -> int:
         pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         room = pages - cost.HEADROOM_BYTES
         return cost.largest_batch(config, room, element_bytes(config, device))
-    eager = replace(config, compute=replace(config.compute, compile=False))
+    one_pass = replace(config.compute, compile=False, per_device_batch=2**30)  # whatever is tried
+    eager = replace(config, compute=one_pass)
     gc.collect()
     torch.cuda.empty_cache()
     run = iteration_of(build_finetuner(eager, []), device)
@@ -601,7 +599,7 @@ def original(config: Config, device: torch.device) -> Iteration:
     network.to(device)
     assert discriminator is not None
     model.requires_grad_(True)
-    optimizer, critic = build_optimizers(parts)
+    optimizer, critic = parts.adams
     logvar = torch.zeros((), device=device)
     pixel, weight = config.loss.pixel, config.loss.perceptual_weight
 

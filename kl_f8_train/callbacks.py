@@ -30,7 +30,8 @@ from kl_f8_train.config import Config
 from kl_f8_train.data import SIGNALS, Batch, upcoming
 from kl_f8_train.ema import ema_distance
 from kl_f8_train.errors import RunFailedError
-from kl_f8_train.finetuner import Finetuner, average_over_ranks
+from kl_f8_train.finetuner import Finetuner
+from kl_f8_train.gradients import average_over_ranks
 from kl_f8_train.nonfinite import HostCopy
 from kl_f8_train.plan import Plan
 from kl_f8_train.processes import tell
@@ -73,7 +74,7 @@ class Checkpoints(Callback):
         now = (finetuner.iteration, finetuner.warmup_left)
         if self.saved == now:
             return
-        finetuner.judge()
+        finetuner.guard.judge()
         failure: str | None = None
         began = time.perf_counter()
         if trainer.is_global_zero:
@@ -336,7 +337,7 @@ class RunLog(Callback):
                 wandb.teardown()  # now, not in a traceback when Python ends
 
     def _report(self, trainer: Trainer, finetuner: Finetuner) -> None:
-        finetuner.judge()
+        finetuner.guard.judge()
         average_over_ranks(list(self.sums.values()))
         totals: defaultdict[str, float] = defaultdict(float)
         numbers: defaultdict[str, float] = defaultdict(float)
@@ -349,7 +350,7 @@ class RunLog(Callback):
         row["images_per_second"] = self.count * self.config.global_batch / seconds
         row["data_wait_share"] = self.waited / seconds
         row["skipped_images"] = self._judge_skipped(finetuner)
-        row["bad_updates"] = finetuner.bad_updates_in_all
+        row["bad_updates"] = finetuner.guard.in_all
         for name, source in self.plan.plans.items():
             row[f"images_{name}"] = source.share * (finetuner.iteration - self.first)
             row[f"passes_{name}"] = source.passes(finetuner.iteration - self.first)

@@ -42,11 +42,12 @@ from kl_f8_train.data import (
 )
 from kl_f8_train.discriminator import Discriminator, initialize
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
-from kl_f8_train.finetuner import Finetuner, build_optimizers
+from kl_f8_train.finetuner import Finetuner
 from kl_f8_train.formats import State, check_like
 from kl_f8_train.model import AutoencoderKL
 from kl_f8_train.plan import Plan
 from kl_f8_train.processes import SRUN, TORCHRUN, launched, tell
+from kl_f8_train.run_state import RunState
 from kl_f8_train.shards import FolderSource, Source, TarSource
 from kl_f8_train.units import counted
 from kl_f8_train.watchdog import Watchdog
@@ -77,7 +78,7 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
             say(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
             return 0
         plan, sources = open_data(settings, say)
-        finetuner.data_digest = plan.digest()
+        finetuner.run_state.data_digest = plan.digest()
         _describe(settings, finetuner, plan, sources)
         run_log = RunLog(run_dir, settings, finetuner.iteration, plan)
         validation = Validation(
@@ -161,11 +162,11 @@ class Iterations(LightningDataModule):
         """Called once the ranks are known; raises UsageError if the batch does not divide."""
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        self.finetuner.micro_batch = micro_batch(self.settings, world)
-        accumulation = self.settings.global_batch // world // self.finetuner.micro_batch
+        size = micro_batch(self.settings, world)
+        accumulation = self.settings.global_batch // world // size
         say(
             f"batch: {counted(world, 'process', 'es')} x "
-            f"{counted(self.finetuner.micro_batch, 'image', 's')} x "
+            f"{counted(size, 'image', 's')} x "
             f"{counted(accumulation, 'micro-batch', 'es')} = {self.settings.global_batch}"
         )
         sampler = IterationSampler(
@@ -200,13 +201,12 @@ def start_or_resume(settings: Config, run_dir: Path, allow_changes: bool) -> tup
                 f"{path} was made by another recipe:\n  " + "\n  ".join(changes) + "\n"
                 "Give the same settings again, another run_dir, or --allow-changes"
             )
-        finetuner = _build(settings)
-        finetuner.prepared_optimizers = build_optimizers(finetuner)
-        frozen = state.restore(finetuner, finetuner.prepared_optimizers, contents)
+        finetuner = _build(settings, AutoencoderKL(**asdict(settings.model)), RunState())
+        frozen = state.restore(finetuner, finetuner.adams, contents)
         say(f"resuming {path.name}")
         for change in changes:
             line = " ".join(f"from iteration {finetuner.iteration:,}: {change}".split())
-            finetuner.changes.append(line)
+            finetuner.run_state.changes.append(line)
             say(f"  {line}")
         return finetuner, frozen
     if found:
@@ -229,21 +229,18 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
             f"{contents.path} does not tell its iteration; give init.iteration (kl-f8: 246803)"
         )
     check_model(settings, contents.path, weights.autoencoder)
-    finetuner = _build(settings)
     bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
     if bad:
         raise MissingInputError(
             f"{contents.path}: {len(bad)} tensors are not finite, {bad[0]} first; get another copy"
         )
-    finetuner.autoencoder.load_state_dict(weights.autoencoder)
-    for name, averaged in finetuner.ema.items():
-        averaged.load_state_dict(getattr(finetuner.autoencoder, name).state_dict())
+    autoencoder = AutoencoderKL(**asdict(settings.model))
+    autoencoder.load_state_dict(weights.autoencoder)
+    run_state = RunState(iteration, base=state.base(contents.path))
+    finetuner = _build(settings, autoencoder, run_state)
     if weights.logvar is not None:
         finetuner.logvar.data.copy_(weights.logvar.reshape(()))
-    finetuner.iteration = iteration
-    finetuner.base = state.base(contents.path)
     _import_discriminator(settings, finetuner, weights.discriminator)
-    finetuner.prepared_optimizers = build_optimizers(finetuner)
     return finetuner, state.frozen_sha256(finetuner.autoencoder.state_dict())
 
 
@@ -265,22 +262,22 @@ def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) 
         check_like(weights, finetuner.discriminator.state_dict(), differ, remedy)
         finetuner.discriminator.load_state_dict(weights)
         return
-    finetuner.warmup_left = settings.adversarial.warmup_iterations
+    finetuner.run_state.warmup_left = settings.adversarial.warmup_iterations
     say(
         "  no discriminator in it: a new one trains alone for "
         f"{finetuner.warmup_left:,} iterations (adversarial.warmup_iterations)"
     )
 
 
-def _build(settings: Config) -> Finetuner:
-    """The networks of a run, with a seeded new discriminator."""
-    autoencoder, discriminator = AutoencoderKL(**asdict(settings.model)), None
+def _build(settings: Config, autoencoder: AutoencoderKL, run_state: RunState) -> Finetuner:
+    """A finetuner of these weights, with a seeded new discriminator."""
+    discriminator = None
     if settings.adversarial is not None:
         adversary = settings.adversarial
         discriminator = Discriminator(adversary.ndf, adversary.n_layers, adversary.sync_batchnorm)
         initialize(discriminator, settings.seed)
     network = perceptual.build(settings.loss.perceptual, settings.loss.perceptual_weights)
-    return Finetuner(settings, autoencoder, discriminator, network)
+    return Finetuner(settings, autoencoder, discriminator, network, run_state)
 
 
 # --- the trainer ----------------------------------------------------------------------------

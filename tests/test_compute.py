@@ -15,7 +15,8 @@ from kl_f8_train import benchmark, checkpoint, compute, cost, perceptual, state
 from kl_f8_train.data import Batch
 from kl_f8_train.discriminator import Discriminator
 from kl_f8_train.errors import RunFailedError
-from kl_f8_train.finetuner import Finetuner, build_optimizers
+from kl_f8_train.finetuner import Finetuner
+from kl_f8_train.gradients import build_adam, parameters_of
 from kl_f8_train.model import AutoencoderKL, UpLevel, Upsample
 from kl_f8_train.train import train
 
@@ -42,7 +43,7 @@ def test_subpixel_upsampling_is_doubling_and_convolving(dtype, tolerance):
 
 def gradients_of_an_iteration(tuner, batch):
     """Of decoder and discriminator, from the same start."""
-    tuner.run_iteration(batch, *build_optimizers(tuner))
+    tuner.run_iteration(batch)
     return {key: p.grad.clone() for key, p in tuner.named_parameters() if p.grad is not None}
 
 
@@ -82,7 +83,7 @@ def test_channels_last_reaches_networks_and_images(finetuner, batch, standin):
     tuner = finetuner("ft_ema", "compute.compile=false", "compute.channels_last=true")
     seen = []
     tuner.autoencoder.decoder.up[0].register_forward_hook(lambda m, i, out: seen.append(out))
-    tuner.run_iteration(batch(side=32), *build_optimizers(tuner))
+    tuner.run_iteration(batch(side=32))
     weights = [tuner.autoencoder.last_layer, tuner.ema["decoder"].conv_out.weight, *seen]
     weights.append(tuner.autoencoder.last_layer.grad)
     assert all(value.is_contiguous(memory_format=torch.channels_last) for value in weights)
@@ -91,11 +92,11 @@ def test_channels_last_reaches_networks_and_images(finetuner, batch, standin):
 def test_adams_state_comes_back_in_the_parameters_layout(tmp_path, finetuner, batch):
     """The fused Adam walks all its tensors by one tensor's strides, and does not check."""
     tuner = finetuner("ft_mse", "compute.compile=false", "compute.channels_last=true")
-    optimizers = build_optimizers(tuner)
-    tuner.run_iteration(batch(side=32), *optimizers)
+    optimizers = tuner.adams
+    tuner.run_iteration(batch(side=32))
     frozen = state.frozen_sha256(tuner.autoencoder.state_dict())
     path = state.save(tuner, optimizers, tmp_path, frozen)
-    restored = build_optimizers(tuner)
+    restored = [build_adam(parameters_of(optimizers[0]), tuner.config.optimizer)]
     state.restore(tuner, restored, checkpoint.read(path))
     weight = tuner.autoencoder.last_layer
     for entry in ("exp_avg", "exp_avg_sq"):
@@ -115,12 +116,11 @@ def test_compiled_is_exact_without_breaks_or_recompiles(finetuner, batch, plain_
     compute.compile_networks(*parts, backend="aot_eager")
     plain = gradients_of_an_iteration(reference, batch(side=32))
     assert_equal_gradients(plain, gradients_of_an_iteration(tuner, batch(side=32)))
-    optimizers = build_optimizers(tuner)
-    tuner.run_iteration(batch(1, side=32), *optimizers)
+    tuner.run_iteration(batch(1, side=32))
     graphs = benchmark.compiled_graphs()
     assert graphs >= 10  # encoder, four levels, middle, norm, discriminator, perceptual
     for step in (2, 3):
-        tuner.run_iteration(batch(step, side=32), *optimizers)
+        tuner.run_iteration(batch(step, side=32))
     assert benchmark.compiled_graphs() == graphs
     assert benchmark.graph_breaks() == 0
     torch._dynamo.reset()

@@ -7,15 +7,16 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kl_f8_train"
 LAYERS = (
-    {"errors", "units"},
+    {"errors", "units", "run_state", "phases"},
     {"config", "images", "model", "discriminator", "losses", "ema", "metrics", "plan"}
-    | {"formats", "unpickle", "hub", "compare", "origins", "curves", "nonfinite", "processes"},
-    {"checkpoint", "pack", "compute", "cost", "status"},
+    | {"formats", "unpickle", "hub", "compare", "origins", "curves", "processes"},
+    {"checkpoint", "pack", "compute", "cost", "status", "nonfinite", "gradients"},
     {"cache", "scaling"},
     {"published", "shards"},
     {"perceptual", "inception"},
     {"data", "scores"},
-    {"finetuner", "evaluate"},
+    {"adversary", "evaluate"},
+    {"finetuner"},
     {"state", "half_precision"},
     {"callbacks", "watchdog", "benchmark", "report", "card"},
     {"train", "export", "inject"},

@@ -18,7 +18,7 @@ from torch import nn
 
 from kl_f8_train import checkpoint, config, state
 from kl_f8_train.discriminator import Discriminator
-from kl_f8_train.finetuner import Finetuner, build_optimizers
+from kl_f8_train.finetuner import Finetuner
 from kl_f8_train.model import AutoencoderKL
 
 
@@ -32,7 +32,7 @@ def main() -> None:
         ["run_dir=run", "init.weights=model.ckpt", "data.sources=/data"],
     )
     finetuner = Finetuner(recipe, AutoencoderKL(), Discriminator(), nn.Identity())
-    optimizers = build_optimizers(finetuner)
+    optimizers = finetuner.adams
     for optimizer in optimizers:  # one step, so that Adam has its moments
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = torch.full_like(parameter, 1e-3)
@@ -42,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
         pauses, plain = [], []
         for _ in range(args.saves):
-            finetuner.iteration += 1
+            finetuner.run_state.iteration += 1
             with timed(pauses):
                 path = state.save(finetuner, optimizers, Path(folder), frozen)
             size = path.stat().st_size

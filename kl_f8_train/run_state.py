@@ -1,0 +1,15 @@
+"""What a run knows of itself beside its networks; checkpoints store it."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class RunState:
+    """Counters, and where the run comes from."""
+
+    iteration: int = 0  # decoder updates, of the imported weights included
+    warmup_left: int = 0  # iterations of the discriminator alone, before training
+    ema_updates: int = 0
+    base: dict[str, str] = field(default_factory=dict)  # name and SHA-256 of the imported file
+    changes: list[str] = field(default_factory=list)  # of the recipe, on resuming
+    data_digest: str = ""  # of the sources' counts, equal on all ranks
