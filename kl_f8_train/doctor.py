@@ -321,7 +321,7 @@ def _check_weights(report: Report, settings: Config) -> None:
     report.tell(checkpoint.describe(told))
     report.tell(f"{size(contents.path.stat().st_size)}, SHA-256 {digest}")
     if not found:
-        check_model(settings, contents.path, weights.autoencoder)
+        check_model(settings, contents, weights.autoencoder)
 
 
 def _first_readable(

@@ -27,6 +27,7 @@ from kl_f8_train.data import Batch
 from kl_f8_train.discriminator import Discriminator
 from kl_f8_train.ema import ema_decay, ema_update
 from kl_f8_train.errors import RunFailedError
+from kl_f8_train.facts import Facts
 from kl_f8_train.images import to_float
 from kl_f8_train.losses import (
     adaptive_weight,
@@ -81,6 +82,7 @@ class Finetuner(LightningModule):
         self.prepared_optimizers: list[Adam] = []
         self.data_digest = ""  # of the sources' counts
         self.base: dict[str, str] = {}  # name and SHA-256 of the imported file
+        self.facts = Facts()  # that the imported file stated
         self.changes: list[str] = []  # of the recipe, on resuming
         self.phase_ended: Callable[[str], None] = nothing  # a benchmark's clock
         if compute.compiles(config.compute):

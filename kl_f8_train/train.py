@@ -228,7 +228,7 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
         raise UsageError(
             f"{contents.path} does not tell its iteration; give init.iteration (kl-f8: 246803)"
         )
-    check_model(settings, contents.path, weights.autoencoder)
+    check_model(settings, contents, weights.autoencoder)
     finetuner = _build(settings)
     bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
     if bad:
@@ -242,17 +242,23 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
         finetuner.logvar.data.copy_(weights.logvar.reshape(()))
     finetuner.iteration = iteration
     finetuner.base = state.base(contents.path)
+    finetuner.facts = state.stored_facts(contents, settings)
     _import_discriminator(settings, finetuner, weights.discriminator)
     finetuner.prepared_optimizers = build_optimizers(finetuner)
     return finetuner, state.frozen_sha256(finetuner.autoencoder.state_dict())
 
 
-def check_model(settings: Config, path: Path, weights: State) -> None:
-    """Raises MissingInputError if the autoencoder of a file has another shape than the recipe's."""
+def check_model(settings: Config, contents: checkpoint.Contents, weights: State) -> None:
+    """Raises MissingInputError if the network of a file is not the recipe's."""
     with torch.device("meta"):
         expected = AutoencoderKL(**asdict(settings.model))
+    differ = f"{contents.path} and the recipe's model differ"
     remedy = "Give other weights, or set model.* as theirs"
-    check_like(weights, expected.state_dict(), f"{path} and the recipe's model differ", remedy)
+    check_like(weights, expected.state_dict(), differ, remedy)
+    try:
+        state.check_groups(contents.facts, settings.model)
+    except MissingInputError as error:
+        raise MissingInputError(f"{differ}: {error}\n{remedy}") from error
 
 
 def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) -> None:
