@@ -49,7 +49,7 @@ def from_values(values: Mapping[str, Any]) -> Facts:
 
     Raises MissingInputError if one has another type or is out of bounds.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for name in NAMES:
         value = values.get(name)
         if value is None:
