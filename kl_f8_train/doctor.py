@@ -33,7 +33,6 @@ from kl_f8_train import (
     scaling,
 )
 from kl_f8_train.cache import is_remote
-from kl_f8_train.callbacks import wandb_reachable
 from kl_f8_train.config import Config
 from kl_f8_train.data import Batch, PositionDataset, collate, open_data
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError, UserError
@@ -41,6 +40,7 @@ from kl_f8_train.finetuner import Finetuner
 from kl_f8_train.formats import Weights
 from kl_f8_train.losses import generator_loss, reconstruction_loss
 from kl_f8_train.model import FROZEN
+from kl_f8_train.tracking import check_tensorboard, wandb_reachable
 from kl_f8_train.train import check_model, fixed_photographs, start_or_resume
 from kl_f8_train.units import counted, duration, size
 
@@ -150,6 +150,10 @@ def _examine_run(report: Report, settings: Config, allow_changes: bool) -> None:
             report.tell(f"{counted(len(found), 'photograph', 's')} of {settings.log.pictures}")
     with report.section("wandb"):
         _check_wandb(report, settings)
+    if settings.log.tensorboard:
+        with report.section("TensorBoard"):
+            check_tensorboard()
+            report.tell("installed")
     if report.problems:
         report.say("one iteration: not tried before these are mended")
     else:

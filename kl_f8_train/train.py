@@ -48,6 +48,7 @@ from kl_f8_train.model import AutoencoderKL
 from kl_f8_train.plan import Plan
 from kl_f8_train.processes import SRUN, TORCHRUN, launched, tell
 from kl_f8_train.shards import FolderSource, Source, TarSource
+from kl_f8_train.tracking import check_tensorboard
 from kl_f8_train.units import counted
 from kl_f8_train.watchdog import Watchdog
 
@@ -60,6 +61,8 @@ def train(settings: Config, allow_changes: bool = False) -> int:
     Raises UsageError, MissingInputError or RunFailedError with what to do.
     """
     run_dir = Path(settings.run_dir)
+    if settings.log.tensorboard:
+        check_tensorboard()
     checkpoint.check_writable(run_dir)
     first = getattr(rank_zero_only, "rank", 0) == 0  # as the launcher's variables say
     with checkpoint.claimed(run_dir) if first else nullcontext():

@@ -12,7 +12,7 @@ LAYERS = (
     {"config", "images", "model", "discriminator", "losses", "ema", "metrics", "plan"}
     | {"formats", "unpickle", "hub", "compare", "origins", "curves", "nonfinite", "processes"},
     {"checkpoint", "pack", "compute", "cost", "status"},
-    {"cache", "scaling"},
+    {"cache", "scaling", "tracking"},
     {"published", "shards"},
     {"perceptual", "inception"},
     {"data", "scores"},
@@ -31,7 +31,7 @@ PLACES = {
     "lpips": {"perceptual"},
     "torch_fidelity": {"inception"},
     "safetensors": {"checkpoint"},
-    "wandb": {"callbacks"},
+    "wandb": {"tracking"},
     "diffusers": {"benchmark"},  # what --against measures against, if it is installed
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
