@@ -101,6 +101,7 @@ def export(
         "averaged": averaged,
         **state.stored_base(header.metadata),
         "changes": state.stored_changes(header.metadata),
+        "perceptual": state.stored_identity(header.metadata).get("perceptual"),
         "ema_decay": settings.ema.decay,
         "config_sha256": hashlib.sha256(header.metadata["config"].encode()).hexdigest(),
         "frozen_sha256": frozen,

@@ -80,7 +80,7 @@ class Finetuner(LightningModule):
         self.micro_batch = config.compute.per_device_batch or config.global_batch
         self.metrics: dict[str, Tensor] = {}
         self.prepared_optimizers: list[Adam] = []
-        self.data_digest = ""  # of the sources' counts
+        self.identity: dict[str, str] = {}  # of data, perceptual network and versions
         self.base: dict[str, str] = {}  # name and SHA-256 of the imported file
         self.facts = Facts()  # that the imported file stated
         self.changes: list[str] = []  # of the recipe, on resuming
@@ -118,22 +118,21 @@ class Finetuner(LightningModule):
         if not dist.is_initialized():
             return
         networks = {} if self.discriminator is None else self.discriminator.state_dict()
-        mine = (
-            self.iteration,
-            self.warmup_left,
-            self.ema_updates,
-            [len(optimizer.state) for optimizer in self.prepared_optimizers],
-            tensors_sha256(networks)[:12],
-            self.data_digest,
-        )
+        mine = {
+            "iteration": self.iteration,
+            "warm-up left": self.warmup_left,
+            "EMA updates": self.ema_updates,
+            "optimizer states": [len(optimizer.state) for optimizer in self.prepared_optimizers],
+            "discriminator": tensors_sha256(networks)[:12],
+            **self.identity,
+        }
         seen: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(seen, mine)
-        if any(other != seen[0] for other in seen):
-            lines = "\n".join(f"  rank {rank}: {other}" for rank, other in enumerate(seen))
+        if lines := disagreements(seen):
             raise RunFailedError(
-                "the ranks start from different states (iteration, warm-up, EMA updates, optimizer "
-                f"states, discriminator, data):\n{lines}\nrun_dir={self.config.run_dir} and the "
-                "shards must be the same files for every node"
+                "the ranks start from different states:\n" + "\n".join(lines) + "\n"
+                f"run_dir={self.config.run_dir}, data and weights must be the same files, and the "
+                "programs the same versions, on every node"
             )
 
     def transfer_batch_to_device(
@@ -402,6 +401,18 @@ class Finetuner(LightningModule):
         """Prints on the first rank."""
         if not dist.is_initialized() or dist.get_rank() == 0:
             tell(message)
+
+
+def disagreements(seen: list[dict[str, Any]]) -> list[str]:
+    """A line for each rank with what is not the same on all of them; none if all agree."""
+    names = dict.fromkeys(name for state in seen for name in state)
+    differ = [name for name in names if any(s.get(name) != seen[0].get(name) for s in seen)]
+    if not differ:
+        return []
+    return [
+        f"  rank {rank}: " + ", ".join(f"{name} {state.get(name)}" for name in differ)
+        for rank, state in enumerate(seen)
+    ]
 
 
 def trained_part(autoencoder: AutoencoderKL) -> nn.ModuleDict:

@@ -48,6 +48,7 @@ def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: st
         **finetuner.base,
         **finetuner.facts.metadata(),
         "changes": "\n".join(finetuner.changes),
+        "identity": json.dumps(finetuner.identity),
         **content_sha256(tensors),
         "config": json.dumps(config.to_dict(finetuner.config)),
     }
@@ -91,6 +92,17 @@ def stored_facts(contents: checkpoint.Contents, settings: Config) -> Facts:
 def stored_changes(metadata: dict[str, str]) -> list[str]:
     """Lines `from iteration N: key: old -> new`: what of the recipe was changed on resuming."""
     return metadata.get("changes", "").splitlines()
+
+
+def stored_identity(metadata: dict[str, str]) -> dict[str, str]:
+    """The identity of the inputs that a checkpoint was made with; older ones have none."""
+    try:
+        found = json.loads(metadata.get("identity", "{}"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise MissingInputError("its identity is not a JSON object; the file is damaged")
+    return {str(name): str(value) for name, value in found.items()}
 
 
 def content_sha256(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -146,6 +158,7 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: checkpoint.C
     finetuner.base = stored_base(metadata)
     finetuner.facts = stored_facts(contents, stored_config(contents))
     finetuner.changes = stored_changes(metadata)
+    finetuner.identity = stored_identity(metadata)
     frozen = frozen_sha256(finetuner.autoencoder.state_dict())
     if frozen != metadata["frozen_sha256"]:
         raise MissingInputError(f"{contents.path}: its encoder does not match its own hash")

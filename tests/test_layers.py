@@ -16,7 +16,7 @@ LAYERS = (
     {"published", "shards"},
     {"perceptual", "inception"},
     {"data", "scores"},
-    {"finetuner", "evaluate"},
+    {"finetuner", "evaluate", "identity"},
     {"state", "half_precision"},
     {"callbacks", "watchdog", "benchmark", "report", "card"},
     {"train", "export", "inject"},

@@ -470,8 +470,8 @@ def test_ranks_that_start_from_different_states_are_refused(folder, undisturbed)
     )
     assert done.returncode != 0
     assert "the ranks start from different states" in done.stderr
-    assert "rank 0: (108," in done.stderr
-    assert "rank 1: (100," in done.stderr
+    assert "rank 0: iteration 108, " in done.stderr
+    assert "rank 1: iteration 100, " in done.stderr
 
 
 @pytest.fixture(params=["refused", "stalled"])
