@@ -2,16 +2,10 @@
 
 import contextlib
 import csv
-import http.client
-import os
 import resource
-import secrets
 import signal
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,6 +30,7 @@ from kl_f8_train.nonfinite import HostCopy
 from kl_f8_train.plan import Plan
 from kl_f8_train.processes import tell
 from kl_f8_train.shards import Source
+from kl_f8_train.tracking import Trackers
 from kl_f8_train.units import duration
 
 COLOURS = ("red", "green", "blue", "saturation")
@@ -234,7 +229,7 @@ def validation_scores(
 
 
 class RunLog(Callback):
-    """metrics.csv always; a progress bar or plain lines; wandb on request."""
+    """metrics.csv always; a progress bar or plain lines; trackers on request."""
 
     def __init__(self, run_dir: Path, settings: Config, start: int, plan: Plan) -> None:
         self.run_dir, self.config, self.start, self.plan = run_dir, settings, start, plan
@@ -245,7 +240,7 @@ class RunLog(Callback):
         self.count = 0
         self.skipped: Counter[tuple[str, str]] = Counter()  # (source, reason), on this rank
         self.seen = 0  # images, on this rank
-        self.wandb: Any = None
+        self.trackers: Trackers | None = None  # on the first rank
         self.bar: Any = None
         self.waited = 0.0
         self.mark = self.batch_end = time.perf_counter()
@@ -255,9 +250,7 @@ class RunLog(Callback):
         self.mark = self.batch_end = time.perf_counter()
         if not trainer.is_global_zero:
             return
-        if self.config.log.wandb != "off":
-            with self._wandb_may_fail():
-                self.wandb = start_wandb(self.config, self.run_dir)
+        self.trackers = Trackers(self.config, self.run_dir, self.start, self._say)
         if sys.stdout.isatty():
             total, unit = self.config.stop_iteration, "iteration"
             self.bar = tqdm(total=total, initial=self.start, unit=unit, mininterval=1.0)
@@ -289,10 +282,9 @@ class RunLog(Callback):
         self.batch_end = time.perf_counter()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
-        """Ends wandb's run as failed."""
-        if self.wandb is not None:
-            with self._wandb_may_fail():
-                self.wandb.finish(exit_code=1)
+        """Closes the trackers' runs as failed."""
+        if self.trackers is not None:
+            self.trackers.finish(failed=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reports the rest."""
@@ -302,39 +294,18 @@ class RunLog(Callback):
             self._tell_mixture(finetuner_of(pl_module).iteration)
         if self.bar is not None:
             self.bar.close()
-        if self.wandb is not None:
-            with self._wandb_may_fail():
-                self.wandb.finish()
+        if self.trackers is not None:
+            self.trackers.finish()
 
     def validated(self, iteration: int, row: dict[str, float], path: Path) -> None:
-        """Tells the scores of the fixed photographs, and sends them and their strip to wandb."""
+        """Logs the scores of the fixed photographs, and their strip."""
         self._say(
             f"validation at iteration {iteration:,}: PSNR {row['psnr_ema']:.2f} EMA, "
             f"{row['psnr_raw']:.2f} raw; SSIM {row['ssim_ema']:.3f} EMA, {row['ssim_raw']:.3f} raw"
         )
-        if self.wandb is not None:
-            import wandb
-
-            with self._wandb_may_fail():
-                scores = {f"validation/{key}": value for key, value in row.items()}
-                strip = wandb.Image(str(path), file_type="jpg")
-                self.wandb.log({**scores, "pictures": strip, "iteration": iteration})
-
-    @contextlib.contextmanager
-    def _wandb_may_fail(self) -> Iterator[None]:
-        """Whatever fails in wandb, training goes on without it, and the next start takes its id up.
-
-        SLURM signals every process of a job: wandb's own ends while the last iteration is saved.
-        """
-        import wandb
-
-        try:
-            yield
-        except Exception as error:
-            self._say(f"wandb: {type(error).__name__}: {error}; going on without it")
-            self.wandb = None
-            with contextlib.suppress(Exception, SystemExit):
-                wandb.teardown()  # now, not in a traceback when Python ends
+        if self.trackers is not None:
+            scores = {f"validation/{key}": value for key, value in row.items()}
+            self.trackers.log(iteration, scores, path)
 
     def _report(self, trainer: Trainer, finetuner: Finetuner) -> None:
         finetuner.guard.judge()
@@ -362,9 +333,8 @@ class RunLog(Callback):
         if trainer.is_global_zero:
             with tolerated():
                 self.table.write(finetuner.iteration, row)
-            if self.wandb is not None:
-                with self._wandb_may_fail():
-                    self.wandb.log({**row, "iteration": finetuner.iteration})
+            if self.trackers is not None:
+                self.trackers.log(finetuner.iteration, row)
             self._say(self._line(finetuner, row, seconds / self.count))
         self.sums, self.count, self.waited = {}, 0, 0.0
         self.mark = time.perf_counter()
@@ -510,54 +480,6 @@ class MetricsFile:
         else:
             with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.columns, restval="").writerow(row)
-
-
-def start_wandb(settings: Config, run_dir: Path) -> Any:
-    """A wandb run that keeps its id over resumes; without a network, offline within 20 seconds."""
-    import wandb
-
-    offline = settings.log.wandb == "offline" or not wandb_reachable()
-    identity = run_dir / "wandb_id.txt"
-    if not identity.is_file():
-        checkpoint.write_text(identity, f"{secrets.token_hex(4)}\n")
-    options: dict[str, Any] = {
-        "project": settings.log.project,
-        "name": settings.name,
-        "id": identity.read_text().strip(),
-        "resume": "allow",
-        "dir": str(run_dir),
-        "config": config.to_dict(settings),
-    }
-    quiet = wandb.Settings(init_timeout=15, silent=True)
-    try:
-        run = wandb.init(mode="offline" if offline else "online", settings=quiet, **options)
-    except wandb.errors.Error as error:
-        tell(f"wandb: {error}; going on offline")
-        offline = True
-        run = wandb.init(mode="offline", settings=quiet, **options)
-    if offline:
-        tell(f"wandb is offline; later: wandb sync {run_dir}/wandb/offline-run-*")
-    return run
-
-
-def wandb_reachable(timeout_seconds: float = 5.0) -> bool:
-    """Whether wandb's server answers at all, within the time, name look-up included."""
-    import wandb
-
-    address = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
-    answered = threading.Event()
-
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(address, timeout=timeout_seconds):
-                answered.set()
-        except urllib.error.HTTPError:
-            answered.set()
-        except (OSError, ValueError, http.client.HTTPException):
-            return
-
-    threading.Thread(target=ask, daemon=True).start()
-    return answered.wait(timeout_seconds)
 
 
 def finetuner_of(module: LightningModule) -> Finetuner:

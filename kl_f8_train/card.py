@@ -20,7 +20,7 @@ from kl_f8_train import checkpoint, config, half_precision
 from kl_f8_train.compare import SCORES, not_measured
 from kl_f8_train.config import Config
 from kl_f8_train.errors import MissingInputError, UsageError
-from kl_f8_train.perceptual import LABELS
+from kl_f8_train.perceptual import LABELS, OTHER_VGG
 from kl_f8_train.scores import BIASED_BELOW
 
 README, STRIP, LICENSE = "README.md", "strip.png", "LICENSE"  # written here, and may be edited
@@ -378,11 +378,14 @@ def _dataset(scores: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _measured(evaluated: Evaluated) -> list[dict[str, Any]]:
-    """Metrics for model-index: never a stand-in, and no rFID on too few images."""
+    """Metrics for model-index: never a stand-in or of another VGG16, no rFID on few images."""
     row = evaluated.scores["models"][evaluated.name]
+    other = str(evaluated.scores["protocol"].get("perceptual")).endswith(OTHER_VGG)
     found = []
     for metric, kind in HUB_TYPES.items():
         biased = metric == "rfid" and evaluated.scores["images"] < BIASED_BELOW
+        if other and metric in ("psim", "lpips"):
+            continue
         if row.get(metric) is not None and not biased:
             value = row[metric] if metric == "rfid" else row[metric]["mean"]
             shown = round(value, SCORES[metric].digits)
@@ -450,7 +453,7 @@ def _training(settings: Config, record: Mapping[str, Any]) -> str:
         "resize": f"shorter side to {data.shorter_side}" if data.shorter_side else "none",
         "trained": "decoder and post_quant_conv",
         "reconstruction loss": f"{loss.pixel} + {loss.perceptual_weight:g} "
-        f"{LABELS[loss.perceptual]}",
+        f"{record.get('perceptual') or LABELS[loss.perceptual]}",
         "adversarial loss": "none"
         if adversarial is None
         else f"hinge PatchGAN, {adversarial.weight:g} x adaptive weight, from iteration "

@@ -29,8 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kl_f8_train import hub, unpickle
+from kl_f8_train import facts, hub, unpickle
 from kl_f8_train.errors import MissingInputError, RunFailedError
+from kl_f8_train.facts import Facts
 from kl_f8_train.formats import (
     SDXL_SCALING_FACTOR,
     State,
@@ -59,6 +60,7 @@ class Contents:
     container: str = "safetensors"
     optimizer: bool = False
     stubbed: list[str] = field(default_factory=list)
+    facts: Facts = field(default_factory=Facts)
 
     @property
     def iteration(self) -> int | None:
@@ -83,9 +85,9 @@ def read(path: str | Path, wanted: unpickle.Wanted = lambda names: names) -> Con
         with path.open("rb") as file:
             head = file.read(9)
         if head[8:9] == b"{":  # first: the header's length before it may look like anything
-            return _read_safetensors(path, wanted)
+            return _with_config(_read_safetensors(path, wanted))
         if unpickle.is_torch(head):
-            return _read_torch(path, wanted)
+            return _with_config(_read_torch(path, wanted))
     except MissingInputError as error:
         raise MissingInputError(f"{path}: {error}") from error
     except Exception as error:  # whatever a broken file makes its parser raise
@@ -134,7 +136,7 @@ def build_autoencoder(contents: Contents, weights: Weights) -> AutoencoderKL:
     """`load_autoencoder` for what was read already."""
     try:
         with torch.device("meta"):  # whatever size the file claims
-            model = AutoencoderKL(**architecture(weights.autoencoder))
+            model = AutoencoderKL(**architecture(weights.autoencoder, contents.facts))
         check_shapes(weights.autoencoder, shapes_of(model.state_dict()))
     except (MissingInputError, ValueError) as error:
         raise MissingInputError(f"{contents.path}: {error}") from error
@@ -157,7 +159,8 @@ def report(contents: Contents, weights: Weights) -> dict[str, Any]:
         "tensors": len(weights.autoencoder),
         "dtypes": sorted({str(v.dtype).split(".")[1] for v in weights.autoencoder.values()}),
         "not_kl_f8": differing[0] if differing else None,
-        "sdxl": "XL" in weights.layout or _scaling_factor(contents.path) == SDXL_SCALING_FACTOR,
+        "sdxl": "XL" in weights.layout or contents.facts.scaling_factor == SDXL_SCALING_FACTOR,
+        "states": contents.facts.stated(),
         "iteration": contents.iteration,
         "discriminator": weights.discriminator is not None,
         "optimizer": contents.optimizer,
@@ -176,6 +179,7 @@ def describe(found: dict[str, Any]) -> str:
     dropped = ", ".join(f"{count} {group}" for group, count in found["dropped"].items())
     ema = ", ".join(f"{key} {value:g}" for key, value in found["ema"].items())
     held = [f"{'with' if found[part] else 'no'} {part}" for part in ("discriminator", "optimizer")]
+    stated = ", ".join(f"{name} {json.dumps(value)}" for name, value in found["states"].items())
     iteration = "not told" if found["iteration"] is None else f"{found['iteration']:,}"
     lines = [
         f"{found['file']}: {found['layout']} ({found['container']})",
@@ -183,6 +187,7 @@ def describe(found: dict[str, Any]) -> str:
         f"{'; '.join(held)}; iteration {iteration}",
         f"not kl-f8's shape: {found['not_kl_f8']}" if found["not_kl_f8"] else "kl-f8's shape",
         found["sdxl"] and "SDXL's weights: kl-f8's shape, but latents of another scale (0.13025)",
+        stated and f"it states: {stated}",
         ema and f"EMA scalars: {ema}",
         found["logvar"] and f"loss.logvar is {found['logvar']:g}; the original's is 0",
         dropped and f"left out: {dropped}",
@@ -247,23 +252,39 @@ def _read_safetensors(path: Path, wanted: unpickle.Wanted) -> Contents:
             for name in names
         }
         optimizer = any(name.startswith("optimizer.") for name in names)
-        return Contents(path, tensors, dict(file.metadata() or {}), optimizer=optimizer)
+        metadata = dict(file.metadata() or {})
+    contents = Contents(path, tensors, metadata, optimizer=optimizer)
+    contents.facts = facts.from_metadata(metadata)
+    return contents
 
 
 def _read_torch(path: Path, wanted: unpickle.Wanted) -> Contents:
     found = unpickle.read(path, wanted)
     counts = {key: str(value) for key, value in found.counts.items()}
-    return Contents(path, found.tensors, counts, found.container, found.optimizer, found.stubbed)
+    contents = Contents(
+        path, found.tensors, counts, found.container, found.optimizer, found.stubbed
+    )
+    contents.facts = facts.from_values(found.stated)
+    return contents
 
 
-def _scaling_factor(weights: Path) -> float | None:
-    """What a diffusers folder's config.json says of its latents' scale."""
+def _with_config(contents: Contents) -> Contents:
+    """The same with the facts of a diffusers folder's config.json, which come first."""
+    stated = facts.from_values(_diffusers_config(contents.path))
+    contents.facts = facts.combined(stated, contents.facts)
+    return contents
+
+
+def _diffusers_config(weights: Path) -> dict[str, Any]:
+    """The config.json beside a weight file, if it is an autoencoder's."""
     try:
         with weights.with_name("config.json").open("rb") as file:
-            value = json.loads(file.read(1_000_000))["scaling_factor"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return value if isinstance(value, float) else None
+            values = json.loads(file.read(1_000_000))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    return values if "Autoencoder" in str(values.get("_class_name", "Autoencoder")) else {}
 
 
 # --- writing --------------------------------------------------------------------------------

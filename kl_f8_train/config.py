@@ -236,6 +236,9 @@ class Log:
         "auto: online, or offline without a network", "off", machine=True
     )
     project: str = setting("wandb project", "kl-f8-train", machine=True)
+    tensorboard: bool = setting(
+        "write TensorBoard event files to run_dir/tensorboard", False, machine=True
+    )
 
 
 @dataclass(kw_only=True)

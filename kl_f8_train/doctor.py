@@ -27,13 +27,13 @@ from kl_f8_train import (
     compute,
     config,
     cost,
+    identity,
     images,
     origins,
     perceptual,
     scaling,
 )
 from kl_f8_train.cache import is_remote
-from kl_f8_train.callbacks import wandb_reachable
 from kl_f8_train.config import Config
 from kl_f8_train.data import Batch, PositionDataset, collate, open_data
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError, UserError
@@ -41,7 +41,8 @@ from kl_f8_train.finetuner import Finetuner
 from kl_f8_train.formats import Weights
 from kl_f8_train.losses import generator_loss, reconstruction_loss
 from kl_f8_train.model import FROZEN
-from kl_f8_train.train import check_model, fixed_photographs, start_or_resume
+from kl_f8_train.tracking import check_tensorboard, wandb_reachable
+from kl_f8_train.train import adopt, check_model, fixed_photographs, start_or_resume
 from kl_f8_train.units import counted, duration, size
 
 Say = Callable[[str], None]
@@ -139,8 +140,11 @@ def _examine_run(report: Report, settings: Config, allow_changes: bool) -> None:
     with report.section("weights"):
         _check_weights(report, settings)
     with report.section(f"perceptual network: {perceptual.LABELS[settings.loss.perceptual]}"):
-        perceptual.build(settings.loss.perceptual, settings.loss.perceptual_weights)
-        report.tell("found")
+        network = perceptual.build(settings.loss.perceptual, settings.loss.perceptual_weights)
+        if network.published:
+            report.tell("found")
+        else:
+            report.remark(f"the loss is {network.label}: the result is not the published recipe's")
     for name in settings.data.sources:
         with report.section(f"data: {name}"):
             _check_source(report, settings, name)
@@ -150,6 +154,10 @@ def _examine_run(report: Report, settings: Config, allow_changes: bool) -> None:
             report.tell(f"{counted(len(found), 'photograph', 's')} of {settings.log.pictures}")
     with report.section("wandb"):
         _check_wandb(report, settings)
+    if settings.log.tensorboard:
+        with report.section("TensorBoard"):
+            check_tensorboard()
+            report.tell("installed")
     if report.problems:
         report.say("one iteration: not tried before these are mended")
     else:
@@ -158,7 +166,7 @@ def _examine_run(report: Report, settings: Config, allow_changes: bool) -> None:
                 finetuner, _ = start_or_resume(settings, Path(settings.run_dir), allow_changes)
             for line in told.getvalue().splitlines():
                 report.tell(line.strip())
-            _try_iteration(report, settings, finetuner, world)
+            _try_iteration(report, settings, finetuner, world, allow_changes)
     with report.section("disk"):
         _check_disk(report, settings)
     _tell_bill(report, settings, world)
@@ -320,8 +328,13 @@ def _check_weights(report: Report, settings: Config) -> None:
     report.facts["weights"] = {"sha256": digest, **told}
     report.tell(checkpoint.describe(told))
     report.tell(f"{size(contents.path.stat().st_size)}, SHA-256 {digest}")
+    if not found and contents.iteration not in (None, start):
+        report.remark(
+            f"init.iteration={start} is taken, although {contents.path.name} says "
+            f"{contents.iteration:,}"
+        )
     if not found:
-        check_model(settings, contents.path, weights.autoencoder)
+        check_model(settings, contents, weights.autoencoder)
 
 
 def _first_readable(
@@ -404,14 +417,18 @@ def existing_parent(path: Path) -> Path:
 # --- one iteration --------------------------------------------------------------------------
 
 
-def _try_iteration(report: Report, settings: Config, finetuner: Finetuner, world: int) -> None:
+def _try_iteration(
+    report: Report, settings: Config, finetuner: Finetuner, world: int, allow_changes: bool
+) -> None:
     """Audits the gradients of a real batch, then runs and times an iteration on it."""
     report.facts |= {"start_iteration": finetuner.iteration, "warmup": finetuner.warmup_left}
     cuda = compute.on_cuda(settings.compute)
     device = torch.device("cuda" if cuda else "cpu")
     micro = config.micro_batch(settings, world)
     count = micro if cuda else min(micro, FEW_IMAGES)
-    dataset = PositionDataset(*open_data(settings, report.tell), settings)
+    plan, sources = open_data(settings, report.tell)
+    adopt(finetuner, identity.of_data(plan), settings.run_dir, allow_changes)
+    dataset = PositionDataset(plan, sources, settings)
     first = finetuner.iteration * settings.global_batch
     batch = collate([dataset[first + slot] for slot in range(count)]).to(device)
     finetuner.to(device)

@@ -32,7 +32,7 @@ from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, Us
 from kl_f8_train.inception import WIDTH, Inception
 from kl_f8_train.metrics import FeatureStatistics
 from kl_f8_train.model import AutoencoderKL
-from kl_f8_train.perceptual import LABELS, PerceptualDistance
+from kl_f8_train.perceptual import PerceptualDistance
 from kl_f8_train.plan import random_state
 from kl_f8_train.processes import meeting, world_size
 from kl_f8_train.scores import (
@@ -521,7 +521,7 @@ def _describe_networks(networks: Networks) -> dict[str, Any]:
     vgg = network.sha256 if network is not None and network.name == "lpips_vgg" else None
     packages = ("torch", "torchvision", "lpips", "torch-fidelity", "numpy", "pillow", "kl-f8-train")
     return {
-        "perceptual": LABELS[network.name] if network is not None else None,
+        "perceptual": network.label if network is not None else None,
         "psim": "half of LPIPS' distance without its heads, VGG16" if vgg else None,
         "vgg": vgg,
         "rfid": "torch-fidelity's Inception of 2015-12-05, its 2,048 pooled features, against the "

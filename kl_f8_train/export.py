@@ -21,6 +21,7 @@ from kl_f8_train import (
 )
 from kl_f8_train.config import Config
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.facts import ENTRY, Facts, combined
 from kl_f8_train.formats import State
 from kl_f8_train.model import FROZEN, TRAINED, AutoencoderKL
 
@@ -82,7 +83,8 @@ def export(
     named, tried = half_precision.choose_images(pictures, min(SIZE, settings.data.crop))
     weights = _stored_weights(header.path, raw)
     averaged = _average(weights, header, average)
-    model = _network(weights)
+    stated = state.stored_facts(header, settings)
+    model = _network(weights, stated)
     frozen = header.metadata["frozen_sha256"]
     if checkpoint.frozen_sha256(weights) != frozen:
         raise MissingInputError(f"{header.path}: its encoder does not match its own hash")
@@ -99,6 +101,7 @@ def export(
         "averaged": averaged,
         **state.stored_base(header.metadata),
         "changes": state.stored_changes(header.metadata),
+        "perceptual": state.stored_identity(header.metadata).get("perceptual"),
         "ema_decay": settings.ema.decay,
         "config_sha256": hashlib.sha256(header.metadata["config"].encode()).hexdigest(),
         "frozen_sha256": frozen,
@@ -108,10 +111,14 @@ def export(
     for path, layout, stored in files:
         tensors = {key: value.to(stored) for key, value in weights.items()}
         if layout == "ckpt":
-            contents = {"state_dict": tensors, "global_step": record["iteration"]}
+            contents = {
+                "state_dict": tensors,
+                "global_step": record["iteration"],
+                ENTRY: stated.stated(),
+            }
             checkpoint.write_torch(path, contents)
         elif layout == "safetensors":
-            texts = _metadata(settings, header, record, tensors)
+            texts = _metadata(settings, header, record, tensors) | stated.metadata()
             checkpoint.write_safetensors(path, tensors, texts)
         else:
             checkpoint.write_safetensors(path, formats.to_diffusers(tensors), {})
@@ -119,12 +126,17 @@ def export(
     if "diffusers" in layouts:
         shape = settings.model
         values = formats.diffusers_config(
-            shape.ch, shape.ch_mult, shape.num_res_blocks, shape.z_channels, settings.data.crop
+            shape.ch,
+            shape.ch_mult,
+            shape.num_res_blocks,
+            shape.z_channels,
+            settings.data.crop,
+            stated,
         )
         checkpoint.write_json(diffusers_config, values)
     checkpoint.write_text(out / "config.yaml", config.to_yaml(settings))
 
-    record["checks"] = _verify(out, files, model)
+    record["checks"] = _verify(out, files, model, stated)
     record["files"] = {str(path.relative_to(out)): checkpoint.file_sha256(path) for path in written}
     checkpoint.write_text(readme, card.model_card(settings, record))
     record["files"]["README.md"] = checkpoint.file_sha256(readme)
@@ -301,8 +313,10 @@ def _metadata(
 
 
 @torch.no_grad()
-def _verify(out: Path, files: Sequence[WeightFile], model: AutoencoderKL) -> dict[str, str]:
-    """Reads every file back: same tensors, same latents of a probe, same decoded image.
+def _verify(
+    out: Path, files: Sequence[WeightFile], model: AutoencoderKL, stated: Facts
+) -> dict[str, str]:
+    """Reads every file back: same tensors and facts, same latents of a probe, same decoded image.
 
     Returns the outcome by file. Raises RunFailedError if one differs.
     """
@@ -312,13 +326,16 @@ def _verify(out: Path, files: Sequence[WeightFile], model: AutoencoderKL) -> dic
     decoded = model.decode(latents)
     checks: dict[str, str] = {}
     for path, layout, stored in files:
-        frozen = _read_back(path, FROZEN, weights, stored)
-        again = _network({**weights, **frozen})
+        frozen, facts = _read_back(path, FROZEN, weights, stored)
+        if combined(stated, facts) != facts:
+            raise RunFailedError(f"{path} does not state what its base did: {facts.stated()}")
+        again = _network({**weights, **frozen}, facts)
         latents_error = float((again.encode(probe).mean - latents).abs().max())
         del frozen, again  # half of the file at a time: memory
-        again = _network({**weights, **_read_back(path, TRAINED, weights, stored)})
+        trained, _ = _read_back(path, TRAINED, weights, stored)
+        again = _network({**weights, **trained}, facts)
         mean, most = half_precision.levels(again.decode(latents), decoded)
-        del again
+        del trained, again
         if stored == torch.float32 and (latents_error or most):
             raise RunFailedError(f"{path} reads back, but encodes or decodes a probe differently")
         checks[str(path.relative_to(out))] = (
@@ -335,8 +352,10 @@ def _verify(out: Path, files: Sequence[WeightFile], model: AutoencoderKL) -> dic
     return checks
 
 
-def _read_back(path: Path, parts: Sequence[str], weights: State, stored: torch.dtype) -> State:
-    """Encoder or decoder of a written file, in float32.
+def _read_back(
+    path: Path, parts: Sequence[str], weights: State, stored: torch.dtype
+) -> tuple[State, Facts]:
+    """Encoder or decoder of a written file, in float32, and what the file states.
 
     Raises RunFailedError unless the file has the names of `weights`, and there its numbers.
     """
@@ -349,23 +368,24 @@ def _read_back(path: Path, parts: Sequence[str], weights: State, stored: torch.d
         problems = [k for k, v in part.items() if not torch.equal(v, weights[k].to(stored))]
     if problems:
         raise RunFailedError(f"{path} does not read back as written: {', '.join(problems[:3])}")
-    return {key: value.float() for key, value in part.items()}
+    return {key: value.float() for key, value in part.items()}, read.facts
 
 
 def _check_strictly(path: Path, count: int) -> None:
     """What torch's own safe loader sees of a .ckpt; raises RunFailedError if it is too much."""
     loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if set(loaded) != {"state_dict", "global_step"} or len(loaded["state_dict"]) != count:
-        raise RunFailedError(f"{path} holds other things than state_dict and global_step")
+    names = {"state_dict", "global_step", ENTRY}
+    if set(loaded) != names or len(loaded["state_dict"]) != count:
+        raise RunFailedError(f"{path} holds other things than {', '.join(sorted(names))}")
 
 
-def _network(weights: State) -> AutoencoderKL:
+def _network(weights: State, stated: Facts) -> AutoencoderKL:
     """An autoencoder around these very tensors, without a copy.
 
     Raises MissingInputError naming the first tensor that is missing, or of another shape.
     """
     with torch.device("meta"):
-        model = AutoencoderKL(**formats.architecture(weights))
+        model = AutoencoderKL(**formats.architecture(weights, stated))
     formats.check_shapes(weights, formats.shapes_of(model.state_dict()))
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)

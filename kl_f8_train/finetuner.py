@@ -153,22 +153,21 @@ class Finetuner(LightningModule):
         if not dist.is_initialized():
             return
         networks = {} if self.discriminator is None else self.discriminator.state_dict()
-        mine = (
-            self.iteration,
-            self.warmup_left,
-            self.ema_updates,
-            [len(adam.state) for adam in self.adams],
-            tensors_sha256(networks)[:12],
-            self.run_state.data_digest,
-        )
+        mine = {
+            "iteration": self.iteration,
+            "warm-up left": self.warmup_left,
+            "EMA updates": self.ema_updates,
+            "optimizer states": [len(adam.state) for adam in self.adams],
+            "discriminator": tensors_sha256(networks)[:12],
+            **self.run_state.identity,
+        }
         seen: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(seen, mine)
-        if any(other != seen[0] for other in seen):
-            lines = "\n".join(f"  rank {rank}: {other}" for rank, other in enumerate(seen))
+        if lines := disagreements(seen):
             raise RunFailedError(
-                "the ranks start from different states (iteration, warm-up, EMA updates, optimizer "
-                f"states, discriminator, data):\n{lines}\nrun_dir={self.config.run_dir} and the "
-                "shards must be the same files for every node"
+                "the ranks start from different states:\n" + "\n".join(lines) + "\n"
+                f"run_dir={self.config.run_dir}, data and weights must be the same files, and the "
+                "programs the same versions, on every node"
             )
 
     def transfer_batch_to_device(
@@ -223,7 +222,8 @@ class Finetuner(LightningModule):
                 ys.append(at_y)
             else:
                 self.backward(y, grad_nll, machine, last=piece is pieces[-1])
-            terms, finite = [*terms, of_piece], [*finite, good]
+            terms.append(of_piece)
+            finite.append(good)
         self.guard.judge()  # the iteration before
         self.metrics = mean_of_each(terms) | {"kl_loss": kl}
         if adversarial:
@@ -370,6 +370,18 @@ class Finetuner(LightningModule):
         verdict, figures = self.adversary.update(pairs, len(groups), factor, bad)
         self.metrics |= figures
         return verdict
+
+
+def disagreements(seen: list[dict[str, Any]]) -> list[str]:
+    """A line for each rank with what is not the same on all of them; none if all agree."""
+    names = dict.fromkeys(name for state in seen for name in state)
+    differ = [name for name in names if any(s.get(name) != seen[0].get(name) for s in seen)]
+    if not differ:
+        return []
+    return [
+        f"  rank {rank}: " + ", ".join(f"{name} {state.get(name)}" for name in differ)
+        for rank, state in enumerate(seen)
+    ]
 
 
 def trained_part(autoencoder: AutoencoderKL) -> nn.ModuleDict:

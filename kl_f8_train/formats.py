@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from kl_f8_train.errors import MissingInputError
+from kl_f8_train.facts import GROUPS, Facts
 
 State = dict[str, Tensor]
 
@@ -169,11 +170,13 @@ def differences(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, .
     return problems + [f"unexpected {key}" for key in state if key not in expected]
 
 
-def architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def architecture(state: Mapping[str, Tensor], facts: Facts | None = None) -> dict[str, Any]:
     """AutoencoderKL's arguments, read off the shapes of a CompVis state dict.
 
-    Raises MissingInputError if a tensor that tells them is missing.
+    The groups of its norms have no shape: they are among them only where `facts` states them.
+    Raises MissingInputError if a tensor that shows an argument is missing.
     """
+    groups = facts.norm_num_groups if facts else None
     try:
         ch = state["encoder.conv_in.weight"].shape[0]
         levels = 1 + max(
@@ -189,6 +192,7 @@ def architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
             "num_res_blocks": blocks,
             "z_channels": state["decoder.conv_in.weight"].shape[1],
             "embed_dim": state["post_quant_conv.weight"].shape[1],
+            **({"norm_num_groups": groups} if groups else {}),
         }
     except (KeyError, ValueError) as error:
         raise MissingInputError(f"not a whole autoencoder: {error} is missing") from error
@@ -260,11 +264,11 @@ def compvis_name(key: str, levels: int) -> str:
 
 
 def diffusers_config(
-    ch: int, ch_mult: list[int], blocks: int, z: int, size: int
+    ch: int, ch_mult: list[int], blocks: int, z: int, size: int, stated: Facts | None = None
 ) -> dict[str, object]:
-    """config.json of diffusers' AutoencoderKL."""
+    """config.json of diffusers' AutoencoderKL; what `stated` knows takes the defaults' place."""
     levels = len(ch_mult)
-    return {
+    defaults = {
         "_class_name": "AutoencoderKL",
         "_diffusers_version": "0.30.0",
         "act_fn": "silu",
@@ -274,12 +278,13 @@ def diffusers_config(
         "in_channels": 3,
         "latent_channels": z,
         "layers_per_block": blocks,
-        "norm_num_groups": 32,
+        "norm_num_groups": GROUPS,
         "out_channels": 3,
         "sample_size": size,
         "scaling_factor": SCALING_FACTOR,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
+    return defaults | (stated or Facts()).stated()
 
 
 def _is_attention_weight(key: str) -> bool:

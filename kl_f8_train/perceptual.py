@@ -19,6 +19,7 @@ from kl_f8_train import checkpoint, published
 from kl_f8_train.errors import MissingInputError
 
 LABELS = {"lpips_vgg": "LPIPS", "st_lpips_alex": "ST-LPIPS (stand-in, not LPIPS)"}
+OTHER_VGG = "on a VGG16 that is not the published one"
 SETTING = "loss.perceptual_weights=FILE"  # how a recipe names VGG16's file
 
 
@@ -32,14 +33,23 @@ class PerceptualDistance(nn.Module):
         trunk: nn.Module,
         heads: Sequence[Tensor],
         sha256: str | None = None,
+        published: bool = True,
     ) -> None:
         super().__init__()
         self.name = name
-        self.sha256 = sha256  # of the published tensors, whatever file they came in
+        self.sha256 = sha256  # of the trunk's tensors, whatever file they came in
+        self.published = published  # whether these are the tensors that its authors published
         self.scaling = scaling
         self.trunk = trunk  # images -> sequence of feature maps
         self.heads = nn.ParameterList(head.detach().clone() for head in heads)  # (1, C, 1, 1)
         self.requires_grad_(False).eval()
+
+    @property
+    def label(self) -> str:
+        """Its name for people; a network with other weights than the published ones says so."""
+        if self.published:
+            return LABELS[self.name]
+        return f"{LABELS[self.name]} {OTHER_VGG}"
 
     def train(self, mode: bool = True) -> "PerceptualDistance":
         """Stays in eval mode: dropout in the heads would change the loss."""
@@ -108,7 +118,7 @@ def lpips_vgg(path: Path | None) -> PerceptualDistance:
     """
     import lpips
 
-    state = _vgg_features(path) if path is not None else {}
+    state, original = _vgg_features(path) if path is not None else ({}, False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision deprecates `pretrained=`
         package = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
@@ -122,21 +132,24 @@ def lpips_vgg(path: Path | None) -> PerceptualDistance:
                 assert layer.bias is not None
                 layer.bias.data.copy_(state[f"features.{index}.bias"])
     heads = [head.model[-1].weight for head in package.lins]
+    digest = checkpoint.tensors_sha256(state)
+    trunk = Slices(slices)
     return PerceptualDistance(
-        "lpips_vgg", package.scaling_layer, Slices(slices), heads, checkpoint.tensors_sha256(state)
+        "lpips_vgg", package.scaling_layer, trunk, heads, digest, published=original
     )
 
 
-def _vgg_features(path: Path) -> dict[str, Tensor]:
-    tensors = checkpoint.read(path).tensors
-    state = {key: value for key, value in tensors.items() if key.startswith("features.")}
+def _vgg_features(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of VGG16's convolutions, and whether they are the published ones."""
+    contents = checkpoint.read(path)
+    state = {key: value for key, value in contents.tensors.items() if key.startswith("features.")}
     shape = tuple(state["features.0.weight"].shape) if "features.0.weight" in state else None
     if shape != (64, 3, 3, 3) or "features.28.weight" not in state:
         raise MissingInputError(
             f"{path} does not hold VGG16's features (features.0 to features.28); "
             "`kl-f8-train fetch vgg` gets them"
         )
-    return state
+    return state, published.is_published(published.VGG16, contents)
 
 
 class Slices(nn.Module):

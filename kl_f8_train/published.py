@@ -105,4 +105,24 @@ def _keep(network: Network, url: str, download: Path, target: Path) -> None:
         )
     tensors = checkpoint.read(download).tensors
     kept: dict[str, Tensor] = {k: v for k, v in tensors.items() if k.startswith(network.keys)}
-    checkpoint.write_safetensors(target, kept, {"source": url, "source_sha256": digest})
+    note = {
+        "source": url,
+        "source_sha256": digest,
+        "tensors_sha256": checkpoint.tensors_sha256(kept),
+    }
+    checkpoint.write_safetensors(target, kept, note)
+
+
+def is_published(network: Network, contents: checkpoint.Contents) -> bool:
+    """Whether a file holds a network's published tensors.
+
+    A torch file is the download itself, known by its SHA-256. A safetensors file is known by what
+    `fetch` wrote into it: the download's SHA-256, and that of the tensors it kept.
+    """
+    if contents.container != "safetensors":
+        return checkpoint.file_sha256(contents.path).startswith(network.sha256_prefix)
+    note = contents.metadata
+    if not note.get("source_sha256", "").startswith(network.sha256_prefix):
+        return False
+    kept = note.get("tensors_sha256")  # files of earlier versions do not have it
+    return kept is None or kept == checkpoint.tensors_sha256(contents.tensors)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from kl_f8_train.facts import Facts
+
 
 @dataclass
 class RunState:
@@ -12,4 +14,5 @@ class RunState:
     ema_updates: int = 0
     base: dict[str, str] = field(default_factory=dict)  # name and SHA-256 of the imported file
     changes: list[str] = field(default_factory=list)  # of the recipe, on resuming
-    data_digest: str = ""  # of the sources' counts, equal on all ranks
+    identity: dict[str, str] = field(default_factory=dict)  # of data, perceptual network, versions
+    facts: Facts = Facts()  # that the imported file stated

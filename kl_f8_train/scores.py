@@ -20,6 +20,7 @@ import numpy as np
 from kl_f8_train import checkpoint, metrics
 from kl_f8_train.compare import METRICS, not_measured
 from kl_f8_train.metrics import FeatureStatistics
+from kl_f8_train.perceptual import OTHER_VGG
 
 BIASED_BELOW = 2048  # images; the width of Inception's features
 PICTURES = 24  # images shown, at most
@@ -95,6 +96,11 @@ def summarise(
             )
     if "st_lpips" in tally.measured:
         warnings.append("ST-LPIPS is a stand-in: it is neither LPIPS nor PSIM")
+    if str(protocol.get("perceptual")).endswith(OTHER_VGG):
+        warnings.append(
+            "LPIPS and PSIM are measured on a VGG16 that is not the published one, and cannot be "
+            "compared with published scores"
+        )
     return {
         "models": models,
         "unmeasured": unmeasured,

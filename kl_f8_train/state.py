@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from kl_f8_train import checkpoint, config
+from kl_f8_train import checkpoint, config, facts
 from kl_f8_train.checkpoint import frozen_sha256
 from kl_f8_train.config import Config
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.facts import Facts
 from kl_f8_train.finetuner import Finetuner
 from kl_f8_train.formats import check_like
 
@@ -46,7 +47,9 @@ def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: st
         "ema_updates": str(run.ema_updates),
         "frozen_sha256": frozen,
         **run.base,
+        **run.facts.metadata(),
         "changes": "\n".join(run.changes),
+        "identity": json.dumps(run.identity),
         **content_sha256(tensors),
         "config": json.dumps(config.to_dict(finetuner.config)),
     }
@@ -81,9 +84,26 @@ def stored_base(metadata: dict[str, str]) -> dict[str, str]:
     return {key: metadata.get(key, "unknown") for key in ("base_name", "base_sha256")}
 
 
+def stored_facts(contents: checkpoint.Contents, settings: Config) -> Facts:
+    """What the base of a run stated; of older checkpoints only what their configuration shows."""
+    shape = Facts(norm_num_groups=settings.model.norm_num_groups)
+    return facts.combined(contents.facts, shape)
+
+
 def stored_changes(metadata: dict[str, str]) -> list[str]:
     """Lines `from iteration N: key: old -> new`: what of the recipe was changed on resuming."""
     return metadata.get("changes", "").splitlines()
+
+
+def stored_identity(metadata: dict[str, str]) -> dict[str, str]:
+    """The identity of the inputs that a checkpoint was made with; older ones have none."""
+    try:
+        found = json.loads(metadata.get("identity", "{}"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise MissingInputError("its identity is not a JSON object; the file is damaged")
+    return {str(name): str(value) for name, value in found.items()}
 
 
 def content_sha256(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -126,6 +146,10 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: checkpoint.C
         f"{contents.path}"
     )
     check_like(networks, finetuner.state_dict(), differ, remedy)
+    try:
+        check_groups(stored_facts(contents, stored_config(contents)), finetuner.config.model)
+    except MissingInputError as error:
+        raise MissingInputError(f"{differ}: {error}\n{remedy}") from error
     finetuner.load_state_dict(networks, strict=True)
     for name, optimizer in zip(OPTIMIZERS, optimizers, strict=False):
         _restore_optimizer(name, optimizer, finetuner, tensors)
@@ -134,11 +158,22 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: checkpoint.C
     run.warmup_left = int(metadata["warmup_left"])
     run.ema_updates = int(metadata["ema_updates"])
     run.base = stored_base(metadata)
+    run.facts = stored_facts(contents, stored_config(contents))
     run.changes = stored_changes(metadata)
+    run.identity = stored_identity(metadata)
     frozen = frozen_sha256(finetuner.autoencoder.state_dict())
     if frozen != metadata["frozen_sha256"]:
         raise MissingInputError(f"{contents.path}: its encoder does not match its own hash")
     return frozen
+
+
+def check_groups(stated: Facts, model: config.Model) -> None:
+    """Raises MissingInputError if a file states other norms than the recipe's."""
+    groups = stated.norm_num_groups
+    if groups not in (None, model.norm_num_groups):
+        raise MissingInputError(
+            f"it states norm_num_groups={groups}, expected {model.norm_num_groups}"
+        )
 
 
 def _check_finite(tensors: dict[str, Tensor]) -> None:

@@ -27,7 +27,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from kl_f8_train import checkpoint, config, images, perceptual, state
+from kl_f8_train import checkpoint, config, identity, images, perceptual, state
 from kl_f8_train.cache import is_remote
 from kl_f8_train.callbacks import Checkpoints, Prefetch, RunLog, Signals, Validation
 from kl_f8_train.compute import is_out_of_memory, kernels, on_cuda, with_remedy
@@ -49,6 +49,7 @@ from kl_f8_train.plan import Plan
 from kl_f8_train.processes import SRUN, TORCHRUN, launched, tell
 from kl_f8_train.run_state import RunState
 from kl_f8_train.shards import FolderSource, Source, TarSource
+from kl_f8_train.tracking import check_tensorboard
 from kl_f8_train.units import counted
 from kl_f8_train.watchdog import Watchdog
 
@@ -61,6 +62,8 @@ def train(settings: Config, allow_changes: bool = False) -> int:
     Raises UsageError, MissingInputError or RunFailedError with what to do.
     """
     run_dir = Path(settings.run_dir)
+    if settings.log.tensorboard:
+        check_tensorboard()
     checkpoint.check_writable(run_dir)
     first = getattr(rank_zero_only, "rank", 0) == 0  # as the launcher's variables say
     with checkpoint.claimed(run_dir) if first else nullcontext():
@@ -78,7 +81,7 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
             say(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
             return 0
         plan, sources = open_data(settings, say)
-        finetuner.run_state.data_digest = plan.digest()
+        adopt(finetuner, identity.of_data(plan), f"{run_dir}", allow_changes)
         _describe(settings, finetuner, plan, sources)
         run_log = RunLog(run_dir, settings, finetuner.iteration, plan)
         validation = Validation(
@@ -191,23 +194,19 @@ def start_or_resume(settings: Config, run_dir: Path, allow_changes: bool) -> tup
         try:
             contents = checkpoint.read(path)
             before = state.stored_config(contents)
+            state.stored_identity(contents.metadata)
             state.check_content(contents)
         except MissingInputError as error:
             say(f"{error}\n  trying the checkpoint before it")
             continue
         changes = config.differences(before, settings)
-        if changes and not allow_changes:
-            raise UsageError(
-                f"{path} was made by another recipe:\n  " + "\n  ".join(changes) + "\n"
-                "Give the same settings again, another run_dir, or --allow-changes"
-            )
-        finetuner = _build(settings, AutoencoderKL(**asdict(settings.model)), RunState())
+        _refuse_changes(path, "by another recipe", changes, allow_changes)
+        autoencoder = AutoencoderKL(**asdict(settings.model))
+        finetuner, program = _build(settings, autoencoder, RunState())
         frozen = state.restore(finetuner, finetuner.adams, contents)
         say(f"resuming {path.name}")
-        for change in changes:
-            line = " ".join(f"from iteration {finetuner.iteration:,}: {change}".split())
-            finetuner.run_state.changes.append(line)
-            say(f"  {line}")
+        _record_changes(finetuner, changes)
+        adopt(finetuner, program, str(path), allow_changes)
         return finetuner, frozen
     if found:
         raise MissingInputError(
@@ -217,6 +216,33 @@ def start_or_resume(settings: Config, run_dir: Path, allow_changes: bool) -> tup
     return _import(settings)
 
 
+def adopt(finetuner: Finetuner, inputs: identity.Identity, where: str, allow_changes: bool) -> None:
+    """Compares today's inputs with those of the checkpoint, and puts them in their place.
+
+    Raises UsageError if they differ, unless changes are allowed; then they are recorded.
+    """
+    changes = identity.differences(finetuner.run_state.identity, inputs)
+    _refuse_changes(where, "from other inputs", changes, allow_changes)
+    _record_changes(finetuner, changes)
+    finetuner.run_state.identity |= inputs
+
+
+def _refuse_changes(where: Path | str, how: str, changes: list[str], allowed: bool) -> None:
+    if changes and not allowed:
+        raise UsageError(
+            f"{where} was made {how}:\n  " + "\n  ".join(changes) + "\n"
+            "Give the same again, another run_dir, or --allow-changes"
+        )
+
+
+def _record_changes(finetuner: Finetuner, changes: list[str]) -> None:
+    """Says what changes on resuming; the next checkpoints, and the card, keep it."""
+    for change in changes:
+        line = " ".join(f"from iteration {finetuner.iteration:,}: {change}".split())
+        finetuner.run_state.changes.append(line)
+        say(f"  {line}")
+
+
 def _import(settings: Config) -> tuple[Finetuner, str]:
     """A finetuner with the weights of `init.weights`."""
     contents, weights = checkpoint.read_weights(settings.init.weights, settings.init.select)
@@ -224,11 +250,16 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
     iteration = settings.init.iteration
     if iteration is None:
         iteration = contents.iteration
+    elif contents.iteration not in (None, iteration):
+        say(
+            f"  init.iteration={iteration} is taken, although the file says {contents.iteration:,}"
+            "; leave it out (null) to start from the file's count"
+        )
     if iteration is None:
         raise UsageError(
             f"{contents.path} does not tell its iteration; give init.iteration (kl-f8: 246803)"
         )
-    check_model(settings, contents.path, weights.autoencoder)
+    check_model(settings, contents, weights.autoencoder)
     bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
     if bad:
         raise MissingInputError(
@@ -236,31 +267,47 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
         )
     autoencoder = AutoencoderKL(**asdict(settings.model))
     autoencoder.load_state_dict(weights.autoencoder)
-    run_state = RunState(iteration, base=state.base(contents.path))
-    finetuner = _build(settings, autoencoder, run_state)
+    run_state = RunState(
+        iteration,
+        base=state.base(contents.path),
+        facts=state.stored_facts(contents, settings),
+    )
+    finetuner, program = _build(settings, autoencoder, run_state)
     if weights.logvar is not None:
         finetuner.logvar.data.copy_(weights.logvar.reshape(()))
+    finetuner.run_state.identity = program
     _import_discriminator(settings, finetuner, weights.discriminator)
     return finetuner, state.frozen_sha256(finetuner.autoencoder.state_dict())
 
 
-def check_model(settings: Config, path: Path, weights: State) -> None:
-    """Raises MissingInputError if the autoencoder of a file has another shape than the recipe's."""
+def check_model(settings: Config, contents: checkpoint.Contents, weights: State) -> None:
+    """Raises MissingInputError if the network of a file is not the recipe's."""
     with torch.device("meta"):
         expected = AutoencoderKL(**asdict(settings.model))
+    differ = f"{contents.path} and the recipe's model differ"
     remedy = "Give other weights, or set model.* as theirs"
-    check_like(weights, expected.state_dict(), f"{path} and the recipe's model differ", remedy)
+    check_like(weights, expected.state_dict(), differ, remedy)
+    try:
+        state.check_groups(contents.facts, settings.model)
+    except MissingInputError as error:
+        raise MissingInputError(f"{differ}: {error}\n{remedy}") from error
 
 
 def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) -> None:
     """Loads the discriminator, or plans its warm-up."""
     if finetuner.discriminator is None or settings.adversarial is None:
+        if weights:
+            say("  its discriminator is not used: the recipe has no adversarial term")
         return
     if weights:
         differ = f"{settings.init.weights}: its discriminator and the recipe's differ"
         remedy = "Set adversarial.ndf and adversarial.n_layers as the file's"
         check_like(weights, finetuner.discriminator.state_dict(), differ, remedy)
         finetuner.discriminator.load_state_dict(weights)
+        say(
+            "  its discriminator is taken over, as trained against that file's decoder; without "
+            "a warm-up, and with new moments for Adam"
+        )
         return
     finetuner.run_state.warmup_left = settings.adversarial.warmup_iterations
     say(
@@ -269,15 +316,18 @@ def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) 
     )
 
 
-def _build(settings: Config, autoencoder: AutoencoderKL, run_state: RunState) -> Finetuner:
-    """A finetuner of these weights, with a seeded new discriminator."""
+def _build(
+    settings: Config, autoencoder: AutoencoderKL, run_state: RunState
+) -> tuple[Finetuner, identity.Identity]:
+    """A finetuner of these weights, with a seeded new discriminator; the program's identity."""
     discriminator = None
     if settings.adversarial is not None:
         adversary = settings.adversarial
         discriminator = Discriminator(adversary.ndf, adversary.n_layers, adversary.sync_batchnorm)
         initialize(discriminator, settings.seed)
     network = perceptual.build(settings.loss.perceptual, settings.loss.perceptual_weights)
-    return Finetuner(settings, autoencoder, discriminator, network, run_state)
+    program = identity.of_program(network)  # before it is compiled, or moved
+    return Finetuner(settings, autoencoder, discriminator, network, run_state), program
 
 
 # --- the trainer ----------------------------------------------------------------------------
@@ -411,7 +461,7 @@ def _describe(
     for name, source in sources.items():
         say(f"data: {name}: {'; '.join(source.describe())}; {plan.plans[name].share} a batch")
     loss = settings.loss
-    label = perceptual.LABELS[loss.perceptual]
+    label = identity.network_label(finetuner.run_state.identity)
     adversarial = (
         ""
         if settings.adversarial is None

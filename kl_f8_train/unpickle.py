@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kl_f8_train.errors import MissingInputError
+from kl_f8_train.facts import ENTRY
 
 Wanted = Callable[[Collection[str]], Collection[str]]
 
@@ -81,6 +82,7 @@ class TorchFile:
     counts: dict[str, int]  # `global_step` and `epoch`, where it tells them
     optimizer: bool
     stubbed: list[str]
+    stated: dict[str, Any]  # plain values of the entry `architecture`
 
 
 def read(path: Path, wanted: Wanted, inside: bool = False) -> TorchFile:
@@ -342,7 +344,19 @@ def _collect(
         {key: loaded[key] for key in ("global_step", "epoch") if type(loaded.get(key)) is int},
         bool(loaded.get("optimizer_states") or loaded.get("optimizer")),
         sorted(stubbed),
+        _plain_values(loaded.get(ENTRY)),
     )
+
+
+def _plain_values(entry: Any) -> dict[str, Any]:
+    """Numbers, strings, and lists of them, below the names in a dict."""
+    plain = (bool, int, float, str)
+    return {
+        str(name): value
+        for name, value in (entry.items() if isinstance(entry, dict) else ())
+        if type(value) in plain
+        or (isinstance(value, list | tuple) and all(type(item) in plain for item in value))
+    }
 
 
 def _flat(data: bytes, dtype: torch.dtype) -> Tensor:

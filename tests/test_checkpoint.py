@@ -257,6 +257,7 @@ def test_report_of_the_originals_file(tmp_path):
         "tensors": len(vae.state_dict()),
         "dtypes": ["float32"],
         "sdxl": False,
+        "states": {},
         "iteration": 246803,
         "discriminator": True,
         "optimizer": True,

@@ -618,6 +618,8 @@ def test_vgg_gives_lpips_and_psim(folder, vgg_file):
     assert model["lpips"]["mean"] > 0 < model["psim"]["mean"]
     assert "st_lpips" not in model
     assert len(result["protocol"]["vgg"]) == 64
+    assert result["protocol"]["perceptual"] == "LPIPS on a VGG16 that is not the published one"
+    assert [w for w in result["warnings"] if "cannot be compared with published scores" in w]
     with Image.open(folder / "vgg" / "pictures" / "0000-a.png") as picture:
         assert picture.size == (SIZE, SIZE)
 

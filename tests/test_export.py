@@ -219,7 +219,7 @@ TORCH_113 = (
 LOAD_IN_113 = """
 import ctypes, hashlib, sys, torch
 loaded = torch.load(sys.argv[1], map_location="cpu")
-assert set(loaded) == {"state_dict", "global_step"}
+assert set(loaded) == {"state_dict", "global_step", "architecture"}
 digest = hashlib.sha256()
 for key in sorted(loaded["state_dict"]):
     value = loaded["state_dict"][key].contiguous()

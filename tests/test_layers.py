@@ -7,15 +7,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kl_f8_train"
 LAYERS = (
-    {"errors", "units", "run_state", "phases"},
+    {"errors", "units", "phases"},
+    {"facts"},
+    {"run_state"},
     {"config", "images", "model", "discriminator", "losses", "ema", "metrics", "plan"}
     | {"formats", "unpickle", "hub", "compare", "origins", "curves", "processes"},
     {"checkpoint", "pack", "compute", "cost", "status", "nonfinite", "gradients"},
-    {"cache", "scaling"},
+    {"cache", "scaling", "tracking"},
     {"published", "shards"},
     {"perceptual", "inception"},
     {"data", "scores"},
-    {"adversary", "evaluate"},
+    {"adversary", "evaluate", "identity"},
     {"finetuner"},
     {"state", "half_precision"},
     {"callbacks", "watchdog", "benchmark", "report", "card"},
@@ -31,7 +33,7 @@ PLACES = {
     "lpips": {"perceptual"},
     "torch_fidelity": {"inception"},
     "safetensors": {"checkpoint"},
-    "wandb": {"callbacks"},
+    "wandb": {"tracking"},
     "diffusers": {"benchmark"},  # what --against measures against, if it is installed
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
