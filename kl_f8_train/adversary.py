@@ -34,6 +34,7 @@ GROUP = 12  # images; the original: 16 GPUs x 12
 class Look(NamedTuple):
     """Both losses' gradients on some images, at y and at the decoder's last layer."""
 
+    y: Tensor  # (B, 3, H, W), without a graph
     g: Tensor  # ()
     grad_nll: Tensor  # (B, 3, H, W)
     grad_g: Tensor
@@ -90,7 +91,7 @@ class Adversary:
             torch.autograd.grad(y, layer, part.to(y.dtype), retain_graph=True)[0]
             for part in (grad_nll, grad_g)
         )
-        return Look(g, grad_nll, grad_g, of_nll, of_g)
+        return Look(at_y, g, grad_nll, grad_g, of_nll, of_g)
 
     def _generator(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """g and d g / d y, group by group."""
@@ -113,7 +114,7 @@ class Adversary:
         The adaptive weight compares both losses' gradients at the last layer, of the iteration's
         images on all ranks; with `per_gpu_weight`, as in the original, of this rank's.
         """
-        g, grad_nll, grad_g, nll_at_last_layer, g_at_last_layer = zip(*looks, strict=True)
+        _, g, grad_nll, grad_g, nll_at_last_layer, g_at_last_layer = zip(*looks, strict=True)
         at_last_layer = [torch.stack(nll_at_last_layer).sum(0), torch.stack(g_at_last_layer).sum(0)]
         if not self.settings.per_gpu_weight:
             average_over_ranks(at_last_layer)

@@ -200,13 +200,13 @@ class Finetuner(LightningModule):
         A loss or gradient that is not finite, on any rank, leaves an update out on all ranks. That
         is decided on the device; the host reads it an iteration later (nonfinite.py).
         """
-        run, adversary = self.run_state, self.adversary
+        run, adversary, layer = self.run_state, self.adversary, self.autoencoder.last_layer
         buffers = self._prepare()
         parts = self.micro_batches(len(batch.images))
         adversarial = adversary.runs(run.iteration)
         twice = adversarial and len(parts) > 1  # decoded ahead, for the weight of all images
         pieces = adversary.groups(len(batch.images)) if twice else parts
-        looks, ys, terms, finite = [], [], [], []
+        looks, terms, finite = [], [], []
 
         # Each loss's gradient at y: d nll / d y and d g / d y, of their means over all images.
         z, kl = self.encode(batch, draw=0)  # (B, 4, h, w), no graph
@@ -216,10 +216,7 @@ class Finetuner(LightningModule):
             at_y = y.detach().to(x.dtype)
             grad_nll, of_piece, good = self.reconstruction(x, at_y, len(pieces))
             if adversarial:
-                looks.append(
-                    adversary.look(y, at_y, grad_nll, self.autoencoder.last_layer, len(pieces))
-                )
-                ys.append(at_y)
+                looks.append(adversary.look(y, at_y, grad_nll, layer, len(pieces)))
             else:
                 self.backward(y, grad_nll, machine, last=piece is pieces[-1])
             terms.append(of_piece)
@@ -236,13 +233,13 @@ class Finetuner(LightningModule):
 
         # Decoder, then its moving average.
         verdicts = {"decoder": self._step_decoder(torch.cat(finite), machine)}
-        run.ema_updates += 1
-        self._average(ema_decay(run.ema_updates, self.config.ema.decay, self.config.ema.warmup))
+        self._average_decoder()
 
         # Discriminator, on images and detached reconstructions.
         if adversarial:
-            bad, factor = verdicts["decoder"].bad, adversary.factor(run.iteration)
-            verdicts["discriminator"] = self._step_discriminator(batch, torch.cat(ys), factor, bad)
+            y, factor = torch.cat([look.y for look in looks]), adversary.factor(run.iteration)
+            of_decoder = verdicts["decoder"].bad
+            verdicts["discriminator"] = self._step_discriminator(batch, y, factor, of_decoder)
         buffers.restore(torch.stack([verdict.bad for verdict in verdicts.values()]).any())
         self.guard.watch(Judgement(run.iteration, batch.keys, verdicts))
         run.iteration += 1  # also after an update that was left out: the data goes on
@@ -356,7 +353,10 @@ class Finetuner(LightningModule):
         return verdict
 
     @phase("ema")
-    def _average(self, decay: float) -> None:
+    def _average_decoder(self) -> None:
+        self.run_state.ema_updates += 1
+        settings = self.config.ema
+        decay = ema_decay(self.run_state.ema_updates, settings.decay, settings.warmup)
         ema_update(self.ema, trained_part(self.autoencoder), decay)
 
     def _step_discriminator(
