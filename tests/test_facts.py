@@ -10,14 +10,15 @@ import torch
 from diffusers import AutoencoderKL as DiffusersAutoencoderKL
 from safetensors.torch import save_file
 
-from kl_f8_train import checkpoint, facts
+from kl_f8_train import facts
 from kl_f8_train.__main__ import main
+from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError
-from kl_f8_train.export import export
 from kl_f8_train.facts import Facts
-from kl_f8_train.formats import diffusers_config, to_diffusers
-from kl_f8_train.model import AutoencoderKL
-from kl_f8_train.train import train
+from kl_f8_train.publish.export import export
+from kl_f8_train.run.train import train
+from kl_f8_train.weights import weight_file
+from kl_f8_train.weights.names import diffusers_config, to_diffusers
 
 # A small base whose norms have four groups: 16 channels do not divide by 32.
 SMALL = {"ch": 16, "ch_mult": (1, 2), "num_res_blocks": 1, "norm_num_groups": 4}
@@ -58,19 +59,19 @@ def shards(tmp_path_factory) -> Path:
 def test_norm_groups_reach_every_export(tmp_path, shards, kind):
     base = write_base(tmp_path, kind, {"norm_num_groups": 4})
     assert torch.equal(
-        checkpoint.load_autoencoder(base).encode(PROBE).mean, small_vae().encode(PROBE).mean
+        weight_file.load_autoencoder(base).encode(PROBE).mean, small_vae().encode(PROBE).mean
     )
     extra = (f"init.weights={base}", f"data.sources={shards}", "stop_iteration=102", *GROUPS_4)
     assert train(runs.recipe(tmp_path, "run", *extra)) == 0
     assert train(runs.recipe(tmp_path, "run", *extra, "stop_iteration=103")) == 0  # resumed
-    trained = checkpoint.load_autoencoder(tmp_path / "run")
+    trained = weight_file.load_autoencoder(tmp_path / "run")
     out = export(tmp_path / "run")
     z = trained.encode(PROBE).mean
     files = [*out.glob("*.safetensors"), *out.glob("*.ckpt"), out / "diffusers"]
     assert len(files) == 3
     for file in files:
-        assert checkpoint.read(file).facts.norm_num_groups == 4
-        assert torch.equal(checkpoint.load_autoencoder(file).decode(z), trained.decode(z))
+        assert weight_file.read(file).facts.norm_num_groups == 4
+        assert torch.equal(weight_file.load_autoencoder(file).decode(z), trained.decode(z))
     vae = DiffusersAutoencoderKL.from_pretrained(out / "diffusers")
     torch.testing.assert_close(vae.decode(z).sample, trained.decode(z), atol=1e-5, rtol=0)
 
@@ -120,12 +121,12 @@ def test_inspect_shows_what_a_file_states(tmp_path, kind, capsys):
 def test_a_fact_of_another_type_is_refused_by_name(tmp_path, kind, name, value):
     base = write_base(tmp_path, kind, {name: value})
     with pytest.raises(MissingInputError, match=f"{base.name}.*states {name}="):
-        checkpoint.read(base)
+        weight_file.read(base)
 
 
 def test_a_file_without_facts_states_none(tmp_path):
     save_file(small_vae().state_dict(), tmp_path / "w.safetensors", {"note": "x"})
-    assert checkpoint.read(tmp_path / "w.safetensors").facts == Facts()
+    assert weight_file.read(tmp_path / "w.safetensors").facts == Facts()
 
 
 def test_metadata_there_and_back():

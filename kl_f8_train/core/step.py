@@ -1,0 +1,394 @@
+"""One training iteration of the decoder, as a LightningModule. Parts are passed in.
+
+The gradients of nll and g are taken at the reconstruction y, not at the parameters, so that each
+loss network runs backward once: d loss / d theta = (d nll / d y + w d g / d y) (d y / d theta),
+and the adaptive weight w needs only the last layer's share of each. This is exact.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from kl_f8_train.config import Config, divisor_up_to
+from kl_f8_train.core import machine
+from kl_f8_train.core.adversary import Adversary, NoAdversary
+from kl_f8_train.core.batch import Batch
+from kl_f8_train.core.discriminator import Discriminator
+from kl_f8_train.core.ema import ema_decay, ema_update
+from kl_f8_train.core.finite import (
+    Guard,
+    Judgement,
+    Remembered,
+    Verdict,
+    finite_images,
+    step_plainly,
+    step_unless,
+)
+from kl_f8_train.core.gradients import (
+    average_over_ranks,
+    build_adam,
+    mean_of_each,
+    norm_of,
+    parameters_of,
+)
+from kl_f8_train.core.hashes import tensors_sha256
+from kl_f8_train.core.losses import reconstruction_loss
+from kl_f8_train.core.model import TRAINED, AutoencoderKL
+from kl_f8_train.core.phases import phase
+from kl_f8_train.core.run_state import RunState
+from kl_f8_train.errors import RunFailedError
+from kl_f8_train.images import to_float
+
+
+def plain_backward(tensor: Tensor, gradient: Tensor) -> None:
+    """Backward without a trainer."""
+    tensor.backward(gradient)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How gradients are made and reduced and the decoder is stepped; here, by this process alone.
+
+    `no_sync` is the context in which gradients of the decoder are not reduced over ranks.
+    """
+
+    backward: Callable[[Tensor, Tensor], None] = plain_backward
+    no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
+    step: Callable[[Adam], None] = step_plainly
+
+
+ALONE = Loop()
+
+
+class Finetuner(LightningModule):
+    """Holds the networks and runs iterations; counts decoder updates itself, in `run_state`."""
+
+    def __init__(
+        self,
+        config: Config,
+        autoencoder: AutoencoderKL,
+        discriminator: Discriminator | None,
+        perceptual: nn.Module,
+        run_state: RunState | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.config = config
+        machine.apply(config.compute, autoencoder, discriminator, perceptual)
+        self.autoencoder = autoencoder.freeze_encoder()
+        self.ema = trained_copy(autoencoder)
+        self.discriminator = discriminator
+        self.adversary = Adversary(discriminator, config) if discriminator else NoAdversary()
+        self.logvar = nn.Parameter(torch.zeros(()), requires_grad=config.loss.learn_logvar)
+        self._outside = [perceptual]  # a list keeps it out of the state dict and of DDP
+        self.run_state = run_state or RunState(iteration=config.init.iteration or 0)
+        self.guard = Guard(config.max_bad_updates)
+        self.metrics: dict[str, Tensor] = {}  # of the last iteration
+        if machine.compiles(config.compute):
+            machine.compile_networks(autoencoder, discriminator, perceptual)
+
+    @property
+    def perceptual(self) -> nn.Module:
+        """The frozen perceptual network."""
+        return self._outside[0]
+
+    @property
+    def iteration(self) -> int:
+        """Decoder updates so far, those of the imported weights included."""
+        return self.run_state.iteration
+
+    @property
+    def ema_updates(self) -> int:
+        """Updates of the moving average so far."""
+        return self.run_state.ema_updates
+
+    @property
+    def warmup_left(self) -> int:
+        """Iterations of the discriminator alone that are still to come."""
+        return self.run_state.warmup_left
+
+    @property
+    def warmup_done(self) -> int:
+        """Warm-up iterations done, while some are left; 0 otherwise."""
+        settings = self.config.adversarial
+        return settings.warmup_iterations - self.warmup_left if settings and self.warmup_left else 0
+
+    @cached_property
+    def decoder_adam(self) -> Adam:
+        """Adam over decoder and post_quant_conv, and logvar, if learned."""
+        trained = [p for p in self.autoencoder.parameters() if p.requires_grad]
+        trained += [self.logvar] if self.logvar.requires_grad else []
+        return build_adam(trained, self.config.optimizer)
+
+    @property
+    def adams(self) -> list[Adam]:
+        """The decoder's optimizer, and the discriminator's, if there is one."""
+        return [self.decoder_adam, *self.adversary.adams]
+
+    # --- Lightning's hooks ------------------------------------------------------------------
+
+    def configure_optimizers(self) -> list[Adam]:
+        """The finetuner's own, which may have been restored before the trainer started."""
+        return self.adams
+
+    def on_fit_start(self) -> None:
+        """Moves what Lightning leaves behind, and checks that all ranks start alike."""
+        self.perceptual.to(self.device)
+        for adam in self.adams:
+            for parameter, state in adam.state.items():  # restored; the fused Adam reads it
+                state["step"] = state["step"].to(parameter.device)
+        self._compare_ranks()
+
+    def _compare_ranks(self) -> None:
+        """Raises RunFailedError if a rank resumed another state, or sees other data."""
+        if not dist.is_initialized():
+            return
+        networks = {} if self.discriminator is None else self.discriminator.state_dict()
+        mine = {
+            "iteration": self.iteration,
+            "warm-up left": self.warmup_left,
+            "EMA updates": self.ema_updates,
+            "optimizer states": [len(adam.state) for adam in self.adams],
+            "discriminator": tensors_sha256(networks)[:12],
+            **self.run_state.identity,
+        }
+        seen: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(seen, mine)
+        if lines := disagreements(seen):
+            raise RunFailedError(
+                "the ranks start from different states:\n" + "\n".join(lines) + "\n"
+                f"run_dir={self.config.run_dir}, data and weights must be the same files, and the "
+                "programs the same versions, on every node"
+            )
+
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """Copies a batch to the device."""
+        return batch.to(device)
+
+    def training_step(self, batch: Batch, batch_index: int) -> None:
+        """One iteration; before the first, those of the discriminator's warm-up."""
+        if self.warmup_left:
+            self.run_warm_up(batch)
+        else:
+            self.run_iteration(batch, Loop(self._manual_backward, self._no_sync))
+
+    def _manual_backward(self, tensor: Tensor, gradient: Tensor) -> None:
+        self.manual_backward(tensor, gradient=gradient)
+
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        context: AbstractContextManager[Any] = block()
+        return context
+
+    # --- one iteration ----------------------------------------------------------------------
+
+    def run_iteration(self, batch: Batch, loop: Loop = ALONE) -> None:
+        """One iteration: decoder, its moving average, discriminator.
+
+        x: images, y: reconstructions, both (B, 3, H, W) in [-1, 1]; z: latents, (B, 4, h, w).
+        A loss or gradient that is not finite, on any rank, leaves an update out on all ranks. That
+        is decided on the device; the host reads it an iteration later (finite.py).
+        """
+        run, adversary, layer = self.run_state, self.adversary, self.autoencoder.last_layer
+        buffers = self._prepare()
+        parts = self.micro_batches(len(batch.images))
+        adversarial = adversary.runs(run.iteration)
+        twice = adversarial and len(parts) > 1  # decoded ahead, for the weight of all images
+        pieces = adversary.groups(len(batch.images)) if twice else parts
+        looks, terms, finite = [], [], []
+
+        # Each loss's gradient at y: d nll / d y and d g / d y, of their means over all images.
+        z, kl = self.encode(batch, draw=0)  # (B, 4, h, w), no graph
+        for piece in pieces:
+            x = self.images(batch, piece)  # (B, 3, H, W)
+            y = self.decode(z[piece], twice)  # (B, 3, H, W), with its graph, or the last layer's
+            at_y = y.detach().to(x.dtype)
+            grad_nll, of_piece, good = self.reconstruction(x, at_y, len(pieces))
+            if adversarial:
+                looks.append(adversary.look(y, at_y, grad_nll, layer, len(pieces)))
+            else:
+                self.backpropagate(y, grad_nll, loop, last=piece is pieces[-1])
+            terms.append(of_piece)
+            finite.append(good)
+        self.guard.judge()  # the iteration before
+        self.metrics = mean_of_each(terms) | {"kl_loss": kl}
+        if adversarial:
+            weight, grad_nll, grad_g, figures = adversary.weigh(looks, run.iteration)
+            self.metrics |= figures
+            for part in parts:
+                y = self.decode(z[part]) if twice else y
+                gradient = grad_nll[part] + weight * grad_g[part]
+                self.backpropagate(y, gradient, loop, last=part is parts[-1])
+
+        # Decoder, then its moving average.
+        verdicts = {"decoder": self._step_decoder(torch.cat(finite), loop)}
+        self._average_decoder()
+
+        # Discriminator, on images and detached reconstructions.
+        if adversarial:
+            y, factor = torch.cat([look.y for look in looks]), adversary.factor(run.iteration)
+            of_decoder = verdicts["decoder"].bad
+            verdicts["discriminator"] = self._step_discriminator(batch, y, factor, of_decoder)
+        buffers.restore(torch.stack([verdict.bad for verdict in verdicts.values()]).any())
+        self.guard.watch(Judgement(run.iteration, batch.keys, verdicts))
+        run.iteration += 1  # also after an update that was left out: the data goes on
+
+    def run_warm_up(self, batch: Batch) -> None:
+        """One iteration of the discriminator alone, on reconstructions without a graph."""
+        run, buffers = self.run_state, self._prepare()
+        z, _ = self.encode(batch, draw=0)  # (B, 4, h, w)
+        y = self._decode_without_graph(z)  # (B, 3, H, W)
+        self.guard.judge()
+        self.metrics = {}
+        verdict = self._step_discriminator(batch, y, factor=1.0)
+        buffers.restore(verdict.bad)
+        self.guard.watch(Judgement(run.iteration, batch.keys, {"discriminator": verdict}))
+        run.warmup_left -= 1
+
+    # --- its parts --------------------------------------------------------------------------
+
+    def _prepare(self) -> Remembered:
+        """Clears gradients, sets the mode, and remembers BatchNorm's buffers."""
+        self.train()
+        for adam in self.adams:
+            adam.zero_grad(set_to_none=True)
+        return Remembered(self.discriminator)
+
+    def micro_batches(self, count: int) -> list[slice]:
+        """`count` images as micro-batches, of `compute.per_device_batch` or at most 12 images."""
+        size = divisor_up_to(count, self.config.compute.per_device_batch or 12)
+        return [slice(start, start + size) for start in range(0, count, size)]
+
+    def images(self, batch: Batch, part: slice) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], in the weights' precision and layout."""
+        images = batch.images[part]
+        if images.dtype == torch.uint8:
+            images = to_float(images)
+        nhwc = machine.channels_last(self.config.compute)
+        layout = torch.channels_last if nhwc else torch.preserve_format
+        return images.to(self.autoencoder.last_layer.dtype, memory_format=layout)
+
+    @phase("encode")
+    @torch.no_grad()
+    def encode(self, batch: Batch, draw: int) -> tuple[Tensor, Tensor]:
+        """Latents sampled with one draw of the noise, (B, 4, h, w), and the mean KL divergence."""
+        latents, divergences = [], []
+        for part in self.micro_batches(len(batch.images)):
+            x = self.images(batch, part)
+            with self._autocast(x):
+                posterior = self.autoencoder.encode(x)
+            latents.append(posterior.sample(batch.noise[draw, part].to(x.dtype)))
+            divergences.append(posterior.kl().mean())
+        return torch.cat(latents), torch.stack(divergences).mean()
+
+    @phase("decode")
+    def decode(self, z: Tensor, last_layer_only: bool = False) -> Tensor:
+        """(B, 4, h, w) -> (B, 3, H, W) with a graph of the decoder, or of its last layer alone."""
+        with self._autocast(z):
+            if last_layer_only:
+                return self.autoencoder.decode_at_last_layer(z)
+            return self.autoencoder.decode(z)
+
+    @torch.no_grad()
+    def _decode_without_graph(self, z: Tensor) -> Tensor:
+        parts = self.micro_batches(len(z))
+        return torch.cat([self.decode(z[part]).to(z.dtype) for part in parts])
+
+    def _autocast(self, tensor: Tensor) -> torch.autocast:
+        return machine.autocast(self.config.precision, tensor.device)
+
+    @phase("losses")
+    def reconstruction(
+        self, x: Tensor, y: Tensor, pieces: int
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """d (nll / pieces) / d y, nll's terms, and which images are finite, (B,) bool.
+
+        Where nll itself is not finite, neither is the gradient: that of all ranks is not, then.
+        """
+        y = y.detach().requires_grad_()
+        nll, terms = reconstruction_loss(
+            x,
+            y,
+            self.perceptual(x, y).to(x.dtype),
+            pixel=self.config.loss.pixel,
+            perceptual_weight=self.config.loss.perceptual_weight,
+            logvar=self.logvar,
+        )
+        if self.logvar.requires_grad:
+            gradient, of_logvar = torch.autograd.grad(nll / pieces, (y, self.logvar))
+            accumulated = 0.0 if self.logvar.grad is None else self.logvar.grad
+            self.logvar.grad = accumulated + of_logvar
+        else:
+            (gradient,) = torch.autograd.grad(nll / pieces, y)
+        finite = finite_images(gradient, nll.detach())
+        return gradient + 0.0 * nll.detach(), terms, finite
+
+    @phase("backward")
+    def backpropagate(self, y: Tensor, gradient: Tensor, loop: Loop, last: bool) -> None:
+        """Adds (d loss / d y) (d y / d theta) to the decoder's gradients; the last are reduced."""
+        with nullcontext() if last else loop.no_sync():
+            loop.backward(y, gradient.to(y.dtype))
+
+    @phase("optimizer")
+    def _step_decoder(self, finite: Tensor, loop: Loop) -> Verdict:
+        """Steps the decoder, unless a gradient is not finite."""
+        if self.logvar.grad is not None:
+            average_over_ranks([self.logvar.grad])
+        gradients = [p.grad for p in parameters_of(self.decoder_adam) if p.grad is not None]
+        norm = norm_of(gradients)
+        self.metrics["decoder_gradient_norm"] = norm
+        verdict = Verdict(~norm.isfinite(), finite)
+        step_unless(verdict.bad, self.decoder_adam, loop.step)
+        return verdict
+
+    @phase("ema")
+    def _average_decoder(self) -> None:
+        self.run_state.ema_updates += 1
+        settings = self.config.ema
+        decay = ema_decay(self.run_state.ema_updates, settings.decay, settings.warmup)
+        ema_update(self.ema, trained_part(self.autoencoder), decay)
+
+    def _step_discriminator(
+        self, batch: Batch, y: Tensor, factor: float, bad: Tensor | None = None
+    ) -> Verdict:
+        """Steps the discriminator on each group of images and reconstructions y."""
+        if self.config.second_forward:  # the original: new noise, updated decoder
+            y = self._decode_without_graph(self.encode(batch, draw=1)[0])
+        groups = self.adversary.groups(len(y))
+        pairs = ((self.images(batch, group), y[group]) for group in groups)
+        verdict, figures = self.adversary.update(pairs, len(groups), factor, bad)
+        self.metrics |= figures
+        return verdict
+
+
+def disagreements(seen: list[dict[str, Any]]) -> list[str]:
+    """A line for each rank with what is not the same on all of them; none if all agree."""
+    names = dict.fromkeys(name for state in seen for name in state)
+    differ = [name for name in names if any(s.get(name) != seen[0].get(name) for s in seen)]
+    if not differ:
+        return []
+    return [
+        f"  rank {rank}: " + ", ".join(f"{name} {state.get(name)}" for name in differ)
+        for rank, state in enumerate(seen)
+    ]
+
+
+def trained_part(autoencoder: AutoencoderKL) -> nn.ModuleDict:
+    """Decoder and post_quant_conv themselves."""
+    return nn.ModuleDict({name: getattr(autoencoder, name) for name in TRAINED})
+
+
+def trained_copy(autoencoder: AutoencoderKL) -> nn.ModuleDict:
+    """A frozen copy of the trained part."""
+    return copy.deepcopy(trained_part(autoencoder)).requires_grad_(False).eval()
