@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -39,7 +39,8 @@ class Sample:
     image: Tensor  # (3, crop, crop) uint8
     noise: Tensor  # (draws, embed_dim, crop / f, crop / f) float32
     key: str
-    skipped: list[str]
+    skipped: list[str]  # `NAME: reason` of the image of this position, if it cannot be used
+    profile: str = ""  # the colour profile it was converted from
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Batch:
     noise: Tensor  # (draws, B, embed_dim, h, w) float32, standard normal
     keys: list[str]
     skipped: list[str]
+    profiles: list[str] = field(default_factory=list)  # of the images that were converted
 
     def first(self, count: int) -> "Batch":
         """Its first images alone."""
@@ -57,12 +59,12 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """Page-locked tensors, for the copy to the GPU."""
-        return Batch(self.images.pin_memory(), self.noise.pin_memory(), self.keys, self.skipped)
+        return replace(self, images=self.images.pin_memory(), noise=self.noise.pin_memory())
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
         """The batch with its tensors on `device`."""
         images, noise = (t.to(device, non_blocking=non_blocking) for t in (self.images, self.noise))
-        return Batch(images, noise, self.keys, self.skipped)
+        return replace(self, images=images, noise=noise)
 
 
 class PositionDataset(Dataset[Sample]):
@@ -103,28 +105,27 @@ class PositionDataset(Dataset[Sample]):
         name, shard, first = self.plan.locate(position)
         source = self.sources[name]
         count = int(source.counts[shard])
-        skipped: list[str] = []
+        bad: list[str] = []
         small: list[int] = []
         for step in range(min(count, MAX_NEIGHBOURS)):
             number = (first + step) % count  # a bad sample gives way to its neighbour
-            key = f"{source.location(shard)}, image {number}"
+            key = source.name(shard, number)
             try:
                 key, data = source.read(shard, number)
-                image = self._load(data, position)
+                image, profile = self._load(data, position)
             except ImageError as error:
-                skipped.append(f"{name}/{key}: {error}")
+                bad.append(f"{name}/{key}: {error}")
                 small += [error.side] if isinstance(error, SmallImageError) else []
-            except OSError as error:
-                skipped.append(f"{name}/{key}: cannot be read: {error}")
             else:
-                return Sample(image, self._noise(position), f"{name}/{key}", skipped)
+                noise = self._noise(position)
+                return Sample(image, noise, f"{name}/{key}", bad[:1], profile)
         remedy = (
             f"check {source.location(shard)} and data.shorter_side={self.shorter_side or 'null'}, "
             f"data.crop={self.crop}"
         )
         raise MissingInputError(
-            f"{counted(len(skipped), 'image', 's')} in a row cannot be used, from {skipped[0]}; "
-            + (remedy if len(small) < len(skipped) else self._fitting_crop(min(small)))
+            f"{counted(len(bad), 'image', 's')} in a row cannot be used, from {bad[0]}; "
+            + (remedy if len(small) < len(bad) else self._fitting_crop(min(small)))
         )
 
     def _fitting_crop(self, side: int) -> str:
@@ -133,13 +134,14 @@ class PositionDataset(Dataset[Sample]):
         smaller = f"set data.crop to {crop} or less, or " if crop else "set "
         return f"{smaller}data.shorter_side={self.crop} (which enlarges them)"
 
-    def _load(self, data: bytes, position: int) -> Tensor:
+    def _load(self, data: bytes, position: int) -> tuple[Tensor, str]:
+        """The crop, and the colour profile that the image was converted from."""
         top, left, mirror = random_state(self.seed, "crop", position).random_sample(3)
-        image = images.decode(data, self.draft_side)
+        image, profile = images.picture(data, self.draft_side)
         if self.shorter_side is not None:
             image = images.resize_shorter(image, self.shorter_side)
         image = images.crop(image, self.crop, float(top), float(left))
-        return images.flip(image) if self.flip and mirror < 0.5 else image
+        return (images.flip(image) if self.flip and mirror < 0.5 else image), profile
 
     def _noise(self, position: int) -> Tensor:
         draw = random_state(self.seed, "noise", position).standard_normal(self.noise_shape)
@@ -220,7 +222,8 @@ def collate(samples: list[Sample]) -> Batch:
         images=torch.stack([s.image for s in samples]),
         noise=torch.stack([s.noise for s in samples], dim=1),
         keys=[s.key for s in samples],
-        skipped=[line for s in samples for line in s.skipped],
+        skipped=[bad for s in samples for bad in s.skipped],
+        profiles=[s.profile for s in samples if s.profile],
     )
 
 

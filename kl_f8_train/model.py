@@ -163,9 +163,7 @@ class DownLevel(nn.Module):
 class UpLevel(nn.Module):
     """Residual blocks at one resolution, then a doubling."""
 
-    def __init__(
-        self, inputs: int, outputs: int, blocks: int, groups: int, upsample: bool
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, blocks: int, groups: int, upsample: bool) -> None:
         super().__init__()
         widths = [inputs] + [outputs] * blocks
         self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))

@@ -8,7 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kl_f8_train"
 LAYERS = (
     {"errors", "units"},
-    {"config", "images", "model", "discriminator", "losses", "ema", "metrics", "plan"}
+    {"images"},
+    {"config", "folders", "model", "discriminator", "losses", "ema", "metrics", "plan"}
     | {"formats", "unpickle", "hub", "compare", "origins", "curves", "nonfinite", "processes"},
     {"checkpoint", "pack", "compute", "cost", "status"},
     {"cache", "scaling"},
