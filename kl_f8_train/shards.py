@@ -28,6 +28,7 @@ from kl_f8_train import checkpoint
 from kl_f8_train.cache import ShardCache, is_remote
 from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.images import SUFFIXES, list_folder
+from kl_f8_train.lifetime import end_with_parent
 from kl_f8_train.units import counted
 
 BLOCK = 512  # bytes; everything in a tar starts at a multiple of it
@@ -263,7 +264,8 @@ def build_index(
     chunks = [list(locations[i : i + CHUNK]) for i in range(0, len(locations), CHUNK)]
     tasks = [(directory / f"part-{n:06d}.npz", chunk, cache) for n, chunk in enumerate(chunks)]
     if workers > 1 and len(tasks) > 1:
-        with ProcessPoolExecutor(workers) as pool:
+        parent = (os.getpid(),)
+        with ProcessPoolExecutor(workers, initializer=end_with_parent, initargs=parent) as pool:
             done = pool.map(_index_chunk, tasks)
             _count(done, len(locations), progress)
     else:

@@ -45,6 +45,7 @@ from kl_f8_train.discriminator import Discriminator, initialize
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.finetuner import Finetuner, build_optimizers
 from kl_f8_train.formats import State, check_like
+from kl_f8_train.lifetime import announce_to_ranks
 from kl_f8_train.model import AutoencoderKL
 from kl_f8_train.plan import Plan
 from kl_f8_train.processes import SRUN, TORCHRUN, launched, tell
@@ -355,6 +356,7 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
         say(f"using {per_node} of {gpus} GPUs here: one for each process the launcher started")
     cluster = _cluster(launcher)
     if nodes * per_node > 1:
+        announce_to_ranks()
         say(
             f"waiting for {nodes * per_node} processes at "
             f"{cluster.main_address}:{cluster.main_port}"

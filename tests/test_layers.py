@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kl_f8_train"
 LAYERS = (
-    {"errors", "units"},
+    {"errors", "units", "lifetime"},
     {"config", "images", "model", "discriminator", "losses", "ema", "metrics", "plan"}
     | {"formats", "unpickle", "hub", "compare", "origins", "curves", "nonfinite", "processes"},
     {"checkpoint", "pack", "compute", "cost", "status"},
