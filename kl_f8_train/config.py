@@ -746,7 +746,8 @@ def _parse(key: str, text: str, where: str = "") -> Any:
     if text.strip() in ("null", "~") and (origin is dict or kind in (Source, str)):  # as in YAML
         raise UsageError(f"{shown}={text}: cannot be null; expected {found.doc}")
     if origin is dict:
-        return {name: Source(**values) for name, values in parse_sources(text).items()}
+        sources = parse_sources(text)
+        return {name: Source(shards=sources[name]["shards"]) for name in sources}
     if kind is Source:
         return Source(shards=text)
     if is_dataclass(kind):

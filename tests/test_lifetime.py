@@ -11,7 +11,9 @@ import pytest
 import ranks
 import runs
 
-from kl_f8_train import cache, data, pack, shards
+from kl_f8_train import transfer
+from kl_f8_train.data import loading, pack
+from kl_f8_train.lifetime import end_with_parent
 
 SECONDS = 10.0
 LONG = ("stop_iteration=1000000", "log.every=1000000")
@@ -58,7 +60,7 @@ def wait_for_children(pid: int, count: int) -> list[int]:
 
 def hold_loaders(place: str) -> None:
     """Holds every loader at its start until its run has been killed."""
-    original = data.start_worker
+    original = loading.start_worker
 
     def held(parent: int, worker: int) -> None:
         (Path(place) / str(os.getpid())).touch()
@@ -66,7 +68,7 @@ def hold_loaders(place: str) -> None:
             time.sleep(0.01)
         original(parent, worker)
 
-    data.start_worker = held
+    loading.start_worker = held
 
 
 @pytest.mark.slow
@@ -109,9 +111,9 @@ def test_a_download_ends_with_its_run(tmp_path):
     """A command that has fallen silent does not notice that nobody reads it."""
     program = (
         "import sys, threading\n"
-        "from kl_f8_train import cache\n"
+        "from kl_f8_train import transfer\n"
         "url = 'pipe:sleep 1000; sleep 1000'\n"
-        "cache.fetch(url, __import__('pathlib').Path(sys.argv[1]), attempts=1)\n"
+        "transfer.fetch(url, __import__('pathlib').Path(sys.argv[1]), attempts=1)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "x")])
     children = wait_for_children(process.pid, 3)  # the guard, the shell, and sleep
@@ -121,13 +123,13 @@ def test_a_download_ends_with_its_run(tmp_path):
 
 
 def test_a_guarded_command_says_what_it_would_alone(tmp_path):
-    cache.fetch("pipe:printf abc", tmp_path / "a", attempts=1)
+    transfer.fetch("pipe:printf abc", tmp_path / "a", attempts=1)
     assert (tmp_path / "a").read_bytes() == b"abc"
     with pytest.raises(Exception, match="status 3: no such bucket"):
-        cache.fetch("pipe:echo no such bucket >&2; exit 3", tmp_path / "b", attempts=1)
+        transfer.fetch("pipe:echo no such bucket >&2; exit 3", tmp_path / "b", attempts=1)
 
 
-@pytest.mark.parametrize("start", [pack._start_process, shards.end_with_parent])
+@pytest.mark.parametrize("start", [pack._start_process, end_with_parent])
 def test_workers_whose_parent_is_gone_end_at_once(start):
     pid = os.fork()
     if pid == 0:

@@ -1,0 +1,322 @@
+"""AutoencoderKL of latent diffusion (CompVis/latent-diffusion), with its state-dict keys.
+
+Shapes: B images, H x W pixels, h x w = H/f x W/f latents, f = 2 ** (levels - 1) = 8 for kl-f8.
+Images are (B, 3, H, W) in [-1, 1]; latents are (B, 4, h, w), unscaled (no 0.18215).
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+FROZEN = ("encoder", "quant_conv")
+TRAINED = ("decoder", "post_quant_conv")
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A diagonal Gaussian over latents; the log variance is clamped to [-30, 20]."""
+
+    mean: Tensor  # (B, 4, h, w)
+    logvar: Tensor  # (B, 4, h, w)
+
+    @classmethod
+    def from_moments(cls, moments: Tensor) -> "Posterior":
+        """Splits the encoder's (B, 8, h, w) output into mean and log variance."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return cls(mean, logvar.clamp(-30.0, 20.0))
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std * noise, with standard normal `noise` of the latents' shape."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Tensor:
+        """Kullback-Leibler divergence from N(0, 1), summed over latents: (B,), in nats."""
+        terms = self.mean.square() + self.logvar.exp() - 1.0 - self.logvar
+        return 0.5 * terms.sum(dim=(1, 2, 3))
+
+
+class AutoencoderKL(nn.Module):
+    """Encoder, decoder and the 1x1 convolutions around the latents: 248 tensors for kl-f8."""
+
+    def __init__(
+        self,
+        ch: int = 128,
+        ch_mult: tuple[int, ...] = (1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        z_channels: int = 4,
+        embed_dim: int = 4,
+        norm_num_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels, norm_num_groups)
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels, norm_num_groups)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        self.downsampling = 2 ** (len(ch_mult) - 1)
+        self.embed_dim = embed_dim
+
+    def encode(self, images: Tensor) -> Posterior:
+        """(B, 3, H, W) in [-1, 1] -> posterior over (B, 4, h, w)."""
+        return Posterior.from_moments(self.quant_conv(self.encoder(images)))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, 4, h, w) -> (B, 3, H, W), about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(latents))
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """decoder.conv_out.weight, where the adaptive weight compares gradients."""
+        weight = self.decoder.conv_out.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def freeze_encoder(self) -> "AutoencoderKL":
+        """Freezes encoder and quant_conv: no gradient, and always in eval mode."""
+        for name in FROZEN:
+            getattr(self, name).requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> "AutoencoderKL":
+        """Sets the mode; frozen parts stay in eval."""
+        super().train(mode)
+        for name in FROZEN:
+            part = getattr(self, name)
+            if not any(p.requires_grad for p in part.parameters()):
+                part.eval()
+        return self
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, 2 * z_channels, h, w)."""
+
+    def __init__(
+        self, ch: int, ch_mult: tuple[int, ...], blocks: int, z_channels: int, groups: int
+    ) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        widths = [ch * multiplier for multiplier in ch_mult]
+        self.down = nn.ModuleList()
+        previous = ch
+        for level, width in enumerate(widths):
+            last = level == len(widths) - 1
+            self.down.append(DownLevel(previous, width, blocks, groups, downsample=not last))
+            previous = width
+        self.mid = Middle(previous, groups)
+        self.norm_out = NormSwish(groups, previous)
+        self.conv_out = nn.Conv2d(previous, 2 * z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(self.norm_out(self.mid(h)))
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, h, w) -> (B, 3, H, W); one residual block per level more than the encoder."""
+
+    def __init__(
+        self, ch: int, ch_mult: tuple[int, ...], blocks: int, z_channels: int, groups: int
+    ) -> None:
+        super().__init__()
+        widths = [ch * multiplier for multiplier in ch_mult]
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], groups)
+        inputs = [*widths[1:], widths[-1]]  # level i takes the output of level i + 1
+        self.up = nn.ModuleList(
+            UpLevel(inputs[level], width, blocks + 1, groups, upsample=level > 0)
+            for level, width in enumerate(widths)
+        )
+        self.norm_out = NormSwish(groups, widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(self.norm_out(h))
+
+
+class DownLevel(nn.Module):
+    """Residual blocks at one resolution, then a halving."""
+
+    def __init__(
+        self, inputs: int, outputs: int, blocks: int, groups: int, downsample: bool
+    ) -> None:
+        super().__init__()
+        widths = [inputs] + [outputs] * blocks
+        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList()
+        if downsample:
+            self.downsample = Downsample(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return self.downsample(x) if hasattr(self, "downsample") else x
+
+
+class UpLevel(nn.Module):
+    """Residual blocks at one resolution, then a doubling."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, groups: int, upsample: bool) -> None:
+        super().__init__()
+        widths = [inputs] + [outputs] * blocks
+        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList()
+        self.recompute = False  # blocks keep their input only, and run again in the backward pass
+        if upsample:
+            self.upsample = Upsample(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x)
+        return self.upsample(x) if hasattr(self, "upsample") else x
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = Attention(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 shortcut where widths differ."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = NormSwish(groups, inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2 = NormSwish(groups, outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        if inputs != outputs:
+            self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return shortcut + h
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all h * w positions, as 1x1 convolutions."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = Norm(groups, channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        b, c, height, width = h.shape
+        q, k, v = (
+            part(h).reshape(b, 1, c, -1).transpose(2, 3) for part in (self.q, self.k, self.v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, 1, h*w, C), scale 1 / sqrt(C)
+        return x + self.proj_out(out.transpose(2, 3).reshape(b, c, height, width))
+
+
+class Downsample(nn.Module):
+    """Stride-2 convolution, padded at the right and the bottom only, as in the original."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a convolution.
+
+    With `subpixel` both are one convolution at the low resolution: a 3x3 window over doubled
+    pixels sees only 2x2 different ones, so its taps are added up beforehand, once for each parity
+    of row and column. The result differs by rounding only, at 4/9 of the arithmetic and without
+    the doubled input. Formula: Shi et al. 2016 (arXiv:1609.07009), for nearest-neighbour input.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.subpixel = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.subpixel:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        assert self.conv.bias is not None
+        kernel = subpixel_kernel(self.conv.weight)
+        return interleave(F.conv2d(x, kernel, self.conv.bias.repeat(4), padding=1))
+
+
+def subpixel_kernel(weight: Tensor) -> Tensor:
+    """(C, D, 3, 3) on a doubled image -> (4 C, D, 2, 2) on the image itself.
+
+    The first axis runs over row parity, column parity, output channel.
+    """
+    rows = _parities(weight, 2)  # (row parity, row tap, C, D, 3)
+    both = _parities(rows, 4)  # (column parity, column tap, row parity, row tap, C, D)
+    return both.permute(2, 0, 4, 5, 3, 1).flatten(0, 2)
+
+
+def _parities(weight: Tensor, axis: int) -> Tensor:
+    """Taps before, at and after a pixel -> (parity, tap, ...) on the pixels before doubling."""
+    before, here, after = weight.unbind(axis)
+    even = torch.stack((before, here + after))
+    odd = torch.stack((before + here, after))
+    return torch.stack((even, odd))
+
+
+def interleave(parts: Tensor) -> Tensor:
+    """(B, 4 C, H + 1, W + 1) -> (B, C, 2 H, 2 W): each parity's image into its rows and columns.
+
+    A part of even rows begins one pixel early, as its window reaches up; so do even columns. The
+    layout in memory, NCHW or NHWC, stays.
+    """
+    height, width = parts.shape[2] - 1, parts.shape[3] - 1
+    nhwc = parts.is_contiguous(memory_format=torch.channels_last)
+    parts = parts.unflatten(1, (2, 2, -1))  # (B, 2, 2, C, H + 1, W + 1)
+    if nhwc:
+        parts = parts.permute(0, 1, 2, 4, 5, 3)
+    rows, columns = (2, 3) if nhwc else (3, 4)  # axes behind which the parity goes
+
+    def part(p: int, q: int) -> Tensor:
+        one = parts[:, p, q].narrow(rows - 1, p, height)
+        return one.narrow(rows, q, width)
+
+    whole = torch.stack(
+        [torch.stack([part(p, q) for q in (0, 1)], dim=columns) for p in (0, 1)], dim=rows
+    ).flatten(columns, columns + 1)
+    whole = whole.flatten(rows - 1, rows)
+    return whole.permute(0, 3, 1, 2) if nhwc else whole
+
+
+class Norm(nn.GroupNorm):
+    """GroupNorm with the original's eps of 1e-6."""
+
+    def __init__(self, groups: int, channels: int) -> None:
+        super().__init__(groups, channels, eps=1e-6)
+
+
+class NormSwish(Norm):
+    """x * sigmoid(x) of the normalised input; one kernel where the module is compiled."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.silu(super().forward(input))
