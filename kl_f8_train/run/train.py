@@ -2,6 +2,7 @@
 
 import atexit
 import datetime
+import inspect
 import logging
 import os
 import shlex
@@ -48,7 +49,9 @@ from kl_f8_train.data.plan import Plan
 from kl_f8_train.data.sources import FolderSource, Source, TarSource
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import check_writable, write_text
+from kl_f8_train.folders import load_folder
 from kl_f8_train.launch import SRUN, TORCHRUN, launched
+from kl_f8_train.lifetime import announce_to_ranks
 from kl_f8_train.run.log import RunLog
 from kl_f8_train.run.prefetch import Prefetch
 from kl_f8_train.run.saving import Checkpoints, Signals
@@ -62,6 +65,7 @@ from kl_f8_train.weights import checkpoint, pretrained, weight_file
 from kl_f8_train.weights.names import State, check_like
 
 say = rank_zero_only(output.say)
+MOST_TRIED = 64  # images that are tried for the picture strip
 
 
 def train(settings: Config, allow_changes: bool = False) -> int:
@@ -109,7 +113,8 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
             _fit(trainer, Iterations(settings, finetuner, plan, sources), run_log)
     finally:
         signals.restore()
-    if signals.received:
+    ended = finetuner.iteration >= settings.stop_iteration and not finetuner.warmup_left
+    if signals.received and not ended:  # a signal in the last iteration changes nothing
         say(
             f"stopped by signal {signals.received} at iteration {finetuner.iteration:,}, saved; "
             "the same command goes on"
@@ -370,6 +375,7 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
         say(f"using {per_node} of {gpus} GPUs here: one for each process the launcher started")
     cluster = _cluster(launcher)
     if nodes * per_node > 1:
+        announce_to_ranks()
         say(
             f"waiting for {nodes * per_node} processes at "
             f"{cluster.main_address}:{cluster.main_port}"
@@ -396,6 +402,12 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
     return trainer
 
 
+# Buffers are never broadcast. torch renamed the argument in 2026, and warns of the old name on
+# every rank; the new one still broadcasts buffers once at the start, but DDP here has none.
+NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if NEW_NAME else "broadcast_buffers": False}
+
+
 class _DecoderDDP(DDPStrategy):
     """DDP over the decoder: the discriminator reduces its own gradients, in one call."""
 
@@ -403,8 +415,8 @@ class _DecoderDDP(DDPStrategy):
         super().__init__(
             # half a minute later than the watchdog, which can name the rank
             timeout=datetime.timedelta(minutes=settings.compute.timeout_minutes + 0.5),
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **NO_BUFFERS,
         )
 
     def configure_ddp(self) -> None:
@@ -436,7 +448,7 @@ def fixed_photographs(settings: Config, report: Callable[[str], None]) -> list[t
     assert settings.log.pictures is not None
     folder = Path(settings.log.pictures)
     try:
-        return images.load_folder(folder, settings.data.crop, 8, report)
+        return load_folder(folder, settings.data.crop, 8, report)
     except MissingInputError as error:
         raise MissingInputError(f"log.pictures: {error}") from error
 
@@ -444,19 +456,21 @@ def fixed_photographs(settings: Config, report: Callable[[str], None]) -> list[t
 def _fixed_images(
     settings: Config, plan: Plan, sources: Mapping[str, Source]
 ) -> list[torch.Tensor]:
-    """Those of `log.pictures`, or up to four of the data, centre-cropped."""
+    """Those of `log.pictures`, or the first four of the data that can be used, centre-cropped."""
     if not settings.log.pictures_every:
         return []
     if settings.log.pictures is not None:
         return fixed_photographs(settings, say)
     size = settings.data.crop
-    chosen = []
-    for position in range(min(4, plan.batch)):
+    chosen: list[torch.Tensor] = []
+    for position in range(min(MOST_TRIED, plan.batch)):
+        if len(chosen) == 4:
+            break
         name, shard, number = plan.locate(position)
         try:
             chosen.append(images.square(sources[name].read(shard, number)[1], size))
         except ImageError as error:
-            say(f"picture strip: {error}")
+            say(f"picture strip: {name}/{sources[name].name(shard, number)}: {error}; left out")
     return chosen
 
 
