@@ -10,12 +10,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from tarfile import is_tarfile
 
 from kl_f8_train import __version__
 from kl_f8_train.errors import MissingInputError, UsageError, UserError
 from kl_f8_train.launch import end_children, launched
+from kl_f8_train.output import say
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +59,7 @@ def _told(error: OSError) -> str:
 def _complain(message: str, exit_code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"kl-f8-train: {message}", file=sys.stderr, flush=True)
+    say(f"kl-f8-train: {message}", aside=True)
     return exit_code
 
 
@@ -227,10 +229,10 @@ def _examine(recipe: str, overrides: list[str], as_json: bool, allow_changes: bo
     path = config.find_recipe(recipe)
     launched()
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        print("loading ...", flush=True)
+        say("loading ...")
         from kl_f8_train.check.doctor import examine
 
-        report = examine(path, overrides, lambda line: print(line, flush=True), allow_changes)
+        report = examine(path, overrides, say, allow_changes)
     if as_json:
         print(json.dumps(report.as_json()))
     return report.exit_code
@@ -271,7 +273,7 @@ def _export(args: argparse.Namespace) -> int:
         average=args.average,
         pictures=args.images,
         force=args.force,
-        say=print,
+        say=say,
     )
     return 0
 
@@ -493,14 +495,9 @@ def _benchmark(args: argparse.Namespace) -> int:
         settings = replace(settings, data=replace(settings.data, sources={}))
     from kl_f8_train.check.benchmark import benchmark, describe
 
-    result = benchmark(settings, args.iterations, args.against, _say_aside)
+    result = benchmark(settings, args.iterations, args.against, partial(say, aside=True))
     print(json.dumps(result, indent=1) if args.json else describe(result))
     return 0
-
-
-def _say_aside(message: str) -> None:
-    """Prints on stderr, so that stdout holds the result alone."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def _demo(args: argparse.Namespace) -> int:

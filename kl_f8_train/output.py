@@ -4,9 +4,10 @@ import os
 import sys
 
 
-def say(line: str) -> None:
-    """Prints a line at once; a terminal or pipe that is gone does not end a run."""
+def say(line: str, aside: bool = False) -> None:
+    """Prints a line at once, `aside` to standard error; a closed terminal or pipe ends no run."""
+    stream = sys.stderr if aside else sys.stdout
     try:
-        print(line, flush=True)
+        print(line, file=stream, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
