@@ -72,5 +72,4 @@ def test_library_has_its_places(library):
 
 def test_the_packages_themselves_import_nothing():
     packages = sorted(PACKAGE.rglob("__init__.py"))
-    assert len(packages) == 8
     assert [path for path in packages if imports(path)] == []
