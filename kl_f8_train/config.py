@@ -376,6 +376,21 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     return config
 
 
+def load_without_inputs(path: Path, overrides: list[str]) -> Config:
+    """`load` for what needs neither weights, data nor a run directory: they may be missing."""
+    values = resolve(path, overrides)
+    given = {
+        "run_dir": values["run_dir"],
+        "init.weights": values["init"]["weights"],
+        "data.sources": values["data"]["sources"],
+    }
+    missing = [f"{key}=none" for key, value in given.items() if value == "???"]
+    config = load(path, [*missing, *overrides])
+    if "data.sources=none" in missing:
+        return replace(config, data=replace(config.data, sources={}))
+    return config
+
+
 def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
     """Like `load`, as plain values and unchecked; settings without a value stay "???"."""
     values = OmegaConf.to_container(_merge(Path(path), overrides), throw_on_missing=False)

@@ -1,7 +1,9 @@
-"""Console output that survives a closed pipe."""
+"""Console output that survives a closed pipe, and Markdown tables."""
 
 import os
+import re
 import sys
+from collections.abc import Iterable, Sequence
 
 
 def say(line: str, aside: bool = False) -> None:
@@ -11,3 +13,10 @@ def say(line: str, aside: bool = False) -> None:
         print(line, file=stream, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; a `|` in a cell is escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    cells = ([re.sub(r"(?<!\\)\|", r"\|", cell) for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
