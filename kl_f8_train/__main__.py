@@ -17,6 +17,7 @@ from tarfile import is_tarfile
 from kl_f8_train import __version__
 from kl_f8_train.errors import MissingInputError, UsageError, UserError
 from kl_f8_train.launch import end_children, launched
+from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import say
 
 
@@ -201,6 +202,7 @@ def _train(args: argparse.Namespace) -> int:
         return _examine(args.config, args.overrides, args.json, args.allow_changes)
     if args.json:
         raise UsageError("--json: a training prints no JSON; give --dry-run with it")
+    end_with_launcher()  # before anything heavy is imported
     settings = config.load(config.find_recipe(args.config), args.overrides)
     launched(settings.compute.num_nodes)
     if not Path(settings.run_dir).is_dir():

@@ -31,6 +31,7 @@ from typing import IO, BinaryIO
 
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import atomic_path
+from kl_f8_train.lifetime import guarded
 
 BLOCK = 1 << 20  # bytes
 MAX_PAUSE_SECONDS = 30.0  # between two attempts
@@ -243,7 +244,7 @@ def _command_blocks(
     with tempfile.TemporaryFile() as messages:
         try:
             process = subprocess.Popen(
-                command,
+                guarded([*command]),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=messages,

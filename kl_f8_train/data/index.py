@@ -26,6 +26,7 @@ from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.files import atomic_path, cache_dir, check_writable, write_json
 from kl_f8_train.images import SUFFIXES
+from kl_f8_train.lifetime import end_with_parent
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted
 
@@ -245,7 +246,8 @@ def build_index(
     chunks = [list(locations[i : i + CHUNK]) for i in range(0, len(locations), CHUNK)]
     tasks = [(directory / f"part-{n:06d}.npz", chunk, cache) for n, chunk in enumerate(chunks)]
     if workers > 1 and len(tasks) > 1:
-        with ProcessPoolExecutor(workers) as pool:
+        parent = (os.getpid(),)
+        with ProcessPoolExecutor(workers, initializer=end_with_parent, initargs=parent) as pool:
             done = pool.map(_index_chunk, tasks)
             _count(done, len(locations), progress)
     else:

@@ -5,7 +5,9 @@ GPUs, workers and restarts.
 """
 
 import atexit
+import functools
 import multiprocessing
+import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +27,7 @@ from kl_f8_train.data.sources import FolderSource, Source, TarSource, open_sourc
 from kl_f8_train.errors import ImageError, MissingInputError, SmallImageError
 from kl_f8_train.files import cache_dir
 from kl_f8_train.launch import SIGNALS, end_children
+from kl_f8_train.lifetime import end_with_parent
 from kl_f8_train.units import counted
 
 MAX_NEIGHBOURS = 100  # bad samples in a row before the run stops
@@ -214,15 +217,17 @@ def loader(
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=functools.partial(start_worker, os.getpid()),
     )
 
 
-def _start_worker(worker: int) -> None:
-    """One thread, and deaf to the run's signals: SLURM sends them to every process.
+def start_worker(parent: int, worker: int) -> None:
+    """Prepares a loader: single-threaded, ignores the run's signals, and ends with `parent`.
 
-    The main process ends its loaders; a loader whose main process is gone ends by itself.
+    SLURM sends signals to every process; the main process ends its loaders. torch's own check on
+    the parent would miss one that died before the loader came to it.
     """
+    end_with_parent(parent)
     torch.set_num_threads(1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

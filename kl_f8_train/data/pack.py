@@ -26,6 +26,7 @@ import torch
 
 from kl_f8_train import images
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
+from kl_f8_train.lifetime import end_with_parent
 from kl_f8_train.units import counted
 
 MAX_PER_SHARD = 10_000  # four digits
@@ -211,7 +212,8 @@ def _write_all(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict[str, A
         yield from ((job.number, write_shard(job)) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process) as pool:
+    start, parent = _start_process, (os.getpid(),)
+    with ProcessPoolExecutor(workers, context, initializer=start, initargs=parent) as pool:
         futures = {pool.submit(write_shard, job): job.number for job in jobs}
         try:
             for future in as_completed(futures):
@@ -224,7 +226,8 @@ def _write_all(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict[str, A
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_process() -> None:
+def _start_process(parent: int) -> None:
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
 

@@ -2,6 +2,7 @@
 
 import atexit
 import datetime
+import inspect
 import logging
 import os
 import shlex
@@ -48,6 +49,7 @@ from kl_f8_train.data.sources import FolderSource, Source, TarSource
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import check_writable, write_text
 from kl_f8_train.launch import SRUN, TORCHRUN, launched
+from kl_f8_train.lifetime import announce_to_ranks
 from kl_f8_train.run.log import RunLog
 from kl_f8_train.run.prefetch import Prefetch
 from kl_f8_train.run.saving import Checkpoints, Signals
@@ -108,7 +110,8 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
             _fit(trainer, Iterations(settings, finetuner, plan, sources), run_log)
     finally:
         signals.restore()
-    if signals.received:
+    ended = finetuner.iteration >= settings.stop_iteration and not finetuner.warmup_left
+    if signals.received and not ended:  # a signal in the last iteration changes nothing
         say(
             f"stopped by signal {signals.received} at iteration {finetuner.iteration:,}, saved; "
             "the same command goes on"
@@ -367,6 +370,7 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
         say(f"using {per_node} of {gpus} GPUs here: one for each process the launcher started")
     cluster = _cluster(launcher)
     if nodes * per_node > 1:
+        announce_to_ranks()
         say(
             f"waiting for {nodes * per_node} processes at "
             f"{cluster.main_address}:{cluster.main_port}"
@@ -393,6 +397,12 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
     return trainer
 
 
+# Buffers are never broadcast. torch renamed the argument in 2026, and warns of the old name on
+# every rank; the new one still broadcasts buffers once at the start, but DDP here has none.
+NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if NEW_NAME else "broadcast_buffers": False}
+
+
 class _DecoderDDP(DDPStrategy):
     """DDP over the decoder: the discriminator reduces its own gradients, in one call."""
 
@@ -400,8 +410,8 @@ class _DecoderDDP(DDPStrategy):
         super().__init__(
             # half a minute later than the watchdog, which can name the rank
             timeout=datetime.timedelta(minutes=settings.compute.timeout_minutes + 0.5),
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **NO_BUFFERS,
         )
 
     def configure_ddp(self) -> None:
