@@ -18,7 +18,6 @@ PLACES = {
     "torch_fidelity": "score.inception",
     "safetensors": "weights.weight_file",
     "wandb": "run.tracking",
-    "diffusers": "check.benchmark",  # what --against measures against, if it is installed
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
