@@ -161,7 +161,9 @@ class Data:
     draft: bool = setting("decode JPEGs at reduced size: faster, slightly other pixels", False)
     lanes: int = setting("parallel lanes of the plan, at most", 48, bounds=(1, IMAGES))
     max_bad_share: float = setting(
-        "share of bad images that stops a run, from 1,000 on", 0.1, bounds=(ABOVE_0, 1)
+        "share of bad images that stops a run; from 1,000 images on exactly",
+        0.1,
+        bounds=(ABOVE_0, 1),
     )
     bad_shards: Literal["stop", "skip"] = setting("what a truncated shard does at start", "stop")
     workers: int = setting("loader processes per GPU", 4, machine=True, bounds=(0, 256))

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,16 @@ def remove_old_checkpoints(saved: Path, keep_last: int, keep_every: int) -> None
         milestone = match and not match[2] and keep_every and int(match[1]) % keep_every == 0
         if not milestone:
             path.unlink(missing_ok=True)
+
+
+def skipped_images(files: Iterable[Path]) -> dict[str, str]:
+    """Image -> why it cannot be used, of a run's `skipped-RANK.txt`; what is absent names none."""
+    lines: list[str] = []
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            lines += file.read_text(encoding="utf-8", errors="replace").splitlines()
+    parts = (line.partition(": ") for line in lines)
+    return {name: reason for name, _, reason in parts if reason}
 
 
 def remove_leftovers(run_dir: Path) -> None:

@@ -24,6 +24,7 @@ from kl_f8_train.run_dir import (
     is_claimed,
     newest_checkpoint,
     read_rows,
+    skipped_images,
 )
 from kl_f8_train.units import counted, duration
 
@@ -165,6 +166,7 @@ def read_status(run: Path, now: float) -> Status:
         losses=compare_losses(training),
         warnings=[
             *_discriminator_warnings(_lately(training)),
+            *_skipped_warnings(run, rows),
             *_row_warnings(settings, rows),
             *_validation_warnings(read_rows(run / VALIDATION)),
             *_checkpoint_warnings(settings, iteration, start if saved is None else saved),
@@ -228,15 +230,20 @@ def compare_losses(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     return table
 
 
+def _skipped_warnings(run: Path, rows: Sequence[Row]) -> Iterable[str]:
+    """Images that cannot be used: as many files, however often each was met."""
+    files = len(skipped_images(run.glob("skipped-*.txt")))
+    count = files or round(rows[-1].get("skipped_images", 0.0) if rows else 0.0)
+    if count:
+        yield f"{counted(count, 'image', 's')} could not be used: see skipped-*.txt"
+
+
 def _row_warnings(settings: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[str]:
     """What the log rows tell of updates, images, speed and the loss."""
     bad, last = left_out(rows)
     if bad:
         updates = counted(bad, "update", "s")
         yield f"{updates} left out as not finite, the last by iteration {last:,}"
-    skipped = rows[-1].get("skipped_images", 0.0) if rows else 0.0
-    if skipped:
-        yield f"{counted(round(skipped), 'image', 's')} could not be used: see skipped-*.txt"
     waited = _mean(_lately(rows), "data_wait_share") or 0.0
     if waited > 0.1 and len(rows) >= ENOUGH_ROWS:
         workers, cores = _group(settings, "data").get("workers", 0), os.cpu_count() or 1

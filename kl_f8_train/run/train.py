@@ -48,6 +48,7 @@ from kl_f8_train.data.plan import Plan
 from kl_f8_train.data.sources import FolderSource, Source, TarSource
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import check_writable, write_text
+from kl_f8_train.folders import load_folder
 from kl_f8_train.launch import SRUN, TORCHRUN, launched
 from kl_f8_train.lifetime import announce_to_ranks
 from kl_f8_train.run.log import RunLog
@@ -63,6 +64,7 @@ from kl_f8_train.weights import checkpoint, pretrained, weight_file
 from kl_f8_train.weights.names import State, check_like
 
 say = rank_zero_only(output.say)
+MOST_TRIED = 64  # images that are tried for the picture strip
 
 
 def train(settings: Config, allow_changes: bool = False) -> int:
@@ -443,7 +445,7 @@ def fixed_photographs(settings: Config, report: Callable[[str], None]) -> list[t
     assert settings.log.pictures is not None
     folder = Path(settings.log.pictures)
     try:
-        return images.load_folder(folder, settings.data.crop, 8, report)
+        return load_folder(folder, settings.data.crop, 8, report)
     except MissingInputError as error:
         raise MissingInputError(f"log.pictures: {error}") from error
 
@@ -451,19 +453,21 @@ def fixed_photographs(settings: Config, report: Callable[[str], None]) -> list[t
 def _fixed_images(
     settings: Config, plan: Plan, sources: Mapping[str, Source]
 ) -> list[torch.Tensor]:
-    """Those of `log.pictures`, or up to four of the data, centre-cropped."""
+    """Those of `log.pictures`, or the first four of the data that can be used, centre-cropped."""
     if not settings.log.pictures_every:
         return []
     if settings.log.pictures is not None:
         return fixed_photographs(settings, say)
     size = settings.data.crop
-    chosen = []
-    for position in range(min(4, plan.batch)):
+    chosen: list[torch.Tensor] = []
+    for position in range(min(MOST_TRIED, plan.batch)):
+        if len(chosen) == 4:
+            break
         name, shard, number = plan.locate(position)
         try:
             chosen.append(images.square(sources[name].read(shard, number)[1], size))
         except ImageError as error:
-            say(f"picture strip: {error}")
+            say(f"picture strip: {name}/{sources[name].name(shard, number)}: {error}; left out")
     return chosen
 
 

@@ -135,8 +135,9 @@ class ImageSet:
         """The index-th image."""
         shard = int(np.searchsorted(self.ends, index, side="right"))
         first = int(self.ends[shard]) - int(self.source.counts[shard])
-        key, data = self.source.read(shard, index - first)
+        key = self.source.name(shard, index - first)
         try:
+            key, data = self.source.read(shard, index - first)
             return Sample(index, key, pixels.square(data, self.size))
         except ImageError as error:
             return Sample(index, key, None, f"{key}: {error}; left out")
