@@ -552,13 +552,18 @@ def micro_batch(config: Config, world_size: int) -> int:
     per_rank = batch // world_size
     given = config.compute.per_device_batch
     if given is None:
-        return max(d for d in _divisors(per_rank) if d <= 12)
+        return divisor_up_to(per_rank, 12)
     if per_rank % given:
         raise UsageError(
             f"compute.per_device_batch={given} does not divide a process' {per_rank} images "
             f"(global_batch={batch} / {world_size}); {_divisors(per_rank)} do"
         )
     return given
+
+
+def divisor_up_to(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`."""
+    return max(divisor for divisor in _divisors(number) if divisor <= most)
 
 
 def _divisors(number: int) -> list[int]:

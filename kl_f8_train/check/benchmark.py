@@ -12,7 +12,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +30,8 @@ from kl_f8_train.core import machine, perceptual
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.discriminator import Discriminator, initialize
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.core.step import Finetuner, build_optimizers
+from kl_f8_train.core.phases import timed_by
+from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data.loading import IterationSampler, PositionDataset, loader, open_data
 from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.units import counted, duration
@@ -97,7 +98,7 @@ def benchmark(
         ours(batch)
     memory, breaks = peak_memory(device) - before, graph_breaks()
     timed_here = Variant("ours", ours)
-    phases = measure([timed_here], finetuner, batches, device, iterations)
+    phases = measure([timed_here], batches, device, iterations)
     rates = {name: matmul_rate(device, kind) for name, kind in PRECISIONS.items()}
     cpu_seconds = statistics.median(timed_here.cpu_seconds)
     if device.type == "cpu" and is_busy(timed_here.median, cpu_seconds, torch.get_num_threads()):
@@ -224,13 +225,10 @@ def iteration_of(finetuner: Finetuner, device: torch.device) -> Iteration:
     """The finetuner's iteration, one micro-batch each, on `device`."""
     finetuner.to(device)
     finetuner.perceptual.to(device)
-    decoder, discriminator = (*build_optimizers(finetuner), None)[:2]
-    assert decoder is not None
 
     def run(batch: Batch) -> None:
-        finetuner.micro_batch = len(batch.images)
         with machine.kernels(finetuner.config.precision):
-            finetuner.run_iteration(batch, decoder, discriminator)
+            finetuner.run_iteration(batch)
 
     return run
 
@@ -271,17 +269,15 @@ def batch_size(config: Config, device: torch.device) -> int:
 
 def measure(
     variants: list[Variant],
-    finetuner: Finetuner,
     batches: Iterator[Batch],
     device: torch.device,
     iterations: int,
 ) -> dict[str, float]:
-    """Runs all variants in turns, the first being `finetuner`'s; returns its phases' milliseconds.
+    """Runs all variants in turns; returns the milliseconds of the first one's phases.
 
     Medians over the iterations.
     """
     clock = Clock(device)
-    finetuner.phase_ended = clock
     milliseconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(iterations):
         clock.start()
@@ -291,7 +287,8 @@ def measure(
             synchronize(device)
             graphs = compiled_graphs()
             began, cpu_began = time.perf_counter(), time.process_time()
-            variant.run(batch)
+            with timed_by(clock) if variant is variants[0] else nullcontext():
+                variant.run(batch)
             synchronize(device)
             variant.seconds.append(time.perf_counter() - began)
             variant.cpu_seconds.append(time.process_time() - cpu_began)
@@ -478,7 +475,8 @@ def largest_batch(config: Config, device: torch.device, size: int) -> int:
         pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         room = pages - cost.HEADROOM_BYTES
         return cost.largest_batch(config, room, element_bytes(config, device))
-    eager = replace(config, compute=replace(config.compute, compile=False))
+    one_pass = replace(config.compute, compile=False, per_device_batch=2**30)  # whatever is tried
+    eager = replace(config, compute=one_pass)
     gc.collect()
     torch.cuda.empty_cache()
     run = iteration_of(build_finetuner(eager, []), device)

@@ -110,7 +110,7 @@ class RunLog(Callback):
             self.trackers.log(iteration, scores, path)
 
     def _report(self, trainer: Trainer, finetuner: Finetuner) -> None:
-        finetuner.judge()
+        finetuner.guard.judge()
         average_over_ranks(list(self.sums.values()))
         totals: defaultdict[str, float] = defaultdict(float)
         numbers: defaultdict[str, float] = defaultdict(float)
@@ -123,7 +123,7 @@ class RunLog(Callback):
         row["images_per_second"] = self.count * self.config.global_batch / seconds
         row["data_wait_share"] = self.waited / seconds
         row["skipped_images"] = self._judge_skipped(finetuner)
-        row["bad_updates"] = finetuner.bad_updates_in_all
+        row["bad_updates"] = finetuner.guard.in_all
         for name, source in self.plan.plans.items():
             row[f"images_{name}"] = source.share * (finetuner.iteration - self.first)
             row[f"passes_{name}"] = source.passes(finetuner.iteration - self.first)

@@ -29,7 +29,7 @@ from kl_f8_train.core.losses import (
     generator_loss,
     reconstruction_loss,
 )
-from kl_f8_train.core.step import Finetuner, build_optimizers
+from kl_f8_train.core.step import Finetuner
 from kl_f8_train.images import to_float
 from kl_f8_train.output import say
 from kl_f8_train.units import counted, duration
@@ -52,7 +52,7 @@ def compare(config: Config, iterations: int, say: Callable[[str], None] = say) -
         f"a turn of {counted(len(variants), 'variant', 's')} takes {turn:.2g} s; "
         f"{iterations} take about {duration(iterations * turn)}"
     )
-    benchmark.measure(variants, finetuner, batches, device, iterations)
+    benchmark.measure(variants, batches, device, iterations)
     return {
         "device": benchmark.device_name(device),
         "precision": config.precision,
@@ -133,7 +133,7 @@ def original(config: Config, device: torch.device) -> benchmark.Iteration:
     network.to(device)
     assert discriminator is not None
     model.requires_grad_(True)
-    optimizer, critic = build_optimizers(parts)
+    optimizer, critic = parts.adams
     logvar = torch.zeros((), device=device)
     pixel, weight = config.loss.pixel, config.loss.perceptual_weight
 
