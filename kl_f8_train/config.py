@@ -161,7 +161,9 @@ class Data:
     draft: bool = setting("decode JPEGs at reduced size: faster, slightly other pixels", False)
     lanes: int = setting("parallel lanes of the plan, at most", 48, bounds=(1, IMAGES))
     max_bad_share: float = setting(
-        "share of bad images that stops a run, from 1,000 on", 0.1, bounds=(ABOVE_0, 1)
+        "share of bad images that stops a run; from 1,000 images on exactly",
+        0.1,
+        bounds=(ABOVE_0, 1),
     )
     bad_shards: Literal["stop", "skip"] = setting("what a truncated shard does at start", "stop")
     workers: int = setting("loader processes per GPU", 4, machine=True, bounds=(0, 256))
@@ -379,6 +381,21 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     return config
 
 
+def load_without_inputs(path: Path, overrides: list[str]) -> Config:
+    """`load` for what needs neither weights, data nor a run directory: they may be missing."""
+    values = resolve(path, overrides)
+    given = {
+        "run_dir": values["run_dir"],
+        "init.weights": values["init"]["weights"],
+        "data.sources": values["data"]["sources"],
+    }
+    missing = [f"{key}=none" for key, value in given.items() if value == "???"]
+    config = load(path, [*missing, *overrides])
+    if "data.sources=none" in missing:
+        return replace(config, data=replace(config.data, sources={}))
+    return config
+
+
 def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
     """Like `load`, as plain values and unchecked; settings without a value stay "???"."""
     values = OmegaConf.to_container(_merge(Path(path), overrides), throw_on_missing=False)
@@ -543,13 +560,18 @@ def micro_batch(config: Config, world_size: int) -> int:
     per_rank = batch // world_size
     given = config.compute.per_device_batch
     if given is None:
-        return max(d for d in _divisors(per_rank) if d <= 12)
+        return divisor_up_to(per_rank, 12)
     if per_rank % given:
         raise UsageError(
             f"compute.per_device_batch={given} does not divide a process' {per_rank} images "
             f"(global_batch={batch} / {world_size}); {_divisors(per_rank)} do"
         )
     return given
+
+
+def divisor_up_to(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`."""
+    return max(divisor for divisor in _divisors(number) if divisor <= most)
 
 
 def _divisors(number: int) -> list[int]:

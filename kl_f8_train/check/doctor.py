@@ -13,6 +13,7 @@ import resource
 import shutil
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from kl_f8_train.core.model import FROZEN
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data import identity
 from kl_f8_train.data.loading import PositionDataset, collate, open_data
+from kl_f8_train.data.sources import Source
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError, UserError
 from kl_f8_train.files import check_writable, file_sha256
 from kl_f8_train.run.tracking import check_tensorboard, wandb_reachable
@@ -353,10 +355,8 @@ def _check_source(report: Report, settings: Config, name: str) -> None:
     for line in source.describe():
         report.tell(line)
     first = int(source.counts.argmax() if source.counts[0] == 0 else 0)
-    key, data = source.read(first, 0)
-    height, width = images.decode(data).shape[1:]
     place = source.location(first)
-    report.tell(f"first shard {place}: {key}, {width} x {height} pixels, {size(len(data))}")
+    report.tell(f"first shard {place}: {_describe_image(source, first, 0)}")
     dealt = plan.plans[name].lanes * plan.plans[name].lane_length  # in a pass, none twice
     count = min(plan.batch * 4, dealt, REMOTE_SAMPLE if is_remote(place) else SAMPLE)
     dataset = PositionDataset(plan, sources, settings)
@@ -364,6 +364,7 @@ def _check_source(report: Report, settings: Config, name: str) -> None:
     samples = [dataset[position] for position in range(count)]
     speed = count / (time.perf_counter() - began)
     bad = sum(len(sample.skipped) for sample in samples)
+    profiles = Counter(sample.profile for sample in samples if sample.profile)
     side = settings.data.shorter_side
     small = 0 if side is None else _count_smaller(side, dataset, range(count))
     report.facts.setdefault("data", {})[name] = {
@@ -372,12 +373,16 @@ def _check_source(report: Report, settings: Config, name: str) -> None:
         "sampled": count,
         "unusable": bad,
         "enlarged": small,
+        "colour_profiles": dict(profiles),
         "images_per_second_per_worker": speed,
     }
     report.tell(f"sample of {count}: {bad} unusable; {speed:.0f} images/s in one process")
     if bad:
         line = next(sample.skipped[0] for sample in samples if sample.skipped)
-        report.remark(f"{name}: {bad} of {count + bad} sampled images cannot be used, as {line}")
+        report.remark(f"{name}: {bad} of {count} sampled images cannot be used, as {line}")
+    if profiles:
+        named = ", ".join(f"{number} {profile}" for profile, number in profiles.most_common(3))
+        report.tell(f"{profiles.total()} of {count} are converted to sRGB from: {named}")
     if small:
         report.remark(
             f"{name}: {small} of {count} sampled images are smaller than data.shorter_side={side}, "
@@ -386,12 +391,24 @@ def _check_source(report: Report, settings: Config, name: str) -> None:
         )
 
 
+def _describe_image(source: Source, shard: int, sample: int) -> str:
+    """Name and size of an image, or why it cannot be used."""
+    try:
+        key, data = source.read(shard, sample)
+        found = images.picture(data)
+    except ImageError as error:
+        return f"{source.name(shard, sample)} cannot be used: {error}"
+    height, width = found.pixels.shape[1:]
+    profile = f", {found.profile}" if found.profile else ""
+    return f"{key}, {width} x {height} pixels, {size(len(data))}{profile}"
+
+
 def _count_smaller(side: int, dataset: PositionDataset, positions: range) -> int:
     """How many readable images at these positions have a side shorter than `side` pixels."""
     smaller = 0
     for position in positions:
         name, shard, number = dataset.plan.locate(position)
-        with contextlib.suppress(ImageError, OSError):
+        with contextlib.suppress(ImageError):
             image = images.decode(dataset.sources[name].read(shard, number)[1])
             smaller += min(image.shape[1:]) < side
     return smaller
@@ -429,9 +446,10 @@ def _try_iteration(
     batch = collate([dataset[first + slot] for slot in range(count)]).to(device)
     finetuner.to(device)
     finetuner.perceptual.to(device)
-    finetuner.warmup_left, finetuner.micro_batch = 0, count
+    finetuner.run_state.warmup_left = 0
     if settings.adversarial is not None:  # with everything that it will cost
-        finetuner.iteration = max(finetuner.iteration, settings.adversarial.start_iteration)
+        start = settings.adversarial.start_iteration
+        finetuner.run_state.iteration = max(finetuner.iteration, start)
     try:
         with torch.compiler.set_stance("force_eager"):  # each term's backward pass keeps the graph
             audit = gradient_audit(finetuner, batch.first(FEW_IMAGES))

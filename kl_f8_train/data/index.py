@@ -25,7 +25,7 @@ from webdataset.shardlists import expand_urls
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.files import atomic_path, cache_dir, check_writable, write_json
-from kl_f8_train.images import SUFFIXES
+from kl_f8_train.folders import SUFFIXES
 from kl_f8_train.lifetime import end_with_parent
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted

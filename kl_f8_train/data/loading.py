@@ -42,7 +42,8 @@ class Sample:
     image: Tensor  # (3, crop, crop) uint8
     noise: Tensor  # (draws, embed_dim, crop / f, crop / f) float32
     key: str
-    skipped: list[str]
+    skipped: list[str]  # `NAME: reason` of the image of this position, if it cannot be used
+    profile: str = ""  # the colour profile it was converted from
 
 
 class PositionDataset(Dataset[Sample]):
@@ -83,28 +84,27 @@ class PositionDataset(Dataset[Sample]):
         name, shard, first = self.plan.locate(position)
         source = self.sources[name]
         count = int(source.counts[shard])
-        skipped: list[str] = []
+        bad: list[str] = []
         small: list[int] = []
         for step in range(min(count, MAX_NEIGHBOURS)):
             number = (first + step) % count  # a bad sample gives way to its neighbour
-            key = f"{source.location(shard)}, image {number}"
+            key = source.name(shard, number)
             try:
                 key, data = source.read(shard, number)
-                image = self._load(data, position)
+                image, profile = self._load(data, position)
             except ImageError as error:
-                skipped.append(f"{name}/{key}: {error}")
+                bad.append(f"{name}/{key}: {error}")
                 small += [error.side] if isinstance(error, SmallImageError) else []
-            except OSError as error:
-                skipped.append(f"{name}/{key}: cannot be read: {error}")
             else:
-                return Sample(image, self._noise(position), f"{name}/{key}", skipped)
+                noise = self._noise(position)
+                return Sample(image, noise, f"{name}/{key}", bad[:1], profile)
         remedy = (
             f"check {source.location(shard)} and data.shorter_side={self.shorter_side or 'null'}, "
             f"data.crop={self.crop}"
         )
         raise MissingInputError(
-            f"{counted(len(skipped), 'image', 's')} in a row cannot be used, from {skipped[0]}; "
-            + (remedy if len(small) < len(skipped) else self._fitting_crop(min(small)))
+            f"{counted(len(bad), 'image', 's')} in a row cannot be used, from {bad[0]}; "
+            + (remedy if len(small) < len(bad) else self._fitting_crop(min(small)))
         )
 
     def _fitting_crop(self, side: int) -> str:
@@ -113,13 +113,14 @@ class PositionDataset(Dataset[Sample]):
         smaller = f"set data.crop to {crop} or less, or " if crop else "set "
         return f"{smaller}data.shorter_side={self.crop} (which enlarges them)"
 
-    def _load(self, data: bytes, position: int) -> Tensor:
+    def _load(self, data: bytes, position: int) -> tuple[Tensor, str]:
+        """The crop, and the colour profile that the image was converted from."""
         top, left, mirror = random_state(self.seed, "crop", position).random_sample(3)
-        image = images.decode(data, self.draft_side)
+        image, profile = images.picture(data, self.draft_side)
         if self.shorter_side is not None:
             image = images.resize_shorter(image, self.shorter_side)
         image = images.crop(image, self.crop, float(top), float(left))
-        return images.flip(image) if self.flip and mirror < 0.5 else image
+        return (images.flip(image) if self.flip and mirror < 0.5 else image), profile
 
     def _noise(self, position: int) -> Tensor:
         draw = random_state(self.seed, "noise", position).standard_normal(self.noise_shape)
@@ -200,7 +201,8 @@ def collate(samples: list[Sample]) -> Batch:
         images=torch.stack([s.image for s in samples]),
         noise=torch.stack([s.noise for s in samples], dim=1),
         keys=[s.key for s in samples],
-        skipped=[line for s in samples for line in s.skipped],
+        skipped=[bad for s in samples for bad in s.skipped],
+        profiles=[s.profile for s in samples if s.profile],
     )
 
 

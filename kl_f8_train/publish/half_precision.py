@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kl_f8_train import images
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import ImageError, RunFailedError
+from kl_f8_train.folders import load_folder, read_file
 from kl_f8_train.units import counted
 
 LIMIT = torch.finfo(torch.float16).max  # 65504
@@ -86,7 +87,7 @@ def choose_images(folder: Path | None, size: int) -> tuple[str, list[Tensor]]:
     Raises MissingInputError if there is none in `folder`.
     """
     if folder is not None:
-        chosen = images.load_folder(folder, size, COUNT)
+        chosen = load_folder(folder, size, COUNT)
         return f"{counted(len(chosen), 'image', 's')} of {folder.name} at {size} x {size}", chosen
     package = importlib.util.find_spec("skimage")
     places = list(package.submodule_search_locations or []) if package else []
@@ -94,7 +95,7 @@ def choose_images(folder: Path | None, size: int) -> tuple[str, list[Tensor]]:
     chosen = []
     for file in filter(Path.is_file, files):
         with suppress(ImageError):
-            chosen.append(images.square(file.read_bytes(), size))
+            chosen.append(images.square(read_file(file), size))
     if chosen:
         return (
             f"{counted(len(chosen), 'photograph', 's')} of scikit-image at {size} x {size}",

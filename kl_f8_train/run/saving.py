@@ -54,7 +54,7 @@ class Checkpoints(Callback):
         now = (finetuner.iteration, finetuner.warmup_left)
         if self.saved == now:
             return
-        finetuner.judge()
+        finetuner.guard.judge()
         failure: str | None = None
         began = time.perf_counter()
         if trainer.is_global_zero:

@@ -14,9 +14,19 @@ from typing import Any
 import yaml
 
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.files import write_text
 from kl_f8_train.run import outcome
 from kl_f8_train.run.curves import Chart, Points, page
-from kl_f8_train.run_dir import Row, is_claimed, newest_checkpoint, read_rows
+from kl_f8_train.run_dir import (
+    CONFIG,
+    METRICS,
+    VALIDATION,
+    Row,
+    is_claimed,
+    newest_checkpoint,
+    read_rows,
+    skipped_images,
+)
 from kl_f8_train.units import counted, duration
 
 SPEED = "images_per_second"
@@ -78,7 +88,7 @@ class Status:
 
 def read_settings(run: Path) -> dict[str, Any]:
     """The run's config.yaml as plain values; MissingInputError if there is none."""
-    file = run / "config.yaml"
+    file = run / CONFIG
     if not run.is_dir():
         raise MissingInputError(f"run {run}: no such directory; give the run_dir of a training")
     if not file.is_file():
@@ -127,7 +137,7 @@ def read_status(run: Path, now: float) -> Status:
     """Where a run is at `now`, seconds since the epoch; MissingInputError if it is none."""
     settings = read_settings(run)
     stop, batch = settings["stop_iteration"], settings.get("global_batch") or 1
-    rows = read_rows(run / "metrics.csv")
+    rows = read_rows(run / METRICS)
     training = [row for row in rows if "decoder_gradient_norm" in row]
     path, saved = newest_checkpoint(run) or (None, None)
     start = _start(settings, rows)
@@ -151,7 +161,7 @@ def read_status(run: Path, now: float) -> Status:
         images_per_second=speed,
         seconds_left=left,
         end_date=_date(now + left) if left else None,
-        last_log_age_seconds=_age([run / "metrics.csv"], now),
+        last_log_age_seconds=_age([run / METRICS], now),
         checkpoint=str(path) if path else None,
         checkpoint_iteration=saved,
         checkpoint_age_seconds=_age([path], now) if path else None,
@@ -159,8 +169,9 @@ def read_status(run: Path, now: float) -> Status:
         losses=compare_losses(training),
         warnings=[
             *_discriminator_warnings(_lately(training)),
+            *_skipped_warnings(run, rows),
             *_row_warnings(settings, rows),
-            *_validation_warnings(read_rows(run / "validation.csv")),
+            *_validation_warnings(read_rows(run / VALIDATION)),
             *_checkpoint_warnings(settings, iteration, start if saved is None else saved),
         ],
     )
@@ -173,10 +184,10 @@ def _group(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _state(run: Path, log_interval_seconds: float, now: float) -> str:
     """Whether a run that has not ended goes on: by its claim, or by whether it still writes."""
-    claimed = is_claimed(run / ".claim")
+    claimed = is_claimed(run)
     if claimed:
         return "running"
-    news = _age([run / "config.yaml", run / "metrics.csv", *run.glob("*/iteration-*")], now) or 0.0
+    news = _age([run / CONFIG, run / METRICS, *run.glob("*/iteration-*")], now) or 0.0
     if claimed is False:
         return f"stopped {duration(news)} ago; the same command goes on"
     if news > max(SILENT_SECONDS, SILENT_INTERVALS * log_interval_seconds):
@@ -222,15 +233,20 @@ def compare_losses(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     return table
 
 
+def _skipped_warnings(run: Path, rows: Sequence[Row]) -> Iterable[str]:
+    """Images that cannot be used: as many files, however often each was met."""
+    files = len(skipped_images(run.glob("skipped-*.txt")))
+    count = files or round(rows[-1].get("skipped_images", 0.0) if rows else 0.0)
+    if count:
+        yield f"{counted(count, 'image', 's')} could not be used: see skipped-*.txt"
+
+
 def _row_warnings(settings: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[str]:
     """What the log rows tell of updates, images, speed and the loss."""
     bad, last = left_out(rows)
     if bad:
         updates = counted(bad, "update", "s")
         yield f"{updates} left out as not finite, the last by iteration {last:,}"
-    skipped = rows[-1].get("skipped_images", 0.0) if rows else 0.0
-    if skipped:
-        yield f"{counted(round(skipped), 'image', 's')} could not be used: see skipped-*.txt"
     waited = _mean(_lately(rows), "data_wait_share") or 0.0
     if waited > 0.1 and len(rows) >= ENOUGH_ROWS:
         workers, cores = _group(settings, "data").get("workers", 0), os.cpu_count() or 1
@@ -368,8 +384,8 @@ def describe(status: Status) -> list[str]:
 
 def html(run: Path, status: Status, now: float) -> str:
     """The page: facts, warnings, and a curve for everything that the tables hold."""
-    rows = [r for r in read_rows(run / "metrics.csv") if "decoder_gradient_norm" in r]
-    rows += read_rows(run / "validation.csv")
+    rows = [r for r in read_rows(run / METRICS) if "decoder_gradient_norm" in r]
+    rows += read_rows(run / VALIDATION)
     charts = [
         Chart(title, {name: _points(rows, name) for name in columns}, log)
         for title, columns, log in CHARTS
@@ -392,15 +408,13 @@ def write_html(run: Path, status: Status, now: float, path: Path) -> None:
     """Writes the page atomically; UsageError or RunFailedError if it cannot be written."""
     if not path.name:
         raise UsageError(f"--html {path}: names no file; expected one to write, as status.html")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(html(run, status, now), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if not path.parent.is_dir():
+            raise RunFailedError(f"{path.parent}: no such directory")
+        write_text(path, html(run, status, now))
+    except RunFailedError as error:
         raise RunFailedError(
-            f"--html {path}: cannot be written: {error.strerror}; name a file in a directory that "
-            "is there"
+            f"--html {path}: cannot be written: {error}; name a file in a directory that is there"
         ) from error
 
 

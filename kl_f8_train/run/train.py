@@ -34,7 +34,8 @@ from kl_f8_train.core.discriminator import Discriminator, initialize
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_remedy
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.core.step import Finetuner, build_optimizers
+from kl_f8_train.core.run_state import RunState
+from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data import identity
 from kl_f8_train.data.loading import (
     IterationSampler,
@@ -48,6 +49,7 @@ from kl_f8_train.data.plan import Plan
 from kl_f8_train.data.sources import FolderSource, Source, TarSource
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import check_writable, write_text
+from kl_f8_train.folders import load_folder
 from kl_f8_train.launch import SRUN, TORCHRUN, launched
 from kl_f8_train.lifetime import announce_to_ranks
 from kl_f8_train.run import outcome
@@ -57,13 +59,14 @@ from kl_f8_train.run.saving import Checkpoints, Signals
 from kl_f8_train.run.tracking import check_tensorboard
 from kl_f8_train.run.validation import Validation
 from kl_f8_train.run.watchdog import Watchdog
-from kl_f8_train.run_dir import best_checkpoint, claimed, list_checkpoints, remove_leftovers
+from kl_f8_train.run_dir import CONFIG, best_checkpoint, claimed, list_checkpoints, remove_leftovers
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
 from kl_f8_train.weights.names import State, check_like
 
 say = rank_zero_only(output.say)
+MOST_TRIED = 64  # images that are tried for the picture strip
 
 
 def train(settings: Config, allow_changes: bool = False) -> int:
@@ -110,7 +113,7 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
         trainer = _trainer(settings, callbacks)
         if trainer.is_global_zero:
             remove_leftovers(run_dir)
-            write_text(run_dir / "config.yaml", config.to_yaml(settings))
+            write_text(run_dir / CONFIG, config.to_yaml(settings))
         with kernels(settings.precision):
             _fit(trainer, Iterations(settings, finetuner, plan, sources), run_log)
     finally:
@@ -196,11 +199,11 @@ class Iterations(LightningDataModule):
         """Called once the ranks are known; raises UsageError if the batch does not divide."""
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        self.finetuner.micro_batch = micro_batch(self.settings, world)
-        accumulation = self.settings.global_batch // world // self.finetuner.micro_batch
+        size = micro_batch(self.settings, world)
+        accumulation = self.settings.global_batch // world // size
         say(
             f"batch: {counted(world, 'process', 'es')} x "
-            f"{counted(self.finetuner.micro_batch, 'image', 's')} x "
+            f"{counted(size, 'image', 's')} x "
             f"{counted(accumulation, 'micro-batch', 'es')} = {self.settings.global_batch}"
         )
         sampler = IterationSampler(
@@ -232,9 +235,9 @@ def start_or_resume(settings: Config, run_dir: Path, allow_changes: bool) -> tup
             continue
         changes = config.differences(before, settings)
         _refuse_changes(path, "by another recipe", changes, allow_changes)
-        finetuner, program = _build(settings)
-        finetuner.prepared_optimizers = build_optimizers(finetuner)
-        frozen = checkpoint.restore(finetuner, finetuner.prepared_optimizers, contents)
+        autoencoder = AutoencoderKL(**asdict(settings.model))
+        finetuner, program = _build(settings, autoencoder, RunState())
+        frozen = checkpoint.restore(finetuner, finetuner.adams, contents)
         say(f"resuming {path.name}")
         _record_changes(finetuner, changes)
         adopt(finetuner, program, str(path), allow_changes)
@@ -252,10 +255,10 @@ def adopt(finetuner: Finetuner, inputs: identity.Identity, where: str, allow_cha
 
     Raises UsageError if they differ, unless changes are allowed; then they are recorded.
     """
-    changes = identity.differences(finetuner.identity, inputs)
+    changes = identity.differences(finetuner.run_state.identity, inputs)
     _refuse_changes(where, "from other inputs", changes, allow_changes)
     _record_changes(finetuner, changes)
-    finetuner.identity |= inputs
+    finetuner.run_state.identity |= inputs
 
 
 def _refuse_changes(where: Path | str, how: str, changes: list[str], allowed: bool) -> None:
@@ -270,7 +273,7 @@ def _record_changes(finetuner: Finetuner, changes: list[str]) -> None:
     """Says what changes on resuming; the next checkpoints, and the card, keep it."""
     for change in changes:
         line = " ".join(f"from iteration {finetuner.iteration:,}: {change}".split())
-        finetuner.changes.append(line)
+        finetuner.run_state.changes.append(line)
         say(f"  {line}")
 
 
@@ -291,23 +294,23 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
             f"{contents.path} does not tell its iteration; give init.iteration (kl-f8: 246803)"
         )
     check_model(settings, contents, weights.autoencoder)
-    finetuner, program = _build(settings)
-    finetuner.identity = program
     bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
     if bad:
         raise MissingInputError(
             f"{contents.path}: {len(bad)} tensors are not finite, {bad[0]} first; get another copy"
         )
-    finetuner.autoencoder.load_state_dict(weights.autoencoder)
-    for name, averaged in finetuner.ema.items():
-        averaged.load_state_dict(getattr(finetuner.autoencoder, name).state_dict())
+    autoencoder = AutoencoderKL(**asdict(settings.model))
+    autoencoder.load_state_dict(weights.autoencoder)
+    run_state = RunState(
+        iteration,
+        base=checkpoint.base(contents.path),
+        facts=checkpoint.stored_facts(contents, settings),
+    )
+    finetuner, program = _build(settings, autoencoder, run_state)
     if weights.logvar is not None:
         finetuner.logvar.data.copy_(weights.logvar.reshape(()))
-    finetuner.iteration = iteration
-    finetuner.base = checkpoint.base(contents.path)
-    finetuner.facts = checkpoint.stored_facts(contents, settings)
+    finetuner.run_state.identity = program
     _import_discriminator(settings, finetuner, weights.discriminator)
-    finetuner.prepared_optimizers = build_optimizers(finetuner)
     return finetuner, frozen_sha256(finetuner.autoencoder.state_dict())
 
 
@@ -340,23 +343,25 @@ def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) 
             "a warm-up, and with new moments for Adam"
         )
         return
-    finetuner.warmup_left = settings.adversarial.warmup_iterations
+    finetuner.run_state.warmup_left = settings.adversarial.warmup_iterations
     say(
         "  no discriminator in it: a new one trains alone for "
         f"{finetuner.warmup_left:,} iterations (adversarial.warmup_iterations)"
     )
 
 
-def _build(settings: Config) -> tuple[Finetuner, identity.Identity]:
-    """The networks of a run, with a seeded new discriminator, and the program's identity."""
-    autoencoder, discriminator = AutoencoderKL(**asdict(settings.model)), None
+def _build(
+    settings: Config, autoencoder: AutoencoderKL, run_state: RunState
+) -> tuple[Finetuner, identity.Identity]:
+    """A finetuner of these weights, with a seeded new discriminator; the program's identity."""
+    discriminator = None
     if settings.adversarial is not None:
         adversary = settings.adversarial
         discriminator = Discriminator(adversary.ndf, adversary.n_layers, adversary.sync_batchnorm)
         initialize(discriminator, settings.seed)
     network = pretrained.build(settings.loss.perceptual, settings.loss.perceptual_weights)
     program = identity.of_program(network)  # before it is compiled, or moved
-    return Finetuner(settings, autoencoder, discriminator, network), program
+    return Finetuner(settings, autoencoder, discriminator, network, run_state), program
 
 
 # --- the trainer ----------------------------------------------------------------------------
@@ -464,7 +469,7 @@ def fixed_photographs(settings: Config, report: Callable[[str], None]) -> list[t
     assert settings.log.pictures is not None
     folder = Path(settings.log.pictures)
     try:
-        return images.load_folder(folder, settings.data.crop, 8, report)
+        return load_folder(folder, settings.data.crop, 8, report)
     except MissingInputError as error:
         raise MissingInputError(f"log.pictures: {error}") from error
 
@@ -472,19 +477,21 @@ def fixed_photographs(settings: Config, report: Callable[[str], None]) -> list[t
 def _fixed_images(
     settings: Config, plan: Plan, sources: Mapping[str, Source]
 ) -> list[torch.Tensor]:
-    """Those of `log.pictures`, or up to four of the data, centre-cropped."""
+    """Those of `log.pictures`, or the first four of the data that can be used, centre-cropped."""
     if not settings.log.pictures_every:
         return []
     if settings.log.pictures is not None:
         return fixed_photographs(settings, say)
     size = settings.data.crop
-    chosen = []
-    for position in range(min(4, plan.batch)):
+    chosen: list[torch.Tensor] = []
+    for position in range(min(MOST_TRIED, plan.batch)):
+        if len(chosen) == 4:
+            break
         name, shard, number = plan.locate(position)
         try:
             chosen.append(images.square(sources[name].read(shard, number)[1], size))
         except ImageError as error:
-            say(f"picture strip: {error}")
+            say(f"picture strip: {name}/{sources[name].name(shard, number)}: {error}; left out")
     return chosen
 
 
@@ -497,7 +504,7 @@ def _describe(
     for name, source in sources.items():
         say(f"data: {name}: {'; '.join(source.describe())}; {plan.plans[name].share} a batch")
     loss = settings.loss
-    label = identity.network_label(finetuner.identity)
+    label = identity.network_label(finetuner.run_state.identity)
     adversarial = (
         ""
         if settings.adversarial is None

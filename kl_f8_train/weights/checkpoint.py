@@ -44,6 +44,7 @@ def save(
             f"the frozen encoder changed during training (SHA-256 {now[:12]}, imported "
             f"{frozen[:12]}); no checkpoint was written, the last one is untouched"
         )
+    run = finetuner.run_state
     tensors = dict(finetuner.state_dict())
     for name, optimizer in zip(OPTIMIZERS, optimizers, strict=False):
         tensors |= _optimizer_tensors(name, optimizer, finetuner)
@@ -52,14 +53,14 @@ def save(
     metadata = {
         "format": "pt",
         "kl_f8_train.format": FORMAT,
-        "iteration": str(finetuner.iteration),
-        "warmup_left": str(finetuner.warmup_left),
-        "ema_updates": str(finetuner.ema_updates),
+        "iteration": str(run.iteration),
+        "warmup_left": str(run.warmup_left),
+        "ema_updates": str(run.ema_updates),
         "frozen_sha256": frozen,
-        **finetuner.base,
-        **finetuner.facts.metadata(),
-        "changes": "\n".join(finetuner.changes),
-        "identity": json.dumps(finetuner.identity),
+        **run.base,
+        **run.facts.metadata(),
+        "changes": "\n".join(run.changes),
+        "identity": json.dumps(run.identity),
         **content_sha256(tensors),
         "config": json.dumps(config.to_dict(finetuner.config)),
     }
@@ -163,13 +164,14 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: weight_file.
     finetuner.load_state_dict(networks, strict=True)
     for name, optimizer in zip(OPTIMIZERS, optimizers, strict=False):
         _restore_optimizer(name, optimizer, finetuner, tensors)
-    finetuner.iteration = int(metadata["iteration"])
-    finetuner.warmup_left = int(metadata["warmup_left"])
-    finetuner.ema_updates = int(metadata["ema_updates"])
-    finetuner.base = stored_base(metadata)
-    finetuner.facts = stored_facts(contents, stored_config(contents))
-    finetuner.changes = stored_changes(metadata)
-    finetuner.identity = stored_identity(metadata)
+    run = finetuner.run_state
+    run.iteration = int(metadata["iteration"])
+    run.warmup_left = int(metadata["warmup_left"])
+    run.ema_updates = int(metadata["ema_updates"])
+    run.base = stored_base(metadata)
+    run.facts = stored_facts(contents, stored_config(contents))
+    run.changes = stored_changes(metadata)
+    run.identity = stored_identity(metadata)
     frozen = frozen_sha256(finetuner.autoencoder.state_dict())
     if frozen != metadata["frozen_sha256"]:
         raise MissingInputError(f"{contents.path}: its encoder does not match its own hash")
