@@ -111,6 +111,8 @@ class Finetuner(_Base):
         self.config = config
         machine.apply(config.compute, autoencoder, discriminator, perceptual)
         self.autoencoder = autoencoder.freeze_encoder()
+        for name in TRAINED:  # a loaded autoencoder is frozen as a whole
+            getattr(autoencoder, name).requires_grad_(True)
         self.ema = trained_copy(autoencoder)
         self.discriminator = discriminator
         self.adversary = Adversary(discriminator, config) if discriminator else NoAdversary()
@@ -159,6 +161,13 @@ class Finetuner(_Base):
     def adams(self) -> list[Adam]:
         """The decoder's optimizer, and the discriminator's, if there is one."""
         return [self.decoder_adam, *self.adversary.adams]
+
+    def averaged(self) -> AutoencoderKL:
+        """A copy of the autoencoder with the averaged decoder, frozen and in eval mode."""
+        model = copy.deepcopy(self.autoencoder)
+        for name, part in self.ema.items():
+            getattr(model, name).load_state_dict(part.state_dict())
+        return model.requires_grad_(False).eval()
 
     # --- Lightning's hooks ------------------------------------------------------------------
 
