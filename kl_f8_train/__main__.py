@@ -177,6 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     settings = add("config", _config, "Shows, compares or explains recipes.")
     settings.add_argument("action", choices=["show", "diff", "schema"])
     settings.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]")
+    settings.add_argument("--markdown", action="store_true", help="schema: print docs/settings.md")
 
     speed = add("benchmark", _benchmark, "Measures a recipe's speed and memory on this machine.")
     speed.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
@@ -454,6 +455,15 @@ def _status(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> int:
     from kl_f8_train import config
 
+    if args.markdown:
+        if args.action != "schema":
+            raise UsageError(
+                f"--markdown: config {args.action} has no such page; config schema has"
+            )
+        from kl_f8_train import reference
+
+        print(reference.page(), end="")
+        return 0
     if args.action == "schema":
         for key, kind, default, doc in config.schema():
             print(f"{key}\n    {doc}\n    {kind}; {default}")
