@@ -112,6 +112,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--format", action="append", choices=["safetensors", "ckpt", "diffusers"], help="only this"
     )
     export.add_argument("--images", type=Path, help="photographs that try half precision")
+    export.add_argument(
+        "--family",
+        choices=["sd", "sdxl", "sd3", "flux", "other"],
+        help="models whose VAE it is, if the checkpoint does not know",
+    )
     export.add_argument("--force", action="store_true", help="overwrite files")
 
     inject = add("inject", _inject, "Writes a VAE into a copy of a Stable Diffusion checkpoint.")
@@ -268,6 +273,7 @@ def _export(args: argparse.Namespace) -> int:
         layouts=args.format or LAYOUTS,
         average=args.average,
         pictures=args.images,
+        family=args.family,
         force=args.force,
         say=print,
     )

@@ -27,11 +27,13 @@ from kl_f8_train import (
     compute,
     config,
     cost,
+    facts,
     identity,
     images,
     origins,
     perceptual,
     scaling,
+    state,
 )
 from kl_f8_train.cache import is_remote
 from kl_f8_train.config import Config
@@ -318,7 +320,7 @@ def _check_weights(report: Report, settings: Config) -> None:
         held = counted(len(found), "checkpoint", "s")
         report.tell(f"{settings.run_dir} holds {held}: this run would resume")
     paths = found or [Path(settings.init.weights)]
-    contents, weights = _first_readable(report, paths, settings.init.select)
+    contents, weights = _first_readable(report, paths, settings.init.select, settings.init.prefix)
     start = contents.iteration
     if not found and settings.init.iteration is not None:
         start = settings.init.iteration
@@ -335,18 +337,21 @@ def _check_weights(report: Report, settings: Config) -> None:
         )
     if not found:
         check_model(settings, contents, weights.autoencoder)
+        stated = state.base_facts(contents, weights, settings)
+        report.facts["weights"]["facts"] = stated.stated()
+        report.tell(f"family: {facts.described(stated.family, stated)}")
 
 
 def _first_readable(
-    report: Report, paths: list[Path], select: str
+    report: Report, paths: list[Path], select: str, prefix: str | None
 ) -> tuple[checkpoint.Contents, Weights]:
     """The weights of the first file that can be read, as `train` would take it."""
     for path in paths[:-1]:
         try:
-            return checkpoint.read_weights(path, select)
+            return checkpoint.read_weights(path, select, prefix)
         except MissingInputError as error:
             report.remark(f"{error}; the checkpoint before it would be taken")
-    return checkpoint.read_weights(paths[-1], select)
+    return checkpoint.read_weights(paths[-1], select, prefix)
 
 
 def _check_source(report: Report, settings: Config, name: str) -> None:

@@ -16,7 +16,7 @@ from kl_f8_train.config import Config
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import Facts
 from kl_f8_train.finetuner import Finetuner
-from kl_f8_train.formats import check_like
+from kl_f8_train.formats import Weights, check_like
 
 FORMAT = "kl_f8_train.checkpoint.1"
 OPTIMIZERS = ("decoder", "discriminator")
@@ -85,8 +85,28 @@ def stored_base(metadata: dict[str, str]) -> dict[str, str]:
 
 def stored_facts(contents: checkpoint.Contents, settings: Config) -> Facts:
     """What the base of a run stated; of older checkpoints only what their configuration shows."""
-    shape = Facts(norm_num_groups=settings.model.norm_num_groups)
-    return facts.combined(contents.facts, shape)
+    return facts.combined(contents.facts, _shown(settings))
+
+
+def base_facts(contents: checkpoint.Contents, weights: Weights, settings: Config) -> Facts:
+    """What a run keeps of what its base states, with `init.family` where it does not.
+
+    Raises UsageError if the two disagree, or if neither names a family although the shape is one
+    that several share.
+    """
+    published = settings.model in (config.KL_F8, config.KL_F8_16)
+    channels = settings.model.embed_dim
+    stated = checkpoint.facts_of(contents, weights)
+    try:
+        known = facts.settled(stated, channels, settings.init.family, published)
+    except UsageError as error:
+        raise UsageError(f"{contents.path}: {error}") from error
+    return facts.combined(known, _shown(settings))
+
+
+def _shown(settings: Config) -> Facts:
+    model = settings.model
+    return Facts(norm_num_groups=model.norm_num_groups, use_quant_conv=model.quant_conv)
 
 
 def stored_changes(metadata: dict[str, str]) -> list[str]:

@@ -27,7 +27,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from kl_f8_train import checkpoint, config, identity, images, perceptual, state
+from kl_f8_train import checkpoint, config, facts, identity, images, perceptual, state
 from kl_f8_train.cache import is_remote
 from kl_f8_train.callbacks import Checkpoints, Prefetch, RunLog, Signals, Validation
 from kl_f8_train.compute import is_out_of_memory, kernels, on_cuda, with_remedy
@@ -40,7 +40,7 @@ from kl_f8_train.data import (
     open_data,
     shard_cache,
 )
-from kl_f8_train.discriminator import Discriminator, initialize
+from kl_f8_train.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.finetuner import Finetuner, build_optimizers
 from kl_f8_train.formats import State, check_like
@@ -244,7 +244,9 @@ def _record_changes(finetuner: Finetuner, changes: list[str]) -> None:
 
 def _import(settings: Config) -> tuple[Finetuner, str]:
     """A finetuner with the weights of `init.weights`."""
-    contents, weights = checkpoint.read_weights(settings.init.weights, settings.init.select)
+    contents, weights = checkpoint.read_weights(
+        settings.init.weights, settings.init.select, settings.init.prefix
+    )
     say(f"init: {checkpoint.describe(checkpoint.report(contents, weights))}")
     iteration = settings.init.iteration
     if iteration is None:
@@ -259,6 +261,8 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
             f"{contents.path} does not tell its iteration; give init.iteration (kl-f8: 246803)"
         )
     check_model(settings, contents, weights.autoencoder)
+    stated = state.base_facts(contents, weights, settings)
+    say(f"  family: {facts.described(stated.family, stated)}")
     finetuner, program = _build(settings)
     finetuner.identity = program
     bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
@@ -273,7 +277,7 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
         finetuner.logvar.data.copy_(weights.logvar.reshape(()))
     finetuner.iteration = iteration
     finetuner.base = state.base(contents.path)
-    finetuner.facts = state.stored_facts(contents, settings)
+    finetuner.facts = stated
     _import_discriminator(settings, finetuner, weights.discriminator)
     finetuner.prepared_optimizers = build_optimizers(finetuner)
     return finetuner, state.frozen_sha256(finetuner.autoencoder.state_dict())
@@ -298,9 +302,17 @@ def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) 
         if weights:
             say("  its discriminator is not used: the recipe has no adversarial term")
         return
+    missing = "no discriminator in it"
+    if weights and settings.init.discriminator == "new":
+        weights, missing = None, "its discriminator is left out (init.discriminator=new)"
+    if weights and (shape := shape_of(weights)) is None:
+        weights, missing = None, "its discriminator is of another kind and left out"
     if weights:
         differ = f"{settings.init.weights}: its discriminator and the recipe's differ"
-        remedy = "Set adversarial.ndf and adversarial.n_layers as the file's"
+        remedy = (
+            f"Set adversarial.ndf={shape[0]} and adversarial.n_layers={shape[1]} as the file's, or "
+            "init.discriminator=new for a new one"
+        )
         check_like(weights, finetuner.discriminator.state_dict(), differ, remedy)
         finetuner.discriminator.load_state_dict(weights)
         say(
@@ -310,7 +322,7 @@ def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) 
         return
     finetuner.warmup_left = settings.adversarial.warmup_iterations
     say(
-        "  no discriminator in it: a new one trains alone for "
+        f"  {missing}: a new one trains alone for "
         f"{finetuner.warmup_left:,} iterations (adversarial.warmup_iterations)"
     )
 
