@@ -178,7 +178,9 @@ class Data:
     draft: bool = setting("decode JPEGs at reduced size: faster, slightly other pixels", False)
     lanes: int = setting("parallel lanes of the plan, at most", 48, bounds=(1, IMAGES))
     max_bad_share: float = setting(
-        "share of bad images that stops a run, from 1,000 on", 0.1, bounds=(ABOVE_0, 1)
+        "share of bad images that stops a run; from 1,000 images on exactly",
+        0.1,
+        bounds=(ABOVE_0, 1),
     )
     bad_shards: Literal["stop", "skip"] = setting("what a truncated shard does at start", "stop")
     workers: int = setting("loader processes per GPU", 4, machine=True, bounds=(0, 256))
@@ -769,7 +771,8 @@ def _parse(key: str, text: str, where: str = "") -> Any:
     if text.strip() in ("null", "~") and (origin is dict or kind in (Source, str)):  # as in YAML
         raise UsageError(f"{shown}={text}: cannot be null; expected {found.doc}")
     if origin is dict:
-        return {name: Source(**values) for name, values in parse_sources(text).items()}
+        sources = parse_sources(text)
+        return {name: Source(shards=sources[name]["shards"]) for name in sources}
     if kind is Source:
         return Source(shards=text)
     if is_dataclass(kind):

@@ -153,13 +153,14 @@ def settled(stated: Facts, channels: int, given: str | None, published_shape: bo
             f"scales; give {choices}, or init.family={OTHER} to state none"
         )
     family = found or given
-    known = FAMILIES[family].facts if family in FAMILIES else Facts()
+    known = FAMILIES[family].facts if family and family in FAMILIES else Facts()
     return combined(replace(stated, family=family), known)
 
 
 def described(family: str | None, stated: Facts) -> str:
     """A family's title, with the scale of its latents."""
-    title = FAMILIES[family].title if family in FAMILIES else "no known family"
+    known = FAMILIES.get(family or "")
+    title = known.title if known else "no known family"
     scale = f"scaling_factor {stated.scaling_factor:g}" if stated.scaling_factor else ""
     shift = f"shift_factor {stated.shift_factor:g}" if stated.shift_factor else ""
     return ", ".join(part for part in (title, scale, shift) if part)

@@ -21,7 +21,7 @@ from typing import Any
 import runs
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["kl_f8_train.train", "kl_f8_train.__main__", "runs", "ranks"])
+FORKS.set_forkserver_preload(["kl_f8_train.run.train", "kl_f8_train.__main__", "runs", "ranks"])
 
 
 class Run:
@@ -103,6 +103,8 @@ def finish(started: list[Run], seconds: float = 180.0) -> list[str]:
     """Waits until all have ended well; returns their outputs."""
     codes = [run.end(seconds) for run in started]
     assert set(codes) == {0}, (codes, *(run.output for run in started))
+    warned = [run.output for run in started if "Warning:" in run.output]
+    assert not warned, warned  # of torch, say, on every rank
     return [run.output for run in started]
 
 

@@ -11,14 +11,15 @@ import torch
 from diffusers import AutoencoderKL as DiffusersAutoencoderKL
 from safetensors.torch import save_file
 
-from kl_f8_train import checkpoint, config, facts
+from kl_f8_train import config, facts
 from kl_f8_train.__main__ import main
+from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError, UsageError
-from kl_f8_train.export import export
 from kl_f8_train.facts import Facts
-from kl_f8_train.formats import Weights, diffusers_config, to_diffusers
-from kl_f8_train.model import AutoencoderKL
-from kl_f8_train.train import train
+from kl_f8_train.publish.export import export
+from kl_f8_train.run.train import train
+from kl_f8_train.weights import weight_file
+from kl_f8_train.weights.names import Weights, diffusers_config, to_diffusers
 
 # A small base whose norms have four groups: 16 channels do not divide by 32.
 SMALL = {"ch": 16, "ch_mult": (1, 2), "num_res_blocks": 1, "norm_num_groups": 4}
@@ -59,19 +60,19 @@ def shards(tmp_path_factory) -> Path:
 def test_norm_groups_reach_every_export(tmp_path, shards, kind):
     base = write_base(tmp_path, kind, {"norm_num_groups": 4})
     assert torch.equal(
-        checkpoint.load_autoencoder(base).encode(PROBE).mean, small_vae().encode(PROBE).mean
+        weight_file.load_autoencoder(base).encode(PROBE).mean, small_vae().encode(PROBE).mean
     )
     extra = (f"init.weights={base}", f"data.sources={shards}", "stop_iteration=102", *GROUPS_4)
     assert train(runs.recipe(tmp_path, "run", *extra)) == 0
     assert train(runs.recipe(tmp_path, "run", *extra, "stop_iteration=103")) == 0  # resumed
-    trained = checkpoint.load_autoencoder(tmp_path / "run")
+    trained = weight_file.load_autoencoder(tmp_path / "run")
     out = export(tmp_path / "run")
     z = trained.encode(PROBE).mean
     files = [*out.glob("*.safetensors"), *out.glob("*.ckpt"), out / "diffusers"]
     assert len(files) == 3
     for file in files:
-        assert checkpoint.read(file).facts.norm_num_groups == 4
-        assert torch.equal(checkpoint.load_autoencoder(file).decode(z), trained.decode(z))
+        assert weight_file.read(file).facts.norm_num_groups == 4
+        assert torch.equal(weight_file.load_autoencoder(file).decode(z), trained.decode(z))
     vae = DiffusersAutoencoderKL.from_pretrained(out / "diffusers")
     torch.testing.assert_close(vae.decode(z).sample, trained.decode(z), atol=1e-5, rtol=0)
 
@@ -121,12 +122,12 @@ def test_inspect_shows_what_a_file_states(tmp_path, kind, capsys):
 def test_a_fact_of_another_type_is_refused_by_name(tmp_path, kind, name, value):
     base = write_base(tmp_path, kind, {name: value})
     with pytest.raises(MissingInputError, match=f"{base.name}.*states {name}="):
-        checkpoint.read(base)
+        weight_file.read(base)
 
 
 def test_a_file_without_facts_states_none(tmp_path):
     save_file(small_vae().state_dict(), tmp_path / "w.safetensors", {"note": "x"})
-    assert checkpoint.read(tmp_path / "w.safetensors").facts == Facts()
+    assert weight_file.read(tmp_path / "w.safetensors").facts == Facts()
 
 
 def test_metadata_there_and_back():
@@ -197,8 +198,8 @@ def test_a_folders_scale_reaches_every_export(tmp_path, shards, stated, family, 
     train(runs.recipe(tmp_path, "run", *extra, "init.family=null"))
     out = export(tmp_path / "run", force=True)
     config = json.loads((out / "diffusers" / "config.json").read_text())
-    single = checkpoint.read(next(out.glob("*.safetensors")))
-    torch_file = checkpoint.read(next(out.glob("*.ckpt")))
+    single = weight_file.read(next(out.glob("*.safetensors")))
+    torch_file = weight_file.read(next(out.glob("*.ckpt")))
     for name, value in stated.items():
         assert config[name] == value
         for facts_of_file in (single.facts, torch_file.facts):
@@ -219,7 +220,7 @@ def test_a_folders_scale_reaches_every_export(tmp_path, shards, stated, family, 
 def test_a_full_checkpoint_shows_its_family(tmp_path, other_name, family):
     state = {f"first_stage_model.{k}": v for k, v in small_vae().state_dict().items()}
     save_file({**state, other_name: torch.ones(1)}, tmp_path / "w.safetensors")
-    found = checkpoint.facts_of(*checkpoint.read_weights(tmp_path / "w.safetensors"))
+    found = weight_file.facts_of(*weight_file.read_weights(tmp_path / "w.safetensors"))
     assert found.family == family
 
 
@@ -274,11 +275,11 @@ def test_sixteen_channels_are_trained_and_exported(tmp_path, shards, kind):
     vae = DiffusersAutoencoderKL.from_pretrained(out / "diffusers")
     assert (vae.config.scaling_factor, vae.config.shift_factor) == (0.3611, 0.1159)
     assert vae.quant_conv is None
-    trained = checkpoint.load_autoencoder(tmp_path / "run")
+    trained = weight_file.load_autoencoder(tmp_path / "run")
     z = torch.linspace(-1, 1, 16 * 4 * 4).view(1, 16, 4, 4)
     with torch.no_grad():
         torch.testing.assert_close(vae.decode(z).sample, trained.decode(z), atol=1e-5, rtol=0)
-    single = checkpoint.read(next(out.glob("*.safetensors")))
+    single = weight_file.read(next(out.glob("*.safetensors")))
     assert single.facts.use_quant_conv is False
     assert single.metadata["modelspec.architecture"] == "flux-1/vae"
 
@@ -287,4 +288,4 @@ def test_the_16_channel_shape_is_known_by_name(tmp_path, capsys):
     state = samples.meta_vae(z_channels=16, embed_dim=16, quant_conv=False).state_dict()
     assert len(state) == 244
     weights = Weights("CompVis autoencoder", dict(state))
-    assert checkpoint.published_shape(weights) == "16-channel kl-f8"
+    assert weight_file.published_shape(weights) == "16-channel kl-f8"

@@ -10,12 +10,15 @@ import runs
 import torch
 from safetensors.torch import load_file, save_file
 
-from kl_f8_train import checkpoint, finetuner, identity, published
 from kl_f8_train.__main__ import main
+from kl_f8_train.core import step
+from kl_f8_train.core.hashes import tensors_sha256
+from kl_f8_train.data import identity
 from kl_f8_train.errors import UsageError
-from kl_f8_train.export import export
-from kl_f8_train.published import VGG16
-from kl_f8_train.train import train
+from kl_f8_train.publish.export import export
+from kl_f8_train.run.train import train
+from kl_f8_train.weights import pretrained, weight_file
+from kl_f8_train.weights.pretrained import VGG16
 
 ONE = (*runs.NO_ADVERSARIAL, "stop_iteration=101")
 
@@ -66,19 +69,19 @@ def test_other_data_is_refused_or_recorded(folder, tmp_path):
 
 def test_a_checkpoint_without_an_identity_resumes(folder):
     train(runs.recipe(folder, "older", *ONE))
-    path = checkpoint.find(folder / "older")
-    contents = checkpoint.read(path)
+    path = weight_file.find(folder / "older")
+    contents = weight_file.read(path)
     del contents.metadata["identity"]
-    checkpoint.write_safetensors(path, contents.tensors, contents.metadata)
+    weight_file.write_safetensors(path, contents.tensors, contents.metadata)
     assert train(runs.recipe(folder, "older", *ONE[:-1], "stop_iteration=102")) == 0
     assert changes(folder, "older") == []
 
 
 def test_ranks_that_differ_are_named_with_what_differs():
     same = {"iteration": 5, "torch": "2.15", "data.photos": "a"}
-    assert finetuner.disagreements([same, dict(same)]) == []
+    assert step.disagreements([same, dict(same)]) == []
     other = {**same, "torch": "2.14"}
-    assert finetuner.disagreements([same, other]) == [
+    assert step.disagreements([same, other]) == [
         "  rank 0: torch 2.15",
         "  rank 1: torch 2.14",
     ]
@@ -110,18 +113,18 @@ def test_the_published_vgg16_is_known_by_its_hashes(tmp_path):
     torch.save(state, tmp_path / "vgg.pth")
     digest = hashlib.sha256((tmp_path / "vgg.pth").read_bytes()).hexdigest()
     network = dataclasses.replace(VGG16, sha256_prefix=digest[:8])
-    assert published.is_published(network, checkpoint.read(tmp_path / "vgg.pth"))
-    assert not published.is_published(VGG16, checkpoint.read(tmp_path / "vgg.pth"))
-    kept = {"source_sha256": digest, "tensors_sha256": checkpoint.tensors_sha256(state)}
+    assert pretrained.is_published(network, weight_file.read(tmp_path / "vgg.pth"))
+    assert not pretrained.is_published(VGG16, weight_file.read(tmp_path / "vgg.pth"))
+    kept = {"source_sha256": digest, "tensors_sha256": tensors_sha256(state)}
     for name, tensors, note, expected in (
         ("kept", state, kept, True),
         ("older", state, {"source_sha256": digest}, True),
         ("changed", {"features.0.weight": torch.zeros(2, 3)}, kept, False),
         ("converted", state, {}, False),
     ):
-        checkpoint.write_safetensors(tmp_path / f"{name}.safetensors", tensors, note)
-        contents = checkpoint.read(tmp_path / f"{name}.safetensors")
-        assert published.is_published(network, contents) == expected, name
+        weight_file.write_safetensors(tmp_path / f"{name}.safetensors", tensors, note)
+        contents = weight_file.read(tmp_path / f"{name}.safetensors")
+        assert pretrained.is_published(network, contents) == expected, name
 
 
 def test_contradictions_of_the_imported_file_are_said(folder, capsys):

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kl_f8_train import curves, status
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError, RunFailedError
+from kl_f8_train.run import curves, status
+from kl_f8_train.run_dir import read_rows
 
 NOW = 1_900_000_000.0
 SETTINGS = {
@@ -94,7 +95,7 @@ def test_a_run_that_died(tmp_path):
 def test_the_claim_tells_running_from_stopped(tmp_path):
     run = make_run(tmp_path, [row(1010)])
     program = (
-        "import sys; from pathlib import Path; from kl_f8_train.checkpoint import claimed\n"
+        "import sys; from pathlib import Path; from kl_f8_train.run_dir import claimed\n"
         f"with claimed(Path({str(run)!r})):\n"
         "    print('claimed', flush=True); sys.stdin.read()\n"
     )
@@ -148,7 +149,7 @@ def test_odd_bytes_cells_and_columns_are_left_out(tmp_path):
     with (run / "metrics.csv").open("ab") as file:
         file.write(b"\0\0\xff\xfe,,,\n")
         file.write(b"1020,nan,x" + b",1" * 50 + b"\n")
-    found = status.read_rows(run / "metrics.csv")
+    found = read_rows(run / "metrics.csv")
     assert [r["iteration"] for r in found] == [1010, 1020]
     assert "reconstruction_loss" not in found[1]
 
@@ -179,6 +180,13 @@ def test_warnings(tmp_path, changes, warning):
     (found,) = status.read_status(run, NOW).warnings
     assert warning in found
     assert warning in status.html(run, status.read_status(run, NOW), NOW)
+
+
+def test_bad_images_are_counted_as_files(tmp_path):
+    run = make_run(tmp_path, [row(i, skipped_images=70) for i in range(1010, 1310, 10)], (1200,))
+    (run / "skipped-0.txt").write_text("a/1.jpg: broken\na/2.jpg: broken\na/1.jpg: broken\n")
+    (run / "skipped-1.txt").write_text("a/2.jpg: broken\na/3.jpg: gone: for good\n")
+    assert "3 images could not be used" in status.read_status(run, NOW).warnings[0]
 
 
 def test_waiting_for_data_is_judged_late_and_more_workers_than_cores_are_not_advised(tmp_path):

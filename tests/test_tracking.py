@@ -14,7 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kl_f8_train.__main__ import main
-from kl_f8_train.tracking import TensorBoardTracker, Trackers, WandbTracker
+from kl_f8_train.run.tracking import TensorBoardTracker, Trackers, WandbTracker
 
 VIEWER = {
     "viewer": {"id": "a", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}},
@@ -123,7 +123,7 @@ def test_a_failure_in_the_middle_moves_the_run_offline(settings, monkeypatch):
             raise BrokenPipeError
 
     recipe, said = settings("log.wandb=auto"), []
-    monkeypatch.setattr("kl_f8_train.tracking.wandb_reachable", lambda: True)
+    monkeypatch.setattr("kl_f8_train.run.tracking.wandb_reachable", lambda: True)
     monkeypatch.setattr(WandbTracker, "_start_online", lambda self: Broken())
     track(recipe, said)
     assert len(logged_offline(Path(recipe.run_dir))) == 1

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from samples import save_legacy, save_zip
 from torch.optim.swa_utils import AveragedModel
 
-from kl_f8_train import checkpoint, formats
 from kl_f8_train.errors import MissingInputError
-from kl_f8_train.formats import State, to_diffusers
-from kl_f8_train.train import train
+from kl_f8_train.run.train import train
+from kl_f8_train.weights import names, weight_file
+from kl_f8_train.weights.names import State, to_diffusers
 
 
 def raw() -> State:
@@ -35,8 +35,8 @@ def dotless(state: State) -> State:
     return {f"model_ema.{key.replace('.', '')}": value for key, value in state.items()}
 
 
-def read(path: Path, select: str = "ema", prefix: str | None = None) -> formats.Weights:
-    return checkpoint.read_weights(path, select, prefix)[1]
+def read(path: Path, select: str = "ema", prefix: str | None = None) -> names.Weights:
+    return weight_file.read_weights(path, select, prefix)[1]
 
 
 def same(one: State, other: State) -> bool:
@@ -124,8 +124,8 @@ def test_the_average_is_taken_unless_raw_is_asked_for(tmp_path, kind):
     assert same(plain.autoencoder, raw())
     assert "the EMA below" in averaged.notes[0]
     assert "raw weights are taken" in plain.notes[0]
-    found = checkpoint.report(*checkpoint.read_weights(path))
-    assert averaged.notes[0] in checkpoint.describe(found)
+    found = weight_file.report(*weight_file.read_weights(path))
+    assert averaged.notes[0] in weight_file.describe(found)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_folder_in_several_files(tmp_path, suffix):
     index = tmp_path / f"diffusion_pytorch_model.{suffix}.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     assert same(read(tmp_path).autoencoder, raw())
-    digest = checkpoint.file_sha256(index)
+    digest = weight_file.sha256(index)
     index.write_text(json.dumps({"weight_map": {**places, "x": "../secret.safetensors"}}))
     with pytest.raises(MissingInputError, match="outside its folder"):
         read(tmp_path)
@@ -249,7 +249,7 @@ def foreign() -> dict:
 @pytest.mark.parametrize("name", foreign())
 def test_foreign_objects_are_passed_over_and_named(tmp_path, save, name):
     path = save({"state_dict": raw(), "extra": foreign()[name]}, tmp_path / "x.pt")
-    contents, weights = checkpoint.read_weights(path)
+    contents, weights = weight_file.read_weights(path)
     assert same(weights.autoencoder, raw())
     if name == "class":
         assert contents.stubbed == [f"{__name__}.Hyper"]
@@ -277,7 +277,7 @@ def lightning(global_step: int, batches: int, optimizers: int = 2) -> dict:
     ],
 )
 def test_the_iteration_counts_updates_of_the_decoder(tmp_path, content, iteration):
-    assert checkpoint.read(save_zip(content, tmp_path / "x.pt")).iteration == iteration
+    assert weight_file.read(save_zip(content, tmp_path / "x.pt")).iteration == iteration
 
 
 # --- discriminators -------------------------------------------------------------------------

@@ -1,0 +1,342 @@
+"""A folder of images -> WebDataset shards in img2dataset's layout.
+
+`00000.tar` holds three files for each image: KEY.jpg (.png, ...), the file as it is; KEY.json, its
+metadata; KEY.txt, its name as the caption. KEY is five digits of the shard and four of the image.
+`00000_stats.json` counts what was packed, `pack.json` lists the whole folder. The same folder gives
+the same bytes with any number of processes, and a pack that was stopped goes on where it was.
+"""
+
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import signal
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kl_f8_train import images
+from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
+from kl_f8_train.folders import SUFFIXES, list_folder, read_file
+from kl_f8_train.lifetime import end_with_parent
+from kl_f8_train.units import counted, shown
+
+MAX_PER_SHARD = 10_000  # four digits
+MAX_SHARDS = 100_000  # five digits
+MANIFEST = "pack.json"
+QUALITY = 95  # of JPEGs that are encoded anew
+SHOWN = 10  # images left out that the command line names
+PER_PROCESS = 2_000  # images that are worth the seconds a process takes to start
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """What `pack` left in the directory."""
+
+    shards: list[Path]  # all, in order
+    images: int  # in all shards
+    skipped: list[str]  # "FILE: why", in order
+    written: int  # shards that this call wrote; the others were there
+    not_used: str = ""  # what else is in the folder, by kind
+
+    def __str__(self) -> str:
+        """For the command line: numbers, and the first images that were left out."""
+        lines = [
+            f"{counted(self.images, 'image', 's')} in {counted(len(self.shards), 'shard', 's')}, "
+            f"{self.written:,} of them written now: {self.shards[0].parent}"
+        ]
+        lines += [self.not_used] if self.not_used else []
+        lines += [f"left out: {line}" for line in self.skipped[:SHOWN]]
+        if len(self.skipped) > SHOWN:
+            lines.append(f"{len(self.skipped):,} left out; all are named in *_stats.json")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to write."""
+
+    number: int
+    folder: Path
+    files: tuple[str, ...]  # relative to the folder
+    out: Path
+    reencode: bool
+
+    @property
+    def tar(self) -> Path:
+        return self.out / f"{self.number:05d}.tar"
+
+    @property
+    def stats(self) -> Path:
+        return self.out / f"{self.number:05d}_stats.json"
+
+    def done(self) -> dict[str, Any] | None:
+        """The statistics, which are written last; None if the shard has to be written."""
+        try:
+            return json.loads(self.stats.read_text()) if self.tar.is_file() else None
+        except (OSError, ValueError):
+            return None
+
+
+def pack(
+    folder: Path,
+    out: Path,
+    *,
+    per_shard: int = 1000,
+    workers: int | None = None,
+    reencode: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> PackResult:
+    """Packs the images below `folder` into shards of `per_shard` (1 .. 10,000) in `out`.
+
+    Every image is decoded once; one that cannot be is left out, named and counted, and its key
+    stays unused. `reencode` stores upright RGB JPEGs of quality 95 without chroma subsampling, in
+    place of the files' own bytes. `workers` processes; None: as many as cores, fewer for few
+    images. `progress(done, all)` counts images. Files that changed but kept their size are not
+    noticed by a pack that goes on. Raises MissingInputError if there are no images, UsageError if
+    `out` holds anything else, RunFailedError if it cannot be written.
+    """
+    if not 1 <= per_shard <= MAX_PER_SHARD:
+        raise UsageError(f"{per_shard} images in each shard: expected 1 to {MAX_PER_SHARD:,}")
+    files, not_used = _list(folder)
+    if len(files) > per_shard * MAX_SHARDS:
+        raise UsageError(f"{len(files):,} images are more than {MAX_SHARDS:,} shards hold")
+    _claim(out, {"per_shard": per_shard, "reencode": reencode, "files": files})
+    jobs = _jobs(folder, out, [name for name, _ in files], per_shard, reencode)
+    found = ((job.number, job.done()) for job in jobs)
+    stats = {number: entry for number, entry in found if entry is not None}
+    open_jobs = [job for job in jobs if job.number not in stats]
+    done = sum(entry["count"] for entry in stats.values())
+    for number, entry in _write_all(open_jobs, _processes(workers, open_jobs)):
+        stats[number] = entry
+        done += entry["count"]
+        if progress:
+            progress(done, len(files))
+    return PackResult(
+        shards=[job.tar for job in jobs],
+        images=sum(entry["successes"] for entry in stats.values()),
+        skipped=[line for job in jobs for line in stats[job.number]["skipped"]],
+        written=len(open_jobs),
+        not_used=not_used,
+    )
+
+
+# --- what is packed -------------------------------------------------------------------------
+
+
+def _list(folder: Path) -> tuple[list[tuple[str, int]], str]:
+    """[(path relative to the folder, size in bytes), ...], sorted; and what is not used."""
+    if not folder.is_dir():
+        raise MissingInputError(f"{folder}: no such folder")
+    listing = list_folder(folder)
+    files = [(name, size) for name in listing.files if (size := _size(folder / name)) is not None]
+    if not files:
+        raise MissingInputError(
+            f"no images in {folder}: expected {', '.join(SUFFIXES)}; "
+            f"{listing.describe() or 'it is empty'}"
+        )
+    return files, listing.describe()
+
+
+def _size(file: Path) -> int | None:
+    """In bytes; None if it went away since the folder was listed."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return None
+
+
+def _claim(out: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, or compares it with the one that is there."""
+    path = out / MANIFEST
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            _compare(out, json.loads(path.read_text()), manifest)
+        elif any(out.glob("*.tar")):
+            raise UsageError(
+                f"{out} already holds shards of something else; name an empty directory"
+            )
+        else:
+            _write_text(path, json.dumps(manifest, indent=0) + "\n")
+    except (ValueError, KeyError, TypeError) as error:
+        text = f"{path} is not the list of a pack; name another directory"
+        raise UsageError(text) from error
+    except OSError as error:
+        raise RunFailedError(
+            f"cannot write to {out}: {error.strerror}; make room, or name another directory"
+        ) from error
+
+
+def _compare(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises UsageError that names what differs."""
+    before, after = dict(old["files"]), dict(new["files"])
+    both = before.keys() & after.keys()
+    named = {
+        "new": after.keys() - before.keys(),
+        "missing": before.keys() - after.keys(),
+        "of another size": {name for name in both if before[name] != after[name]},
+    }
+    differences = [
+        f"{key}: {old[key]} there, {new[key]} asked for"
+        for key in ("per_shard", "reencode")
+        if old[key] != new[key]
+    ]
+    for text, names in named.items():
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            differences.append(f"{counted(len(names), 'file', 's')} {text} ({shown})")
+    if differences:
+        raise UsageError(
+            f"{out} holds shards of something else: {'; '.join(differences)}. "
+            "Name another directory (a source can have several), or delete this one"
+        )
+
+
+def _jobs(folder: Path, out: Path, names: list[str], per_shard: int, reencode: bool) -> list[Job]:
+    starts = range(0, len(names), per_shard)
+    return [
+        Job(number, folder, tuple(names[start : start + per_shard]), out, reencode)
+        for number, start in enumerate(starts)
+    ]
+
+
+# --- writing --------------------------------------------------------------------------------
+
+
+def _processes(workers: int | None, jobs: list[Job]) -> int:
+    if workers is None:
+        many = hasattr(os, "sched_getaffinity")  # not on macOS
+        cores = len(os.sched_getaffinity(0)) if many else os.cpu_count() or 1
+        workers = min(cores, math.ceil(sum(len(job.files) for job in jobs) / PER_PROCESS))
+    return max(1, min(workers, len(jobs)))
+
+
+def _write_all(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of the shard, its statistics), as they are done."""
+    if workers == 1:
+        yield from ((job.number, write_shard(job)) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    start, parent = _start_process, (os.getpid(),)
+    with ProcessPoolExecutor(workers, context, initializer=start, initargs=parent) as pool:
+        futures = {pool.submit(write_shard, job): job.number for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise RunFailedError(
+                "a packing process was killed (out of memory?); the same command goes on"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_process(parent: int) -> None:
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    torch.set_num_threads(1)
+
+
+def write_shard(job: Job) -> dict[str, Any]:
+    """Writes one shard, then its statistics, which it returns.
+
+    Raises RunFailedError if the disk is full or the directory cannot be written.
+    """
+    try:
+        bad = _write_tar(job)
+        good = len(job.files) - len(bad)
+        stats = {
+            "count": len(job.files),
+            "successes": good,
+            "failed_to_download": 0,
+            "failed_to_resize": len(bad),
+            "status_dict": {"success": good, **Counter(bad.values())},
+            "skipped": [f"{shown(name)}: {why}" for name, why in bad.items()],
+        }
+        _write_text(job.stats, json.dumps(stats, indent=4) + "\n")
+    except OSError as error:
+        text = f"cannot write {job.tar}: {error}; the same command goes on"
+        raise RunFailedError(text) from error
+    return stats
+
+
+def _write_tar(job: Job) -> dict[str, str]:
+    """Writes the tar, under another name until it is whole; file -> why it is left out."""
+    bad: dict[str, str] = {}
+    part = job.tar.with_suffix(".tar.part")
+    with part.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for index, name in enumerate(job.files):
+                try:
+                    members = _sample(job, f"{job.number:05d}{index:04d}", name)
+                except ImageError as error:
+                    bad[name] = str(error)
+                    continue
+                for member, data in members.items():
+                    entry = tarfile.TarInfo(member)
+                    entry.size = len(data)
+                    archive.addfile(entry, io.BytesIO(data))
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(job.tar)
+    return bad
+
+
+def _sample(job: Job, key: str, name: str) -> dict[str, bytes]:
+    """The files of one sample. Raises ImageError if the image cannot be read."""
+    file = job.folder / name
+    data = read_file(file)
+    image, profile = images.picture(data)
+    height, width = image.shape[1:]
+    extension = file.suffix.lower()
+    if job.reencode:
+        extension, data = ".jpg", _to_jpeg(image, bool(profile))
+    elif extension not in SUFFIXES:
+        extension = _extension(data)
+    metadata = {
+        "url": name,
+        "key": key,
+        "status": "success",
+        "error_message": None,
+        "width": width,
+        "height": height,
+        "original_width": width,
+        "original_height": height,
+        "exif": "{}",
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    return {
+        f"{key}{extension}": data,
+        f"{key}.json": json.dumps(metadata, indent=4).encode(),
+        f"{key}.txt": shown(file.stem).encode(),
+    }
+
+
+def _extension(data: bytes) -> str:
+    """Of a file whose own name has none that indexes know: .jpg, .heic, ..."""
+    kind = images.brand(data)
+    return {"AVIF": ".avif", "HEIF": ".heic"}.get(kind or "", ".jpg")
+
+
+def _to_jpeg(image: torch.Tensor, converted: bool) -> bytes:
+    """sRGB, which is said in the file where the original said something else."""
+    buffer = io.BytesIO()
+    named = {"icc_profile": images.srgb_profile()} if converted else {}
+    images.to_pil(image).save(buffer, "JPEG", quality=QUALITY, subsampling="4:4:4", **named)
+    return buffer.getvalue()
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
