@@ -9,7 +9,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tarfile import is_tarfile
 
@@ -17,6 +18,7 @@ from kl_f8_train import __version__
 from kl_f8_train.errors import MissingInputError, UsageError, UserError
 from kl_f8_train.launch import end_children, launched
 from kl_f8_train.lifetime import end_with_launcher
+from kl_f8_train.output import say
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,7 +60,7 @@ def _told(error: OSError) -> str:
 def _complain(message: str, exit_code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"kl-f8-train: {message}", file=sys.stderr, flush=True)
+    say(f"kl-f8-train: {message}", aside=True)
     return exit_code
 
 
@@ -89,7 +91,6 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("config", nargs="?", help="recipe: a YAML file, or a shipped one's name")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
-    doctor.add_argument("--scaling", action="store_true", help="print docs/scaling.md's tables")
 
     inspect = add("inspect", _inspect, "Says what a VAE file holds, without running any of it.")
     inspect.add_argument("weights", help="file, diffusers folder, run directory or hub id")
@@ -100,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
     export.add_argument("--out", type=Path, help="directory to write (RUN/export)")
     export.add_argument("--raw", action="store_true", help="the raw weights in place of the EMA")
+    export.add_argument("--best", action="store_true", help="of the best validation, if it is kept")
     export.add_argument(
         "--average", nargs="+", type=Path, default=[], metavar="CKPT", help="mean EMA; after RUN"
     )
@@ -185,7 +187,6 @@ def build_parser() -> argparse.ArgumentParser:
     speed.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
     speed.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     speed.add_argument("--json", action="store_true", help="print one JSON object")
-    speed.add_argument("--against", action="store_true", help="reference variants, in turns")
     speed.add_argument("--iterations", type=int, default=10, help="iterations measured")
 
     demo = add("demo", _demo, "Runs the whole chain in minutes on a CPU.")
@@ -218,11 +219,6 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    if args.scaling:
-        from kl_f8_train.check import scaling
-
-        print(scaling.tables())
-        return 0
     if args.config is None:
         raise UsageError("doctor takes a recipe: kl-f8-train doctor CONFIG [key=value ...]")
     return _examine(args.config, args.overrides, args.json)
@@ -234,10 +230,10 @@ def _examine(recipe: str, overrides: list[str], as_json: bool, allow_changes: bo
     path = config.find_recipe(recipe)
     launched()
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        print("loading ...", flush=True)
+        say("loading ...")
         from kl_f8_train.check.doctor import examine
 
-        report = examine(path, overrides, lambda line: print(line, flush=True), allow_changes)
+        report = examine(path, overrides, say, allow_changes)
     if as_json:
         print(json.dumps(report.as_json()))
     return report.exit_code
@@ -273,13 +269,14 @@ def _export(args: argparse.Namespace) -> int:
         args.run,
         args.out,
         raw=args.raw,
+        best=args.best,
         dtype=args.dtype,
         layouts=args.format or LAYOUTS,
         average=args.average,
         pictures=args.images,
         family=args.family,
         force=args.force,
-        say=print,
+        say=say,
     )
     return 0
 
@@ -488,27 +485,12 @@ def _benchmark(args: argparse.Namespace) -> int:
 
     if args.iterations < 1:
         raise UsageError(f"--iterations {args.iterations}: expected 1 or more")
-    recipe = config.find_recipe(args.config)
-    values = config.resolve(recipe, args.overrides)
-    paths = {
-        "run_dir": values["run_dir"],
-        "init.weights": values["init"]["weights"],
-        "data.sources": values["data"]["sources"],
-    }
-    not_needed = [f"{key}=none" for key, value in paths.items() if value == "???"]
-    settings = config.load(recipe, [*not_needed, *args.overrides])
-    if "data.sources=none" in not_needed:
-        settings = replace(settings, data=replace(settings.data, sources={}))
+    settings = config.load_without_inputs(config.find_recipe(args.config), args.overrides)
     from kl_f8_train.check.benchmark import benchmark, describe
 
-    result = benchmark(settings, args.iterations, args.against, _say_aside)
+    result = benchmark(settings, args.iterations, partial(say, aside=True))
     print(json.dumps(result, indent=1) if args.json else describe(result))
     return 0
-
-
-def _say_aside(message: str) -> None:
-    """Prints on stderr, so that stdout holds the result alone."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -271,6 +271,9 @@ class Checkpoint:
     keep_every: int = setting(
         "checkpoints at its multiples stay; 0: none", 50000, machine=True, bounds=(0, ITERATIONS)
     )
+    keep_best: bool = setting(
+        "keep the checkpoint with the best validation beside the others", False, machine=True
+    )
 
 
 @dataclass(kw_only=True)
@@ -395,6 +398,21 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     return config
 
 
+def load_without_inputs(path: Path, overrides: list[str]) -> Config:
+    """`load` for what needs neither weights, data nor a run directory: they may be missing."""
+    values = resolve(path, overrides)
+    given = {
+        "run_dir": values["run_dir"],
+        "init.weights": values["init"]["weights"],
+        "data.sources": values["data"]["sources"],
+    }
+    missing = [f"{key}=none" for key, value in given.items() if value == "???"]
+    config = load(path, [*missing, *overrides])
+    if "data.sources=none" in missing:
+        return replace(config, data=replace(config.data, sources={}))
+    return config
+
+
 def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
     """Like `load`, as plain values and unchecked; settings without a value stay "???"."""
     values = OmegaConf.to_container(_merge(Path(path), overrides), throw_on_missing=False)
@@ -513,6 +531,11 @@ def check(config: Config) -> None:
             f"loss.perceptual={config.loss.perceptual} is a stand-in for LPIPS, and the result is "
             "not the published recipe's; loss.allow_stand_in=true accepts that"
         )
+    if config.checkpoint.keep_best and not config.log.pictures_every:
+        problems.append(
+            "checkpoint.keep_best=true needs validations, and log.pictures_every=0 has none; give "
+            "the iterations between them"
+        )
     if config.init.iteration is not None and config.init.iteration > config.stop_iteration:
         problems.append(
             f"stop_iteration={config.stop_iteration} lies before "
@@ -554,13 +577,18 @@ def micro_batch(config: Config, world_size: int) -> int:
     per_rank = batch // world_size
     given = config.compute.per_device_batch
     if given is None:
-        return max(d for d in _divisors(per_rank) if d <= 12)
+        return divisor_up_to(per_rank, 12)
     if per_rank % given:
         raise UsageError(
             f"compute.per_device_batch={given} does not divide a process' {per_rank} images "
             f"(global_batch={batch} / {world_size}); {_divisors(per_rank)} do"
         )
     return given
+
+
+def divisor_up_to(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`."""
+    return max(divisor for divisor in _divisors(number) if divisor <= most)
 
 
 def _divisors(number: int) -> list[int]:

@@ -141,7 +141,7 @@ def settled(stated: Facts, channels: int, given: str | None, published_shape: bo
             f"init.family={given}, but the file is of another: {described(found, stated)}; give "
             f"init.family={found}, or null for what the file states"
         )
-    if given not in (None, OTHER, *fitting):
+    if given and given not in (OTHER, *fitting):
         raise UsageError(
             f"init.family={given}: its latents have {FAMILIES[given].channels} channels, these "
             f"have {channels}"

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError
-from kl_f8_train.files import part_beside
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.files import atomic_path
 from kl_f8_train.lifetime import guarded
 
 BLOCK = 1 << 20  # bytes
@@ -91,16 +91,8 @@ def fetch(
     Raises MissingInputError at once if the file is not there or not allowed, or no client for it is
     installed; RunFailedError after the last attempt, or if `target` cannot be written.
     """
-    part = part_beside(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(target) as part:
         download(url, part, None, Patience(attempts, timeout_seconds, stall_bytes, backoff_seconds))
-        part.replace(target)
-    except OSError as error:
-        raise disk_failure(target, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def download(url: str, part: Path, size: int | None, patience: Patience) -> Record:
@@ -138,7 +130,6 @@ def _attempt(url: str, part: Path, size: int | None, patience: Patience) -> Reco
                 rest = rest[file.write(rest) :]
         if total < (size or 1):
             raise _PassingError(f"cut short: {total:,} bytes, expected {size or 'some'}")
-        os.fsync(file.fileno())
     return Record(total, digest.hexdigest())
 
 
@@ -331,14 +322,3 @@ def open_local(location: str) -> BinaryIO:
         return local_path(location).open("rb")
     except OSError as error:
         raise MissingInputError(f"{location}: {error.strerror}") from error
-
-
-def disk_failure(path: Path, error: OSError) -> UserError:
-    """The error of a file that cannot be written, with the free space and the remedy."""
-    free = "unknown"
-    with contextlib.suppress(OSError):
-        free = f"{shutil.disk_usage(path if path.is_dir() else path.parent).free:,}"
-    return RunFailedError(
-        f"cannot write {path}: {error}\n  {free} bytes are free there. Make room or name another "
-        "directory, then run the same command again"
-    )

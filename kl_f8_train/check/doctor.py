@@ -449,9 +449,10 @@ def _try_iteration(
     batch = collate([dataset[first + slot] for slot in range(count)]).to(device)
     finetuner.to(device)
     finetuner.perceptual.to(device)
-    finetuner.warmup_left, finetuner.micro_batch = 0, count
+    finetuner.run_state.warmup_left = 0
     if settings.adversarial is not None:  # with everything that it will cost
-        finetuner.iteration = max(finetuner.iteration, settings.adversarial.start_iteration)
+        start = settings.adversarial.start_iteration
+        finetuner.run_state.iteration = max(finetuner.iteration, start)
     try:
         with torch.compiler.set_stance("force_eager"):  # each term's backward pass keeps the graph
             audit = gradient_audit(finetuner, batch.first(FEW_IMAGES))
@@ -608,6 +609,7 @@ def _check_disk(report: Report, settings: Config) -> None:
         return
     one = scaling.checkpoint_bytes(settings)
     kept = kept_checkpoints(settings.checkpoint, start, settings.stop_iteration)
+    kept += settings.checkpoint.keep_best
     there = sum(path.stat().st_size for path in list_checkpoints(run_dir))
     needed, free = (kept + 1) * one - there, shutil.disk_usage(parent).free
     report.facts |= {"checkpoint_bytes": kept * one, "checkpoints": kept, "free_bytes": free}

@@ -99,6 +99,11 @@ def compile_each(parts: Iterable[nn.Module | None], backend: str = "inductor") -
             part.compile(backend=backend, dynamic=False)
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Convolutions and products in bfloat16, if the precision says so; weights stay as they are."""
+    return torch.autocast(device.type, torch.bfloat16, precision == "bfloat16")
+
+
 @contextmanager
 def kernels(precision: str) -> Iterator[None]:
     """Sets how cuDNN convolves in iterations: the fastest kernels by trial, TF32 by precision.

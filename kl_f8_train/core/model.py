@@ -69,6 +69,12 @@ class AutoencoderKL(nn.Module):
         """(B, 4, h, w) -> (B, 3, H, W), about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(latents))
 
+    def decode_at_last_layer(self, latents: Tensor) -> Tensor:
+        """As `decode`, but with a graph of the last layer alone: nothing else is kept."""
+        with torch.no_grad():
+            features = self.decoder.features(self.post_quant_conv(latents))
+        return self.decoder.conv_out(features)
+
     @property
     def last_layer(self) -> nn.Parameter:
         """decoder.conv_out.weight, where the adaptive weight compares gradients."""
@@ -142,10 +148,14 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        return self.conv_out(self.features(z))
+
+    def features(self, z: Tensor) -> Tensor:
+        """(B, z_channels, h, w) -> the last layer's input, (B, ch, H, W)."""
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(self.norm_out(h))
+        return self.norm_out(h)
 
 
 class DownLevel(nn.Module):

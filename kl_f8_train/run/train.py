@@ -34,7 +34,8 @@ from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_remedy
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.core.step import Finetuner, build_optimizers
+from kl_f8_train.core.run_state import RunState
+from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data import identity
 from kl_f8_train.data.loading import (
     IterationSampler,
@@ -51,13 +52,14 @@ from kl_f8_train.files import check_writable, write_text
 from kl_f8_train.folders import load_folder
 from kl_f8_train.launch import SRUN, TORCHRUN, launched
 from kl_f8_train.lifetime import announce_to_ranks
+from kl_f8_train.run import outcome
 from kl_f8_train.run.log import RunLog
 from kl_f8_train.run.prefetch import Prefetch
 from kl_f8_train.run.saving import Checkpoints, Signals
 from kl_f8_train.run.tracking import check_tensorboard
 from kl_f8_train.run.validation import Validation
 from kl_f8_train.run.watchdog import Watchdog
-from kl_f8_train.run_dir import claimed, list_checkpoints, remove_leftovers
+from kl_f8_train.run_dir import CONFIG, best_checkpoint, claimed, list_checkpoints, remove_leftovers
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
@@ -95,10 +97,14 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
         adopt(finetuner, identity.of_data(plan), f"{run_dir}", allow_changes)
         _describe(settings, finetuner, plan, sources)
         run_log = RunLog(run_dir, settings, finetuner.iteration, plan)
-        validation = Validation(
-            run_dir, settings.log.pictures_every, _fixed_images(settings, plan, sources), run_log
-        )
         saving = Checkpoints(run_dir, settings.checkpoint, frozen)
+        validation = Validation(
+            run_dir,
+            settings.log.pictures_every,
+            _fixed_images(settings, plan, sources),
+            run_log,
+            saving.save_best if settings.checkpoint.keep_best else None,
+        )
         callbacks = [run_log, validation, signals, saving]
         if any(is_remote(place) for place in _places(sources)):
             callbacks.append(Prefetch(plan, sources, shard_cache(settings)))
@@ -107,7 +113,7 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
         trainer = _trainer(settings, callbacks)
         if trainer.is_global_zero:
             remove_leftovers(run_dir)
-            write_text(run_dir / "config.yaml", config.to_yaml(settings))
+            write_text(run_dir / CONFIG, config.to_yaml(settings))
         with kernels(settings.precision):
             _fit(trainer, Iterations(settings, finetuner, plan, sources), run_log)
     finally:
@@ -119,9 +125,25 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
             "the same command goes on"
         )
         return 128 + signals.received
-    there = shlex.quote(str(run_dir))
-    say(f"done: iteration {finetuner.iteration:,}; next: kl-f8-train export {there}")
+    _tell_end(run_dir, finetuner.iteration)
     return 0
+
+
+def _tell_end(run_dir: Path, iteration: int) -> None:
+    """The last lines of a run: what it has done to the fixed photographs, and what comes next."""
+    there, found = shlex.quote(str(run_dir)), outcome.read(run_dir)
+    for line in found.lines() if found else ():
+        say(line)
+    warnings = found.warnings() if found else []
+    for warning in warnings:
+        say(f"WARNING: {warning}")
+    if not warnings:
+        then = f"next: kl-f8-train export {there}"
+    elif best_checkpoint(run_dir):
+        then = f"in place of its end: kl-f8-train export {there} --best"
+    else:
+        then = f"before you export it: kl-f8-train status {there} --html status.html"
+    say(f"done: iteration {iteration:,}; {then}")
 
 
 def _fit(trainer: Trainer, iterations: "Iterations", run_log: RunLog) -> None:
@@ -177,11 +199,11 @@ class Iterations(LightningDataModule):
         """Called once the ranks are known; raises UsageError if the batch does not divide."""
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        self.finetuner.micro_batch = micro_batch(self.settings, world)
-        accumulation = self.settings.global_batch // world // self.finetuner.micro_batch
+        size = micro_batch(self.settings, world)
+        accumulation = self.settings.global_batch // world // size
         say(
             f"batch: {counted(world, 'process', 'es')} x "
-            f"{counted(self.finetuner.micro_batch, 'image', 's')} x "
+            f"{counted(size, 'image', 's')} x "
             f"{counted(accumulation, 'micro-batch', 'es')} = {self.settings.global_batch}"
         )
         sampler = IterationSampler(
@@ -213,9 +235,9 @@ def start_or_resume(settings: Config, run_dir: Path, allow_changes: bool) -> tup
             continue
         changes = config.differences(before, settings)
         _refuse_changes(path, "by another recipe", changes, allow_changes)
-        finetuner, program = _build(settings)
-        finetuner.prepared_optimizers = build_optimizers(finetuner)
-        frozen = checkpoint.restore(finetuner, finetuner.prepared_optimizers, contents)
+        autoencoder = AutoencoderKL(**asdict(settings.model))
+        finetuner, program = _build(settings, autoencoder, RunState())
+        frozen = checkpoint.restore(finetuner, finetuner.adams, contents)
         say(f"resuming {path.name}")
         _record_changes(finetuner, changes)
         adopt(finetuner, program, str(path), allow_changes)
@@ -233,10 +255,10 @@ def adopt(finetuner: Finetuner, inputs: identity.Identity, where: str, allow_cha
 
     Raises UsageError if they differ, unless changes are allowed; then they are recorded.
     """
-    changes = identity.differences(finetuner.identity, inputs)
+    changes = identity.differences(finetuner.run_state.identity, inputs)
     _refuse_changes(where, "from other inputs", changes, allow_changes)
     _record_changes(finetuner, changes)
-    finetuner.identity |= inputs
+    finetuner.run_state.identity |= inputs
 
 
 def _refuse_changes(where: Path | str, how: str, changes: list[str], allowed: bool) -> None:
@@ -251,7 +273,7 @@ def _record_changes(finetuner: Finetuner, changes: list[str]) -> None:
     """Says what changes on resuming; the next checkpoints, and the card, keep it."""
     for change in changes:
         line = " ".join(f"from iteration {finetuner.iteration:,}: {change}".split())
-        finetuner.changes.append(line)
+        finetuner.run_state.changes.append(line)
         say(f"  {line}")
 
 
@@ -276,23 +298,23 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
     check_model(settings, contents, weights.autoencoder)
     stated = checkpoint.base_facts(contents, weights, settings)
     say(f"  family: {facts.described(stated.family, stated)}")
-    finetuner, program = _build(settings)
-    finetuner.identity = program
     bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
     if bad:
         raise MissingInputError(
             f"{contents.path}: {len(bad)} tensors are not finite, {bad[0]} first; get another copy"
         )
-    finetuner.autoencoder.load_state_dict(weights.autoencoder)
-    for name, averaged in finetuner.ema.items():
-        averaged.load_state_dict(getattr(finetuner.autoencoder, name).state_dict())
+    autoencoder = AutoencoderKL(**asdict(settings.model))
+    autoencoder.load_state_dict(weights.autoencoder)
+    run_state = RunState(
+        iteration,
+        base=checkpoint.base(contents.path),
+        facts=stated,
+    )
+    finetuner, program = _build(settings, autoencoder, run_state)
     if weights.logvar is not None:
         finetuner.logvar.data.copy_(weights.logvar.reshape(()))
-    finetuner.iteration = iteration
-    finetuner.base = checkpoint.base(contents.path)
-    finetuner.facts = stated
+    finetuner.run_state.identity = program
     _import_discriminator(settings, finetuner, weights.discriminator)
-    finetuner.prepared_optimizers = build_optimizers(finetuner)
     return finetuner, frozen_sha256(finetuner.autoencoder.state_dict())
 
 
@@ -334,23 +356,25 @@ def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) 
             "a warm-up, and with new moments for Adam"
         )
         return
-    finetuner.warmup_left = settings.adversarial.warmup_iterations
+    finetuner.run_state.warmup_left = settings.adversarial.warmup_iterations
     say(
         f"  {missing}: a new one trains alone for "
         f"{finetuner.warmup_left:,} iterations (adversarial.warmup_iterations)"
     )
 
 
-def _build(settings: Config) -> tuple[Finetuner, identity.Identity]:
-    """The networks of a run, with a seeded new discriminator, and the program's identity."""
-    autoencoder, discriminator = AutoencoderKL(**asdict(settings.model)), None
+def _build(
+    settings: Config, autoencoder: AutoencoderKL, run_state: RunState
+) -> tuple[Finetuner, identity.Identity]:
+    """A finetuner of these weights, with a seeded new discriminator; the program's identity."""
+    discriminator = None
     if settings.adversarial is not None:
         adversary = settings.adversarial
         discriminator = Discriminator(adversary.ndf, adversary.n_layers, adversary.sync_batchnorm)
         initialize(discriminator, settings.seed)
     network = pretrained.build(settings.loss.perceptual, settings.loss.perceptual_weights)
     program = identity.of_program(network)  # before it is compiled, or moved
-    return Finetuner(settings, autoencoder, discriminator, network), program
+    return Finetuner(settings, autoencoder, discriminator, network, run_state), program
 
 
 # --- the trainer ----------------------------------------------------------------------------
@@ -493,7 +517,7 @@ def _describe(
     for name, source in sources.items():
         say(f"data: {name}: {'; '.join(source.describe())}; {plan.plans[name].share} a batch")
     loss = settings.loss
-    label = identity.network_label(finetuner.identity)
+    label = identity.network_label(finetuner.run_state.identity)
     adversarial = (
         ""
         if settings.adversarial is None

@@ -36,6 +36,7 @@ from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import atomic_path, cache_dir, check_writable, write_json
 from kl_f8_train.launch import meeting, world_size
+from kl_f8_train.output import say as say_aloud
 from kl_f8_train.score.compare import METRICS, SCORES
 from kl_f8_train.score.inception import WIDTH, Inception
 from kl_f8_train.score.scores import (
@@ -400,7 +401,7 @@ def processes() -> Iterator[tuple[int, int]]:
         yield 0, 1
         return
     if os.environ["RANK"] == "0":
-        _say(f"waiting for {world} processes at {meeting()}")
+        say_aloud(f"waiting for {world} processes at {meeting()}")
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=30))
     try:
         yield dist.get_rank(), world
@@ -472,7 +473,7 @@ def evaluate(
     RunFailedError if no image can be used or a VAE puts out what is not finite.
     """
     with processes() as (rank, world), _exact_float32():
-        say = _say if rank == 0 else _silent
+        say = say_aloud if rank == 0 else _silent
         device = _device(device)
         batch_size = batch_size if device.startswith("cuda") else 1
         candidates = load_candidates(named, device)
@@ -571,10 +572,6 @@ def _check_size(candidates: Sequence[Candidate], size: int) -> None:
                 f"--size {size}: expected at least 11 pixels (SSIM's window) and a multiple of "
                 f"{candidate.model.downsampling}, the downsampling of {candidate.name}"
             )
-
-
-def _say(message: str) -> None:
-    print(message, flush=True)
 
 
 def _silent(message: str) -> None:

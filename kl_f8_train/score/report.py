@@ -25,7 +25,7 @@ from torch import Tensor
 from kl_f8_train import __version__, images
 from kl_f8_train.core import metrics
 from kl_f8_train.errors import MissingInputError
-from kl_f8_train.files import file_sha256, write_json, write_text
+from kl_f8_train.files import atomic_path, file_sha256, write_json, write_text
 from kl_f8_train.score import compare
 from kl_f8_train.score.compare import METRICS, SCORES
 
@@ -209,11 +209,9 @@ def _load(path: Path) -> Tensor:
 
 
 def _save(path: Path, picture: Tensor) -> None:
-    """Writes a PNG at once, but unlike checkpoints unsynced: hundreds, and quickly made again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    images.to_pil(picture).save(temporary, format="PNG")
-    temporary.replace(path)
+    """Writes a PNG atomically but without fsync: there are hundreds, which are quickly remade."""
+    with atomic_path(path, sync=False) as temporary:
+        images.to_pil(picture).save(temporary, format="PNG")
 
 
 def _sharpness(picture: Tensor) -> float:

@@ -24,8 +24,16 @@ FORMAT = "kl_f8_train.checkpoint.1"
 OPTIMIZERS = ("decoder", "discriminator")
 
 
-def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: str) -> Path:
+def save(
+    finetuner: Finetuner,
+    optimizers: list[Adam],
+    run_dir: Path,
+    frozen: str,
+    path: Path | None = None,
+) -> Path:
     """Writes a checkpoint atomically, if all is finite and the frozen part is the imported one.
+
+    It goes to the run's regular place for this iteration, or to `path`.
 
     Raises RunFailedError if not, or if the file cannot be written.
     """
@@ -35,6 +43,7 @@ def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: st
             f"the frozen encoder changed during training (SHA-256 {now[:12]}, imported "
             f"{frozen[:12]}); no checkpoint was written, the last one is untouched"
         )
+    run = finetuner.run_state
     tensors = dict(finetuner.state_dict())
     for name, optimizer in zip(OPTIMIZERS, optimizers, strict=False):
         tensors |= _optimizer_tensors(name, optimizer, finetuner)
@@ -43,18 +52,18 @@ def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: st
     metadata = {
         "format": "pt",
         "kl_f8_train.format": FORMAT,
-        "iteration": str(finetuner.iteration),
-        "warmup_left": str(finetuner.warmup_left),
-        "ema_updates": str(finetuner.ema_updates),
+        "iteration": str(run.iteration),
+        "warmup_left": str(run.warmup_left),
+        "ema_updates": str(run.ema_updates),
         "frozen_sha256": frozen,
-        **finetuner.base,
-        **finetuner.facts.metadata(),
-        "changes": "\n".join(finetuner.changes),
-        "identity": json.dumps(finetuner.identity),
+        **run.base,
+        **run.facts.metadata(),
+        "changes": "\n".join(run.changes),
+        "identity": json.dumps(run.identity),
         **content_sha256(tensors),
         "config": json.dumps(config.to_dict(finetuner.config)),
     }
-    path = checkpoint_path(run_dir, finetuner.iteration, finetuner.warmup_done)
+    path = path or checkpoint_path(run_dir, finetuner.iteration, finetuner.warmup_done)
     weight_file.write_safetensors(path, tensors, metadata)
     return path
 
@@ -174,13 +183,14 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: weight_file.
     finetuner.load_state_dict(networks, strict=True)
     for name, optimizer in zip(OPTIMIZERS, optimizers, strict=False):
         _restore_optimizer(name, optimizer, finetuner, tensors)
-    finetuner.iteration = int(metadata["iteration"])
-    finetuner.warmup_left = int(metadata["warmup_left"])
-    finetuner.ema_updates = int(metadata["ema_updates"])
-    finetuner.base = stored_base(metadata)
-    finetuner.facts = stored_facts(contents, stored_config(contents))
-    finetuner.changes = stored_changes(metadata)
-    finetuner.identity = stored_identity(metadata)
+    run = finetuner.run_state
+    run.iteration = int(metadata["iteration"])
+    run.warmup_left = int(metadata["warmup_left"])
+    run.ema_updates = int(metadata["ema_updates"])
+    run.base = stored_base(metadata)
+    run.facts = stored_facts(contents, stored_config(contents))
+    run.changes = stored_changes(metadata)
+    run.identity = stored_identity(metadata)
     frozen = frozen_sha256(finetuner.autoencoder.state_dict())
     if frozen != metadata["frozen_sha256"]:
         raise MissingInputError(f"{contents.path}: its encoder does not match its own hash")
