@@ -14,7 +14,7 @@ from typing import Any
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.files import atomic_path
 
-CONFIG, METRICS, VALIDATION = "config.yaml", "metrics.csv", "validation.csv"
+CONFIG_FILE, METRICS_FILE, VALIDATION_FILE = "config.yaml", "metrics.csv", "validation.csv"
 NAME = re.compile(r"iteration-(\d{9})(-warmup-\d{6})?\.safetensors$")
 CLAIM = ".claim"  # of the process that trains in a run directory
 

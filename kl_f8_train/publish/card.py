@@ -18,12 +18,14 @@ import yaml
 
 from kl_f8_train import config
 from kl_f8_train.config import Config
+from kl_f8_train.core.metrics import SCORES
 from kl_f8_train.core.perceptual import LABELS, OTHER_VGG
 from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.files import atomic_path, file_sha256, write_json, write_text
+from kl_f8_train.output import markdown_table
 from kl_f8_train.publish import half_precision
-from kl_f8_train.score.compare import SCORES, not_measured
-from kl_f8_train.score.scores import BIASED_BELOW
+from kl_f8_train.score.compare import not_measured
+from kl_f8_train.score.scores import BIASED_BELOW, score_text
 
 README, STRIP, LICENSE = "README.md", "strip.png", "LICENSE"  # written here, and may be edited
 DIFFUSERS = "diffusers/diffusion_pytorch_model.safetensors"
@@ -164,9 +166,7 @@ def model_card(
     front = yaml.safe_dump(
         _front_matter(record, details, evaluated), sort_keys=False, allow_unicode=True
     )
-    files = "\n".join(
-        f"| `{file}` | `{digest}` |" for file, digest in record["files"].items() if file != README
-    )
+    files = [(f"`{file}`", f"`{sha}`") for file, sha in record["files"].items() if file != README]
     precision = "\n".join(f"- {line}" for line in half_precision.describe(record["half_precision"]))
     checks = "\n".join(f"- {check}: {outcome}" for check, outcome in record["checks"].items())
     link = " and in [LICENSE](LICENSE)" if "license_link" in details.license else ""
@@ -180,8 +180,6 @@ def model_card(
 {_introduction(settings, record)}
 ## Training
 
-| setting | value |
-|---|---|
 {_training(settings, record)}
 
 ## Evaluation
@@ -203,9 +201,7 @@ def model_card(
 
 {checks}
 
-| file | SHA-256 |
-|---|---|
-{files}
+{markdown_table(("file", "SHA-256"), files)}
 
 ## License
 
@@ -426,20 +422,23 @@ def _programs(record: Mapping[str, Any]) -> str:
     files = {suffix: f"{record['stem']}.{suffix}" for suffix in ("safetensors", "ckpt")}
     files = {suffix: file for suffix, file in files.items() if file in record["files"]}
     safetensors, ckpt = files.get("safetensors"), files.get("ckpt")
-    rows = (
-        ("ComfyUI", safetensors, '`models/vae/` | node "Load VAE"'),
-        ("AUTOMATIC1111", safetensors or ckpt, '`models/VAE/` | Settings, "SD VAE"'),
-        ("original code", ckpt, 'anywhere | `torch.load(FILE)["state_dict"]`'),
-    )
-    table = "".join(f"| {program} | `{file}` | {rest} |\n" for program, file, rest in rows if file)
-    if not table:
+    rows = [
+        (program, f"`{file}`", place, choice)
+        for program, file, place, choice in (
+            ("ComfyUI", safetensors, "`models/vae/`", 'node "Load VAE"'),
+            ("AUTOMATIC1111", safetensors or ckpt, "`models/VAE/`", 'Settings, "SD VAE"'),
+            ("original code", ckpt, "anywhere", '`torch.load(FILE)["state_dict"]`'),
+        )
+        if file
+    ]
+    if not rows:
         return ""
+    table = markdown_table(("program", "file", "where it goes", "how it is chosen"), rows)
     return f"""
 ## Use in other programs
 
-| program | file | where it goes | how it is chosen |
-|---|---|---|---|
-{table}"""
+{table}
+"""
 
 
 def _training(settings: Config, record: Mapping[str, Any]) -> str:
@@ -467,7 +466,7 @@ def _training(settings: Config, record: Mapping[str, Any]) -> str:
     }
     if record.get("changes"):
         rows["changed on the way"] = "; ".join(record["changes"])
-    return "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
+    return markdown_table(("setting", "value"), [(k, _cell(value)) for k, value in rows.items()])
 
 
 def _not_evaluated(record: Mapping[str, Any]) -> str:
@@ -489,7 +488,7 @@ def _evaluation(evaluated: Evaluated) -> str:
         "images": f"{scores['images']:,}",
         "image list SHA-256": scores["images_sha256"],
     }
-    facts = "\n".join(f"| {_cell(k)} | {_cell(v)} |" for k, v in protocol.items() if v is not None)
+    facts = [(_cell(key), _cell(value)) for key, value in protocol.items() if value is not None]
     notes = not_measured(scores["unmeasured"]) + scores["warnings"]
     listed = "".join(f"- {_cell(note)}\n" for note in notes)
     strip = f"\n![{_strip_text(scores)}](strip.png)\n" if evaluated.strip else ""
@@ -500,9 +499,7 @@ recognised by their SHA-256, or by that of the checkpoint they were exported fro
 {_table(evaluated)}
 
 {listed}{strip}
-| protocol | |
-|---|---|
-{facts}
+{markdown_table(("protocol", ""), facts)}
 """
 
 
@@ -514,23 +511,13 @@ def _strip_text(scores: Mapping[str, Any]) -> str:
 def _table(evaluated: Evaluated) -> str:
     rows = evaluated.scores["models"]
     columns = [*HUB_TYPES, *(["st_lpips"] if any(r.get("st_lpips") for r in rows.values()) else [])]
-    lines = [f"| model | iteration | {' | '.join(SCORES[c].label for c in columns)} |"]
-    lines.append("|---" * (2 + len(columns)) + "|")
+    lines = []
     for name, row in rows.items():
         iteration = evaluated.scores.get("weights", {}).get(name, {}).get("iteration")
         step = "" if iteration is None else f"{iteration:,}"
         title = f"**{_cell(name)}**" if name == evaluated.name else _cell(name)
-        lines.append(f"| {title} | {step} | {' | '.join(_score(row, c) for c in columns)} |")
-    return "\n".join(lines)
-
-
-def _score(row: Mapping[str, Any], metric: str) -> str:
-    value, digits = row.get(metric), SCORES[metric].digits
-    if value is None:
-        return "not measured"
-    if isinstance(value, Mapping):
-        return f"{value['mean']:.{digits}f} +/- {value['std']:.{digits}f}"
-    return f"{value:.{digits}f}"
+        lines.append([title, step, *(score_text(row.get(c), c) for c in columns)])
+    return markdown_table(["model", "iteration", *(SCORES[c].label for c in columns)], lines)
 
 
 def _cell(value: Any) -> str:

@@ -58,7 +58,7 @@ from kl_f8_train.run.saving import Checkpoints, Signals
 from kl_f8_train.run.tracking import check_tensorboard
 from kl_f8_train.run.validation import Validation
 from kl_f8_train.run.watchdog import Watchdog
-from kl_f8_train.run_dir import CONFIG, claimed, list_checkpoints, remove_leftovers
+from kl_f8_train.run_dir import CONFIG_FILE, claimed, list_checkpoints, remove_leftovers
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
@@ -108,7 +108,7 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
         trainer = _trainer(settings, callbacks)
         if trainer.is_global_zero:
             remove_leftovers(run_dir)
-            write_text(run_dir / CONFIG, config.to_yaml(settings))
+            write_text(run_dir / CONFIG_FILE, config.to_yaml(settings))
         with kernels(settings.precision):
             _fit(trainer, Iterations(settings, finetuner, plan, sources), run_log)
     finally:

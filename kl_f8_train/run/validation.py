@@ -13,7 +13,7 @@ from kl_f8_train.core.step import Finetuner
 from kl_f8_train.files import atomic_path
 from kl_f8_train.run.callback import finetuner_of, tolerated
 from kl_f8_train.run.log import RunLog
-from kl_f8_train.run_dir import VALIDATION, MetricsFile
+from kl_f8_train.run_dir import VALIDATION_FILE, MetricsFile
 
 COLOURS = ("red", "green", "blue", "saturation")
 
@@ -28,7 +28,7 @@ class Validation(Callback):
     def __init__(self, run_dir: Path, every: int, fixed: list[Tensor], run_log: RunLog) -> None:
         self.folder, self.every, self.fixed = run_dir / "pictures", every, fixed
         self.run_log = run_log
-        self.table = MetricsFile(run_dir / VALIDATION, run_log.start - 1)
+        self.table = MetricsFile(run_dir / VALIDATION_FILE, run_log.start - 1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates the start."""

@@ -27,7 +27,7 @@ from torch import Tensor
 from kl_f8_train import images as pixels
 from kl_f8_train.core import metrics, perceptual
 from kl_f8_train.core.hashes import frozen_sha256
-from kl_f8_train.core.metrics import FeatureStatistics
+from kl_f8_train.core.metrics import METRICS, SCORES, FeatureStatistics
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.perceptual import PerceptualDistance
 from kl_f8_train.data import sources
@@ -37,7 +37,6 @@ from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, Us
 from kl_f8_train.files import atomic_path, cache_dir, check_writable, file_sha256, write_json
 from kl_f8_train.launch import meeting, world_size
 from kl_f8_train.output import say as say_aloud
-from kl_f8_train.score.compare import METRICS, SCORES
 from kl_f8_train.score.inception import WIDTH, Inception
 from kl_f8_train.score.scores import (
     SHIFTS,

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from kl_f8_train import __version__, images
 from kl_f8_train.core import metrics
+from kl_f8_train.core.metrics import METRICS, SCORES
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.files import atomic_path, file_sha256, write_json, write_text
 from kl_f8_train.score import compare
-from kl_f8_train.score.compare import METRICS, SCORES
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 ERROR_SCALE = 48.0  # levels of 255 at the top of every error map

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from kl_f8_train.core import metrics
-from kl_f8_train.core.metrics import FeatureStatistics
+from kl_f8_train.core.metrics import METRICS, SCORES, FeatureStatistics
 from kl_f8_train.core.perceptual import OTHER_VGG
 from kl_f8_train.files import write_json, write_text
-from kl_f8_train.score.compare import METRICS, not_measured
+from kl_f8_train.output import markdown_table
+from kl_f8_train.score.compare import not_measured
 
 BIASED_BELOW = 2048  # images; the width of Inception's features
 PICTURES = 24  # images shown, at most
@@ -158,16 +159,13 @@ def table(result: Mapping[str, Any]) -> str:
     models: Mapping[str, Mapping[str, Any]] = result["models"]
     hidden = SHIFTS if any("st_lpips" in m for m in models.values()) else ("st_lpips", *SHIFTS)
     shown = [name for name in METRICS if name not in hidden]
-    heads = " | ".join(METRICS[name].label for name in shown)
-    lines = [f"| model | iteration | rFID | {heads} |"]
-    lines.append("|---" * (3 + len(shown)) + "|")
+    columns = ["rfid", *shown]
+    rows = []
     for name, scores in models.items():
         step = result["weights"][name]["iteration"]
-        rfid = "not measured" if scores["rfid"] is None else f"{scores['rfid']:.2f}"
-        cells = [_cell(scores.get(metric), metric) for metric in shown]
-        first = [name.replace("|", "\\|"), "" if step is None else f"{step:,}", rfid]
-        lines.append("| " + " | ".join([*first, *cells]) + " |")
-    return "\n".join(lines)
+        cells = [score_text(scores.get(metric), metric) for metric in columns]
+        rows.append([name, "" if step is None else f"{step:,}", *cells])
+    return markdown_table(["model", "iteration", *(SCORES[name].label for name in columns)], rows)
 
 
 def footer(result: Mapping[str, Any]) -> str:
@@ -189,11 +187,14 @@ def footer(result: Mapping[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
-def _cell(value: Mapping[str, float] | None, metric: str) -> str:
+def score_text(value: Mapping[str, float] | float | None, metric: str) -> str:
+    """A score of scores.json as text: a mean with its standard deviation, or a number."""
+    digits = SCORES[metric].digits
     if value is None:
         return "infinite" if metric == "psnr" else "not measured"
-    digits = METRICS[metric].digits
-    return f"{value['mean']:.{digits}f} +/- {value['std']:.{digits}f}"
+    if isinstance(value, Mapping):
+        return f"{value['mean']:.{digits}f} +/- {value['std']:.{digits}f}"
+    return f"{value:.{digits}f}"
 
 
 # --- pictures -------------------------------------------------------------------------------
