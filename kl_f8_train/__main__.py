@@ -101,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
     export.add_argument("--out", type=Path, help="directory to write (RUN/export)")
     export.add_argument("--raw", action="store_true", help="the raw weights in place of the EMA")
+    export.add_argument("--best", action="store_true", help="of the best validation, if it is kept")
     export.add_argument(
         "--average", nargs="+", type=Path, default=[], metavar="CKPT", help="mean EMA; after RUN"
     )
@@ -263,6 +264,7 @@ def _export(args: argparse.Namespace) -> int:
         args.run,
         args.out,
         raw=args.raw,
+        best=args.best,
         dtype=args.dtype,
         layouts=args.format or LAYOUTS,
         average=args.average,

@@ -254,6 +254,9 @@ class Checkpoint:
     keep_every: int = setting(
         "checkpoints at its multiples stay; 0: none", 50000, machine=True, bounds=(0, ITERATIONS)
     )
+    keep_best: bool = setting(
+        "keep the checkpoint with the best validation beside the others", False, machine=True
+    )
 
 
 @dataclass(kw_only=True)
@@ -510,6 +513,11 @@ def check(config: Config) -> None:
         problems.append(
             f"loss.perceptual={config.loss.perceptual} is a stand-in for LPIPS, and the result is "
             "not the published recipe's; loss.allow_stand_in=true accepts that"
+        )
+    if config.checkpoint.keep_best and not config.log.pictures_every:
+        problems.append(
+            "checkpoint.keep_best=true needs validations, and log.pictures_every=0 has none; give "
+            "the iterations between them"
         )
     if config.init.iteration is not None and config.init.iteration > config.stop_iteration:
         problems.append(

@@ -37,6 +37,20 @@ def checkpoint_path(run_dir: Path, iteration: int, warmup: int = 0) -> Path:
     return run_dir / "checkpoints" / f"iteration-{iteration:09d}{suffix}.safetensors"
 
 
+def best_path(run_dir: Path, iteration: int) -> Path:
+    """Where the checkpoint with the best validation so far is kept; no resume looks at it."""
+    return run_dir / "checkpoints" / f"best-{iteration:09d}.safetensors"
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint with the best validation, if one is kept.
+
+    A run that was resumed before it may hold one of an abandoned attempt until the next is
+    better; replaying the same iterations writes the same file.
+    """
+    return max((run_dir / "checkpoints").glob("best-*.safetensors"), default=None)
+
+
 def remove_old_checkpoints(saved: Path, keep_last: int, keep_every: int) -> None:
     """Keeps `saved`, the newest before it, `keep_last` in all, and every multiple of `keep_every`.
 

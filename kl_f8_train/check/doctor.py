@@ -606,6 +606,7 @@ def _check_disk(report: Report, settings: Config) -> None:
         return
     one = scaling.checkpoint_bytes(settings)
     kept = kept_checkpoints(settings.checkpoint, start, settings.stop_iteration)
+    kept += settings.checkpoint.keep_best
     there = sum(path.stat().st_size for path in list_checkpoints(run_dir))
     needed, free = (kept + 1) * one - there, shutil.disk_usage(parent).free
     report.facts |= {"checkpoint_bytes": kept * one, "checkpoints": kept, "free_bytes": free}

@@ -17,7 +17,8 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import ENTRY, Facts, combined
 from kl_f8_train.files import check_writable, file_sha256, write_json, write_text
 from kl_f8_train.publish import card, half_precision
-from kl_f8_train.run_dir import is_run
+from kl_f8_train.run import outcome
+from kl_f8_train.run_dir import best_checkpoint, is_run
 from kl_f8_train.weights import checkpoint, names, weight_file
 from kl_f8_train.weights.names import State
 
@@ -39,6 +40,7 @@ def export(
     out: Path | None = None,
     *,
     raw: bool = False,
+    best: bool = False,
     dtype: str = "float32",
     layouts: Sequence[str] = LAYOUTS,
     average: Sequence[Path] = (),
@@ -48,7 +50,8 @@ def export(
 ) -> Path:
     """Writes NAME-ema-pruned.safetensors and .ckpt, diffusers/, the configuration and the card.
 
-    `source` is a run directory or one of its checkpoints; its EMA is averaged with those of
+    `source` is a run directory or one of its checkpoints; with `best` the one with the run's best
+    validation. Its EMA is averaged with those of
     `average`, or with `raw` its raw weights are taken. `dtype` is that of the single files;
     diffusers/ always holds float32 and the fp16 variant. With `force` the weight files of an
     earlier export that this one does not have are removed. Returns the directory. Raises UsageError
@@ -60,13 +63,14 @@ def export(
         raise UsageError(
             "--average takes the EMAs of checkpoints, --raw no EMA; leave out one of them"
         )
+    source = _best(source) if best else source
     _refuse_the_same_twice([source, *average])
     header = weight_file.read(source, _nothing)
     settings = checkpoint.stored_config(header)
     kind = "raw" if raw else "ema-average" if average else "ema"
-    marks = [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
+    marks = ["best"] * best + [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
     out = out or _home(source) / "-".join(["export", *marks])
-    stem = "-".join([settings.name, kind, "pruned", *marks[marks.count(kind) :]])
+    stem = "-".join([settings.name, kind, "pruned", *(m for m in marks if m != kind)])
     files = _weight_files(out, stem, layouts, dtype)
     diffusers_config = out / "diffusers" / "config.json"
     described = [diffusers_config] * ("diffusers" in layouts) + [out / "config.yaml"]
@@ -137,7 +141,8 @@ def export(
     write_text(readme, card.model_card(settings, record))
     record["files"]["README.md"] = file_sha256(readme)
     write_json(summary, record)
-    for line in (*_describe(out, record), *_remove_old(out, before, record["files"])):
+    warnings = [] if average else _ruined(_home(source), record)
+    for line in (*_describe(out, record), *_remove_old(out, before, record["files"]), *warnings):
         say(line)
     return out
 
@@ -157,6 +162,29 @@ def _describe(out: Path, record: dict[str, Any]) -> list[str]:
             f"{out / file}  {sizes[file]:,} bytes  sha256 {digest[:12]}"
             for file, digest in record["files"].items()
         ),
+    ]
+
+
+def _best(source: Path) -> Path:
+    """The checkpoint with a run's best validation; MissingInputError if it keeps none."""
+    found = best_checkpoint(source)
+    if found is None:
+        raise MissingInputError(
+            f"--best: {source} keeps no best checkpoint. A training with checkpoint.keep_best=true "
+            "does, once a validation is better than all before it; or name a checkpoint"
+        )
+    return found
+
+
+def _ruined(run: Path, record: Mapping[str, Any]) -> list[str]:
+    """A warning if the exported weights were validated as worse than those of the start."""
+    found = outcome.read(run, record["iteration"])
+    label = "raw" if record["weights"] == "raw" else "EMA"
+    worse = [c for c in (found.changes if found else ()) if c.weights == label and c.is_worse]
+    return [
+        f"WARNING: on the run's fixed photographs these weights are worse than those it started "
+        f"from: {change}; evaluate them before you use them"
+        for change in worse
     ]
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import write_text
+from kl_f8_train.run import outcome
 from kl_f8_train.run.curves import Chart, Points, page
 from kl_f8_train.run_dir import (
     CONFIG_FILE,
@@ -77,6 +78,7 @@ class Status:
     checkpoint: str | None
     checkpoint_iteration: int | None
     checkpoint_age_seconds: float | None
+    validation: dict[str, Any]  # "iterations", and "ema" and "raw": first and last scores
     losses: dict[str, dict[str, float]]  # name -> first, before and recent mean
     warnings: list[str]
 
@@ -163,6 +165,7 @@ def read_status(run: Path, now: float) -> Status:
         checkpoint=str(path) if path else None,
         checkpoint_iteration=saved,
         checkpoint_age_seconds=_age([path], now) if path else None,
+        validation=_validation(read_rows(run / "validation.csv")),
         losses=compare_losses(training),
         warnings=[
             *_discriminator_warnings(_lately(training)),
@@ -261,8 +264,24 @@ def _row_warnings(settings: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[
         )
 
 
+def _validation(rows: Sequence[Row]) -> dict[str, Any]:
+    """First and last scores of the fixed photographs; {} before there are two."""
+    found = outcome.compare(rows)
+    if found is None:
+        return {}
+    scores = {
+        change.weights.lower(): {"psnr": change.psnr, "perceptual": change.perceptual}
+        for change in found.changes
+    }
+    return {"iterations": found.iterations, **scores}
+
+
 def _validation_warnings(rows: Sequence[Row]) -> Iterable[str]:
-    """Whether the raw weights have lost what the EMA may still hide."""
+    """Whether the weights got worse; the raw ones show what the EMA may still hide."""
+    found = outcome.compare(rows)
+    yield from found.warnings() if found else ()
+    if found and any(change.weights == "raw" and change.is_worse for change in found.changes):
+        return
     first, recent = _mean(rows[:1], "psnr_raw"), _mean(_lately(rows), "psnr_raw")
     if first is not None and recent is not None and recent < first - LOST_DB:
         yield (
@@ -324,6 +343,13 @@ def facts(status: Status) -> dict[str, str]:
     told = {"state": status.state}
     if status.iteration is not None:
         told["iteration"] = f"{status.iteration:,} of {status.stop_iteration:,}"
+    for weights in ("ema", "raw"):
+        if weights in status.validation:
+            change = outcome.Change(weights, **status.validation[weights])
+            first, last = status.validation["iterations"]
+            told[f"validation, {'EMA' if weights == 'ema' else 'raw'}"] = (
+                f"{change} (iteration {first:,} -> {last:,})"
+            )
     if status.done_share is not None:
         told["done"] = f"{100 * status.done_share:.1f} %"
     if status.images_per_second:

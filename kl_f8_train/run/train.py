@@ -52,13 +52,20 @@ from kl_f8_train.files import check_writable, write_text
 from kl_f8_train.folders import load_folder
 from kl_f8_train.launch import SRUN, TORCHRUN, launched
 from kl_f8_train.lifetime import announce_to_ranks
+from kl_f8_train.run import outcome
 from kl_f8_train.run.log import RunLog
 from kl_f8_train.run.prefetch import Prefetch
 from kl_f8_train.run.saving import Checkpoints, Signals
 from kl_f8_train.run.tracking import check_tensorboard
 from kl_f8_train.run.validation import Validation
 from kl_f8_train.run.watchdog import Watchdog
-from kl_f8_train.run_dir import CONFIG_FILE, claimed, list_checkpoints, remove_leftovers
+from kl_f8_train.run_dir import (
+    CONFIG_FILE,
+    best_checkpoint,
+    claimed,
+    list_checkpoints,
+    remove_leftovers,
+)
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
@@ -96,10 +103,14 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
         adopt(finetuner, identity.of_data(plan), f"{run_dir}", allow_changes)
         _describe(settings, finetuner, plan, sources)
         run_log = RunLog(run_dir, settings, finetuner.iteration, plan)
-        validation = Validation(
-            run_dir, settings.log.pictures_every, _fixed_images(settings, plan, sources), run_log
-        )
         saving = Checkpoints(run_dir, settings.checkpoint, frozen)
+        validation = Validation(
+            run_dir,
+            settings.log.pictures_every,
+            _fixed_images(settings, plan, sources),
+            run_log,
+            saving.save_best if settings.checkpoint.keep_best else None,
+        )
         callbacks = [run_log, validation, signals, saving]
         if any(is_remote(place) for place in _places(sources)):
             callbacks.append(Prefetch(plan, sources, shard_cache(settings)))
@@ -120,9 +131,25 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
             "the same command goes on"
         )
         return 128 + signals.received
-    there = shlex.quote(str(run_dir))
-    say(f"done: iteration {finetuner.iteration:,}; next: kl-f8-train export {there}")
+    _tell_end(run_dir, finetuner.iteration)
     return 0
+
+
+def _tell_end(run_dir: Path, iteration: int) -> None:
+    """The last lines of a run: what it has done to the fixed photographs, and what comes next."""
+    there, found = shlex.quote(str(run_dir)), outcome.read(run_dir)
+    for line in found.lines() if found else ():
+        say(line)
+    warnings = found.warnings() if found else []
+    for warning in warnings:
+        say(f"WARNING: {warning}")
+    if not warnings:
+        then = f"next: kl-f8-train export {there}"
+    elif best_checkpoint(run_dir):
+        then = f"in place of its end: kl-f8-train export {there} --best"
+    else:
+        then = f"before you export it: kl-f8-train status {there} --html status.html"
+    say(f"done: iteration {iteration:,}; {then}")
 
 
 def _fit(trainer: Trainer, iterations: "Iterations", run_log: RunLog) -> None:

@@ -25,8 +25,16 @@ FORMAT = "kl_f8_train.checkpoint.1"
 OPTIMIZERS = ("decoder", "discriminator")
 
 
-def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: str) -> Path:
+def save(
+    finetuner: Finetuner,
+    optimizers: list[Adam],
+    run_dir: Path,
+    frozen: str,
+    path: Path | None = None,
+) -> Path:
     """Writes a checkpoint atomically, if all is finite and the frozen part is the imported one.
+
+    It goes to the run's regular place for this iteration, or to `path`.
 
     Raises RunFailedError if not, or if the file cannot be written.
     """
@@ -56,7 +64,7 @@ def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: st
         **content_sha256(tensors),
         "config": json.dumps(config.to_dict(finetuner.config)),
     }
-    path = checkpoint_path(run_dir, finetuner.iteration, finetuner.warmup_done)
+    path = path or checkpoint_path(run_dir, finetuner.iteration, finetuner.warmup_done)
     weight_file.write_safetensors(path, tensors, metadata)
     return path
 
