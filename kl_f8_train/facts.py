@@ -14,10 +14,10 @@ from typing import Any
 
 from kl_f8_train.errors import MissingInputError
 
-PREFIX = "kl_f8_train."  # of our keys in a safetensors file's metadata
+METADATA_PREFIX = "kl_f8_train."  # of our keys in a safetensors file's metadata
 ENTRY = "architecture"  # of a torch file, beside its state_dict
 GROUPS = 32  # of every GroupNorm, in every published autoencoder of this form
-CHANNELS = 2048  # the most that a list may have, and the most groups
+MOST_CHANNELS = 2048  # the most that a list may have, and the most groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,9 @@ class Facts:
 
     def metadata(self) -> dict[str, str]:
         """`stated` as metadata of a safetensors file."""
-        return {f"{PREFIX}{name}": json.dumps(value) for name, value in self.stated().items()}
+        return {
+            f"{METADATA_PREFIX}{name}": json.dumps(value) for name, value in self.stated().items()
+        }
 
 
 NAMES = tuple(field.name for field in fields(Facts))
@@ -54,7 +56,7 @@ def from_values(values: Mapping[str, Any]) -> Facts:
         value = values.get(name)
         if value is None:
             continue
-        accepts, expected = EXPECTED[name]
+        accepts, expected = ACCEPTED[name]
         if not accepts(value):
             raise MissingInputError(f"it states {name}={str(value)[:80]}; expected {expected}")
         found[name] = tuple(value) if isinstance(value, list | tuple) else value
@@ -66,7 +68,7 @@ def from_metadata(metadata: Mapping[str, str]) -> Facts:
 
     Raises MissingInputError if one is not what it should be.
     """
-    texts = {name: metadata.get(f"{PREFIX}{name}", metadata.get(name)) for name in NAMES}
+    texts = {name: metadata.get(f"{METADATA_PREFIX}{name}", metadata.get(name)) for name in NAMES}
     return from_values({name: _parsed(text) for name, text in texts.items() if text is not None})
 
 
@@ -92,14 +94,16 @@ def _is_number(value: Any) -> bool:
 
 def _are_numbers(value: Any) -> bool:
     return (
-        isinstance(value, list | tuple) and len(value) <= CHANNELS and all(map(_is_number, value))
+        isinstance(value, list | tuple)
+        and len(value) <= MOST_CHANNELS
+        and all(map(_is_number, value))
     )
 
 
-EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "norm_num_groups": (
-        lambda value: _is_whole(value) and value <= CHANNELS,
-        f"a whole number, 1 to {CHANNELS}",
+        lambda value: _is_whole(value) and value <= MOST_CHANNELS,
+        f"a whole number, 1 to {MOST_CHANNELS}",
     ),
     "scaling_factor": (lambda value: _is_number(value) and value > 0, "a number above 0"),
     "shift_factor": (_is_number, "a number"),

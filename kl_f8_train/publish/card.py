@@ -99,9 +99,9 @@ def write(
     export.json names, or if the scores are damaged or belong to other weights.
     """
     record = _record(export_dir)
-    settings = _settings(export_dir, record)
+    settings = _stored_settings(export_dir, record)
     details = _with_kept(details or Details(), record.get("card", {}))
-    evaluated = _evaluated(scores_file, record) if scores_file else _kept(export_dir, record)
+    evaluated = _evaluated(scores_file, record) if scores_file else _kept_scores(export_dir, record)
     if scores_file and evaluated and evaluated.strip:
         _bring(scores_file.with_name(STRIP), export_dir / STRIP)
     if license_file is not None:
@@ -131,7 +131,7 @@ def _with_kept(details: Details, kept: Mapping[str, Any]) -> Details:
     )
 
 
-def _kept(export_dir: Path, record: Mapping[str, Any]) -> Evaluated | None:
+def _kept_scores(export_dir: Path, record: Mapping[str, Any]) -> Evaluated | None:
     """The scores that an earlier call was given; their strip, if it is still the same."""
     kept = record.get("card", {})
     if "scores" not in kept:
@@ -232,7 +232,7 @@ def _sha256(path: Path) -> str:
     return file_sha256(path)
 
 
-def _settings(export_dir: Path, record: Mapping[str, Any]) -> Config:
+def _stored_settings(export_dir: Path, record: Mapping[str, Any]) -> Config:
     try:
         return config.from_dict(record["config"])
     except UsageError as error:
@@ -318,7 +318,7 @@ def _taken(scores: Mapping[str, Any]) -> dict[str, Any]:
     """What a card tells of scores.json: no path of one machine, and finite numbers only."""
     return {
         "models": {
-            name: {metric: _finite(value, metric) for metric, value in row.items()}
+            name: {metric: _finite_score(value, metric) for metric, value in row.items()}
             for name, row in scores["models"].items()
         },
         **{key: scores[key] for key in ("weights", "protocol", "images")},
@@ -329,7 +329,7 @@ def _taken(scores: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any, metric: str) -> Any:
+def _finite_score(value: Any, metric: str) -> Any:
     """rFID, or another metric's mean and deviation; None if that is missing or not finite."""
     if metric == "rfid":
         numbers = [value]

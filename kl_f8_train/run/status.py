@@ -17,6 +17,7 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import write_text
 from kl_f8_train.run import outcome
 from kl_f8_train.run.curves import Chart, Points, page
+from kl_f8_train.run.outcome import LOST_DB
 from kl_f8_train.run_dir import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -30,7 +31,6 @@ from kl_f8_train.run_dir import (
 from kl_f8_train.units import counted, duration
 
 SPEED = "images_per_second"
-LOST_DB = 1.0  # of raw PSNR since the start; healthy small runs lost up to 0.8, a bad one 1.5
 RECENT = 0.1  # share of the rows that "lately" means
 ENOUGH_ROWS = 20  # for a judgement on speed and the loss: the start is slow
 SILENT_INTERVALS, SILENT_SECONDS = 5, 120.0  # no news for longer than both: silent

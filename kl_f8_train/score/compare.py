@@ -86,7 +86,7 @@ def not_measured(reasons: Mapping[str, str]) -> list[str]:
     return [f"Not measured: {', '.join(names)} ({reason})." for reason, names in metrics.items()]
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
+def read_image_scores(path: Path) -> list[dict[str, str]]:
     """The rows of per_image.csv. Raises MissingInputError if it is not there or not one."""
     if not path.is_file():
         raise MissingInputError(f"{path}: no such file; `kl-f8-train evaluate` writes it")

@@ -28,11 +28,11 @@ BIASED_BELOW = 2048  # images; the width of Inception's features
 PICTURES = 24  # images shown, at most
 FIRST = 4  # of them, whatever their scores
 LONGEST = 60  # letters of a model in a file name
-SHIFTS = ("red_shift", "green_shift", "blue_shift", "saturation_shift")
+SHIFT_METRICS = ("red_shift", "green_shift", "blue_shift", "saturation_shift")
 
 
 @dataclass
-class Row:
+class ImageScores:
     """What one image gave."""
 
     index: int
@@ -47,7 +47,7 @@ class Tally:
     """What a process has measured."""
 
     measured: tuple[str, ...]  # the metrics of the rows' scores
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ImageScores] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     statistics: list[FeatureStatistics] = field(default_factory=list)  # images, then each VAE
 
@@ -129,7 +129,7 @@ def mean_std(values: Sequence[float]) -> dict[str, float] | None:
     return {"mean": mean, "std": math.sqrt(variance)}
 
 
-def images_sha256(rows: Sequence[Row]) -> str:
+def images_sha256(rows: Sequence[ImageScores]) -> str:
     """One hash of all names and pixels, whatever their order."""
     lines = sorted(f"{row.key}\0{row.sha256}\n" for row in rows)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -157,7 +157,11 @@ def write_scores(out: Path, result: Mapping[str, Any], tally: Tally) -> None:
 def table(result: Mapping[str, Any]) -> str:
     """The card's table in Markdown, of what scores.json holds."""
     models: Mapping[str, Mapping[str, Any]] = result["models"]
-    hidden = SHIFTS if any("st_lpips" in m for m in models.values()) else ("st_lpips", *SHIFTS)
+    hidden = (
+        SHIFT_METRICS
+        if any("st_lpips" in m for m in models.values())
+        else ("st_lpips", *SHIFT_METRICS)
+    )
     shown = [name for name in METRICS if name not in hidden]
     columns = ["rfid", *shown]
     rows = []
@@ -201,7 +205,7 @@ def score_text(value: Mapping[str, float] | float | None, metric: str) -> str:
 
 
 def choose_pictures(
-    rows: Sequence[Row], names: Sequence[str], measured: Sequence[str]
+    rows: Sequence[ImageScores], names: Sequence[str], measured: Sequence[str]
 ) -> dict[int, list[str]]:
     """Place in `rows` -> why it is shown: the first few, then worst, best and median of each.
 
