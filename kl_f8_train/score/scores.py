@@ -167,7 +167,8 @@ def table(result: Mapping[str, Any]) -> str:
     rows = []
     for name, scores in models.items():
         step = result["weights"][name]["iteration"]
-        cells = [score_text(scores.get(metric), metric) for metric in columns]
+        perfect = {"psnr": "infinite"} if scores.get("psnr") is None else {}
+        cells = [perfect.get(m) or score_text(scores.get(m), m) for m in columns]
         rows.append([name, "" if step is None else f"{step:,}", *cells])
     return markdown_table(["model", "iteration", *(SCORES[name].label for name in columns)], rows)
 
@@ -195,7 +196,7 @@ def score_text(value: Mapping[str, float] | float | None, metric: str) -> str:
     """A score of scores.json as text: a mean with its standard deviation, or a number."""
     digits = SCORES[metric].digits
     if value is None:
-        return "infinite" if metric == "psnr" else "not measured"
+        return "not measured"
     if isinstance(value, Mapping):
         return f"{value['mean']:.{digits}f} +/- {value['std']:.{digits}f}"
     return f"{value:.{digits}f}"
