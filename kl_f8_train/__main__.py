@@ -115,6 +115,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--format", action="append", choices=["safetensors", "ckpt", "diffusers"], help="only this"
     )
     export.add_argument("--images", type=Path, help="photographs that try half precision")
+    export.add_argument(
+        "--family",
+        choices=["sd", "sdxl", "sd3", "flux", "other"],
+        help="models whose VAE it is, if the checkpoint does not know",
+    )
     export.add_argument("--force", action="store_true", help="overwrite files")
 
     inject = add("inject", _inject, "Writes a VAE into a copy of a Stable Diffusion checkpoint.")
@@ -147,6 +152,13 @@ def build_parser() -> argparse.ArgumentParser:
     licenses.add_argument("--license-file", type=Path, help="text of a license of your own")
     card.add_argument("--base-model", metavar="OWNER/NAME", help="on the hub; never guessed")
     card.add_argument("--published", action="store_true", help="quote the published scores too")
+
+    push = add("push", _push, "Uploads an export to the Hugging Face hub; a dry run first.")
+    push.add_argument("export", type=Path, help="directory that export wrote")
+    push.add_argument("repository", metavar="OWNER/NAME", help="on the hub; made if needed")
+    push.add_argument("--upload", action="store_true", help="do it; without, only list the files")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--pictures", action="store_true", help="upload strip.png, of photographs")
 
     pack = add("pack", _pack, "Packs a folder of images into WebDataset shards.")
     pack.add_argument("images", type=Path, help="folder, searched recursively")
@@ -269,6 +281,7 @@ def _export(args: argparse.Namespace) -> int:
         layouts=args.format or LAYOUTS,
         average=args.average,
         pictures=args.images,
+        family=args.family,
         force=args.force,
         say=say,
     )
@@ -365,6 +378,18 @@ def _card(args: argparse.Namespace) -> int:
         card.license_fields(args.license, args.license_file), args.base_model, args.published
     )
     print(card.write(args.export, args.scores, details, args.license_file))
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    from kl_f8_train.publish import push
+
+    upload = push.plan(args.export, args.repository, args.pictures)
+    print("\n".join(upload.lines()))
+    if args.upload:
+        print(push.push(upload, args.private, print))
+    else:
+        print("a dry run: nothing was uploaded; add --upload to do it")
     return 0
 
 

@@ -57,7 +57,20 @@ class Init:
     iteration: int | None = setting(
         "iteration of these weights; null: as the file says", bounds=(0, ITERATIONS)
     )
-    select: Literal["ema", "raw"] = setting("which weights of a training checkpoint", "ema")
+    family: Literal["sd", "sdxl", "sd3", "flux", "other"] | None = setting(
+        "models whose VAE it is, which sets its latents' scale; null: as the file says",
+        None,
+        machine=True,
+    )
+    select: Literal["ema", "raw"] = setting(
+        "which weights, of a file that holds an EMA beside the raw ones", "ema"
+    )
+    prefix: str | None = setting(
+        "what stands before the autoencoder's names, in a file with several", None, machine=True
+    )
+    discriminator: Literal["file", "new"] = setting(
+        "the file's discriminator, or a new one, which warms up", "file", machine=True
+    )
 
 
 @dataclass(kw_only=True)
@@ -76,9 +89,13 @@ class Model:
     norm_num_groups: int = setting(
         "groups of every GroupNorm (the original: 32)", 32, bounds=(1, CHANNELS)
     )
+    quant_conv: bool = setting(
+        "1x1 convolutions around the latents (the original: true; SD3, FLUX: false)", True
+    )
 
 
 KL_F8 = Model(ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=4, embed_dim=4)
+KL_F8_16 = replace(KL_F8, z_channels=16, embed_dim=16, quant_conv=False)  # SD3's and FLUX's
 
 
 @dataclass(kw_only=True)
@@ -630,6 +647,12 @@ def _ranges(config: Config) -> Iterator[str]:
         yield (
             f"data.shorter_side={config.data.shorter_side} is smaller than "
             f"data.crop={config.data.crop}; give at least that, or null for no resize"
+        )
+    model = config.model
+    if not model.quant_conv and model.embed_dim != model.z_channels:
+        yield (
+            f"model.embed_dim={model.embed_dim}: expected model.z_channels={model.z_channels}, as "
+            "model.quant_conv=false"
         )
     groups = config.model.norm_num_groups
     if config.model.ch % groups:

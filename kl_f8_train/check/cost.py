@@ -205,7 +205,8 @@ def encoder_layers(config: Config) -> list[Layer]:
             layers.append(Layer(width, width, 9, side))
     layers += _middle(previous, side)
     layers.append(Layer(previous, 2 * model.z_channels, 9, side, normed=True))
-    return [*layers, Layer(2 * model.z_channels, 2 * model.embed_dim, 1, side)]
+    last = Layer(2 * model.z_channels, 2 * model.embed_dim, 1, side)
+    return [*layers, *([last] * model.quant_conv)]
 
 
 def decoder_layers(config: Config) -> list[Layer]:
@@ -296,7 +297,7 @@ def _around_levels(config: Config) -> list[Layer]:
     model, side = config.model, latent_side(config)
     top = _widths(model)[-1]
     return [
-        Layer(model.embed_dim, model.z_channels, 1, side),
+        *([Layer(model.embed_dim, model.z_channels, 1, side)] * model.quant_conv),
         Layer(model.z_channels, top, 9, side),
         *_middle(top, side),
         Layer(model.ch, 3, 9, config.data.crop, normed=True, kept=3),

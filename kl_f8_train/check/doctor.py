@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_f8_train import config, images
+from kl_f8_train import config, facts, images
 from kl_f8_train.check import benchmark, cost, origins, scaling
 from kl_f8_train.config import Config
 from kl_f8_train.core import machine, perceptual
@@ -34,14 +34,14 @@ from kl_f8_train.data import identity
 from kl_f8_train.data.loading import PositionDataset, collate, open_data
 from kl_f8_train.data.sources import ImageSource
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError, UserError
-from kl_f8_train.files import check_writable, file_sha256
+from kl_f8_train.files import check_writable
 from kl_f8_train.output import Say
 from kl_f8_train.run.tracking import check_tensorboard, wandb_reachable
 from kl_f8_train.run.train import adopt, check_model, fixed_photographs, start_or_resume
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted, duration, size
-from kl_f8_train.weights import pretrained, weight_file
+from kl_f8_train.weights import checkpoint, pretrained, weight_file
 from kl_f8_train.weights.names import Weights
 
 BASE_RATE = 4.5e-6  # the original's base learning rate
@@ -316,12 +316,12 @@ def _check_weights(report: Report, settings: Config) -> None:
         held = counted(len(found), "checkpoint", "s")
         report.tell(f"{settings.run_dir} holds {held}: this run would resume")
     paths = found or [Path(settings.init.weights)]
-    contents, weights = _first_readable(report, paths, settings.init.select)
+    contents, weights = _first_readable(report, paths, settings.init.select, settings.init.prefix)
     start = contents.iteration
     if not found and settings.init.iteration is not None:
         start = settings.init.iteration
     report.facts["start_iteration"] = start
-    digest = file_sha256(contents.path)
+    digest = weight_file.sha256(contents.path)
     told = weight_file.report(contents, weights)
     report.facts["weights"] = {"sha256": digest, **told}
     report.tell(weight_file.describe(told))
@@ -333,18 +333,21 @@ def _check_weights(report: Report, settings: Config) -> None:
         )
     if not found:
         check_model(settings, contents, weights.autoencoder)
+        stated = checkpoint.base_facts(contents, weights, settings)
+        report.facts["weights"]["facts"] = stated.stated()
+        report.tell(f"family: {facts.described(stated.family, stated)}")
 
 
 def _first_readable(
-    report: Report, paths: list[Path], select: str
+    report: Report, paths: list[Path], select: str, prefix: str | None
 ) -> tuple[weight_file.Contents, Weights]:
     """The weights of the first file that can be read, as `train` would take it."""
     for path in paths[:-1]:
         try:
-            return weight_file.read_weights(path, select)
+            return weight_file.read_weights(path, select, prefix)
         except MissingInputError as error:
             report.remark(f"{error}; the checkpoint before it would be taken")
-    return weight_file.read_weights(paths[-1], select)
+    return weight_file.read_weights(paths[-1], select, prefix)
 
 
 def _check_source(report: Report, settings: Config, name: str) -> None:

@@ -21,6 +21,7 @@ from kl_f8_train.config import Config
 from kl_f8_train.core.metrics import SCORES
 from kl_f8_train.core.perceptual import LABELS, OTHER_VGG
 from kl_f8_train.errors import MissingInputError, UsageError
+from kl_f8_train.facts import FAMILIES
 from kl_f8_train.files import atomic_path, file_sha256, write_json, write_text
 from kl_f8_train.output import markdown_table
 from kl_f8_train.publish import half_precision
@@ -57,7 +58,7 @@ vae = AutoencoderKL.from_pretrained(".", subfolder="diffusers")
 ```
 """
 USE_PIPELINE = """
-Give it to a pipeline: `StableDiffusionPipeline.from_pretrained(MODEL, vae=vae)`.
+Give it to a pipeline: `DiffusionPipeline.from_pretrained(MODEL, vae=vae)`.
 """
 LICENSED = (
     "The license stands in the metadata of this card{}; whoever publishes the weights chose it."
@@ -394,16 +395,32 @@ def _measured(evaluated: Evaluated) -> list[dict[str, Any]]:
 def _introduction(settings: Config, record: Mapping[str, Any]) -> str:
     """What it is and how to use it: where Stable Diffusion is, only with kl-f8's own shape."""
     use = USE_DIFFUSERS if DIFFUSERS in record["files"] else ""
-    if settings.model != config.KL_F8:
+    if settings.model not in (config.KL_F8, config.KL_F8_16):
         return f"""The decoder of an autoencoder of kl-f8's kind, finetuned with kl_f8_train.
 **It does not fit Stable Diffusion**: its shape is not kl-f8's.
 {_encoder(record)}
 {use}"""
-    return f"""The decoder of Stable Diffusion's kl-f8 autoencoder, finetuned with kl_f8_train.
+    family = FAMILIES.get(record.get("facts", {}).get("family", ""))
+    if family is None:
+        return f"""The decoder of an autoencoder of kl-f8's shape, finetuned with kl_f8_train.
 {_encoder(record)}
-It takes the place of the original wherever that is used: Stable Diffusion 1.x and 2.x, and models
-built on them.
+It takes the place of the VAE that it was finetuned from, and fits no other.
+{use}{_programs(record)}"""
+    whose = "the kl-f8 autoencoder" if family.channels == 4 else "the 16-channel autoencoder"
+    return f"""The decoder of {whose} of {family.title}, finetuned with kl_f8_train.
+{_encoder(record)}
+It takes the place of the original wherever that is used: {family.title}, and models built on
+them. It fits no other family: their latents have another scale.
+{_scale(record)}
 {use and use + USE_PIPELINE}{_programs(record)}"""
+
+
+def _scale(record: Mapping[str, Any]) -> str:
+    """How a pipeline scales these latents, as their base states."""
+    stated = record["facts"]
+    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
+    shown = ", ".join(f"`{n}` {json.dumps(stated[n])}" for n in names if n in stated)
+    return f"Latents in a pipeline: {shown}."
 
 
 def _encoder(record: Mapping[str, Any]) -> str:

@@ -28,9 +28,9 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from kl_f8_train import config, images, output
+from kl_f8_train import config, facts, images, output
 from kl_f8_train.config import Config, micro_batch
-from kl_f8_train.core.discriminator import Discriminator, initialize
+from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_remedy
 from kl_f8_train.core.model import AutoencoderKL
@@ -285,7 +285,9 @@ def _record_changes(finetuner: Finetuner, changes: list[str]) -> None:
 
 def _import(settings: Config) -> tuple[Finetuner, str]:
     """A finetuner with the weights of `init.weights`."""
-    contents, weights = weight_file.read_weights(settings.init.weights, settings.init.select)
+    contents, weights = weight_file.read_weights(
+        settings.init.weights, settings.init.select, settings.init.prefix
+    )
     say_once(f"init: {weight_file.describe(weight_file.report(contents, weights))}")
     iteration = settings.init.iteration
     if iteration is None:
@@ -300,6 +302,8 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
             f"{contents.path} does not tell its iteration; give init.iteration (kl-f8: 246803)"
         )
     check_model(settings, contents, weights.autoencoder)
+    stated = checkpoint.base_facts(contents, weights, settings)
+    say_once(f"  family: {facts.described(stated.family, stated)}")
     bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
     if bad:
         raise MissingInputError(
@@ -310,7 +314,7 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
     run_state = RunState(
         iteration,
         base=checkpoint.base(contents.path),
-        facts=checkpoint.stored_facts(contents, settings),
+        facts=stated,
     )
     finetuner, program = _build(settings, autoencoder, run_state)
     if weights.logvar is not None:
@@ -339,9 +343,18 @@ def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) 
         if weights:
             say_once("  its discriminator is not used: the recipe has no adversarial term")
         return
-    if weights:
+    missing = "no discriminator in it"
+    if weights and settings.init.discriminator == "new":
+        weights, missing = None, "its discriminator is left out (init.discriminator=new)"
+    shape = shape_of(weights) if weights else None
+    if weights and shape is None:
+        weights, missing = None, "its discriminator is of another kind and left out"
+    if weights and shape:
         differ = f"{settings.init.weights}: its discriminator and the recipe's differ"
-        remedy = "Set adversarial.ndf and adversarial.n_layers as the file's"
+        remedy = (
+            f"Set adversarial.ndf={shape[0]} and adversarial.n_layers={shape[1]} as the file's, or "
+            "init.discriminator=new for a new one"
+        )
         check_like(weights, finetuner.discriminator.state_dict(), differ, remedy)
         finetuner.discriminator.load_state_dict(weights)
         say_once(
@@ -351,7 +364,7 @@ def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) 
         return
     finetuner.run_state.warmup_left = settings.adversarial.warmup_iterations
     say_once(
-        "  no discriminator in it: a new one trains alone for "
+        f"  {missing}: a new one trains alone for "
         f"{finetuner.warmup_left:,} iterations (adversarial.warmup_iterations)"
     )
 

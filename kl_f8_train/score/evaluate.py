@@ -34,7 +34,7 @@ from kl_f8_train.data import sources
 from kl_f8_train.data.plan import random_state
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
-from kl_f8_train.files import atomic_path, cache_dir, check_writable, file_sha256, write_json
+from kl_f8_train.files import atomic_path, cache_dir, check_writable, write_json
 from kl_f8_train.launch import meeting, world_size
 from kl_f8_train.output import Progress
 from kl_f8_train.output import say as say_aloud
@@ -176,7 +176,7 @@ def load_candidates(named: Sequence[tuple[str, Path, str]], device: str) -> list
         model.encoder, model.quant_conv = first.encoder, first.quant_conv
         record = {
             "path": contents.path.name,
-            "sha256": file_sha256(contents.path),
+            "sha256": weight_file.sha256(contents.path),
             "iteration": contents.iteration,
             "frozen_sha256": digest,
             "layout": weights.layout,
