@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(verb=verb, parser=sub)
         return sub
 
-    train = add("train", _train, "Starts a run; the same command again resumes it.")
+    train = add("train", _train_verb, "Starts a run; the same command again resumes it.")
     train.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     train.add_argument("--allow-changes", action="store_true", help="resume with another recipe")
@@ -209,7 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
 # --- the verbs ------------------------------------------------------------------------------
 
 
-def _train(args: argparse.Namespace) -> int:
+def _train_verb(args: argparse.Namespace) -> int:
     from kl_f8_train import config
 
     if args.dry_run:

@@ -81,13 +81,13 @@ def export(
     written = [*(file.path for file in files), *described]
     _refuse_to_overwrite(out, [*written, readme, summary], force)
     check_writable(out)
-    before = _listed(summary)
+    before = _listed_files(summary)
 
     named, tried = half_precision.choose_images(pictures, min(SIZE, settings.data.crop))
     weights = _stored_weights(header.path, raw)
     averaged = _average(weights, header, average)
     stated = _stated(header, settings, family)
-    model = _network(weights, stated)
+    model = _autoencoder_of(weights, stated)
     frozen = header.metadata["frozen_sha256"]
     if frozen_sha256(weights) != frozen:
         raise MissingInputError(f"{header.path}: its encoder does not match its own hash")
@@ -146,12 +146,12 @@ def export(
     record["files"]["README.md"] = file_sha256(readme)
     write_json(summary, record)
     warnings = [] if average else _ruined(_home(source), record)
-    for line in (*_describe(out, record), *_remove_old(out, before, record["files"]), *warnings):
+    for line in (*_summary(out, record), *_remove_old(out, before, record["files"]), *warnings):
         say(line)
     return out
 
 
-def _describe(out: Path, record: dict[str, Any]) -> list[str]:
+def _summary(out: Path, record: dict[str, Any]) -> list[str]:
     """Lines for people: the checks, half precision, the files."""
     sizes = {file: (out / file).stat().st_size for file in record["files"]}
     rounding = []
@@ -249,7 +249,7 @@ def _refuse_to_overwrite(out: Path, files: list[Path], force: bool) -> None:
         )
 
 
-def _listed(summary: Path) -> dict[str, str]:
+def _listed_files(summary: Path) -> dict[str, str]:
     """Files and hashes that an earlier export.json names; none if it cannot be read."""
     try:
         return dict(json.loads(summary.read_text(encoding="utf-8"))["files"])
@@ -376,11 +376,11 @@ def _verify(
         written = replace(stated, family=None) if layout == "diffusers" else stated
         if combined(written, facts) != facts:
             raise RunFailedError(f"{path} does not state what its base did: {facts.stated()}")
-        again = _network({**weights, **frozen}, facts)
+        again = _autoencoder_of({**weights, **frozen}, facts)
         latents_error = float((again.encode(probe).mean - latents).abs().max())
         del frozen, again  # half of the file at a time: memory
         trained, _ = _read_back(path, TRAINED, weights, stored)
-        again = _network({**weights, **trained}, facts)
+        again = _autoencoder_of({**weights, **trained}, facts)
         mean, most = half_precision.levels(again.decode(latents), decoded)
         del trained, again
         if stored == torch.float32 and (latents_error or most):
@@ -426,7 +426,7 @@ def _check_strictly(path: Path, count: int) -> None:
         raise RunFailedError(f"{path} holds other things than {', '.join(sorted(names))}")
 
 
-def _network(weights: State, stated: Facts) -> AutoencoderKL:
+def _autoencoder_of(weights: State, stated: Facts) -> AutoencoderKL:
     """An autoencoder around these very tensors, without a copy.
 
     Raises MissingInputError naming the first tensor that is missing, or of another shape.
