@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(verb=verb, parser=sub)
         return sub
 
-    train = add("train", _train, "Starts a run; the same command again resumes it.")
+    train = add("train", _train_verb, "Starts a run; the same command again resumes it.")
     train.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     train.add_argument("--allow-changes", action="store_true", help="resume with another recipe")
@@ -115,6 +115,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--format", action="append", choices=["safetensors", "ckpt", "diffusers"], help="only this"
     )
     export.add_argument("--images", type=Path, help="photographs that try half precision")
+    export.add_argument(
+        "--family",
+        choices=["sd", "sdxl", "sd3", "flux", "other"],
+        help="models whose VAE it is, if the checkpoint does not know",
+    )
     export.add_argument("--force", action="store_true", help="overwrite files")
 
     inject = add("inject", _inject, "Writes a VAE into a copy of a Stable Diffusion checkpoint.")
@@ -148,6 +153,13 @@ def build_parser() -> argparse.ArgumentParser:
     card.add_argument("--base-model", metavar="OWNER/NAME", help="on the hub; never guessed")
     card.add_argument("--published", action="store_true", help="quote the published scores too")
 
+    push = add("push", _push, "Uploads an export to the Hugging Face hub; a dry run first.")
+    push.add_argument("export", type=Path, help="directory that export wrote")
+    push.add_argument("repository", metavar="OWNER/NAME", help="on the hub; made if needed")
+    push.add_argument("--upload", action="store_true", help="do it; without, only list the files")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--pictures", action="store_true", help="upload strip.png, of photographs")
+
     pack = add("pack", _pack, "Packs a folder of images into WebDataset shards.")
     pack.add_argument("images", type=Path, help="folder, searched recursively")
     pack.add_argument("out", type=Path, help="directory of the shards")
@@ -177,6 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
     settings = add("config", _config, "Shows, compares or explains recipes.")
     settings.add_argument("action", choices=["show", "diff", "schema"])
     settings.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]")
+    settings.add_argument("--markdown", action="store_true", help="schema: print docs/settings.md")
 
     speed = add("benchmark", _benchmark, "Measures a recipe's speed and memory on this machine.")
     speed.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
@@ -196,7 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
 # --- the verbs ------------------------------------------------------------------------------
 
 
-def _train(args: argparse.Namespace) -> int:
+def _train_verb(args: argparse.Namespace) -> int:
     from kl_f8_train import config
 
     if args.dry_run:
@@ -269,6 +282,7 @@ def _export(args: argparse.Namespace) -> int:
         layouts=args.format or LAYOUTS,
         average=args.average,
         pictures=args.images,
+        family=args.family,
         force=args.force,
         say=say,
     )
@@ -368,6 +382,18 @@ def _card(args: argparse.Namespace) -> int:
     return 0
 
 
+def _push(args: argparse.Namespace) -> int:
+    from kl_f8_train.publish import push
+
+    upload = push.plan(args.export, args.repository, args.pictures)
+    print("\n".join(upload.lines()))
+    if args.upload:
+        print(push.push(upload, args.private, print))
+    else:
+        print("a dry run: nothing was uploaded; add --upload to do it")
+    return 0
+
+
 def _pack(args: argparse.Namespace) -> int:
     if not args.images.is_dir():
         raise MissingInputError(f"{args.images}: no such folder; expected one of photographs")
@@ -454,6 +480,15 @@ def _status(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> int:
     from kl_f8_train import config
 
+    if args.markdown:
+        if args.action != "schema":
+            raise UsageError(
+                f"--markdown: config {args.action} has no such page; config schema has"
+            )
+        from kl_f8_train import reference
+
+        print(reference.page(), end="")
+        return 0
     if args.action == "schema":
         for key, kind, default, doc in config.schema():
             print(f"{key}\n    {doc}\n    {kind}; {default}")

@@ -23,7 +23,7 @@ from kl_f8_train.errors import RunFailedError
 from kl_f8_train.output import say
 from kl_f8_train.run.callback import finetuner_of, tolerated
 from kl_f8_train.run.tracking import Trackers
-from kl_f8_train.run_dir import METRICS, MetricsFile, skipped_images
+from kl_f8_train.run_dir import METRICS_FILE, MetricsFile, skipped_images
 from kl_f8_train.units import duration
 
 
@@ -34,7 +34,7 @@ class RunLog(Callback):
         self.run_dir, self.config, self.start, self.plan = run_dir, settings, start, plan
         given = settings.init.iteration
         self.first = start if given is None else given  # iteration at which the run began
-        self.table = MetricsFile(run_dir / METRICS, start)
+        self.table = MetricsFile(run_dir / METRICS_FILE, start)
         self.sums: dict[tuple[str, ...], Tensor] = {}  # names -> (names, 2): sum, and how many
         self.count = 0
         self.skipped: Counter[tuple[str, str]] = Counter()  # (source, reason), on this rank

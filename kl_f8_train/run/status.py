@@ -17,10 +17,11 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import write_text
 from kl_f8_train.run import outcome
 from kl_f8_train.run.curves import Chart, Points, page
+from kl_f8_train.run.outcome import LOST_DB
 from kl_f8_train.run_dir import (
-    CONFIG,
-    METRICS,
-    VALIDATION,
+    CONFIG_FILE,
+    METRICS_FILE,
+    VALIDATION_FILE,
     Row,
     is_claimed,
     newest_checkpoint,
@@ -30,7 +31,6 @@ from kl_f8_train.run_dir import (
 from kl_f8_train.units import counted, duration
 
 SPEED = "images_per_second"
-LOST_DB = 1.0  # of raw PSNR since the start; healthy small runs lost up to 0.8, a bad one 1.5
 RECENT = 0.1  # share of the rows that "lately" means
 ENOUGH_ROWS = 20  # for a judgement on speed and the loss: the start is slow
 SILENT_INTERVALS, SILENT_SECONDS = 5, 120.0  # no news for longer than both: silent
@@ -88,7 +88,7 @@ class Status:
 
 def read_settings(run: Path) -> dict[str, Any]:
     """The run's config.yaml as plain values; MissingInputError if there is none."""
-    file = run / CONFIG
+    file = run / CONFIG_FILE
     if not run.is_dir():
         raise MissingInputError(f"run {run}: no such directory; give the run_dir of a training")
     if not file.is_file():
@@ -137,7 +137,7 @@ def read_status(run: Path, now: float) -> Status:
     """Where a run is at `now`, seconds since the epoch; MissingInputError if it is none."""
     settings = read_settings(run)
     stop, batch = settings["stop_iteration"], settings.get("global_batch") or 1
-    rows = read_rows(run / METRICS)
+    rows = read_rows(run / METRICS_FILE)
     training = [row for row in rows if "decoder_gradient_norm" in row]
     path, saved = newest_checkpoint(run) or (None, None)
     start = _start(settings, rows)
@@ -161,7 +161,7 @@ def read_status(run: Path, now: float) -> Status:
         images_per_second=speed,
         seconds_left=left,
         end_date=_date(now + left) if left else None,
-        last_log_age_seconds=_age([run / METRICS], now),
+        last_log_age_seconds=_age([run / METRICS_FILE], now),
         checkpoint=str(path) if path else None,
         checkpoint_iteration=saved,
         checkpoint_age_seconds=_age([path], now) if path else None,
@@ -171,7 +171,7 @@ def read_status(run: Path, now: float) -> Status:
             *_discriminator_warnings(_lately(training)),
             *_skipped_warnings(run, rows),
             *_row_warnings(settings, rows),
-            *_validation_warnings(read_rows(run / VALIDATION)),
+            *_validation_warnings(read_rows(run / VALIDATION_FILE)),
             *_checkpoint_warnings(settings, iteration, start if saved is None else saved),
         ],
     )
@@ -187,7 +187,7 @@ def _state(run: Path, log_interval_seconds: float, now: float) -> str:
     claimed = is_claimed(run)
     if claimed:
         return "running"
-    news = _age([run / CONFIG, run / METRICS, *run.glob("*/iteration-*")], now) or 0.0
+    news = _age([run / CONFIG_FILE, run / METRICS_FILE, *run.glob("*/iteration-*")], now) or 0.0
     if claimed is False:
         return f"stopped {duration(news)} ago; the same command goes on"
     if news > max(SILENT_SECONDS, SILENT_INTERVALS * log_interval_seconds):
@@ -384,8 +384,8 @@ def describe(status: Status) -> list[str]:
 
 def html(run: Path, status: Status, now: float) -> str:
     """The page: facts, warnings, and a curve for everything that the tables hold."""
-    rows = [r for r in read_rows(run / METRICS) if "decoder_gradient_norm" in r]
-    rows += read_rows(run / VALIDATION)
+    rows = [r for r in read_rows(run / METRICS_FILE) if "decoder_gradient_norm" in r]
+    rows += read_rows(run / VALIDATION_FILE)
     charts = [
         Chart(title, {name: _points(rows, name) for name in columns}, log)
         for title, columns, log in CHARTS

@@ -28,9 +28,9 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from kl_f8_train import config, images, output
+from kl_f8_train import config, facts, images, output
 from kl_f8_train.config import Config, micro_batch
-from kl_f8_train.core.discriminator import Discriminator, initialize
+from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_remedy
 from kl_f8_train.core.model import AutoencoderKL
@@ -46,7 +46,7 @@ from kl_f8_train.data.loading import (
     shard_cache,
 )
 from kl_f8_train.data.plan import Plan
-from kl_f8_train.data.sources import FolderSource, Source, TarSource
+from kl_f8_train.data.sources import FolderSource, ImageSource, TarSource
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import check_writable, write_text
 from kl_f8_train.folders import load_folder
@@ -59,13 +59,19 @@ from kl_f8_train.run.saving import Checkpoints, Signals
 from kl_f8_train.run.tracking import check_tensorboard
 from kl_f8_train.run.validation import Validation
 from kl_f8_train.run.watchdog import Watchdog
-from kl_f8_train.run_dir import CONFIG, best_checkpoint, claimed, list_checkpoints, remove_leftovers
+from kl_f8_train.run_dir import (
+    CONFIG_FILE,
+    best_checkpoint,
+    claimed,
+    list_checkpoints,
+    remove_leftovers,
+)
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
 from kl_f8_train.weights.names import State, check_like
 
-say = rank_zero_only(output.say)
+say_once = rank_zero_only(output.say)
 MOST_TRIED = 64  # images that are tried for the picture strip
 
 
@@ -91,9 +97,9 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
     try:
         finetuner, frozen = start_or_resume(settings, run_dir, allow_changes)
         if finetuner.iteration >= settings.stop_iteration and not finetuner.warmup_left:
-            say(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
+            say_once(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
             return 0
-        plan, sources = open_data(settings, say)
+        plan, sources = open_data(settings, say_once)
         adopt(finetuner, identity.of_data(plan), f"{run_dir}", allow_changes)
         _describe(settings, finetuner, plan, sources)
         run_log = RunLog(run_dir, settings, finetuner.iteration, plan)
@@ -113,14 +119,14 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
         trainer = _trainer(settings, callbacks)
         if trainer.is_global_zero:
             remove_leftovers(run_dir)
-            write_text(run_dir / CONFIG, config.to_yaml(settings))
+            write_text(run_dir / CONFIG_FILE, config.to_yaml(settings))
         with kernels(settings.precision):
             _fit(trainer, Iterations(settings, finetuner, plan, sources), run_log)
     finally:
         signals.restore()
     ended = finetuner.iteration >= settings.stop_iteration and not finetuner.warmup_left
     if signals.received and not ended:  # a signal in the last iteration changes nothing
-        say(
+        say_once(
             f"stopped by signal {signals.received} at iteration {finetuner.iteration:,}, saved; "
             "the same command goes on"
         )
@@ -133,17 +139,17 @@ def _tell_end(run_dir: Path, iteration: int) -> None:
     """The last lines of a run: what it has done to the fixed photographs, and what comes next."""
     there, found = shlex.quote(str(run_dir)), outcome.read(run_dir)
     for line in found.lines() if found else ():
-        say(line)
+        say_once(line)
     warnings = found.warnings() if found else []
     for warning in warnings:
-        say(f"WARNING: {warning}")
+        say_once(f"WARNING: {warning}")
     if not warnings:
         then = f"next: kl-f8-train export {there}"
     elif best_checkpoint(run_dir):
         then = f"in place of its end: kl-f8-train export {there} --best"
     else:
         then = f"before you export it: kl-f8-train status {there} --html status.html"
-    say(f"done: iteration {iteration:,}; {then}")
+    say_once(f"done: iteration {iteration:,}; {then}")
 
 
 def _fit(trainer: Trainer, iterations: "Iterations", run_log: RunLog) -> None:
@@ -189,7 +195,7 @@ class Iterations(LightningDataModule):
     """The iterations that are left, dealt to this rank."""
 
     def __init__(
-        self, settings: Config, finetuner: Finetuner, plan: Plan, sources: Mapping[str, Source]
+        self, settings: Config, finetuner: Finetuner, plan: Plan, sources: Mapping[str, ImageSource]
     ) -> None:
         super().__init__()
         self.settings, self.finetuner = settings, finetuner
@@ -201,7 +207,7 @@ class Iterations(LightningDataModule):
         rank, world = self.trainer.global_rank, self.trainer.world_size
         size = micro_batch(self.settings, world)
         accumulation = self.settings.global_batch // world // size
-        say(
+        say_once(
             f"batch: {counted(world, 'process', 'es')} x "
             f"{counted(size, 'image', 's')} x "
             f"{counted(accumulation, 'micro-batch', 'es')} = {self.settings.global_batch}"
@@ -231,14 +237,14 @@ def start_or_resume(settings: Config, run_dir: Path, allow_changes: bool) -> tup
             checkpoint.stored_identity(contents.metadata)
             checkpoint.check_content(contents)
         except MissingInputError as error:
-            say(f"{error}\n  trying the checkpoint before it")
+            say_once(f"{error}\n  trying the checkpoint before it")
             continue
         changes = config.differences(before, settings)
         _refuse_changes(path, "by another recipe", changes, allow_changes)
         autoencoder = AutoencoderKL(**asdict(settings.model))
         finetuner, program = _build(settings, autoencoder, RunState())
         frozen = checkpoint.restore(finetuner, finetuner.adams, contents)
-        say(f"resuming {path.name}")
+        say_once(f"resuming {path.name}")
         _record_changes(finetuner, changes)
         adopt(finetuner, program, str(path), allow_changes)
         return finetuner, frozen
@@ -274,18 +280,20 @@ def _record_changes(finetuner: Finetuner, changes: list[str]) -> None:
     for change in changes:
         line = " ".join(f"from iteration {finetuner.iteration:,}: {change}".split())
         finetuner.run_state.changes.append(line)
-        say(f"  {line}")
+        say_once(f"  {line}")
 
 
 def _import(settings: Config) -> tuple[Finetuner, str]:
     """A finetuner with the weights of `init.weights`."""
-    contents, weights = weight_file.read_weights(settings.init.weights, settings.init.select)
-    say(f"init: {weight_file.describe(weight_file.report(contents, weights))}")
+    contents, weights = weight_file.read_weights(
+        settings.init.weights, settings.init.select, settings.init.prefix
+    )
+    say_once(f"init: {weight_file.describe(weight_file.report(contents, weights))}")
     iteration = settings.init.iteration
     if iteration is None:
         iteration = contents.iteration
     elif contents.iteration not in (None, iteration):
-        say(
+        say_once(
             f"  init.iteration={iteration} is taken, although the file says {contents.iteration:,}"
             "; leave it out (null) to start from the file's count"
         )
@@ -294,6 +302,8 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
             f"{contents.path} does not tell its iteration; give init.iteration (kl-f8: 246803)"
         )
     check_model(settings, contents, weights.autoencoder)
+    stated = checkpoint.base_facts(contents, weights, settings)
+    say_once(f"  family: {facts.described(stated.family, stated)}")
     bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
     if bad:
         raise MissingInputError(
@@ -304,7 +314,7 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
     run_state = RunState(
         iteration,
         base=checkpoint.base(contents.path),
-        facts=checkpoint.stored_facts(contents, settings),
+        facts=stated,
     )
     finetuner, program = _build(settings, autoencoder, run_state)
     if weights.logvar is not None:
@@ -331,21 +341,30 @@ def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) 
     """Loads the discriminator, or plans its warm-up."""
     if finetuner.discriminator is None or settings.adversarial is None:
         if weights:
-            say("  its discriminator is not used: the recipe has no adversarial term")
+            say_once("  its discriminator is not used: the recipe has no adversarial term")
         return
-    if weights:
+    missing = "no discriminator in it"
+    if weights and settings.init.discriminator == "new":
+        weights, missing = None, "its discriminator is left out (init.discriminator=new)"
+    shape = shape_of(weights) if weights else None
+    if weights and shape is None:
+        weights, missing = None, "its discriminator is of another kind and left out"
+    if weights and shape:
         differ = f"{settings.init.weights}: its discriminator and the recipe's differ"
-        remedy = "Set adversarial.ndf and adversarial.n_layers as the file's"
+        remedy = (
+            f"Set adversarial.ndf={shape[0]} and adversarial.n_layers={shape[1]} as the file's, or "
+            "init.discriminator=new for a new one"
+        )
         check_like(weights, finetuner.discriminator.state_dict(), differ, remedy)
         finetuner.discriminator.load_state_dict(weights)
-        say(
+        say_once(
             "  its discriminator is taken over, as trained against that file's decoder; without "
             "a warm-up, and with new moments for Adam"
         )
         return
     finetuner.run_state.warmup_left = settings.adversarial.warmup_iterations
-    say(
-        "  no discriminator in it: a new one trains alone for "
+    say_once(
+        f"  {missing}: a new one trains alone for "
         f"{finetuner.warmup_left:,} iterations (adversarial.warmup_iterations)"
     )
 
@@ -390,16 +409,16 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
             )
         )
     if local and compute.devices not in (None, local):
-        say(
+        say_once(
             f"{local} processes here, as the launcher started them; compute.devices="
             f"{compute.devices} is for a start without one"
         )
     if accelerator == "cuda" and gpus > per_node:
-        say(f"using {per_node} of {gpus} GPUs here: one for each process the launcher started")
+        say_once(f"using {per_node} of {gpus} GPUs here: one for each process the launcher started")
     cluster = _cluster(launcher)
     if nodes * per_node > 1:
         announce_to_ranks()
-        say(
+        say_once(
             f"waiting for {nodes * per_node} processes at "
             f"{cluster.main_address}:{cluster.main_port}"
         )
@@ -468,13 +487,13 @@ def fixed_photographs(settings: Config, report: Callable[[str], None]) -> list[t
 
 
 def _fixed_images(
-    settings: Config, plan: Plan, sources: Mapping[str, Source]
+    settings: Config, plan: Plan, sources: Mapping[str, ImageSource]
 ) -> list[torch.Tensor]:
     """Those of `log.pictures`, or the first four of the data that can be used, centre-cropped."""
     if not settings.log.pictures_every:
         return []
     if settings.log.pictures is not None:
-        return fixed_photographs(settings, say)
+        return fixed_photographs(settings, say_once)
     size = settings.data.crop
     chosen: list[torch.Tensor] = []
     for position in range(min(MOST_TRIED, plan.batch)):
@@ -484,7 +503,9 @@ def _fixed_images(
         try:
             chosen.append(images.square(sources[name].read(shard, number)[1], size))
         except ImageError as error:
-            say(f"picture strip: {name}/{sources[name].name(shard, number)}: {error}; left out")
+            say_once(
+                f"picture strip: {name}/{sources[name].name(shard, number)}: {error}; left out"
+            )
     return chosen
 
 
@@ -495,7 +516,7 @@ def _describe(
     sources: Mapping[str, TarSource | FolderSource],
 ) -> None:
     for name, source in sources.items():
-        say(f"data: {name}: {'; '.join(source.describe())}; {plan.plans[name].share} a batch")
+        say_once(f"data: {name}: {'; '.join(source.describe())}; {plan.plans[name].share} a batch")
     loss = settings.loss
     label = identity.network_label(finetuner.run_state.identity)
     adversarial = (
@@ -503,15 +524,15 @@ def _describe(
         if settings.adversarial is None
         else f" + {settings.adversarial.weight:g} x adaptive x adversarial"
     )
-    say(f"loss: {loss.pixel} + {loss.perceptual_weight:g} {label}{adversarial}")
-    say(
+    say_once(f"loss: {loss.pixel} + {loss.perceptual_weight:g} {label}{adversarial}")
+    say_once(
         f"iterations: {finetuner.iteration:,} -> {settings.stop_iteration:,}; learning rate "
         f"{settings.optimizer.learning_rate:g}, absolute; EMA decay {settings.ema.decay:g}; "
         f"{settings.precision}"
     )
 
 
-def _places(sources: Mapping[str, Source]) -> list[str]:
+def _places(sources: Mapping[str, ImageSource]) -> list[str]:
     return [source.location(0) for source in sources.values()]
 
 

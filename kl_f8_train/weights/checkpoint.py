@@ -16,10 +16,9 @@ from kl_f8_train.core.hashes import frozen_sha256, tensors_sha256
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import Facts
-from kl_f8_train.files import file_sha256
 from kl_f8_train.run_dir import checkpoint_path
 from kl_f8_train.weights import weight_file
-from kl_f8_train.weights.names import check_like
+from kl_f8_train.weights.names import Weights, check_like
 
 FORMAT = "kl_f8_train.checkpoint.1"
 OPTIMIZERS = ("decoder", "discriminator")
@@ -87,7 +86,7 @@ def stored_config(contents: weight_file.Contents) -> Config:
 
 def base(path: Path) -> dict[str, str]:
     """Name and SHA-256 of the file that a run starts from, for its checkpoints."""
-    return {"base_name": path.name, "base_sha256": file_sha256(path)}
+    return {"base_name": path.name, "base_sha256": weight_file.sha256(path)}
 
 
 def stored_base(metadata: dict[str, str]) -> dict[str, str]:
@@ -97,8 +96,28 @@ def stored_base(metadata: dict[str, str]) -> dict[str, str]:
 
 def stored_facts(contents: weight_file.Contents, settings: Config) -> Facts:
     """What the base of a run stated; of older checkpoints only what their configuration shows."""
-    shape = Facts(norm_num_groups=settings.model.norm_num_groups)
-    return facts.combined(contents.facts, shape)
+    return facts.combined(contents.facts, _shown(settings))
+
+
+def base_facts(contents: weight_file.Contents, weights: Weights, settings: Config) -> Facts:
+    """What a run keeps of what its base states, with `init.family` where it does not.
+
+    Raises UsageError if the two disagree, or if neither names a family although the shape is one
+    that several share.
+    """
+    published = settings.model in (config.KL_F8, config.KL_F8_16)
+    channels = settings.model.embed_dim
+    stated = weight_file.facts_of(contents, weights)
+    try:
+        known = facts.settled(stated, channels, settings.init.family, published)
+    except UsageError as error:
+        raise UsageError(f"{contents.path}: {error}") from error
+    return facts.combined(known, _shown(settings))
+
+
+def _shown(settings: Config) -> Facts:
+    model = settings.model
+    return Facts(norm_num_groups=model.norm_num_groups, use_quant_conv=model.quant_conv)
 
 
 def stored_changes(metadata: dict[str, str]) -> list[str]:
