@@ -7,7 +7,7 @@ that the command line answers without importing torch.
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _HOMES = {  # name -> module, and what it is called there
     "AutoencoderKL": "core.model.AutoencoderKL",
     "Batch": "core.batch.Batch",
