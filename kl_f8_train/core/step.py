@@ -28,7 +28,7 @@ from kl_f8_train.core.finite import (
     Guard,
     Judgement,
     Remembered,
-    Verdict,
+    UpdateFlags,
     finite_images,
     step_plainly,
     step_unless,
@@ -341,14 +341,14 @@ class Finetuner(LightningModule):
             loop.backward(y, gradient.to(y.dtype))
 
     @phase("optimizer")
-    def _step_decoder(self, finite: Tensor, loop: Loop) -> Verdict:
+    def _step_decoder(self, finite: Tensor, loop: Loop) -> UpdateFlags:
         """Steps the decoder, unless a gradient is not finite."""
         if self.logvar.grad is not None:
             average_over_ranks([self.logvar.grad])
         gradients = [p.grad for p in parameters_of(self.decoder_adam) if p.grad is not None]
         norm = norm_of(gradients)
         self.metrics["decoder_gradient_norm"] = norm
-        verdict = Verdict(~norm.isfinite(), finite)
+        verdict = UpdateFlags(~norm.isfinite(), finite)
         step_unless(verdict.bad, self.decoder_adam, loop.step)
         return verdict
 
@@ -361,7 +361,7 @@ class Finetuner(LightningModule):
 
     def _step_discriminator(
         self, batch: Batch, y: Tensor, factor: float, bad: Tensor | None = None
-    ) -> Verdict:
+    ) -> UpdateFlags:
         """Steps the discriminator on each group of images and reconstructions y."""
         if self.config.second_forward:  # the original: new noise, updated decoder
             y = self._decode_without_graph(self.encode(batch, draw=1)[0])

@@ -311,7 +311,7 @@ def _read_safetensors(path: Path, wanted: torch_file.Wanted) -> Contents:
 
 
 def _read_torch(path: Path, wanted: torch_file.Wanted) -> Contents:
-    found = torch_file.read(path, wanted)
+    found = torch_file.read_torch(path, wanted)
     counts = {key: str(value) for key, value in found.counts.items()}
     contents = Contents(
         path, found.tensors, counts, found.container, found.optimizer, found.stubbed
@@ -401,17 +401,17 @@ def write_safetensors(
 def write_torch(path: Path, contents: Mapping[str, Any]) -> None:
     """Writes a torch zip with only the records of torch 1.6, which strict loaders demand."""
     with atomic_path(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as whole:
-        torch.save(_plain(contents), whole)
+        torch.save(_compact(contents), whole)
         with zipfile.ZipFile(whole) as source, zipfile.ZipFile(temporary, "w") as target:
             for entry in source.infolist():
                 if TORCH_1_6.fullmatch(entry.filename):
                     target.writestr(aligned(target, entry.filename), source.read(entry))
 
 
-def _plain(value: Any) -> Any:
+def _compact(value: Any) -> Any:
     """Tensors with memory of their own: torch.save stores a view's whole storage."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _compact(inner) for key, inner in value.items()}
     if not isinstance(value, Tensor):
         return value
     value = value.detach().cpu().contiguous()
