@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pytorch_lightning import LightningDataModule, Trainer
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -36,7 +36,7 @@ from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_remedy
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.run_state import RunState
-from kl_f8_train.core.step import Finetuner
+from kl_f8_train.core.step import Finetuner, bound_to
 from kl_f8_train.data import identity
 from kl_f8_train.data.loading import (
     IterationSampler,
@@ -381,7 +381,9 @@ def _build(
         initialize(discriminator, config.seed)
     network = pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
     program = identity.of_program(network)  # before it is compiled, or moved
-    return Finetuner(config, autoencoder, discriminator, network, run_state), program
+    ours = bound_to(LightningModule)  # whatever else is imported
+    parts = (autoencoder, discriminator, network, run_state)
+    return ours(config, *parts, log_metrics=False), program
 
 
 # --- the trainer ----------------------------------------------------------------------------
@@ -450,7 +452,7 @@ NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if NEW_NAME else "broadcast
 
 
 class _DecoderDDP(DDPStrategy):
-    """DDP over the decoder: the discriminator reduces its own gradients, in one call."""
+    """DDP over the decoder, on the training's own stream."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(
@@ -459,15 +461,6 @@ class _DecoderDDP(DDPStrategy):
             gradient_as_bucket_view=True,
             **NO_BUFFERS,
         )
-
-    def configure_ddp(self) -> None:
-        """Keeps the discriminator out of DDP's buckets."""
-        assert self.model is not None
-        names = ["logvar", ".logvar"]  # DDP calls the model's own parameters by both
-        names += [n for n, _ in self.model.named_parameters() if n.startswith("discriminator.")]
-        names += [n for n, _ in self.model.named_buffers() if n.startswith("discriminator.")]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
-        super().configure_ddp()
 
     def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
         """On the stream of the training: Lightning's own would make it wait in each iteration."""
