@@ -24,6 +24,9 @@ from kl_f8_train.output import say
 def main(arguments: list[str] | None = None) -> int:
     """Runs a verb; returns its exit code: 0, 2 usage, 3 missing input, 4 failed run."""
     parser = build_parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help()
+        return UsageError.exit_code
     args, rest = parser.parse_known_args(arguments)
     if hasattr(args, "overrides") and all("=" in text for text in rest):
         args.overrides += rest  # key=value behind a flag, or written --key=value
@@ -220,6 +223,8 @@ def _train(args: argparse.Namespace) -> int:
     launched(settings.compute.num_nodes)
     if not Path(settings.run_dir).is_dir():
         _must_be_there(settings.init.weights, "init.weights=")
+    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        print(f"{settings.name} in {settings.run_dir}: loading ...", flush=True)
     from kl_f8_train.run.train import train
 
     return train(settings, args.allow_changes)

@@ -61,7 +61,7 @@ def test_go(examined, folder):
     assert found["weights"]["sha256"] == file_sha256(folder / "model.ckpt")
     assert found["settings"]["data.crop"] == {"value": 32, "origin": "yours"}
     assert found["settings"]["adversarial.weight"]["origin"] == "recipe"
-    assert "1 process x 4 images x 1 micro-batch = 4" in told
+    assert "  4 images, at once" in told
     assert "1 x 4 x 1 x 4.5e-06 = 1.8e-05" in told
     assert "with discriminator" in told
     assert not found["cold_iteration"]
@@ -109,7 +109,7 @@ def test_a_run_that_would_resume_is_left_as_it_is(examined, folder):
     )
     assert code == 0
     assert "holds 2 checkpoints: this run would resume" in told
-    assert "1 process x 2 images x 2 micro-batches = 4" in told
+    assert "  4 images, in 2 micro-batches of 2" in told
     assert found["images_total"] == 0
     assert set(found["gradient_audit"]) == {"pixel", "perceptual"}
     assert listing(folder / "resumed") == before

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_f8_train import config, facts, images
+from kl_f8_train import config, facts, images, units
 from kl_f8_train.check import benchmark, cost, origins, scaling
 from kl_f8_train.config import Config
 from kl_f8_train.core import machine, perceptual
@@ -40,6 +40,7 @@ from kl_f8_train.run.train import adopt, check_model, fixed_photographs, start_o
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted, duration, size
+from kl_f8_train.units import speed as rate
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
 from kl_f8_train.weights.names import Weights
 
@@ -206,10 +207,7 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
     report.facts["batch"] = {
         "processes": world, "per_device": micro, "accumulation": parts, "global": batch
     }  # fmt: skip
-    report.tell(
-        f"{counted(world, 'process', 'es')} x {counted(micro, 'image', 's')} x "
-        f"{counted(parts, 'micro-batch', 'es')} = {batch}"
-    )
+    report.tell(units.batch(batch, world, micro))
     here = _memory_here(settings)
     _tell_memory(report, settings, micro, batch // world, here)
     report.tell(
@@ -379,7 +377,7 @@ def _check_source(report: Report, settings: Config, name: str) -> None:
         "colour_profiles": dict(profiles),
         "images_per_second_per_worker": speed,
     }
-    report.tell(f"sample of {count}: {bad} unusable; {speed:.0f} images/s in one process")
+    report.tell(f"sample of {count}: {bad} unusable; {rate(speed)} in one process")
     if bad:
         line = next(sample.skipped[0] for sample in samples if sample.skipped)
         report.remark(f"{name}: {bad} of {count} sampled images cannot be used, as {line}")
@@ -482,7 +480,7 @@ def _try_iteration(
     tried = f"{count} of {micro} images" if count < micro else counted(count, "image", "s")
     report.tell(
         f"{tried} in {seconds:.2f} s{note} on {_device_name(cuda)}: "
-        f"{count / seconds:.3g} images/s; memory at most {size(memory)}"
+        f"{rate(count / seconds)}; memory at most {size(memory)}"
     )
     if not cuda:
         report.remark("time and memory were measured on this machine's CPU, not on a GPU")
@@ -699,7 +697,7 @@ def _tell_scaling(report: Report, settings: Config, world: int) -> None:
 
 def _predicted(found: scaling.Prediction, work: scaling.Workload) -> str:
     parts = [
-        f"{found.images_per_second:.3g} images/s",
+        rate(found.images_per_second),
         *([duration(found.days * 86400)] if found.days else []),
         f"data {size(found.images_per_second * scaling.IMAGE_BYTES)}/s",
     ]

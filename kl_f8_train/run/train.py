@@ -28,7 +28,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from kl_f8_train import config, facts, images, output
+from kl_f8_train import config, facts, images, output, units
 from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
@@ -61,7 +61,6 @@ from kl_f8_train.run.validation import Validation
 from kl_f8_train.run.watchdog import Watchdog
 from kl_f8_train.run_dir import CONFIG, best_checkpoint, claimed, list_checkpoints, remove_leftovers
 from kl_f8_train.transfer import is_remote
-from kl_f8_train.units import counted
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
 from kl_f8_train.weights.names import State, check_like
 
@@ -200,12 +199,7 @@ class Iterations(LightningDataModule):
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
         size = micro_batch(self.settings, world)
-        accumulation = self.settings.global_batch // world // size
-        say(
-            f"batch: {counted(world, 'process', 'es')} x "
-            f"{counted(size, 'image', 's')} x "
-            f"{counted(accumulation, 'micro-batch', 'es')} = {self.settings.global_batch}"
-        )
+        say(f"batch: {units.batch(self.settings.global_batch, world, size)}")
         sampler = IterationSampler(
             self.finetuner.iteration,
             self.settings.stop_iteration,
