@@ -474,7 +474,7 @@ def largest_batch(config: Config, device: torch.device, size: int) -> int:
     if device.type == "cpu":
         pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         room = pages - cost.HEADROOM_BYTES
-        return cost.largest_batch(config, room, element_bytes(config, device))
+        return cost.batch_that_fits(config, room, element_bytes(config, device))
     one_pass = replace(config.compute, compile=False, per_device_batch=2**30)  # whatever is tried
     eager = replace(config, compute=one_pass)
     gc.collect()

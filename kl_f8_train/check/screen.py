@@ -10,15 +10,15 @@ from kl_f8_train.core.perceptual import LABELS
 from kl_f8_train.units import counted, duration, size
 
 
-def lines(facts: Mapping[str, Any], settings: Config) -> Iterator[str]:
+def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
     """The run, its inputs, its speed and its bill; what was not found out is left out."""
-    loss, adversarial = settings.loss, settings.adversarial
-    start = facts.get("start_iteration", settings.init.iteration)
+    loss, adversarial = config.loss, config.adversarial
+    start = facts.get("start_iteration", config.init.iteration)
     begin = "?" if start is None else f"{start:,}"
-    yield f"  run      {settings.name}, iteration {begin} -> {settings.stop_iteration:,}"
+    yield f"  run      {config.name}, iteration {begin} -> {config.stop_iteration:,}"
     if batch := facts.get("batch"):
         dealt = units.batch(batch["global"], batch["processes"], batch["per_device"])
-        yield f"  batch    {dealt}; learning rate {settings.optimizer.learning_rate:g}, absolute"
+        yield f"  batch    {dealt}; learning rate {config.optimizer.learning_rate:g}, absolute"
     if weights := facts.get("weights"):
         critic = "with" if weights["discriminator"] else "no"
         shape = (weights["not_kl_f8"] and "not kl-f8's shape") or "kl-f8's shape"
@@ -36,7 +36,7 @@ def lines(facts: Mapping[str, Any], settings: Config) -> Iterator[str]:
         memory = size(facts["memory_bytes"])
         yield f"  speed    {units.speed(1 / seconds)} on {facts['device']}, {memory}{cold}"
     if (total := facts.get("images_total")) is not None:
-        yield f"  bill     {_bill(facts, settings, total)}"
+        yield f"  bill     {_bill(facts, config, total)}"
     if predicted := facts.get("predicted"):
         times = ", ".join(f"{name} {duration(days * 86400)}" for name, days in predicted.items())
         yield f"           predicted for {facts['batch']['processes']} of each: {times}"
@@ -45,9 +45,9 @@ def lines(facts: Mapping[str, Any], settings: Config) -> Iterator[str]:
         yield f"  disk     {needed} for {counted(kept, 'checkpoint', 's')}; {free} free"
 
 
-def _bill(facts: Mapping[str, Any], settings: Config, images: int) -> str:
-    iterations = images // settings.global_batch
-    text = f"{counted(iterations, 'iteration', 's')} x {settings.global_batch} = {images:,} images"
+def _bill(facts: Mapping[str, Any], config: Config, images: int) -> str:
+    iterations = images // config.global_batch
+    text = f"{counted(iterations, 'iteration', 's')} x {config.global_batch} = {images:,} images"
     if facts.get("days") is None:
         return text
     end = str(facts["end_date"] or "after the year 9999").replace("T", " ")[:16]

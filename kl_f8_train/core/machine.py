@@ -127,7 +127,7 @@ def with_remedy() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        remedy = _remedy(error)
+        remedy = _remedy_for(error)
         if remedy is None:
             raise
         raise RunFailedError(f"{str(error).splitlines()[0]}\n{remedy}") from error
@@ -139,7 +139,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, known) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
-def _remedy(error: Exception) -> str | None:
+def _remedy_for(error: Exception) -> str | None:
     """What helps against a failure of memory or of the compiler; None for any other."""
     if is_out_of_memory(error):
         return (
