@@ -120,7 +120,23 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["sd", "sdxl", "sd3", "flux", "other"],
         help="models whose VAE it is, if the checkpoint does not know",
     )
+    export.add_argument(
+        "--fp16-safe",
+        action=argparse.BooleanOptionalAction,
+        help="rescale the decoder, exactly, so that fp16 does not overflow (where it would)",
+    )
     export.add_argument("--force", action="store_true", help="overwrite files")
+
+    safe = add("fp16-safe", _fp16_safe, "Rescales a VAE's decoder, exactly, for fp16.")
+    safe.add_argument("weights", help="file, diffusers folder, run directory or hub id")
+    safe.add_argument("--out", type=Path, help="directory to write (NAME-fp16-safe)")
+    safe.add_argument("--images", type=Path, help="photographs that try half precision")
+    safe.add_argument(
+        "--family",
+        choices=["sd", "sdxl", "sd3", "flux", "other"],
+        help="models whose VAE it is, if the file does not show it",
+    )
+    safe.add_argument("--force", action="store_true", help="overwrite files")
 
     inject = add("inject", _inject, "Writes a VAE into a copy of a Stable Diffusion checkpoint.")
     inject.add_argument("vae", type=Path, help="any VAE file, or a run directory (its EMA)")
@@ -282,9 +298,20 @@ def _export(args: argparse.Namespace) -> int:
         average=args.average,
         pictures=args.images,
         family=args.family,
+        fp16_safe=args.fp16_safe,
         force=args.force,
         say=say,
     )
+    return 0
+
+
+def _fp16_safe(args: argparse.Namespace) -> int:
+    _must_be_there(args.weights)
+    if args.images and not args.images.is_dir():
+        raise MissingInputError(f"--images {args.images}: no such folder; give photographs")
+    from kl_f8_train.publish.export import make_fp16_safe
+
+    make_fp16_safe(args.weights, args.out, args.images, args.family, args.force, say)
     return 0
 
 

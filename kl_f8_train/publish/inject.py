@@ -56,6 +56,7 @@ def inject(vae: Path, into: Path, out: Path, force: bool = False) -> list[str]:
     if out.exists() and not force:
         raise UsageError(f"{out} exists; nothing was written. Give --force, or another --out")
     source, weights = weight_file.read_weights(vae)
+    weight_file.check_finite(source, weights.autoencoder)
     is_zip = into.is_file() and zipfile.is_zipfile(into)
     places = _zip_places(into) if is_zip else _safetensors_places(into)
     parts = tuple(f"{PREFIX}{part}" for part in names.AUTOENCODER_PARTS)

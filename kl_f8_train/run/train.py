@@ -298,11 +298,7 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
     check_model(settings, contents, weights.autoencoder)
     stated = checkpoint.base_facts(contents, weights, settings)
     say(f"  family: {facts.described(stated.family, stated)}")
-    bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
-    if bad:
-        raise MissingInputError(
-            f"{contents.path}: {len(bad)} tensors are not finite, {bad[0]} first; get another copy"
-        )
+    weight_file.check_finite(contents, weights.autoencoder)
     autoencoder = AutoencoderKL(**asdict(settings.model))
     autoencoder.load_state_dict(weights.autoencoder)
     run_state = RunState(

@@ -191,6 +191,16 @@ PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def check_finite(contents: Contents, state: Mapping[str, Tensor]) -> None:
+    """Raises MissingInputError if a tensor of a file holds NaN or infinity."""
+    bad = [key for key, value in state.items() if not bool(value.float().isfinite().all())]
+    if bad:
+        raise MissingInputError(
+            f"{contents.path}: {len(bad)} tensors are not finite, {bad[0]} first: NaN or infinity, "
+            "as a failed merge or conversion leaves it; get another copy"
+        )
+
+
 def published_shape(weights: Weights) -> str | None:
     """The name of a file's shape, if it is a published one."""
     for name, arguments in PUBLISHED_SHAPES.items():
