@@ -59,11 +59,11 @@ def export(
     `average`, or with `raw` its raw weights are taken. `dtype` is that of the single files;
     diffusers/ always holds float32 and the fp16 variant. `family` says whose VAE it is where the
     checkpoint does not know, as those of older versions. With `fp16_safe` the decoder is rescaled
-    so that it does not overflow in half precision; None: where it would. With `force` the weight files of an
-    earlier export that this one does not have are removed. Returns the directory. Raises UsageError
-    if a file exists and not `force`, or if `out` is a run directory; MissingInputError if there is
-    no training checkpoint; RunFailedError if a written file does not read back as what was
-    exported.
+    so that it does not overflow in half precision; None: where it would. With `force` the weight
+    files of an earlier export that this one does not have are removed. Returns the directory.
+    Raises UsageError if a file exists and not `force`, or if `out` is a run directory;
+    MissingInputError if there is no training checkpoint; RunFailedError if a written file does not
+    read back as what was exported.
     """
     if raw and average:
         raise UsageError(

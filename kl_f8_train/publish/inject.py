@@ -83,6 +83,7 @@ def inject(vae: Path, into: Path, out: Path, force: bool = False) -> list[str]:
                 raise RunFailedError(f"{key} does not read back as written")
     types = sorted({str(place.dtype).removeprefix("torch.") for place in places.values()})
     return [
+        *weight_file.quality(source, weights),
         *lines,
         f"{len(tensors)} tensors of {source.path} written as {', '.join(types)}, read back equal; "
         "everything else is copied as it was",
