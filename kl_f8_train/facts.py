@@ -14,10 +14,10 @@ from typing import Any
 
 from kl_f8_train.errors import MissingInputError, UsageError
 
-PREFIX = "kl_f8_train."  # of our keys in a safetensors file's metadata
+METADATA_PREFIX = "kl_f8_train."  # of our keys in a safetensors file's metadata
 ENTRY = "architecture"  # of a torch file, beside its state_dict
 GROUPS = 32  # of every GroupNorm, in every published autoencoder of this form
-CHANNELS = 2048  # the most that a list may have, and the most groups
+MOST_CHANNELS = 2048  # the most that a list may have, and the most groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,9 @@ class Facts:
 
     def metadata(self) -> dict[str, str]:
         """`stated` as metadata of a safetensors file, which are strings."""
-        return {f"{PREFIX}{name}": json.dumps(value) for name, value in self.stated().items()}
+        return {
+            f"{METADATA_PREFIX}{name}": json.dumps(value) for name, value in self.stated().items()
+        }
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def from_values(values: Mapping[str, Any]) -> Facts:
         value = values.get(name)
         if value is None:
             continue
-        accepts, expected = EXPECTED[name]
+        accepts, expected = ACCEPTED[name]
         if not accepts(value):
             raise MissingInputError(f"it states {name}={str(value)[:80]}; expected {expected}")
         found[name] = tuple(value) if isinstance(value, list | tuple) else value
@@ -106,8 +108,8 @@ def from_metadata(metadata: Mapping[str, str]) -> Facts:
 
     Raises MissingInputError if one is not what it should be.
     """
-    texts = {name: metadata.get(f"{PREFIX}{name}", metadata.get(name)) for name in NAMES}
-    texts["family"] = metadata.get(f"{PREFIX}family")  # a plain "family" may mean anything
+    texts = {name: metadata.get(f"{METADATA_PREFIX}{name}", metadata.get(name)) for name in NAMES}
+    texts["family"] = metadata.get(f"{METADATA_PREFIX}family")  # a plain "family" may mean anything
     return from_values({name: _parsed(text) for name, text in texts.items() if text is not None})
 
 
@@ -183,19 +185,21 @@ def _is_number(value: Any) -> bool:
 
 def _are_numbers(value: Any) -> bool:
     return (
-        isinstance(value, list | tuple) and len(value) <= CHANNELS and all(map(_is_number, value))
+        isinstance(value, list | tuple)
+        and len(value) <= MOST_CHANNELS
+        and all(map(_is_number, value))
     )
 
 
-EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "family": (
         lambda value: value in (*FAMILIES, OTHER),
         f"one of {', '.join((*FAMILIES, OTHER))}",
     ),
     "use_quant_conv": (lambda value: type(value) is bool, "true or false"),
     "norm_num_groups": (
-        lambda value: _is_whole(value) and value <= CHANNELS,
-        f"a whole number, 1 to {CHANNELS}",
+        lambda value: _is_whole(value) and value <= MOST_CHANNELS,
+        f"a whole number, 1 to {MOST_CHANNELS}",
     ),
     "scaling_factor": (lambda value: _is_number(value) and value > 0, "a number above 0"),
     "shift_factor": (_is_number, "a number"),

@@ -3,7 +3,10 @@
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+Say = Callable[[str], None]  # prints a line, or keeps it
+Progress = Callable[[int, int], None]  # (done, all)
 
 
 def say(line: str, aside: bool = False) -> None:

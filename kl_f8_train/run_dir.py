@@ -14,7 +14,7 @@ from typing import Any
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.files import atomic_path
 
-CONFIG, METRICS, VALIDATION = "config.yaml", "metrics.csv", "validation.csv"
+CONFIG_FILE, METRICS_FILE, VALIDATION_FILE = "config.yaml", "metrics.csv", "validation.csv"
 NAME = re.compile(r"iteration-(\d{9})(-warmup-\d{6})?\.safetensors$")
 CLAIM = ".claim"  # of the process that trains in a run directory
 
@@ -150,11 +150,11 @@ def read_rows(path: Path) -> list[Row]:
     except FileNotFoundError:
         return []
     whole = text[: text.rfind("\n") + 1].replace("\0", "")  # a last line may be half written
-    rows = (_numbers(row) for row in csv.DictReader(whole.splitlines()))
+    rows = (_parsed(row) for row in csv.DictReader(whole.splitlines()))
     return [row for row in rows if "iteration" in row]
 
 
-def _numbers(row: Mapping[str | Any, str | Any]) -> Row:
+def _parsed(row: Mapping[str | Any, str | Any]) -> Row:
     found: Row = {}
     for key, value in row.items():
         try:

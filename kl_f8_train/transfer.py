@@ -33,7 +33,7 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import atomic_path
 from kl_f8_train.lifetime import guarded
 
-BLOCK = 1 << 20  # bytes
+BLOCK_BYTES = 1 << 20  # bytes
 MAX_PAUSE_SECONDS = 30.0  # between two attempts
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}  # what fsspec needs
 FINAL = re.compile(  # what clients print when trying again is of no use
@@ -173,7 +173,7 @@ def _http_blocks(url: str, timeout: float) -> Generator[bytes, None, None]:
         with urllib.request.urlopen(request, timeout=timeout) as response:
             announced: int | None = response.length  # None if the server does not say
             total = 0
-            while total != announced and (block := response.read1(BLOCK)):
+            while total != announced and (block := response.read1(BLOCK_BYTES)):
                 total += len(block)
                 yield block
     except urllib.error.HTTPError as error:
@@ -224,7 +224,7 @@ def _command(url: str, scheme: str) -> list[str]:
         return [shell, "-o", "pipefail", "-c", command] if shell else ["sh", "-c", command]
     package = PACKAGES[scheme]
     if all(importlib.util.find_spec(name) for name in ("fsspec", package)):
-        return [sys.executable, "-P", "-c", _FSSPEC, url, str(4 * BLOCK)]
+        return [sys.executable, "-P", "-c", _FSSPEC, url, str(4 * BLOCK_BYTES)]
     client = shutil.which("aws")
     if scheme == "s3" and client:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -272,7 +272,7 @@ def _pipe_blocks(descriptor: int, timeout: float) -> Iterator[bytes]:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     while poll.poll(timeout * 1000):
-        block = os.read(descriptor, BLOCK)
+        block = os.read(descriptor, BLOCK_BYTES)
         if not block:
             return
         yield block

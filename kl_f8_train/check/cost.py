@@ -18,7 +18,7 @@ PERCEPTUAL_PARAMETERS = {"lpips_vgg": 14_716_160, "st_lpips_alex": 2_470_848}
 # Kept for the backward pass, in bytes a pixel and image, measured by saved_tensors_hooks.
 PERCEPTUAL_BYTES = {"lpips_vgg": 2440, "st_lpips_alex": 1409}
 # float32, or under CUDA's autocast: normalisation and swish keep float32, the convolution bfloat16.
-ELEMENT_BYTES = {"float32": 4.0, "bfloat16": 10 / 3}
+ELEMENT_BYTES = {"float32": 4.0, "tf32": 4.0, "bfloat16": 10 / 3}
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def peak_bytes(config: Config, batch: int, element_bytes: float | None = None) -
     return state_bytes(config) + kept + batch * working
 
 
-def largest_batch(config: Config, room_bytes: float, element_bytes: float | None = None) -> int:
+def batch_that_fits(config: Config, room_bytes: float, element_bytes: float | None = None) -> int:
     """Images per micro-batch that fit into `room_bytes`, by `peak_bytes`."""
     first, second = (peak_bytes(config, batch, element_bytes) for batch in (0, 1))
     return max(0, int((room_bytes - first) // (second - first)))
@@ -176,7 +176,7 @@ def largest_divisor(
 
     0 if not even one image fits.
     """
-    most = min(share, largest_batch(config, room_bytes, element_bytes))
+    most = min(share, batch_that_fits(config, room_bytes, element_bytes))
     return max((n for n in range(1, most + 1) if share % n == 0), default=0)
 
 

@@ -18,7 +18,7 @@ from torch.optim import Adam
 from kl_f8_train.config import Config, divisor_up_to
 from kl_f8_train.core import machine
 from kl_f8_train.core.discriminator import Discriminator
-from kl_f8_train.core.finite import Verdict, finite_images, step_unless
+from kl_f8_train.core.finite import UpdateFlags, finite_images, step_unless
 from kl_f8_train.core.gradients import average_over_ranks, build_adam, frozen, mean_of_each, norm_of
 from kl_f8_train.core.losses import (
     adaptive_weight,
@@ -136,7 +136,7 @@ class Adversary:
         groups: int,
         factor: float,
         bad: Tensor | None = None,
-    ) -> tuple[Verdict, dict[str, Tensor]]:
+    ) -> tuple[UpdateFlags, dict[str, Tensor]]:
         """One step on (x, y without a graph) of each group; returns its verdict and figures.
 
         It is left out if a gradient is not finite, or if the decoder's update was `bad`.
@@ -145,7 +145,7 @@ class Adversary:
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         average_over_ranks([*gradients, terms["discriminator_loss"]])
         norm = norm_of([*gradients, 0.0 * terms["discriminator_loss"]])  # its loss counts, too
-        verdict = Verdict(~norm.isfinite(), finite)
+        verdict = UpdateFlags(~norm.isfinite(), finite)
         with phase("optimizer"):
             step_unless(verdict.bad if bad is None else verdict.bad | bad, self.adam)
         return verdict, terms | {"discriminator_gradient_norm": norm}

@@ -42,7 +42,7 @@ class HostCopy:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class UpdateFlags:
     """One network's update: `bad`, bool, alike on all ranks; `finite`, this rank's images (B,)."""
 
     bad: Tensor
@@ -52,7 +52,7 @@ class Verdict:
 class Judgement:
     """The verdicts over one iteration, by network, on their way to the host."""
 
-    def __init__(self, iteration: int, keys: list[str], verdicts: dict[str, Verdict]) -> None:
+    def __init__(self, iteration: int, keys: list[str], verdicts: dict[str, UpdateFlags]) -> None:
         self.iteration, self.keys, self._networks = iteration, keys, list(verdicts)
         flags = [torch.cat([v.bad.view(1), v.finite]) for v in verdicts.values()]
         self._flags = HostCopy(torch.stack(flags))  # (networks, 1 + B)

@@ -33,8 +33,8 @@ from kl_f8_train.transfer import (
 )
 
 LEFTOVER_SECONDS = 3600.0  # a temporary file as old as this belongs to nobody
-ENTRY = re.compile(r"[0-9a-f]{16}-.*")
-PART = re.compile(r"\.+([0-9a-f]{16}-.*?)(?:\.json)?\.\d+-[0-9a-f]+\.part")
+CACHED_NAME = re.compile(r"[0-9a-f]{16}-.*")
+PART_NAME = re.compile(r"\.+([0-9a-f]{16}-.*?)(?:\.json)?\.\d+-[0-9a-f]+\.part")
 
 
 class ShardCache:
@@ -164,10 +164,10 @@ class ShardCache:
             total = incoming
             files: list[tuple[float, int, Path]] = []
             for name, used, size in _listing(self.root):
-                if ENTRY.fullmatch(name):
+                if CACHED_NAME.fullmatch(name):
                     files.append((used, size, self.root / name))
                     total += size
-                elif PART.fullmatch(name):
+                elif PART_NAME.fullmatch(name):
                     total += size
             for _, size, path in sorted(files):
                 if total <= self.max_bytes:
@@ -315,7 +315,7 @@ def _listing(root: Path) -> Iterator[tuple[str, float, int]]:
 def _remove_leftovers(root: Path) -> None:
     """Unlinks old temporary files that no living process writes."""
     for name, written, _ in _listing(root):
-        match = PART.fullmatch(name)
+        match = PART_NAME.fullmatch(name)
         if match and time.time() - written > LEFTOVER_SECONDS:
             lock = hidden_beside(root / match[1], "lock")
             with (

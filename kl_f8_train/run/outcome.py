@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kl_f8_train.run_dir import VALIDATION, Row, read_rows
+from kl_f8_train.run_dir import VALIDATION_FILE, Row, read_rows
 
 NOISE_DB, NOISE_SHARE = 0.02, 0.005  # smaller changes are not worth a word
 LOST_DB = 1.0  # healthy small runs lost up to 0.8 dB of raw PSNR, a ruined one 1.5
@@ -75,7 +75,7 @@ def compare(rows: Sequence[Row]) -> Outcome | None:
 
 def read(run_dir: Path, until: int | None = None) -> Outcome | None:
     """The outcome of a run, up to an iteration; None if it was not validated twice."""
-    rows = read_rows(run_dir / VALIDATION)
+    rows = read_rows(run_dir / VALIDATION_FILE)
     return compare([row for row in rows if until is None or row["iteration"] <= until])
 
 

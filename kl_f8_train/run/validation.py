@@ -15,7 +15,7 @@ from kl_f8_train.files import atomic_path
 from kl_f8_train.run.callback import finetuner_of, tolerated
 from kl_f8_train.run.log import RunLog
 from kl_f8_train.run.outcome import badness
-from kl_f8_train.run_dir import VALIDATION, MetricsFile
+from kl_f8_train.run_dir import VALIDATION_FILE, MetricsFile
 
 KeepBest = Callable[[Trainer, Finetuner], None]  # saves the best checkpoint so far
 COLOURS = ("red", "green", "blue", "saturation")
@@ -39,7 +39,7 @@ class Validation(Callback):
         self.folder, self.every, self.fixed = run_dir / "pictures", every, fixed
         self.run_log, self.keep_best = run_log, keep_best
         self.stop = run_log.config.stop_iteration
-        self.table = MetricsFile(run_dir / VALIDATION, run_log.start - 1)
+        self.table = MetricsFile(run_dir / VALIDATION_FILE, run_log.start - 1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates the start."""

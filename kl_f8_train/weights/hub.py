@@ -13,13 +13,13 @@ FILES = tuple(
         *("fp16.safetensors", "fp16.bin"),
     )
 )
-SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".zip")
+WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".zip")
 SECONDS = 5.0  # for the hub's first answer; its own retries would take 23
 
 
 def is_id(text: str) -> bool:
     """Whether `text` looks like `stabilityai/sd-vae-ft-mse`, and not like a file or a run here."""
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) or text.endswith(SUFFIXES):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) or text.endswith(WEIGHT_SUFFIXES):
         return False
     return not Path(text).parent.is_dir()
 

@@ -211,7 +211,7 @@ def recognise(
     return Weights(
         layout=_layout_name(state, places, raw or ema, inner or parts["ema"]),
         autoencoder=autoencoder,
-        discriminator=_below(inner, DISCRIMINATOR) or None,
+        discriminator=_stripped(inner, DISCRIMINATOR) or None,
         logvar=_scalar(inner.get(LOGVAR)),
         ema_scalars={k: float(v) for k, v in scalars.items() if v is not None},
         dropped=dropped,
@@ -283,8 +283,8 @@ def _scalar(tensor: Tensor | None) -> Tensor | None:
 
 
 def _from_training(state: Mapping[str, Tensor], select: str) -> Weights:
-    autoencoder = _below(state, "autoencoder.")
-    ema = _below(state, "ema.")
+    autoencoder = _stripped(state, "autoencoder.")
+    ema = _stripped(state, "ema.")
     if select == "ema":
         unknown = sorted(ema.keys() - autoencoder.keys())
         if unknown or not ema:
@@ -296,7 +296,7 @@ def _from_training(state: Mapping[str, Tensor], select: str) -> Weights:
     return Weights(
         layout=f"training checkpoint ({'EMA' if select == 'ema' else 'raw'} weights)",
         autoencoder=autoencoder,
-        discriminator=_below(state, "discriminator.") or None,
+        discriminator=_stripped(state, "discriminator.") or None,
         logvar=_scalar(state.get("logvar")),
     )
 
@@ -530,5 +530,5 @@ def _is_attention_weight(key: str) -> bool:
     return bool(re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", key))
 
 
-def _below(state: Mapping[str, Tensor], prefix: str) -> State:
+def _stripped(state: Mapping[str, Tensor], prefix: str) -> State:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

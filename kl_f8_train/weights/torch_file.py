@@ -32,16 +32,16 @@ from kl_f8_train.facts import ENTRY
 
 Wanted = Callable[[Collection[str]], Collection[str]]
 
-MAGIC = 0x1950A86A20F9469CFC6C  # the older format begins with this number, pickled
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the older format begins with this number, pickled
 OPERATIONS = 300_000  # a tensor takes about 40; a whole Stable Diffusion has 2,000
 DEPTH = 100
 PICKLE_BYTES = 64 << 20
 DIRECTORY_BYTES = 4 << 20  # of a zip: about 40,000 entries
 UNPACKED = 10  # how much larger than a zip the file inside may be
-CHUNK = 8 << 20
+READ_BYTES = 8 << 20
 OPTIMIZER = re.compile(r"optim|lr_sched|scheduler|scaler", re.IGNORECASE)  # keys not searched
 
-DTYPES = {
+STORAGE_DTYPES = {
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16,
@@ -76,8 +76,8 @@ PLAIN = {
     *LATER,
     "torch.Size",
     "torch.device",
-    *(f"torch.{name}" for name in DTYPES),
-    *(str(dtype) for dtype in DTYPES.values()),
+    *(f"torch.{name}" for name in STORAGE_DTYPES),
+    *(str(dtype) for dtype in STORAGE_DTYPES.values()),
     *(f"builtins.{name}" for name in ("set", "frozenset", "dict", "list", "tuple", "bytearray")),
     *(f"builtins.{name}" for name in ("int", "float", "str", "bool", "long", "unicode")),
 }
@@ -107,7 +107,7 @@ class TorchFile:
     stated: dict[str, Any]  # plain values of the entry `architecture`
 
 
-def read(path: Path, wanted: Wanted, inside: bool = False) -> TorchFile:
+def read_torch(path: Path, wanted: Wanted, inside: bool = False) -> TorchFile:
     """Reads a torch file; `wanted` picks the names to load from all names.
 
     Raises MissingInputError if it holds something else, and any exception if it is broken.
@@ -225,7 +225,7 @@ def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
     total = file.total()
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         pickled = _Pickle(data)
-        if pickled.load() != MAGIC:
+        if pickled.load() != LEGACY_MAGIC:
             raise MissingInputError("a pickle, but none of torch's; expected weights")
         pickled.load()
         system = pickled.load()
@@ -260,14 +260,14 @@ def _read_inside(archive: zipfile.ZipFile, total: int, wanted: Wanted) -> TorchF
     with tempfile.NamedTemporaryFile(prefix="kl_f8_train-") as unpacked:
         try:
             with archive.open(entry) as member:
-                shutil.copyfileobj(member, unpacked, CHUNK)
+                shutil.copyfileobj(member, unpacked, READ_BYTES)
             unpacked.flush()
         except OSError as error:
             raise MissingInputError(
                 f"unpacking its {entry.filename} takes {entry.file_size:,} bytes in "
                 f"{tempfile.gettempdir()}: {error}. Set TMPDIR to a place with room"
             ) from error
-        result = read(Path(unpacked.name), wanted, inside=True)
+        result = read_torch(Path(unpacked.name), wanted, inside=True)
     result.container = f"{result.container}, {entry.filename} in a zip"
     return result
 
@@ -573,7 +573,7 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
             raise ValueError("a storage without a type, key and length")
         if count < 0 or any(view is not None for view in views):
             raise ValueError(f"storage {key} of a form that torch no longer writes")
-        dtype = torch.uint8 if kind == UNTYPED else DTYPES[kind.removeprefix("torch.")]
+        dtype = torch.uint8 if kind == UNTYPED else STORAGE_DTYPES[kind.removeprefix("torch.")]
         storage = _Storage(key, dtype, count)
         self.storages.setdefault(key, storage)
         return storage

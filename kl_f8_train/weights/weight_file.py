@@ -28,7 +28,7 @@ from torch import Tensor
 from kl_f8_train import facts
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.errors import MissingInputError
+from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.facts import Facts
 from kl_f8_train.files import atomic_path, file_sha256
 from kl_f8_train.run_dir import list_checkpoints
@@ -366,7 +366,7 @@ def _read_safetensors(path: Path, wanted: torch_file.Wanted) -> Contents:
 
 
 def _read_torch(path: Path, wanted: torch_file.Wanted) -> Contents:
-    found = torch_file.read(path, wanted)
+    found = torch_file.read_torch(path, wanted)
     counts = {key: str(value) for key, value in found.counts.items()}
     contents = Contents(
         path, found.tensors, counts, found.container, found.optimizer, found.stubbed
@@ -453,20 +453,35 @@ def write_safetensors(
             raise OSError(str(error)) from error
 
 
+def save_autoencoder(model: AutoencoderKL, path: str | Path) -> None:
+    """Writes an autoencoder with CompVis' names: .safetensors, or .ckpt for older loaders.
+
+    Raises UsageError for another suffix.
+    """
+    path, state = Path(path), model.state_dict()
+    groups = Facts(norm_num_groups=model.decoder.norm_out.num_groups)
+    if path.suffix == ".safetensors":
+        write_safetensors(path, state, groups.metadata())
+    elif path.suffix == ".ckpt":
+        write_torch(path, {"state_dict": state})
+    else:
+        raise UsageError(f"{path}: an autoencoder is saved as .safetensors or .ckpt")
+
+
 def write_torch(path: Path, contents: Mapping[str, Any]) -> None:
     """Writes a torch zip with only the records of torch 1.6, which strict loaders demand."""
     with atomic_path(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as whole:
-        torch.save(_plain(contents), whole)
+        torch.save(_compact(contents), whole)
         with zipfile.ZipFile(whole) as source, zipfile.ZipFile(temporary, "w") as target:
             for entry in source.infolist():
                 if TORCH_1_6.fullmatch(entry.filename):
                     target.writestr(aligned(target, entry.filename), source.read(entry))
 
 
-def _plain(value: Any) -> Any:
+def _compact(value: Any) -> Any:
     """Tensors with memory of their own: torch.save stores a view's whole storage."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _compact(inner) for key, inner in value.items()}
     if not isinstance(value, Tensor):
         return value
     value = value.detach().cpu().contiguous()
