@@ -16,7 +16,7 @@ from pathlib import Path
 from tarfile import is_tarfile
 from typing import TYPE_CHECKING
 
-from kl_f8_train import __version__
+from kl_f8_train import __version__, shipped
 from kl_f8_train.errors import MissingInputError, UsageError, UserError
 from kl_f8_train.launch import end_children, launched
 from kl_f8_train.lifetime import end_with_launcher
@@ -152,6 +152,9 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--device", type=_device, help="cpu or cuda")
     score.add_argument("--batch-size", type=_positive, default=16, help="on a GPU; a CPU takes 1")
     score.add_argument("--compare", nargs=2, metavar=("A", "B"), help="is B better than A?")
+    score.add_argument(
+        "--baselines", action="store_true", help="add the rows mean colour and 8 x 8 means"
+    )
 
     card = add("card", _card, "Writes the model card of an export, with measured numbers only.")
     card.add_argument("export", type=Path, help="directory that export wrote")
@@ -209,7 +212,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo = add("demo", _demo, "Runs the whole chain in minutes on a CPU.")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
-    demo.add_argument("--training", help="shards in place of scikit-image's photographs")
+    demo.add_argument("--training", help="shards in place of the package's photographs")
     demo.add_argument("--held-out", type=Path, help="folder of photographs to score on")
     demo.add_argument("--length", type=_above_zero, default=1.0, help="multiplies the iterations")
     return parser
@@ -294,7 +297,8 @@ def _examine_briefly(
 def _must_be_there(weights: str, key: str = "") -> None:
     from kl_f8_train.weights import hub
 
-    if not Path(weights).exists() and not hub.is_id(weights):
+    here = weights == shipped.NAME or Path(weights).exists()
+    if not here and not hub.is_id(weights):
         raise MissingInputError(
             f"{key}{weights}: no such file; expected a weight file, a diffusers folder, a run "
             "directory or a hub id OWNER/NAME"
@@ -364,6 +368,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             device=args.device,
             batch_size=args.batch_size,
             progress=progress,
+            with_baselines=args.baselines,
         )
     if result is not None:  # on the first rank: the files are there once
         for verdict in report.write_comparison(args.out, *args.compare) if args.compare else ():
