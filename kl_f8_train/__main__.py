@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import errno
+import io
 import json
 import os
 import re
@@ -21,6 +23,9 @@ from kl_f8_train.lifetime import end_with_launcher
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a verb; returns its exit code: 0, 2 usage, 3 missing input, 4 failed run."""
+    for stream in (sys.stdout, sys.stderr):  # names may hold what the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
     args, rest = parser.parse_known_args(arguments)
     if hasattr(args, "overrides") and all("=" in text for text in rest):
@@ -48,6 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _told(error: OSError) -> str:
+    if "temporary directory" in str(error):
+        return f"{error.strerror or error}; set TMPDIR to a directory that can be written"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{error.strerror}; raise the limit of open files: `ulimit -n 4096`"
+    if error.errno in (errno.ENOMEM, errno.EAGAIN):
+        return f"{error.strerror}; raise the limits of memory and processes (`ulimit -v`, `-u`)"
     where = f"{error.filename}: " if error.filename else ""
     return (
         f"{where}{error.strerror or error}; check that the place is there, may be written, and has "

@@ -31,6 +31,7 @@ from kl_f8_train.core.losses import generator_loss, reconstruction_loss
 from kl_f8_train.core.model import FROZEN
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data import identity
+from kl_f8_train.data.handover import FEW_FILES, raise_open_files, shared_memory_note
 from kl_f8_train.data.loading import PositionDataset, collate, open_data
 from kl_f8_train.data.sources import Source
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError, UserError
@@ -210,6 +211,11 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
         f"{counted(world, 'process', 'es')} x {counted(micro, 'image', 's')} x "
         f"{counted(parts, 'micro-batch', 'es')} = {batch}"
     )
+    processes = world // (settings.compute.num_nodes or 1)
+    if note := shared_memory_note(settings, batch // world, processes):
+        report.remark(note)
+    if (files := raise_open_files()) < FEW_FILES:
+        report.remark(f"only {files} files may be open; raise it (`ulimit -n 4096`)")
     here = _memory_here(settings)
     _tell_memory(report, settings, micro, batch // world, here)
     report.tell(

@@ -36,6 +36,7 @@ from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_re
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.step import Finetuner, build_optimizers
 from kl_f8_train.data import identity
+from kl_f8_train.data.handover import shared_memory_note
 from kl_f8_train.data.loading import (
     IterationSampler,
     PositionDataset,
@@ -192,6 +193,9 @@ class Iterations(LightningDataModule):
             rank,
             world,
         )
+        share = self.settings.global_batch // world
+        if note := shared_memory_note(self.settings, share, self.trainer.num_devices):
+            say(f"note: {note}")
         dataset = PositionDataset(self.plan, self.sources, self.settings)
         return loader(dataset, sampler, self.settings.data.workers, on_cuda(self.settings.compute))
 
