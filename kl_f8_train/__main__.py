@@ -403,10 +403,10 @@ def _pack(args: argparse.Namespace) -> int:
 def _index(args: argparse.Namespace) -> int:
     from kl_f8_train.data.index import build_index, expand, index_directory
     from kl_f8_train.data.shard_cache import ShardCache
-    from kl_f8_train.data.sources import Filter, TarSource
+    from kl_f8_train.data.sources import TarSource, parse_filters
     from kl_f8_train.files import cache_dir
 
-    filters = [Filter.parse(text) for text in args.filter]
+    filters = parse_filters(args.filter)
     locations = expand(args.source)
     directory = index_directory(locations, args.index_dir)
     root = Path(args.cache_dir) if args.cache_dir else cache_dir() / "shards"

@@ -1,6 +1,8 @@
 """Files written whole or not at all, their hashes, and where the user's cache is."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -80,9 +82,46 @@ def check_writable(directory: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """$KL_F8_TRAIN_CACHE, or kl_f8_train in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("KL_F8_TRAIN_CACHE") or Path(base) / "kl_f8_train")
+    """$KL_F8_TRAIN_CACHE, or kl_f8_train in the user's cache directory; nothing is made there."""
+    if given := os.environ.get("KL_F8_TRAIN_CACHE"):
+        return Path(given)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "kl_f8_train"
+    try:
+        return Path.home() / ".cache" / "kl_f8_train"
+    except RuntimeError:  # a container's user without a home
+        return temporary_dir()
+
+
+def temporary_dir() -> Path:
+    """A directory of this user's own among the temporary files; nothing is made there."""
+    return Path(tempfile.gettempdir()) / f"kl_f8_train-{os.getuid()}"
+
+
+def is_writable(directory: Path) -> bool:
+    """Whether files can be made in `directory`, which is made if it is not there."""
+    try:
+        check_writable(directory)
+    except RunFailedError:
+        return False
+    return True
+
+
+def has_no_locks(error: OSError) -> bool:
+    """Whether a lock failed because the file system has none (Lustre without -o flock, say)."""
+    return error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
+
+
+@contextlib.contextmanager
+def one_at_a_time(directory: Path) -> Iterator[None]:
+    """One process at a time works in `directory`; without locks there, all do, and all the same."""
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if not has_no_locks(error):
+                raise
+        yield
 
 
 def file_sha256(path: Path) -> str:

@@ -333,12 +333,17 @@ def open_local(location: str) -> BinaryIO:
         raise MissingInputError(f"{location}: {error.strerror}") from error
 
 
-def disk_failure(path: Path, error: OSError) -> UserError:
-    """The error of a file that cannot be written, with the free space and the remedy."""
+class DiskError(RunFailedError):
+    """A file that cannot be written here; no other server or time mends that."""
+
+
+def disk_failure(path: Path, error: OSError, setting: str = "") -> UserError:
+    """The error of a file that cannot be written; `setting` names its directory, if one does."""
     free = "unknown"
     with contextlib.suppress(OSError):
         free = f"{shutil.disk_usage(path if path.is_dir() else path.parent).free:,}"
-    return RunFailedError(
+    remedy = f" ({setting})" if setting else ""
+    return DiskError(
         f"cannot write {path}: {error}\n  {free} bytes are free there. Make room or name another "
-        "directory, then run the same command again"
+        f"directory{remedy}, then run the same command again"
     )

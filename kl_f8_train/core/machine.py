@@ -31,7 +31,7 @@ OUT_OF_MEMORY = (
     "can't allocate memory",
 )
 MORE_MEMORY = "lower data.workers, or give the job more memory"
-MORE_SHARED = "shared memory is full: give Docker --shm-size=8g or lower data.workers"
+MORE_SHARED = (
     "shared memory is full: give Docker --shm-size=8g or --ipc=host, or lower data.workers"
 )
 MORE_FILES = "the limit of open files: raise it (`ulimit -n 4096`), or lower data.workers"
