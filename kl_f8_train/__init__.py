@@ -1,3 +1,3 @@
 """Finetunes the decoder of Stable Diffusion's kl-f8 autoencoder."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

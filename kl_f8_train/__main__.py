@@ -11,7 +11,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tarfile import is_tarfile
 
@@ -19,6 +20,7 @@ from kl_f8_train import __version__
 from kl_f8_train.errors import MissingInputError, UsageError, UserError
 from kl_f8_train.launch import end_children, launched
 from kl_f8_train.lifetime import end_with_launcher
+from kl_f8_train.output import say
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,7 +71,7 @@ def _told(error: OSError) -> str:
 def _complain(message: str, exit_code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"kl-f8-train: {message}", file=sys.stderr, flush=True)
+    say(f"kl-f8-train: {message}", aside=True)
     return exit_code
 
 
@@ -89,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(verb=verb, parser=sub)
         return sub
 
-    train = add("train", _train, "Starts a run; the same command again resumes it.")
+    train = add("train", _train_verb, "Starts a run; the same command again resumes it.")
     train.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     train.add_argument("--allow-changes", action="store_true", help="resume with another recipe")
@@ -100,7 +102,6 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("config", nargs="?", help="recipe: a YAML file, or a shipped one's name")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
-    doctor.add_argument("--scaling", action="store_true", help="print docs/scaling.md's tables")
 
     inspect = add("inspect", _inspect, "Says what a VAE file holds, without running any of it.")
     inspect.add_argument("weights", help="file, diffusers folder, run directory or hub id")
@@ -111,6 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
     export.add_argument("--out", type=Path, help="directory to write (RUN/export)")
     export.add_argument("--raw", action="store_true", help="the raw weights in place of the EMA")
+    export.add_argument("--best", action="store_true", help="of the best validation, if it is kept")
     export.add_argument(
         "--average", nargs="+", type=Path, default=[], metavar="CKPT", help="mean EMA; after RUN"
     )
@@ -124,6 +126,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--format", action="append", choices=["safetensors", "ckpt", "diffusers"], help="only this"
     )
     export.add_argument("--images", type=Path, help="photographs that try half precision")
+    export.add_argument(
+        "--family",
+        choices=["sd", "sdxl", "sd3", "flux", "other"],
+        help="models whose VAE it is, if the checkpoint does not know",
+    )
     export.add_argument("--force", action="store_true", help="overwrite files")
 
     inject = add("inject", _inject, "Writes a VAE into a copy of a Stable Diffusion checkpoint.")
@@ -157,6 +164,13 @@ def build_parser() -> argparse.ArgumentParser:
     card.add_argument("--base-model", metavar="OWNER/NAME", help="on the hub; never guessed")
     card.add_argument("--published", action="store_true", help="quote the published scores too")
 
+    push = add("push", _push, "Uploads an export to the Hugging Face hub; a dry run first.")
+    push.add_argument("export", type=Path, help="directory that export wrote")
+    push.add_argument("repository", metavar="OWNER/NAME", help="on the hub; made if needed")
+    push.add_argument("--upload", action="store_true", help="do it; without, only list the files")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--pictures", action="store_true", help="upload strip.png, of photographs")
+
     pack = add("pack", _pack, "Packs a folder of images into WebDataset shards.")
     pack.add_argument("images", type=Path, help="folder, searched recursively")
     pack.add_argument("out", type=Path, help="directory of the shards")
@@ -186,12 +200,12 @@ def build_parser() -> argparse.ArgumentParser:
     settings = add("config", _config, "Shows, compares or explains recipes.")
     settings.add_argument("action", choices=["show", "diff", "schema"])
     settings.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]")
+    settings.add_argument("--markdown", action="store_true", help="schema: print docs/settings.md")
 
     speed = add("benchmark", _benchmark, "Measures a recipe's speed and memory on this machine.")
     speed.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
     speed.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     speed.add_argument("--json", action="store_true", help="print one JSON object")
-    speed.add_argument("--against", action="store_true", help="reference variants, in turns")
     speed.add_argument("--iterations", type=int, default=10, help="iterations measured")
 
     demo = add("demo", _demo, "Runs the whole chain in minutes on a CPU.")
@@ -206,7 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
 # --- the verbs ------------------------------------------------------------------------------
 
 
-def _train(args: argparse.Namespace) -> int:
+def _train_verb(args: argparse.Namespace) -> int:
     from kl_f8_train import config
 
     if args.dry_run:
@@ -224,11 +238,6 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    if args.scaling:
-        from kl_f8_train.check import scaling
-
-        print(scaling.tables())
-        return 0
     if args.config is None:
         raise UsageError("doctor takes a recipe: kl-f8-train doctor CONFIG [key=value ...]")
     return _examine(args.config, args.overrides, args.json)
@@ -240,10 +249,10 @@ def _examine(recipe: str, overrides: list[str], as_json: bool, allow_changes: bo
     path = config.find_recipe(recipe)
     launched()
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        print("loading ...", flush=True)
+        say("loading ...")
         from kl_f8_train.check.doctor import examine
 
-        report = examine(path, overrides, lambda line: print(line, flush=True), allow_changes)
+        report = examine(path, overrides, say, allow_changes)
     if as_json:
         print(json.dumps(report.as_json()))
     return report.exit_code
@@ -279,12 +288,14 @@ def _export(args: argparse.Namespace) -> int:
         args.run,
         args.out,
         raw=args.raw,
+        best=args.best,
         dtype=args.dtype,
         layouts=args.format or LAYOUTS,
         average=args.average,
         pictures=args.images,
+        family=args.family,
         force=args.force,
-        say=print,
+        say=say,
     )
     return 0
 
@@ -382,6 +393,18 @@ def _card(args: argparse.Namespace) -> int:
     return 0
 
 
+def _push(args: argparse.Namespace) -> int:
+    from kl_f8_train.publish import push
+
+    upload = push.plan(args.export, args.repository, args.pictures)
+    print("\n".join(upload.lines()))
+    if args.upload:
+        print(push.push(upload, args.private, print))
+    else:
+        print("a dry run: nothing was uploaded; add --upload to do it")
+    return 0
+
+
 def _pack(args: argparse.Namespace) -> int:
     if not args.images.is_dir():
         raise MissingInputError(f"{args.images}: no such folder; expected one of photographs")
@@ -468,6 +491,15 @@ def _status(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> int:
     from kl_f8_train import config
 
+    if args.markdown:
+        if args.action != "schema":
+            raise UsageError(
+                f"--markdown: config {args.action} has no such page; config schema has"
+            )
+        from kl_f8_train import reference
+
+        print(reference.page(), end="")
+        return 0
     if args.action == "schema":
         for key, kind, default, doc in config.schema():
             print(f"{key}\n    {doc}\n    {kind}; {default}")
@@ -493,27 +525,12 @@ def _benchmark(args: argparse.Namespace) -> int:
 
     if args.iterations < 1:
         raise UsageError(f"--iterations {args.iterations}: expected 1 or more")
-    recipe = config.find_recipe(args.config)
-    values = config.resolve(recipe, args.overrides)
-    paths = {
-        "run_dir": values["run_dir"],
-        "init.weights": values["init"]["weights"],
-        "data.sources": values["data"]["sources"],
-    }
-    not_needed = [f"{key}=none" for key, value in paths.items() if value == "???"]
-    settings = config.load(recipe, [*not_needed, *args.overrides])
-    if "data.sources=none" in not_needed:
-        settings = replace(settings, data=replace(settings.data, sources={}))
+    settings = config.load_without_inputs(config.find_recipe(args.config), args.overrides)
     from kl_f8_train.check.benchmark import benchmark, describe
 
-    result = benchmark(settings, args.iterations, args.against, _say_aside)
+    result = benchmark(settings, args.iterations, partial(say, aside=True))
     print(json.dumps(result, indent=1) if args.json else describe(result))
     return 0
-
-
-def _say_aside(message: str) -> None:
-    """Prints on stderr, so that stdout holds the result alone."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def _demo(args: argparse.Namespace) -> int:

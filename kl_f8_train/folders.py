@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kl_f8_train import images
 from kl_f8_train.errors import ImageError, MissingInputError
-from kl_f8_train.units import counted, shown
+from kl_f8_train.units import counted, printable
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".apng", ".webp", ".bmp", ".dib"),
@@ -176,7 +176,7 @@ def _kind(suffix: str) -> str:
         return f"{suffix} ({images.REMEDY[kind]})"
     if suffix in RAW:
         return f"{suffix} (raw: develop it first)"
-    return shown(suffix) or "without a suffix"
+    return printable(suffix) or "without a suffix"
 
 
 def read_file(path: str | Path) -> bytes:
@@ -205,7 +205,7 @@ def load_folder(
         try:
             loaded.append(images.square(read_file(folder / file), side))
         except ImageError as error:
-            report(f"{shown(str(folder / file))}: {error}; left out")
+            report(f"{printable(str(folder / file))}: {error}; left out")
     if not loaded:
         more = f"; {listing.describe()}" if listing.left_out else ""
         raise MissingInputError(

@@ -30,7 +30,7 @@ def counted(number: int, noun: str, ending: str) -> str:
     return f"{number:,} {noun}{ending * (number != 1)}"
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     r"""A file name to print: bytes that are not UTF-8, and control characters, become \xe9."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda c: ascii(c[0])[1:-1], text)

@@ -113,4 +113,4 @@ def test_memory_targets(tiny):
     for levels, limit in ((0, 24e9), (2, 12e9)):
         config = tiny("ft_ema", *FULL, "precision=bfloat16", f"compute.checkpoint_levels={levels}")
         assert cost.peak_bytes(config, 12) < limit
-        assert cost.largest_batch(config, limit) >= 12
+        assert cost.batch_that_fits(config, limit) >= 12

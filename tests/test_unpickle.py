@@ -229,7 +229,8 @@ def test_attacks_are_refused_by_name(tmp_path, save, name):
     if save is save_pickle:
         content = {"extra": attacks(marker)[name]}
     path = save(content, tmp_path / "model.ckpt")
-    with pytest.raises(MissingInputError, match=rf"asks to run .*\.{name}\b.*refused") as caught:
+    named = "mkdir" if name == "partial" else name  # partial is harmless, what it holds is not
+    with pytest.raises(MissingInputError, match=rf"asks to run .*\.{named}\b.*refused") as caught:
         weight_file.read(path)
     assert caught.value.exit_code == 3
     assert not marker.exists()

@@ -163,7 +163,7 @@ def peak_bytes(config: Config, batch: int, element_bytes: float | None = None) -
     return state_bytes(config) + kept + batch * working
 
 
-def largest_batch(config: Config, room_bytes: float, element_bytes: float | None = None) -> int:
+def batch_that_fits(config: Config, room_bytes: float, element_bytes: float | None = None) -> int:
     """Images per micro-batch that fit into `room_bytes`, by `peak_bytes`."""
     first, second = (peak_bytes(config, batch, element_bytes) for batch in (0, 1))
     return max(0, int((room_bytes - first) // (second - first)))
@@ -176,7 +176,7 @@ def largest_divisor(
 
     0 if not even one image fits.
     """
-    most = min(share, largest_batch(config, room_bytes, element_bytes))
+    most = min(share, batch_that_fits(config, room_bytes, element_bytes))
     return max((n for n in range(1, most + 1) if share % n == 0), default=0)
 
 
@@ -205,7 +205,8 @@ def encoder_layers(config: Config) -> list[Layer]:
             layers.append(Layer(width, width, 9, side))
     layers += _middle(previous, side)
     layers.append(Layer(previous, 2 * model.z_channels, 9, side, normed=True))
-    return [*layers, Layer(2 * model.z_channels, 2 * model.embed_dim, 1, side)]
+    last = Layer(2 * model.z_channels, 2 * model.embed_dim, 1, side)
+    return [*layers, *([last] * model.quant_conv)]
 
 
 def decoder_layers(config: Config) -> list[Layer]:
@@ -296,7 +297,7 @@ def _around_levels(config: Config) -> list[Layer]:
     model, side = config.model, latent_side(config)
     top = _widths(model)[-1]
     return [
-        Layer(model.embed_dim, model.z_channels, 1, side),
+        *([Layer(model.embed_dim, model.z_channels, 1, side)] * model.quant_conv),
         Layer(model.z_channels, top, 9, side),
         *_middle(top, side),
         Layer(model.ch, 3, 9, config.data.crop, normed=True, kept=3),

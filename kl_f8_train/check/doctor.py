@@ -14,7 +14,7 @@ import shutil
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_f8_train import config, images
+from kl_f8_train import config, facts, images
 from kl_f8_train.check import benchmark, cost, origins, scaling
 from kl_f8_train.config import Config
 from kl_f8_train.core import machine, perceptual
@@ -33,18 +33,18 @@ from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data import identity
 from kl_f8_train.data.handover import FEW_FILES, raise_open_files, shared_memory_note
 from kl_f8_train.data.loading import PositionDataset, collate, open_data
-from kl_f8_train.data.sources import Source
+from kl_f8_train.data.sources import ImageSource
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError, UserError
-from kl_f8_train.files import check_writable, file_sha256
+from kl_f8_train.files import check_writable
+from kl_f8_train.output import Say
 from kl_f8_train.run.tracking import check_tensorboard, wandb_reachable
 from kl_f8_train.run.train import adopt, check_model, fixed_photographs, start_or_resume
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted, duration, size
-from kl_f8_train.weights import pretrained, weight_file
+from kl_f8_train.weights import checkpoint, pretrained, weight_file
 from kl_f8_train.weights.names import Weights
 
-Say = Callable[[str], None]
 BASE_RATE = 4.5e-6  # the original's base learning rate
 SAMPLE = 32  # images of each local source that are decoded; of a remote one, REMOTE_SAMPLE
 REMOTE_SAMPLE = 2
@@ -115,7 +115,7 @@ def examine(path: Path, overrides: list[str], say: Say, allow_changes: bool = Fa
     if settings is not None:
         _examine_run(report, settings, allow_changes)
     elif (plan := _plan_without_inputs(path, overrides)) is not None:
-        world = world_size(plan)
+        world = planned_processes(plan)
         with report.section("batch and learning rate"):
             _check_batch(report, plan, world)
         _tell_bill(report, plan, world)
@@ -133,7 +133,7 @@ def _plan_without_inputs(path: Path, overrides: list[str]) -> Config | None:
 
 
 def _examine_run(report: Report, settings: Config, allow_changes: bool) -> None:
-    world = world_size(settings)
+    world = planned_processes(settings)
     with report.section("batch and learning rate"):
         _check_batch(report, settings, world)
     with report.section("weights"):
@@ -194,7 +194,7 @@ def _hanging(head: str) -> dict[str, Any]:
     }
 
 
-def world_size(settings: Config) -> int:
+def planned_processes(settings: Config) -> int:
     """Processes of the run: as set, else the GPUs seen here, on the nodes set or one."""
     gpus = 0 if settings.compute.accelerator == "cpu" else torch.cuda.device_count()
     return (settings.compute.devices or gpus or 1) * (settings.compute.num_nodes or 1)
@@ -322,12 +322,12 @@ def _check_weights(report: Report, settings: Config) -> None:
         held = counted(len(found), "checkpoint", "s")
         report.tell(f"{settings.run_dir} holds {held}: this run would resume")
     paths = found or [Path(settings.init.weights)]
-    contents, weights = _first_readable(report, paths, settings.init.select)
+    contents, weights = _first_readable(report, paths, settings.init.select, settings.init.prefix)
     start = contents.iteration
     if not found and settings.init.iteration is not None:
         start = settings.init.iteration
     report.facts["start_iteration"] = start
-    digest = file_sha256(contents.path)
+    digest = weight_file.sha256(contents.path)
     told = weight_file.report(contents, weights)
     report.facts["weights"] = {"sha256": digest, **told}
     report.tell(weight_file.describe(told))
@@ -339,18 +339,21 @@ def _check_weights(report: Report, settings: Config) -> None:
         )
     if not found:
         check_model(settings, contents, weights.autoencoder)
+        stated = checkpoint.base_facts(contents, weights, settings)
+        report.facts["weights"]["facts"] = stated.stated()
+        report.tell(f"family: {facts.described(stated.family, stated)}")
 
 
 def _first_readable(
-    report: Report, paths: list[Path], select: str
+    report: Report, paths: list[Path], select: str, prefix: str | None
 ) -> tuple[weight_file.Contents, Weights]:
     """The weights of the first file that can be read, as `train` would take it."""
     for path in paths[:-1]:
         try:
-            return weight_file.read_weights(path, select)
+            return weight_file.read_weights(path, select, prefix)
         except MissingInputError as error:
             report.remark(f"{error}; the checkpoint before it would be taken")
-    return weight_file.read_weights(paths[-1], select)
+    return weight_file.read_weights(paths[-1], select, prefix)
 
 
 def _check_source(report: Report, settings: Config, name: str) -> None:
@@ -397,7 +400,7 @@ def _check_source(report: Report, settings: Config, name: str) -> None:
         )
 
 
-def _describe_image(source: Source, shard: int, sample: int) -> str:
+def _describe_image(source: ImageSource, shard: int, sample: int) -> str:
     """Name and size of an image, or why it cannot be used."""
     try:
         key, data = source.read(shard, sample)
@@ -452,9 +455,10 @@ def _try_iteration(
     batch = collate([dataset[first + slot] for slot in range(count)]).to(device)
     finetuner.to(device)
     finetuner.perceptual.to(device)
-    finetuner.warmup_left, finetuner.micro_batch = 0, count
+    finetuner.run_state.warmup_left = 0
     if settings.adversarial is not None:  # with everything that it will cost
-        finetuner.iteration = max(finetuner.iteration, settings.adversarial.start_iteration)
+        start = settings.adversarial.start_iteration
+        finetuner.run_state.iteration = max(finetuner.iteration, start)
     try:
         with torch.compiler.set_stance("force_eager"):  # each term's backward pass keeps the graph
             audit = gradient_audit(finetuner, batch.first(FEW_IMAGES))
@@ -595,7 +599,7 @@ def kept_checkpoints(settings: config.Checkpoint, start: int, stop: int) -> int:
     return len(milestones) + sum(iteration not in milestones for iteration in newest)
 
 
-def _start(report: Report, settings: Config) -> int | None:
+def _start_iteration(report: Report, settings: Config) -> int | None:
     found: int | None = report.facts.get("start_iteration", settings.init.iteration)
     return found
 
@@ -605,12 +609,13 @@ def _check_disk(report: Report, settings: Config) -> None:
     run_dir = Path(settings.run_dir)
     parent = existing_parent(run_dir)
     check_writable(parent)
-    start = _start(report, settings)
+    start = _start_iteration(report, settings)
     if start is None:
         report.tell(f"{run_dir} can be written; how much is not known without the first iteration")
         return
     one = scaling.checkpoint_bytes(settings)
     kept = kept_checkpoints(settings.checkpoint, start, settings.stop_iteration)
+    kept += settings.checkpoint.keep_best
     there = sum(path.stat().st_size for path in list_checkpoints(run_dir))
     needed, free = (kept + 1) * one - there, shutil.disk_usage(parent).free
     report.facts |= {"checkpoint_bytes": kept * one, "checkpoints": kept, "free_bytes": free}
@@ -632,7 +637,7 @@ def _tell_bill(report: Report, settings: Config, world: int) -> None:
 
 
 def _bill(report: Report, settings: Config, world: int) -> None:
-    start, seconds = _start(report, settings), report.facts.get("seconds_per_image")
+    start, seconds = _start_iteration(report, settings), report.facts.get("seconds_per_image")
     if start is None:
         report.tell("not known: weights that tell their iteration, or init.iteration, are missing")
         return
@@ -676,7 +681,7 @@ def _tell_scaling(report: Report, settings: Config, world: int) -> None:
 
     The known kinds for kl-f8's shape alone.
     """
-    seconds, start = report.facts.get("seconds_per_image"), _start(report, settings)
+    seconds, start = report.facts.get("seconds_per_image"), _start_iteration(report, settings)
     iterations = 0 if start is None else max(0, settings.stop_iteration - start)
     work = scaling.workload(settings, iterations)
     cuda = machine.on_cuda(settings.compute)

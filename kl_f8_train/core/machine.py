@@ -120,6 +120,11 @@ def compile_each(parts: Iterable[nn.Module | None], backend: str = "inductor") -
             part.compile(backend=backend, dynamic=False)
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Convolutions and products in bfloat16, if the precision says so; weights stay as they are."""
+    return torch.autocast(device.type, torch.bfloat16, precision == "bfloat16")
+
+
 @contextmanager
 def kernels(precision: str) -> Iterator[None]:
     """Sets how cuDNN convolves in iterations: the fastest kernels by trial, TF32 by precision.
@@ -143,7 +148,7 @@ def with_remedy() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
-        remedy = _remedy(error)
+        remedy = _remedy_for(error)
         if remedy is None:
             raise
         raise RunFailedError(f"{str(error).splitlines()[0]}\n{remedy}") from error
@@ -155,7 +160,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, known) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
-def _remedy(error: Exception) -> str | None:
+def _remedy_for(error: Exception) -> str | None:
     """What helps against a machine's limit or the compiler's failure; None for any other."""
     for sign, remedy in LIMITS.items():
         if sign in str(error):

@@ -15,7 +15,7 @@ import re
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from webdataset.shardlists import expand_urls
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import MissingInputError, RunFailedError
 from kl_f8_train.files import (
+    DiskError,
     atomic_path,
     cache_dir,
     check_writable,
@@ -37,11 +38,12 @@ from kl_f8_train.files import (
 from kl_f8_train.folders import HEAD, NO_IMAGES, SUFFIXES, is_system, looks_like_image
 from kl_f8_train.images import MAX_BYTES
 from kl_f8_train.lifetime import end_with_parent
-from kl_f8_train.transfer import DiskError, is_remote
+from kl_f8_train.output import Progress
+from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted
 
-BLOCK = 512  # bytes; everything in a tar starts at a multiple of it
-CHUNK = 64  # shards indexed as one resumable part
+TAR_BLOCK = 512  # bytes; everything in a tar starts at a multiple of it
+PART_SHARDS = 64  # shards indexed as one resumable part
 MOST = 1_000_000  # shards of one pattern
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)  # of an index
 
@@ -50,8 +52,6 @@ GIVE_UP = 3  # shards of a chunk that a server does not give after all attempts
 PHOTOGRAPH_FIELDS = ("image", "img", "photo", "picture", "rgb", "input", "input_image", "original")
 UNPACK = "compressed shards cannot be read in places; unpack them, as `gunzip x.tar.gz`"
 COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
-
-Progress = Callable[[int, int], None]
 
 
 # --- finding --------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def expand(pattern: str) -> list[str]:
             raise MissingInputError(f"no shards and no images in {path}{_other_shards(path)}")
         return found
     if path.suffix.lower() == ".txt" and path.is_file():
-        return _existing(_listed(path), pattern)
+        return _existing(_list_file(path), pattern)
     if pattern.startswith("pipe:"):
         return [pattern]
     try:
@@ -107,7 +107,7 @@ def _other_shards(folder: Path) -> str:
     return "; expected .tar files or photographs"
 
 
-def _listed(path: Path) -> list[str]:
+def _list_file(path: Path) -> list[str]:
     """The lines of a list file that are neither empty nor comments."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
@@ -198,12 +198,12 @@ def index_tar(path: Path) -> TarIndex:
                 members += filter(None, (_member(archive, entry, file) for entry in archive))
                 end = archive.offset
             file.seek(end)
-            block = file.read(BLOCK)
+            block = file.read(TAR_BLOCK)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise MissingInputError(
             f"shard {path} is broken: {error} after {_images(members)}"
         ) from error
-    if len(block) != BLOCK or block.strip(b"\0"):
+    if len(block) != TAR_BLOCK or block.strip(b"\0"):
         raise MissingInputError(f"shard {path} is cut short: no end mark after {_images(members)}")
     return _index(members)
 
@@ -222,7 +222,7 @@ def _member(archive: tarfile.TarFile, entry: tarfile.TarInfo, file: BinaryIO) ->
     numbers: dict[str, float] = {}
     if suffix == ".json":
         handle = archive.extractfile(entry)
-        numbers = _numbers(handle.read() if handle else b"")
+        numbers = _json_numbers(handle.read() if handle else b"")
     is_image = suffix in SUFFIXES
     if not is_image and suffix not in NO_IMAGES:
         head = os.pread(file.fileno(), min(HEAD, entry.size), entry.offset_data)
@@ -253,7 +253,7 @@ def _index(members: list[_Member]) -> TarIndex:
             found.without_image += 1
             continue
         chosen = candidates[0] if dotted else min(candidates, key=_field_rank)
-        found.blocks.append(chosen.offset // BLOCK)
+        found.blocks.append(chosen.offset // TAR_BLOCK)
         found.sizes.append(chosen.size)
         found.keys.append(chosen.key(dotted)[1])
         found.numbers.append({k: v for member in group for k, v in member.numbers.items()})
@@ -278,7 +278,7 @@ def add_neighbours(found: TarIndex, path: Path) -> TarIndex:
     """
     stats = path.with_name(f"{path.stem}_stats.json")
     if stats.is_file():
-        expected = _numbers(stats.read_bytes()).get("successes", 0)
+        expected = _json_numbers(stats.read_bytes()).get("successes", 0)
         if len(found.sizes) < expected:
             raise MissingInputError(
                 f"shard {path} holds {counted(len(found.sizes), 'image', 's')}, "
@@ -301,7 +301,7 @@ def _parquet_numbers(table: Path) -> dict[str, dict[str, float]]:
     return {str(row.get("key")): _numeric(row) for row in rows}
 
 
-def _numbers(text: bytes) -> dict[str, float]:
+def _json_numbers(text: bytes) -> dict[str, float]:
     """The numeric fields of a JSON object; broken JSON has none."""
     try:
         values = json.loads(text)
@@ -356,7 +356,7 @@ def build_index(
 ) -> None:
     """Indexes shards in resumable parts and merges them; a part of unchanged shards is kept."""
     check_writable(directory)
-    chunks = [list(locations[i : i + CHUNK]) for i in range(0, len(locations), CHUNK)]
+    chunks = [list(locations[i : i + PART_SHARDS]) for i in range(0, len(locations), PART_SHARDS)]
     tasks = [(directory / f"part-{n:06d}.npz", chunk, cache) for n, chunk in enumerate(chunks)]
     if workers > 1 and len(tasks) > 1:
         parent = (os.getpid(),)
@@ -365,7 +365,7 @@ def build_index(
             _count(done, len(locations), progress)
     else:
         _count(map(_index_chunk, tasks), len(locations), progress)
-    _merge([part for part, *_ in tasks], locations, directory)
+    _merge_parts([part for part, *_ in tasks], locations, directory)
 
 
 def _count(done: Iterable[int], total: int, progress: Progress | None) -> None:
@@ -464,7 +464,7 @@ def fingerprint(place: str) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _merge(parts: list[Path], locations: Sequence[str], directory: Path) -> None:
+def _merge_parts(parts: list[Path], locations: Sequence[str], directory: Path) -> None:
     """Joins parts into arrays that can be mapped, and index.json last."""
     headers = [_part_header(part) for part in parts]
     rows = [sum(header["counts"]) for header in headers]

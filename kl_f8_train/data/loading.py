@@ -24,7 +24,7 @@ from kl_f8_train.core.batch import Batch
 from kl_f8_train.data.handover import FEW_FILES, Handover, Parcel, raise_open_files
 from kl_f8_train.data.plan import Plan, random_state
 from kl_f8_train.data.shard_cache import ShardCache
-from kl_f8_train.data.sources import FolderSource, Source, TarSource, open_source
+from kl_f8_train.data.sources import FolderSource, ImageSource, TarSource, open_source
 from kl_f8_train.errors import ImageError, MissingInputError, SmallImageError
 from kl_f8_train.files import cache_dir
 from kl_f8_train.launch import SIGNALS, end_children
@@ -50,7 +50,7 @@ class Sample:
 class PositionDataset(Dataset[Sample]):
     """position = iteration * global_batch + slot -> Sample."""
 
-    def __init__(self, plan: Plan, sources: Mapping[str, Source], config: Config) -> None:
+    def __init__(self, plan: Plan, sources: Mapping[str, ImageSource], config: Config) -> None:
         self.plan, self.sources = plan, dict(sources)
         self.seed = config.seed
         self.shorter_side, self.crop, self.flip = (
@@ -180,7 +180,7 @@ def shard_cache(config: Config) -> ShardCache:
 
 def upcoming(
     plan: Plan,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, ImageSource],
     iterations: range,
     rank: int,
     world: int,

@@ -28,7 +28,7 @@ from kl_f8_train import images
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.folders import SUFFIXES, list_folder, read_file
 from kl_f8_train.lifetime import end_with_parent
-from kl_f8_train.units import counted, shown
+from kl_f8_train.units import counted, printable
 
 MAX_PER_SHARD = 10_000  # four digits
 MAX_SHARDS = 100_000  # five digits
@@ -261,7 +261,7 @@ def write_shard(job: Job) -> dict[str, Any]:
             "failed_to_download": 0,
             "failed_to_resize": len(bad),
             "status_dict": {"success": good, **Counter(bad.values())},
-            "skipped": [f"{shown(name)}: {why}" for name, why in bad.items()],
+            "skipped": [f"{printable(name)}: {why}" for name, why in bad.items()],
         }
         _write_text(job.stats, json.dumps(stats, indent=4) + "\n")
     except OSError as error:
@@ -318,7 +318,7 @@ def _sample(job: Job, key: str, name: str) -> dict[str, bytes]:
     return {
         f"{key}{extension}": data,
         f"{key}.json": json.dumps(metadata, indent=4).encode(),
-        f"{key}.txt": shown(file.stem).encode(),
+        f"{key}.txt": printable(file.stem).encode(),
     }
 
 

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from kl_f8_train.data.index import (
-    BLOCK,
-    CHUNK,
     COMPRESSED,
+    PART_SHARDS,
+    TAR_BLOCK,
     UNFETCHED,
     UNREADABLE,
     build_index,
@@ -30,12 +30,12 @@ from kl_f8_train.errors import ImageError, MissingInputError, UsageError
 from kl_f8_train.files import one_at_a_time
 from kl_f8_train.folders import Listing, describe_count, list_folder, read_file
 from kl_f8_train.transfer import is_remote
-from kl_f8_train.units import counted, shown
+from kl_f8_train.units import counted, printable
 
 AUTOMATIC = 2000  # local shards that are indexed without being asked
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """What the plan and the data set need of a source."""
 
     counts: np.ndarray  # images of each shard, after filters
@@ -135,20 +135,20 @@ class TarSource:
     def read(self, shard: int, sample: int) -> tuple[str, bytes]:
         """Name, from the header in front of the data, and encoded image."""
         row = self._kept(shard)[sample]
-        offset, size = (int(self.blocks[row]) - 1) * BLOCK, int(self.sizes[row])
+        offset, size = (int(self.blocks[row]) - 1) * TAR_BLOCK, int(self.sizes[row])
         place = self.locations[shard]
         try:
             with self.cache.open(place) if is_remote(place) else open(place, "rb") as file:
-                data = os.pread(file.fileno(), BLOCK + size, offset)
+                data = os.pread(file.fileno(), TAR_BLOCK + size, offset)
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
         member = data[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
         name = f"{os.path.basename(place)}/{os.path.basename(member)}"
-        return shown(name), data[BLOCK:]
+        return printable(name), data[TAR_BLOCK:]
 
     def name(self, shard: int, sample: int) -> str:
         """The shard, and the number of the image in it."""
-        return f"{shown(self.locations[shard])}, image {sample}"
+        return f"{printable(self.locations[shard])}, image {sample}"
 
     def location(self, shard: int) -> str:
         """Path or address of a shard."""
@@ -226,7 +226,7 @@ class FolderSource:
 
     def name(self, shard: int, sample: int) -> str:
         """The file's path below the folder, printable."""
-        return shown(self.files[sample])
+        return printable(self.files[sample])
 
     def location(self, shard: int) -> str:
         """The folder."""
@@ -335,7 +335,9 @@ def _build_here(pattern: str, locations: Sequence[str], directory: Path, cache: 
             f"{counted(len(locations), 'shard', 's')} ({remote:,} remote) not indexed yet; run "
             f"`kl-f8-train index '{pattern}'` once"
         )
-    build_index(locations, directory, cache, workers=_cores() if len(locations) > CHUNK else 1)
+    build_index(
+        locations, directory, cache, workers=_cores() if len(locations) > PART_SHARDS else 1
+    )
 
 
 def _cores() -> int:

@@ -23,7 +23,7 @@ from kl_f8_train.errors import RunFailedError
 from kl_f8_train.output import say
 from kl_f8_train.run.callback import finetuner_of, tolerated
 from kl_f8_train.run.tracking import Trackers
-from kl_f8_train.run_dir import MetricsFile, skipped_images
+from kl_f8_train.run_dir import METRICS_FILE, MetricsFile, skipped_images
 from kl_f8_train.units import duration
 
 
@@ -34,7 +34,7 @@ class RunLog(Callback):
         self.run_dir, self.config, self.start, self.plan = run_dir, settings, start, plan
         given = settings.init.iteration
         self.first = start if given is None else given  # iteration at which the run began
-        self.table = MetricsFile(run_dir / "metrics.csv", start)
+        self.table = MetricsFile(run_dir / METRICS_FILE, start)
         self.sums: dict[tuple[str, ...], Tensor] = {}  # names -> (names, 2): sum, and how many
         self.count = 0
         self.skipped: Counter[tuple[str, str]] = Counter()  # (source, reason), on this rank
@@ -110,7 +110,7 @@ class RunLog(Callback):
             self.trackers.log(iteration, scores, path)
 
     def _report(self, trainer: Trainer, finetuner: Finetuner) -> None:
-        finetuner.judge()
+        finetuner.guard.judge()
         average_over_ranks(list(self.sums.values()))
         totals: defaultdict[str, float] = defaultdict(float)
         numbers: defaultdict[str, float] = defaultdict(float)
@@ -123,7 +123,7 @@ class RunLog(Callback):
         row["images_per_second"] = self.count * self.config.global_batch / seconds
         row["data_wait_share"] = self.waited / seconds
         row["skipped_images"] = self._judge_skipped(finetuner)
-        row["bad_updates"] = finetuner.bad_updates_in_all
+        row["bad_updates"] = finetuner.guard.in_all
         for name, source in self.plan.plans.items():
             row[f"images_{name}"] = source.share * (finetuner.iteration - self.first)
             row[f"passes_{name}"] = source.passes(finetuner.iteration - self.first)

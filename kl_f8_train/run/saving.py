@@ -12,11 +12,12 @@ from torch.optim import Adam
 
 from kl_f8_train import config
 from kl_f8_train.core.finite import HostCopy
+from kl_f8_train.core.step import Finetuner
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.launch import SIGNALS
 from kl_f8_train.output import say
 from kl_f8_train.run.callback import finetuner_of, tolerated
-from kl_f8_train.run_dir import remove_old_checkpoints
+from kl_f8_train.run_dir import best_checkpoint, best_path, remove_old_checkpoints
 from kl_f8_train.weights import checkpoint
 
 
@@ -53,7 +54,7 @@ class Checkpoints(Callback):
         now = (finetuner.iteration, finetuner.warmup_left)
         if self.saved == now:
             return
-        finetuner.judge()
+        finetuner.guard.judge()
         failure: str | None = None
         began = time.perf_counter()
         if trainer.is_global_zero:
@@ -76,6 +77,22 @@ class Checkpoints(Callback):
             raise RunFailedError(failure)
         if trainer.is_global_zero:
             say(f"{failure}\n  training goes on; the next checkpoint tries again")
+
+    def save_best(self, trainer: Trainer, finetuner: Finetuner) -> None:
+        """Writes the best checkpoint so far, and then removes the one before; first rank only.
+
+        A failure, of a full disk say, is logged: the regular checkpoints matter more.
+        """
+        with tolerated("the best checkpoint could not be written"):
+            before = best_checkpoint(self.run_dir)
+            optimizers = [o for o in trainer.optimizers if isinstance(o, Adam)]
+            path = best_path(self.run_dir, finetuner.iteration)
+            checkpoint.save(finetuner, optimizers, self.run_dir, self.frozen, path)
+            if before not in (None, path):
+                before.unlink(missing_ok=True)
+            say(
+                f"best validation so far, at iteration {finetuner.iteration:,}: kept as {path.name}"
+            )
 
     def _judge_pause(self, began: float, aloud: bool) -> None:
         """Tells once if saving takes more than a second and 5 % of the time between saves."""

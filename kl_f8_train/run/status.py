@@ -14,12 +14,23 @@ from typing import Any
 import yaml
 
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.files import write_text
+from kl_f8_train.run import outcome
 from kl_f8_train.run.curves import Chart, Points, page
-from kl_f8_train.run_dir import Row, is_claimed, newest_checkpoint, read_rows, skipped_images
+from kl_f8_train.run.outcome import LOST_DB
+from kl_f8_train.run_dir import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    VALIDATION_FILE,
+    Row,
+    is_claimed,
+    newest_checkpoint,
+    read_rows,
+    skipped_images,
+)
 from kl_f8_train.units import counted, duration
 
 SPEED = "images_per_second"
-LOST_DB = 1.0  # of raw PSNR since the start; healthy small runs lost up to 0.8, a bad one 1.5
 RECENT = 0.1  # share of the rows that "lately" means
 ENOUGH_ROWS = 20  # for a judgement on speed and the loss: the start is slow
 SILENT_INTERVALS, SILENT_SECONDS = 5, 120.0  # no news for longer than both: silent
@@ -67,6 +78,7 @@ class Status:
     checkpoint: str | None
     checkpoint_iteration: int | None
     checkpoint_age_seconds: float | None
+    validation: dict[str, Any]  # "iterations", and "ema" and "raw": first and last scores
     losses: dict[str, dict[str, float]]  # name -> first, before and recent mean
     warnings: list[str]
 
@@ -76,7 +88,7 @@ class Status:
 
 def read_settings(run: Path) -> dict[str, Any]:
     """The run's config.yaml as plain values; MissingInputError if there is none."""
-    file = run / "config.yaml"
+    file = run / CONFIG_FILE
     if not run.is_dir():
         raise MissingInputError(f"run {run}: no such directory; give the run_dir of a training")
     if not file.is_file():
@@ -125,7 +137,7 @@ def read_status(run: Path, now: float) -> Status:
     """Where a run is at `now`, seconds since the epoch; MissingInputError if it is none."""
     settings = read_settings(run)
     stop, batch = settings["stop_iteration"], settings.get("global_batch") or 1
-    rows = read_rows(run / "metrics.csv")
+    rows = read_rows(run / METRICS_FILE)
     training = [row for row in rows if "decoder_gradient_norm" in row]
     path, saved = newest_checkpoint(run) or (None, None)
     start = _start(settings, rows)
@@ -149,16 +161,17 @@ def read_status(run: Path, now: float) -> Status:
         images_per_second=speed,
         seconds_left=left,
         end_date=_date(now + left) if left else None,
-        last_log_age_seconds=_age([run / "metrics.csv"], now),
+        last_log_age_seconds=_age([run / METRICS_FILE], now),
         checkpoint=str(path) if path else None,
         checkpoint_iteration=saved,
         checkpoint_age_seconds=_age([path], now) if path else None,
+        validation=_validation(read_rows(run / "validation.csv")),
         losses=compare_losses(training),
         warnings=[
             *_discriminator_warnings(_lately(training)),
             *_skipped_warnings(run, rows),
             *_row_warnings(settings, rows),
-            *_validation_warnings(read_rows(run / "validation.csv")),
+            *_validation_warnings(read_rows(run / VALIDATION_FILE)),
             *_checkpoint_warnings(settings, iteration, start if saved is None else saved),
         ],
     )
@@ -171,10 +184,10 @@ def _group(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _state(run: Path, log_interval_seconds: float, now: float) -> str:
     """Whether a run that has not ended goes on: by its claim, or by whether it still writes."""
-    claimed = is_claimed(run / ".claim")
+    claimed = is_claimed(run)
     if claimed:
         return "running"
-    news = _age([run / "config.yaml", run / "metrics.csv", *run.glob("*/iteration-*")], now) or 0.0
+    news = _age([run / CONFIG_FILE, run / METRICS_FILE, *run.glob("*/iteration-*")], now) or 0.0
     if claimed is False:
         return f"stopped {duration(news)} ago; the same command goes on"
     if news > max(SILENT_SECONDS, SILENT_INTERVALS * log_interval_seconds):
@@ -251,8 +264,24 @@ def _row_warnings(settings: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[
         )
 
 
+def _validation(rows: Sequence[Row]) -> dict[str, Any]:
+    """First and last scores of the fixed photographs; {} before there are two."""
+    found = outcome.compare(rows)
+    if found is None:
+        return {}
+    scores = {
+        change.weights.lower(): {"psnr": change.psnr, "perceptual": change.perceptual}
+        for change in found.changes
+    }
+    return {"iterations": found.iterations, **scores}
+
+
 def _validation_warnings(rows: Sequence[Row]) -> Iterable[str]:
-    """Whether the raw weights have lost what the EMA may still hide."""
+    """Whether the weights got worse; the raw ones show what the EMA may still hide."""
+    found = outcome.compare(rows)
+    yield from found.warnings() if found else ()
+    if found and any(change.weights == "raw" and change.is_worse for change in found.changes):
+        return
     first, recent = _mean(rows[:1], "psnr_raw"), _mean(_lately(rows), "psnr_raw")
     if first is not None and recent is not None and recent < first - LOST_DB:
         yield (
@@ -314,6 +343,13 @@ def facts(status: Status) -> dict[str, str]:
     told = {"state": status.state}
     if status.iteration is not None:
         told["iteration"] = f"{status.iteration:,} of {status.stop_iteration:,}"
+    for weights in ("ema", "raw"):
+        if weights in status.validation:
+            change = outcome.Change(weights, **status.validation[weights])
+            first, last = status.validation["iterations"]
+            told[f"validation, {'EMA' if weights == 'ema' else 'raw'}"] = (
+                f"{change} (iteration {first:,} -> {last:,})"
+            )
     if status.done_share is not None:
         told["done"] = f"{100 * status.done_share:.1f} %"
     if status.images_per_second:
@@ -348,8 +384,8 @@ def describe(status: Status) -> list[str]:
 
 def html(run: Path, status: Status, now: float) -> str:
     """The page: facts, warnings, and a curve for everything that the tables hold."""
-    rows = [r for r in read_rows(run / "metrics.csv") if "decoder_gradient_norm" in r]
-    rows += read_rows(run / "validation.csv")
+    rows = [r for r in read_rows(run / METRICS_FILE) if "decoder_gradient_norm" in r]
+    rows += read_rows(run / VALIDATION_FILE)
     charts = [
         Chart(title, {name: _points(rows, name) for name in columns}, log)
         for title, columns, log in CHARTS
@@ -372,15 +408,13 @@ def write_html(run: Path, status: Status, now: float, path: Path) -> None:
     """Writes the page atomically; UsageError or RunFailedError if it cannot be written."""
     if not path.name:
         raise UsageError(f"--html {path}: names no file; expected one to write, as status.html")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(html(run, status, now), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if not path.parent.is_dir():
+            raise RunFailedError(f"{path.parent}: no such directory")
+        write_text(path, html(run, status, now))
+    except RunFailedError as error:
         raise RunFailedError(
-            f"--html {path}: cannot be written: {error.strerror}; name a file in a directory that "
-            "is there"
+            f"--html {path}: cannot be written: {error}; name a file in a directory that is there"
         ) from error
 
 

@@ -12,7 +12,7 @@ import secrets
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +20,8 @@ from kl_f8_train import config
 from kl_f8_train.config import Config
 from kl_f8_train.errors import UsageError
 from kl_f8_train.files import write_text
+from kl_f8_train.output import Say
 
-Say = Callable[[str], None]
 FINISH_SECONDS = 120.0  # for wandb's last upload; what is not uploaded stays in run_dir/wandb
 SERVER_VARIABLES = ("WANDB_BASE_URL", "WANDB_API_KEY")  # offline logging needs neither
 

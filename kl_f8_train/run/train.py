@@ -28,13 +28,14 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from kl_f8_train import config, images, output
+from kl_f8_train import config, facts, images, output
 from kl_f8_train.config import Config, micro_batch
-from kl_f8_train.core.discriminator import Discriminator, initialize
+from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_remedy
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.core.step import Finetuner, build_optimizers
+from kl_f8_train.core.run_state import RunState
+from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data import identity
 from kl_f8_train.data.handover import shared_memory_note
 from kl_f8_train.data.loading import (
@@ -46,25 +47,32 @@ from kl_f8_train.data.loading import (
     shard_cache,
 )
 from kl_f8_train.data.plan import Plan
-from kl_f8_train.data.sources import FolderSource, Source, TarSource
+from kl_f8_train.data.sources import FolderSource, ImageSource, TarSource
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import check_writable, write_text
 from kl_f8_train.folders import load_folder
 from kl_f8_train.launch import SRUN, TORCHRUN, launched
 from kl_f8_train.lifetime import announce_to_ranks
+from kl_f8_train.run import outcome
 from kl_f8_train.run.log import RunLog
 from kl_f8_train.run.prefetch import Prefetch
 from kl_f8_train.run.saving import Checkpoints, Signals
 from kl_f8_train.run.tracking import check_tensorboard
 from kl_f8_train.run.validation import Validation
 from kl_f8_train.run.watchdog import Watchdog
-from kl_f8_train.run_dir import claimed, list_checkpoints, remove_leftovers
+from kl_f8_train.run_dir import (
+    CONFIG_FILE,
+    best_checkpoint,
+    claimed,
+    list_checkpoints,
+    remove_leftovers,
+)
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
 from kl_f8_train.weights.names import State, check_like
 
-say = rank_zero_only(output.say)
+say_once = rank_zero_only(output.say)
 MOST_TRIED = 64  # images that are tried for the picture strip
 
 
@@ -90,16 +98,20 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
     try:
         finetuner, frozen = start_or_resume(settings, run_dir, allow_changes)
         if finetuner.iteration >= settings.stop_iteration and not finetuner.warmup_left:
-            say(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
+            say_once(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
             return 0
-        plan, sources = open_data(settings, say)
+        plan, sources = open_data(settings, say_once)
         adopt(finetuner, identity.of_data(plan), f"{run_dir}", allow_changes)
         _describe(settings, finetuner, plan, sources)
         run_log = RunLog(run_dir, settings, finetuner.iteration, plan)
-        validation = Validation(
-            run_dir, settings.log.pictures_every, _fixed_images(settings, plan, sources), run_log
-        )
         saving = Checkpoints(run_dir, settings.checkpoint, frozen)
+        validation = Validation(
+            run_dir,
+            settings.log.pictures_every,
+            _fixed_images(settings, plan, sources),
+            run_log,
+            saving.save_best if settings.checkpoint.keep_best else None,
+        )
         callbacks = [run_log, validation, signals, saving]
         if any(is_remote(place) for place in _places(sources)):
             callbacks.append(Prefetch(plan, sources, shard_cache(settings)))
@@ -108,21 +120,37 @@ def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
         trainer = _trainer(settings, callbacks)
         if trainer.is_global_zero:
             remove_leftovers(run_dir)
-            write_text(run_dir / "config.yaml", config.to_yaml(settings))
+            write_text(run_dir / CONFIG_FILE, config.to_yaml(settings))
         with kernels(settings.precision):
             _fit(trainer, Iterations(settings, finetuner, plan, sources), run_log)
     finally:
         signals.restore()
     ended = finetuner.iteration >= settings.stop_iteration and not finetuner.warmup_left
     if signals.received and not ended:  # a signal in the last iteration changes nothing
-        say(
+        say_once(
             f"stopped by signal {signals.received} at iteration {finetuner.iteration:,}, saved; "
             "the same command goes on"
         )
         return 128 + signals.received
-    there = shlex.quote(str(run_dir))
-    say(f"done: iteration {finetuner.iteration:,}; next: kl-f8-train export {there}")
+    _tell_end(run_dir, finetuner.iteration)
     return 0
+
+
+def _tell_end(run_dir: Path, iteration: int) -> None:
+    """The last lines of a run: what it has done to the fixed photographs, and what comes next."""
+    there, found = shlex.quote(str(run_dir)), outcome.read(run_dir)
+    for line in found.lines() if found else ():
+        say_once(line)
+    warnings = found.warnings() if found else []
+    for warning in warnings:
+        say_once(f"WARNING: {warning}")
+    if not warnings:
+        then = f"next: kl-f8-train export {there}"
+    elif best_checkpoint(run_dir):
+        then = f"in place of its end: kl-f8-train export {there} --best"
+    else:
+        then = f"before you export it: kl-f8-train status {there} --html status.html"
+    say_once(f"done: iteration {iteration:,}; {then}")
 
 
 def _fit(trainer: Trainer, iterations: "Iterations", run_log: RunLog) -> None:
@@ -168,7 +196,7 @@ class Iterations(LightningDataModule):
     """The iterations that are left, dealt to this rank."""
 
     def __init__(
-        self, settings: Config, finetuner: Finetuner, plan: Plan, sources: Mapping[str, Source]
+        self, settings: Config, finetuner: Finetuner, plan: Plan, sources: Mapping[str, ImageSource]
     ) -> None:
         super().__init__()
         self.settings, self.finetuner = settings, finetuner
@@ -178,11 +206,11 @@ class Iterations(LightningDataModule):
         """Called once the ranks are known; raises UsageError if the batch does not divide."""
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        self.finetuner.micro_batch = micro_batch(self.settings, world)
-        accumulation = self.settings.global_batch // world // self.finetuner.micro_batch
-        say(
+        size = micro_batch(self.settings, world)
+        accumulation = self.settings.global_batch // world // size
+        say_once(
             f"batch: {counted(world, 'process', 'es')} x "
-            f"{counted(self.finetuner.micro_batch, 'image', 's')} x "
+            f"{counted(size, 'image', 's')} x "
             f"{counted(accumulation, 'micro-batch', 'es')} = {self.settings.global_batch}"
         )
         sampler = IterationSampler(
@@ -195,7 +223,7 @@ class Iterations(LightningDataModule):
         )
         share = self.settings.global_batch // world
         if note := shared_memory_note(self.settings, share, self.trainer.num_devices):
-            say(f"note: {note}")
+            say_once(f"note: {note}")
         dataset = PositionDataset(self.plan, self.sources, self.settings)
         return loader(dataset, sampler, self.settings.data.workers, on_cuda(self.settings.compute))
 
@@ -213,14 +241,14 @@ def start_or_resume(settings: Config, run_dir: Path, allow_changes: bool) -> tup
             checkpoint.stored_identity(contents.metadata)
             checkpoint.check_content(contents)
         except MissingInputError as error:
-            say(f"{error}\n  trying the checkpoint before it")
+            say_once(f"{error}\n  trying the checkpoint before it")
             continue
         changes = config.differences(before, settings)
         _refuse_changes(path, "by another recipe", changes, allow_changes)
-        finetuner, program = _build(settings)
-        finetuner.prepared_optimizers = build_optimizers(finetuner)
-        frozen = checkpoint.restore(finetuner, finetuner.prepared_optimizers, contents)
-        say(f"resuming {path.name}")
+        autoencoder = AutoencoderKL(**asdict(settings.model))
+        finetuner, program = _build(settings, autoencoder, RunState())
+        frozen = checkpoint.restore(finetuner, finetuner.adams, contents)
+        say_once(f"resuming {path.name}")
         _record_changes(finetuner, changes)
         adopt(finetuner, program, str(path), allow_changes)
         return finetuner, frozen
@@ -237,10 +265,10 @@ def adopt(finetuner: Finetuner, inputs: identity.Identity, where: str, allow_cha
 
     Raises UsageError if they differ, unless changes are allowed; then they are recorded.
     """
-    changes = identity.differences(finetuner.identity, inputs)
+    changes = identity.differences(finetuner.run_state.identity, inputs)
     _refuse_changes(where, "from other inputs", changes, allow_changes)
     _record_changes(finetuner, changes)
-    finetuner.identity |= inputs
+    finetuner.run_state.identity |= inputs
 
 
 def _refuse_changes(where: Path | str, how: str, changes: list[str], allowed: bool) -> None:
@@ -255,19 +283,21 @@ def _record_changes(finetuner: Finetuner, changes: list[str]) -> None:
     """Says what changes on resuming; the next checkpoints, and the card, keep it."""
     for change in changes:
         line = " ".join(f"from iteration {finetuner.iteration:,}: {change}".split())
-        finetuner.changes.append(line)
-        say(f"  {line}")
+        finetuner.run_state.changes.append(line)
+        say_once(f"  {line}")
 
 
 def _import(settings: Config) -> tuple[Finetuner, str]:
     """A finetuner with the weights of `init.weights`."""
-    contents, weights = weight_file.read_weights(settings.init.weights, settings.init.select)
-    say(f"init: {weight_file.describe(weight_file.report(contents, weights))}")
+    contents, weights = weight_file.read_weights(
+        settings.init.weights, settings.init.select, settings.init.prefix
+    )
+    say_once(f"init: {weight_file.describe(weight_file.report(contents, weights))}")
     iteration = settings.init.iteration
     if iteration is None:
         iteration = contents.iteration
     elif contents.iteration not in (None, iteration):
-        say(
+        say_once(
             f"  init.iteration={iteration} is taken, although the file says {contents.iteration:,}"
             "; leave it out (null) to start from the file's count"
         )
@@ -276,23 +306,25 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
             f"{contents.path} does not tell its iteration; give init.iteration (kl-f8: 246803)"
         )
     check_model(settings, contents, weights.autoencoder)
-    finetuner, program = _build(settings)
-    finetuner.identity = program
+    stated = checkpoint.base_facts(contents, weights, settings)
+    say_once(f"  family: {facts.described(stated.family, stated)}")
     bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
     if bad:
         raise MissingInputError(
             f"{contents.path}: {len(bad)} tensors are not finite, {bad[0]} first; get another copy"
         )
-    finetuner.autoencoder.load_state_dict(weights.autoencoder)
-    for name, averaged in finetuner.ema.items():
-        averaged.load_state_dict(getattr(finetuner.autoencoder, name).state_dict())
+    autoencoder = AutoencoderKL(**asdict(settings.model))
+    autoencoder.load_state_dict(weights.autoencoder)
+    run_state = RunState(
+        iteration,
+        base=checkpoint.base(contents.path),
+        facts=stated,
+    )
+    finetuner, program = _build(settings, autoencoder, run_state)
     if weights.logvar is not None:
         finetuner.logvar.data.copy_(weights.logvar.reshape(()))
-    finetuner.iteration = iteration
-    finetuner.base = checkpoint.base(contents.path)
-    finetuner.facts = checkpoint.stored_facts(contents, settings)
+    finetuner.run_state.identity = program
     _import_discriminator(settings, finetuner, weights.discriminator)
-    finetuner.prepared_optimizers = build_optimizers(finetuner)
     return finetuner, frozen_sha256(finetuner.autoencoder.state_dict())
 
 
@@ -313,35 +345,46 @@ def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) 
     """Loads the discriminator, or plans its warm-up."""
     if finetuner.discriminator is None or settings.adversarial is None:
         if weights:
-            say("  its discriminator is not used: the recipe has no adversarial term")
+            say_once("  its discriminator is not used: the recipe has no adversarial term")
         return
-    if weights:
+    missing = "no discriminator in it"
+    if weights and settings.init.discriminator == "new":
+        weights, missing = None, "its discriminator is left out (init.discriminator=new)"
+    shape = shape_of(weights) if weights else None
+    if weights and shape is None:
+        weights, missing = None, "its discriminator is of another kind and left out"
+    if weights and shape:
         differ = f"{settings.init.weights}: its discriminator and the recipe's differ"
-        remedy = "Set adversarial.ndf and adversarial.n_layers as the file's"
+        remedy = (
+            f"Set adversarial.ndf={shape[0]} and adversarial.n_layers={shape[1]} as the file's, or "
+            "init.discriminator=new for a new one"
+        )
         check_like(weights, finetuner.discriminator.state_dict(), differ, remedy)
         finetuner.discriminator.load_state_dict(weights)
-        say(
+        say_once(
             "  its discriminator is taken over, as trained against that file's decoder; without "
             "a warm-up, and with new moments for Adam"
         )
         return
-    finetuner.warmup_left = settings.adversarial.warmup_iterations
-    say(
-        "  no discriminator in it: a new one trains alone for "
+    finetuner.run_state.warmup_left = settings.adversarial.warmup_iterations
+    say_once(
+        f"  {missing}: a new one trains alone for "
         f"{finetuner.warmup_left:,} iterations (adversarial.warmup_iterations)"
     )
 
 
-def _build(settings: Config) -> tuple[Finetuner, identity.Identity]:
-    """The networks of a run, with a seeded new discriminator, and the program's identity."""
-    autoencoder, discriminator = AutoencoderKL(**asdict(settings.model)), None
+def _build(
+    settings: Config, autoencoder: AutoencoderKL, run_state: RunState
+) -> tuple[Finetuner, identity.Identity]:
+    """A finetuner of these weights, with a seeded new discriminator; the program's identity."""
+    discriminator = None
     if settings.adversarial is not None:
         adversary = settings.adversarial
         discriminator = Discriminator(adversary.ndf, adversary.n_layers, adversary.sync_batchnorm)
         initialize(discriminator, settings.seed)
     network = pretrained.build(settings.loss.perceptual, settings.loss.perceptual_weights)
     program = identity.of_program(network)  # before it is compiled, or moved
-    return Finetuner(settings, autoencoder, discriminator, network), program
+    return Finetuner(settings, autoencoder, discriminator, network, run_state), program
 
 
 # --- the trainer ----------------------------------------------------------------------------
@@ -368,16 +411,16 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
             )
         )
     if local and compute.devices not in (None, local):
-        say(
+        say_once(
             f"{local} processes here, as the launcher started them; compute.devices="
             f"{compute.devices} is for a start without one"
         )
     if accelerator == "cuda" and gpus > per_node:
-        say(f"using {per_node} of {gpus} GPUs here: one for each process the launcher started")
+        say_once(f"using {per_node} of {gpus} GPUs here: one for each process the launcher started")
     cluster = _cluster(launcher)
     if nodes * per_node > 1:
         announce_to_ranks()
-        say(
+        say_once(
             f"waiting for {nodes * per_node} processes at "
             f"{cluster.main_address}:{cluster.main_port}"
         )
@@ -455,13 +498,13 @@ def fixed_photographs(settings: Config, report: Callable[[str], None]) -> list[t
 
 
 def _fixed_images(
-    settings: Config, plan: Plan, sources: Mapping[str, Source]
+    settings: Config, plan: Plan, sources: Mapping[str, ImageSource]
 ) -> list[torch.Tensor]:
     """Those of `log.pictures`, or the first four of the data that can be used, centre-cropped."""
     if not settings.log.pictures_every:
         return []
     if settings.log.pictures is not None:
-        return fixed_photographs(settings, say)
+        return fixed_photographs(settings, say_once)
     size = settings.data.crop
     chosen: list[torch.Tensor] = []
     for position in range(min(MOST_TRIED, plan.batch)):
@@ -471,7 +514,9 @@ def _fixed_images(
         try:
             chosen.append(images.square(sources[name].read(shard, number)[1], size))
         except ImageError as error:
-            say(f"picture strip: {name}/{sources[name].name(shard, number)}: {error}; left out")
+            say_once(
+                f"picture strip: {name}/{sources[name].name(shard, number)}: {error}; left out"
+            )
     return chosen
 
 
@@ -482,23 +527,23 @@ def _describe(
     sources: Mapping[str, TarSource | FolderSource],
 ) -> None:
     for name, source in sources.items():
-        say(f"data: {name}: {'; '.join(source.describe())}; {plan.plans[name].share} a batch")
+        say_once(f"data: {name}: {'; '.join(source.describe())}; {plan.plans[name].share} a batch")
     loss = settings.loss
-    label = identity.network_label(finetuner.identity)
+    label = identity.network_label(finetuner.run_state.identity)
     adversarial = (
         ""
         if settings.adversarial is None
         else f" + {settings.adversarial.weight:g} x adaptive x adversarial"
     )
-    say(f"loss: {loss.pixel} + {loss.perceptual_weight:g} {label}{adversarial}")
-    say(
+    say_once(f"loss: {loss.pixel} + {loss.perceptual_weight:g} {label}{adversarial}")
+    say_once(
         f"iterations: {finetuner.iteration:,} -> {settings.stop_iteration:,}; learning rate "
         f"{settings.optimizer.learning_rate:g}, absolute; EMA decay {settings.ema.decay:g}; "
         f"{settings.precision}"
     )
 
 
-def _places(sources: Mapping[str, Source]) -> list[str]:
+def _places(sources: Mapping[str, ImageSource]) -> list[str]:
     return [source.location(0) for source in sources.values()]
 
 
