@@ -537,7 +537,7 @@ def test_the_cache_is_pickled_without_its_thread(server, shards):
 def test_unwritable_root(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFailedError, match="cannot write"):
-        ShardCache(tmp_path / "file" / "cache", 1)
+        ShardCache(tmp_path / "file" / "cache", 1).open("https://example.org/0.tar")
 
 
 def test_a_wiped_cache(server, shards):
