@@ -197,10 +197,10 @@ def build_parser() -> argparse.ArgumentParser:
     state.add_argument("--json", action="store_true", help="print one JSON object")
     state.add_argument("--html", type=Path, help="write a page with curves to this file")
 
-    settings = add("config", _config, "Shows, compares or explains recipes.")
-    settings.add_argument("action", choices=["show", "diff", "schema"])
-    settings.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]")
-    settings.add_argument("--markdown", action="store_true", help="schema: print docs/settings.md")
+    config = add("config", _config, "Shows, compares or explains recipes.")
+    config.add_argument("action", choices=["show", "diff", "schema"])
+    config.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]")
+    config.add_argument("--markdown", action="store_true", help="schema: print docs/settings.md")
 
     speed = add("benchmark", _benchmark, "Measures a recipe's speed and memory on this machine.")
     speed.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
@@ -221,20 +221,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _train_verb(args: argparse.Namespace) -> int:
-    from kl_f8_train import config
+    from kl_f8_train import config as configs
 
     if args.dry_run:
         return _examine(args.config, args.overrides, args.json, args.allow_changes)
     if args.json:
         raise UsageError("--json: a training prints no JSON; give --dry-run with it")
     end_with_launcher()  # before anything heavy is imported
-    settings = config.load(config.find_recipe(args.config), args.overrides)
-    launched(settings.compute.num_nodes)
-    if not Path(settings.run_dir).is_dir():
-        _must_be_there(settings.init.weights, "init.weights=")
+    config = configs.load(configs.find_recipe(args.config), args.overrides)
+    launched(config.compute.num_nodes)
+    if not Path(config.run_dir).is_dir():
+        _must_be_there(config.init.weights, "init.weights=")
     from kl_f8_train.run.train import train
 
-    return train(settings, args.allow_changes)
+    return train(config, args.allow_changes)
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -244,9 +244,9 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _examine(recipe: str, overrides: list[str], as_json: bool, allow_changes: bool = False) -> int:
-    from kl_f8_train import config
+    from kl_f8_train import config as configs
 
-    path = config.find_recipe(recipe)
+    path = configs.find_recipe(recipe)
     launched()
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         say("loading ...")
@@ -489,7 +489,7 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> int:
-    from kl_f8_train import config
+    from kl_f8_train import config as configs
 
     if args.markdown:
         if args.action != "schema":
@@ -501,7 +501,7 @@ def _config(args: argparse.Namespace) -> int:
         print(reference.page(), end="")
         return 0
     if args.action == "schema":
-        for key, kind, default, doc in config.schema():
+        for key, kind, default, doc in configs.schema():
             print(f"{key}\n    {doc}\n    {kind}; {default}")
         return 0
     count = 2 if args.action == "diff" else 1
@@ -512,23 +512,23 @@ def _config(args: argparse.Namespace) -> int:
         )
     overrides = args.arguments[count:]
     names = args.arguments[:count]
-    loaded = [config.resolve(config.find_recipe(name), overrides) for name in names]
+    loaded = [configs.resolve(configs.find_recipe(name), overrides) for name in names]
     if args.action == "show":
-        print(config.to_yaml(loaded[0]), end="")
+        print(configs.to_yaml(loaded[0]), end="")
     else:
-        print("\n".join(config.differences(loaded[0], loaded[1], machine=True)))
+        print("\n".join(configs.differences(loaded[0], loaded[1], machine=True)))
     return 0
 
 
 def _benchmark(args: argparse.Namespace) -> int:
-    from kl_f8_train import config
+    from kl_f8_train import config as configs
 
     if args.iterations < 1:
         raise UsageError(f"--iterations {args.iterations}: expected 1 or more")
-    settings = config.load_without_inputs(config.find_recipe(args.config), args.overrides)
+    config = configs.load_without_inputs(configs.find_recipe(args.config), args.overrides)
     from kl_f8_train.check.benchmark import benchmark, describe
 
-    result = benchmark(settings, args.iterations, partial(say, aside=True))
+    result = benchmark(config, args.iterations, partial(say, aside=True))
     print(json.dumps(result, indent=1) if args.json else describe(result))
     return 0
 

@@ -546,6 +546,15 @@ def find_recipe(name: str) -> Path:
     return next((file for file in shipped if file.is_file()), path)
 
 
+def recipe(name: str, *overrides: str) -> Config:
+    """A shipped recipe for use without a run; what only a run needs (data, weights) is left out.
+
+    Raises UsageError for overrides (`key=value`) that do not fit.
+    """
+    unused = ("run_dir=unused", "init.weights=unused", "data.sources=unused")
+    return load(find_recipe(name), [*unused, *overrides])
+
+
 def from_dict(values: Mapping[str, Any]) -> Config:
     """The configuration stored in a checkpoint.
 

@@ -712,8 +712,9 @@ def test_a_killed_fetcher_leaves_nothing_under_the_final_name(server, shards):
     assert parts(one.root) == []
 
 
-def test_leftovers_are_removed_at_start_if_old_and_unlocked(server, shards):
+def test_leftovers_are_removed_if_old_and_unlocked(server, shards):
     root = shards().root
+    root.mkdir(parents=True, exist_ok=True)
     entries = [shard_cache._Entry(root, f"http://host/{number}.tar") for number in range(3)]
     leftovers = [hidden_beside(entry.path, "1-2.part") for entry in entries]
     foreign = root / ".somebody.part"
@@ -722,9 +723,9 @@ def test_leftovers_are_removed_at_start_if_old_and_unlocked(server, shards):
         used(path, 3700)
     used(leftovers[1], 3500)
     with shard_cache._locked(entries[2].lock, fcntl.LOCK_EX):
-        shards()
+        shards()._prepare()
     assert [path.exists() for path in leftovers] == [False, True, True]
-    shards()
+    shards()._prepare()
     assert [path.exists() for path in leftovers] == [False, True, False]
     assert foreign.exists()
 

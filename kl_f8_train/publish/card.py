@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from kl_f8_train import config
+from kl_f8_train import config as configs
 from kl_f8_train.config import Config
 from kl_f8_train.core.metrics import SCORES
 from kl_f8_train.core.perceptual import LABELS, OTHER_VGG
@@ -100,7 +100,7 @@ def write(
     export.json names, or if the scores are damaged or belong to other weights.
     """
     record = _record(export_dir)
-    settings = _stored_settings(export_dir, record)
+    config = _stored_settings(export_dir, record)
     details = _with_kept(details or Details(), record.get("card", {}))
     evaluated = _evaluated(scores_file, record) if scores_file else _kept_scores(export_dir, record)
     if scores_file and evaluated and evaluated.strip:
@@ -117,7 +117,7 @@ def write(
         if used:
             files[file] = _sha256(export_dir / file)
     readme = export_dir / README
-    write_text(readme, model_card(settings, record, details, evaluated))
+    write_text(readme, model_card(config, record, details, evaluated))
     files[README] = file_sha256(readme)
     write_json(export_dir / "export.json", record)
     return readme
@@ -157,7 +157,7 @@ def license_fields(identifier: str | None, file: Path | None) -> dict[str, str]:
 
 
 def model_card(
-    settings: Config,
+    config: Config,
     record: Mapping[str, Any],
     details: Details | None = None,
     evaluated: Evaluated | None = None,
@@ -171,17 +171,17 @@ def model_card(
     precision = "\n".join(f"- {line}" for line in half_precision.describe(record["half_precision"]))
     checks = "\n".join(f"- {check}: {outcome}" for check, outcome in record["checks"].items())
     link = " and in [LICENSE](LICENSE)" if "license_link" in details.license else ""
-    factor = 2 ** (len(settings.model.ch_mult) - 1)
-    latent = f"{settings.model.z_channels} numbers for each {factor} x {factor} pixels"
+    factor = 2 ** (len(config.model.ch_mult) - 1)
+    latent = f"{config.model.z_channels} numbers for each {factor} x {factor} pixels"
     evaluation = _evaluation(evaluated) if evaluated else _not_evaluated(record)
     return f"""---
 {front}---
-# {_cell(settings.name)}
+# {_cell(config.name)}
 
-{_introduction(settings, record)}
+{_introduction(config, record)}
 ## Training
 
-{_training(settings, record)}
+{_training(config, record)}
 
 ## Evaluation
 
@@ -235,7 +235,7 @@ def _sha256(path: Path) -> str:
 
 def _stored_settings(export_dir: Path, record: Mapping[str, Any]) -> Config:
     try:
-        return config.from_dict(record["config"])
+        return configs.from_dict(record["config"])
     except UsageError as error:
         raise MissingInputError(f"{export_dir / 'export.json'}: its config: {error}") from error
 
@@ -392,10 +392,10 @@ def _measured(evaluated: Evaluated) -> list[dict[str, Any]]:
     return found
 
 
-def _introduction(settings: Config, record: Mapping[str, Any]) -> str:
+def _introduction(config: Config, record: Mapping[str, Any]) -> str:
     """What it is and how to use it: where Stable Diffusion is, only with kl-f8's own shape."""
     use = USE_DIFFUSERS if DIFFUSERS in record["files"] else ""
-    if settings.model not in (config.KL_F8, config.KL_F8_16):
+    if config.model not in (configs.KL_F8, configs.KL_F8_16):
         return f"""The decoder of an autoencoder of kl-f8's kind, finetuned with kl_f8_train.
 **It does not fit Stable Diffusion**: its shape is not kl-f8's.
 {_encoder(record)}
@@ -458,8 +458,8 @@ def _programs(record: Mapping[str, Any]) -> str:
 """
 
 
-def _training(settings: Config, record: Mapping[str, Any]) -> str:
-    loss, adversarial, data = settings.loss, settings.adversarial, settings.data
+def _training(config: Config, record: Mapping[str, Any]) -> str:
+    loss, adversarial, data = config.loss, config.adversarial, config.data
     start, iteration = record["init_iteration"], record["iteration"]
     taken = {"raw": "raw weights, not the EMA", "ema": "EMA weights"}
     weights = taken.get(record["weights"]) or f"mean EMA of {', '.join(record['averaged'])}"
@@ -467,7 +467,7 @@ def _training(settings: Config, record: Mapping[str, Any]) -> str:
     rows = {
         "base weights": name if digest == "unknown" else f"{name}, SHA-256 {digest}",
         "iterations": f"{'?' if start is None else f'{start:,}'} -> {iteration:,}",
-        "global batch, crop": f"{settings.global_batch}, {data.crop} x {data.crop}",
+        "global batch, crop": f"{config.global_batch}, {data.crop} x {data.crop}",
         "resize": f"shorter side to {data.shorter_side}" if data.shorter_side else "none",
         "trained": "decoder and post_quant_conv",
         "reconstruction loss": f"{loss.pixel} + {loss.perceptual_weight:g} "
@@ -476,9 +476,9 @@ def _training(settings: Config, record: Mapping[str, Any]) -> str:
         if adversarial is None
         else f"hinge PatchGAN, {adversarial.weight:g} x adaptive weight, from iteration "
         f"{adversarial.start_iteration:,}",
-        "learning rate": f"{settings.optimizer.learning_rate:g}, Adam {settings.optimizer.betas}",
-        "EMA decay": f"{settings.ema.decay:g}; these are the {weights}",
-        "precision": settings.precision,
+        "learning rate": f"{config.optimizer.learning_rate:g}, Adam {config.optimizer.betas}",
+        "EMA decay": f"{config.ema.decay:g}; these are the {weights}",
+        "precision": config.precision,
         "data, shares": ", ".join(f"{key} ({s.weight:g})" for key, s in data.sources.items()),
     }
     if record.get("changes"):

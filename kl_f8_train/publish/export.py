@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kl_f8_train import __version__, config, images
+from kl_f8_train import __version__, images
+from kl_f8_train import config as configs
 from kl_f8_train.config import Config
 from kl_f8_train.core.hashes import data_sha256, frozen_sha256
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
@@ -69,11 +70,11 @@ def export(
     source = _best(source) if best else source
     _refuse_the_same_twice([source, *average])
     header = weight_file.read(source, _nothing)
-    settings = checkpoint.stored_config(header)
+    config = checkpoint.stored_config(header)
     kind = "raw" if raw else "ema-average" if average else "ema"
     marks = ["best"] * best + [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
     out = out or _home(source) / "-".join(["export", *marks])
-    stem = "-".join([settings.name, kind, "pruned", *(m for m in marks if m != kind)])
+    stem = "-".join([config.name, kind, "pruned", *(m for m in marks if m != kind)])
     files = _weight_files(out, stem, layouts, dtype)
     diffusers_config = out / "diffusers" / "config.json"
     described = [diffusers_config] * ("diffusers" in layouts) + [out / "config.yaml"]
@@ -83,22 +84,22 @@ def export(
     check_writable(out)
     before = _listed_files(summary)
 
-    named, tried = half_precision.choose_images(pictures, min(SIZE, settings.data.crop))
+    named, tried = half_precision.choose_images(pictures, min(SIZE, config.data.crop))
     weights = _stored_weights(header.path, raw)
     averaged = _average(weights, header, average)
-    stated = _stated(header, settings, family)
+    stated = _stated(header, config, family)
     model = _autoencoder_of(weights, stated)
     frozen = header.metadata["frozen_sha256"]
     if frozen_sha256(weights) != frozen:
         raise MissingInputError(f"{header.path}: its encoder does not match its own hash")
 
     record: dict[str, Any] = {
-        "name": settings.name,
+        "name": config.name,
         "stem": stem,
         "weights": kind,
         "dtype": dtype,
         "iteration": int(header.metadata["iteration"]),
-        "init_iteration": settings.init.iteration,
+        "init_iteration": config.init.iteration,
         "source": header.path.name,
         "source_sha256": file_sha256(header.path),
         "averaged": averaged,
@@ -106,10 +107,10 @@ def export(
         "facts": stated.stated(),
         "changes": checkpoint.stored_changes(header.metadata),
         "perceptual": checkpoint.stored_identity(header.metadata).get("perceptual"),
-        "ema_decay": settings.ema.decay,
+        "ema_decay": config.ema.decay,
         "config_sha256": hashlib.sha256(header.metadata["config"].encode()).hexdigest(),
         "frozen_sha256": frozen,
-        "config": config.to_dict(settings),
+        "config": configs.to_dict(config),
     }
     record["half_precision"] = {"images": named, **half_precision.measure(model, tried)}
     for path, layout, stored in files:
@@ -122,27 +123,27 @@ def export(
             }
             weight_file.write_torch(path, contents)
         elif layout == "safetensors":
-            texts = _metadata(settings, header, record, tensors, stated)
+            texts = _metadata(config, header, record, tensors, stated)
             weight_file.write_safetensors(path, tensors, texts)
         else:
             weight_file.write_safetensors(path, names.to_diffusers(tensors), {})
         del tensors
     if "diffusers" in layouts:
-        shape = settings.model
+        shape = config.model
         values = names.diffusers_config(
             shape.ch,
             shape.ch_mult,
             shape.num_res_blocks,
             shape.z_channels,
-            settings.data.crop,
+            config.data.crop,
             stated,
         )
         write_json(diffusers_config, values)
-    write_text(out / "config.yaml", config.to_yaml(settings))
+    write_text(out / "config.yaml", configs.to_yaml(config))
 
     record["checks"] = _verify(out, files, model, stated)
     record["files"] = {str(path.relative_to(out)): file_sha256(path) for path in written}
-    write_text(readme, card.model_card(settings, record))
+    write_text(readme, card.model_card(config, record))
     record["files"]["README.md"] = file_sha256(readme)
     write_json(summary, record)
     warnings = [] if average else _ruined(_home(source), record)
@@ -169,13 +170,13 @@ def _summary(out: Path, record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _stated(header: weight_file.Contents, settings: Config, family: str | None) -> Facts:
+def _stated(header: weight_file.Contents, config: Config, family: str | None) -> Facts:
     """What the run's base stated; UsageError if a family must be given, or another is."""
-    published = settings.model in (config.KL_F8, config.KL_F8_16)
-    stated = checkpoint.stored_facts(header, settings)
+    published = config.model in (configs.KL_F8, configs.KL_F8_16)
+    stated = checkpoint.stored_facts(header, config)
     try:
-        given = family or settings.init.family
-        return settled(stated, settings.model.embed_dim, given, published)
+        given = family or config.init.family
+        return settled(stated, config.model.embed_dim, given, published)
     except UsageError as error:
         message = str(error).replace("init.family=", "--family ")
         raise UsageError(f"{header.path}: {message}") from error
@@ -323,7 +324,7 @@ def _average(weights: State, first: weight_file.Contents, others: Sequence[Path]
 
 
 def _metadata(
-    settings: Config,
+    config: Config,
     header: weight_file.Contents,
     record: dict[str, Any],
     tensors: State,
@@ -340,13 +341,13 @@ def _metadata(
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{known.modelspec}/vae" if known else "autoencoder-kl",
         "modelspec.implementation": "kl_f8_train",
-        "modelspec.title": f"{settings.name} ({record['weights']}, pruned)",
+        "modelspec.title": f"{config.name} ({record['weights']}, pruned)",
         "modelspec.date": written.isoformat(timespec="seconds"),
-        "modelspec.resolution": f"{settings.data.crop}x{settings.data.crop}",
+        "modelspec.resolution": f"{config.data.crop}x{config.data.crop}",
         "modelspec.hash_sha256": f"0x{data_sha256(tensors)}",
         "kl_f8_train.version": __version__,
         **stated.metadata(),
-        "kl_f8_train.recipe": settings.name,
+        "kl_f8_train.recipe": config.name,
         "kl_f8_train.weights": record["weights"],
         **{f"kl_f8_train.{key}": str(record[key]) for key in ours},
         **({"kl_f8_train.averaged": ", ".join(record["averaged"])} if record["averaged"] else {}),

@@ -30,9 +30,9 @@ from kl_f8_train.units import duration
 class RunLog(Callback):
     """metrics.csv always; a progress bar or plain lines; trackers on request."""
 
-    def __init__(self, run_dir: Path, settings: Config, start: int, plan: Plan) -> None:
-        self.run_dir, self.config, self.start, self.plan = run_dir, settings, start, plan
-        given = settings.init.iteration
+    def __init__(self, run_dir: Path, config: Config, start: int, plan: Plan) -> None:
+        self.run_dir, self.config, self.start, self.plan = run_dir, config, start, plan
+        given = config.init.iteration
         self.first = start if given is None else given  # iteration at which the run began
         self.table = MetricsFile(run_dir / METRICS_FILE, start)
         self.sums: dict[tuple[str, ...], Tensor] = {}  # names -> (names, 2): sum, and how many

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.optim import Adam
 
-from kl_f8_train import config
+from kl_f8_train import config as configs
 from kl_f8_train.core.finite import HostCopy
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.errors import RunFailedError
@@ -27,8 +27,8 @@ class Checkpoints(Callback):
     A save that fails is tried again at the next turn; two failures in a row end the run.
     """
 
-    def __init__(self, run_dir: Path, settings: config.Checkpoint, frozen_sha256: str) -> None:
-        self.run_dir, self.settings, self.frozen = run_dir, settings, frozen_sha256
+    def __init__(self, run_dir: Path, config: configs.Checkpoint, frozen_sha256: str) -> None:
+        self.run_dir, self.config, self.frozen = run_dir, config, frozen_sha256
         self.saved: tuple[int, int] | None = None
         self.failures = 0
         self.mark = 0.0  # end of the last save, or the start
@@ -41,7 +41,7 @@ class Checkpoints(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Saves when it is time."""
         done = finetuner_of(pl_module).warmup_done or finetuner_of(pl_module).iteration
-        if done % self.settings.every == 0:
+        if done % self.config.every == 0:
             self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,7 +65,7 @@ class Checkpoints(Callback):
                 failure = str(error)
             else:
                 with tolerated("an old checkpoint could not be removed"):
-                    keep = self.settings
+                    keep = self.config
                     remove_old_checkpoints(path, keep.keep_last, keep.keep_every)
         failure = trainer.strategy.broadcast(failure)  # all ranks go on, or stop, together
         if failure is None:

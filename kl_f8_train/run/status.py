@@ -110,10 +110,10 @@ def read_settings(run: Path) -> dict[str, Any]:
         ) from error
 
 
-def _check_number(settings: Mapping[str, Any], key: str) -> None:
+def _check_number(config: Mapping[str, Any], key: str) -> None:
     """Raises ValueError if a setting is neither a number nor null."""
     group, _, name = key.rpartition(".")
-    held = settings.get(group) or {} if group else settings
+    held = config.get(group) or {} if group else config
     value = held.get(name) if isinstance(held, Mapping) else held
     if value is not None and not (isinstance(value, int | float) and 0 <= value < 2**63):
         raise ValueError(f"{key}: got {value!r}, expected a number")
@@ -135,23 +135,23 @@ def _age(paths: Iterable[Path], now: float) -> float | None:
 
 def read_status(run: Path, now: float) -> Status:
     """Where a run is at `now`, seconds since the epoch; MissingInputError if it is none."""
-    settings = read_settings(run)
-    stop, batch = settings["stop_iteration"], settings.get("global_batch") or 1
+    config = read_settings(run)
+    stop, batch = config["stop_iteration"], config.get("global_batch") or 1
     rows = read_rows(run / METRICS_FILE)
     training = [row for row in rows if "decoder_gradient_norm" in row]
     path, saved = newest_checkpoint(run) or (None, None)
-    start = _start(settings, rows)
+    start = _start(config, rows)
     logged = int(rows[-1]["iteration"]) if rows else None
     iteration = max((i for i in (logged, saved) if i is not None), default=None)
     speed = _median(row[SPEED] for row in _lately(rows) if SPEED in row)
     left = max(0, stop - iteration) * batch / speed if speed and iteration is not None else None
-    interval = _group(settings, "log").get("every", 1) * batch / speed if speed else 0.0
+    interval = _group(config, "log").get("every", 1) * batch / speed if speed else 0.0
     share = None
     if iteration is not None and start is not None:
         share = min(1.0, (iteration - start) / max(1, stop - start))
     return Status(
         run_dir=str(run),
-        name=str(settings.get("name", run.name)),
+        name=str(config.get("name", run.name)),
         state="ended" if saved is not None and saved >= stop else _state(run, interval, now),
         iteration=iteration,
         start_iteration=start,
@@ -170,16 +170,16 @@ def read_status(run: Path, now: float) -> Status:
         warnings=[
             *_discriminator_warnings(_lately(training)),
             *_skipped_warnings(run, rows),
-            *_row_warnings(settings, rows),
+            *_row_warnings(config, rows),
             *_validation_warnings(read_rows(run / VALIDATION_FILE)),
-            *_checkpoint_warnings(settings, iteration, start if saved is None else saved),
+            *_checkpoint_warnings(config, iteration, start if saved is None else saved),
         ],
     )
 
 
-def _group(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A group of settings; empty where it is null or missing."""
-    return settings.get(name) or {}
+    return config.get(name) or {}
 
 
 def _state(run: Path, log_interval_seconds: float, now: float) -> str:
@@ -195,15 +195,15 @@ def _state(run: Path, log_interval_seconds: float, now: float) -> str:
     return "seems to be running" if log_interval_seconds else "seems to be starting"
 
 
-def _start(settings: Mapping[str, Any], rows: Sequence[Row]) -> int | None:
+def _start(config: Mapping[str, Any], rows: Sequence[Row]) -> int | None:
     """The iteration at which the run began: as set, or from the images of the first row."""
-    given = _group(settings, "init").get("iteration")
+    given = _group(config, "init").get("iteration")
     if given is not None:
         return int(given)
     if not rows:
         return None
     images = sum(v for k, v in rows[0].items() if k.startswith("images_") and k != SPEED)
-    return round(rows[0]["iteration"] - images / (settings.get("global_batch") or 1))
+    return round(rows[0]["iteration"] - images / (config.get("global_batch") or 1))
 
 
 def _lately(rows: Sequence[Row]) -> Sequence[Row]:
@@ -241,7 +241,7 @@ def _skipped_warnings(run: Path, rows: Sequence[Row]) -> Iterable[str]:
         yield f"{counted(count, 'image', 's')} could not be used: see skipped-*.txt"
 
 
-def _row_warnings(settings: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[str]:
+def _row_warnings(config: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[str]:
     """What the log rows tell of updates, images, speed and the loss."""
     bad, last = left_out(rows)
     if bad:
@@ -249,7 +249,7 @@ def _row_warnings(settings: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[
         yield f"{updates} left out as not finite, the last by iteration {last:,}"
     waited = _mean(_lately(rows), "data_wait_share") or 0.0
     if waited > 0.1 and len(rows) >= ENOUGH_ROWS:
-        workers, cores = _group(settings, "data").get("workers", 0), os.cpu_count() or 1
+        workers, cores = _group(config, "data").get("workers", 0), os.cpu_count() or 1
         yield f"{100 * waited:.0f} % of the time is spent waiting for data: " + (
             "raise data.workers"
             if workers < cores
@@ -303,10 +303,10 @@ def left_out(rows: Sequence[Row]) -> tuple[int, int]:
 
 
 def _checkpoint_warnings(
-    settings: Mapping[str, Any], iteration: int | None, last: int | None
+    config: Mapping[str, Any], iteration: int | None, last: int | None
 ) -> Iterable[str]:
     """Whether saving has fallen behind `last`, the newest checkpoint's iteration or the start."""
-    every = _group(settings, "checkpoint").get("every", 0)
+    every = _group(config, "checkpoint").get("every", 0)
     if iteration is not None and last is not None and every and iteration - last > 2 * every:
         yield (
             f"no checkpoint for {iteration - last:,} iterations, though checkpoint.every={every:,}"

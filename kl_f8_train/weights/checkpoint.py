@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from kl_f8_train import config, facts
+from kl_f8_train import config as configs
+from kl_f8_train import facts
 from kl_f8_train.config import Config
 from kl_f8_train.core.hashes import frozen_sha256, tensors_sha256
 from kl_f8_train.core.step import Finetuner
@@ -61,7 +62,7 @@ def save(
         "changes": "\n".join(run.changes),
         "identity": json.dumps(run.identity),
         **content_sha256(tensors),
-        "config": json.dumps(config.to_dict(finetuner.config)),
+        "config": json.dumps(configs.to_dict(finetuner.config)),
     }
     path = path or checkpoint_path(run_dir, finetuner.iteration, finetuner.warmup_done)
     weight_file.write_safetensors(path, tensors, metadata)
@@ -79,7 +80,7 @@ def stored_config(contents: weight_file.Contents) -> Config:
             "directory, or a file of its checkpoints/"
         )
     try:
-        return config.from_dict(json.loads(contents.metadata["config"]))
+        return configs.from_dict(json.loads(contents.metadata["config"]))
     except (UsageError, KeyError, ValueError, RecursionError) as error:
         raise MissingInputError(f"{contents.path}: its configuration: {error}") from error
 
@@ -94,29 +95,29 @@ def stored_base(metadata: dict[str, str]) -> dict[str, str]:
     return {key: metadata.get(key, "unknown") for key in ("base_name", "base_sha256")}
 
 
-def stored_facts(contents: weight_file.Contents, settings: Config) -> Facts:
+def stored_facts(contents: weight_file.Contents, config: Config) -> Facts:
     """What the base of a run stated; of older checkpoints only what their configuration shows."""
-    return facts.combined(contents.facts, _shown(settings))
+    return facts.combined(contents.facts, _shown(config))
 
 
-def base_facts(contents: weight_file.Contents, weights: Weights, settings: Config) -> Facts:
+def base_facts(contents: weight_file.Contents, weights: Weights, config: Config) -> Facts:
     """What a run keeps of what its base states, with `init.family` where it does not.
 
     Raises UsageError if the two disagree, or if neither names a family although the shape is one
     that several share.
     """
-    published = settings.model in (config.KL_F8, config.KL_F8_16)
-    channels = settings.model.embed_dim
+    published = config.model in (configs.KL_F8, configs.KL_F8_16)
+    channels = config.model.embed_dim
     stated = weight_file.facts_of(contents, weights)
     try:
-        known = facts.settled(stated, channels, settings.init.family, published)
+        known = facts.settled(stated, channels, config.init.family, published)
     except UsageError as error:
         raise UsageError(f"{contents.path}: {error}") from error
-    return facts.combined(known, _shown(settings))
+    return facts.combined(known, _shown(config))
 
 
-def _shown(settings: Config) -> Facts:
-    model = settings.model
+def _shown(config: Config) -> Facts:
+    model = config.model
     return Facts(norm_num_groups=model.norm_num_groups, use_quant_conv=model.quant_conv)
 
 
@@ -197,7 +198,7 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: weight_file.
     return frozen
 
 
-def check_groups(stated: Facts, model: config.Model) -> None:
+def check_groups(stated: Facts, model: configs.Model) -> None:
     """Raises MissingInputError if a file states other norms than the recipe's."""
     groups = stated.norm_num_groups
     if groups not in (None, model.norm_num_groups):

@@ -27,7 +27,7 @@ from torch import Tensor
 from kl_f8_train import facts
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.errors import MissingInputError
+from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.facts import Facts
 from kl_f8_train.files import atomic_path, file_sha256
 from kl_f8_train.run_dir import list_checkpoints
@@ -396,6 +396,21 @@ def write_safetensors(
             save_file(plain, temporary, metadata={"format": "pt", **metadata})
         except SafetensorError as error:
             raise OSError(str(error)) from error
+
+
+def save_autoencoder(model: AutoencoderKL, path: str | Path) -> None:
+    """Writes an autoencoder with CompVis' names: .safetensors, or .ckpt for older loaders.
+
+    Raises UsageError for another suffix.
+    """
+    path, state = Path(path), model.state_dict()
+    groups = Facts(norm_num_groups=model.decoder.norm_out.num_groups)
+    if path.suffix == ".safetensors":
+        write_safetensors(path, state, groups.metadata())
+    elif path.suffix == ".ckpt":
+        write_torch(path, {"state_dict": state})
+    else:
+        raise UsageError(f"{path}: an autoencoder is saved as .safetensors or .ckpt")
 
 
 def write_torch(path: Path, contents: Mapping[str, Any]) -> None:
