@@ -449,7 +449,7 @@ def _try_iteration(
     micro = configs.micro_batch(config, world)
     count = micro if cuda else min(micro, FEW_IMAGES)
     plan, sources = open_data(config, report.tell)
-    adopt(finetuner, identity.of_data(plan), config.run_dir, allow_changes)
+    adopt(finetuner, identity.of_data(sources), config.run_dir, allow_changes)
     dataset = PositionDataset(plan, sources, config)
     first = finetuner.iteration * config.global_batch
     batch = collate([dataset[first + slot] for slot in range(count)]).to(device)

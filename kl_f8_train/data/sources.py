@@ -1,5 +1,6 @@
 """The images of a source by shard and number: indexed tar shards, after filters, or a folder."""
 
+import itertools
 import json
 import os
 import re
@@ -51,6 +52,9 @@ class ImageSource(Protocol):
 
     def describe(self) -> list[str]:
         """Lines on what is in it, and what the filters dropped."""
+
+    def files_held(self) -> Iterable[tuple[str, int, int]]:
+        """(name, bytes, images after filters) of each of its files, in their order."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,13 @@ class TarSource:
             lines.append(f"{self.without_image:,} samples have no image")
         return lines
 
+    def files_held(self) -> Iterable[tuple[str, int, int]]:
+        """(name, bytes of its images, images after filters) of each shard."""
+        for shard, place in enumerate(self.locations):
+            rows = slice(int(self.starts[shard]), int(self.starts[shard + 1]))
+            held = int(self.sizes[rows].sum(dtype=np.int64))
+            yield os.path.basename(place), held, int(self.counts[shard])
+
     def _filtered_counts(self) -> np.ndarray:
         """Images of each shard that pass, a stretch of shards at a time to bound the memory."""
         counts = np.diff(self.starts)
@@ -231,6 +242,13 @@ class FolderSource:
     def location(self, shard: int) -> str:
         """The folder."""
         return str(self.folder)
+
+    def files_held(self) -> Iterable[tuple[str, int, int]]:
+        """(path below the folder, bytes, 1) of each file; one that is gone has -1 bytes."""
+        places = [self.folder / file for file in self.files]
+        with ThreadPoolExecutor(16) as pool:
+            sizes = list(pool.map(lambda place: fingerprint(str(place))[0], places))
+        return zip(self.files, sizes, itertools.repeat(1))
 
     def describe(self) -> list[str]:
         """How many files are used, and how many of which kind are not."""
