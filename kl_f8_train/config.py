@@ -291,6 +291,11 @@ class Compute:
         bounds=(0, MOST_LEVELS),
         usual="0; 1 to 4 when memory is short",
     )
+    deterministic: bool = setting(
+        "equal bits in every run on one kind of GPU, or an error that names the operation",
+        False,
+        machine=True,
+    )
     compile: bool | None = setting(
         "torch.compile the networks; null: on CUDA, where a C compiler is found",
         None,
@@ -368,7 +373,9 @@ class Config:
         usual="16 on one GPU; 192 as published",
     )
     seed: int = setting("seed of order, crops and noise", 0, bounds=(0, 2**63 - 1), usual="any")
-    precision: Literal["float32", "bfloat16"] = setting("autocast type; weights stay float32")
+    precision: Literal["float32", "tf32", "bfloat16"] = setting(
+        "arithmetic; tf32: float32 rounded to 10 bits in products on a GPU; weights stay float32"
+    )
     second_forward: bool = setting("the original's second pass for the discriminator", False)
     max_bad_updates: int = setting(
         "non-finite updates in a row before the run stops", 10, bounds=(1, ITERATIONS), usual="10"

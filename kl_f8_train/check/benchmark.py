@@ -100,6 +100,9 @@ def benchmark(
     timed_here = Variant("ours", ours)
     phases = measure([timed_here], batches, device, iterations)
     rates = {name: matmul_rate(device, kind) for name, kind in PRECISIONS.items()}
+    if config.precision == "tf32":
+        with machine.kernels("tf32"):
+            rates["tf32"] = matmul_rate(device, torch.float32)
     cpu_seconds = statistics.median(timed_here.cpu_seconds)
     if device.type == "cpu" and is_busy(timed_here.median, cpu_seconds, torch.get_num_threads()):
         notes.append(
@@ -227,7 +230,7 @@ def iteration_of(finetuner: Finetuner, device: torch.device) -> Iteration:
     finetuner.perceptual.to(device)
 
     def run(batch: Batch) -> None:
-        with machine.kernels(finetuner.config.precision):
+        with machine.kernels(finetuner.config.precision, finetuner.config.compute.deterministic):
             finetuner.run_iteration(batch)
 
     return run

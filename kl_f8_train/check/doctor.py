@@ -688,7 +688,7 @@ def _tell_scaling(report: Report, config: Config, world: int) -> None:
     gpu = scaling.find_gpu(torch.cuda.get_device_name()) if cuda else None
     assumed = f"{100 * scaling.SHARE:.0f} % of its peak"
     if seconds is not None:
-        report.say(f"scaling, by docs/scaling.md, from the speed of {_device_name(cuda)}:")
+        report.say(f"scaling, by docs/performance.md, from the speed of {_device_name(cuda)}:")
         if gpu is not None:
             share = work.flops_per_image / (seconds * gpu.flops)
             report.tell(f"{100 * share:.0f} % of {gpu.name}'s peak; the docs assume {assumed}")

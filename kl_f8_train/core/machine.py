@@ -126,20 +126,34 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 @contextmanager
-def kernels(precision: str) -> Iterator[None]:
-    """Sets how cuDNN convolves in iterations: the fastest kernels by trial, TF32 by precision.
+def kernels(precision: str, deterministic: bool = False) -> Iterator[None]:
+    """Sets how CUDA computes in iterations: the fastest kernels by trial, TF32 by precision.
 
-    Precision "float32" means float32, while torch's default for convolutions is TF32; it stays for
-    what "bfloat16" leaves in float32, the perceptual network. Nothing on a CPU.
+    "float32" means float32, while torch's default for convolutions is TF32; "tf32" has it in
+    convolutions and matrix products; "bfloat16" has it in the convolutions that it leaves in
+    float32, the perceptual network's. Nothing of it changes a CPU's arithmetic.
+
+    `deterministic` takes kernels that give the same bits in every run on one kind of GPU; torch
+    raises RuntimeError, named by `with_remedy`, where an operation has none.
     """
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(
-        enabled=cudnn.enabled,
-        benchmark=True,  # an iteration's shapes are those of the iteration before
-        deterministic=cudnn.deterministic,
-        allow_tf32=precision != "float32",
-    ):
-        yield
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = products.allow_tf32, torch.are_deterministic_algorithms_enabled()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS' first use
+        torch.use_deterministic_algorithms(True)
+    products.allow_tf32 = precision == "tf32"
+    try:
+        with cudnn.flags(
+            enabled=cudnn.enabled,
+            benchmark=not deterministic,  # an iteration's shapes are those of the one before
+            deterministic=deterministic or cudnn.deterministic,
+            allow_tf32=precision != "float32",
+        ):
+            yield
+    finally:
+        products.allow_tf32 = before[0]
+        if deterministic:
+            torch.use_deterministic_algorithms(before[1])
 
 
 @contextmanager
@@ -178,4 +192,10 @@ def _remedy_for(error: Exception) -> str | None:
         )
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return "torch.compile failed: give compute.compile=false"
+    if "does not have a deterministic implementation" in str(error):
+        return (
+            "compute.deterministic=true: this operation prevents it on this device; give "
+            "compute.deterministic=false, or, where it is upsampling, compute.subpixel_upsample="
+            "true, and where it is padding, loss.perceptual=lpips_vgg"
+        )
     return None

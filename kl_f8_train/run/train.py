@@ -122,7 +122,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
         if trainer.is_global_zero:
             remove_leftovers(run_dir)
             write_text(run_dir / CONFIG_FILE, configs.to_yaml(config))
-        with kernels(config.precision):
+        with kernels(config.precision, config.compute.deterministic):
             _fit(trainer, Iterations(config, finetuner, plan, sources), run_log)
     finally:
         signals.restore()
