@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 import time
 import traceback
@@ -15,12 +16,16 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tarfile import is_tarfile
+from typing import TYPE_CHECKING
 
 from kl_f8_train import __version__
 from kl_f8_train.errors import MissingInputError, UsageError, UserError
 from kl_f8_train.launch import end_children, launched
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import say
+
+if TYPE_CHECKING:
+    from kl_f8_train.check.doctor import Report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help()
+        return UsageError.exit_code
     args, rest = parser.parse_known_args(arguments)
     if hasattr(args, "overrides") and all("=" in text for text in rest):
         args.overrides += rest  # key=value behind a flag, or written --key=value
@@ -102,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("config", nargs="?", help="recipe: a YAML file, or a shipped one's name")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.add_argument("--all", action="store_true", help="every setting and figure")
 
     inspect = add("inspect", _inspect, "Says what a VAE file holds, without running any of it.")
     inspect.add_argument("weights", help="file, diffusers folder, run directory or hub id")
@@ -232,6 +241,8 @@ def _train_verb(args: argparse.Namespace) -> int:
     launched(config.compute.num_nodes)
     if not Path(config.run_dir).is_dir():
         _must_be_there(config.init.weights, "init.weights=")
+    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        print(f"{config.name} in {config.run_dir}: loading ...", flush=True)
     from kl_f8_train.run.train import train
 
     return train(config, args.allow_changes)
@@ -240,22 +251,55 @@ def _train_verb(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     if args.config is None:
         raise UsageError("doctor takes a recipe: kl-f8-train doctor CONFIG [key=value ...]")
-    return _examine(args.config, args.overrides, args.json)
+    return _examine(args.config, args.overrides, args.json, in_full=args.all)
 
 
-def _examine(recipe: str, overrides: list[str], as_json: bool, allow_changes: bool = False) -> int:
+def _examine(
+    recipe: str,
+    overrides: list[str],
+    as_json: bool,
+    allow_changes: bool = False,
+    in_full: bool = False,
+) -> int:
+    """Runs doctor: with `as_json` or `in_full` every line, otherwise one screen."""
     from kl_f8_train import config as configs
 
     path = configs.find_recipe(recipe)
     launched()
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        say("loading ...")
-        from kl_f8_train.check.doctor import examine
+        if as_json or in_full:
+            say("loading ...")
+            from kl_f8_train.check.doctor import examine
 
-        report = examine(path, overrides, say, allow_changes)
+            report = examine(path, overrides, say, allow_changes)
+        else:
+            report = _examine_briefly(recipe, path, overrides, allow_changes)
     if as_json:
         print(json.dumps(report.as_json()))
     return report.exit_code
+
+
+def _examine_briefly(
+    recipe: str, path: Path, overrides: list[str], allow_changes: bool
+) -> "Report":
+    """One line that grows while doctor works, then its screen, then the command that comes next."""
+    print("loading", end=" ", flush=True)
+    from kl_f8_train.check.doctor import examine
+
+    screen: list[str] = []
+
+    def begin(title: str) -> None:
+        print(f"... {title}", end=" ", flush=True)
+
+    report = examine(path, overrides, say, allow_changes, brief=screen.append, begin=begin)
+    print()
+    given = shlex.join([recipe, *overrides])
+    number = next(i for i, line in enumerate(screen) if line.startswith(("GO", "NO GO")))
+    lines = [*screen[:number], "all settings and figures: the same command with --all"]
+    if not report.problems:
+        lines.append(f"next: kl-f8-train train {given}")
+    print("\n".join([*lines, *screen[number:]]))
+    return report
 
 
 def _must_be_there(weights: str, key: str = "") -> None:

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from kl_f8_train import config as configs
-from kl_f8_train import facts, images, output
+from kl_f8_train import facts, images, output, units
 from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
@@ -69,7 +69,6 @@ from kl_f8_train.run_dir import (
     remove_leftovers,
 )
 from kl_f8_train.transfer import is_remote
-from kl_f8_train.units import counted
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
 from kl_f8_train.weights.names import State, check_like
 
@@ -208,12 +207,7 @@ class Iterations(LightningDataModule):
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
         size = micro_batch(self.config, world)
-        accumulation = self.config.global_batch // world // size
-        say_once(
-            f"batch: {counted(world, 'process', 'es')} x "
-            f"{counted(size, 'image', 's')} x "
-            f"{counted(accumulation, 'micro-batch', 'es')} = {self.config.global_batch}"
-        )
+        say_once(f"batch: {units.batch(self.config.global_batch, world, size)}")
         sampler = IterationSampler(
             self.finetuner.iteration,
             self.config.stop_iteration,
