@@ -473,6 +473,13 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
     Raises MissingInputError for a missing file and UsageError for anything wrong in it.
     """
+    config = parse(path, overrides)
+    check(config)
+    return config
+
+
+def parse(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Like `load`, but without `check`: every setting has a value of its type, perhaps unusable."""
     merged = _merge(Path(path), overrides)
     with _in_our_words(str(path)):
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -481,7 +488,6 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
             raise UsageError(f"{path}: these settings have no value yet:\n{lines}")
         config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
-    check(config)
     return config
 
 
@@ -621,7 +627,9 @@ def _shown(value: Any) -> str:
 
 def check(config: Config) -> None:
     """Raises UsageError naming every value that cannot be used."""
-    problems = list(_ranges(config)) or list(_batch_problems(config))
+    problems = list(_ranges(config))
+    if not any(line.startswith(("global_batch", "compute.", "data.sources")) for line in problems):
+        problems += _batch_problems(config)
     if config.loss.perceptual != "lpips_vgg" and not config.loss.allow_stand_in:
         problems.append(
             f"loss.perceptual={config.loss.perceptual} is a stand-in for LPIPS, and the result is "

@@ -34,7 +34,7 @@ from kl_f8_train.core.phases import timed_by
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data.loading import IterationSampler, PositionDataset, loader, open_data
 from kl_f8_train.errors import MissingInputError, UsageError
-from kl_f8_train.units import counted, duration
+from kl_f8_train.units import counted, duration, speed
 from kl_f8_train.weights import pretrained
 
 WARM_UP = 3  # iterations before the clock starts: kernels are chosen, and compiled
@@ -155,7 +155,7 @@ def describe(result: Mapping[str, Any]) -> str:
     first, median, third = result["seconds_quartiles"]
     giga = 1e9
     lines = [
-        f"{result['images_per_second']:.3g} images/s, {result['batch']} at a time; "
+        f"{speed(result['images_per_second'])}, {result['batch']} at a time; "
         f"{counted(result['iterations'], 'iteration', 's')} of {median:.3g} s (median; quartiles "
         f"{first:.3g} and {third:.3g} s), the first one after "
         f"{result['first_iteration_seconds']:.0f} s",

@@ -8,6 +8,7 @@ from html import escape
 
 Points = Sequence[tuple[float, float]]
 MAX_POINTS = 500  # of a line; more are averaged
+RECENT = 0.1  # share of the rows that "lately" means
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 46, 10, 10, 22  # of a chart, in its own units
 
 
@@ -104,15 +105,21 @@ def _short(number: float) -> str:
 
 
 def figure(chart: Chart, marks: Mapping[str, float], span: tuple[float, float]) -> str:
-    """A chart with its title and a legend that tells each line's last value."""
+    """A chart with its title and a legend with each line's mean over its last tenth."""
     legend = "".join(
-        f'<li><i class="c{number}"></i>{escape(name)} <b>{line[-1][1]:.4g}</b></li>'
+        f'<li><i class="c{number}"></i>{escape(name)} <b>{_lately(line):.4g}</b></li>'
         for number, (name, line) in enumerate(chart.lines.items())
     )
     return (
         f"<figure><figcaption>{escape(chart.title)}</figcaption>"
         f"<ul>{legend}</ul>{svg(chart, marks, span)}</figure>\n"
     )
+
+
+def _lately(line: Points) -> float:
+    """As `status` says it in words: the mean of the last tenth."""
+    last = line[-max(1, round(RECENT * len(line))) :]
+    return sum(y for _, y in last) / len(last)
 
 
 def page(
@@ -122,8 +129,12 @@ def page(
     charts: Sequence[Chart],
     marks: Mapping[str, float],
     footer: str,
+    pictures: Mapping[str, str] | None = None,
 ) -> str:
-    """The whole document; a chart without points is left out, all others share their x axis."""
+    """The whole document; a chart without points is left out, all others share their x axis.
+
+    `pictures` are shown in their order, title -> data URI.
+    """
     rows = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
     notes = "".join(f"<li>{escape(line)}</li>" for line in warnings)
     shown = [
@@ -133,6 +144,11 @@ def page(
     xs = [x for chart in shown for line in chart.lines.values() for x, _ in line]
     span = (min(xs, default=0.0), max(xs, default=0.0))
     figures = "".join(figure(chart, marks, span) for chart in shown if chart.lines)
+    strips = "".join(
+        f'<figure><figcaption>{escape(name)}</figcaption><img alt="{escape(name)}" src="{uri}">'
+        "</figure>\n"
+        for name, uri in (pictures or {}).items()
+    )
     key = "".join(f'<li><i class="dash"></i>{escape(k)}: {v:,.0f}</li>' for k, v in marks.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -146,6 +162,7 @@ def page(
 {f'<ul class="key">{key}</ul>' if key else ""}
 <section>
 {figures}</section>
+{f'<section class="pictures">{strips}</section>' if strips else ""}
 <footer>{escape(footer)}</footer>
 </main></body></html>
 """
@@ -182,6 +199,8 @@ i { display: inline-block; width: 14px; height: 3px; margin-right: 5px; vertical
 i.dash { border-left: 2px dashed var(--soft); width: 0; height: 14px; margin: 0 8px 0 6px; }
 i.c0 { background: var(--c0); } i.c1 { background: var(--c1); }
 i.c2 { background: var(--c2); } i.c3 { background: var(--c3); }
+img { display: block; max-width: 100%; margin-top: 4px; }
+.pictures { margin-top: 12px; }
 svg { display: block; width: 100%; height: auto; margin-top: 4px; }
 text { fill: var(--soft); font-size: 10px; }
 .start { text-anchor: start; } .end { text-anchor: end; }
