@@ -38,6 +38,7 @@ from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.run_state import RunState
 from kl_f8_train.core.step import Finetuner, bound_to
 from kl_f8_train.data import identity
+from kl_f8_train.data.handover import shared_memory_note
 from kl_f8_train.data.loading import (
     IterationSampler,
     PositionDataset,
@@ -100,7 +101,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             say_once(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
             return 0
         plan, sources = open_data(config, say_once)
-        adopt(finetuner, identity.of_data(plan), f"{run_dir}", allow_changes)
+        adopt(finetuner, identity.of_data(sources), f"{run_dir}", allow_changes)
         _describe(config, finetuner, plan, sources)
         run_log = RunLog(run_dir, config, finetuner.iteration, plan)
         saving = Checkpoints(run_dir, config.checkpoint, frozen)
@@ -215,6 +216,9 @@ class Iterations(LightningDataModule):
             rank,
             world,
         )
+        share = self.config.global_batch // world
+        if note := shared_memory_note(self.config, share, self.trainer.num_devices):
+            say_once(f"note: {note}")
         dataset = PositionDataset(self.plan, self.sources, self.config)
         return loader(dataset, sampler, self.config.data.workers, on_cuda(self.config.compute))
 

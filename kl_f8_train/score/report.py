@@ -55,8 +55,9 @@ class Evaluation:
 
     @property
     def models(self) -> list[str]:
-        """Names, in the order given."""
-        return list(self.scores["models"])
+        """Names of the VAEs, in the order given; baselines stand in the table only."""
+        weights = self.scores.get("weights", {})
+        return [n for n in self.scores["models"] if not weights.get(n, {}).get("baseline")]
 
     @property
     def base(self) -> str:
@@ -454,8 +455,8 @@ def _protocol(evaluation: Evaluation) -> str:
         for name in evaluation.models
         if name in weights
     )
-    encoders = {entry.get("frozen_sha256") for entry in weights.values()}
-    shared = len(weights) > 1 and len(encoders) == 1 and None not in encoders
+    encoders = {weights[name].get("frozen_sha256") for name in evaluation.models if name in weights}
+    shared = len(evaluation.models) > 1 and len(encoders) == 1 and None not in encoders
     note = "<p class='note'>All models share one encoder, bit for bit.</p>" if shared else ""
     return f"{_facts(facts)}<h2>Weights</h2>{note}<div class='weights'>{blocks}</div>"
 
@@ -502,6 +503,7 @@ def _data(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> str:
     }
     data = {
         "models": evaluation.models,
+        "compared": _compared(evaluation),
         "images": list(index),
         "values": values,
         "metrics": [
@@ -519,6 +521,13 @@ def _data(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> str:
         "pictures": [_shown_picture(evaluation, item, index) for item in pictures],
     }
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _compared(evaluation: Evaluation) -> list[int] | None:
+    """Positions of the two compared models: the page opens on them."""
+    if not evaluation.comparison:
+        return None
+    return [evaluation.models.index(evaluation.comparison[side]) for side in ("a", "b")]
 
 
 def _json_number(value: float | None) -> float | str | None:

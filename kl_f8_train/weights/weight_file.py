@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kl_f8_train import facts
+from kl_f8_train import facts, shipped
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError, UsageError
@@ -266,7 +266,12 @@ def latent_channels(weights: Weights) -> int:
 
 
 def find(path: Path) -> Path:
-    """The file meant by a path: itself, a folder's weights, a run's newest checkpoint, a hub's."""
+    """The file meant by a path: itself, a folder's weights, a run's newest checkpoint, a hub's.
+
+    "kl_f8_mini" is the small base that ships with the package.
+    """
+    if str(path) == shipped.NAME:
+        return shipped.WEIGHTS
     if path.is_dir():
         newest = list_checkpoints(path)
         if newest:
