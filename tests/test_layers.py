@@ -70,5 +70,6 @@ def test_library_has_its_places(library):
 
 
 def test_the_packages_themselves_import_nothing():
+    lazily = {"importlib", "typing.Any"}  # the library's names, when they are first used
     packages = sorted(PACKAGE.rglob("__init__.py"))
-    assert [path for path in packages if imports(path)] == []
+    assert [path for path in packages if imports(path) - lazily] == []

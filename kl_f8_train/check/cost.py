@@ -18,7 +18,7 @@ PERCEPTUAL_PARAMETERS = {"lpips_vgg": 14_716_160, "st_lpips_alex": 2_470_848}
 # Kept for the backward pass, in bytes a pixel and image, measured by saved_tensors_hooks.
 PERCEPTUAL_BYTES = {"lpips_vgg": 2440, "st_lpips_alex": 1409}
 # float32, or under CUDA's autocast: normalisation and swish keep float32, the convolution bfloat16.
-ELEMENT_BYTES = {"float32": 4.0, "bfloat16": 10 / 3}
+ELEMENT_BYTES = {"float32": 4.0, "tf32": 4.0, "bfloat16": 10 / 3}
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,12 @@ from dataclasses import dataclass
 from kl_f8_train.check import cost
 from kl_f8_train.config import Config
 
-SHARE = 0.25  # of the peak rate that training is assumed to reach; not measured on CUDA
+SHARE = 0.25  # of the peak rate that training is assumed to reach
 GPUS_PER_NODE = 8
 GPU_COUNTS = (1, 8, 16, 64)
 IMAGE_BYTES = 100_000  # assumed size of a training JPEG
 NVLINK_3, NVLINK_4, PCIE_4 = 300e9, 450e9, 32e9  # bytes/s in one direction: half the data sheets'
 HDR, NDR, ETHERNET_100 = 25e9, 50e9, 12.5e9  # 200, 400 and 100 Gbit/s
-RATES = {
-    "NVLink 4": NVLINK_4,
-    "NVLink 3": NVLINK_3,
-    "InfiniBand NDR": NDR,
-    "PCIe 4 x16": PCIE_4,
-    "InfiniBand HDR": HDR,
-    "100 Gbit/s Ethernet": ETHERNET_100,
-}
 
 
 @dataclass(frozen=True)

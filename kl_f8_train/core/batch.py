@@ -1,7 +1,10 @@
 """One iteration's images and noise."""
 
+import hashlib
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,3 +31,38 @@ class Batch:
         """The batch with its tensors on `device`."""
         images, noise = (t.to(device, non_blocking=non_blocking) for t in (self.images, self.noise))
         return replace(self, images=images, noise=noise)
+
+
+def plain_batch(
+    loaded: Any, draws: int, channels: int, downsampling: int, source: tuple[int, ...]
+) -> Batch:
+    """Images of any loader, with noise for their latents that depends on `source` alone.
+
+    `loaded` is a tensor (B, 3, H, W), uint8 or floating point in [-1, 1], or a tuple or list that
+    begins with one. Raises ValueError otherwise.
+    """
+    images = loaded[0] if isinstance(loaded, list | tuple) and loaded else loaded
+    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != 3:
+        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images of a batch: got {found}, expected a tensor (B, 3, H, W)")
+    height, width = images.shape[2:]
+    if height % downsampling or width % downsampling:
+        raise ValueError(
+            f"images of {height} x {width} pixels: both sides must be multiples of {downsampling}"
+        )
+    if images.dtype != torch.uint8:
+        _check_range(images)
+    shape = (draws, len(images), channels, height // downsampling, width // downsampling)
+    digest = hashlib.sha256("/".join(map(str, source)).encode()).digest()
+    noise = np.random.RandomState(np.frombuffer(digest, np.uint32)).standard_normal(shape)
+    keys = [f"image {number} of its batch" for number in range(len(images))]
+    return Batch(images, torch.from_numpy(noise).float(), keys, [])
+
+
+def _check_range(images: Tensor) -> None:
+    """Raises ValueError for integers, and for images that cannot be in [-1, 1]."""
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; expected uint8, or float in [-1, 1]")
+    largest = float(images.abs().max())
+    if largest > 1.01:
+        raise ValueError(f"images reach {largest:.4g}; floating point ones must be in [-1, 1]")

@@ -1,6 +1,8 @@
 """What a run knows of itself beside its networks; checkpoints store it."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from kl_f8_train.facts import Facts
 
@@ -16,3 +18,9 @@ class RunState:
     changes: list[str] = field(default_factory=list)  # of the recipe, on resuming
     identity: dict[str, str] = field(default_factory=dict)  # of data, perceptual network, versions
     facts: Facts = Facts()  # that the imported file stated
+
+    def load(self, values: Mapping[str, Any]) -> None:
+        """Takes over plain values, as `dataclasses.asdict` makes them."""
+        for item in fields(self):
+            value = values[item.name]
+            setattr(self, item.name, Facts(**value) if item.name == "facts" else value)

@@ -6,22 +6,24 @@ and the adaptive weight w needs only the last layer's share of each. This is exa
 """
 
 import copy
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 
 from kl_f8_train.config import Config, divisor_up_to
 from kl_f8_train.core import machine
 from kl_f8_train.core.adversary import Adversary, NoAdversary
-from kl_f8_train.core.batch import Batch
+from kl_f8_train.core.batch import Batch, plain_batch
 from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.ema import ema_decay, ema_update
 from kl_f8_train.core.finite import (
@@ -67,10 +69,32 @@ class Loop:
 
 
 ALONE = Loop()
+if TYPE_CHECKING:
+    _Base = LightningModule
+else:
+    _Base = object  # pytorch_lightning's and lightning's Trainer take their own modules only
+RUN_STATE = "kl_f8_train.run_state"  # in a checkpoint of Lightning's own
 
 
-class Finetuner(LightningModule):
-    """Holds the networks and runs iterations; counts decoder updates itself, in `run_state`."""
+class Finetuner(_Base):
+    """Holds the networks and runs iterations; counts decoder updates itself, in `run_state`.
+
+    A loader gives a Batch, or images alone: a tensor, or a tuple or list that begins with one,
+    (B, 3, H, W), uint8 or floating point in [-1, 1]. Their noise then follows from the seed, the
+    iteration and the rank. Raises ValueError for anything else, and for a Trainer whose precision
+    is not "32-true": `precision` in the configuration decides.
+
+    With `log_metrics` the figures of each iteration go to the Trainer's loggers.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Finetuner":
+        """A LightningModule of `lightning.pytorch` where that is imported, else of ours."""
+        if issubclass(cls, nn.Module):
+            return super().__new__(cls)
+        other = sys.modules.get("lightning.pytorch")
+        return super().__new__(
+            bound_to(LightningModule if other is None else other.LightningModule)
+        )
 
     def __init__(
         self,
@@ -79,12 +103,16 @@ class Finetuner(LightningModule):
         discriminator: Discriminator | None,
         perceptual: nn.Module,
         run_state: RunState | None = None,
+        log_metrics: bool = True,
     ) -> None:
         super().__init__()
+        self.log_metrics = log_metrics
         self.automatic_optimization = False
         self.config = config
         machine.apply(config.compute, autoencoder, discriminator, perceptual)
         self.autoencoder = autoencoder.freeze_encoder()
+        for name in TRAINED:  # a loaded autoencoder is frozen as a whole
+            getattr(autoencoder, name).requires_grad_(True)
         self.ema = trained_copy(autoencoder)
         self.discriminator = discriminator
         self.adversary = Adversary(discriminator, config) if discriminator else NoAdversary()
@@ -134,11 +162,43 @@ class Finetuner(LightningModule):
         """The decoder's optimizer, and the discriminator's, if there is one."""
         return [self.decoder_adam, *self.adversary.adams]
 
+    def averaged(self) -> AutoencoderKL:
+        """A copy of the autoencoder with the averaged decoder, frozen and in eval mode."""
+        model = copy.deepcopy(self.autoencoder)
+        for name, part in self.ema.items():
+            getattr(model, name).load_state_dict(part.state_dict())
+        return model.requires_grad_(False).eval()
+
     # --- Lightning's hooks ------------------------------------------------------------------
 
     def configure_optimizers(self) -> list[Adam]:
         """The finetuner's own, which may have been restored before the trainer started."""
         return self.adams
+
+    def setup(self, stage: str) -> None:
+        """Keeps out of DDP what it must not reduce: the discriminator's gradients and logvar's.
+
+        They are reduced here, in one call; DDP would wait for them in every backward pass.
+        """
+        if self.trainer.precision not in ("32-true", "64-true"):
+            raise ValueError(
+                f"Trainer(precision={self.trainer.precision!r}): leave it at '32-true'. The "
+                "finetuner autocasts by itself, as `precision` in its configuration says; now "
+                f"{self.config.precision}"
+            )
+        names = ["logvar", ".logvar"]  # DDP calls a module's own parameters by both
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        names += [name for name, _ in tensors if name.startswith("discriminator.")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the counters to a checkpoint of Lightning's own."""
+        self.guard.judge()
+        checkpoint[RUN_STATE] = asdict(self.run_state)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the counters out of it."""
+        self.run_state.load(checkpoint[RUN_STATE])
 
     def on_fit_start(self) -> None:
         """Moves what Lightning leaves behind, and checks that all ranks start alike."""
@@ -170,6 +230,15 @@ class Finetuner(LightningModule):
                 "programs the same versions, on every node"
             )
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        """A loader's batch as a Batch, with noise."""
+        if isinstance(batch, Batch):
+            return batch
+        draws = 2 if self.config.second_forward else 1
+        source = (self.config.seed, self.iteration - self.warmup_left, self.global_rank)
+        model = self.autoencoder
+        return plain_batch(batch, draws, model.embed_dim, model.downsampling, source)
+
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
     ) -> Batch:
@@ -178,10 +247,19 @@ class Finetuner(LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> None:
         """One iteration; before the first, those of the discriminator's warm-up."""
-        if self.warmup_left:
-            self.run_warm_up(batch)
-        else:
-            self.run_iteration(batch, Loop(self._manual_backward, self._no_sync))
+        with machine.kernels(self.config.precision, self.config.compute.deterministic):
+            if self.warmup_left:
+                self.run_warm_up(batch)
+            else:
+                loop = Loop(self._manual_backward, self._no_sync, self._step_counted)
+                self.run_iteration(batch, loop)
+        if self.log_metrics:
+            self.log_dict(self.metrics, batch_size=len(batch.images))
+
+    def _step_counted(self, adam: Adam) -> None:
+        """The decoder's step, which Lightning counts: its global_step grows by 1 an iteration."""
+        wrappers = self.optimizers()
+        (wrappers[0] if isinstance(wrappers, list) else wrappers).step()
 
     def _manual_backward(self, tensor: Tensor, gradient: Tensor) -> None:
         self.manual_backward(tensor, gradient=gradient)
@@ -382,6 +460,12 @@ def disagreements(seen: list[dict[str, Any]]) -> list[str]:
         f"  rank {rank}: " + ", ".join(f"{name} {state.get(name)}" for name in differ)
         for rank, state in enumerate(seen)
     ]
+
+
+@cache
+def bound_to(module: type) -> type[Finetuner]:
+    """The finetuner as a subclass of one package's LightningModule."""
+    return type("Finetuner", (Finetuner, module), {"__module__": __name__})
 
 
 def trained_part(autoencoder: AutoencoderKL) -> nn.ModuleDict:

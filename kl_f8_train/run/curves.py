@@ -12,6 +12,7 @@ from kl_f8_train.output import rendered
 TEMPLATE = Path(__file__).with_name("status.html")
 Points = Sequence[tuple[float, float]]
 MAX_POINTS = 500  # of a line; more are averaged
+RECENT = 0.1  # share of the rows that "lately" means
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 46, 10, 10, 22  # of a chart, in its own units
 
 
@@ -107,6 +108,12 @@ def _short(number: float) -> str:
     return f"{number:.0e}".replace("e-0", "e-") if 0 < abs(number) < 1e-3 else f"{number:,.6g}"
 
 
+def _lately(line: Points) -> float:
+    """As `status` says it in words: the mean of the last tenth."""
+    last = line[-max(1, round(RECENT * len(line))) :]
+    return sum(y for _, y in last) / len(last)
+
+
 def page(
     title: str,
     facts: Mapping[str, str],
@@ -114,15 +121,27 @@ def page(
     charts: Sequence[Chart],
     marks: Mapping[str, float],
     footer: str,
+    pictures: Mapping[str, str] | None = None,
 ) -> str:
-    """The whole document; a chart without points is left out, all others share their x axis."""
+    """The whole document; a chart without points is left out, all others share their x axis.
+
+    `pictures` are shown in their order, title -> data URI.
+    """
     shown = [
         Chart(chart.title, {k: v for k, v in chart.lines.items() if v}, chart.log)
         for chart in charts
     ]
     xs = [x for chart in shown for line in chart.lines.values() for x, _ in line]
     span = (min(xs, default=0.0), max(xs, default=0.0))
-    figures = [(chart, svg(chart, marks, span)) for chart in shown if chart.lines]
+    figures = [
+        {
+            "title": chart.title,
+            "legend": {name: _lately(line) for name, line in chart.lines.items()},
+            "svg": svg(chart, marks, span),
+        }
+        for chart in shown
+        if chart.lines
+    ]
     return rendered(
         TEMPLATE,
         {
@@ -131,6 +150,7 @@ def page(
             "warnings": warnings,
             "figures": figures,
             "marks": marks,
+            "pictures": pictures or {},
             "footer": footer,
         },
     )

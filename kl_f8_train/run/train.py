@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pytorch_lightning import LightningDataModule, Trainer
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -29,15 +29,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from kl_f8_train import config as configs
-from kl_f8_train import facts, images, output
+from kl_f8_train import facts, images, output, units
 from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_remedy
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.run_state import RunState
-from kl_f8_train.core.step import Finetuner
+from kl_f8_train.core.step import Finetuner, bound_to
 from kl_f8_train.data import identity
+from kl_f8_train.data.handover import shared_memory_note
 from kl_f8_train.data.loading import (
     IterationSampler,
     PositionDataset,
@@ -68,7 +69,6 @@ from kl_f8_train.run_dir import (
     remove_leftovers,
 )
 from kl_f8_train.transfer import is_remote
-from kl_f8_train.units import counted
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
 from kl_f8_train.weights.names import State, check_like
 
@@ -101,7 +101,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             say_once(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
             return 0
         plan, sources = open_data(config, say_once)
-        adopt(finetuner, identity.of_data(plan), f"{run_dir}", allow_changes)
+        adopt(finetuner, identity.of_data(sources), f"{run_dir}", allow_changes)
         _describe(config, finetuner, plan, sources)
         run_log = RunLog(run_dir, config, finetuner.iteration, plan)
         saving = Checkpoints(run_dir, config.checkpoint, frozen)
@@ -121,7 +121,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
         if trainer.is_global_zero:
             remove_leftovers(run_dir)
             write_text(run_dir / CONFIG_FILE, configs.to_yaml(config))
-        with kernels(config.precision):
+        with kernels(config.precision, config.compute.deterministic):
             _fit(trainer, Iterations(config, finetuner, plan, sources), run_log)
     finally:
         signals.restore()
@@ -207,12 +207,7 @@ class Iterations(LightningDataModule):
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
         size = micro_batch(self.config, world)
-        accumulation = self.config.global_batch // world // size
-        say_once(
-            f"batch: {counted(world, 'process', 'es')} x "
-            f"{counted(size, 'image', 's')} x "
-            f"{counted(accumulation, 'micro-batch', 'es')} = {self.config.global_batch}"
-        )
+        say_once(f"batch: {units.batch(self.config.global_batch, world, size)}")
         sampler = IterationSampler(
             self.finetuner.iteration,
             self.config.stop_iteration,
@@ -221,6 +216,9 @@ class Iterations(LightningDataModule):
             rank,
             world,
         )
+        share = self.config.global_batch // world
+        if note := shared_memory_note(self.config, share, self.trainer.num_devices):
+            say_once(f"note: {note}")
         dataset = PositionDataset(self.plan, self.sources, self.config)
         return loader(dataset, sampler, self.config.data.workers, on_cuda(self.config.compute))
 
@@ -381,7 +379,9 @@ def _build(
         initialize(discriminator, config.seed)
     network = pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
     program = identity.of_program(network)  # before it is compiled, or moved
-    return Finetuner(config, autoencoder, discriminator, network, run_state), program
+    ours = bound_to(LightningModule)  # whatever else is imported
+    parts = (autoencoder, discriminator, network, run_state)
+    return ours(config, *parts, log_metrics=False), program
 
 
 # --- the trainer ----------------------------------------------------------------------------
@@ -450,7 +450,7 @@ NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if NEW_NAME else "broadcast
 
 
 class _DecoderDDP(DDPStrategy):
-    """DDP over the decoder: the discriminator reduces its own gradients, in one call."""
+    """DDP over the decoder, on the training's own stream."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(
@@ -459,15 +459,6 @@ class _DecoderDDP(DDPStrategy):
             gradient_as_bucket_view=True,
             **NO_BUFFERS,
         )
-
-    def configure_ddp(self) -> None:
-        """Keeps the discriminator out of DDP's buckets."""
-        assert self.model is not None
-        names = ["logvar", ".logvar"]  # DDP calls the model's own parameters by both
-        names += [n for n, _ in self.model.named_parameters() if n.startswith("discriminator.")]
-        names += [n for n, _ in self.model.named_buffers() if n.startswith("discriminator.")]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
-        super().configure_ddp()
 
     def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
         """On the stream of the training: Lightning's own would make it wait in each iteration."""

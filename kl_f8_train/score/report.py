@@ -55,8 +55,9 @@ class Evaluation:
 
     @property
     def models(self) -> list[str]:
-        """Names, in the order given."""
-        return list(self.scores["models"])
+        """Names of the VAEs, in the order given; baselines stand in the table only."""
+        weights = self.scores.get("weights", {})
+        return [n for n in self.scores["models"] if not weights.get(n, {}).get("baseline")]
 
     @property
     def base(self) -> str:
@@ -245,7 +246,7 @@ def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
             "shifts": _shifts(evaluation, pictures),
             "protocol": _protocol(evaluation),
             "weights": _weights(evaluation),
-            "one_encoder": _is_one_encoder(scores.get("weights", {})),
+            "one_encoder": _is_one_encoder(evaluation),
             "version": __version__,
             "data": _data(evaluation, pictures),
         },
@@ -395,10 +396,11 @@ def _weights(evaluation: Evaluation) -> dict[str, dict[str, str]]:
     }
 
 
-def _is_one_encoder(weights: Mapping[str, Any]) -> bool:
+def _is_one_encoder(evaluation: Evaluation) -> bool:
     """Whether several models share one encoder."""
-    encoders = {entry.get("frozen_sha256") for entry in weights.values()}
-    return len(weights) > 1 and len(encoders) == 1 and None not in encoders
+    weights = evaluation.scores.get("weights", {})
+    encoders = {weights[name].get("frozen_sha256") for name in evaluation.models if name in weights}
+    return len(evaluation.models) > 1 and len(encoders) == 1 and None not in encoders
 
 
 def _facts(values: Mapping[str, Any]) -> dict[str, str]:
@@ -440,6 +442,7 @@ def _data(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> str:
     }
     data = {
         "models": evaluation.models,
+        "compared": _compared(evaluation),
         "images": list(index),
         "values": values,
         "metrics": [
@@ -457,6 +460,13 @@ def _data(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> str:
         "pictures": [_shown_picture(evaluation, item, index) for item in pictures],
     }
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _compared(evaluation: Evaluation) -> list[int] | None:
+    """Positions of the two compared models: the page opens on them."""
+    if not evaluation.comparison:
+        return None
+    return [evaluation.models.index(evaluation.comparison[side]) for side in ("a", "b")]
 
 
 def _json_number(value: float | None) -> float | str | None:

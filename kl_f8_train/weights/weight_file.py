@@ -24,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kl_f8_train import facts
+from kl_f8_train import facts, shipped
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.errors import MissingInputError
+from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.facts import Facts
 from kl_f8_train.files import atomic_path, file_sha256
 from kl_f8_train.run_dir import list_checkpoints
@@ -266,7 +266,12 @@ def latent_channels(weights: Weights) -> int:
 
 
 def find(path: Path) -> Path:
-    """The file meant by a path: itself, a folder's weights, a run's newest checkpoint, a hub's."""
+    """The file meant by a path: itself, a folder's weights, a run's newest checkpoint, a hub's.
+
+    "kl_f8_mini" is the small base that ships with the package.
+    """
+    if str(path) == shipped.NAME:
+        return shipped.WEIGHTS
     if path.is_dir():
         newest = list_checkpoints(path)
         if newest:
@@ -396,6 +401,21 @@ def write_safetensors(
             save_file(plain, temporary, metadata={"format": "pt", **metadata})
         except SafetensorError as error:
             raise OSError(str(error)) from error
+
+
+def save_autoencoder(model: AutoencoderKL, path: str | Path) -> None:
+    """Writes an autoencoder with CompVis' names: .safetensors, or .ckpt for older loaders.
+
+    Raises UsageError for another suffix.
+    """
+    path, state = Path(path), model.state_dict()
+    groups = Facts(norm_num_groups=model.decoder.norm_out.num_groups)
+    if path.suffix == ".safetensors":
+        write_safetensors(path, state, groups.metadata())
+    elif path.suffix == ".ckpt":
+        write_torch(path, {"state_dict": state})
+    else:
+        raise UsageError(f"{path}: an autoencoder is saved as .safetensors or .ckpt")
 
 
 def write_torch(path: Path, contents: Mapping[str, Any]) -> None:
