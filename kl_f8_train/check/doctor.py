@@ -32,6 +32,7 @@ from kl_f8_train.core.losses import generator_loss, reconstruction_loss
 from kl_f8_train.core.model import FROZEN
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data import identity
+from kl_f8_train.data.handover import FEW_FILES, raise_open_files, shared_memory_note
 from kl_f8_train.data.loading import PositionDataset, collate, open_data, shard_cache
 from kl_f8_train.data.sources import FolderSource, ImageSource, open_source
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError, UserError
@@ -251,6 +252,11 @@ def _check_batch(report: Report, config: Config, world: int) -> None:
         "processes": world, "per_device": micro, "accumulation": parts, "global": batch
     }  # fmt: skip
     report.tell(units.batch(batch, world, micro))
+    processes = world // (config.compute.num_nodes or 1)
+    if note := shared_memory_note(config, batch // world, processes):
+        report.remark(note)
+    if (files := raise_open_files()) < FEW_FILES:
+        report.remark(f"only {files} files may be open; raise it (`ulimit -n 4096`)")
     here = _memory_here(config)
     _tell_memory(report, config, micro, batch // world, here)
     report.tell(
@@ -502,7 +508,7 @@ def _try_iteration(
     micro = configs.micro_batch(config, world)
     count = micro if cuda else min(micro, FEW_IMAGES)
     plan, sources = open_data(config, report.tell)
-    adopt(finetuner, identity.of_data(plan), config.run_dir, allow_changes)
+    adopt(finetuner, identity.of_data(sources), config.run_dir, allow_changes)
     dataset = PositionDataset(plan, sources, config)
     first = finetuner.iteration * config.global_batch
     batch = collate([dataset[first + slot] for slot in range(count)]).to(device)

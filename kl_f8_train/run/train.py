@@ -39,6 +39,7 @@ from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.run_state import RunState
 from kl_f8_train.core.step import Finetuner, bound_to
 from kl_f8_train.data import identity
+from kl_f8_train.data.handover import shared_memory_note
 from kl_f8_train.data.loading import (
     IterationSampler,
     PositionDataset,
@@ -101,7 +102,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             say_once(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
             return 0
         plan, sources = open_data(config, say_once)
-        adopt(finetuner, identity.of_data(plan), f"{run_dir}", allow_changes)
+        adopt(finetuner, identity.of_data(sources), f"{run_dir}", allow_changes)
         _describe(config, finetuner, plan, sources)
         run_log = RunLog(run_dir, config, finetuner.iteration, plan)
         saving = Checkpoints(run_dir, config.checkpoint, frozen)
@@ -216,6 +217,9 @@ class Iterations(LightningDataModule):
             rank,
             world,
         )
+        share = self.config.global_batch // world
+        if note := shared_memory_note(self.config, share, self.trainer.num_devices):
+            say_once(f"note: {note}")
         dataset = PositionDataset(self.plan, self.sources, self.config)
         return loader(dataset, sampler, self.config.data.workers, on_cuda(self.config.compute))
 
@@ -300,11 +304,7 @@ def _import(config: Config) -> tuple[Finetuner, str]:
     check_model(config, contents, weights.autoencoder)
     stated = checkpoint.base_facts(contents, weights, config)
     say_once(f"  family: {facts.described(stated.family, stated)}")
-    bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
-    if bad:
-        raise MissingInputError(
-            f"{contents.path}: {len(bad)} tensors are not finite, {bad[0]} first; get another copy"
-        )
+    weight_file.check_finite(contents, weights.autoencoder)
     autoencoder = AutoencoderKL(**asdict(config.model))
     autoencoder.load_state_dict(weights.autoencoder)
     run_state = RunState(
