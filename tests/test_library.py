@@ -111,8 +111,9 @@ def test_an_autoencoder_is_saved_by_its_suffix(tmp_path):
     model = AutoencoderKL(32, (1, 1), 1, norm_num_groups=8)
     for name in ("a.safetensors", "a.ckpt"):
         save_autoencoder(model, tmp_path / name)
-        assert same(load_autoencoder(tmp_path / name).decoder, model.decoder)
-    assert load_autoencoder(tmp_path / "a.safetensors").decoder.norm_out.num_groups == 8
+        loaded = load_autoencoder(tmp_path / name)
+        assert same(loaded.decoder, model.decoder)
+        assert loaded.decoder.norm_out.num_groups == 8
     with pytest.raises(UsageError, match=r"saved as .safetensors or .ckpt"):
         save_autoencoder(model, tmp_path / "a.pt")
 
