@@ -18,7 +18,7 @@ from pathlib import Path
 from tarfile import is_tarfile
 from typing import TYPE_CHECKING
 
-from kl_f8_train import __version__
+from kl_f8_train import __version__, shipped
 from kl_f8_train.errors import MissingInputError, UsageError, UserError
 from kl_f8_train.launch import end_children, launched
 from kl_f8_train.lifetime import end_with_launcher
@@ -140,7 +140,23 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["sd", "sdxl", "sd3", "flux", "other"],
         help="models whose VAE it is, if the checkpoint does not know",
     )
+    export.add_argument(
+        "--fp16-safe",
+        action=argparse.BooleanOptionalAction,
+        help="rescale the decoder, exactly, so that fp16 does not overflow (where it would)",
+    )
     export.add_argument("--force", action="store_true", help="overwrite files")
+
+    safe = add("fp16-safe", _fp16_safe, "Rescales a VAE's decoder, exactly, for fp16.")
+    safe.add_argument("weights", help="file, diffusers folder, run directory or hub id")
+    safe.add_argument("--out", type=Path, help="directory to write (NAME-fp16-safe)")
+    safe.add_argument("--images", type=Path, help="photographs that try half precision")
+    safe.add_argument(
+        "--family",
+        choices=["sd", "sdxl", "sd3", "flux", "other"],
+        help="models whose VAE it is, if the file does not show it",
+    )
+    safe.add_argument("--force", action="store_true", help="overwrite files")
 
     inject = add("inject", _inject, "Writes a VAE into a copy of a Stable Diffusion checkpoint.")
     inject.add_argument("vae", type=Path, help="any VAE file, or a run directory (its EMA)")
@@ -163,6 +179,9 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--device", type=_device, help="cpu or cuda")
     score.add_argument("--batch-size", type=_positive, default=16, help="on a GPU; a CPU takes 1")
     score.add_argument("--compare", nargs=2, metavar=("A", "B"), help="is B better than A?")
+    score.add_argument(
+        "--baselines", action="store_true", help="add the rows mean colour and 8 x 8 means"
+    )
 
     card = add("card", _card, "Writes the model card of an export, with measured numbers only.")
     card.add_argument("export", type=Path, help="directory that export wrote")
@@ -220,7 +239,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo = add("demo", _demo, "Runs the whole chain in minutes on a CPU.")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
-    demo.add_argument("--training", help="shards in place of scikit-image's photographs")
+    demo.add_argument("--training", help="shards in place of the package's photographs")
     demo.add_argument("--held-out", type=Path, help="folder of photographs to score on")
     demo.add_argument("--length", type=_above_zero, default=1.0, help="multiplies the iterations")
     return parser
@@ -305,7 +324,8 @@ def _examine_briefly(
 def _must_be_there(weights: str, key: str = "") -> None:
     from kl_f8_train.weights import hub
 
-    if not Path(weights).exists() and not hub.is_id(weights):
+    here = weights == shipped.NAME or Path(weights).exists()
+    if not here and not hub.is_id(weights):
         raise MissingInputError(
             f"{key}{weights}: no such file; expected a weight file, a diffusers folder, a run "
             "directory or a hub id OWNER/NAME"
@@ -338,9 +358,20 @@ def _export(args: argparse.Namespace) -> int:
         average=args.average,
         pictures=args.images,
         family=args.family,
+        fp16_safe=args.fp16_safe,
         force=args.force,
         say=say,
     )
+    return 0
+
+
+def _fp16_safe(args: argparse.Namespace) -> int:
+    _must_be_there(args.weights)
+    if args.images and not args.images.is_dir():
+        raise MissingInputError(f"--images {args.images}: no such folder; give photographs")
+    from kl_f8_train.publish.export import make_fp16_safe
+
+    make_fp16_safe(args.weights, args.out, args.images, args.family, args.force, say)
     return 0
 
 
@@ -375,6 +406,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             device=args.device,
             batch_size=args.batch_size,
             progress=progress,
+            with_baselines=args.baselines,
         )
     if result is not None:  # on the first rank: the files are there once
         for verdict in report.write_comparison(args.out, *args.compare) if args.compare else ():

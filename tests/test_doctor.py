@@ -234,7 +234,7 @@ def test_a_batch_beyond_this_machine_is_no_go(examined):
     fits = found["per_device_batch_that_fits"]["this machine"]
     assert f"give compute.per_device_batch={fits}," in found["problems"][0]
     assert "  memory that this takes, computed: " in told
-    settings = config.load(config.find_recipe("demo"), ["data.crop=256", *runs.TINY[:1], *huge])
+    settings = config.load(config.find_recipe("demo"), ["data.crop=256", *runs.TINY[:3], *huge])
     assert cost.peak_bytes(settings, fits) <= 1.5 * doctor.available_memory()
 
 
@@ -467,7 +467,7 @@ def test_without_all_it_is_one_screen_with_the_next_command(folder, capsys):
         *("run", "batch", "weights", "loss", "data", "speed", "bill", "disk")
     ]
     assert lines[-3] == "all settings and figures: the same command with --all"
-    assert lines[-2].startswith("next: kl-f8-train train demo 'model.ch_mult=[1,1]' ")
+    assert lines[-2].startswith("next: kl-f8-train train demo model.ch=32 'model.ch_mult=[1,1]' ")
     assert lines[-1] == "GO"
     assert main(["doctor", "demo", *arguments, "--all"]) == 0
     told = capsys.readouterr().out

@@ -303,11 +303,7 @@ def _import(config: Config) -> tuple[Finetuner, str]:
     check_model(config, contents, weights.autoencoder)
     stated = checkpoint.base_facts(contents, weights, config)
     say_once(f"  family: {facts.described(stated.family, stated)}")
-    bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
-    if bad:
-        raise MissingInputError(
-            f"{contents.path}: {len(bad)} tensors are not finite, {bad[0]} first; get another copy"
-        )
+    weight_file.check_finite(contents, weights.autoencoder)
     autoencoder = AutoencoderKL(**asdict(config.model))
     autoencoder.load_state_dict(weights.autoencoder)
     run_state = RunState(
