@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterator
 from itertools import groupby
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from kl_f8_train import config
 from kl_f8_train.config import SETTINGS, Setting
@@ -74,6 +74,9 @@ def _value(setting: Setting) -> str:
         text = f"{', '.join(others)} or {last}"
     elif get_origin(kind) is list:
         text = f"list of {_plural(get_args(kind)[0])}{_range(setting)}"
+    elif get_origin(kind) is Union:  # a number, or a range of them
+        number = get_args(kind)[0]
+        text = f"{NAMES[number]}{_range(setting)}, or two of them"
     else:
         text = f"{NAMES[kind]}{_range(setting)}"
     return f"{text}, or `null`" if setting.nullable else text

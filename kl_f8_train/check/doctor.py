@@ -415,7 +415,8 @@ def _check_source(report: Report, config: Config, name: str) -> None:
     speed = count / (time.perf_counter() - began)
     bad = sum(len(sample.skipped) for sample in samples)
     profiles = Counter(sample.profile for sample in samples if sample.profile)
-    side = config.data.shorter_side
+    sides = configs.side_range(config.data)
+    side = sides[1] if sides else None
     small = 0 if side is None else _count_smaller(side, dataset, range(count))
     report.facts.setdefault("data", {})[name] = {
         "images": int(source.counts.sum()),
