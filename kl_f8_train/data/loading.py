@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
@@ -62,6 +63,7 @@ class PositionDataset(Dataset[Sample]):
         self.factor = 2 ** (len(config.model.ch_mult) - 1)
         side = config.data.crop // self.factor
         self.watch(workers=0)
+        self.perturbs = config.latents.noise > 0
         self.noise_shape = (2 if config.second_forward else 1, config.model.embed_dim, side, side)
 
     def watch(self, workers: int) -> None:
@@ -125,6 +127,10 @@ class PositionDataset(Dataset[Sample]):
 
     def _noise(self, position: int) -> Tensor:
         draw = random_state(self.seed, "noise", position).standard_normal(self.noise_shape)
+        if self.perturbs:  # a stream of its own: the noise before stays as it is
+            state = random_state(self.seed, "latents", position)
+            more = state.random_sample() * state.standard_normal(self.noise_shape[1:])
+            draw = np.concatenate([draw, more[None]])
         return torch.from_numpy(draw).float()
 
 

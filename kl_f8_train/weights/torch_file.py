@@ -335,12 +335,12 @@ def _views(loaded: Any) -> dict[str, View]:
     found: dict[str, View] = {}
     state = loaded.get("state_dict")
     if isinstance(state, dict):
-        _collect(state, "", found, set())
-    _collect(loaded, "", found, {id(state)})
+        _walk_state(state, "", found, set())
+    _walk_state(loaded, "", found, {id(state)})
     return found
 
 
-def _collect(value: Any, path: str, found: dict[str, View], seen: set[int]) -> None:
+def _walk_state(value: Any, path: str, found: dict[str, View], seen: set[int]) -> None:
     """Notes the tensors in nested dicts and lists, by their path; each of them once."""
     if isinstance(value, View):
         found.setdefault(path, value)
@@ -349,7 +349,7 @@ def _collect(value: Any, path: str, found: dict[str, View], seen: set[int]) -> N
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for name, inner in items:
             if isinstance(inner, View) or not OPTIMIZER.search(str(name)):
-                _collect(inner, f"{path}.{name}" if path else str(name), found, seen)
+                _walk_state(inner, f"{path}.{name}" if path else str(name), found, seen)
 
 
 def _collect(
