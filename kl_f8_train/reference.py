@@ -29,11 +29,11 @@ command line changes one. `kl-f8-train config show RECIPE` prints a recipe in fu
 """
 
 
-def page() -> str:
+def settings_page() -> str:
     """The page in Markdown: one table for the top level, and one for each group of settings."""
     parts = [INTRODUCTION]
     for prefix, found in groupby(_leaves(), key=lambda item: item[0].rpartition(".")[0]):
-        parts.append(f"## {_title(prefix)}\n\n{_introduction(prefix)}\n")
+        parts.append(f"## {_title(prefix)}\n\n{_preface(prefix)}\n")
         parts.append(markdown_table(HEAD, (_row(key, setting) for key, setting in found)) + "\n")
     return "\n".join(parts)
 
@@ -49,7 +49,7 @@ def _title(prefix: str) -> str:
     return f"`{prefix}`" if prefix else "The run"
 
 
-def _introduction(prefix: str) -> str:
+def _preface(prefix: str) -> str:
     """First paragraph of the docstring of a group's dataclass."""
     kind = SETTINGS[prefix].kind if prefix else config.Config
     return inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0]
