@@ -191,6 +191,11 @@ def build_parser() -> argparse.ArgumentParser:
     licenses.add_argument("--license-file", type=Path, help="text of a license of your own")
     card.add_argument("--base-model", metavar="OWNER/NAME", help="on the hub; never guessed")
     card.add_argument("--published", action="store_true", help="quote the published scores too")
+    card.add_argument(
+        "--no-pictures",
+        action="store_true",
+        help="leave out strip.png, photographs of the evaluation, which is copied otherwise",
+    )
 
     push = add("push", _push, "Uploads an export to the Hugging Face hub; a dry run first.")
     push.add_argument("export", type=Path, help="directory that export wrote")
@@ -350,7 +355,7 @@ def _export(args: argparse.Namespace) -> int:
         raise MissingInputError(f"--images {args.images}: no such folder; give photographs")
     from kl_f8_train.publish.export import LAYOUTS, export
 
-    export(
+    out = export(
         args.run,
         args.out,
         raw=args.raw,
@@ -364,7 +369,13 @@ def _export(args: argparse.Namespace) -> int:
         force=args.force,
         say=say,
     )
+    say(f"next: {_card_command(out, 'evaluation/scores.json')}  # scores: kl-f8-train evaluate")
     return 0
+
+
+def _card_command(export: Path, scores: str) -> str:
+    """How the card of an export gets its scores."""
+    return shlex.join(["kl-f8-train", "card", str(export), "--scores", scores])
 
 
 def _fp16_safe(args: argparse.Namespace) -> int:
@@ -467,7 +478,11 @@ def _card(args: argparse.Namespace) -> int:
     details = card.Details(
         card.license_fields(args.license, args.license_file), args.base_model, args.published
     )
-    print(card.write(args.export, args.scores, details, args.license_file))
+    readme = card.write(
+        args.export, args.scores, details, args.license_file, pictures=not args.no_pictures, say=say
+    )
+    print(readme)
+    print(f"next: kl-f8-train push {shlex.quote(str(args.export))} OWNER/NAME")
     return 0
 
 
@@ -498,6 +513,8 @@ def _pack(args: argparse.Namespace) -> int:
             progress=progress,
         )
     print(result)
+    source = shlex.quote(f"data.sources={args.out}")
+    print(f"next: kl-f8-train doctor single_gpu init.weights=VAE {source}")
     return 0
 
 

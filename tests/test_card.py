@@ -280,7 +280,11 @@ def test_the_verb_by_its_command_line(folder, scores, tmp_path, capsys):
     own = tmp_path / "My-License.txt"
     own.write_text("You may.")
     assert main(["card", str(folder), "--scores", str(scores), "--license-file", str(own)]) == 0
-    assert capsys.readouterr().out == f"{folder / 'README.md'}\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "copied strip.png, photographs of the evaluation (--no-pictures leaves it out)",
+        f"{folder / 'README.md'}",
+        f"next: kl-f8-train push {folder} OWNER/NAME",
+    ]
     front = front_matter((folder / "README.md").read_text())
     assert [front[k] for k in ("license", "license_name", "license_link")] == [
         "other",
@@ -288,6 +292,22 @@ def test_the_verb_by_its_command_line(folder, scores, tmp_path, capsys):
         "LICENSE",
     ]
     assert (folder / "LICENSE").read_text() == "You may."
+
+
+def test_no_pictures_copies_none_and_removes_an_earlier_copy(folder, scores, capsys):
+    command = ["card", str(folder), "--scores", str(scores)]
+    assert main(command) == 0
+    assert (folder / "strip.png").is_file()
+    capsys.readouterr()
+    assert main([*command, "--no-pictures"]) == 0
+    assert not (folder / "strip.png").exists()
+    assert scores.with_name("strip.png").is_file()
+    assert "strip.png" not in (folder / "README.md").read_text()
+    assert "strip.png" not in (folder / "export.json").read_text()
+    assert "copied" not in capsys.readouterr().out
+    (folder / "strip.png").write_bytes(b"somebody's own")
+    assert main([*command[:2], "--no-pictures"]) == 0
+    assert (folder / "strip.png").read_bytes() == b"somebody's own"
 
 
 # --- again, into the same folder -------------------------------------------------------------

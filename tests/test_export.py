@@ -344,6 +344,8 @@ def test_half_precision_files(folder, ema, tmp_path, dtype, short, capsys):
     printed = capsys.readouterr().out
     assert stated in printed
     assert ("WARNING: bfloat16 costs" in printed) == (dtype == "bfloat16")
+    command = f"kl-f8-train card {tmp_path} --scores evaluation/scores.json"
+    assert printed.splitlines()[-1] == f"next: {command}  # scores: kl-f8-train evaluate"
 
 
 @pytest.mark.parametrize(

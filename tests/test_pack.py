@@ -14,6 +14,7 @@ import webdataset
 from PIL import Image
 
 from kl_f8_train import images
+from kl_f8_train.__main__ import main
 from kl_f8_train.data import pack
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.folders import SUFFIXES, list_folder
@@ -402,3 +403,14 @@ def test_number_of_processes(monkeypatch, workers, files, cores, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     jobs = [pack.Job(n, Path(), ("x",) * (files // 9), Path(), False) for n in range(9)]
     assert pack._processes(workers, jobs) == expected
+
+
+def test_the_verb_ends_with_the_next_command(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    picture = samples.encode(samples.noise_picture(0, 32, 32), "PNG")
+    (tmp_path / "photos" / "a.png").write_bytes(picture)
+    out = tmp_path / "my shards"
+    assert main(["pack", str(tmp_path / "photos"), str(out), "--workers", "1"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    given = f"init.weights=VAE 'data.sources={out}'"
+    assert last == f"next: kl-f8-train doctor single_gpu {given}"

@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from kl_f8_train.core.perceptual import LABELS, OTHER_VGG
 from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.facts import FAMILIES
 from kl_f8_train.files import atomic_path, file_sha256, write_json, write_text
-from kl_f8_train.output import markdown_table
+from kl_f8_train.output import Say, markdown_table
 from kl_f8_train.publish import half_precision
 from kl_f8_train.score.compare import not_measured
 from kl_f8_train.score.scores import BIASED_BELOW, score_text
@@ -92,9 +92,14 @@ def write(
     scores_file: Path | None = None,
     details: Details | None = None,
     license_file: Path | None = None,
+    *,
+    pictures: bool = True,
+    say: Say = lambda line: None,
 ) -> Path:
     """Writes README.md, the evaluation's strip.png and LICENSE into an export directory.
 
+    Without `pictures` strip.png, which shows photographs, is not copied, and the copy of an earlier
+    call is removed.
     What an earlier call was told, and this one is not, is kept in export.json and stays.
     Raises MissingInputError if the directory is not an export, if its files are not those that
     export.json names, or if the scores are damaged or belong to other weights.
@@ -103,8 +108,13 @@ def write(
     config = _stored_settings(export_dir, record)
     details = _with_kept(details or Details(), record.get("card", {}))
     evaluated = _evaluated(scores_file, record) if scores_file else _kept_scores(export_dir, record)
-    if scores_file and evaluated and evaluated.strip:
+    if not pictures:
+        evaluated = evaluated and replace(evaluated, strip=False)
+        if scores_file is None or not scores_file.parent.samefile(export_dir):
+            _remove_strip(export_dir, record)
+    elif scores_file and evaluated and evaluated.strip:
         _bring(scores_file.with_name(STRIP), export_dir / STRIP)
+        say(f"copied {STRIP}, photographs of the evaluation (--no-pictures leaves it out)")
     if license_file is not None:
         _bring(license_file, export_dir / LICENSE)
     record["card"] = asdict(details)
@@ -140,6 +150,13 @@ def _kept_scores(export_dir: Path, record: Mapping[str, Any]) -> Evaluated | Non
     strip, digest = export_dir / STRIP, record["files"].get(STRIP)
     same = strip.is_file() and file_sha256(strip) == digest
     return Evaluated(kept["scores"], kept["model"], same)
+
+
+def _remove_strip(export_dir: Path, record: Mapping[str, Any]) -> None:
+    """Removes the strip that an earlier call copied, and no other file."""
+    strip, digest = export_dir / STRIP, record["files"].get(STRIP)
+    if strip.is_file() and file_sha256(strip) == digest:
+        strip.unlink()
 
 
 def _bring(file: Path, target: Path) -> None:
