@@ -19,7 +19,7 @@ from kl_f8_train.core.model import AutoencoderKL, UpLevel, Upsample
 from kl_f8_train.errors import RunFailedError
 
 GRAPHS_PER_CLASS = 64  # four levels, with and without gradients, of a few networks in a process
-# How memory's end reads where torch has no class for it: its CPU allocator, CUDA, cuDNN, cuBLAS.
+# Out-of-memory messages for which torch has no exception class: CPU allocator, CUDA, cuDNN, cuBLAS.
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator",
     "out of memory",
