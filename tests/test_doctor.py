@@ -371,7 +371,7 @@ def test_another_shape_is_told_beside_a_missing_network(examined, monkeypatch, t
     shape, network = found["problems"]
     assert "is (32, 3, 3, 3), expected (64, 3, 3, 3)" in shape
     assert "set model.* as theirs" in shape
-    assert "no file of VGG16" in network
+    assert "VGG16's features not found" in network
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ WEIGHTS = {
     "lora": Case(
         "inspect lora.safetensors", MISSING, "holds lora_up.weight|expected encoder.*|give"
     ),
-    "hub id": Case("inspect owner/name", MISSING, "owner/name|no answer|by other means"),
+    "hub id": Case("inspect owner/name", MISSING, "owner/name|no answer|Download its"),
     "export nowhere": Case("export nowhere.ckpt", MISSING, "nowhere.ckpt: no such file; check"),
     "export lora": Case(
         "export lora.safetensors", MISSING, "not a training checkpoint|expected a run"
@@ -257,13 +257,17 @@ WEIGHTS = {
         "evaluate part.safetensors --images tiles", MISSING, "missing decoder.up"
     ),
     "vgg nowhere": Case(
-        "evaluate model.ckpt --images tiles --vgg no.pth", MISSING, "no file of VGG16|no.pth|fetch"
+        "evaluate model.ckpt --images tiles --vgg no.pth",
+        MISSING,
+        "VGG16's features not found|no.pth|fetch",
     ),
     "vgg wrong": Case(
         "evaluate model.ckpt --images tiles --vgg plain.safetensors", MISSING, "VGG16|fetch vgg"
     ),
     "vgg absent": train(
-        "loss.perceptual=lpips_vgg", MISSING, "no file of VGG16|fetch|loss.perceptual_weights=FILE"
+        "loss.perceptual=lpips_vgg",
+        MISSING,
+        "VGG16's features not found|fetch|loss.perceptual_weights=FILE",
     ),
     "inception wrong": Case(
         f"{EVALUATE} --images tiles --inception plain.safetensors", MISSING, "does not hold|fetch"
