@@ -223,7 +223,7 @@ def _sharpness(picture: Tensor) -> float:
 
 
 def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
-    """The template with every <!--part--> filled in, once: inserted texts are not searched."""
+    """The template with every <!--part--> filled in, once: inserted strings are not searched."""
     scores, models = evaluation.scores, evaluation.models
     comparison, wins = _comparison(evaluation), _wins(evaluation)
     shifts = _shifts(evaluation, pictures)
