@@ -358,7 +358,7 @@ def test_batch_and_bill_are_told_without_the_inputs(capsys):
 def test_speed_is_predicted_where_the_start_is_not_known(capsys):
     assert main(["doctor", "ft_ema", "init.iteration=null", "--all"]) == 2
     told = capsys.readouterr().out
-    assert "the bill:\n  not known: weights that tell their iteration" in told
+    assert "the bill:\n  not known: weights that state their iteration" in told
     if not torch.cuda.is_available():
         assert re.search(r"H100 SXM +\d+ images/s, data", told)
 

@@ -370,7 +370,7 @@ def count_flops(run: Iteration, batch: Batch) -> int:
 
 
 def matmul_rate(device: torch.device, kind: torch.dtype, repeats: int = 5) -> float:
-    """Operations a second of a square matrix product, the best of some; TF32 stays off."""
+    """FLOP/s of a square matrix product, best of `repeats` runs; TF32 stays off."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
     seconds = []
@@ -468,7 +468,7 @@ def _status_bytes(key: str) -> int:
 
 
 def element_bytes(config: Config, device: torch.device) -> float | None:
-    """Bytes a kept number: the CPU's autocast keeps bfloat16 throughout."""
+    """Bytes per saved activation element: the CPU's autocast keeps bfloat16 throughout."""
     return 2.0 if config.precision == "bfloat16" and device.type == "cpu" else None
 
 

@@ -59,7 +59,7 @@ class Layer:
 
 
 def flops_per_image(config: Config) -> float:
-    """The least an iteration takes for one image: every pass once, no gradient that nobody uses.
+    """The least an iteration takes for one image: every pass once, no unused gradient.
 
     Without recomputation by activation checkpointing; see `recomputed_flops`.
     """

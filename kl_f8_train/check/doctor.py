@@ -1,4 +1,4 @@
-"""Looks a run over before it costs anything: settings, weights, data, disk, an iteration, the bill.
+"""Pre-flight check: settings, weights, data, disk, one iteration, and the estimated cost.
 
 Every section is gone through, whatever was found before it, as far as it can be; nothing is
 written but the indexes of shards, which `train` would write, too.
@@ -71,7 +71,7 @@ class Report:
 
     @contextlib.contextmanager
     def section(self, title: str) -> Iterator[None]:
-        """A part of the examination; an error of the user's in it becomes a problem."""
+        """A part of the examination; a UserError raised in it is recorded as a problem."""
         self.begin(title)
         self.say(f"{title}:")
         try:
@@ -153,7 +153,7 @@ def _plan_without_inputs(report: Report, path: Path, overrides: list[str]) -> Co
 
     What else is wrong becomes a problem, too: a missing value would hide it.
     """
-    with contextlib.suppress(UserError):  # was told already
+    with contextlib.suppress(UserError):  # already reported
         values = dict(configs.leaves(configs.resolve(path, overrides)))
         absent = [f"{key}=absent" for key, value in values.items() if value == "???"]
         if absent:
@@ -329,7 +329,7 @@ def check_fits(config: Config, micro: int, share: int, rooms: Mapping[str, float
 
 
 def _element_bytes(config: Config) -> float | None:
-    """Bytes a kept number where the run will be: on a GPU unless it is for this CPU."""
+    """Bytes per saved activation element: a GPU's unless the run is for this CPU."""
     return benchmark.element_bytes(config, torch.device("cpu" if _on_cpu(config) else "cuda"))
 
 
@@ -690,7 +690,7 @@ def _tell_bill(report: Report, config: Config, world: int) -> None:
 def _bill(report: Report, config: Config, world: int) -> None:
     start, seconds = _start_iteration(report, config), report.facts.get("seconds_per_image")
     if start is None:
-        report.tell("not known: weights that tell their iteration, or init.iteration, are missing")
+        report.tell("not known: weights that state their iteration, or init.iteration, are missing")
         return
     warmup = report.facts.get("warmup", 0)
     iterations = max(0, config.stop_iteration - start) + warmup
