@@ -207,7 +207,7 @@ class Source:
 class Data:
     """What the images are and how they are cut."""
 
-    sources: dict[str, Source] = setting("name -> source")
+    sources: dict[str, Source] = setting("one entry per source: data.sources.NAME=SHARDS_OR_FOLDER")
     shorter_side: int | None = setting(
         "bicubic resize of the shorter side, in pixels; null: none",
         bounds=(1, PIXELS),
@@ -571,7 +571,7 @@ def recipe(name: str, *overrides: str) -> Config:
 def from_dict(values: Mapping[str, Any]) -> Config:
     """The configuration stored in a checkpoint.
 
-    Raises UsageError if this version does not know a key, or if `name` is no file name.
+    Raises UsageError if this version does not know a key, or if `name` is not a file name.
     """
     with _in_our_words("stored configuration"):
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), dict(values)))
@@ -867,7 +867,7 @@ def _override(merged: DictConfig, text: str) -> None:
 
 
 def _known(key: str, where: str = "command line") -> Setting:
-    """What is known of a key; UsageError with the nearest key if it is none."""
+    """What is known of a key; UsageError with the nearest key if it is unknown."""
     if found := setting_of(key):
         return found
     source = re.match(r"data\.sources\.([^.]+)\.", key)

@@ -84,7 +84,7 @@ CONFIG = {
     "recipe section": Case("train section.yaml", USAGE, "section.yaml: optimizer=3|group|.betas"),
     "recipe brace": Case("train brace.yaml", USAGE, "brace.yaml|line 3|quote|braces"),
     "recipe interpolation": Case("train interpolation.yaml", USAGE, "'nowhere' not found|name"),
-    "recipe sources": Case("train sources.yaml", USAGE, "data.sources: got 3|name -> source"),
+    "recipe sources": Case("train sources.yaml", USAGE, "data.sources: got 3|one entry per source"),
     "recipe latin": Case("train latin.yaml", USAGE, "latin.yaml|byte 7 is not UTF-8; save it as"),
     "recipe optional": Case("train optional.yaml", USAGE, "seed: got null; expected int: seed of"),
     "recipe null": Case("train null.yaml", USAGE, "null.yaml|Incompatible key type"),
@@ -151,7 +151,7 @@ CONFIG = {
     "flag": train("--fast", USAGE, "unrecognized arguments: --fast"),
     "verb": Case("finetune", USAGE, "invalid choice: 'finetune'|'train'"),
     "diff": Case(
-        "config diff ft_ema", USAGE, "config diff: got 1 recipes, expected 2|such as ft_ema"
+        "config diff ft_ema", USAGE, "config diff: expected 2 recipes, got 1|such as ft_ema"
     ),
     "config": Case("config explain", USAGE, "'explain'|schema"),
     "demo length": Case("demo --length -1", USAGE, "--length: got -1, expected a number above 0"),
@@ -327,7 +327,7 @@ DATA = {
     ),
     "index nowhere": Case("index nowhere", MISSING, "(nowhere)|check the path"),
     "index cut": Case(
-        "index cut_shards --index-dir i", MISSING, "1 of 1 shards are broken|bring them"
+        "index cut_shards --index-dir i", MISSING, "1 of 1 shards are broken|download them"
     ),
     "evaluate nowhere": Case(
         "evaluate model.ckpt --images no", MISSING, "--images no: no such folder"
