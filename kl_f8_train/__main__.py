@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import errno
+import io
 import json
 import os
 import re
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a verb; returns its exit code: 0, 2 usage, 3 missing input, 4 failed run."""
+    for stream in (sys.stdout, sys.stderr):  # names may hold what the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
     if not (sys.argv[1:] if arguments is None else arguments):
         parser.print_help()
@@ -58,6 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _told(error: OSError) -> str:
+    if "temporary directory" in str(error):
+        return f"{error.strerror or error}; set TMPDIR to a directory that can be written"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{error.strerror}; raise the limit of open files: `ulimit -n 4096`"
+    if error.errno in (errno.ENOMEM, errno.EAGAIN):
+        return f"{error.strerror}; raise the limits of memory and processes (`ulimit -v`, `-u`)"
     where = f"{error.filename}: " if error.filename else ""
     return (
         f"{where}{error.strerror or error}; check that the place is there, may be written, and has "
@@ -129,7 +140,23 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["sd", "sdxl", "sd3", "flux", "other"],
         help="models whose VAE it is, if the checkpoint does not know",
     )
+    export.add_argument(
+        "--fp16-safe",
+        action=argparse.BooleanOptionalAction,
+        help="rescale the decoder, exactly, so that fp16 does not overflow (where it would)",
+    )
     export.add_argument("--force", action="store_true", help="overwrite files")
+
+    safe = add("fp16-safe", _fp16_safe, "Rescales a VAE's decoder, exactly, for fp16.")
+    safe.add_argument("weights", help="file, diffusers folder, run directory or hub id")
+    safe.add_argument("--out", type=Path, help="directory to write (NAME-fp16-safe)")
+    safe.add_argument("--images", type=Path, help="photographs that try half precision")
+    safe.add_argument(
+        "--family",
+        choices=["sd", "sdxl", "sd3", "flux", "other"],
+        help="models whose VAE it is, if the file does not show it",
+    )
+    safe.add_argument("--force", action="store_true", help="overwrite files")
 
     inject = add("inject", _inject, "Writes a VAE into a copy of a Stable Diffusion checkpoint.")
     inject.add_argument("vae", type=Path, help="any VAE file, or a run directory (its EMA)")
@@ -333,9 +360,20 @@ def _export(args: argparse.Namespace) -> int:
         average=args.average,
         pictures=args.images,
         family=args.family,
+        fp16_safe=args.fp16_safe,
         force=args.force,
         say=say,
     )
+    return 0
+
+
+def _fp16_safe(args: argparse.Namespace) -> int:
+    _must_be_there(args.weights)
+    if args.images and not args.images.is_dir():
+        raise MissingInputError(f"--images {args.images}: no such folder; give photographs")
+    from kl_f8_train.publish.export import make_fp16_safe
+
+    make_fp16_safe(args.weights, args.out, args.images, args.family, args.force, say)
     return 0
 
 
@@ -466,10 +504,10 @@ def _pack(args: argparse.Namespace) -> int:
 def _index(args: argparse.Namespace) -> int:
     from kl_f8_train.data.index import build_index, expand, index_directory
     from kl_f8_train.data.shard_cache import ShardCache
-    from kl_f8_train.data.sources import Filter, TarSource
+    from kl_f8_train.data.sources import TarSource, parse_filters
     from kl_f8_train.files import cache_dir
 
-    filters = [Filter.parse(text) for text in args.filter]
+    filters = parse_filters(args.filter)
     locations = expand(args.source)
     directory = index_directory(locations, args.index_dir)
     root = Path(args.cache_dir) if args.cache_dir else cache_dir() / "shards"

@@ -126,11 +126,36 @@ class Loss:
         bounds=(0, ANY),
         usual="1 with `l1`; 0.1 with `mse`",
     )
+    l1_weight: float | None = setting(
+        "weight of |x - y|; null: 1 if loss.pixel is l1, else 0", None, bounds=(0, ANY)
+    )
+    mse_weight: float | None = setting(
+        "weight of (x - y)^2; null: 1 if loss.pixel is mse, else 0", None, bounds=(0, ANY)
+    )
+    gradient_weight: float = setting(
+        "weight of |Sobel(x - y)|, rows and columns; 0: none", 0.0, bounds=(0, ANY)
+    )
     learn_logvar: bool = setting("train the loss's log variance (the original's stays 0)", False)
     perceptual_weights: str | None = setting(
         "VGG16 features file; null: where `kl-f8-train fetch` put it", None, machine=True
     )
     allow_stand_in: bool = setting("accept ST-LPIPS in LPIPS' place (demo and tests)", False)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each term: l1, mse, gradient, perceptual."""
+        l1, mse = (
+            float(self.pixel == name) if given is None else given
+            for name, given in (("l1", self.l1_weight), ("mse", self.mse_weight))
+        )
+        of_rest = {"gradient": self.gradient_weight, "perceptual": self.perceptual_weight}
+        return {"l1": l1, "mse": mse, **of_rest}
+
+    @property
+    def formula(self) -> str:
+        """The terms before the perceptual one, such as `l1` or `0.5 l1 + 2 mse`."""
+        terms = [(name, w) for name, w in self.weights.items() if w and name != "perceptual"]
+        return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in terms)
 
 
 @dataclass(kw_only=True)
@@ -173,6 +198,30 @@ class Optimizer:
     )
     betas: list[float] = setting("Adam's two decays", bounds=(0, BELOW_1), usual="0.5, 0.9")
     eps: float = setting("Adam's epsilon", bounds=(ABOVE_0, ANY), usual="1e-8")
+    warmup_iterations: int = setting(
+        "iterations over which the rate rises to its whole; 0: none", 0, bounds=(0, ITERATIONS)
+    )
+    decay: Literal["constant", "linear", "cosine"] = setting(
+        "how the rate falls over decay_iterations", "constant"
+    )
+    decay_iterations: int | None = setting(
+        "iterations from the run's start to the final rate", None, bounds=(1, ITERATIONS)
+    )
+    final_learning_rate: float = setting("rate after the decay", 0.0, bounds=(0, ANY))
+    clip_norm: float | None = setting(
+        "largest norm of a network's gradient; null: not clipped", None, bounds=(ABOVE_0, ANY)
+    )
+
+
+@dataclass(kw_only=True)
+class Latents:
+    """What the decoder is given beside latents of the encoder."""
+
+    noise: float = setting(
+        "tau: trains on z + u tau std(z) e, u uniform in [0, 1] and e normal, of each image",
+        0.0,
+        bounds=(0, 10),
+    )
 
 
 @dataclass(kw_only=True)
@@ -385,6 +434,7 @@ class Config:
     loss: Loss = setting("reconstruction loss", Loss)
     adversarial: Adversarial | None = setting("adversarial term; null: none")
     optimizer: Optimizer = setting("optimizers", Optimizer)
+    latents: Latents = setting("latents", Latents)
     ema: Ema = setting("moving average", Ema)
     data: Data = setting("data", Data)
     compute: Compute = setting("machine", Compute)
@@ -635,6 +685,13 @@ def check(config: Config) -> None:
             f"loss.perceptual={config.loss.perceptual} is a stand-in for LPIPS, and the result is "
             "not the published recipe's; loss.allow_stand_in=true accepts that"
         )
+    if config.optimizer.decay != "constant" and config.optimizer.decay_iterations is None:
+        problems.append(
+            f"optimizer.decay={config.optimizer.decay} needs optimizer.decay_iterations, the "
+            "iterations from the run's start to optimizer.final_learning_rate"
+        )
+    if not any(config.loss.weights.values()):
+        problems.append("loss: every term has weight 0; give one of them more")
     if config.checkpoint.keep_best and not config.log.pictures_every:
         problems.append(
             "checkpoint.keep_best=true needs validations, and log.pictures_every=0 has none; give "

@@ -26,12 +26,13 @@ from kl_f8_train import config as configs
 from kl_f8_train import facts, images, units
 from kl_f8_train.check import benchmark, cost, origins, scaling, screen
 from kl_f8_train.config import Config
-from kl_f8_train.core import machine, perceptual
+from kl_f8_train.core import machine, perceptual, schedule
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.losses import generator_loss, reconstruction_loss
 from kl_f8_train.core.model import FROZEN
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data import identity
+from kl_f8_train.data.handover import FEW_FILES, raise_open_files, shared_memory_note
 from kl_f8_train.data.loading import PositionDataset, collate, open_data, shard_cache
 from kl_f8_train.data.sources import FolderSource, ImageSource, open_source
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError, UserError
@@ -246,14 +247,21 @@ def _check_batch(report: Report, config: Config, world: int) -> None:
     micro = configs.micro_batch(config, world)
     batch, rate = config.global_batch, config.optimizer.learning_rate
     parts = batch // world // micro
+    updates = config.stop_iteration - (config.init.iteration or 0)
     report.facts["batch"] = {
         "processes": world, "per_device": micro, "accumulation": parts, "global": batch
     }  # fmt: skip
     report.tell(units.batch(batch, world, micro))
+    processes = world // (config.compute.num_nodes or 1)
+    if note := shared_memory_note(config, batch // world, processes):
+        report.remark(note)
+    if (files := raise_open_files()) < FEW_FILES:
+        report.remark(f"only {files} files may be open; raise it (`ulimit -n 4096`)")
     here = _memory_here(config)
     _tell_memory(report, config, micro, batch // world, here)
     report.tell(
-        f"learning rate {rate:g}, absolute: nothing scales it. The original's rule would give "
+        f"learning rate {schedule.describe(config.optimizer, updates)}: nothing scales it. The "
+        "original's rule would give "
         f"{parts} x {micro} x {world} x {BASE_RATE:g} = {batch * BASE_RATE:g}; this is "
         f"{rate / BASE_RATE:.3g} x its base rate"
     )
@@ -500,7 +508,7 @@ def _try_iteration(
     micro = configs.micro_batch(config, world)
     count = micro if cuda else min(micro, FEW_IMAGES)
     plan, sources = open_data(config, report.tell)
-    adopt(finetuner, identity.of_data(plan), config.run_dir, allow_changes)
+    adopt(finetuner, identity.of_data(sources), config.run_dir, allow_changes)
     dataset = PositionDataset(plan, sources, config)
     first = finetuner.iteration * config.global_batch
     batch = collate([dataset[first + slot] for slot in range(count)]).to(device)
@@ -562,19 +570,18 @@ def gradient_audit(finetuner: Finetuner, batch: Batch) -> dict[str, float]:
         y = model.decode(latents).to(dtype)
         logits = None if finetuner.discriminator is None else finetuner.discriminator(y)
 
-    def nll(reconstruction: Tensor, distance: Tensor) -> Tensor:
-        return reconstruction_loss(
-            x,
-            reconstruction,
-            distance.to(dtype),
-            pixel=config.loss.pixel,
-            perceptual_weight=config.loss.perceptual_weight,
-            logvar=finetuner.logvar.detach(),
-        )[0]
+    def nll(name: str, weight: float) -> Tensor:
+        alone = {f"{key}_weight": weight * (key == name) for key in config.loss.weights}
+        distance = finetuner.perceptual(x, y) if name == "perceptual" else y.new_zeros(1)
+        logvar = finetuner.logvar.detach()
+        return reconstruction_loss(x, y, distance.to(dtype), pixel="l1", logvar=logvar, **alone)[0]
 
-    terms = {"pixel": nll(y, torch.zeros_like(y[:, :1, :1, :1]))}
-    if config.loss.perceptual_weight:
-        terms["perceptual"] = nll(x, finetuner.perceptual(x, y))  # x - x leaves this term alone
+    weights = {name: weight for name, weight in config.loss.weights.items() if weight}
+    both = {"l1", "mse"} <= weights.keys()
+    terms = {
+        "pixel" if name in ("l1", "mse") and not both else name: nll(name, weight)
+        for name, weight in weights.items()
+    }
     if logits is not None:
         terms["adversarial"] = generator_loss(logits.to(dtype))
     return {

@@ -4,6 +4,7 @@ None changes what is computed but for rounding, and none changes a state dict's 
 which of them to change when memory or the compiler fails.
 """
 
+import errno
 import os
 import shutil
 import sysconfig
@@ -26,7 +27,27 @@ OUT_OF_MEMORY = (
     "unable to find an engine",
     "Unable to find a valid cuDNN algorithm",
     "STATUS_ALLOC_FAILED",
+    "Cannot allocate memory",
+    "can't allocate memory",
 )
+MORE_MEMORY = "lower data.workers, or give the job more memory"
+MORE_SHARED = (
+    "shared memory is full: give Docker --shm-size=8g or --ipc=host, or lower data.workers"
+)
+MORE_FILES = "the limit of open files: raise it (`ulimit -n 4096`), or lower data.workers"
+MORE_PROCESSES = "the limit of processes: raise it (`ulimit -u`), or lower data.workers"
+LIMITS = {  # what a failure's message holds -> what helps
+    "killed by signal: Killed": f"most likely for memory: {MORE_MEMORY}",
+    "exited unexpectedly": f"most likely for memory: {MORE_MEMORY}",
+    "killed by signal: Bus error": MORE_SHARED,
+    "shared memory": MORE_SHARED,
+    "open files": MORE_FILES,
+    "ancdata": MORE_FILES,
+    "start new thread": MORE_PROCESSES,
+    "Resource temporarily unavailable": MORE_PROCESSES,
+    "temporary directory": "name a directory that can be written: TMPDIR=/some/where",
+    "AF_UNIX path too long": "give TMPDIR a shorter name, such as TMPDIR=/tmp",
+}
 
 
 def apply(
@@ -137,10 +158,10 @@ def kernels(precision: str, deterministic: bool = False) -> Iterator[None]:
 
 @contextmanager
 def with_remedy() -> Iterator[None]:
-    """Raises RunFailedError with the remedy for a failure of memory or of the compiler."""
+    """Raises RunFailedError with the remedy for a machine's limit or the compiler's failure."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         remedy = _remedy_for(error)
         if remedy is None:
             raise
@@ -154,7 +175,15 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _remedy_for(error: Exception) -> str | None:
-    """What helps against a failure of memory or of the compiler; None for any other."""
+    """What helps against a machine's limit or the compiler's failure; None for any other."""
+    for sign, remedy in LIMITS.items():
+        if sign in str(error):
+            return remedy
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+        return (
+            "a temporary file or shared memory is full: make room in the directory for temporary "
+            "files (TMPDIR names another) and in /dev/shm (Docker: --shm-size)"
+        )
     if is_out_of_memory(error):
         return (
             "out of memory: halve compute.per_device_batch (the global batch stays, by "

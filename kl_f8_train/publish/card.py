@@ -470,7 +470,7 @@ def _training(config: Config, record: Mapping[str, Any]) -> str:
         "global batch, crop": f"{config.global_batch}, {data.crop} x {data.crop}",
         "resize": f"shorter side to {data.shorter_side}" if data.shorter_side else "none",
         "trained": "decoder and post_quant_conv",
-        "reconstruction loss": f"{loss.pixel} + {loss.perceptual_weight:g} "
+        "reconstruction loss": f"{loss.formula} + {loss.perceptual_weight:g} "
         f"{record.get('perceptual') or LABELS[loss.perceptual]}",
         "adversarial loss": "none"
         if adversarial is None

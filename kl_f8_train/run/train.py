@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from kl_f8_train import config as configs
 from kl_f8_train import facts, images, output, units
 from kl_f8_train.config import Config, micro_batch
+from kl_f8_train.core import schedule
 from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_remedy
@@ -38,6 +39,7 @@ from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.run_state import RunState
 from kl_f8_train.core.step import Finetuner, bound_to
 from kl_f8_train.data import identity
+from kl_f8_train.data.handover import shared_memory_note
 from kl_f8_train.data.loading import (
     IterationSampler,
     PositionDataset,
@@ -100,7 +102,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             say_once(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
             return 0
         plan, sources = open_data(config, say_once)
-        adopt(finetuner, identity.of_data(plan), f"{run_dir}", allow_changes)
+        adopt(finetuner, identity.of_data(sources), f"{run_dir}", allow_changes)
         _describe(config, finetuner, plan, sources)
         run_log = RunLog(run_dir, config, finetuner.iteration, plan)
         saving = Checkpoints(run_dir, config.checkpoint, frozen)
@@ -215,6 +217,9 @@ class Iterations(LightningDataModule):
             rank,
             world,
         )
+        share = self.config.global_batch // world
+        if note := shared_memory_note(self.config, share, self.trainer.num_devices):
+            say_once(f"note: {note}")
         dataset = PositionDataset(self.plan, self.sources, self.config)
         return loader(dataset, sampler, self.config.data.workers, on_cuda(self.config.compute))
 
@@ -299,11 +304,7 @@ def _import(config: Config) -> tuple[Finetuner, str]:
     check_model(config, contents, weights.autoencoder)
     stated = checkpoint.base_facts(contents, weights, config)
     say_once(f"  family: {facts.described(stated.family, stated)}")
-    bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
-    if bad:
-        raise MissingInputError(
-            f"{contents.path}: {len(bad)} tensors are not finite, {bad[0]} first; get another copy"
-        )
+    weight_file.check_finite(contents, weights.autoencoder)
     autoencoder = AutoencoderKL(**asdict(config.model))
     autoencoder.load_state_dict(weights.autoencoder)
     run_state = RunState(
@@ -513,16 +514,17 @@ def _describe(
     for name, source in sources.items():
         say_once(f"data: {name}: {'; '.join(source.describe())}; {plan.plans[name].share} a batch")
     loss = config.loss
+    updates = config.stop_iteration - finetuner.run_state.first_iteration
     label = identity.network_label(finetuner.run_state.identity)
     adversarial = (
         ""
         if config.adversarial is None
         else f" + {config.adversarial.weight:g} x adaptive x adversarial"
     )
-    say_once(f"loss: {loss.pixel} + {loss.perceptual_weight:g} {label}{adversarial}")
+    say_once(f"loss: {loss.formula} + {loss.perceptual_weight:g} {label}{adversarial}")
     say_once(
         f"iterations: {finetuner.iteration:,} -> {config.stop_iteration:,}; learning rate "
-        f"{config.optimizer.learning_rate:g}, absolute; EMA decay {config.ema.decay:g}; "
+        f"{schedule.describe(config.optimizer, updates)}; EMA decay {config.ema.decay:g}; "
         f"{config.precision}"
     )
 

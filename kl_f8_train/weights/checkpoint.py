@@ -56,6 +56,7 @@ def save(
         "iteration": str(run.iteration),
         "warmup_left": str(run.warmup_left),
         "ema_updates": str(run.ema_updates),
+        "first_iteration": str(run.first_iteration),
         "frozen_sha256": frozen,
         **run.base,
         **run.facts.metadata(),
@@ -188,6 +189,8 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: weight_file.
     run.iteration = int(metadata["iteration"])
     run.warmup_left = int(metadata["warmup_left"])
     run.ema_updates = int(metadata["ema_updates"])
+    first = finetuner.config.init.iteration  # older checkpoints do not state it
+    run.first_iteration = int(metadata.get("first_iteration", first or 0))
     run.base = stored_base(metadata)
     run.facts = stored_facts(contents, stored_config(contents))
     run.changes = stored_changes(metadata)

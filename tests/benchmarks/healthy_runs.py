@@ -143,11 +143,17 @@ def picture(title: str, run_dir: Path, healthy: Path) -> str:
     width, height = 2 * across, 40 + down * len(charts) // 2
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" font-family="sans-serif">\n<style>{curves.STYLE}{STYLE}</style>\n'
+        f'height="{height}" font-family="sans-serif">\n<style>{page_style()}{STYLE}</style>\n'
         f'<rect width="{width}" height="{height}"/>\n'
         f'<text class="head" x="12" y="24">{escape(title)}</text>\n'
         f'<text class="key" x="{width - 12}" y="24">{key}</text>\n{panels}</svg>\n'
     )
+
+
+def page_style() -> str:
+    """The style of the status page."""
+    page = curves.TEMPLATE.read_text(encoding="utf-8")
+    return page.partition("<style>")[2].partition("</style>")[0]
 
 
 def lines_of(run_dir: Path, names: Sequence[str], prefix: str = "") -> dict[str, curves.Points]:
