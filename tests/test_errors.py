@@ -350,7 +350,7 @@ DATA = {
         "card export --scores other.json", MISSING, "no hashes of weights|run that again"
     ),
     "card old": Case("card bad_export", MISSING, "export.json is of an older version|again"),
-    "status": Case("status directory", MISSING, "no run directory yet|config.yaml"),
+    "status": Case("status directory", MISSING, "not a run directory yet|config.yaml"),
     "status nowhere": Case("status nowhere", MISSING, "nowhere: no such directory; give"),
     "status junk": Case(
         "status bad_config", MISSING, "not a run's configuration|no keys and values"
