@@ -257,8 +257,9 @@ class Data:
     """What the images are and how they are cut."""
 
     sources: dict[str, Source] = setting("one entry per source: data.sources.NAME=SHARDS_OR_FOLDER")
-    shorter_side: int | None = setting(
-        "bicubic resize of the shorter side, in pixels; null: none",
+    shorter_side: int | list[int] | None = setting(
+        "bicubic resize of the shorter side, in pixels, or a range [a, b] to draw it from; "
+        "null: none",
         bounds=(1, PIXELS),
         usual="1 to 1.5 x `data.crop`",
     )
@@ -479,8 +480,8 @@ def _settings(kind: Any, prefix: str = "") -> Iterator[tuple[str, Setting]]:
     for item in fields(kind):
         declared, nullable = hints[item.name], False
         if get_origin(declared) in (Union, UnionType):
-            declared = next(arg for arg in get_args(declared) if arg is not NoneType)
-            nullable = True
+            kinds = tuple(arg for arg in get_args(declared) if arg is not NoneType)
+            declared, nullable = Union[kinds], True  # noqa: UP007, of one is that one
         default = "" if item.default is NO_DEFAULT else item.default
         found = Setting(declared, nullable, default, **item.metadata)
         yield f"{prefix}{item.name}", found
@@ -719,9 +720,29 @@ def source_shares(config: Config) -> dict[str, int]:
         text = ", ".join(f"{name} {share:g}" for name, share in shares.items())
         raise UsageError(
             f"global_batch={config.global_batch} does not divide by the weights of data.sources: "
-            f"{text} images a batch; change the weights or the batch"
+            f"{text} images a batch; change the weights or the batch. The nearest split: "
+            + " ".join(f"data.sources.{n}.weight={count}" for n, count in nearest(shares).items())
         )
     return {name: round(share) for name, share in shares.items()}
+
+
+def nearest(shares: Mapping[str, float]) -> dict[str, int]:
+    """Whole numbers of the same sum, at least 1 if there are enough, as near as can be."""
+    left = {name: max(1, math.floor(share + 1e-9)) for name, share in shares.items()}
+    missing = round(sum(shares.values())) - sum(left.values())
+    for name in sorted(shares, key=lambda name: left[name] - shares[name])[: max(0, missing)]:
+        left[name] += 1
+    largest = max(left, key=lambda name: left[name])
+    left[largest] += min(0, missing)
+    return left
+
+
+def side_range(data: Data) -> tuple[int, int] | None:
+    """The least and the largest shorter side that images are resized to; None: they are not."""
+    side = data.shorter_side
+    if side is None:
+        return None
+    return (side[0], side[-1]) if isinstance(side, list) else (side, side)
 
 
 def micro_batch(config: Config, world_size: int) -> int:
@@ -804,7 +825,10 @@ def _ranges(config: Config) -> Iterator[str]:
         yield f"model.ch_mult={config.model.ch_mult}: expected 1 to {MOST_LEVELS} numbers"
     elif config.data.crop % 2 ** (levels - 1):
         yield f"data.crop={config.data.crop}: expected a multiple of {2 ** (levels - 1)}"
-    if config.data.shorter_side is not None and config.data.shorter_side < config.data.crop:
+    sides = config.data.shorter_side
+    if isinstance(sides, list) and (len(sides) != 2 or sides[0] > sides[1]):
+        yield f"data.shorter_side={sides}: expected a number, or a range [least, most]"
+    elif (ends := side_range(config.data)) and ends[0] < config.data.crop:
         yield (
             f"data.shorter_side={config.data.shorter_side} is smaller than "
             f"data.crop={config.data.crop}; give at least that, or null for no resize"
@@ -968,6 +992,11 @@ def _parse(key: str, text: str, where: str = "") -> Any:
         names = ", ".join(f"{key}.{name}" for name in _below(key))
         raise UsageError(f"{shown}={text}: this is a group of settings; set {names}")
     values = [p.strip() for p in text.strip().strip("[]").split(",") if p.strip()]
+    if origin is Union:
+        if not values or not all(value.lstrip("-").isdecimal() for value in values):
+            raise UsageError(f"{shown}={text}: expected a whole number, or a range as [384,512]")
+        numbers = [int(value) for value in values]
+        return numbers if "[" in text or len(numbers) > 1 else numbers[0]
     inner = get_args(kind)[0] if origin is list else kind
     try:
         return [READERS[inner](v) for v in values] if origin is list else READERS[inner](text)

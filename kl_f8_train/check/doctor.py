@@ -56,7 +56,7 @@ FEW_IMAGES = 2  # of the gradient audit, and of the trial iteration without a GP
 PATIENCE_SECONDS = 8.0  # a trial iteration that took longer is not run a second time
 
 
-def _silent(line: str) -> None:
+def _ignored(line: str) -> None:
     """Says nothing."""
 
 
@@ -65,7 +65,7 @@ class Report:
     """What was found: facts for machines, problems, and remarks that forbid nothing."""
 
     say: Say  # takes every line, in full
-    begin: Say = _silent  # takes the title of each section
+    begin: Say = _ignored  # takes the title of each section
     facts: dict[str, Any] = field(default_factory=dict)
     problems: list[UserError] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -121,14 +121,14 @@ def examine(
     say: Say,
     allow_changes: bool = False,
     brief: Say | None = None,
-    begin: Say = _silent,
+    begin: Say = _ignored,
 ) -> Report:
     """Goes through a run's settings and inputs, and tries one iteration.
 
     `say` gets every line; with `brief`, a screen of about a dozen lines goes there instead.
     `begin` gets the title of each section as it begins.
     """
-    report = Report(_silent if brief else say, begin)
+    report = Report(_ignored if brief else say, begin)
     config = None
     with report.section("settings"):
         config = configs.load(path, overrides)
@@ -415,7 +415,8 @@ def _check_source(report: Report, config: Config, name: str) -> None:
     speed = count / (time.perf_counter() - began)
     bad = sum(len(sample.skipped) for sample in samples)
     profiles = Counter(sample.profile for sample in samples if sample.profile)
-    side = config.data.shorter_side
+    sides = configs.side_range(config.data)
+    side = sides[1] if sides else None
     small = 0 if side is None else _count_smaller(side, dataset, range(count))
     report.facts.setdefault("data", {})[name] = {
         "images": int(source.counts.sum()),

@@ -59,7 +59,7 @@ def plain_batch(
             f"images of {height} x {width} pixels: both sides must be multiples of {downsampling}"
         )
     if images.dtype != torch.uint8:
-        _check_range(images)
+        _check_values(images)
     shape = (draws, len(images), channels, height // downsampling, width // downsampling)
     noise = _random_state(*source).standard_normal(shape)
     keys = [f"image {number} of its batch" for number in range(len(images))]
@@ -71,7 +71,7 @@ def _random_state(*parts: int | str) -> np.random.RandomState:
     return np.random.RandomState(np.frombuffer(digest, np.uint32))
 
 
-def _check_range(images: Tensor) -> None:
+def _check_values(images: Tensor) -> None:
     """Raises ValueError for integers, and for images that cannot be in [-1, 1]."""
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}; expected uint8, or float in [-1, 1]")

@@ -114,7 +114,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             saving.save_best if config.checkpoint.keep_best else None,
         )
         callbacks = [run_log, validation, signals, saving]
-        if any(is_remote(place) for place in _places(sources)):
+        if any(is_remote(place) for place in _locations(sources)):
             callbacks.append(Prefetch(plan, sources, shard_cache(config)))
         # the last: sees all others
         callbacks.append(Watchdog(config.compute.timeout_minutes, run_log.await_data))
@@ -529,7 +529,7 @@ def _describe(
     )
 
 
-def _places(sources: Mapping[str, ImageSource]) -> list[str]:
+def _locations(sources: Mapping[str, ImageSource]) -> list[str]:
     return [source.location(0) for source in sources.values()]
 
 

@@ -98,7 +98,7 @@ def stored_base(metadata: dict[str, str]) -> dict[str, str]:
 
 def stored_facts(contents: weight_file.Contents, config: Config) -> Facts:
     """What the base of a run stated; of older checkpoints only what their configuration shows."""
-    return facts.combined(contents.facts, _shown(config))
+    return facts.combined(contents.facts, _shown_value(config))
 
 
 def base_facts(contents: weight_file.Contents, weights: Weights, config: Config) -> Facts:
@@ -114,10 +114,10 @@ def base_facts(contents: weight_file.Contents, weights: Weights, config: Config)
         known = facts.settled(stated, channels, config.init.family, published)
     except UsageError as error:
         raise UsageError(f"{contents.path}: {error}") from error
-    return facts.combined(known, _shown(config))
+    return facts.combined(known, _shown_value(config))
 
 
-def _shown(config: Config) -> Facts:
+def _shown_value(config: Config) -> Facts:
     model = config.model
     return Facts(norm_num_groups=model.norm_num_groups, use_quant_conv=model.quant_conv)
 

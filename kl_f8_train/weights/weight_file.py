@@ -325,7 +325,7 @@ def find(path: Path) -> Path:
 
     "kl_f8_mini" is the small base that ships with the package.
     """
-    if str(path) == shipped.NAME:
+    if str(path) == shipped.BASE_NAME:
         return shipped.WEIGHTS
     if path.is_dir():
         newest = list_checkpoints(path)
