@@ -582,6 +582,7 @@ def plain(config: Config) -> Config:
         config.compute,
         channels_last=False,
         subpixel_upsample=False,
+        lean_norm=False,
         checkpoint_levels=0,
         compile=False,
     )

@@ -10,15 +10,19 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from kl_f8_train.config import Compute
 from kl_f8_train.errors import RunFailedError
-from kl_f8_train.model import AutoencoderKL, UpLevel, Upsample
+from kl_f8_train.model import AutoencoderKL, NormSwish, UpLevel, Upsample
 
 GRAPHS_PER_CLASS = 64  # four levels, with and without gradients, of a few networks in a process
+# How much a fused kernel may read and compute before inductor writes an intermediate image to
+# memory: within its own limits it writes those of GroupNorm and swish, and reads them again.
+INDUCTOR: dict[str, Any] = {"realize_reads_threshold": 64, "realize_opcount_threshold": 1000}
 # How memory's end reads where torch has no class for it: its CPU allocator, CUDA, cuDNN, cuBLAS.
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator",
@@ -48,6 +52,8 @@ def apply(
     for part in autoencoder.modules():
         if isinstance(part, Upsample):
             part.subpixel = settings.subpixel_upsample
+        elif isinstance(part, NormSwish):
+            part.lean = settings.lean_norm
 
 
 def channels_last(settings: Compute) -> bool:
@@ -94,9 +100,10 @@ def compile_each(parts: Iterable[nn.Module | None], backend: str = "inductor") -
     # DDP's own splitting of graphs fails on recomputed levels in torch 2.6. Without it the hooks
     # that reduce gradients run after each part's backward pass, while the next part's is computed.
     dynamo.optimize_ddp = False
+    options = INDUCTOR if backend == "inductor" else None
     for part in parts:
         if part is not None:
-            part.compile(backend=backend, dynamic=False)
+            part.compile(backend=backend, dynamic=False, options=options)
 
 
 @contextmanager

@@ -204,6 +204,11 @@ class Compute:
         True,
         machine=True,
     )
+    lean_norm: bool = setting(
+        "GroupNorm and swish keep their input only for the backward pass; equal but for rounding",
+        True,
+        machine=True,
+    )
     checkpoint_levels: int = setting(
         "decoder levels, from full resolution down, whose activations are computed twice "
         "instead of kept",

@@ -6,6 +6,7 @@ Images are (B, 3, H, W) in [-1, 1]; latents are (B, 4, h, w), unscaled (no 0.182
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -163,9 +164,7 @@ class DownLevel(nn.Module):
 class UpLevel(nn.Module):
     """Residual blocks at one resolution, then a doubling."""
 
-    def __init__(
-        self, inputs: int, outputs: int, blocks: int, groups: int, upsample: bool
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, blocks: int, groups: int, upsample: bool) -> None:
         super().__init__()
         widths = [inputs] + [outputs] * blocks
         self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
@@ -292,22 +291,38 @@ def interleave(parts: Tensor) -> Tensor:
     A part of even rows begins one pixel early, as its window reaches up; so do even columns. The
     layout in memory, NCHW or NHWC, stays.
     """
-    height, width = parts.shape[2] - 1, parts.shape[3] - 1
-    nhwc = parts.is_contiguous(memory_format=torch.channels_last)
-    parts = parts.unflatten(1, (2, 2, -1))  # (B, 2, 2, C, H + 1, W + 1)
-    if nhwc:
-        parts = parts.permute(0, 1, 2, 4, 5, 3)
-    rows, columns = (2, 3) if nhwc else (3, 4)  # axes behind which the parity goes
+    whole: Tensor = _Interleave.apply(parts)
+    return whole
 
-    def part(p: int, q: int) -> Tensor:
-        one = parts[:, p, q].narrow(rows - 1, p, height)
-        return one.narrow(rows, q, width)
 
-    whole = torch.stack(
-        [torch.stack([part(p, q) for q in (0, 1)], dim=columns) for p in (0, 1)], dim=rows
-    ).flatten(columns, columns + 1)
-    whole = whole.flatten(rows - 1, rows)
-    return whole.permute(0, 3, 1, 2) if nhwc else whole
+class _Interleave(torch.autograd.Function):
+    """With its gradient as one copy: autograd's own adds four padded images, part by part."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor) -> Tensor:
+        height, width = parts.shape[2] - 1, parts.shape[3] - 1
+        nhwc = parts.is_contiguous(memory_format=torch.channels_last)
+        parts = parts.unflatten(1, (2, 2, -1))  # (B, 2, 2, C, H + 1, W + 1)
+        if nhwc:
+            parts = parts.permute(0, 1, 2, 4, 5, 3)
+        rows, columns = (2, 3) if nhwc else (3, 4)  # axes behind which the parity goes
+
+        def part(p: int, q: int) -> Tensor:
+            one = parts[:, p, q].narrow(rows - 1, p, height)
+            return one.narrow(rows, q, width)
+
+        whole = torch.stack(
+            [torch.stack([part(p, q) for q in (0, 1)], dim=columns) for p in (0, 1)], dim=rows
+        ).flatten(columns, columns + 1)
+        whole = whole.flatten(rows - 1, rows)
+        return whole.permute(0, 3, 1, 2) if nhwc else whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        parts = [
+            F.pad(gradient[:, :, p::2, q::2], (q, 1 - q, p, 1 - p)) for p in (0, 1) for q in (0, 1)
+        ]
+        return torch.cat(parts, dim=1)
 
 
 class Norm(nn.GroupNorm):
@@ -318,7 +333,142 @@ class Norm(nn.GroupNorm):
 
 
 class NormSwish(Norm):
-    """x * sigmoid(x) of the normalised input; one kernel where the module is compiled."""
+    """x * sigmoid(x) of the normalised input.
+
+    With `lean` the backward pass computes the normalised input again, from the input and the
+    groups' statistics, instead of keeping it; and under autocast the output has autocast's type,
+    to which the convolution behind it would round it anyway. The values are the same.
+    """
+
+    def __init__(self, groups: int, channels: int) -> None:
+        super().__init__(groups, channels)
+        self.lean = True
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.silu(super().forward(input))
+        if not self.lean:
+            return F.silu(super().forward(input))
+        kind = input.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        function = _FusedNormSwish if torch.compiler.is_compiling() else _LeanNormSwish
+        output: Tensor = function.apply(
+            input, self.weight, self.bias, self.num_groups, self.eps, dtype
+        )
+        return output
+
+
+class _LeanNormSwish(torch.autograd.Function):
+    """silu(group_norm(x)) by torch's own kernels; keeps x, the mean and 1 / std of each group."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (B, C, H, W)
+        weight: Tensor,  # (C,)
+        bias: Tensor,  # (C,)
+        groups: int,
+        eps: float,
+        dtype: torch.dtype,  # of the output
+    ) -> Tensor:
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        y, mean, rstd = torch.native_group_norm(
+            x.to(exact), weight.to(exact), bias.to(exact), *_shape(x), groups, eps
+        )
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return F.silu(y).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        groups, exact = mean.shape[1], mean.dtype
+        scale = _of_channels(rstd, x) * _column(weight)
+        shift = _column(bias) - _of_channels(mean, x) * scale
+        x_exact = x.to(exact)
+        through_swish = torch.ops.aten.silu_backward(
+            gradient.to(exact), torch.addcmul(shift, x_exact, scale)
+        )
+        found = torch.ops.aten.native_group_norm_backward(
+            *(through_swish, x_exact, mean, rstd, weight.to(exact), *_shape(x), groups),
+            list(ctx.needs_input_grad[:3]),
+        )
+        types = (x.dtype, weight.dtype, bias.dtype)
+        of_inputs = (g if g is None else g.to(t) for g, t in zip(found, types, strict=True))
+        return (*of_inputs, None, None, None)
+
+
+class _FusedNormSwish(torch.autograd.Function):
+    """The same in plain operations, for the compiler to fuse, from sums over each channel.
+
+    torch's statistics of a group read a few of the channels beside each other in NHWC memory, and
+    skip the rest; a channel's own sums read all of them in a row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (B, C, H, W)
+        weight: Tensor,  # (C,)
+        bias: Tensor,  # (C,)
+        groups: int,
+        eps: float,
+        dtype: torch.dtype,  # of the output
+    ) -> Tensor:
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        mean, rstd = group_statistics(x.to(exact), groups, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return F.silu(_normalized(x, mean, rstd) * _column(weight) + _column(bias)).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        normal = _normalized(x, mean, rstd)  # (B, C, H, W)
+        y = normal * _column(weight) + _column(bias)
+        share = torch.sigmoid(y)
+        of_y = gradient.to(mean.dtype) * share * (1 + y * (1 - share))  # d silu(y) / d y
+        of_bias = of_y.sum((2, 3))  # (B, C)
+        of_weight = (of_y * normal).sum((2, 3))
+        first, second = (  # means over each group of w d y and of w d y (x - mean) / std
+            (part * weight).unflatten(1, (mean.shape[1], -1)).mean(2) / x[0, 0].numel()
+            for part in (of_bias, of_weight)
+        )
+        of_x = of_y * _column(weight) - _of_channels(first, x) - normal * _of_channels(second, x)
+        of_x = of_x * _of_channels(rstd, x)
+        sums = of_weight.sum(0).to(weight.dtype), of_bias.sum(0).to(bias.dtype)
+        return (of_x.to(x.dtype), *sums, None, None, None)
+
+
+def group_statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of each group, both (B, groups), from (B, C, H, W).
+
+    Sums are of the distance from each channel's first pixel: a mean that is large beside the
+    deviation would cost the variance its digits.
+    """
+    origin = x[:, :, :1, :1]
+    distance = x - origin
+    first = distance.mean((2, 3))  # (B, C)
+    variances = distance.square().mean((2, 3)) - first.square()  # (B, C)
+    means = (origin[:, :, 0, 0] + first).unflatten(1, (groups, -1))  # (B, groups, C / groups)
+    mean = means.mean(2)
+    within = variances.unflatten(1, (groups, -1)).mean(2).clamp_min(0.0)
+    between = (means - mean[:, :, None]).square().mean(2)
+    return mean, (within + between + eps).rsqrt()
+
+
+def _shape(x: Tensor) -> tuple[int, int, int]:
+    """Images, channels, pixels."""
+    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+
+
+def _column(vector: Tensor) -> Tensor:
+    """(C,) -> (1, C, 1, 1)."""
+    return vector.view(1, -1, 1, 1)
+
+
+def _of_channels(of_groups: Tensor, x: Tensor) -> Tensor:
+    """(B, groups) -> (B, C, 1, 1): each channel its group's value."""
+    size = x.shape[1] // of_groups.shape[1]
+    return of_groups[:, :, None].expand(-1, -1, size).flatten(1)[:, :, None, None]
+
+
+def _normalized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """(x - mean) / std of its group, in the statistics' type."""
+    return (x.to(mean.dtype) - _of_channels(mean, x)) * _of_channels(rstd, x)
