@@ -15,7 +15,7 @@ from tarfile import is_tarfile
 
 from kl_f8_train import __version__
 from kl_f8_train.errors import MissingInputError, UsageError, UserError
-from kl_f8_train.processes import end_children, launched
+from kl_f8_train.launch import end_children, launched
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -205,14 +205,14 @@ def _train(args: argparse.Namespace) -> int:
     launched(settings.compute.num_nodes)
     if not Path(settings.run_dir).is_dir():
         _must_be_there(settings.init.weights, "init.weights=")
-    from kl_f8_train.train import train
+    from kl_f8_train.run.train import train
 
     return train(settings, args.allow_changes)
 
 
 def _doctor(args: argparse.Namespace) -> int:
     if args.scaling:
-        from kl_f8_train import scaling
+        from kl_f8_train.check import scaling
 
         print(scaling.tables())
         return 0
@@ -228,7 +228,7 @@ def _examine(recipe: str, overrides: list[str], as_json: bool, allow_changes: bo
     launched()
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         print("loading ...", flush=True)
-        from kl_f8_train.doctor import examine
+        from kl_f8_train.check.doctor import examine
 
         report = examine(path, overrides, lambda line: print(line, flush=True), allow_changes)
     if as_json:
@@ -237,7 +237,7 @@ def _examine(recipe: str, overrides: list[str], as_json: bool, allow_changes: bo
 
 
 def _must_be_there(weights: str, key: str = "") -> None:
-    from kl_f8_train import hub
+    from kl_f8_train.weights import hub
 
     if not Path(weights).exists() and not hub.is_id(weights):
         raise MissingInputError(
@@ -248,17 +248,19 @@ def _must_be_there(weights: str, key: str = "") -> None:
 
 def _inspect(args: argparse.Namespace) -> int:
     _must_be_there(args.weights)
-    from kl_f8_train import checkpoint
+    from kl_f8_train.weights import weight_file
 
-    found = checkpoint.report(*checkpoint.read_weights(args.weights, "raw" if args.raw else "ema"))
-    print(json.dumps(found, indent=2) if args.json else checkpoint.describe(found))
+    found = weight_file.report(
+        *weight_file.read_weights(args.weights, "raw" if args.raw else "ema")
+    )
+    print(json.dumps(found, indent=2) if args.json else weight_file.describe(found))
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
     if args.images and not args.images.is_dir():
         raise MissingInputError(f"--images {args.images}: no such folder; give photographs")
-    from kl_f8_train.export import LAYOUTS, export
+    from kl_f8_train.publish.export import LAYOUTS, export
 
     export(
         args.run,
@@ -275,7 +277,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _inject(args: argparse.Namespace) -> int:
-    from kl_f8_train.inject import inject
+    from kl_f8_train.publish.inject import inject
 
     for line in inject(args.vae, args.into, args.out, args.force):
         print(line)
@@ -288,8 +290,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise UsageError("two weights have the same name; give NAME=WEIGHTS")
     _check_compared(args.compare, [name for name, *_ in named])
     _check_places(args.images, args.out)
-    from kl_f8_train import report
-    from kl_f8_train.evaluate import PROTOCOLS, evaluate
+    from kl_f8_train.score import report
+    from kl_f8_train.score.evaluate import PROTOCOLS, evaluate
 
     with _bar("image") as progress:
         result = evaluate(
@@ -358,7 +360,7 @@ def _card(args: argparse.Namespace) -> int:
     for path, remedy in needed:
         if path is not None and not path.is_file():
             raise MissingInputError(f"{path}: no such file{remedy}")
-    from kl_f8_train import card
+    from kl_f8_train.publish import card
 
     details = card.Details(
         card.license_fields(args.license, args.license_file), args.base_model, args.published
@@ -370,7 +372,7 @@ def _card(args: argparse.Namespace) -> int:
 def _pack(args: argparse.Namespace) -> int:
     if not args.images.is_dir():
         raise MissingInputError(f"{args.images}: no such folder; expected one of photographs")
-    from kl_f8_train.pack import pack
+    from kl_f8_train.data.pack import pack
 
     with _bar("image") as progress:
         result = pack(
@@ -386,18 +388,19 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from kl_f8_train import shards
-    from kl_f8_train.cache import ShardCache
-    from kl_f8_train.checkpoint import cache_dir
+    from kl_f8_train.data.index import build_index, expand, index_directory
+    from kl_f8_train.data.shard_cache import ShardCache
+    from kl_f8_train.data.sources import Filter, TarSource
+    from kl_f8_train.files import cache_dir
 
-    filters = [shards.Filter.parse(text) for text in args.filter]
-    locations = shards.expand(args.source)
-    directory = shards.index_directory(locations, args.index_dir)
+    filters = [Filter.parse(text) for text in args.filter]
+    locations = expand(args.source)
+    directory = index_directory(locations, args.index_dir)
     root = Path(args.cache_dir) if args.cache_dir else cache_dir() / "shards"
     cache = ShardCache(root, round(args.cache_gib * 2**30))
     with _bar("shard") as progress:
-        shards.build_index(locations, directory, cache, args.workers, progress)
-    source = shards.TarSource(directory, filters, cache)
+        build_index(locations, directory, cache, args.workers, progress)
+    source = TarSource(directory, filters, cache)
     print("\n".join([*source.describe(), f"fields: {', '.join(source.columns) or 'none'}"]))
     print(f"index: {directory}")
     for message in source.broken.values():
@@ -431,7 +434,7 @@ def _fetch(args: argparse.Namespace) -> int:
         raise UsageError(f"fetch {unknown[0]}: there are vgg and inception")
     if args.url and len(names) > 1:
         raise UsageError("--url is the place of one network: fetch vgg --url ...")
-    from kl_f8_train.published import NETWORKS, fetch
+    from kl_f8_train.weights.pretrained import NETWORKS, fetch
 
     for name in names:
         print(f"{NETWORKS[name].title}: {fetch(NETWORKS[name], args.url)}", flush=True)
@@ -439,7 +442,7 @@ def _fetch(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from kl_f8_train import status
+    from kl_f8_train.run import status
 
     now = time.time()
     found = status.read_status(args.run, now)
@@ -488,7 +491,7 @@ def _benchmark(args: argparse.Namespace) -> int:
     settings = config.load(recipe, [*not_needed, *args.overrides])
     if "data.sources=none" in not_needed:
         settings = replace(settings, data=replace(settings.data, sources={}))
-    from kl_f8_train.benchmark import benchmark, describe
+    from kl_f8_train.check.benchmark import benchmark, describe
 
     result = benchmark(settings, args.iterations, args.against, _say_aside)
     print(json.dumps(result, indent=1) if args.json else describe(result))

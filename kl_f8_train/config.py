@@ -241,6 +241,9 @@ class Log:
         "auto: online, or offline without a network", "off", machine=True
     )
     project: str = setting("wandb project", "kl-f8-train", machine=True)
+    tensorboard: bool = setting(
+        "write TensorBoard event files to run_dir/tensorboard", False, machine=True
+    )
 
 
 @dataclass(kw_only=True)
@@ -748,7 +751,8 @@ def _parse(key: str, text: str, where: str = "") -> Any:
     if text.strip() in ("null", "~") and (origin is dict or kind in (Source, str)):  # as in YAML
         raise UsageError(f"{shown}={text}: cannot be null; expected {found.doc}")
     if origin is dict:
-        return {name: Source(**values) for name, values in parse_sources(text).items()}
+        sources = parse_sources(text)
+        return {name: Source(shards=sources[name]["shards"]) for name in sources}
     if kind is Source:
         return Source(shards=text)
     if is_dataclass(kind):

@@ -16,21 +16,25 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from kl_f8_train import checkpoint, config, evaluate, export, images, perceptual, report, scores
+from kl_f8_train import config, images
 from kl_f8_train.config import Config
-from kl_f8_train.data import IterationSampler, PositionDataset, loader, open_data
-from kl_f8_train.discriminator import Discriminator, initialize
-from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
-from kl_f8_train.losses import (
+from kl_f8_train.core.discriminator import Discriminator, initialize
+from kl_f8_train.core.losses import (
     adaptive_weight,
     discriminator_loss,
     generator_loss,
     reconstruction_loss,
 )
-from kl_f8_train.model import AutoencoderKL
-from kl_f8_train.pack import pack
-from kl_f8_train.train import train
+from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.data.loading import IterationSampler, PositionDataset, loader, open_data
+from kl_f8_train.data.pack import pack
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.files import atomic_path, write_json, write_text
+from kl_f8_train.publish import export
+from kl_f8_train.run.train import train
+from kl_f8_train.score import evaluate, report, scores
 from kl_f8_train.units import duration
+from kl_f8_train.weights import pretrained, weight_file
 
 TRAINING = ("astronaut.png", "coffee.png", "hubble_deep_field.jpg")
 HELD_OUT = ("chelsea.png", "rocket.jpg")
@@ -143,7 +147,7 @@ def train_base(settings: Config, path: Path) -> None:
     assert settings.adversarial is not None
     discriminator = Discriminator(settings.adversarial.ndf, settings.adversarial.n_layers)
     initialize(discriminator, settings.seed)
-    network = perceptual.build(settings.loss.perceptual)
+    network = pretrained.build(settings.loss.perceptual)
     optimizer = Adam(model.parameters(), 1e-3, (0.9, 0.99))
     disc_optimizer = Adam(discriminator.parameters(), 2e-4, (0.5, 0.9))
     logvar = torch.zeros(())
@@ -187,7 +191,7 @@ def train_base(settings: Config, path: Path) -> None:
         "loss.logvar": logvar,
         **{f"loss.discriminator.{k}": v for k, v in discriminator.state_dict().items()},
     }
-    checkpoint.write_torch(path, {"epoch": 0, "global_step": stop, "state_dict": state})
+    weight_file.write_torch(path, {"epoch": 0, "global_step": stop, "state_dict": state})
 
 
 def _base_batches(
@@ -242,9 +246,9 @@ def _score(
             if value is not None:
                 row |= {f"{metric}_mean": value["mean"], f"{metric}_std": value["std"]}
         rows.append(row)
-    checkpoint.write_json(run_dir / "table.json", rows)
-    checkpoint.write_text(run_dir / "table.md", scores.table(result) + "\n")
-    with checkpoint.atomic_path(run_dir / "strip.png") as temporary:
+    write_json(run_dir / "table.json", rows)
+    write_text(run_dir / "table.md", scores.table(result) + "\n")
+    with atomic_path(run_dir / "strip.png") as temporary:
         images.to_pil(_strip(run_dir / "evaluation")).save(temporary, format="PNG")
     say("stand-ins: base was trained here and is not kl-f8; ST-LPIPS is not LPIPS.")
     return rows

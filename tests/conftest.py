@@ -22,10 +22,12 @@ from safetensors.torch import save_file
 from samples import load_discriminator
 from torch import Tensor, nn
 
-from kl_f8_train import config, perceptual
-from kl_f8_train.data import Batch
-from kl_f8_train.finetuner import Finetuner
-from kl_f8_train.model import AutoencoderKL
+from kl_f8_train import config
+from kl_f8_train.core import perceptual
+from kl_f8_train.core.batch import Batch
+from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.core.step import Finetuner
+from kl_f8_train.weights import pretrained
 
 GOLDEN = Path(__file__).parent / "golden"
 RECIPES = Path(__file__).parents[1] / "configs"
@@ -143,7 +145,7 @@ def _unit(name, shape):
 @pytest.fixture(scope="session")
 def vgg(vgg_file):
     """LPIPS on that VGG16, in float64."""
-    return perceptual.lpips_vgg(vgg_file).double()
+    return perceptual.lpips_vgg(*pretrained.vgg_features(vgg_file)).double()
 
 
 @pytest.fixture(scope="module")

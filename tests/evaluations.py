@@ -12,7 +12,9 @@ import samples
 import torch
 from PIL import Image, ImageFilter
 
-from kl_f8_train import compare, images, metrics
+from kl_f8_train import images
+from kl_f8_train.core import metrics
+from kl_f8_train.score import compare
 
 MODELS = ("kl-f8", "ft-EMA", "ft-MSE")
 ODD = ("kl-f8", "<b>\"x\"&'y </script><script>document.title='broken'</script>", "größe 模型 `a|b`")

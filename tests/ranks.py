@@ -21,7 +21,7 @@ from typing import Any
 import runs
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["kl_f8_train.train", "kl_f8_train.__main__", "runs", "ranks"])
+FORKS.set_forkserver_preload(["kl_f8_train.run.train", "kl_f8_train.__main__", "runs", "ranks"])
 
 
 class Run:

@@ -7,11 +7,12 @@ from pathlib import Path
 import skimage.data
 import torch
 
-from kl_f8_train import checkpoint, config, images
+from kl_f8_train import config, images
 from kl_f8_train.config import Config
-from kl_f8_train.discriminator import Discriminator, initialize
-from kl_f8_train.model import AutoencoderKL
-from kl_f8_train.pack import pack
+from kl_f8_train.core.discriminator import Discriminator, initialize
+from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.data.pack import pack
+from kl_f8_train.weights import weight_file
 
 TINY = (
     "model.ch_mult=[1,1]",
@@ -53,7 +54,7 @@ def make_weights(
         critic = Discriminator(16, 2) if shape.get("ch", 32) == 32 else Discriminator()
         initialize(critic, seed=1)
         state |= {f"loss.discriminator.{k}": v for k, v in critic.state_dict().items()}
-    checkpoint.write_torch(path, {"state_dict": state, "global_step": 100})
+    weight_file.write_torch(path, {"state_dict": state, "global_step": 100})
     return path
 
 
@@ -89,12 +90,12 @@ def start(
     )
 
 
-def final_state(folder: Path, run: str) -> checkpoint.Contents:
+def final_state(folder: Path, run: str) -> weight_file.Contents:
     """The newest checkpoint of a run."""
-    return checkpoint.read(folder / run)
+    return weight_file.read(folder / run)
 
 
-def assert_same_state(a: checkpoint.Contents, b: checkpoint.Contents) -> None:
+def assert_same_state(a: weight_file.Contents, b: weight_file.Contents) -> None:
     """Bit for bit: weights, EMA, discriminator with buffers, both optimizers, iteration."""
     assert a.tensors.keys() == b.tensors.keys()
     different = [key for key in a.tensors if not torch.equal(a.tensors[key], b.tensors[key])]

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from kl_f8_train import config
-from kl_f8_train.discriminator import Discriminator
-from kl_f8_train.model import AutoencoderKL
-from kl_f8_train.pack import pack
+from kl_f8_train.core.discriminator import Discriminator
+from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.data.pack import pack
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 YOURS = ("run_dir=runs/x", "init.weights=model.ckpt", "data.sources=/data/photos")

@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from kl_f8_train import __version__, benchmark, compute, cost
+from kl_f8_train import __version__
 from kl_f8_train.__main__ import main
-from kl_f8_train.data import Batch
+from kl_f8_train.check import benchmark, cost
+from kl_f8_train.core import machine
+from kl_f8_train.core.batch import Batch
+from kl_f8_train.core.step import Finetuner
 from kl_f8_train.errors import UsageError
-from kl_f8_train.finetuner import Finetuner
 
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "performance.md").read_text()
@@ -130,8 +132,8 @@ def test_diffusers_modules_take_the_plain_arithmetic(tiny):
 
 
 def test_diffusers_modules_run_with_our_layout_and_compiled(tiny, monkeypatch):
-    eager = partial(compute.compile_each, backend="eager")
-    monkeypatch.setattr(compute, "compile_each", eager)
+    eager = partial(machine.compile_each, backend="eager")
+    monkeypatch.setattr(machine, "compile_each", eager)
     torch._dynamo.reset()
     counters.clear()
     switches = "compute.channels_last=true", "compute.compile=true"

@@ -21,9 +21,12 @@ from pathlib import Path
 
 import pytest
 
-from kl_f8_train import cache
-from kl_f8_train.cache import Patience, ShardCache, fetch, is_remote
+from kl_f8_train import transfer
+from kl_f8_train.data import shard_cache
+from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.files import hidden_beside
+from kl_f8_train.transfer import Patience, fetch, is_remote
 
 FORK = multiprocessing.get_context("fork")
 BODY = random.Random(0).randbytes(300_000)
@@ -264,7 +267,7 @@ def test_messages_hide_signatures_and_passwords(server, tmp_path):
     with pytest.raises(MissingInputError, match=r"a\.tar\?\.\.\.: the server") as caught:
         fetch(url, tmp_path / "a.tar", **CALM)
     assert "secret" not in str(caught.value)
-    assert cache._shown("https://me:secret@host/a.tar") == "https://host/a.tar"
+    assert transfer.shown("https://me:secret@host/a.tar") == "https://host/a.tar"
 
 
 def test_a_disk_failure_is_not_tried_again(server, tmp_path):
@@ -302,13 +305,13 @@ def test_unknown_schemes(tmp_path, url):
 
 
 def test_pauses_double_up_to_a_limit():
-    pauses = [cache._pause(attempt, Patience(backoff_seconds=1.0)) for attempt in range(1, 20)]
+    pauses = [transfer._pause(attempt, Patience(backoff_seconds=1.0)) for attempt in range(1, 20)]
     for attempt, pause in enumerate(pauses):
         assert 0.5 * min(30, 2**attempt) <= pause <= min(30, 2**attempt)
 
 
 def test_a_slow_consumer_is_no_stall():
-    blocks = cache._brisk(iter([b"a", b"b", b"c"]), Patience(timeout_seconds=0.05))
+    blocks = transfer._brisk(iter([b"a", b"b", b"c"]), Patience(timeout_seconds=0.05))
     for _ in blocks:
         time.sleep(0.1)
 
@@ -389,7 +392,7 @@ def test_a_file_is_fetched_once(server, shards):
     ],
 )
 def test_names(tmp_path, url, name):
-    assert cache._Entry(tmp_path, url).path.name[17:] == name
+    assert shard_cache._Entry(tmp_path, url).path.name[17:] == name
 
 
 def test_processes_fetch_each_file_once(server, shards):
@@ -468,7 +471,7 @@ def test_a_file_never_lies_beside_another_files_record(server, shards, monkeypat
     shards().path(url)
     server.files["a.tar"] = b"new"
     with monkeypatch.context() as patch:
-        patch.setattr(cache._Entry, "write_record", interrupted)
+        patch.setattr(shard_cache._Entry, "write_record", interrupted)
         with pytest.raises(KeyboardInterrupt):
             shards().path(url, sha256=sha(b"new"))
     server.files["a.tar"] = b"old"
@@ -512,7 +515,7 @@ def test_a_file_of_another_size_is_fetched_again(server, shards, damage):
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"size": null, "sha256": ""}', None])
 def test_a_file_without_its_record_is_fetched_again(server, shards, text):
     url = server.add("a.tar")
-    record = cache._Entry(shards().root, url).record_path
+    record = shard_cache._Entry(shards().root, url).record_path
     shards().path(url)
     assert json.loads(record.read_text()) == {"url": url, "size": 300_000, "sha256": sha(BODY)}
     record.unlink() if text is None else record.write_text(text)
@@ -601,7 +604,7 @@ def test_locked_files_stay(server, shards):
     one = shards(max_bytes=len(BODY), grace_seconds=60.0)
     first = one.path(urls[0])
     used(first, 100)
-    with cache._locked(cache._hidden(first, "lock"), fcntl.LOCK_SH):
+    with shard_cache._locked(hidden_beside(first, "lock"), fcntl.LOCK_SH):
         one.path(urls[1])
         assert first.exists()
     one._evict()
@@ -613,7 +616,7 @@ def test_a_reader_waits_for_whoever_evicts(server, shards):
     one = shards()
     first, found = one.path(url), []
     reader = threading.Thread(target=lambda: found.append(one.path(url).read_bytes()))
-    with cache._locked(cache._hidden(first, "lock"), fcntl.LOCK_EX):
+    with shard_cache._locked(hidden_beside(first, "lock"), fcntl.LOCK_EX):
         reader.start()
         reader.join(0.1)
         assert reader.is_alive()
@@ -711,14 +714,14 @@ def test_a_killed_fetcher_leaves_nothing_under_the_final_name(server, shards):
 
 def test_leftovers_are_removed_at_start_if_old_and_unlocked(server, shards):
     root = shards().root
-    entries = [cache._Entry(root, f"http://host/{number}.tar") for number in range(3)]
-    leftovers = [cache._hidden(entry.path, "1-2.part") for entry in entries]
+    entries = [shard_cache._Entry(root, f"http://host/{number}.tar") for number in range(3)]
+    leftovers = [hidden_beside(entry.path, "1-2.part") for entry in entries]
     foreign = root / ".somebody.part"
     for path in (*leftovers, foreign):
         path.write_bytes(BODY)
         used(path, 3700)
     used(leftovers[1], 3500)
-    with cache._locked(entries[2].lock, fcntl.LOCK_EX):
+    with shard_cache._locked(entries[2].lock, fcntl.LOCK_EX):
         shards()
     assert [path.exists() for path in leftovers] == [False, True, True]
     shards()
@@ -845,7 +848,7 @@ def s3(request, bucket, monkeypatch):
     if shutil.which("aws", path=path) is None:
         pytest.skip("needs the aws client (awscli, test extra)")
     monkeypatch.setenv("PATH", path)
-    monkeypatch.setitem(cache.PACKAGES, "s3", "no_such_package")
+    monkeypatch.setitem(transfer.PACKAGES, "s3", "no_such_package")
     return bucket
 
 

@@ -13,11 +13,14 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from kl_f8_train import card, checkpoint, config
+from kl_f8_train import config
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError
-from kl_f8_train.export import export
-from kl_f8_train.train import train
+from kl_f8_train.files import file_sha256
+from kl_f8_train.publish import card
+from kl_f8_train.publish.export import export
+from kl_f8_train.run.train import train
+from kl_f8_train.run_dir import list_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +82,7 @@ def test_an_export_has_a_card_without_scores_and_without_a_license(exported):
 
 
 def test_it_names_the_base_weights(exported):
-    digest = checkpoint.file_sha256(exported.parents[1] / "model.ckpt")
+    digest = file_sha256(exported.parents[1] / "model.ckpt")
     text = (exported / "README.md").read_text()
     assert f"| base weights | model.ckpt, SHA-256 {digest} |" in text
     record = json.loads((exported / "export.json").read_text())
@@ -181,7 +184,7 @@ def test_table_protocol_hashes_and_strip(folder, scores):
     assert (folder / "strip.png").read_bytes() == b"strip"
     assert "input, kl-f8, ft-EMA, ft-MSE](strip.png)" in text
     files = json.loads((folder / "export.json").read_text())["files"]
-    assert checkpoint.file_sha256(folder / "README.md") == files.pop("README.md")
+    assert file_sha256(folder / "README.md") == files.pop("README.md")
     for digest in files.values():
         assert digest in text
     assert "data/photographs" not in text  # paths of one machine stay on it
@@ -220,8 +223,8 @@ def other_files(scores: Path, **entry) -> Path:
 
 
 def test_scores_of_the_exported_checkpoint_are_taken(folder, exported, scores):
-    (source,) = checkpoint.list_checkpoints(exported.parent)
-    digest = checkpoint.file_sha256(source)
+    (source,) = list_checkpoints(exported.parent)
+    digest = file_sha256(source)
     assert json.loads((folder / "export.json").read_text())["source_sha256"] == digest
     with pytest.raises(MissingInputError, match="no scores of these weights"):
         card.write(folder, other_files(scores, sha256=digest, select="raw"))
@@ -302,7 +305,7 @@ def test_what_lies_in_the_export_already_is_taken(folder, scores, capsys):
     assert "](strip.png)" in text
     files = json.loads((folder / "export.json").read_text())["files"]
     for name in ("strip.png", "LICENSE"):
-        assert checkpoint.file_sha256(folder / name) == files[name]
+        assert file_sha256(folder / name) == files[name]
         assert f"| `{name}` | `{files[name]}` |" in text
 
 

@@ -13,11 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from samples import TENSORS, equal, save_legacy, save_zip
 
-from kl_f8_train import checkpoint
 from kl_f8_train.__main__ import main
+from kl_f8_train.core.hashes import frozen_sha256, tensors_sha256
+from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError, RunFailedError
-from kl_f8_train.formats import Weights, to_diffusers
-from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.files import atomic_path, check_writable, file_sha256, write_json, write_text
+from kl_f8_train.run_dir import (
+    checkpoint_path,
+    list_checkpoints,
+    remove_leftovers,
+    remove_old_checkpoints,
+)
+from kl_f8_train.weights import weight_file
+from kl_f8_train.weights.names import Weights, to_diffusers
 
 # --- reading --------------------------------------------------------------------------------
 
@@ -25,7 +33,7 @@ from kl_f8_train.model import AutoencoderKL
 @pytest.mark.parametrize("save", [save_zip, save_legacy])
 @pytest.mark.parametrize("name", ["w.ckpt", "w.safetensors", "w"])
 def test_torch_files_are_recognised_by_content(tmp_path, save, name):
-    contents = checkpoint.read(save(TENSORS, tmp_path / name))
+    contents = weight_file.read(save(TENSORS, tmp_path / name))
     assert equal(contents.tensors, TENSORS)
     assert contents.stubbed == []
     assert contents.iteration is None
@@ -33,7 +41,7 @@ def test_torch_files_are_recognised_by_content(tmp_path, save, name):
 
 def test_safetensors(tmp_path):
     save_file(TENSORS, tmp_path / "w.bin", metadata={"iteration": "246803", "note": "x"})
-    contents = checkpoint.read(str(tmp_path / "w.bin"))
+    contents = weight_file.read(str(tmp_path / "w.bin"))
     assert equal(contents.tensors, TENSORS)
     assert contents.metadata == {"iteration": "246803", "note": "x"}
     assert contents.iteration == 246803
@@ -49,7 +57,7 @@ def test_safetensors_whose_header_length_looks_like_a_torch_file(tmp_path, start
     padding = (wanted - shortest) % 256 ** len(start)  # the header's length is a multiple of 8
     save_file(TENSORS, path, metadata={"note": "x" * padding})
     assert path.read_bytes().startswith(start)
-    contents = checkpoint.read(path)
+    contents = weight_file.read(path)
     assert equal(contents.tensors, TENSORS)
     assert contents.metadata == {"note": "x" * padding}
 
@@ -58,7 +66,7 @@ def test_safetensors_whose_header_length_looks_like_a_torch_file(tmp_path, start
 def test_tensors_do_not_change_with_their_file(tmp_path, save):
     path = tmp_path / "w"
     save(TENSORS, path)
-    contents = checkpoint.read(path)
+    contents = weight_file.read(path)
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
     assert equal(contents.tensors, TENSORS)
@@ -66,7 +74,7 @@ def test_tensors_do_not_change_with_their_file(tmp_path, save):
 
 def test_safetensors_without_metadata(tmp_path):
     save_file(TENSORS, tmp_path / "w.safetensors")
-    assert checkpoint.read(tmp_path / "w.safetensors").metadata == {}
+    assert weight_file.read(tmp_path / "w.safetensors").metadata == {}
 
 
 # --- files that are broken ------------------------------------------------------------------
@@ -103,7 +111,7 @@ def test_safetensors_headers_that_lie(tmp_path, data):
     path = tmp_path / "w.safetensors"
     path.write_bytes(data)
     with pytest.raises(MissingInputError, match=r"w\.safetensors"):
-        checkpoint.read(path)
+        weight_file.read(path)
 
 
 @pytest.mark.parametrize(
@@ -113,26 +121,26 @@ def test_other_files(tmp_path, data):
     path = tmp_path / "w.ckpt"
     path.write_bytes(data)
     with pytest.raises(MissingInputError, match=r"w\.ckpt") as caught:
-        checkpoint.read(path)
+        weight_file.read(path)
     assert caught.value.exit_code == 3
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(MissingInputError, match="no such file") as caught:
-        checkpoint.read(tmp_path / "absent.ckpt")
+        weight_file.read(tmp_path / "absent.ckpt")
     assert caught.value.exit_code == 3
 
 
 def test_a_file_that_is_not_a_file(tmp_path):
     with pytest.raises(MissingInputError, match="neither a run directory"):
-        checkpoint.read(tmp_path)
+        weight_file.read(tmp_path)
 
 
 # --- autoencoders ---------------------------------------------------------------------------
 
 
 def same_network(path: Path) -> bool:
-    loaded = checkpoint.load_autoencoder(path)
+    loaded = weight_file.load_autoencoder(path)
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     return equal(dict(loaded.state_dict()), dict(samples.tiny_vae().state_dict()))
@@ -144,7 +152,7 @@ def test_diffusers_folder(tmp_path):
         to_diffusers(samples.tiny_vae().state_dict()),
         tmp_path / "diffusion_pytorch_model.safetensors",
     )
-    contents, weights = checkpoint.read_weights(tmp_path)
+    contents, weights = weight_file.read_weights(tmp_path)
     assert contents.path.name == "diffusion_pytorch_model.safetensors"
     assert weights.layout == "diffusers autoencoder"
     assert same_network(tmp_path)
@@ -163,7 +171,7 @@ def test_compvis_file(tmp_path):
 
 def test_half_precision_becomes_float32(tmp_path):
     state = {key: value.half() for key, value in samples.tiny_vae().state_dict().items()}
-    loaded = checkpoint.load_autoencoder(save_zip(state, tmp_path / "model.ckpt"))
+    loaded = weight_file.load_autoencoder(save_zip(state, tmp_path / "model.ckpt"))
     assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32}
 
 
@@ -172,14 +180,14 @@ def test_part_of_an_autoencoder(tmp_path):
     del state["decoder.mid.attn_1.q.weight"]
     path = save_zip(state, tmp_path / "model.ckpt")
     with pytest.raises(MissingInputError, match=r"model\.ckpt.*") as caught:
-        checkpoint.load_autoencoder(path)
+        weight_file.load_autoencoder(path)
     assert "missing decoder.mid.attn_1.q.weight" in str(caught.value)
 
 
 def test_no_autoencoder(tmp_path):
     path = save_zip({"x": torch.ones(1)}, tmp_path / "model.ckpt")
     with pytest.raises(MissingInputError, match=r"model\.ckpt: no autoencoder"):
-        checkpoint.read_weights(path)
+        weight_file.read_weights(path)
 
 
 @pytest.mark.parametrize("folder", ["", "vae", "diffusers"])
@@ -198,7 +206,7 @@ def test_a_full_checkpoint_is_read_in_part(tmp_path, name):
     state["model.diffusion_model.out.weight"] = torch.ones(100)
     for save in (save_zip, save_legacy, lambda content, path: save_file(content, path)):
         save(state, tmp_path / name)
-        contents, weights = checkpoint.read_weights(tmp_path / name)
+        contents, weights = weight_file.read_weights(tmp_path / name)
         assert contents.tensors["model.diffusion_model.out.weight"].is_meta
         assert weights.dropped == ["model.diffusion_model.out.weight"]
         assert same_network(tmp_path / name)
@@ -209,7 +217,7 @@ def test_a_claimed_size_is_checked_before_it_is_built(tmp_path):
     state["encoder.conv_in.weight"] = torch.ones(320_000, 1, 1, 1)
     path = save_zip(state, tmp_path / "w.ckpt")
     with pytest.raises(MissingInputError, match="not this architecture"):
-        checkpoint.load_autoencoder(path)
+        weight_file.load_autoencoder(path)
 
 
 @pytest.mark.parametrize(
@@ -230,14 +238,14 @@ def test_other_architectures_are_told(tmp_path, change, message):
     state = samples.tiny_vae().state_dict() | change
     path = save_zip({k: v for k, v in state.items() if v is not None}, tmp_path / "w.ckpt")
     with pytest.raises(MissingInputError, match=message):
-        checkpoint.load_autoencoder(path)
+        weight_file.load_autoencoder(path)
 
 
 # --- the report -----------------------------------------------------------------------------
 
 
 def found(path: Path, select: str = "ema") -> dict:
-    return checkpoint.report(*checkpoint.read_weights(path, select))
+    return weight_file.report(*weight_file.read_weights(path, select))
 
 
 def test_report_of_the_originals_file(tmp_path):
@@ -257,6 +265,7 @@ def test_report_of_the_originals_file(tmp_path):
         "tensors": len(vae.state_dict()),
         "dtypes": ["float32"],
         "sdxl": False,
+        "states": {},
         "iteration": 246803,
         "discriminator": True,
         "optimizer": True,
@@ -264,10 +273,10 @@ def test_report_of_the_originals_file(tmp_path):
         "logvar": 0.25,
         "dropped": {"loss.perceptual_loss": 1},
         "stubbed": [],
-        "frozen_sha256": checkpoint.frozen_sha256(vae.state_dict()),
+        "frozen_sha256": frozen_sha256(vae.state_dict()),
     }
     assert json.loads(json.dumps(result)) == result
-    shown = checkpoint.describe(result)
+    shown = weight_file.describe(result)
     for part in (
         "model.ckpt: CompVis autoencoder (torch zip)",
         "with discriminator; with optimizer; iteration 246,803",
@@ -287,9 +296,9 @@ def test_report_of_a_pruned_half_precision_file(tmp_path):
     result = found(tmp_path / "w")
     assert (result["discriminator"], result["optimizer"], result["iteration"]) == (0, 0, None)
     assert result["dtypes"] == ["float16"]
-    loaded = checkpoint.load_autoencoder(tmp_path / "w").state_dict()
-    assert result["frozen_sha256"] == checkpoint.frozen_sha256(loaded)
-    shown = checkpoint.describe(result)
+    loaded = weight_file.load_autoencoder(tmp_path / "w").state_dict()
+    assert result["frozen_sha256"] == frozen_sha256(loaded)
+    shown = weight_file.describe(result)
     assert "no discriminator; no optimizer; iteration not told" in shown
     for absent in ("EMA scalars", "logvar", "left out", "not loaded", "SDXL"):
         assert absent not in shown
@@ -302,7 +311,7 @@ def test_sdxls_weights_are_told_by_the_folder(tmp_path, scale, told):
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
     result = found(tmp_path)
     assert result["sdxl"] is told
-    assert ("SDXL" in checkpoint.describe(result)) is told
+    assert ("SDXL" in weight_file.describe(result)) is told
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "3", "[" * 100_000])
@@ -321,7 +330,7 @@ def test_an_iteration_that_is_none(tmp_path):
 def test_inspect(tmp_path, capsys):
     path = save_zip({"state_dict": samples.tiny_vae().state_dict()}, tmp_path / "w")
     assert main(["inspect", str(path)]) == 0
-    assert capsys.readouterr().out == checkpoint.describe(found(path)) + "\n"
+    assert capsys.readouterr().out == weight_file.describe(found(path)) + "\n"
     assert main(["inspect", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == found(path)
 
@@ -333,8 +342,8 @@ def test_inspect_says_which_weights_of_a_run(tmp_path, capsys):
         f"ema.{key}": value.clone() for key, value in state.items() if key.startswith("decoder.")
     }
     tensors |= {"optimizer.decoder.x.step": torch.ones(())}
-    path = checkpoint.checkpoint_path(tmp_path, 7)
-    checkpoint.write_safetensors(path, tensors, {"iteration": "7"})
+    path = checkpoint_path(tmp_path, 7)
+    weight_file.write_safetensors(path, tensors, {"iteration": "7"})
     for flags, name in ((["--raw"], "raw"), ([], "EMA")):
         assert main(["inspect", str(tmp_path), *flags]) == 0
         shown = capsys.readouterr().out
@@ -344,9 +353,9 @@ def test_inspect_says_which_weights_of_a_run(tmp_path, capsys):
 
 def test_kl_f8s_shape_is_told():
     weights = Weights("CompVis autoencoder", dict(AutoencoderKL().state_dict()))
-    result = checkpoint.report(checkpoint.Contents(Path("x"), {}), weights)
+    result = weight_file.report(weight_file.Contents(Path("x"), {}), weights)
     assert result["not_kl_f8"] is None
-    assert "\n  kl-f8's shape\n" in checkpoint.describe(result)
+    assert "\n  kl-f8's shape\n" in weight_file.describe(result)
 
 
 # --- writing --------------------------------------------------------------------------------
@@ -354,7 +363,7 @@ def test_kl_f8s_shape_is_told():
 
 def test_write_torch_holds_only_the_old_records(tmp_path):
     path = tmp_path / "w.ckpt"
-    checkpoint.write_torch(path, {"state_dict": TENSORS, "global_step": 5})
+    weight_file.write_torch(path, {"state_dict": TENSORS, "global_step": 5})
     with zipfile.ZipFile(path) as archive:
         names = {name.split("/", 1)[1] for name in archive.namelist()}
         assert {name.split("/")[0] for name in archive.namelist()} == {"archive"}
@@ -366,16 +375,16 @@ def test_write_torch_holds_only_the_old_records(tmp_path):
 @pytest.mark.parametrize("mapped", [False, True])
 def test_write_torch_loads_strictly(tmp_path, mapped):
     path = tmp_path / "w.ckpt"
-    checkpoint.write_torch(path, {"state_dict": TENSORS, "global_step": 5})
+    weight_file.write_torch(path, {"state_dict": TENSORS, "global_step": 5})
     loaded = torch.load(path, weights_only=True, mmap=mapped)
     assert loaded["global_step"] == 5
     assert equal(loaded["state_dict"], TENSORS)
-    assert checkpoint.read(path).iteration == 5
+    assert weight_file.read(path).iteration == 5
 
 
 def test_write_torch_aligns_its_records(tmp_path):
     path = tmp_path / "w.ckpt"
-    checkpoint.write_torch(path, TENSORS)
+    weight_file.write_torch(path, TENSORS)
     data = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         for item in archive.infolist():
@@ -386,9 +395,9 @@ def test_write_torch_aligns_its_records(tmp_path):
 def test_write_safetensors(tmp_path):
     path = tmp_path / "new" / "w.safetensors"
     tensors = TENSORS | {"turned": torch.arange(6.0).reshape(2, 3).T.requires_grad_()}
-    checkpoint.write_safetensors(path, tensors, {"iteration": "3"})
+    weight_file.write_safetensors(path, tensors, {"iteration": "3"})
     assert equal(load_file(path), tensors)
-    assert checkpoint.read(path).metadata == {"format": "pt", "iteration": "3"}
+    assert weight_file.read(path).metadata == {"format": "pt", "iteration": "3"}
     assert os.listdir(path.parent) == ["w.safetensors"]
 
 
@@ -396,9 +405,9 @@ def test_write_safetensors(tmp_path):
 def test_modes_follow_the_umask(tmp_path, mask):
     before = os.umask(mask)
     try:
-        checkpoint.write_safetensors(tmp_path / "w.safetensors", TENSORS, {})
-        checkpoint.write_torch(tmp_path / "w.ckpt", TENSORS)
-        checkpoint.write_json(tmp_path / "w.json", {"a": 1})
+        weight_file.write_safetensors(tmp_path / "w.safetensors", TENSORS, {})
+        weight_file.write_torch(tmp_path / "w.ckpt", TENSORS)
+        write_json(tmp_path / "w.json", {"a": 1})
         assert os.umask(mask) == mask
     finally:
         os.umask(before)
@@ -430,9 +439,9 @@ def no_room(folder: Path, how: str):
 @pytest.mark.parametrize(
     ("write", "content"),
     [
-        (checkpoint.write_safetensors, ({"a": torch.zeros(1_250_000)}, {})),
-        (checkpoint.write_torch, ({"a": torch.zeros(1_250_000)},)),
-        (checkpoint.write_text, ("x" * 5_000_000,)),
+        (weight_file.write_safetensors, ({"a": torch.zeros(1_250_000)}, {})),
+        (weight_file.write_torch, ({"a": torch.zeros(1_250_000)},)),
+        (write_text, ("x" * 5_000_000,)),
     ],
 )
 def test_no_room_leaves_the_previous_file(tmp_path, how, write, content):
@@ -440,21 +449,21 @@ def test_no_room_leaves_the_previous_file(tmp_path, how, write, content):
     folder.mkdir()
     path = folder / "w"
     with no_room(folder, how):
-        checkpoint.write_safetensors(path, {"a": torch.ones(3)}, {})
+        weight_file.write_safetensors(path, {"a": torch.ones(3)}, {})
         with pytest.raises(RunFailedError, match="Make room") as caught:
             write(path, *content)
         assert "bytes are free" in str(caught.value)
         assert caught.value.exit_code == 4
         assert os.listdir(folder) == ["w"]
-        assert torch.equal(checkpoint.read(path).tensors["a"], torch.ones(3))
+        assert torch.equal(weight_file.read(path).tensors["a"], torch.ones(3))
 
 
 def test_an_interrupted_write_leaves_the_previous_file(tmp_path):
     path = tmp_path / "w.txt"
-    checkpoint.write_text(path, "before")
+    write_text(path, "before")
 
     def interrupted() -> None:
-        with checkpoint.atomic_path(path) as temporary:
+        with atomic_path(path) as temporary:
             temporary.write_text("half")
             raise KeyboardInterrupt
 
@@ -465,11 +474,11 @@ def test_an_interrupted_write_leaves_the_previous_file(tmp_path):
 
 
 def test_check_writable(tmp_path):
-    checkpoint.check_writable(tmp_path / "new" / "run")
+    check_writable(tmp_path / "new" / "run")
     assert os.listdir(tmp_path / "new" / "run") == []
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFailedError, match="cannot write in"):
-        checkpoint.check_writable(tmp_path / "file" / "run")
+        check_writable(tmp_path / "file" / "run")
 
 
 # --- runs -----------------------------------------------------------------------------------
@@ -477,19 +486,19 @@ def test_check_writable(tmp_path):
 
 def make_checkpoints(run: Path, *iterations: tuple[int, int]) -> None:
     for iteration, warmup in iterations:
-        path = checkpoint.checkpoint_path(run, iteration, warmup)
-        checkpoint.write_safetensors(path, {"a": torch.tensor(iteration)}, {})
+        path = checkpoint_path(run, iteration, warmup)
+        weight_file.write_safetensors(path, {"a": torch.tensor(iteration)}, {})
 
 
 def names(run: Path) -> list[str]:
-    return [path.stem.removeprefix("iteration-") for path in checkpoint.list_checkpoints(run)]
+    return [path.stem.removeprefix("iteration-") for path in list_checkpoints(run)]
 
 
 def test_newest_first(tmp_path):
     make_checkpoints(tmp_path, (9, 0), (10, 0), (246803, 0), (1000, 0))
     assert names(tmp_path) == ["000246803", "000001000", "000000010", "000000009"]
-    assert checkpoint.find(tmp_path).stem == "iteration-000246803"
-    assert checkpoint.read(tmp_path).tensors["a"] == 246803
+    assert weight_file.find(tmp_path).stem == "iteration-000246803"
+    assert weight_file.read(tmp_path).tensors["a"] == 246803
 
 
 def test_warm_up_is_older_than_its_end(tmp_path):
@@ -509,7 +518,7 @@ def test_leftovers_are_no_checkpoints(tmp_path):
     leftover = tmp_path / "checkpoints" / ".iteration-000000009.safetensors.77.part"
     leftover.write_text("half")
     assert names(tmp_path) == ["000000005"]
-    checkpoint.remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path)
     assert not leftover.exists()
     assert names(tmp_path) == ["000000005"]
 
@@ -525,25 +534,25 @@ def test_leftovers_are_no_checkpoints(tmp_path):
 )
 def test_old_checkpoints_are_removed(tmp_path, keep_last, keep_every, kept):
     make_checkpoints(tmp_path, *((number * 100, 0) for number in range(1, 6)))
-    saved = checkpoint.checkpoint_path(tmp_path, 500)
-    checkpoint.remove_old_checkpoints(saved, keep_last, keep_every)
+    saved = checkpoint_path(tmp_path, 500)
+    remove_old_checkpoints(saved, keep_last, keep_every)
     assert names(tmp_path) == kept
 
 
 def test_newer_checkpoints_of_an_abandoned_try_do_not_count(tmp_path):
     make_checkpoints(tmp_path, (2000, 0), (2500, 0), (3000, 0))
-    checkpoint.remove_old_checkpoints(checkpoint.checkpoint_path(tmp_path, 2500), 1, 0)
+    remove_old_checkpoints(checkpoint_path(tmp_path, 2500), 1, 0)
     assert names(tmp_path) == ["000003000", "000002500"]
 
 
 def test_warm_up_checkpoints_are_not_kept_for_good(tmp_path):
     make_checkpoints(tmp_path, (200, 10), (200, 20), (200, 0), (300, 0))
-    checkpoint.remove_old_checkpoints(checkpoint.checkpoint_path(tmp_path, 300), 1, 100)
+    remove_old_checkpoints(checkpoint_path(tmp_path, 300), 1, 100)
     assert names(tmp_path) == ["000000300", "000000200"]
 
 
 def test_no_run_yet(tmp_path):
-    assert checkpoint.list_checkpoints(tmp_path / "absent") == []
+    assert list_checkpoints(tmp_path / "absent") == []
 
 
 # --- hashes ---------------------------------------------------------------------------------
@@ -563,31 +572,31 @@ def test_no_run_yet(tmp_path):
     ],
 )
 def test_hash_sees_every_change(change):
-    assert checkpoint.tensors_sha256(TENSORS | change) != checkpoint.tensors_sha256(TENSORS)
+    assert tensors_sha256(TENSORS | change) != tensors_sha256(TENSORS)
 
 
 def test_hash_sees_names_and_the_sign_of_zero():
-    zero = checkpoint.tensors_sha256({"a": torch.tensor([0.0])})
-    assert checkpoint.tensors_sha256({"b": torch.tensor([0.0])}) != zero
-    assert checkpoint.tensors_sha256({"a": torch.tensor([-0.0])}) != zero
-    assert checkpoint.tensors_sha256({}) != zero
+    zero = tensors_sha256({"a": torch.tensor([0.0])})
+    assert tensors_sha256({"b": torch.tensor([0.0])}) != zero
+    assert tensors_sha256({"a": torch.tensor([-0.0])}) != zero
+    assert tensors_sha256({}) != zero
 
 
 def test_hash_ignores_order_and_memory_layout():
     backwards = dict(reversed(TENSORS.items()))
     strided = TENSORS | {"a": TENSORS["a"].T.contiguous().T}
-    expected = checkpoint.tensors_sha256(TENSORS)
-    assert checkpoint.tensors_sha256(backwards) == expected
-    assert checkpoint.tensors_sha256(strided) == expected
+    expected = tensors_sha256(TENSORS)
+    assert tensors_sha256(backwards) == expected
+    assert tensors_sha256(strided) == expected
 
 
 def test_hash_is_frozen():
-    assert checkpoint.tensors_sha256({"a": torch.arange(3.0)}) == (
+    assert tensors_sha256({"a": torch.arange(3.0)}) == (
         "7c52f1966afff500bf59f4cec6a664fb557895a2be9290b9eff977454819c60b"
     )
 
 
 def test_file_hash(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
-    digest = checkpoint.file_sha256(tmp_path / "x")
+    digest = file_sha256(tmp_path / "x")
     assert digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from kl_f8_train import compare
 from kl_f8_train.errors import MissingInputError
+from kl_f8_train.score import compare
 
 
 def rows(**models: dict[str, list[float | str]]) -> list[dict[str, str]]:

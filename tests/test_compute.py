@@ -12,13 +12,16 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from kl_f8_train import benchmark, checkpoint, compute, cost, model, perceptual, state
-from kl_f8_train.data import Batch
-from kl_f8_train.discriminator import Discriminator
+from kl_f8_train.check import benchmark, cost
+from kl_f8_train.core import machine, model, perceptual
+from kl_f8_train.core.batch import Batch
+from kl_f8_train.core.discriminator import Discriminator
+from kl_f8_train.core.hashes import frozen_sha256
+from kl_f8_train.core.model import AutoencoderKL, NormSwish, UpLevel, Upsample
+from kl_f8_train.core.step import Finetuner, build_optimizers
 from kl_f8_train.errors import RunFailedError
-from kl_f8_train.finetuner import Finetuner, build_optimizers
-from kl_f8_train.model import AutoencoderKL, NormSwish, UpLevel, Upsample
-from kl_f8_train.train import train
+from kl_f8_train.run.train import train
+from kl_f8_train.weights import checkpoint, pretrained, weight_file
 
 PLAIN = (
     *("compute.channels_last=false", "compute.subpixel_upsample=false"),
@@ -142,10 +145,10 @@ def test_adams_state_comes_back_in_the_parameters_layout(tmp_path, finetuner, ba
     tuner = finetuner("ft_mse", "compute.compile=false", "compute.channels_last=true")
     optimizers = build_optimizers(tuner)
     tuner.run_iteration(batch(side=32), *optimizers)
-    frozen = state.frozen_sha256(tuner.autoencoder.state_dict())
-    path = state.save(tuner, optimizers, tmp_path, frozen)
+    frozen = frozen_sha256(tuner.autoencoder.state_dict())
+    path = checkpoint.save(tuner, optimizers, tmp_path, frozen)
     restored = build_optimizers(tuner)
-    state.restore(tuner, restored, checkpoint.read(path))
+    checkpoint.restore(tuner, restored, weight_file.read(path))
     weight = tuner.autoencoder.last_layer
     for entry in ("exp_avg", "exp_avg_sq"):
         before, after = (o[0].state[weight][entry] for o in (optimizers, restored))
@@ -158,10 +161,10 @@ def test_compiled_is_exact_without_breaks_or_recompiles(finetuner, batch, plain_
     """Traced and differentiated as for inductor, but run by torch's own kernels: quicker."""
     torch._dynamo.reset()
     counters.clear()
-    tuner = finetuner("ft_ema", *PLAIN, perceptual=perceptual.st_lpips_alex().double())
+    tuner = finetuner("ft_ema", *PLAIN, perceptual=pretrained.build("st_lpips_alex").double())
     reference = copy.deepcopy(tuner)
     parts = tuner.autoencoder, tuner.discriminator, tuner.perceptual
-    compute.compile_networks(*parts, backend="aot_eager")
+    machine.compile_networks(*parts, backend="aot_eager")
     plain = gradients_of_an_iteration(reference, batch(side=32))
     assert_equal_gradients(plain, gradients_of_an_iteration(tuner, batch(side=32)))
     optimizers = build_optimizers(tuner)
@@ -179,7 +182,7 @@ def test_levels_stay_compiled_with_and_without_gradients_and_for_other_batches()
     """All have one `forward`, for which torch would compile eight graphs in all."""
     torch._dynamo.reset()
     levels = [UpLevel(width, 32, 1, upsample=False) for width in (32, 64, 96, 128)]
-    compute.compile_each(levels, backend="eager")
+    machine.compile_each(levels, backend="eager")
     before = benchmark.compiled_graphs()
     for batch, gradients in ((1, False), (2, False), (2, True)):
         with torch.set_grad_enabled(gradients):
@@ -201,8 +204,8 @@ def test_training_compiles_for_its_micro_batches_alone_and_sets_its_kernels(fold
         return graph.forward
 
     torch._dynamo.reset()
-    compile_networks = partial(compute.compile_networks, backend=record)
-    monkeypatch.setattr(compute, "compile_networks", compile_networks)
+    compile_networks = partial(machine.compile_networks, backend=record)
+    monkeypatch.setattr(machine, "compile_networks", compile_networks)
     switches = "compute.compile=true", "log.pictures_every=1", "stop_iteration=101"
     assert train(runs.recipe(folder, "compiled", *switches, *runs.NO_ADVERSARIAL)) == 0
     assert seen == {(4, False, True)}
@@ -213,7 +216,7 @@ def test_float32_is_no_tf32_and_all_is_put_back():
     cudnn = torch.backends.cudnn
     before = cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
     for precision, tf32 in (("float32", False), ("bfloat16", True)):
-        with compute.kernels(precision):
+        with machine.kernels(precision):
             inside = cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
         assert inside == (before[0], True, before[2], tf32)
         assert before == (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
@@ -229,9 +232,9 @@ def test_float32_is_no_tf32_and_all_is_put_back():
     ],
 )
 def test_the_end_of_memory_is_known_by_its_words(message, known):
-    assert compute.is_out_of_memory(RuntimeError(message)) is known
+    assert machine.is_out_of_memory(RuntimeError(message)) is known
     expected, text = (RunFailedError, "per_device_batch") if known else (RuntimeError, "illegal")
-    with pytest.raises(expected, match=text), compute.with_remedy():
+    with pytest.raises(expected, match=text), machine.with_remedy():
         raise RuntimeError(message)
 
 
@@ -242,7 +245,7 @@ def test_the_end_of_memory_is_known_by_its_words(message, known):
 def test_compilation_is_off_on_a_cpu_unless_asked_for(tiny, monkeypatch, setting, found, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(shutil, "which", lambda name: found)
-    assert compute.compiles(tiny("ft_ema", f"compute.compile={setting}").compute) is expected
+    assert machine.compiles(tiny("ft_ema", f"compute.compile={setting}").compute) is expected
 
 
 def test_compilation_by_default_needs_cuda_a_compiler_and_pythons_header(
@@ -256,7 +259,7 @@ def test_compilation_by_default_needs_cuda_a_compiler_and_pythons_header(
         (tmp_path / "Python.h").unlink(missing_ok=True)
         if header:
             (tmp_path / "Python.h").touch()
-        assert compute.compiles(tiny("ft_ema").compute) is (compiler is not None and header)
+        assert machine.compiles(tiny("ft_ema").compute) is (compiler is not None and header)
 
 
 # --- arithmetic -------------------------------------------------------------------------------
@@ -277,6 +280,6 @@ def test_full_size_iteration_takes_the_floor(tiny, monkeypatch, recipe, limit):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta device
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)  # nor does the fused Adam
     config = tiny(recipe, *PLAIN[2:3], "global_batch=1", "model.ch=128", "data.crop=256")
-    counted = count(config, perceptual.lpips_vgg(None))
+    counted = count(config, perceptual.lpips_vgg({}))
     assert counted <= 1.02 * cost.flops_per_image(config)
     assert counted <= limit

@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from kl_f8_train import benchmark, config, cost, perceptual
-from kl_f8_train.discriminator import Discriminator
-from kl_f8_train.model import AutoencoderKL
+from kl_f8_train import config
+from kl_f8_train.check import benchmark, cost
+from kl_f8_train.core import perceptual
+from kl_f8_train.core.discriminator import Discriminator
+from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.weights import pretrained
 
 FULL = ("model.ch=128", "data.crop=256")
 
@@ -26,7 +29,7 @@ def test_parameters_are_the_networks(tiny, ch):
 
 
 def test_perceptual_parameters(vgg):
-    for network in (vgg, perceptual.st_lpips_alex()):
+    for network in (vgg, pretrained.build("st_lpips_alex")):
         assert cost.PERCEPTUAL_PARAMETERS[network.name] == count(network)
 
 
@@ -98,7 +101,7 @@ def test_activations_are_what_torch_keeps(tiny, levels, subpixel):
 
 @pytest.mark.parametrize("name", ["lpips_vgg", "st_lpips_alex"])
 def test_perceptual_activations_are_what_torch_keeps(name):
-    network = perceptual.lpips_vgg(None) if name == "lpips_vgg" else perceptual.st_lpips_alex()
+    network = perceptual.lpips_vgg({}) if name == "lpips_vgg" else pretrained.build("st_lpips_alex")
     network.float()
     images = torch.zeros(1, 3, 64, 64)
     kept = Kept(network).of(network, images, images.clone().requires_grad_())

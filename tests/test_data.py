@@ -7,9 +7,11 @@ import pytest
 import samples
 import torch
 
-from kl_f8_train import data, images
+from kl_f8_train import images
+from kl_f8_train.core.batch import Batch
+from kl_f8_train.data import loading
+from kl_f8_train.data.plan import random_state
 from kl_f8_train.errors import MissingInputError
-from kl_f8_train.plan import random_state
 
 
 @pytest.fixture(scope="module")
@@ -21,25 +23,25 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {"places": root / "places", "people": root / "people"}
 
 
-def dataset_of(folders: dict[str, Path], *overrides: str) -> data.PositionDataset:
+def dataset_of(folders: dict[str, Path], *overrides: str) -> loading.PositionDataset:
     settings = samples.data_config(folders, *overrides)
-    return data.PositionDataset(*data.open_data(settings), settings)
+    return loading.PositionDataset(*loading.open_data(settings), settings)
 
 
 def batches(
-    dataset: data.PositionDataset,
+    dataset: loading.PositionDataset,
     start: int = 0,
     stop: int = 4,
     warmup: int = 0,
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
-) -> list[data.Batch]:
-    sampler = data.IterationSampler(start, stop, warmup, 8, rank, world)
-    return list(data.loader(dataset, sampler, workers))
+) -> list[Batch]:
+    sampler = loading.IterationSampler(start, stop, warmup, 8, rank, world)
+    return list(loading.loader(dataset, sampler, workers))
 
 
-def same(one: data.Batch, other: data.Batch) -> bool:
+def same(one: Batch, other: Batch) -> bool:
     return (
         one.keys == other.keys
         and torch.equal(one.images, other.images)
@@ -48,8 +50,8 @@ def same(one: data.Batch, other: data.Batch) -> bool:
     )
 
 
-def joined(parts: list[data.Batch]) -> data.Batch:
-    return data.Batch(
+def joined(parts: list[Batch]) -> Batch:
+    return Batch(
         torch.cat([part.images for part in parts]),
         torch.cat([part.noise for part in parts], dim=1),
         [key for part in parts for key in part.keys],
@@ -223,7 +225,7 @@ def test_only_bad_images_end_the_run(tmp_path, count, workers):
     dataset = dataset_of(source_with(tmp_path, members))
     with pytest.raises(MissingInputError, match="in a row cannot be used") as caught:
         batches(dataset, stop=1, workers=workers)
-    tried = min(count, data.MAX_NEIGHBOURS)
+    tried = min(count, loading.MAX_NEIGHBOURS)
     assert f"{tried} image{'s' * (tried > 1)} in a row" in str(caught.value)
     assert "0.tar" in str(caught.value)
     assert "Traceback" not in str(caught.value)  # what the command line prints
@@ -261,7 +263,7 @@ def test_a_shard_that_shrinks_later_is_a_bad_image(tmp_path):
 
 def test_plan_follows_the_configuration(folders):
     settings = samples.data_config(folders, "data.sources.people.weight=3", "data.lanes=2")
-    plan, _ = data.open_data(settings)
+    plan, _ = loading.open_data(settings)
     assert plan.batch == 8
     assert {name: source.share for name, source in plan.plans.items()} == {
         "places": 2,
@@ -274,21 +276,21 @@ def test_broken_shards_follow_the_configuration(tmp_path):
     folders = source_with(tmp_path, {"0.jpg": good(0)})
     (folders["photos"] / "1.tar").write_bytes(b"")
     with pytest.raises(MissingInputError, match=r"1\.tar"):
-        data.open_data(samples.data_config(folders))
+        loading.open_data(samples.data_config(folders))
     warnings: list[str] = []
     settings = samples.data_config(folders, "data.bad_shards=skip")
-    _, sources = data.open_data(settings, warnings.append)
+    _, sources = loading.open_data(settings, warnings.append)
     assert sources["photos"].counts.tolist() == [1, 0]
     assert len(warnings) == 1
 
 
 def test_collate():
-    def sample(value: int) -> data.Sample:
+    def sample(value: int) -> loading.Sample:
         image = torch.full((3, 4, 4), value, dtype=torch.uint8)
         noise = torch.stack([torch.full((4, 1, 1), value + draw / 2) for draw in range(2)])
-        return data.Sample(image, noise, f"key{value}", [f"bad{value}"] * value)
+        return loading.Sample(image, noise, f"key{value}", [f"bad{value}"] * value)
 
-    batch = data.collate([sample(0), sample(1), sample(2)])
+    batch = loading.collate([sample(0), sample(1), sample(2)])
     assert batch.images.shape == (3, 3, 4, 4)
     assert batch.noise.shape == (2, 3, 4, 1, 1)
     assert batch.noise[1, 2, 0, 0, 0] == 2.5
@@ -345,10 +347,10 @@ def test_half_of_the_images_are_mirrored_on_request(folders):
 
 def test_upcoming_shards_are_those_of_the_next_batches(folders):
     settings = samples.data_config(folders)
-    plan, sources = data.open_data(settings)
+    plan, sources = loading.open_data(settings)
     for rank, world in ((0, 1), (1, 2)):
-        wanted = data.upcoming(plan, sources, range(3, 6), rank, world)
-        dataset = data.PositionDataset(plan, sources, settings)
+        wanted = loading.upcoming(plan, sources, range(3, 6), rank, world)
+        dataset = loading.PositionDataset(plan, sources, settings)
         read = {
             key.split("/")[1]
             for batch in batches(dataset, start=3, stop=6, rank=rank, world=world)
@@ -372,11 +374,13 @@ def test_hundreds_of_iterations_are_those_of_one_rank_whatever_happens(folders):
 
 
 def hashed(
-    dataset: data.PositionDataset, start: int, stop: int, world: int, workers: int
+    dataset: loading.PositionDataset, start: int, stop: int, world: int, workers: int
 ) -> list[str]:
     """A digest of each iteration's keys, pixels and noise over all ranks."""
     ranks = [
-        list(data.loader(dataset, data.IterationSampler(start, stop, 0, 12, r, world), workers))
+        list(
+            loading.loader(dataset, loading.IterationSampler(start, stop, 0, 12, r, world), workers)
+        )
         for r in range(world)
     ]
     digests = []

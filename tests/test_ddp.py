@@ -17,12 +17,13 @@ import runs
 import torch
 from torch import Tensor
 
-from kl_f8_train import checkpoint
-from kl_f8_train.checkpoint import tensors_sha256
-from kl_f8_train.discriminator import Discriminator
-from kl_f8_train.finetuner import Finetuner
-from kl_f8_train.model import AutoencoderKL
-from kl_f8_train.train import Iterations
+from kl_f8_train.core.discriminator import Discriminator
+from kl_f8_train.core.hashes import tensors_sha256
+from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.core.step import Finetuner
+from kl_f8_train.run.train import Iterations
+from kl_f8_train.run_dir import list_checkpoints
+from kl_f8_train.weights import weight_file
 
 pytestmark = pytest.mark.slow
 BATCH = ("global_batch=12", "checkpoint.keep_last=9", "log.every=1000")
@@ -188,7 +189,7 @@ def distance(
 
 
 def first_state(folder: Path, run: str) -> dict[str, Tensor]:
-    return checkpoint.read(checkpoint.list_checkpoints(folder / run)[-1]).tensors
+    return weight_file.read(list_checkpoints(folder / run)[-1]).tensors
 
 
 @pytest.mark.parametrize("recipe", ["mse", "adversarial"])
@@ -226,7 +227,7 @@ def test_ranks_stay_equal_and_other_numbers_of_processes_go_on(folder):
     for world in (1, 3, 4):
         name = f"go-on-{world}"
         shutil.copytree(folder / "pair", folder / name)
-        for path in checkpoint.list_checkpoints(folder / name):
+        for path in list_checkpoints(folder / name):
             if path.name > "iteration-000000145.safetensors":
                 path.unlink()
         given = (str(folder / name),)
@@ -243,7 +244,9 @@ def test_ranks_stay_equal_and_other_numbers_of_processes_go_on(folder):
             ]
             assert dealt[0] == dealt[1]
             assert len(dealt[0]) == 12
-        start = checkpoint.read(folder / "pair/checkpoints/iteration-000000145.safetensors").tensors
+        start = weight_file.read(
+            folder / "pair/checkpoints/iteration-000000145.safetensors"
+        ).tensors
         apart = distance(end.tensors, runs.final_state(folder, name).tensors, start)
         print(world, apart)
         assert max(apart.values()) < 1e-3, apart
@@ -341,7 +344,7 @@ def test_too_many_in_a_row_stop_all_ranks_and_keep_a_good_checkpoint(folder):
     last = runs.final_state(folder, "stopped")
     assert last.iteration == 105
     assert all(t.isfinite().all() for t in last.tensors.values())
-    good = checkpoint.read(folder / "stopped/checkpoints/iteration-000000103.safetensors")
+    good = weight_file.read(folder / "stopped/checkpoints/iteration-000000103.safetensors")
     kept = [key for key in good.tensors if not key.startswith("ema.")]
     assert all(torch.equal(last.tensors[key], good.tensors[key]) for key in kept)
 

@@ -3,8 +3,8 @@ import torch
 from samples import load_discriminator
 from torch import nn
 
-from kl_f8_train.discriminator import Discriminator, initialize
-from kl_f8_train.losses import generator_loss
+from kl_f8_train.core.discriminator import Discriminator, initialize
+from kl_f8_train.core.losses import generator_loss
 
 BATCHNORMS = ("main.3", "main.6", "main.9")
 

@@ -22,8 +22,9 @@ import runs
 import samples
 import torch
 
-from kl_f8_train import checkpoint, config
+from kl_f8_train import config
 from kl_f8_train.__main__ import build_parser, main
+from kl_f8_train.weights import weight_file
 
 ROOT = Path(__file__).parents[1]
 DOCS = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -239,9 +240,9 @@ def place(tmp_path: Path) -> Path:
     photographs(place / "data/coco/val2017", 3)
     for name in ("aesthetics", "humans"):
         shard(place / f"data/{name}/00000.tar", place / "photographs")
-    vae = checkpoint.read(runs.make_weights(place / "model.ckpt")).tensors
+    vae = weight_file.read(runs.make_weights(place / "model.ckpt")).tensors
     full = {f"first_stage_model.{k}": v for k, v in vae.items() if not k.startswith("loss.")}
-    checkpoint.write_safetensors(
+    weight_file.write_safetensors(
         place / "v1-5.safetensors", {**full, "model.diffusion_model.x": torch.zeros(2)}, {}
     )
     row = {"URL": ["a", "b"], "WIDTH": [400, 300], "HEIGHT": [500, 500]}
@@ -302,7 +303,7 @@ def test_the_quickstart_runs_as_it_stands(tmp_path, monkeypatch, capfd):
     assert "cannot tell mine from base in PSNR" in told["evaluate"]  # from two photographs
     assert list(told)[-4:] == ["export", "python", "cp", "card"]
     (file,) = Path("ComfyUI/models/vae").iterdir()
-    assert checkpoint.read(file).tensors
+    assert weight_file.read(file).tensors
 
 
 def stop(command: Command) -> int:
@@ -315,7 +316,7 @@ def stop(command: Command) -> int:
             if output.startswith("iteration 5 of"):
                 running.send_signal(signal.SIGINT)
         assert running.wait(60) == 130
-    return int(checkpoint.read("runs/mine").metadata["iteration"])
+    return int(weight_file.read("runs/mine").metadata["iteration"])
 
 
 # --- what the text says ---------------------------------------------------------------------
@@ -383,7 +384,9 @@ def test_readme_names_every_verb_and_document():
 
 
 def test_contributing_has_every_module():
-    table = re.findall(r"^\| \d+ \|.*$", DOCS["contributing.md"].read_text(), re.MULTILINE)
-    named = set(re.findall(r"`([\w.]+)`", " ".join(table)))
-    files = {path.name.removesuffix(".py") for path in (ROOT / "kl_f8_train").glob("*.*")}
-    assert named == files - {"__init__"}
+    rows = re.findall(
+        r"^\| `([\w.]+)/?` \|.*\| (.*) \|$", DOCS["contributing.md"].read_text(), re.M
+    )
+    named = {f"{folder}/{name}" for folder, names in rows for name in re.findall(r"`(\w+)`", names)}
+    files = {path.relative_to(ROOT / "kl_f8_train") for path in ROOT.glob("kl_f8_train/**/*.py")}
+    assert named == {f"{path.parent}/{path.stem}" for path in files if path.stem != "__init__"}

@@ -13,18 +13,23 @@ import runs
 import samples
 import torch
 
-from kl_f8_train import benchmark, checkpoint, compute, config, cost, doctor, perceptual, scaling
+from kl_f8_train import config
 from kl_f8_train.__main__ import main
-from kl_f8_train.data import Batch
+from kl_f8_train.check import benchmark, cost, doctor, scaling
+from kl_f8_train.core import machine
+from kl_f8_train.core.batch import Batch
+from kl_f8_train.core.losses import reconstruction_loss
+from kl_f8_train.core.step import build_optimizers
 from kl_f8_train.errors import RunFailedError
-from kl_f8_train.finetuner import build_optimizers
-from kl_f8_train.losses import reconstruction_loss
-from kl_f8_train.train import train
+from kl_f8_train.files import file_sha256
+from kl_f8_train.run.train import train
+from kl_f8_train.run_dir import checkpoint_path, list_checkpoints, remove_old_checkpoints
+from kl_f8_train.weights import pretrained, weight_file
 
 
 def listing(folder: Path) -> dict[str, str]:
     """Every file below a folder, hashed."""
-    return {str(p): checkpoint.file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {str(p): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture
@@ -54,7 +59,7 @@ def test_go(examined, folder):
     assert end.total_seconds() == pytest.approx(found["gpu_hours"] * 3600, abs=30)
     assert found["batch"] == {"processes": 1, "per_device": 4, "accumulation": 1, "global": 4}
     assert found["data"]["shards"]["images"] == 36
-    assert found["weights"]["sha256"] == checkpoint.file_sha256(folder / "model.ckpt")
+    assert found["weights"]["sha256"] == file_sha256(folder / "model.ckpt")
     assert found["settings"]["data.crop"] == {"value": 32, "origin": "yours"}
     assert found["settings"]["adversarial.weight"]["origin"] == "recipe"
     assert "1 process x 4 images x 1 micro-batch = 4" in told
@@ -73,7 +78,7 @@ def test_the_checkpoints_it_announces_are_those_that_come(examined, folder):
     extra = ("stop_iteration=107", "checkpoint.every=2", "checkpoint.keep_every=4")
     announced = examined("sizes", *extra)[1]
     train(runs.recipe(folder, "sizes", *extra))
-    kept = checkpoint.list_checkpoints(folder / "sizes")
+    kept = list_checkpoints(folder / "sizes")
     assert len(kept) == announced["checkpoints"] == 3  # 104, 106, 107
     assert announced["checkpoint_bytes"] == pytest.approx(
         sum(path.stat().st_size for path in kept), rel=0.02
@@ -88,11 +93,11 @@ def test_count_of_kept_checkpoints(tmp_path, start, last, milestone):
     settings = config.Checkpoint(every=2, keep_last=last, keep_every=milestone)
     for iteration in range(start + 1, 108):
         if iteration % 2 == 0 or iteration == 107:
-            path = checkpoint.checkpoint_path(tmp_path, iteration)
+            path = checkpoint_path(tmp_path, iteration)
             path.parent.mkdir(exist_ok=True)
             path.touch()
-            checkpoint.remove_old_checkpoints(path, last, milestone)
-    left = len(checkpoint.list_checkpoints(tmp_path))
+            remove_old_checkpoints(path, last, milestone)
+    left = len(list_checkpoints(tmp_path))
     assert doctor.kept_checkpoints(settings, start, 107) == left
 
 
@@ -110,7 +115,7 @@ def test_a_run_that_would_resume_is_left_as_it_is(examined, folder):
     assert set(found["gradient_audit"]) == {"pixel", "perceptual"}
     assert listing(folder / "resumed") == before
 
-    newest, older = checkpoint.list_checkpoints(folder / "resumed")
+    newest, older = list_checkpoints(folder / "resumed")
     newest.write_bytes(newest.read_bytes()[:-1000])
     code, found, _ = examined("resumed", "stop_iteration=104", *runs.NO_ADVERSARIAL)
     assert code == 0
@@ -139,8 +144,8 @@ def test_an_iteration_that_compiled_is_run_again(examined, monkeypatch):
     gradient_audit = doctor.gradient_audit
     monkeypatch.setattr(doctor, "gradient_audit", audit)
     monkeypatch.setattr(doctor, "PATIENCE_SECONDS", 0.0)
-    eager = partial(compute.compile_networks, backend="eager")
-    monkeypatch.setattr(compute, "compile_networks", eager)
+    eager = partial(machine.compile_networks, backend="eager")
+    monkeypatch.setattr(machine, "compile_networks", eager)
     switches = "compute.compile=true", "stop_iteration=110", *runs.NO_ADVERSARIAL
     _, found, told = examined("compiled", *switches)
     assert found["cold_iteration"] is False
@@ -275,7 +280,7 @@ def test_the_perceptual_norm_is_what_the_whole_has_beside_the_pixels(folder):
     with torch.no_grad():
         latents = model.encode(x).sample(batch.noise[0])
     y = model.decode(latents)
-    network = perceptual.build("st_lpips_alex")
+    network = pretrained.build("st_lpips_alex")
     grads = []
     for distance in (network(x, y), torch.zeros(4, 1, 1, 1)):
         nll, _ = reconstruction_loss(
@@ -286,10 +291,10 @@ def test_the_perceptual_norm_is_what_the_whole_has_beside_the_pixels(folder):
 
 
 def test_weights_that_give_no_number_are_refused(examined, folder, tmp_path):
-    contents = checkpoint.read(folder / "model.ckpt")
+    contents = weight_file.read(folder / "model.ckpt")
     contents.tensors["decoder.conv_in.weight"] *= 1e38  # finite, but what it makes is not
     bad = tmp_path / "nan.ckpt"
-    checkpoint.write_torch(bad, {"state_dict": contents.tensors, "global_step": 100})
+    weight_file.write_torch(bad, {"state_dict": contents.tensors, "global_step": 100})
     code, found, _ = examined("nan", f"init.weights={bad}", "stop_iteration=110")
     assert code == 4
     assert "gradient audit: pixel nan" in found["problems"][0]

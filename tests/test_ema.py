@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from kl_f8_train.ema import ema_decay, ema_distance, ema_update
+from kl_f8_train.core.ema import ema_decay, ema_distance, ema_update
 
 
 @pytest.mark.parametrize(

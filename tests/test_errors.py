@@ -24,7 +24,7 @@ import samples
 import torch
 from safetensors.torch import save_file
 
-from kl_f8_train import checkpoint
+from kl_f8_train.weights import weight_file
 
 TRAIN = " ".join(("train", "demo", *runs.TINY, "stop_iteration=101"))
 INPUTS = "data.sources=shards init.weights=model.ckpt run_dir=new"
@@ -511,7 +511,7 @@ def _break_weights(here: Path) -> None:
         torch.jit.script(torch.nn.Linear(2, 2)).save(here / "script.pt")
     torch.save([torch.zeros(2)], here / "list.pt")
     (here / "directory").mkdir()
-    model = checkpoint.load_autoencoder(here / "model.ckpt").state_dict()
+    model = weight_file.load_autoencoder(here / "model.ckpt").state_dict()
     save_file(model, here / "plain.safetensors")
     save_file({"lora_up.weight": torch.zeros(2, 2)}, here / "lora.safetensors")
     part = {key: value for key, value in model.items() if not key.startswith("decoder.up.")}
@@ -521,12 +521,12 @@ def _break_weights(here: Path) -> None:
     shutil.copytree(here / "run", here / "broken_run")
     for file in (here / "broken_run" / "checkpoints").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:5000])
-    contents = checkpoint.read(here / "run")
+    contents = weight_file.read(here / "run")
     values = json.loads(contents.metadata["config"])
     values["optimizer"]["lookahead"] = 5  # a setting of a later version
     metadata = {**contents.metadata, "config": json.dumps(values)}
     file = here / "newer" / "checkpoints" / contents.path.name
-    checkpoint.write_safetensors(file, contents.tensors, metadata)
+    weight_file.write_safetensors(file, contents.tensors, metadata)
     (here / "bad_config").mkdir()
     (here / "bad_config" / "config.yaml").write_text("- 1\n")
 

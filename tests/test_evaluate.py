@@ -17,12 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kl_f8_train import checkpoint, evaluate, images, perceptual, report, scores
+from kl_f8_train import images
 from kl_f8_train.__main__ import _check_places, _name_path_select
+from kl_f8_train.core import perceptual
+from kl_f8_train.core.model import TRAINED
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
-from kl_f8_train.evaluate import CARD, STANDARD, Candidate, ImageSet, Networks, Sample
-from kl_f8_train.model import TRAINED
-from kl_f8_train.scores import SHIFTS, Row, Tally
+from kl_f8_train.files import file_sha256
+from kl_f8_train.run_dir import checkpoint_path
+from kl_f8_train.score import evaluate, report, scores
+from kl_f8_train.score.evaluate import CARD, STANDARD, Candidate, ImageSet, Networks, Sample
+from kl_f8_train.score.scores import SHIFTS, Row, Tally
+from kl_f8_train.weights import pretrained, weight_file
 
 SIZE = 32
 CONDITIONS = {**CARD.describe(), "size": SIZE, "vgg": None, "inception": None}
@@ -36,7 +41,7 @@ def folder(tmp_path_factory):
     a, b, c = (samples.tiny_vae(seed) for seed in (0, 1, 2))
     b.encoder, b.quant_conv = a.encoder, a.quant_conv
     for name, model in zip("abc", (a, b, c), strict=True):
-        checkpoint.write_safetensors(
+        weight_file.write_safetensors(
             folder / f"{name}.safetensors", model.state_dict(), {"iteration": "7"}
         )
     names = ['an "odd", name', *(f"{number:02d}" for number in range(12))]
@@ -105,7 +110,7 @@ def test_scores_stand_beside_what_they_depend_on(folder, single):
     assert protocol["vgg"] is protocol["inception"] is None
     assert torch.__version__.startswith(protocol["versions"]["torch"])
     a, b = (result["weights"][name] for name in "ab")
-    assert a["sha256"] == checkpoint.file_sha256(folder / "a.safetensors") != b["sha256"]
+    assert a["sha256"] == file_sha256(folder / "a.safetensors") != b["sha256"]
     assert a["frozen_sha256"] == b["frozen_sha256"]
     assert (a["path"], a["iteration"], a["base"], b["base"]) == ("a.safetensors", 7, True, False)
 
@@ -271,7 +276,7 @@ def test_standard_scores_are_skimage_s():
 def test_psim_restated_in_float64(vgg, vgg_file):
     """The sum over five layers of 1 - the mean cosine between the features at each place."""
     x, y = pair()
-    ours = evaluate.score(x, y, network=perceptual.lpips_vgg(vgg_file))
+    ours = evaluate.score(x, y, network=perceptual.lpips_vgg(*pretrained.vgg_features(vgg_file)))
     layers = [vgg.trunk(vgg.scaling(image.double() / 127.5 - 1)) for image in (x, y)]
     expected = 0.0
     for a, b in zip(*layers, strict=True):
@@ -353,7 +358,7 @@ def test_rfid_is_torch_fidelity_s(folder, inception_file):
 
 
 def measured(group, some: list[Sample], batch_size: int) -> Tally:
-    networks = Networks(perceptual.st_lpips_alex())
+    networks = Networks(pretrained.build("st_lpips_alex"))
     return evaluate.measure(group, networks, CARD, some, device="cpu", batch_size=batch_size)
 
 
@@ -510,7 +515,7 @@ def test_an_image_is_decoded_once_and_its_features_computed_once(folder, monkeyp
     decoded: list[int] = []
     decode = images.decode
     monkeypatch.setattr(images, "decode", lambda data: decoded.append(1) or decode(data))
-    group, network = candidates(folder), perceptual.st_lpips_alex()
+    group, network = candidates(folder), pretrained.build("st_lpips_alex")
     seen: list[int] = []
     network.trunk.register_forward_hook(lambda *_: seen.append(1))
     image_set = ImageSet(str(folder / "seven"), SIZE)
@@ -618,6 +623,8 @@ def test_vgg_gives_lpips_and_psim(folder, vgg_file):
     assert model["lpips"]["mean"] > 0 < model["psim"]["mean"]
     assert "st_lpips" not in model
     assert len(result["protocol"]["vgg"]) == 64
+    assert result["protocol"]["perceptual"] == "LPIPS on a VGG16 that is not the published one"
+    assert [w for w in result["warnings"] if "cannot be compared with published scores" in w]
     with Image.open(folder / "vgg" / "pictures" / "0000-a.png") as picture:
         assert picture.size == (SIZE, SIZE)
 
@@ -657,8 +664,8 @@ def test_a_run_has_ema_and_raw_weights(folder):
     raw.encoder, raw.quant_conv = averaged.encoder, averaged.quant_conv
     state = {f"autoencoder.{k}": v for k, v in raw.state_dict().items()}
     state |= {f"ema.{k}": v for k, v in averaged.state_dict().items() if k.split(".")[0] in TRAINED}
-    path = checkpoint.checkpoint_path(folder / "run", 9)
-    checkpoint.write_safetensors(path, state, {"iteration": "9"})
+    path = checkpoint_path(folder / "run", 9)
+    weight_file.write_safetensors(path, state, {"iteration": "9"})
     named = [("ema", folder / "run", "ema"), ("raw", folder / "run", "raw")]
     ema, other = evaluate.load_candidates(named, "cpu")
     for candidate, model in ((ema, averaged), (other, raw)):

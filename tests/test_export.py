@@ -24,12 +24,17 @@ from diffusers import AutoencoderKL as DiffusersAutoencoderKL
 from safetensors.torch import load_file
 from test_checkpoint import no_room
 
-from kl_f8_train import checkpoint, config, formats, half_precision, images, state
+from kl_f8_train import config, images
 from kl_f8_train.__main__ import main
+from kl_f8_train.core.hashes import data_sha256
+from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
-from kl_f8_train.export import export
-from kl_f8_train.model import AutoencoderKL
-from kl_f8_train.train import train
+from kl_f8_train.files import file_sha256
+from kl_f8_train.publish import half_precision
+from kl_f8_train.publish.export import export
+from kl_f8_train.run.train import train
+from kl_f8_train.run_dir import list_checkpoints
+from kl_f8_train.weights import checkpoint, names, weight_file
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +49,8 @@ def folder(folder: Path) -> Path:
 def ema(folder: Path) -> AutoencoderKL:
     """The autoencoder with the EMA decoder, straight from the training checkpoint."""
     tensors = runs.final_state(folder, "run").tensors
-    state = formats.recognise(tensors, "ema").autoencoder
-    model = AutoencoderKL(**formats.architecture(state))
+    state = names.recognise(tensors, "ema").autoencoder
+    model = AutoencoderKL(**names.architecture(state))
     model.load_state_dict(state)
     return model.eval()
 
@@ -71,15 +76,15 @@ def test_diffusers_loads_the_single_files(folder, ema, suffix):
 
 
 def test_the_encoder_is_the_imported_one(folder):
-    before = checkpoint.read(folder / "model.ckpt").tensors
-    after = checkpoint.read(folder / "run" / "export" / "tiny-ema-pruned.safetensors").tensors
+    before = weight_file.read(folder / "model.ckpt").tensors
+    after = weight_file.read(folder / "run" / "export" / "tiny-ema-pruned.safetensors").tensors
     for key in after:
         if key.startswith(("encoder.", "quant_conv.")):
             assert torch.equal(before[key], after[key])
 
 
 def test_the_ema_is_exported_and_not_the_raw_weights(folder):
-    exported = checkpoint.read(folder / "run" / "export" / "tiny-ema-pruned.safetensors").tensors
+    exported = weight_file.read(folder / "run" / "export" / "tiny-ema-pruned.safetensors").tensors
     state = runs.final_state(folder, "run").tensors
     key = "decoder.conv_in.weight"
     assert torch.equal(exported[key], state[f"ema.{key}"])
@@ -92,7 +97,7 @@ def test_the_ckpt_satisfies_strict_loaders(folder, ema):
     assert all(n in ("data.pkl", "version") or n.startswith("data/") for n in names)
     loaded = torch.load(path, weights_only=True)
     assert loaded["global_step"] == 103
-    AutoencoderKL(**formats.architecture(loaded["state_dict"])).load_state_dict(
+    AutoencoderKL(**names.architecture(loaded["state_dict"])).load_state_dict(
         loaded["state_dict"], strict=True
     )
 
@@ -101,8 +106,8 @@ def test_records_tell_what_was_made(folder):
     out = folder / "run" / "export"
     record = json.loads((out / "export.json").read_text())
     for file, digest in record["files"].items():
-        assert checkpoint.file_sha256(out / file) == digest
-    metadata = checkpoint.read(out / "tiny-ema-pruned.safetensors").metadata
+        assert file_sha256(out / file) == digest
+    metadata = weight_file.read(out / "tiny-ema-pruned.safetensors").metadata
     assert metadata["kl_f8_train.iteration"] == "103"
     assert metadata["modelspec.sai_model_spec"] == "1.0.1"
     assert "100 -> 103" in (out / "README.md").read_text()
@@ -131,7 +136,7 @@ def test_a_next_stage_starts_from_the_run_or_its_export(folder, capsys):
 @pytest.fixture(scope="module")
 def imported(folder: Path) -> AutoencoderKL:
     """The file that the run started from."""
-    return checkpoint.load_autoencoder(folder / "model.ckpt")
+    return weight_file.load_autoencoder(folder / "model.ckpt")
 
 
 WEIGHT_FILES = (
@@ -147,13 +152,13 @@ WEIGHT_FILES = (
 def test_every_file_encodes_as_the_imported_one(folder, imported, file):
     """Bit for bit; in fp16 up to the rounding of the encoder's weights."""
     before = imported.state_dict()
-    after = formats.recognise(checkpoint.read(folder / "run/export" / file).tensors).autoencoder
+    after = names.recognise(weight_file.read(folder / "run/export" / file).tensors).autoencoder
     dtype = torch.float16 if "fp16" in file else torch.float32
     frozen = [key for key in before if key.startswith(("encoder.", "quant_conv."))]
     assert all(torch.equal(after[key], before[key].to(dtype)) for key in frozen)
     pixels = torch.from_numpy(samples.photograph("astronaut")[:64, :64])
     photograph = images.to_float(pixels.permute(2, 0, 1)[None])
-    latents = checkpoint.load_autoencoder(folder / "run/export" / file).encode(photograph).mean
+    latents = weight_file.load_autoencoder(folder / "run/export" / file).encode(photograph).mean
     error = (latents - imported.encode(photograph).mean).abs().max()
     assert error == 0 if dtype == torch.float32 else 0 < error < 1e-2
 
@@ -169,7 +174,7 @@ def test_diffusers_encodes_to_the_same_latents(folder, imported):
 def test_diffusers_loads_the_fp16_variant(folder, ema):
     place = folder / "run/export/diffusers"
     vae = DiffusersAutoencoderKL.from_pretrained(place, variant="fp16", torch_dtype=torch.float16)
-    expected = formats.to_diffusers(ema.state_dict())
+    expected = names.to_diffusers(ema.state_dict())
     assert vae.state_dict().keys() == expected.keys()
     for key, value in vae.state_dict().items():
         assert value.dtype == torch.float16
@@ -204,7 +209,7 @@ def test_the_ckpt_passes_automatic1111s_rules(folder, ema):
             assert re.fullmatch(r"[^/]+/(data/\d+|version|data\.pkl)", name)
         loaded = StrictUnpickler(archive.open("archive/data.pkl")).load()
     state = {k: v for k, v in loaded["state_dict"].items() if not k.startswith("loss")}
-    AutoencoderKL(**formats.architecture(state)).load_state_dict(state, strict=True)
+    AutoencoderKL(**names.architecture(state)).load_state_dict(state, strict=True)
     assert state.keys() == ema.state_dict().keys()
 
 
@@ -219,7 +224,7 @@ TORCH_113 = (
 LOAD_IN_113 = """
 import ctypes, hashlib, sys, torch
 loaded = torch.load(sys.argv[1], map_location="cpu")
-assert set(loaded) == {"state_dict", "global_step"}
+assert set(loaded) == {"state_dict", "global_step", "architecture"}
 digest = hashlib.sha256()
 for key in sorted(loaded["state_dict"]):
     value = loaded["state_dict"][key].contiguous()
@@ -250,7 +255,7 @@ def test_torch_1_13_loads_the_ckpt(folder, ema):
             check=True,
         ).stdout.split()
     state = ema.state_dict()
-    assert answer == ["1.13.1+cu117", str(len(state)), "103", checkpoint.data_sha256(state)]
+    assert answer == ["1.13.1+cu117", str(len(state)), "103", data_sha256(state)]
 
 
 # --- records --------------------------------------------------------------------------------
@@ -259,11 +264,11 @@ def test_torch_1_13_loads_the_ckpt(folder, ema):
 def test_the_metadata_tell_where_the_weights_come_from(folder):
     out = folder / "run/export"
     file = out / "tiny-ema-pruned.safetensors"
-    metadata = checkpoint.read(file).metadata
+    metadata = weight_file.read(file).metadata
     stored = runs.final_state(folder, "run").metadata
     ours = {k.removeprefix("kl_f8_train."): v for k, v in metadata.items() if "kl_f8_train." in k}
     assert ours["base_name"] == "model.ckpt"
-    assert ours["base_sha256"] == checkpoint.file_sha256(folder / "model.ckpt")
+    assert ours["base_sha256"] == file_sha256(folder / "model.ckpt")
     assert ours["recipe"] == "tiny"
     assert ours["config_sha256"] == hashlib.sha256(stored["config"].encode()).hexdigest()
     assert ours["frozen_sha256"] == stored["frozen_sha256"]
@@ -284,12 +289,12 @@ def test_a_resumed_run_still_knows_its_base_and_what_was_changed(folder):
         train(runs.recipe(folder, "resumed", *extra), allow_changes=True)
     metadata = runs.final_state(folder, "resumed").metadata
     assert metadata["iteration"] == "102"
-    assert metadata["base_sha256"] == checkpoint.file_sha256(folder / "model.ckpt")
+    assert metadata["base_sha256"] == file_sha256(folder / "model.ckpt")
     out = export(folder / "resumed", layouts=["safetensors"])
     change = "from iteration 101: ema.decay: 0.101 -> 0.102"
     assert json.loads((out / "export.json").read_text())["changes"] == [change]
     assert f"| changed on the way | {change} |" in (out / "README.md").read_text()
-    exported = checkpoint.read(next(out.glob("*.safetensors"))).metadata
+    exported = weight_file.read(next(out.glob("*.safetensors"))).metadata
     assert exported["kl_f8_train.changes"] == change
 
 
@@ -297,17 +302,17 @@ def changed_checkpoint(folder: Path, path: Path, change=None, **metadata: str) -
     """A copy of the run's newest checkpoint with other tensors or texts."""
     contents = runs.final_state(folder, "run")
     tensors = change(contents.tensors) if change else contents.tensors
-    texts = {**contents.metadata, **state.content_sha256(tensors), **metadata}
-    checkpoint.write_safetensors(path, tensors, texts)
+    texts = {**contents.metadata, **checkpoint.content_sha256(tensors), **metadata}
+    weight_file.write_safetensors(path, tensors, texts)
     return path
 
 
 def test_old_checkpoints_do_not_know_their_base(folder, tmp_path):
     contents = runs.final_state(folder, "run")
     texts = {k: v for k, v in contents.metadata.items() if not k.startswith("base_")}
-    checkpoint.write_safetensors(tmp_path / "a" / "old.safetensors", contents.tensors, texts)
+    weight_file.write_safetensors(tmp_path / "a" / "old.safetensors", contents.tensors, texts)
     out = export(tmp_path / "a" / "old.safetensors", layouts=["safetensors"])
-    metadata = checkpoint.read(out / "tiny-ema-pruned.safetensors").metadata
+    metadata = weight_file.read(out / "tiny-ema-pruned.safetensors").metadata
     assert metadata["kl_f8_train.base_sha256"] == "unknown"
 
 
@@ -319,7 +324,7 @@ def test_raw_weights(folder):
     assert out.name == "export-raw"
     state = runs.final_state(folder, "run").tensors
     for file in ("tiny-raw-pruned.safetensors", "tiny-raw-pruned.ckpt"):
-        exported = checkpoint.read(out / file).tensors
+        exported = weight_file.read(out / file).tensors
         assert all(torch.equal(v, state[f"autoencoder.{k}"]) for k, v in exported.items())
     assert "raw weights, not the EMA" in (out / "README.md").read_text()
 
@@ -328,11 +333,11 @@ def test_raw_weights(folder):
 def test_half_precision_files(folder, ema, tmp_path, dtype, short, capsys):
     assert main(["export", str(folder / "run"), "--out", str(tmp_path), "--dtype", dtype]) == 0
     for suffix in ("safetensors", "ckpt"):
-        exported = checkpoint.read(tmp_path / f"tiny-ema-pruned-{short}.{suffix}").tensors
+        exported = weight_file.read(tmp_path / f"tiny-ema-pruned-{short}.{suffix}").tensors
         for key, value in ema.state_dict().items():
             assert torch.equal(exported[key], value.to(getattr(torch, dtype)))
     variant = tmp_path / f"diffusers/diffusion_pytorch_model.{short}.safetensors"
-    assert checkpoint.read(variant).tensors["decoder.conv_in.bias"].dtype == getattr(torch, dtype)
+    assert weight_file.read(variant).tensors["decoder.conv_in.bias"].dtype == getattr(torch, dtype)
     checks = json.loads((tmp_path / "export.json").read_text())["checks"]
     stated = checks[f"tiny-ema-pruned-{short}.ckpt"]
     assert re.search(rf"rounded to {short}; .* within \S+, its image within \S+ of 255", stated)
@@ -383,7 +388,7 @@ def test_the_directory_of_a_checkpoint_wherever_it_lies(folder, tmp_path, monkey
     """In the run; of one that was moved, beside it, with its own configuration."""
     run = shutil.copytree(folder / "run", tmp_path / "run")
     shutil.rmtree(run / "export")
-    (path,) = checkpoint.list_checkpoints(run)
+    (path,) = list_checkpoints(run)
     monkeypatch.chdir(path.parent)
     assert export(Path(path.name), layouts=["ckpt"]) == run / "export"
     moved = tmp_path / "elsewhere/here" / path.name
@@ -419,7 +424,7 @@ def test_an_export_with_fewer_formats_leaves_no_older_weights(folder, tmp_path):
 
 
 def test_an_average_counts_no_checkpoint_twice(folder, tmp_path):
-    (path,) = checkpoint.list_checkpoints(folder / "run")
+    (path,) = list_checkpoints(folder / "run")
     with pytest.raises(UsageError, match="is given twice"):
         export(folder / "run", tmp_path / "out", average=[path])
 
@@ -435,9 +440,9 @@ def test_the_average_of_three(folder, tmp_path):
         for factor in (1.1, 0.7)
     ]
     out = export(folder / "run", tmp_path / "out", average=others)
-    exported = checkpoint.read(out / "tiny-ema-average-pruned.safetensors")
+    exported = weight_file.read(out / "tiny-ema-average-pruned.safetensors")
     key = "decoder.conv_in.weight"
-    tensors = [checkpoint.read(p).tensors for p in (folder / "run", *others)]
+    tensors = [weight_file.read(p).tensors for p in (folder / "run", *others)]
     mean = torch.stack([t[f"ema.{key}"].double() for t in tensors]).mean(0).float()
     assert torch.equal(exported.tensors[key], mean)
     averaged = exported.metadata["kl_f8_train.averaged"]
@@ -506,11 +511,11 @@ def test_tensors_that_share_memory_or_lie_otherwise(tmp_path, suffix):
     }
     path = tmp_path / f"w.{suffix}"
     if suffix == "ckpt":
-        checkpoint.write_torch(path, tensors)
+        weight_file.write_torch(path, tensors)
         loaded = torch.load(path, weights_only=True)
         assert path.stat().st_size < 5000
     else:
-        checkpoint.write_safetensors(path, tensors, {})
+        weight_file.write_safetensors(path, tensors, {})
         loaded = load_file(path)
     assert loaded.keys() == tensors.keys()
     for key, value in loaded.items():
@@ -521,7 +526,7 @@ def test_tensors_that_share_memory_or_lie_otherwise(tmp_path, suffix):
 def test_write_torch_holds_no_second_copy(tmp_path):
     job = (
         "import torch\n"
-        "from kl_f8_train.checkpoint import write_torch\n"
+        "from kl_f8_train.weights.weight_file import write_torch\n"
         "tensors = {str(i): torch.ones(4_000_000) for i in range(10)}\n"
         "job = lambda path: write_torch(path, {'state_dict': tensors})"
     )
@@ -531,9 +536,9 @@ def test_write_torch_holds_no_second_copy(tmp_path):
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_weights_that_the_disk_changed_are_not_exported(folder, tmp_path, raw):
-    path = tmp_path / "run" / "checkpoints" / checkpoint.list_checkpoints(folder / "run")[0].name
+    path = tmp_path / "run" / "checkpoints" / list_checkpoints(folder / "run")[0].name
     path.parent.mkdir(parents=True)
-    whole = bytearray(checkpoint.list_checkpoints(folder / "run")[0].read_bytes())
+    whole = bytearray(list_checkpoints(folder / "run")[0].read_bytes())
     (length,) = struct.unpack("<Q", whole[:8])
     entry = json.loads(whole[8 : 8 + length])[
         f"{'autoencoder' if raw else 'ema'}.decoder.conv_out.weight"

@@ -15,12 +15,12 @@ import pytest
 import torch
 from lightning_fabric.utilities.optimizer import _optimizer_to_device
 
-from kl_f8_train.data import Batch
-from kl_f8_train.discriminator import Discriminator
+from kl_f8_train.core.batch import Batch
+from kl_f8_train.core.discriminator import Discriminator
+from kl_f8_train.core.losses import generator_loss
+from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.core.step import Finetuner, build_optimizers, plain_backward, trained_part
 from kl_f8_train.errors import RunFailedError
-from kl_f8_train.finetuner import Finetuner, build_optimizers, plain_backward, trained_part
-from kl_f8_train.losses import generator_loss
-from kl_f8_train.model import AutoencoderKL
 
 FACTS = json.loads((Path(__file__).parent / "golden/facts.json").read_text())
 CASES, RUNS = FACTS["loss_cases"], FACTS["train"]

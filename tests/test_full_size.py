@@ -9,9 +9,10 @@ import runs
 import torch
 from diffusers import AutoencoderKL as DiffusersAutoencoderKL
 
-from kl_f8_train import checkpoint, formats
-from kl_f8_train.export import export
-from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.publish.export import export
+from kl_f8_train.run_dir import list_checkpoints
+from kl_f8_train.weights import names, weight_file
 
 FULL = (
     "model.ch=128",
@@ -46,15 +47,15 @@ def test_full_size_network_is_trained_killed_resumed_and_exported(tmp_path: Path
             break
     process.kill()
     process.wait()
-    reached = checkpoint.list_checkpoints(tmp_path / "run")
+    reached = list_checkpoints(tmp_path / "run")
     process = runs.start(tmp_path, "run", *extra)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     assert not reached or f"resuming {reached[0].name}" in output
 
     out = export(tmp_path / "run")
-    before = checkpoint.read(tmp_path / "model.ckpt").tensors
-    state = formats.recognise(runs.final_state(tmp_path, "run").tensors, "ema").autoencoder
+    before = weight_file.read(tmp_path / "model.ckpt").tensors
+    state = names.recognise(runs.final_state(tmp_path, "run").tensors, "ema").autoencoder
     assert len(state) == 248
     frozen = [key for key in state if key.startswith(("encoder.", "quant_conv."))]
     assert len(frozen) == 108

@@ -6,8 +6,9 @@ import pytest
 import samples
 import torch
 
-from kl_f8_train import half_precision, images
+from kl_f8_train import images
 from kl_f8_train.errors import MissingInputError, RunFailedError
+from kl_f8_train.publish import half_precision
 
 
 def loud(model, factor=1e6):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import samples
 
-from kl_f8_train import hub
 from kl_f8_train.errors import MissingInputError
+from kl_f8_train.weights import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -58,7 +58,7 @@ def fetch(repo: str, endpoint: str, cache: Path) -> tuple[str, float]:
     """What hub.fetch returns or raises in a process of its own, and its seconds."""
     program = (
         "import sys, time\n"
-        "from kl_f8_train import hub\n"
+        "from kl_f8_train.weights import hub\n"
         "from kl_f8_train.errors import MissingInputError\n"
         "import huggingface_hub\n"
         "began = time.monotonic()\n"

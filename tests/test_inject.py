@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from test_checkpoint import no_room
 from test_unpickle import Attack
 
-from kl_f8_train import checkpoint
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
-from kl_f8_train.inject import inject
+from kl_f8_train.publish.inject import inject
+from kl_f8_train.weights import weight_file
 
 
 def full_checkpoint(seed: int = 0, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
@@ -32,7 +32,7 @@ def finetuned(path: Path, *, other_encoder: bool = False) -> Path:
     """A VAE file with another decoder than `full_checkpoint`'s."""
     state, other = (dict(samples.tiny_vae(seed).state_dict()) for seed in (0, 1))
     state |= {k: v for k, v in other.items() if other_encoder or k.startswith(("decoder", "post"))}
-    checkpoint.write_safetensors(path, state, {})
+    weight_file.write_safetensors(path, state, {})
     return path
 
 
@@ -42,7 +42,7 @@ def vae(tmp_path: Path) -> Path:
 
 
 def expected(vae: Path, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    new = checkpoint.read(vae).tensors
+    new = weight_file.read(vae).tensors
     return {
         key: new[key.removeprefix("first_stage_model.")].to(value.dtype)
         if key.startswith("first_stage_model.")
@@ -63,7 +63,7 @@ def test_safetensors_keep_header_types_and_every_other_byte(tmp_path, vae, dtype
     before = full_checkpoint(dtype=dtype)
     save_file(before, tmp_path / "sd.safetensors", {"modelspec.title": "x"})
     lines = inject(vae, tmp_path / "sd.safetensors", tmp_path / "new.safetensors")
-    after = checkpoint.read(tmp_path / "new.safetensors")
+    after = weight_file.read(tmp_path / "new.safetensors")
     assert_equal(after.tensors, expected(vae, before))
     assert after.metadata == {"modelspec.title": "x"}
     assert "latents stay" in lines[0]
@@ -74,7 +74,7 @@ def test_safetensors_keep_header_types_and_every_other_byte(tmp_path, vae, dtype
 
 
 @pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("theirs", [torch.save, checkpoint.write_torch])
+@pytest.mark.parametrize("theirs", [torch.save, weight_file.write_torch])
 def test_torch_zips_keep_every_other_record(tmp_path, vae, nested, theirs):
     before = full_checkpoint()
     content = {"state_dict": before, "global_step": 470000} if nested else before
@@ -87,7 +87,7 @@ def test_torch_zips_keep_every_other_record(tmp_path, vae, nested, theirs):
         assert one.namelist() == other.namelist()
         assert other.testzip() is None
         changed = [name for name in one.namelist() if one.read(name) != other.read(name)]
-    count = sum(name.startswith(("decoder", "post")) for name in checkpoint.read(vae).tensors)
+    count = sum(name.startswith(("decoder", "post")) for name in weight_file.read(vae).tensors)
     assert 0.5 * count < len(changed) <= count  # zeros stay zeros, ones stay ones
     assert all("/data/" in name for name in changed)
 
@@ -114,7 +114,7 @@ def test_another_encoder_is_told(tmp_path):
     for name in ("sd.safetensors", "sd.ckpt"):
         into = tmp_path / name
         if name.endswith("ckpt"):
-            checkpoint.write_torch(into, full_checkpoint())
+            weight_file.write_torch(into, full_checkpoint())
         else:
             save_file(full_checkpoint(), into)
         lines = inject(vae, into, tmp_path / f"new-{name}")
@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_refused_and_nothing_written(tmp_path, vae):
 
     def refused(tensors: dict[str, torch.Tensor], match: str) -> None:
         save_file(tensors, tmp_path / "sd.safetensors")
-        checkpoint.write_torch(tmp_path / "sd.ckpt", tensors)
+        weight_file.write_torch(tmp_path / "sd.ckpt", tensors)
         for name in ("sd.safetensors", "sd.ckpt"):
             with pytest.raises(MissingInputError, match=match):
                 inject(vae, tmp_path / name, out)
@@ -176,7 +176,7 @@ def test_the_command_overwrites_only_with_force(tmp_path, vae, capsys):
 def test_no_room_leaves_the_previous_file(tmp_path, vae, name, how):
     tensors = {**full_checkpoint(), "big": torch.zeros(1_000_000)}
     if name.endswith("ckpt"):
-        checkpoint.write_torch(tmp_path / name, tensors)
+        weight_file.write_torch(tmp_path / name, tensors)
     else:
         save_file(tensors, tmp_path / name)
     folder = tmp_path / "out"
@@ -194,11 +194,11 @@ def test_memory_stays_about_the_vae(tmp_path, vae, name):
     """A checkpoint of 96 MB around a VAE of 1 MB; only the VAE may be held."""
     tensors = {**full_checkpoint(), **{f"model.{i}": torch.ones(4_000_000) for i in range(6)}}
     if name.endswith("ckpt"):
-        checkpoint.write_torch(tmp_path / name, tensors)
+        weight_file.write_torch(tmp_path / name, tensors)
     else:
         save_file(tensors, tmp_path / name)
     arguments = [vae, tmp_path / name, tmp_path / f"new-{name}"]
-    grown = samples.peak_growth("from kl_f8_train.inject import inject as job", *arguments)
+    grown = samples.peak_growth("from kl_f8_train.publish.inject import inject as job", *arguments)
     assert grown < 45  # MiB; a held copy would be 92
     for path in arguments[1:]:
         path.unlink()

@@ -1,45 +1,42 @@
-"""A module imports only from lower layers, and each heavy library has its one place."""
+"""A folder imports only from those before it, and each heavy library has its few places."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kl_f8_train"
-LAYERS = (
-    {"errors", "units"},
-    {"config", "images", "model", "discriminator", "losses", "ema", "metrics", "plan"}
-    | {"formats", "unpickle", "hub", "compare", "origins", "curves", "nonfinite", "processes"},
-    {"checkpoint", "pack", "compute", "cost", "status"},
-    {"cache", "scaling"},
-    {"published", "shards"},
-    {"perceptual", "inception"},
-    {"data", "scores"},
-    {"finetuner", "evaluate"},
-    {"state", "half_precision"},
-    {"callbacks", "watchdog", "benchmark", "report", "card"},
-    {"train", "export", "inject"},
-    {"demo", "doctor"},
-    {"__main__"},
-)
-LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
+ORDER = ("root", "core", "data weights", "run score", "publish check", "top")
+TOP = {"demo", "__main__"}
 PLACES = {
-    "pytorch_lightning": {"finetuner", "callbacks", "watchdog", "train"},
-    "omegaconf": {"config"},
-    "webdataset": {"shards"},
-    "lpips": {"perceptual"},
-    "torch_fidelity": {"inception"},
-    "safetensors": {"checkpoint"},
-    "wandb": {"callbacks"},
-    "diffusers": {"benchmark"},  # what --against measures against, if it is installed
+    "pytorch_lightning": "core.step run.callback run.log run.prefetch run.saving run.train "
+    "run.validation run.watchdog",
+    "omegaconf": "config",
+    "webdataset": "data.index",
+    "lpips": "core.perceptual",
+    "torch_fidelity": "score.inception",
+    "safetensors": "weights.weight_file",
+    "wandb": "run.tracking",
+    "diffusers": "check.benchmark",  # what --against measures against, if it is installed
 }
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.stem != "__init__"
+}
 
 
-def imports(module: str) -> set[str]:
+def rank(module: str) -> tuple[int, str]:
+    """Of the folder of a module: its place in the order, and its name."""
+    folder = "top" if module in TOP else module.rpartition(".")[0] or "root"
+    return next(i for i, folders in enumerate(ORDER) if folder in folders.split()), folder
+
+
+def imports(path: Path) -> set[str]:
     """Dotted names of all imports, also those inside functions."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -50,30 +47,30 @@ def imports(module: str) -> set[str]:
 
 def siblings(module: str) -> set[str]:
     """Modules of this package that a module imports."""
-    inner = (name.split(".") for name in imports(module))
-    return {name[1] for name in inner if name[0] == PACKAGE.name and len(name) > 1} - {
-        "__version__"
-    }
-
-
-def test_every_module_has_a_layer():
-    assert len(MODULES) > 15
-    assert set(MODULES) <= set(LAYER)
-    assert sum(map(len, LAYERS)) == len(LAYER)
-    assert not [path for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))]
+    inner = {name.removeprefix("kl_f8_train.") for name in imports(MODULES[module])}
+    return {found for found in (m for m in MODULES for n in inner if f"{n}.".startswith(f"{m}."))}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_point_downwards(module):
-    upwards = {name for name in siblings(module) if LAYER[name] >= LAYER[module]}
-    assert upwards == set()
+def test_imports_point_to_the_folders_before(module):
+    mine, folder = rank(module)
+    for other in siblings(module):
+        theirs, its_folder = rank(other)
+        assert theirs < mine or folder == its_folder, f"{module} imports {other}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    order = list(TopologicalSorter({m: siblings(m) for m in MODULES}).static_order())
+    assert len(order) == len(MODULES) > 15
 
 
 @pytest.mark.parametrize("library", PLACES)
-def test_library_has_its_place(library):
-    users = {m for m in MODULES if any(name.split(".")[0] == library for name in imports(m))}
-    assert users == PLACES[library]
+def test_library_has_its_places(library):
+    users = [m for m in MODULES if any(n.split(".")[0] == library for n in imports(MODULES[m]))]
+    assert users == sorted(PLACES[library].split())
 
 
-def test_the_package_itself_imports_nothing():
-    assert imports("__init__") == set()
+def test_the_packages_themselves_import_nothing():
+    packages = sorted(PACKAGE.rglob("__init__.py"))
+    assert len(packages) == 8
+    assert [path for path in packages if imports(path)] == []

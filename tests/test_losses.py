@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kl_f8_train.losses import (
+from kl_f8_train.core.losses import (
     adaptive_weight,
     adversarial_factor,
     discriminator_loss,

@@ -7,8 +7,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from kl_f8_train import metrics
-from kl_f8_train.metrics import FeatureStatistics
+from kl_f8_train.core import metrics
+from kl_f8_train.core.metrics import FeatureStatistics
 
 
 def pair(name: str = "astronaut", noise: float = 12.0) -> tuple[Tensor, Tensor]:

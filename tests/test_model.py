@@ -2,8 +2,8 @@ import diffusers
 import pytest
 import torch
 
-from kl_f8_train import formats
-from kl_f8_train.model import AutoencoderKL, Posterior
+from kl_f8_train.core.model import AutoencoderKL, Posterior
+from kl_f8_train.weights import names
 
 
 def test_state_dict_of_the_full_network_is_the_originals(golden):
@@ -88,7 +88,7 @@ def test_diffusers_autoencoder_agrees(golden, autoencoder):
         layers_per_block=2,
         latent_channels=4,
     ).eval()
-    theirs.load_state_dict(formats.to_diffusers(autoencoder.state_dict()))
+    theirs.load_state_dict(names.to_diffusers(autoencoder.state_dict()))
     images, latents = golden.tensor("ae/x").float(), golden.tensor("ae/z").float()
     ours, posterior = autoencoder.encode(images), theirs.encode(images).latent_dist
     torch.testing.assert_close(ours.mean, posterior.mean, rtol=0, atol=1e-5)

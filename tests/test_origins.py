@@ -3,7 +3,8 @@
 import pytest
 import samples
 
-from kl_f8_train import config, origins
+from kl_f8_train import config
+from kl_f8_train.check import origins
 
 
 def found(name: str, *overrides: str) -> dict[str, str]:

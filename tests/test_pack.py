@@ -13,7 +13,8 @@ import samples
 import webdataset
 from PIL import Image
 
-from kl_f8_train import images, pack
+from kl_f8_train import images
+from kl_f8_train.data import pack
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 
 
@@ -254,7 +255,8 @@ def test_killed_at_any_moment(tmp_path):
     """A process that dies leaves no shard that is not whole; the next one goes on."""
     folder = make_folder(tmp_path, count=8)
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom kl_f8_train import images, pack\n"
+        "import os, sys\nfrom pathlib import Path\nfrom kl_f8_train import images\n"
+        "from kl_f8_train.data import pack\n"
         "decode, left = images.decode, [int(sys.argv[3])]\n"
         "def dies(data):\n"
         "    left[0] -= 1\n"

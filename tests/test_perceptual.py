@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from kl_f8_train.perceptual import (
+from kl_f8_train.core.perceptual import (
     PerceptualDistance,
     Slices,
     lpips_vgg,
@@ -11,6 +11,7 @@ from kl_f8_train.perceptual import (
     unit_length,
     unweighted,
 )
+from kl_f8_train.weights import pretrained
 
 PAIRS = ("sq", "rect", "flat", "small")  # 64x64, 80x112, constant images, 32x32
 
@@ -95,7 +96,7 @@ def test_only_the_reconstruction_gets_a_gradient(golden, vgg):
 
 @torch.no_grad()
 def test_autocast_is_switched_off_inside(golden, vgg_file):
-    network = lpips_vgg(vgg_file)
+    network = lpips_vgg(*pretrained.vgg_features(vgg_file))
     x, y = (golden.tensor(f"lpips/small.{name}").float() for name in "xy")
     plain = network(x, y)
     with torch.autocast("cpu", torch.bfloat16):

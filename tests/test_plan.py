@@ -4,8 +4,8 @@ import time
 import numpy as np
 import pytest
 
-from kl_f8_train import plan as plans
-from kl_f8_train.data import IterationSampler
+from kl_f8_train.data import plan as plans
+from kl_f8_train.data.loading import IterationSampler
 
 
 def plan_of(counts: dict[str, list[int]], shares: dict[str, int], lanes: int = 4, seed: int = 0):

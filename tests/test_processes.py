@@ -4,7 +4,7 @@ import pytest
 
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import UsageError
-from kl_f8_train.processes import launched, world_size
+from kl_f8_train.launch import launched, world_size
 
 TORCHRUN = {
     **{"WORLD_SIZE": "4", "RANK": "1", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"},

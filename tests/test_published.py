@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from kl_f8_train import checkpoint, evaluate, perceptual, published
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError, RunFailedError
-from kl_f8_train.published import INCEPTION, VGG16
+from kl_f8_train.score import evaluate
+from kl_f8_train.weights import pretrained, weight_file
+from kl_f8_train.weights.pretrained import INCEPTION, VGG16
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def torch_file() -> bytes:
     return buffer.getvalue()
 
 
-def network(data: bytes) -> published.Network:
+def network(data: bytes) -> pretrained.Network:
     return dataclasses.replace(VGG16, sha256_prefix=hashlib.sha256(data).hexdigest()[:8])
 
 
@@ -73,9 +74,9 @@ def kept(cache) -> list[str]:
 def test_fetch_keeps_the_checked_features(cache, server):
     data = torch_file()
     server.files["/vgg.pth"] = data
-    path = published.fetch(network(data), f"{server.url}/vgg.pth")
-    assert path == cache / VGG16.file == published.find(VGG16)
-    contents = checkpoint.read(path)
+    path = pretrained.fetch(network(data), f"{server.url}/vgg.pth")
+    assert path == cache / VGG16.file == pretrained.find(VGG16)
+    contents = weight_file.read(path)
     assert list(contents.tensors) == ["features.0.weight"]
     assert contents.metadata["source_sha256"] == hashlib.sha256(data).hexdigest()
     assert kept(cache) == [VGG16.file]
@@ -84,7 +85,7 @@ def test_fetch_keeps_the_checked_features(cache, server):
 def test_several_processes_fetch_once(cache, server):
     data = torch_file()
     server.files["/vgg.pth"] = data
-    fetch = lambda _: published.fetch(network(data), f"{server.url}/vgg.pth")  # noqa: E731
+    fetch = lambda _: pretrained.fetch(network(data), f"{server.url}/vgg.pth")  # noqa: E731
     with ThreadPoolExecutor(4) as pool:  # each call opens the lock anew, as a process does
         assert len(set(pool.map(fetch, range(4)))) == 1
     assert server.asked == ["/vgg.pth"]
@@ -102,11 +103,11 @@ def test_a_cut_download_is_not_kept(cache, server):
     server.files["/vgg.pth"] = data
     server.cut.add("/vgg.pth")
     with pytest.raises(RunFailedError, match=r"vgg\.pth"):
-        published.fetch(network(data), f"{server.url}/vgg.pth", attempts=2)
+        pretrained.fetch(network(data), f"{server.url}/vgg.pth", attempts=2)
     assert len(server.asked) == 2
     assert kept(cache) == []
     server.cut.clear()
-    assert published.fetch(network(data), f"{server.url}/vgg.pth").is_file()
+    assert pretrained.fetch(network(data), f"{server.url}/vgg.pth").is_file()
 
 
 def test_no_such_file_there(cache, server, capsys):
@@ -120,18 +121,18 @@ def test_no_such_file_there(cache, server, capsys):
 )
 def test_torch_hub_s_files_are_found(tmp_path, network, name):
     with pytest.raises(MissingInputError, match="kl-f8-train fetch"):
-        published.find(network)
+        pretrained.find(network)
     path = tmp_path / "torch" / "hub" / "checkpoints" / name
     path.parent.mkdir(parents=True)
     path.write_bytes(b"")
-    assert published.find(network) == path
+    assert pretrained.find(network) == path
 
 
 def test_a_named_file_is_the_only_place(tmp_path):
     (tmp_path / "mine.pth").write_bytes(b"")
-    assert published.find(VGG16, str(tmp_path / "mine.pth")) == tmp_path / "mine.pth"
+    assert pretrained.find(VGG16, str(tmp_path / "mine.pth")) == tmp_path / "mine.pth"
     with pytest.raises(MissingInputError, match=r"other\.pth"):
-        published.find(VGG16, str(tmp_path / "other.pth"))
+        pretrained.find(VGG16, str(tmp_path / "other.pth"))
 
 
 def test_a_missing_network_is_named_as_its_verb_names_it():
@@ -141,11 +142,11 @@ def test_a_missing_network_is_named_as_its_verb_names_it():
     assert vgg.endswith("name it: --vgg FILE")
     assert inception.endswith("name it: --inception FILE")
     with pytest.raises(MissingInputError, match=r"name it: loss\.perceptual_weights=FILE$"):
-        perceptual.build("lpips_vgg")  # as train and doctor do
+        pretrained.build("lpips_vgg")  # as train and doctor do
 
 
 def test_another_network_s_weights_are_refused(tmp_path):
-    from kl_f8_train.inception import Inception
+    from kl_f8_train.score.inception import Inception
 
     (tmp_path / "vgg.pth").write_bytes(torch_file())
     with pytest.raises(MissingInputError, match="does not hold torch-fidelity's Inception"):
@@ -153,7 +154,7 @@ def test_another_network_s_weights_are_refused(tmp_path):
 
 
 def test_rfid_without_torch_fidelity_says_so(tmp_path, monkeypatch):
-    from kl_f8_train.inception import Inception
+    from kl_f8_train.score.inception import Inception
 
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     monkeypatch.delitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", raising=False)
@@ -165,7 +166,7 @@ def test_rfid_without_torch_fidelity_says_so(tmp_path, monkeypatch):
 def test_a_hostile_inception_file_runs_nothing(tmp_path):
     import pickle
 
-    from kl_f8_train.inception import Inception
+    from kl_f8_train.score.inception import Inception
 
     class Hostile:
         def __reduce__(self):

@@ -13,9 +13,10 @@ import runs
 import samples
 import torch
 
-from kl_f8_train import images, report
+from kl_f8_train import images
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError
+from kl_f8_train.score import report
 
 WIDTHS = (400, 1400)
 needs_chromium = pytest.mark.skipif(

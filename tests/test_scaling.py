@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kl_f8_train import cost, scaling
+from kl_f8_train.check import cost, scaling
 
 DOCS = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
 WORK = scaling.Workload("w", 1000, 192, 2e12, 200e6, 1e9)

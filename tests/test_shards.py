@@ -13,8 +13,8 @@ import samples
 from PIL import Image
 from pyarrow import parquet
 
-from kl_f8_train import shards
-from kl_f8_train.cache import ShardCache
+from kl_f8_train.data import index, sources
+from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import MissingInputError, UsageError
 
 # --- indexing -------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ def read_all(source) -> list[bytes]:
 
 def open_source(pattern, filters=(), **options):
     cache = ShardCache(Path(pattern).parent / "cache", 2**30)
-    return shards.open_source("photos", str(pattern), list(filters), cache, **options)
+    return sources.open_source("photos", str(pattern), list(filters), cache, **options)
 
 
 def test_a_source_of_packed_shards(tmp_path):
@@ -89,9 +89,9 @@ def test_cut_short_anywhere(tmp_path, picture):
     for length in itertools.chain(range(0, end + 1, 512), range(100, end, 512)):
         cut.write_bytes(data[:length])
         with pytest.raises(MissingInputError, match=r"cut\.tar"):
-            shards.index_tar(cut)
+            index.index_tar(cut)
     cut.write_bytes(data[: end + 1024])
-    assert len(shards.index_tar(cut).sizes) == 3  # a sample has one image, its first
+    assert len(index.index_tar(cut).sizes) == 3  # a sample has one image, its first
 
 
 @pytest.mark.parametrize("picture", [b"\xff" * 2011, black_bmp()], ids=["odd", "zeros"])
@@ -103,7 +103,7 @@ def test_broken_header_in_the_middle(tmp_path, picture):
     data[second : second + 100] = b"\xab" * 100
     path.write_bytes(data)
     with pytest.raises(MissingInputError, match=r"x\.tar"):
-        shards.index_tar(path)
+        index.index_tar(path)
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 300, b"<html>404</html>" * 100, b"\x1f\x8b" * 600])
@@ -111,7 +111,7 @@ def test_no_tar(tmp_path, data):
     path = tmp_path / "x.tar"
     path.write_bytes(data)
     with pytest.raises(MissingInputError, match=r"x\.tar") as caught:
-        shards.index_tar(path)
+        index.index_tar(path)
     assert caught.value.exit_code == 3
 
 
@@ -145,9 +145,9 @@ def folder(tmp_path, monkeypatch) -> Path:
     ],
 )
 def test_expand(folder, pattern, expected):
-    assert [Path(place).stem[-1] for place in shards.expand(pattern)] == list(expected)
+    assert [Path(place).stem[-1] for place in index.expand(pattern)] == list(expected)
     if pattern != "list.txt":
-        absolute = shards.expand(str(folder / pattern) if "{s" not in pattern else pattern)
+        absolute = index.expand(str(folder / pattern) if "{s" not in pattern else pattern)
         assert [Path(place).stem[-1] for place in absolute] == list(expected)
 
 
@@ -173,13 +173,13 @@ def test_expand_names_what_is_missing(folder, pattern, named):
     (folder / "binary.txt").write_bytes(b"abc\xff\xfe")
     (folder / "empty.txt").write_text("# none\n\n")
     with pytest.raises(MissingInputError) as caught:
-        shards.expand(pattern)
+        index.expand(pattern)
     assert named in str(caught.value)
 
 
 def test_folder_without_shards(tmp_path):
     with pytest.raises(MissingInputError, match="no shards and no images"):
-        shards.expand(str(tmp_path))
+        index.expand(str(tmp_path))
 
 
 # --- sources --------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_the_index_is_kept_beside_the_shards_and_used_again(tmp_path, monkeypatc
     samples.packed(tmp_path / "photos", count=4, per_shard=2)
     one = open_source(tmp_path / "photos")
     assert one.directory.parent == tmp_path / "photos" / ".kl_f8_index"
-    monkeypatch.setattr(shards, "index_tar", None)  # it would fail if it were called
+    monkeypatch.setattr(index, "index_tar", None)  # it would fail if it were called
     assert read_all(open_source(tmp_path / "photos")) == read_all(one)
 
 
@@ -329,15 +329,15 @@ def test_a_changed_shard_is_indexed_anew(tmp_path):
 
 def test_indexing_resumes_at_the_part_that_is_missing(tmp_path, monkeypatch):
     paths = samples.packed(tmp_path / "photos", count=5, per_shard=1)
-    monkeypatch.setattr(shards, "CHUNK", 2)
+    monkeypatch.setattr(index, "CHUNK", 2)
     locations = [str(path) for path in paths]
     cache = ShardCache(tmp_path / "cache", 2**30)
-    shards.build_index(locations, tmp_path / "index", cache)
+    index.build_index(locations, tmp_path / "index", cache)
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "index").glob("part-*")}
     assert len(before) == 3
     (tmp_path / "index" / "part-000001.npz").unlink()
     told: list[tuple[int, int]] = []
-    shards.build_index(locations, tmp_path / "index", cache, 2, lambda *n: told.append(n))
+    index.build_index(locations, tmp_path / "index", cache, 2, lambda *n: told.append(n))
     after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "index").glob("part-*")}
     assert {name for name in before if before[name] != after[name]} == {"part-000001.npz"}
     assert told[-1] == (5, 5)
@@ -345,7 +345,7 @@ def test_indexing_resumes_at_the_part_that_is_missing(tmp_path, monkeypatch):
 
 def test_a_read_only_source_is_indexed_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("KL_F8_TRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(shards.os, "access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr(index.os, "access", lambda path, mode: False)  # root may write anywhere
     samples.packed(tmp_path / "photos", count=1, per_shard=1)
     source = open_source(tmp_path / "photos")
     assert source.directory.is_relative_to(tmp_path / "cache" / "index")

@@ -11,7 +11,7 @@ import pytest
 import ranks
 import runs
 
-from kl_f8_train import checkpoint
+from kl_f8_train.run_dir import list_checkpoints
 
 pytestmark = pytest.mark.slow
 STOPS, LENGTH = 50, 100
@@ -73,4 +73,4 @@ def test_fifty_signals_and_kills_change_nothing(tmp_path: Path) -> None:
         rows = [int(row["iteration"]) for row in csv.DictReader(file)]
     assert rows == list(range(101, 101 + LENGTH))
     left = sorted((tmp_path / "disturbed" / "checkpoints").iterdir())
-    assert left == sorted(checkpoint.list_checkpoints(tmp_path / "disturbed"))
+    assert left == sorted(list_checkpoints(tmp_path / "disturbed"))

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kl_f8_train import checkpoint, state
+from kl_f8_train.core.hashes import frozen_sha256
+from kl_f8_train.core.step import build_optimizers
 from kl_f8_train.errors import MissingInputError, RunFailedError
-from kl_f8_train.finetuner import build_optimizers
+from kl_f8_train.weights import checkpoint, weight_file
 
 
 @pytest.fixture
@@ -18,15 +19,15 @@ def saved(finetuner, batch, tmp_path):
     tuner = finetuner("ft_ema", "adversarial.start_iteration=0")
     optimizers = build_optimizers(tuner)
     tuner.run_iteration(batch(side=32), *optimizers)
-    frozen = state.frozen_sha256(tuner.autoencoder.state_dict())
-    return tuner, optimizers, state.save(tuner, optimizers, tmp_path, frozen)
+    frozen = frozen_sha256(tuner.autoencoder.state_dict())
+    return tuner, optimizers, checkpoint.save(tuner, optimizers, tmp_path, frozen)
 
 
-def take(path: Path) -> checkpoint.Contents:
+def take(path: Path) -> weight_file.Contents:
     """Reads a checkpoint as a resuming run does."""
-    contents = checkpoint.read(path)
-    state.stored_config(contents)
-    state.check_content(contents)
+    contents = weight_file.read(path)
+    checkpoint.stored_config(contents)
+    checkpoint.check_content(contents)
     return contents
 
 
@@ -63,10 +64,10 @@ def test_a_checkpoint_that_is_not_finite_is_never_written(saved, tmp_path, where
         "moment": optimizers[1].state[tuner.discriminator.main[0].weight]["exp_avg"],
     }[where]
     tensor.data.view(-1)[-1] = torch.nan if where == "weight" else torch.inf
-    frozen = state.frozen_sha256(tuner.autoencoder.state_dict())
+    frozen = frozen_sha256(tuner.autoencoder.state_dict())
     before = path.read_bytes()
     tuner.iteration += 1
     with pytest.raises(RunFailedError, match="1 tensors are not finite"):
-        state.save(tuner, optimizers, tmp_path, frozen)
+        checkpoint.save(tuner, optimizers, tmp_path, frozen)
     assert list(path.parent.iterdir()) == [path]
     assert path.read_bytes() == before

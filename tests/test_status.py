@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kl_f8_train import curves, status
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError, RunFailedError
+from kl_f8_train.run import curves, status
+from kl_f8_train.run_dir import read_rows
 
 NOW = 1_900_000_000.0
 SETTINGS = {
@@ -94,7 +95,7 @@ def test_a_run_that_died(tmp_path):
 def test_the_claim_tells_running_from_stopped(tmp_path):
     run = make_run(tmp_path, [row(1010)])
     program = (
-        "import sys; from pathlib import Path; from kl_f8_train.checkpoint import claimed\n"
+        "import sys; from pathlib import Path; from kl_f8_train.run_dir import claimed\n"
         f"with claimed(Path({str(run)!r})):\n"
         "    print('claimed', flush=True); sys.stdin.read()\n"
     )
@@ -148,7 +149,7 @@ def test_odd_bytes_cells_and_columns_are_left_out(tmp_path):
     with (run / "metrics.csv").open("ab") as file:
         file.write(b"\0\0\xff\xfe,,,\n")
         file.write(b"1020,nan,x" + b",1" * 50 + b"\n")
-    found = status.read_rows(run / "metrics.csv")
+    found = read_rows(run / "metrics.csv")
     assert [r["iteration"] for r in found] == [1010, 1020]
     assert "reconstruction_loss" not in found[1]
 

@@ -24,8 +24,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from samples import TENSORS, equal, save_legacy, save_zip
 
-from kl_f8_train import checkpoint
 from kl_f8_train.errors import MissingInputError
+from kl_f8_train.weights import weight_file
 
 
 def save_pickle(content, path: Path) -> Path:
@@ -45,7 +45,7 @@ def test_views_parameters_and_shared_storage(tmp_path, save):
         "row": base[1],
         "parameter": torch.nn.Parameter(base * 2),
     }
-    contents = checkpoint.read(save(collections.OrderedDict(content), tmp_path / "w.pt"))
+    contents = weight_file.read(save(collections.OrderedDict(content), tmp_path / "w.pt"))
     assert equal(contents.tensors, {key: value.detach() for key, value in content.items()})
     assert not contents.tensors["parameter"].requires_grad
 
@@ -84,7 +84,7 @@ def lightning_file(monkeypatch) -> dict:
 def test_lightning_files_load_and_make_no_foreign_object(tmp_path, monkeypatch, save):
     with monkeypatch.context() as while_writing:
         path = save(lightning_file(while_writing), tmp_path / "model.ckpt")
-    contents = checkpoint.read(path)
+    contents = weight_file.read(path)
     assert equal(contents.tensors, TENSORS)
     assert contents.iteration == 246803
     assert contents.metadata == {"global_step": "246803", "epoch": "12"}
@@ -101,9 +101,9 @@ def test_reading_a_lightning_file_imports_nothing(tmp_path, monkeypatch):
         path = save_zip(lightning_file(while_writing), tmp_path / "model.ckpt")
     code = (
         "import sys\n"
-        "from kl_f8_train import checkpoint\n"
+        "from kl_f8_train.weights import weight_file\n"
         "before = set(sys.modules)\n"
-        f"print(len(checkpoint.read({str(path)!r}).tensors))\n"
+        f"print(len(weight_file.read({str(path)!r}).tensors))\n"
         "names = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "print(sorted(names & {'pytorch_lightning', 'omegaconf', 'argparse', 'lightning'}))\n"
     )
@@ -120,7 +120,7 @@ def test_reading_a_lightning_file_imports_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [[1, 2], "text", 3, torch.ones(2)])
 def test_a_torch_file_without_a_state_dict(tmp_path, content):
     with pytest.raises(MissingInputError, match=r"w\.ckpt"):
-        checkpoint.read(save_zip(content, tmp_path / "w.ckpt"))
+        weight_file.read(save_zip(content, tmp_path / "w.ckpt"))
 
 
 def test_published_files_read_as_torch_reads_them():
@@ -129,7 +129,7 @@ def test_published_files_read_as_torch_reads_them():
     assert len(files) >= 6
     for file in files:
         expected = torch.load(file, map_location="cpu", weights_only=True)
-        contents = checkpoint.read(file)
+        contents = weight_file.read(file)
         assert equal(contents.tensors, dict(expected))
         assert contents.container == "older torch file"
 
@@ -144,13 +144,13 @@ def test_every_pickle_protocol(tmp_path, protocol):
             pickle_protocol=protocol,
             _use_new_zipfile_serialization=new,
         )
-        assert equal(checkpoint.read(tmp_path / "w.pt").tensors, TENSORS)
+        assert equal(weight_file.read(tmp_path / "w.pt").tensors, TENSORS)
 
 
 @pytest.mark.parametrize("save", [save_zip, save_legacy])
 def test_only_what_is_wanted_is_read(tmp_path, save):
     path = save({"state_dict": TENSORS}, tmp_path / "w.ckpt")
-    contents = checkpoint.read(path, lambda names: [name for name in names if name[0] == "b"])
+    contents = weight_file.read(path, lambda names: [name for name in names if name[0] == "b"])
     assert {k for k, v in contents.tensors.items() if not v.is_meta} == {"b.half", "b.bfloat"}
     assert {k: v.shape for k, v in contents.tensors.items()} == {
         k: v.shape for k, v in TENSORS.items()
@@ -175,7 +175,7 @@ def test_kl_f8_zip_as_downloaded(tmp_path, method, save, name):
         name: save(content, tmp_path / "inner").read_bytes(),
         "__MACOSX/._model.ckpt": b"\x00\x05\x16\x07",
     }
-    contents = checkpoint.read(inside_zip(tmp_path / "kl-f8.zip", members, method))
+    contents = weight_file.read(inside_zip(tmp_path / "kl-f8.zip", members, method))
     assert equal(contents.tensors, TENSORS)
     assert contents.iteration == 7
     assert contents.optimizer
@@ -186,7 +186,7 @@ def test_several_weight_files_in_a_zip(tmp_path):
     inner = save_zip(TENSORS, tmp_path / "inner").read_bytes()
     path = inside_zip(tmp_path / "w.zip", {"a.ckpt": inner, "b.ckpt": inner})
     with pytest.raises(MissingInputError, match=r"several weight files: a\.ckpt, b\.ckpt"):
-        checkpoint.read(path)
+        weight_file.read(path)
 
 
 # --- files that attack ----------------------------------------------------------------------
@@ -229,7 +229,7 @@ def test_attacks_are_refused_by_name(tmp_path, save, name):
         content = {"extra": attacks(marker)[name]}
     path = save(content, tmp_path / "model.ckpt")
     with pytest.raises(MissingInputError, match=rf"asks to run .*\.{name}\b.*refused") as caught:
-        checkpoint.read(path)
+        weight_file.read(path)
     assert caught.value.exit_code == 3
     assert not marker.exists()
 
@@ -247,7 +247,7 @@ def test_the_attacks_would_work(tmp_path):
 def test_functions_of_known_modules_do_not_run_either(tmp_path, save):
     marker = tmp_path / "marker.npy"
     content = {"a": torch.ones(2), "extra": Attack(np.save, str(marker), [1])}
-    contents = checkpoint.read(save(content, tmp_path / "model.ckpt"))
+    contents = weight_file.read(save(content, tmp_path / "model.ckpt"))
     assert equal(contents.tensors, {"a": torch.ones(2)})
     assert contents.stubbed == ["numpy.save"]
     assert not marker.exists()
@@ -262,7 +262,7 @@ def whole_file(kind: str, folder: Path) -> Path:
     if kind == "safetensors":
         save_file(TENSORS, path)
     elif kind == "ours":
-        checkpoint.write_torch(path, content)
+        weight_file.write_torch(path, content)
     elif kind == "kl-f8.zip":
         inside_zip(path, {"model.ckpt": save_zip(content, folder / "inner").read_bytes()})
     else:
@@ -277,14 +277,14 @@ KINDS = ["zip", "legacy", "safetensors", "ours", "kl-f8.zip"]
 def test_cut_short_at_every_percent(tmp_path, kind):
     whole = whole_file(kind, tmp_path)
     data = whole.read_bytes()
-    assert equal(checkpoint.read(whole).tensors, TENSORS)
+    assert equal(weight_file.read(whole).tensors, TENSORS)
     cut = tmp_path / "cut"
     lengths = {len(data) * percent // 100 for percent in range(100)} | {1, 8, 9, len(data) - 1}
     for length in sorted(lengths):
         cut.write_bytes(data[:length])
         start = time.process_time()
         with pytest.raises(MissingInputError, match="cut"):
-            checkpoint.read(cut)
+            weight_file.read(cut)
         assert time.process_time() - start < 1
 
 
@@ -299,7 +299,7 @@ def test_damaged_bytes_raise_nothing_else(tmp_path, kind):
             damaged[place] = random.randint(256)
         path.write_bytes(damaged)
         with contextlib.suppress(MissingInputError):
-            checkpoint.read(path)
+            weight_file.read(path)
 
 
 def test_torchscript(tmp_path):
@@ -308,7 +308,7 @@ def test_torchscript(tmp_path):
         for name in ("data.pkl", "code/__torch__.py", "constants.pkl", "version"):
             archive.writestr(f"w/{name}", b"}.")
     with pytest.raises(MissingInputError, match="TorchScript"):
-        checkpoint.read(path)
+        weight_file.read(path)
 
 
 def test_another_zip(tmp_path):
@@ -316,7 +316,7 @@ def test_another_zip(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("letter.txt", "dear all")
     with pytest.raises(MissingInputError, match=r"letter\.txt"):
-        checkpoint.read(path)
+        weight_file.read(path)
 
 
 def test_zip_bomb(tmp_path):
@@ -331,7 +331,7 @@ def test_zip_bomb(tmp_path):
     assert path.stat().st_size < 100_000
     start = time.process_time()
     with pytest.raises(MissingInputError, match="unpacks to more than its own size"):
-        checkpoint.read(path)
+        weight_file.read(path)
     assert time.process_time() - start < 2
 
 
@@ -464,7 +464,7 @@ def as_legacy(pickled: bytes, path: Path) -> Path:
 def test_the_files_by_hand_are_well_formed(tmp_path):
     """Otherwise the tests below show nothing."""
     for save in (as_zip, as_legacy):
-        contents = checkpoint.read(save(named(tensor()), tmp_path / "w.ckpt"))
+        contents = weight_file.read(save(named(tensor()), tmp_path / "w.ckpt"))
         assert torch.equal(contents.tensors["encoder.x"], torch.zeros(4))
 
 
@@ -473,7 +473,7 @@ def test_storage_keys_of_tuples(tmp_path):
     keys = b"\x80\x02]" + nested(300) + b"a."
     path.write_bytes(path.read_bytes().replace(pickle.dumps(["0"], 2), keys))
     with pytest.raises(MissingInputError, match="whose key is no text"):
-        checkpoint.read(path)
+        weight_file.read(path)
 
 
 @pytest.mark.parametrize("save", [as_zip, as_legacy])
@@ -482,7 +482,7 @@ def test_hostile_pickles(tmp_path, save, name):
     path = save(PICKLES[name], tmp_path / "model.ckpt")
     start = time.process_time()
     with pytest.raises(MissingInputError, match=r"model\.ckpt"):
-        checkpoint.read_weights(path)
+        weight_file.read_weights(path)
     assert time.process_time() - start < 1
 
 
@@ -494,7 +494,7 @@ def test_tensors_that_share_a_storage_many_times(tmp_path):
     records = {"w/data.pkl": pickled, "w/data/0": bytes(1_000_000)}
     path = inside_zip(tmp_path / "w.ckpt", records, zipfile.ZIP_STORED)
     with pytest.raises(MissingInputError, match="its tensors claim 20,000,000,000 bytes"):
-        checkpoint.read_weights(path)
+        weight_file.read_weights(path)
 
 
 def test_storages_of_the_same_bytes_many_times(tmp_path):
@@ -505,7 +505,7 @@ def test_storages_of_the_same_bytes_many_times(tmp_path):
     records = {"w/data.pkl": b"\x80\x02}(" + items + b"u.", "w/data/0": bytes(1_000_000)}
     path = inside_zip(tmp_path / "w.ckpt", records, zipfile.ZIP_STORED)
     with pytest.raises(MissingInputError, match="its tensors claim 2,9"):
-        checkpoint.read_weights(path)
+        weight_file.read_weights(path)
 
 
 # --- hostile zips ---------------------------------------------------------------------------
@@ -518,7 +518,7 @@ def test_a_zip_that_names_paths_outside_itself(tmp_path, name):
     folder.mkdir()
     path = inside_zip(folder / "kl-f8.zip", {name: inner})
     with pytest.raises(MissingInputError, match="a path outside itself"):
-        checkpoint.read(path)
+        weight_file.read(path)
     assert not list(tmp_path.rglob("escaped*"))
     assert not Path("/tmp/escaped.ckpt").exists()
 
@@ -527,7 +527,7 @@ def test_a_zip_that_names_paths_outside_itself(tmp_path, name):
 def test_zips_of_a_rare_kind(tmp_path, method):
     path = inside_zip(tmp_path / "kl-f8.zip", {"model.ckpt": b"\x80\x02}."}, method)
     with pytest.raises(MissingInputError, match="rare kind"):
-        checkpoint.read(path)
+        weight_file.read(path)
 
 
 def test_zip_bomb_inside(tmp_path):
@@ -535,7 +535,7 @@ def test_zip_bomb_inside(tmp_path):
     assert path.stat().st_size < 100_000
     start = time.process_time()
     with pytest.raises(MissingInputError, match="more than 10 times its own size"):
-        checkpoint.read(path)
+        weight_file.read(path)
     assert time.process_time() - start < 1
 
 
@@ -544,7 +544,7 @@ def test_a_zip_whose_entry_is_longer_than_it_says(tmp_path):
     data = path.read_bytes().replace(struct.pack("<I", 50_000_002), struct.pack("<I", 1000))
     path.write_bytes(data)
     with pytest.raises(MissingInputError, match="broken or cut short"):
-        checkpoint.read(path)
+        weight_file.read(path)
 
 
 def test_zips_in_zips(tmp_path):
@@ -552,7 +552,7 @@ def test_zips_in_zips(tmp_path):
     for depth in range(4):
         data = inside_zip(tmp_path / "w.zip", {f"{depth}.zip": data}).read_bytes()
     with pytest.raises(MissingInputError, match="zip in a zip"):
-        checkpoint.read(tmp_path / "w.zip")
+        weight_file.read(tmp_path / "w.zip")
 
 
 def test_a_zip_of_overlapping_entries(tmp_path):
@@ -563,7 +563,7 @@ def test_a_zip_of_overlapping_entries(tmp_path):
         archive.writestr("w/data/0", bytes(10_000_000))
         archive.filelist.extend([archive.getinfo("w/data/0")] * 1000)
     with pytest.raises(MissingInputError, match="unpacks to more than its own size"):
-        checkpoint.read(path)
+        weight_file.read(path)
 
 
 def test_a_zip_with_an_immense_directory(tmp_path):
@@ -572,7 +572,7 @@ def test_a_zip_with_an_immense_directory(tmp_path):
         archive.writestr("w/data.pkl", b"}.")
         archive.filelist.extend([archive.getinfo("w/data.pkl")] * 100_000)
     with pytest.raises(MissingInputError, match="at most 4,194,304 were expected"):
-        checkpoint.read(path)
+        weight_file.read(path)
 
 
 def test_an_encrypted_zip(tmp_path):
@@ -582,7 +582,7 @@ def test_an_encrypted_zip(tmp_path):
     data[data.index(b"PK\x01\x02") + 8] |= 1
     path.write_bytes(data)
     with pytest.raises(MissingInputError, match="encrypted"):
-        checkpoint.read(path)
+        weight_file.read(path)
 
 
 def test_no_room_to_unpack(tmp_path, monkeypatch):
@@ -592,7 +592,7 @@ def test_no_room_to_unpack(tmp_path, monkeypatch):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
     try:
         with pytest.raises(MissingInputError, match="Set TMPDIR"):
-            checkpoint.read(path)
+            weight_file.read(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -603,7 +603,7 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
     for inner in (save_zip(TENSORS, tmp_path / "inner").read_bytes(), PICKLES["method"]):
         path = inside_zip(tmp_path / "kl-f8.zip", {"model.ckpt": inner})
         with contextlib.suppress(MissingInputError):
-            checkpoint.read(path)
+            weight_file.read(path)
     assert os.listdir(tmp_path / "t") == []
 
 
@@ -617,7 +617,7 @@ def test_hostile_files_take_no_memory(tmp_path):
     program = (
         "import re, sys\n"
         "from pathlib import Path\n"
-        "from kl_f8_train import checkpoint\n"
+        "from kl_f8_train.weights import weight_file\n"
         "from kl_f8_train.errors import MissingInputError\n"
         "def peak():  # in MB; getrusage's would be the parent's\n"
         "    text = Path('/proc/self/status').read_text()\n"
@@ -625,7 +625,7 @@ def test_hostile_files_take_no_memory(tmp_path):
         "before = peak()\n"
         "for path in sorted(Path(sys.argv[1]).iterdir()):\n"
         "    try:\n"
-        "        checkpoint.read_weights(path)\n"
+        "        weight_file.read_weights(path)\n"
         "        raise SystemExit(f'{path} was read')\n"
         "    except MissingInputError as error:\n"
         "        assert 'MemoryError' not in str(error)\n"

@@ -14,10 +14,13 @@ from pathlib import Path
 import skimage.data
 import torch
 
-from kl_f8_train import benchmark, checkpoint, config, images, metrics
+from kl_f8_train import config, images
+from kl_f8_train.check import benchmark
 from kl_f8_train.config import Config
+from kl_f8_train.core import metrics
+from kl_f8_train.data.pack import pack
 from kl_f8_train.demo import _tile, train_base
-from kl_f8_train.pack import pack
+from kl_f8_train.weights import weight_file
 
 SMALL = ("data.crop=32", "global_batch=4", "data.workers=0", "ema.decay=0.98")
 
@@ -40,7 +43,7 @@ def main(iterations: int = 500, base: int = 400) -> None:
         held_out = torch.stack(
             [images.decode(path.read_bytes()) for path in sorted((folder / "held_out").iterdir())]
         )
-        print(f"start: {score(checkpoint.load_autoencoder(start, 'ema'), held_out):.3f} dB")
+        print(f"start: {score(weight_file.load_autoencoder(start, 'ema'), held_out):.3f} dB")
         for seed in (1, 2):
             for precision in ("float32", "bfloat16"):
                 one = replace(settings, seed=seed, precision=precision)
@@ -51,7 +54,7 @@ def main(iterations: int = 500, base: int = 400) -> None:
 def train(settings: Config, start: Path, iterations: int) -> torch.nn.Module:
     """The EMA after so many iterations from `start`, as an autoencoder."""
     finetuner = benchmark.build_finetuner(settings, [])
-    weights = checkpoint.read_weights(start, "ema")[1]
+    weights = weight_file.read_weights(start, "ema")[1]
     finetuner.autoencoder.load_state_dict(weights.autoencoder)
     finetuner.discriminator.load_state_dict(weights.discriminator)
     for name, averaged in finetuner.ema.items():

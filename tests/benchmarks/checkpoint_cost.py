@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.core.model import AutoencoderKL
 
 READ = """
 import json, sys, time

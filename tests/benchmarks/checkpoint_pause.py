@@ -16,10 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kl_f8_train import checkpoint, config, state
-from kl_f8_train.discriminator import Discriminator
-from kl_f8_train.finetuner import Finetuner, build_optimizers
-from kl_f8_train.model import AutoencoderKL
+from kl_f8_train import config
+from kl_f8_train.core.discriminator import Discriminator
+from kl_f8_train.core.hashes import frozen_sha256, tensors_sha256
+from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.core.step import Finetuner, build_optimizers
+from kl_f8_train.run_dir import remove_old_checkpoints
+from kl_f8_train.weights import checkpoint, weight_file
 
 
 def main() -> None:
@@ -37,27 +40,23 @@ def main() -> None:
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = torch.full_like(parameter, 1e-3)
         optimizer.step()
-    frozen = state.frozen_sha256(finetuner.autoencoder.state_dict())
+    frozen = frozen_sha256(finetuner.autoencoder.state_dict())
 
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
         pauses, plain = [], []
         for _ in range(args.saves):
             finetuner.iteration += 1
             with timed(pauses):
-                path = state.save(finetuner, optimizers, Path(folder), frozen)
+                path = checkpoint.save(finetuner, optimizers, Path(folder), frozen)
             size = path.stat().st_size
             with timed(plain):
                 (Path(folder) / "plain").write_bytes(path.read_bytes())
-            checkpoint.remove_old_checkpoints(path, 1, 0)
+            remove_old_checkpoints(path, 1, 0)
         with timed(reading := []):
-            state.check_content(checkpoint.read(path))
+            checkpoint.check_content(weight_file.read(path))
         parts = {
-            "SHA-256 of the frozen part": lambda: state.frozen_sha256(
-                finetuner.autoencoder.state_dict()
-            ),
-            "SHA-256 of all tensors": lambda: checkpoint.tensors_sha256(
-                checkpoint.read(path).tensors
-            ),
+            "SHA-256 of the frozen part": lambda: frozen_sha256(finetuner.autoencoder.state_dict()),
+            "SHA-256 of all tensors": lambda: tensors_sha256(weight_file.read(path).tensors),
         }
         for name, part in parts.items():
             with timed(seconds := []):

@@ -18,10 +18,12 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from kl_f8_train import evaluate, images, perceptual
+from kl_f8_train import images
+from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError
-from kl_f8_train.evaluate import CARD, STANDARD
-from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.score import evaluate
+from kl_f8_train.score.evaluate import CARD, STANDARD
+from kl_f8_train.weights import pretrained
 
 Scores = dict[str, float]
 
@@ -58,9 +60,9 @@ class Bench:
         ((self.candidate),) = evaluate.load_candidates([("vae", weights, "ema")], "cpu")
         self.model: AutoencoderKL = self.candidate.model
         try:
-            self.network = perceptual.build("lpips_vgg")
+            self.network = pretrained.build("lpips_vgg")
         except MissingInputError:
-            self.network = perceptual.build("st_lpips_alex")
+            self.network = pretrained.build("st_lpips_alex")
         self.target: Tensor | None = None
         self.features: list[Tensor] = []
 

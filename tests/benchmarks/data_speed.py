@@ -25,8 +25,8 @@ from torch import Tensor
 from torchvision import transforms
 
 from kl_f8_train import config
-from kl_f8_train.data import PositionDataset, open_data
-from kl_f8_train.pack import pack
+from kl_f8_train.data.loading import PositionDataset, open_data
+from kl_f8_train.data.pack import pack
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 NEEDED = 8 * 200  # images a second: 8 GPUs

@@ -19,9 +19,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import vgg16
 
-from kl_f8_train import checkpoint, evaluate, perceptual
-from kl_f8_train.evaluate import CARD, ImageSet, Networks
-from kl_f8_train.model import AutoencoderKL
+from kl_f8_train.core import perceptual
+from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.score import evaluate
+from kl_f8_train.score.evaluate import CARD, ImageSet, Networks
+from kl_f8_train.weights import pretrained, weight_file
 
 DEMO = {"ch": 32, "ch_mult": (1, 2, 2, 2), "num_res_blocks": 1}
 FULL = {"ch": 128, "ch_mult": (1, 2, 4, 4), "num_res_blocks": 2}
@@ -37,7 +39,7 @@ def write_weights(folder: Path, shape: dict) -> list[tuple[str, Path, str]]:
         models.append(AutoencoderKL(**shape))
     models[1].encoder, models[1].quant_conv = models[0].encoder, models[0].quant_conv
     for name, model in zip("abc", models, strict=True):
-        checkpoint.write_safetensors(folder / f"{name}.safetensors", model.state_dict(), {})
+        weight_file.write_safetensors(folder / f"{name}.safetensors", model.state_dict(), {})
     return [(name, folder / f"{name}.safetensors", "ema") for name in "abc"]
 
 
@@ -55,8 +57,8 @@ def vgg(folder: Path) -> perceptual.PerceptualDistance:
     """LPIPS on a VGG16 of random weights."""
     path = folder / "vgg.safetensors"
     state = {k: v for k, v in vgg16(weights=None).state_dict().items() if k.startswith("features.")}
-    checkpoint.write_safetensors(path, state, {})
-    return perceptual.lpips_vgg(path)
+    weight_file.write_safetensors(path, state, {})
+    return perceptual.lpips_vgg(*pretrained.vgg_features(path))
 
 
 def gflop(module: nn.Module, *shape: int) -> float:

@@ -15,8 +15,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from kl_f8_train import checkpoint, config, state
-from kl_f8_train.model import AutoencoderKL
+from kl_f8_train import config
+from kl_f8_train.core.hashes import frozen_sha256
+from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.run_dir import checkpoint_path
+from kl_f8_train.weights import checkpoint, weight_file
 
 NETWORK = 83_653_863 * 4
 SETTINGS = (
@@ -57,12 +60,12 @@ def write_checkpoint(run_dir: Path) -> None:
     overrides = [*SETTINGS, "data.sources=x", "init.weights=x", f"run_dir={run_dir}"]
     settings = config.load(config.find_recipe("demo"), overrides)
     metadata = {
-        "kl_f8_train.format": state.FORMAT,
+        "kl_f8_train.format": checkpoint.FORMAT,
         "iteration": "5",
-        "frozen_sha256": checkpoint.frozen_sha256(weights),
+        "frozen_sha256": frozen_sha256(weights),
         "config": json.dumps(config.to_dict(settings)),
     }
-    checkpoint.write_safetensors(checkpoint.checkpoint_path(run_dir, 5), tensors, metadata)
+    weight_file.write_safetensors(checkpoint_path(run_dir, 5), tensors, metadata)
 
 
 def write_full_checkpoint(path: Path) -> None:

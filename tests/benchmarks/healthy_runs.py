@@ -14,9 +14,13 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from kl_f8_train import checkpoint, config, curves, demo, status
-from kl_f8_train.curves import Chart
-from kl_f8_train.train import train
+from kl_f8_train import config, demo
+from kl_f8_train.files import write_text
+from kl_f8_train.run import curves, status
+from kl_f8_train.run.curves import Chart
+from kl_f8_train.run.train import train
+from kl_f8_train.run_dir import Row, read_rows
+from kl_f8_train.weights import weight_file
 
 LENGTH = 150  # iterations of a run
 COMMON = ("log.every=5", "log.pictures_every=25", "checkpoint.every=1000")
@@ -83,9 +87,7 @@ def main(root: Path, pictures: Path = Path("docs/healthy-run")) -> None:
                 *case.overrides,
             )
         )
-        checkpoint.write_text(
-            pictures / f"{name}.svg", picture(case.title, run_dir, root / "healthy")
-        )
+        write_text(pictures / f"{name}.svg", picture(case.title, run_dir, root / "healthy"))
     print("\n| run | " + " | ".join(f"`{column}`" for column in TABLE) + " |")
     print("|" + "---|" * (1 + len(TABLE)))
     for name in CASES:
@@ -109,16 +111,16 @@ def prepare(root: Path) -> tuple[Path, Path]:
         settings = recipe(root, f"init.weights={base}", f"stop_iteration={demo.BASE}")
         demo.train_base(settings, base)
     if not pruned.is_file():
-        state = checkpoint.read(base).tensors
+        state = weight_file.read(base).tensors
         kept = {k: v for k, v in state.items() if not k.startswith("loss.discriminator.")}
-        checkpoint.write_torch(pruned, {"state_dict": kept, "global_step": demo.BASE})
+        weight_file.write_torch(pruned, {"state_dict": kept, "global_step": demo.BASE})
     return base, pruned
 
 
-def rows_of(run_dir: Path) -> list[status.Row]:
+def rows_of(run_dir: Path) -> list[Row]:
     """The log's and the validation's rows, without the warm-up's."""
-    rows = status.read_rows(run_dir / "metrics.csv")
-    return [row for row in rows if "decoder_gradient_norm" in row] + status.read_rows(
+    rows = read_rows(run_dir / "metrics.csv")
+    return [row for row in rows if "decoder_gradient_norm" in row] + read_rows(
         run_dir / "validation.csv"
     )
 

@@ -7,8 +7,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from kl_f8_train.cache import ShardCache
-from kl_f8_train.shards import TarSource, build_index
+from kl_f8_train.data.index import build_index
+from kl_f8_train.data.shard_cache import ShardCache
+from kl_f8_train.data.sources import TarSource
 
 
 def main(shards: int = 10_000, images: int = 100, workers: int = 2) -> None:

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from kl_f8_train import config, cost, scaling
+from kl_f8_train import config
+from kl_f8_train.check import cost, scaling
 
 PATHS = ("run_dir=none", "init.weights=none", "data.sources=none", "data.shorter_side=null")
 CARDS = tuple(gpu for gpu in scaling.GPUS if gpu.torch_name in ("A100", "H100", "RTX 4090"))

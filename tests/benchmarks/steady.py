@@ -9,7 +9,8 @@ import time
 
 import torch
 
-from kl_f8_train import benchmark, config
+from kl_f8_train import config
+from kl_f8_train.check import benchmark
 
 TINY = ("model.ch_mult=1,1", "data.crop=32", "global_batch=1", "adversarial.n_layers=1")
 

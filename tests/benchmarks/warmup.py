@@ -14,8 +14,11 @@ from pathlib import Path
 
 import torch
 
-from kl_f8_train import checkpoint, config, demo, images, metrics, perceptual
-from kl_f8_train.train import train
+from kl_f8_train import config, demo, images
+from kl_f8_train.core import metrics
+from kl_f8_train.run.train import train
+from kl_f8_train.run_dir import checkpoint_path
+from kl_f8_train.weights import pretrained, weight_file
 
 SETTLED = 1400  # iteration; the stand-in's own end at demo.BASE
 RATE = 1e-4
@@ -42,7 +45,7 @@ def main(root: Path, seeds: list[int]) -> None:
     tiles = held_out(root, base)
     print(f"| settling | iteration | {HEAD}")
     for iteration in range(demo.BASE + 200, SETTLED + 1, 200):
-        path = checkpoint.checkpoint_path(settled, iteration)
+        path = checkpoint_path(settled, iteration)
         print(f"| | {iteration:,} | {scores(path, *tiles)} |", flush=True)
 
     own, none = write_starts(root, base, settled)
@@ -60,7 +63,7 @@ def main(root: Path, seeds: list[int]) -> None:
             )
             train(recipe(root, *settings))
             for after in SHOWN:
-                path = checkpoint.checkpoint_path(run_dir, SETTLED + after) if after else start
+                path = checkpoint_path(run_dir, SETTLED + after) if after else start
                 print(f"| {name} | {after} | {scores(path, *tiles)} |", flush=True)
     print(f"{time.process_time() - began:.0f} s of CPU, {torch.get_num_threads()} thread(s)")
 
@@ -80,13 +83,13 @@ def recipe(root: Path, *overrides: str) -> config.Config:
 
 def write_starts(root: Path, base: Path, settled: Path) -> tuple[Path, Path]:
     """The settled EMA with the stand-in's discriminator, and without any."""
-    decoder = checkpoint.load_autoencoder(settled).state_dict()
-    theirs = checkpoint.read(base).tensors
+    decoder = weight_file.load_autoencoder(settled).state_dict()
+    theirs = weight_file.read(base).tensors
     discriminator = {k: v for k, v in theirs.items() if k.startswith("loss.")}
     own, none = root / "own.ckpt", root / "none.ckpt"
     for path, extra in ((own, discriminator), (none, {})):
         state = {**decoder, **extra}
-        checkpoint.write_torch(path, {"state_dict": state, "global_step": SETTLED})
+        weight_file.write_torch(path, {"state_dict": state, "global_step": SETTLED})
     return own, none
 
 
@@ -95,16 +98,16 @@ def held_out(root: Path, base: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """The held-out tiles in [-1, 1], and their latents, which no finetune changes."""
     files = sorted((root / "held_out").glob("*.png"))
     x = images.to_float(torch.stack([images.decode(file.read_bytes()) for file in files]))
-    return x, checkpoint.load_autoencoder(base).encode(x).mean
+    return x, weight_file.load_autoencoder(base).encode(x).mean
 
 
 @torch.no_grad()
 def scores(path: Path, x: torch.Tensor, latents: torch.Tensor) -> str:
     """Mean L1 in [-1, 1], PSNR and perceptual distance of raw weights and EMA, in 8 bit."""
-    network = perceptual.build("st_lpips_alex")
+    network = pretrained.build("st_lpips_alex")
     cells = []
     for select in ("raw", "ema"):
-        model = checkpoint.load_autoencoder(path, select)
+        model = weight_file.load_autoencoder(path, select)
         y = images.to_float(images.to_uint8(model.decode(latents)))
         l1, distance = (x - y).abs().mean(), network(x, y).mean()
         psnr = metrics.psnr((x + 1) / 2, (y + 1) / 2).mean()

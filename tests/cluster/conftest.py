@@ -6,7 +6,7 @@ import pytest
 import runs
 from launched import FEW, Running
 
-from kl_f8_train import checkpoint
+from kl_f8_train.weights import weight_file
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(folder: Path) -> checkpoint.Contents:
+def undisturbed(folder: Path) -> weight_file.Contents:
     """40 iterations of two processes without a break."""
     command = ["bash", "launch/torchrun.sh", *runs.overrides(folder, "undisturbed", *FEW)]
     running = Running(command, folder / "undisturbed.log", GPUS_PER_NODE=2)

@@ -13,7 +13,7 @@ import yaml
 from launched import FEW, ROOT, Running, environment, wait_for
 
 from kl_f8_train import config
-from kl_f8_train.processes import launched
+from kl_f8_train.launch import launched
 
 ALLOCATION = {
     **{"SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"},

@@ -1,0 +1,1 @@
+"""Will it work, and what will it cost? Doctor, benchmark, prediction."""

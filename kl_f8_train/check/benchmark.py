@@ -1,0 +1,668 @@
+"""How fast a recipe runs on this machine, where the time goes, and how far that is from the floor.
+
+An iteration here is one micro-batch of one device. Everything works without weights and shards:
+what is not there is random, and the result says so. The reference variants run in turns with ours
+(A B C A B C ...), so that a machine that slows down slows all of them.
+"""
+
+import gc
+import importlib.util
+import os
+import resource
+import statistics
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from kl_f8_train import __version__
+from kl_f8_train.check import cost
+from kl_f8_train.config import Config, micro_batch
+from kl_f8_train.core import machine, perceptual
+from kl_f8_train.core.batch import Batch
+from kl_f8_train.core.discriminator import Discriminator, initialize
+from kl_f8_train.core.losses import (
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    reconstruction_loss,
+)
+from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.core.step import Finetuner, build_optimizers
+from kl_f8_train.data.loading import IterationSampler, PositionDataset, loader, open_data
+from kl_f8_train.errors import MissingInputError, UsageError
+from kl_f8_train.images import to_float
+from kl_f8_train.units import counted, duration
+from kl_f8_train.weights import pretrained
+
+WARM_UP = 3  # iterations before the clock starts: kernels are chosen, and compiled
+PHASES = ("data", "encode", "decode", "losses", "backward", "discriminator", "optimizer", "ema")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Iteration = Callable[[Batch], None]
+
+
+@dataclass
+class Variant:
+    """One way to run an iteration."""
+
+    name: str
+    run: Iteration
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    graphs: int = 0  # compiled while it was measured
+
+    @property
+    def median(self) -> float:
+        """Seconds of one iteration."""
+        return statistics.median(self.seconds)
+
+    def figures(self, size: int, ours: "Variant") -> dict[str, Any]:
+        """Speed, and how much longer it takes than ours: by the clock, and in CPU time.
+
+        On a CPU that others use too, CPU time is the steadier ratio; beside a GPU it says little.
+        """
+        return {
+            "name": self.name,
+            "images_per_second": size / self.median,
+            "ratio": self.median / ours.median,
+            "cpu_time_ratio": statistics.median(self.cpu_seconds)
+            / statistics.median(ours.cpu_seconds),
+        }
+
+
+# --- the verb -------------------------------------------------------------------------------
+
+
+@machine.with_remedy()
+def benchmark(
+    config: Config,
+    iterations: int = 10,
+    against: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measures an iteration of `config` on this machine and returns the figures.
+
+    With `against` the original's order and diffusers' modules (if installed) run beside it.
+    Raises UsageError if CUDA is asked for and not there, RunFailedError with the remedy if memory
+    runs out.
+    """
+    device = find_device(config)
+    size = batch_size(config, device)
+    before = memory_in_use(device)
+    began = time.perf_counter()
+    notes: list[str] = []
+    finetuner = build_finetuner(config, notes)
+    ours = iteration_of(finetuner, device)
+    batches = open_batches(config, size, notes)
+    say(f"{device_name(device)}: {size} x {config.data.crop} px, {config.precision}")
+
+    batch = next(batches).to(device)
+    first_seconds = timed(ours, batch, device)
+    first_iteration = time.perf_counter() - began
+    left = WARM_UP - 1 + iterations
+    say(
+        f"the first iteration took {first_seconds:.2g} s; {left} more take "
+        f"{'at most' if machine.compiles(config.compute) else 'about'} "
+        f"{duration(left * first_seconds)}{', without those of --against' * against}"
+    )
+    flops_per_image = count_flops(ours, batch) / size
+    reset_peak(device)  # after compiling, and after the count, which runs eagerly
+    for _ in range(WARM_UP - 2):
+        ours(batch)
+    memory, breaks = peak_memory(device) - before, graph_breaks()
+    variants = [Variant("ours", ours)]
+    if against:
+        variants += reference_variants(config, device, say)
+        turn = sum(timed(variant.run, batch, device) for variant in variants)
+        say(
+            f"a turn of {counted(len(variants), 'variant', 's')} takes {turn:.2g} s; "
+            f"{iterations} take about {duration(iterations * turn)}"
+        )
+    phases = measure(variants, finetuner, batches, device, iterations)
+    rates = {name: matmul_rate(device, kind) for name, kind in PRECISIONS.items()}
+    cpu_seconds = statistics.median(variants[0].cpu_seconds)
+    if device.type == "cpu" and is_busy(variants[0].median, cpu_seconds, torch.get_num_threads()):
+        notes.append(
+            "the threads waited for a fifth of the time or more: the machine is busy, or the "
+            "images too few for so many threads; the figures are rough"
+        )
+    images_per_second = size / (variants[0].median + 1e-3 * phases["data"])
+    achieved = flops_per_image * images_per_second
+    share = achieved / rates[config.precision]
+    result = {
+        "device": device_name(device),
+        "precision": config.precision,
+        "batch": size,
+        "crop": config.data.crop,
+        "iterations": iterations,
+        "images_per_second": images_per_second,
+        "seconds_quartiles": quartiles(variants[0].seconds),
+        "cpu_seconds": cpu_seconds,
+        "flops_per_image": flops_per_image,
+        "flops_floor": cost.flops_per_image(config),
+        "flops_per_second": achieved,
+        "matmul_flops_per_second": rates,
+        "share_of_matmul": share,
+        "phases_ms": phases,
+        "peak_memory_bytes": memory,
+        "computed_memory_bytes": cost.peak_bytes(config, size, element_bytes(config, device)),
+        "limited_by": limit(phases, share),
+        "first_iteration_seconds": first_iteration,
+        "compiled": machine.compiles(config.compute),
+        "graph_breaks": breaks,
+        "recompiles_after_warm_up": variants[0].graphs,
+        "synchronizations": synchronizations(ours, batch, device),
+        "variants": [variant.figures(size, variants[0]) for variant in variants],
+        "settings": {
+            "name": config.name,
+            "model": asdict(config.model),
+            "compute": asdict(config.compute),
+        },
+        "versions": {"kl_f8_train": __version__, "torch": str(torch.__version__)},
+        "notes": notes,
+    }
+    del finetuner, ours, variants  # their memory is room for the largest batch
+    return result | {"largest_batch": largest_batch(config, device, size)}
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """The figures as text."""
+    phases = result["phases_ms"]
+    total = sum(phases.values())
+    rates = result["matmul_flops_per_second"]
+    first, median, third = result["seconds_quartiles"]
+    giga = 1e9
+    lines = [
+        f"{result['images_per_second']:.3g} images/s, {result['batch']} at a time; "
+        f"{counted(result['iterations'], 'iteration', 's')} of {median:.3g} s (median; quartiles "
+        f"{first:.3g} and {third:.3g} s), the first one after "
+        f"{result['first_iteration_seconds']:.0f} s",
+        *(f"  {name:14}{ms:10.1f} ms {ms / total:6.1%}" for name, ms in phases.items()),
+        f"arithmetic: {result['flops_per_image'] / giga:,.1f} GFLOP an image, floor "
+        f"{result['flops_floor'] / giga:,.1f}; {result['flops_per_second'] / giga:,.0f} GFLOP/s, "
+        f"{result['share_of_matmul']:.0%} of this machine's matmul "
+        f"(float32 {rates['float32'] / giga:,.0f}, bfloat16 {rates['bfloat16'] / giga:,.0f})",
+        f"memory: {result['peak_memory_bytes'] / cost.GIB:.2f} GiB at the peak (computed "
+        f"{result['computed_memory_bytes'] / cost.GIB:.2f}); largest per-device batch "
+        f"{result['largest_batch']}",
+        f"limited by: {result['limited_by']}",
+    ]
+    if result["compiled"]:
+        lines.append(
+            f"compiled: {result['graph_breaks']} graph breaks, "
+            f"{result['recompiles_after_warm_up']} recompiles after warm-up"
+        )
+    if result["synchronizations"] is not None:
+        lines.append(f"host waits for the device {result['synchronizations']} times an iteration")
+    for variant in result["variants"][1:]:
+        lines.append(
+            f"against {variant['name']}: {variant['images_per_second']:.3g} images/s; "
+            f"ours is {variant['ratio']:.2f} x as fast, "
+            f"{variant['cpu_time_ratio']:.2f} x by CPU time"
+        )
+    return "\n".join([*lines, *result["notes"]])
+
+
+def limit(phases: Mapping[str, float], share: float) -> str:
+    """What to look at first: the data, the arithmetic, or everything that is not arithmetic."""
+    wait = phases["data"] / sum(phases.values())
+    if wait > 0.02:
+        return f"data: {wait:.0%} of the time; raise data.workers"
+    if share > 0.6:
+        return f"arithmetic: {share:.0%} of the matmul rate"
+    if share >= 0.4:
+        return f"arithmetic and memory traffic alike: {share:.0%} of the matmul rate"
+    slowest = max(phases, key=lambda name: phases[name])
+    return f"memory traffic and launches: {share:.0%} of the matmul rate; most time in {slowest}"
+
+
+def quartiles(seconds: Sequence[float]) -> list[float]:
+    """25 %, 50 % and 75 %, of one number or more."""
+    return [float(value) for value in np.quantile(seconds, (0.25, 0.5, 0.75))]
+
+
+def is_busy(seconds: float, cpu_seconds: float, threads: int) -> bool:
+    """Whether the clock went on for a quarter longer than the threads computed."""
+    return seconds > 1.25 * cpu_seconds / threads
+
+
+# --- parts ----------------------------------------------------------------------------------
+
+
+def build_finetuner(config: Config, notes: list[str]) -> Finetuner:
+    """The recipe's networks with random weights; notes what stands in for what."""
+    torch.manual_seed(config.seed)
+    autoencoder = AutoencoderKL(**asdict(config.model))
+    discriminator = None
+    if config.adversarial is not None:
+        discriminator = Discriminator(config.adversarial.ndf, config.adversarial.n_layers)
+        initialize(discriminator, config.seed)
+        config = replace(config, adversarial=replace(config.adversarial, start_iteration=0))
+    try:
+        network = pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
+    except MissingInputError:
+        if config.loss.perceptual != "lpips_vgg":
+            raise
+        notes.append("VGG16's weights are not here: random ones of its shape")
+        network = perceptual.lpips_vgg({})
+    return Finetuner(config, autoencoder, discriminator, network)
+
+
+def iteration_of(finetuner: Finetuner, device: torch.device) -> Iteration:
+    """The finetuner's iteration, one micro-batch each, on `device`."""
+    finetuner.to(device)
+    finetuner.perceptual.to(device)
+    decoder, discriminator = (*build_optimizers(finetuner), None)[:2]
+    assert decoder is not None
+
+    def run(batch: Batch) -> None:
+        finetuner.micro_batch = len(batch.images)
+        with machine.kernels(finetuner.config.precision):
+            finetuner.run_iteration(batch, decoder, discriminator)
+
+    return run
+
+
+def open_batches(config: Config, size: int, notes: list[str]) -> Iterator[Batch]:
+    """Endless batches of the configured data, or one of random images again and again."""
+    if not config.data.sources:
+        notes.append("random images: no data.sources given")
+        return _random_batches(config, size)
+    settings = replace(config, global_batch=size)
+    try:
+        dataset = PositionDataset(*open_data(settings, notes.append), settings)
+    except (MissingInputError, UsageError) as error:
+        notes.append(f"random images: {str(error).splitlines()[0]}")
+        return _random_batches(config, size)
+    sampler = IterationSampler(0, 10**9, 0, size, 0, 1)
+    return iter(loader(dataset, sampler, config.data.workers, machine.on_cuda(config.compute)))
+
+
+def _random_batches(config: Config, size: int) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(config.seed)
+    crop, side = config.data.crop, cost.latent_side(config)
+    images = torch.randint(256, (size, 3, crop, crop), dtype=torch.uint8, generator=generator)
+    noise = torch.randn(2, size, config.model.embed_dim, side, side, generator=generator)
+    while True:
+        yield Batch(images, noise, ["random"] * size, [])
+
+
+def batch_size(config: Config, device: torch.device) -> int:
+    """Images per micro-batch: as training would, but one on a CPU unless it is given."""
+    if config.compute.per_device_batch is None and device.type == "cpu":
+        return 1
+    return config.compute.per_device_batch or micro_batch(config, 1)
+
+
+# --- measuring ------------------------------------------------------------------------------
+
+
+def measure(
+    variants: list[Variant],
+    finetuner: Finetuner,
+    batches: Iterator[Batch],
+    device: torch.device,
+    iterations: int,
+) -> dict[str, float]:
+    """Runs all variants in turns, the first being `finetuner`'s; returns its phases' milliseconds.
+
+    Medians over the iterations.
+    """
+    clock = Clock(device)
+    finetuner.phase_ended = clock
+    milliseconds: dict[str, list[float]] = defaultdict(list)
+    for _ in range(iterations):
+        clock.start()
+        batch = next(batches).to(device)
+        clock("data")
+        for variant in variants:
+            synchronize(device)
+            graphs = compiled_graphs()
+            began, cpu_began = time.perf_counter(), time.process_time()
+            variant.run(batch)
+            synchronize(device)
+            variant.seconds.append(time.perf_counter() - began)
+            variant.cpu_seconds.append(time.process_time() - cpu_began)
+            variant.graphs += compiled_graphs() - graphs
+            if variant is variants[0]:
+                for name, value in clock.read().items():
+                    milliseconds[name].append(value)
+    return {name: statistics.median(milliseconds[name]) for name in PHASES if name in milliseconds}
+
+
+def timed(run: Iteration, batch: Batch, device: torch.device) -> float:
+    """Seconds of one iteration."""
+    synchronize(device)
+    began = time.perf_counter()
+    run(batch)
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+class Clock:
+    """Called at the end of each phase; CUDA's phases are timed by events, without waiting."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+
+    def start(self) -> None:
+        """Forgets all marks and begins."""
+        self.marks = []
+        self("start")
+
+    def __call__(self, phase: str) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((phase, event))
+        else:
+            self.marks.append((phase, time.perf_counter()))
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds of each phase since `start`; waits for the device."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        totals: dict[str, float] = defaultdict(float)
+        for (_, before), (phase, mark) in pairwise(self.marks):
+            totals[phase] += before.elapsed_time(mark) if self.cuda else 1e3 * (mark - before)
+        return totals
+
+
+class FlopCounter(TorchDispatchMode):
+    """Adds up the operations of matrix products, convolutions and attention, as torch counts them.
+
+    torch's own FlopCounterMode hooks modules, which does not go with gradients at a leaf.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=result)
+        return result
+
+
+def count_flops(run: Iteration, batch: Batch) -> int:
+    """Operations of one iteration, compiled parts run eagerly."""
+    with torch.compiler.set_stance("force_eager"), FlopCounter() as counter:
+        run(batch)
+    return counter.total
+
+
+def matmul_rate(device: torch.device, kind: torch.dtype, repeats: int = 5) -> float:
+    """Operations a second of a square matrix product, the best of some; TF32 stays off."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
+    seconds = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        began = time.perf_counter()
+        a @ b
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds[1:])
+
+
+def synchronizations(run: Iteration, batch: Batch, device: torch.device) -> int | None:
+    """How often the host waits for the device in an iteration, as torch reports it; CUDA only."""
+    if device.type != "cuda":
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(item.message) for item in caught)
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made so far in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def graph_breaks() -> int:
+    """Places where torch.compile fell back to Python."""
+    from torch._dynamo.utils import counters
+
+    return sum(counters["graph_break"].values())
+
+
+# --- the machine ----------------------------------------------------------------------------
+
+
+def find_device(config: Config) -> torch.device:
+    """The device that training would take; UsageError if CUDA is asked for and not there."""
+    available = torch.cuda.is_available()
+    if config.compute.accelerator == "cuda" and not available:
+        raise UsageError(
+            "compute.accelerator=cuda, but torch sees no GPU here; mend the driver, or give "
+            "compute.accelerator=cpu"
+        )
+    return torch.device("cuda" if available and config.compute.accelerator != "cpu" else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done everything."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes on the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated()
+    return _status_bytes("VmRSS")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begins a new peak; on a CPU only where Linux allows it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes since `reset_peak`."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status_bytes("VmHWM")
+
+
+def _status_bytes(key: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def element_bytes(config: Config, device: torch.device) -> float | None:
+    """Bytes a kept number: the CPU's autocast keeps bfloat16 throughout."""
+    return 2.0 if config.precision == "bfloat16" and device.type == "cpu" else None
+
+
+def largest_batch(config: Config, device: torch.device, size: int) -> int:
+    """The largest micro-batch that fits: tried on CUDA, uncompiled; computed on a CPU."""
+    if device.type == "cpu":
+        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        room = pages - cost.HEADROOM_BYTES
+        return cost.largest_batch(config, room, element_bytes(config, device))
+    eager = replace(config, compute=replace(config.compute, compile=False))
+    gc.collect()
+    torch.cuda.empty_cache()
+    run = iteration_of(build_finetuner(eager, []), device)
+
+    def fits(number: int) -> bool:
+        try:
+            run(next(_random_batches(config, number)).to(device))
+            return True
+        except RuntimeError as error:
+            if not machine.is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            torch.cuda.empty_cache()
+
+    return largest_that_fits(fits, size)
+
+
+def largest_that_fits(fits: Callable[[int], bool], start: int) -> int:
+    """The largest number for which `fits` holds, by doubling, then halving the interval."""
+    low, high = 0, start
+    while high <= 4096 and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+# --- reference variants ---------------------------------------------------------------------
+
+
+def reference_variants(
+    config: Config, device: torch.device, say: Callable[[str], None]
+) -> list[Variant]:
+    """The original's order on our modules, and our step on diffusers' modules.
+
+    Those with the recipe's layout and compilation, too, where ours has them. And our own step in
+    float32, where the recipe has another precision.
+    """
+    exact = replace(config, precision="float32")
+    runs: dict[str, Iteration] = {}
+    if config.precision != "float32":
+        runs["ours, float32"] = iteration_of(build_finetuner(exact, []), device)
+    if config.adversarial is not None:
+        runs["the original's order, float32"] = original(exact, device)
+    else:
+        say("no adversarial term: the original's order is left out")
+    if importlib.util.find_spec("diffusers") is None:
+        say("diffusers is not installed: its variant is left out (pip install diffusers)")
+    else:
+        name = "the same step on diffusers' modules"
+        for precision in dict.fromkeys(("float32", config.precision)):
+            peer = plain(replace(config, precision=precision))
+            runs[f"{name}, {precision}"] = on_diffusers(peer, device)
+        switches = {"channels_last": machine.channels_last, "compiled": machine.compiles}
+        on = [switch for switch, is_on in switches.items() if is_on(config.compute)]
+        if on:
+            runs[", ".join([name, config.precision, *on])] = on_diffusers(config, device)
+    return [Variant(name, run) for name, run in runs.items()]
+
+
+def plain(config: Config) -> Config:
+    """All switches off."""
+    switches = replace(
+        config.compute,
+        channels_last=False,
+        subpixel_upsample=False,
+        lean_norm=False,
+        checkpoint_levels=0,
+        compile=False,
+    )
+    return replace(config, compute=switches)
+
+
+def original(config: Config, device: torch.device) -> Iteration:
+    """The original's training step, as its trainer ran it on our modules in float32.
+
+    Decoder: the encoder is in the graph, and the discriminator's gradients are computed too.
+    Discriminator: a second forward pass of everything, LPIPS included. The gradients for the
+    adaptive weight are separate backward passes.
+    """
+    config = plain(config)
+    parts = build_finetuner(config, []).to(device)
+    model, discriminator, network = parts.autoencoder, parts.discriminator, parts.perceptual
+    network.to(device)
+    assert discriminator is not None
+    model.requires_grad_(True)
+    optimizer, critic = build_optimizers(parts)
+    logvar = torch.zeros((), device=device)
+    pixel, weight = config.loss.pixel, config.loss.perceptual_weight
+
+    def nll_of(x: Tensor, y: Tensor) -> Tensor:
+        distance = network(x, y)
+        return reconstruction_loss(
+            x, y, distance, pixel=pixel, perceptual_weight=weight, logvar=logvar
+        )[0]
+
+    @machine.kernels(config.precision)
+    def run(batch: Batch) -> None:
+        x = to_float(batch.images) if batch.images.dtype == torch.uint8 else batch.images
+        posterior = model.encode(x)
+        y = model.decode(posterior.sample(batch.noise[0]))
+        nll, g = nll_of(x, y), generator_loss(discriminator(y))
+        at_last_layer = [
+            torch.autograd.grad(term, model.last_layer, retain_graph=True)[0] for term in (nll, g)
+        ]
+        optimizer.zero_grad()
+        loss = nll + 0.5 * adaptive_weight(at_last_layer[0], at_last_layer[1]) * g
+        (loss + 1e-6 * posterior.kl().mean()).backward()
+        optimizer.step()
+        with torch.no_grad():
+            y = model.decode(model.encode(x).sample(batch.noise[-1]))
+            nll_of(x, y)
+        critic.zero_grad()
+        discriminator_loss(discriminator(x), discriminator(y)).backward()
+        critic.step()
+
+    return run
+
+
+def on_diffusers(config: Config, device: torch.device) -> Iteration:
+    """Our step with diffusers' encoder and decoder in place of ours.
+
+    In the layout of `config`, and compiled, if it says so, in the parts that ours is compiled in.
+    """
+    from diffusers import AutoencoderKL as Peer
+
+    shape = config.model
+    levels = len(shape.ch_mult)
+    peer: Any = Peer(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(shape.ch * multiplier for multiplier in shape.ch_mult),
+        layers_per_block=shape.num_res_blocks,
+        latent_channels=shape.z_channels,
+    )
+    parts = build_finetuner(plain(config), [])
+    for name in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
+        setattr(parts.autoencoder, name, getattr(peer, name))
+    settings = replace(parts.config, compute=replace(config.compute, compile=False))
+    losses = parts.discriminator, parts.perceptual
+    finetuner = Finetuner(settings, parts.autoencoder, *losses)
+    if machine.compiles(config.compute):
+        decoder = peer.decoder
+        ends = peer.encoder, decoder.mid_block, decoder.conv_norm_out
+        machine.compile_each([*ends, *decoder.up_blocks, *losses])
+    return iteration_of(finetuner, device)

@@ -1,0 +1,698 @@
+"""Looks a run over before it costs anything: settings, weights, data, disk, an iteration, the bill.
+
+Every section is gone through, whatever was found before it, as far as it can be; nothing is
+written but the indexes of shards, which `train` would write, too.
+"""
+
+import contextlib
+import datetime
+import io
+import math
+import os
+import resource
+import shutil
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_f8_train import config, images
+from kl_f8_train.check import benchmark, cost, origins, scaling
+from kl_f8_train.config import Config
+from kl_f8_train.core import machine, perceptual
+from kl_f8_train.core.batch import Batch
+from kl_f8_train.core.losses import generator_loss, reconstruction_loss
+from kl_f8_train.core.model import FROZEN
+from kl_f8_train.core.step import Finetuner
+from kl_f8_train.data import identity
+from kl_f8_train.data.loading import PositionDataset, collate, open_data
+from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError, UserError
+from kl_f8_train.files import check_writable, file_sha256
+from kl_f8_train.run.tracking import check_tensorboard, wandb_reachable
+from kl_f8_train.run.train import adopt, check_model, fixed_photographs, start_or_resume
+from kl_f8_train.run_dir import list_checkpoints
+from kl_f8_train.transfer import is_remote
+from kl_f8_train.units import counted, duration, size
+from kl_f8_train.weights import pretrained, weight_file
+from kl_f8_train.weights.names import Weights
+
+Say = Callable[[str], None]
+BASE_RATE = 4.5e-6  # the original's base learning rate
+SAMPLE = 32  # images of each local source that are decoded; of a remote one, REMOTE_SAMPLE
+REMOTE_SAMPLE = 2
+THIS_MACHINE = "this machine"  # where a run on its CPU gets its memory
+FEW_IMAGES = 2  # of the gradient audit, and of the trial iteration without a GPU
+PATIENCE_SECONDS = 8.0  # a trial iteration that took longer is not run a second time
+
+
+@dataclass
+class Report:
+    """What was found: facts for machines, problems, and remarks that forbid nothing."""
+
+    say: Say
+    facts: dict[str, Any] = field(default_factory=dict)
+    problems: list[UserError] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def section(self, title: str) -> Iterator[None]:
+        """A part of the examination; an error of the user's in it becomes a problem."""
+        self.say(f"{title}:")
+        try:
+            yield
+        except UserError as error:
+            self.problems.append(error)
+            self.say(textwrap.indent(f"PROBLEM: {error}", "  "))
+
+    def tell(self, text: str) -> None:
+        """A line of the current section."""
+        self.say(f"  {text}")
+
+    def remark(self, text: str) -> None:
+        """A line that is repeated at the end."""
+        self.remarks.append(text)
+        self.tell(f"note: {text}")
+
+    @property
+    def exit_code(self) -> int:
+        """0, or the code of the gravest problem: settings first, then inputs, then the rest."""
+        return min((problem.exit_code for problem in self.problems), default=0)
+
+    def as_json(self) -> dict[str, Any]:
+        """The one object that `--json` prints; what could not be found out is null."""
+        return {
+            "go": not self.problems,
+            "problems": [str(problem) for problem in self.problems],
+            "remarks": self.remarks,
+            **dict.fromkeys(("gradient_audit", "images_total", "gpu_hours", "end_date")),
+            **dict.fromkeys(("checkpoint_bytes", "per_device_batch_that_fits")),
+            **{key: _finite(value) for key, value in self.facts.items()},
+        }
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def examine(path: Path, overrides: list[str], say: Say, allow_changes: bool = False) -> Report:
+    """Goes through a run's settings and inputs, and tries one iteration."""
+    report = Report(say)
+    settings = None
+    with report.section("settings"):
+        settings = config.load(path, overrides)
+        _tell_settings(report, settings, path, overrides)
+    if settings is not None:
+        _examine_run(report, settings, allow_changes)
+    elif (plan := _plan_without_inputs(path, overrides)) is not None:
+        world = world_size(plan)
+        with report.section("batch and learning rate"):
+            _check_batch(report, plan, world)
+        _tell_bill(report, plan, world)
+    _verdict(report)
+    return report
+
+
+def _plan_without_inputs(path: Path, overrides: list[str]) -> Config | None:
+    """The settings with a name in the place of each without a value; None if more is wrong."""
+    with contextlib.suppress(UserError):
+        values = dict(config.leaves(config.resolve(path, overrides)))
+        absent = [f"{key}=absent" for key, value in values.items() if value == "???"]
+        return config.load(path, [*overrides, *absent])
+    return None
+
+
+def _examine_run(report: Report, settings: Config, allow_changes: bool) -> None:
+    world = world_size(settings)
+    with report.section("batch and learning rate"):
+        _check_batch(report, settings, world)
+    with report.section("weights"):
+        _check_weights(report, settings)
+    with report.section(f"perceptual network: {perceptual.LABELS[settings.loss.perceptual]}"):
+        network = pretrained.build(settings.loss.perceptual, settings.loss.perceptual_weights)
+        if network.published:
+            report.tell("found")
+        else:
+            report.remark(f"the loss is {network.label}: the result is not the published recipe's")
+    for name in settings.data.sources:
+        with report.section(f"data: {name}"):
+            _check_source(report, settings, name)
+    if settings.log.pictures_every and settings.log.pictures is not None:
+        with report.section("photographs of validation"):
+            found = fixed_photographs(settings, report.tell)
+            report.tell(f"{counted(len(found), 'photograph', 's')} of {settings.log.pictures}")
+    with report.section("wandb"):
+        _check_wandb(report, settings)
+    if settings.log.tensorboard:
+        with report.section("TensorBoard"):
+            check_tensorboard()
+            report.tell("installed")
+    if report.problems:
+        report.say("one iteration: not tried before these are mended")
+    else:
+        with report.section("one iteration"):
+            with contextlib.redirect_stdout(io.StringIO()) as told:
+                finetuner, _ = start_or_resume(settings, Path(settings.run_dir), allow_changes)
+            for line in told.getvalue().splitlines():
+                report.tell(line.strip())
+            _try_iteration(report, settings, finetuner, world, allow_changes)
+    with report.section("disk"):
+        _check_disk(report, settings)
+    _tell_bill(report, settings, world)
+
+
+# --- settings -------------------------------------------------------------------------------
+
+
+def _tell_settings(report: Report, settings: Config, path: Path, overrides: list[str]) -> None:
+    values = dict(config.leaves(config.to_dict(settings)))
+    where = origins.origins(path, overrides, values)
+    report.facts["settings"] = {
+        key: {"value": value, "origin": where[key]} for key, value in values.items()
+    }
+    for origin in dict.fromkeys(where.values()):
+        texts = [f"{key}={value}" for key, value in values.items() if where[key] == origin]
+        report.say(textwrap.fill(", ".join(texts), 100, **_hanging(f"  {origin:<9}")))
+
+
+def _hanging(head: str) -> dict[str, Any]:
+    return {
+        "initial_indent": head,
+        "subsequent_indent": " " * len(head),
+        "break_long_words": False,
+        "break_on_hyphens": False,
+    }
+
+
+def world_size(settings: Config) -> int:
+    """Processes of the run: as set, else the GPUs seen here, on the nodes set or one."""
+    gpus = 0 if settings.compute.accelerator == "cpu" else torch.cuda.device_count()
+    return (settings.compute.devices or gpus or 1) * (settings.compute.num_nodes or 1)
+
+
+def _check_batch(report: Report, settings: Config, world: int) -> None:
+    micro = config.micro_batch(settings, world)
+    batch, rate = settings.global_batch, settings.optimizer.learning_rate
+    parts = batch // world // micro
+    report.facts["batch"] = {
+        "processes": world, "per_device": micro, "accumulation": parts, "global": batch
+    }  # fmt: skip
+    report.tell(
+        f"{counted(world, 'process', 'es')} x {counted(micro, 'image', 's')} x "
+        f"{counted(parts, 'micro-batch', 'es')} = {batch}"
+    )
+    here = _memory_here(settings)
+    _tell_memory(report, settings, micro, batch // world, here)
+    report.tell(
+        f"learning rate {rate:g}, absolute: nothing scales it. The original's rule would give "
+        f"{parts} x {micro} x {world} x {BASE_RATE:g} = {batch * BASE_RATE:g}; this is "
+        f"{rate / BASE_RATE:.3g} x its base rate"
+    )
+    if settings.compute.accelerator == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "compute.accelerator=cuda, but torch sees no GPU here; mend the driver, or give "
+            "compute.accelerator=cpu"
+        )
+    gpus = torch.cuda.device_count()
+    if gpus and (settings.compute.devices or 1) > gpus:
+        raise UsageError(
+            f"compute.devices={settings.compute.devices}, but torch sees {gpus} GPUs here; give "
+            f"compute.devices={gpus} or run this where the others are"
+        )
+    if not machine.on_cuda(settings.compute):  # a GPU is tried with a whole micro-batch
+        check_fits(settings, micro, batch // world, here)
+
+
+def _tell_memory(
+    report: Report, settings: Config, micro: int, share: int, here: Mapping[str, float]
+) -> None:
+    """What micro-batches of `micro` take, and the largest that would fit here or on known GPUs."""
+    kept = _element_bytes(settings)
+    report.tell(
+        f"{'memory' if _on_cpu(settings) else 'GPU memory'} that this takes, computed: "
+        f"{size(cost.peak_bytes(settings, micro, kept))}"
+    )
+    fits = {name: cost.largest_divisor(settings, share, here[name], kept) for name in here}
+    if _is_full_size(settings) and not machine.on_cuda(settings.compute):
+        fits |= {
+            kind.name: cost.largest_divisor(settings, share, kind.room_bytes)
+            for kind in scaling.GPUS
+        }
+    report.facts["per_device_batch_that_fits"] = fits
+    if fits:
+        told = ", ".join(f"{count or 'none'} on {name}" for name, count in fits.items())
+        gpus = fits.keys() != {THIS_MACHINE}
+        left = f", with {size(cost.HEADROOM_BYTES)} for CUDA and its allocator" if gpus else ""
+        report.tell(f"the largest compute.per_device_batch that fits, computed{left}: {told}")
+
+
+def _memory_here(settings: Config) -> dict[str, float]:
+    """Room in bytes, by name, for each process here; {} where a GPU elsewhere is meant."""
+    if machine.on_cuda(settings.compute):
+        found = torch.cuda.get_device_properties(0)
+        return {found.name: found.total_memory - cost.HEADROOM_BYTES}
+    if not _on_cpu(settings):
+        return {}
+    return {THIS_MACHINE: available_memory() / (settings.compute.devices or 1)}
+
+
+def available_memory() -> int:
+    """Bytes that processes can still have: Linux's estimate, elsewhere all of the memory."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def check_fits(settings: Config, micro: int, share: int, rooms: Mapping[str, float]) -> None:
+    """Raises RunFailedError if a micro-batch of `micro` images needs more than there is room."""
+    kept = _element_bytes(settings)
+    for name, room in rooms.items():
+        largest = cost.largest_divisor(settings, share, room, kept)
+        if micro > largest:
+            smaller = f"give compute.per_device_batch={largest}, or " if largest else ""
+            raise RunFailedError(
+                f"compute.per_device_batch={micro} takes "
+                f"{size(cost.peak_bytes(settings, micro, kept))}, computed, but {name} has "
+                f"{size(room)} for it; {smaller}"
+                "raise compute.checkpoint_levels, or lower data.crop"
+            )
+
+
+def _element_bytes(settings: Config) -> float | None:
+    """Bytes a kept number where the run will be: on a GPU unless it is for this CPU."""
+    return benchmark.element_bytes(settings, torch.device("cpu" if _on_cpu(settings) else "cuda"))
+
+
+def _on_cpu(settings: Config) -> bool:
+    """Whether the run will use this machine's CPU; full size without a GPU is a plan for others."""
+    accelerator = settings.compute.accelerator
+    if accelerator == "auto":
+        return not torch.cuda.is_available() and not _is_full_size(settings)
+    return accelerator == "cpu"
+
+
+def _is_full_size(settings: Config) -> bool:
+    """Whether the networks have kl-f8's shape: figures for GPUs say nothing about smaller ones."""
+    return settings.model == config.KL_F8
+
+
+# --- inputs ---------------------------------------------------------------------------------
+
+
+def _check_weights(report: Report, settings: Config) -> None:
+    found = list_checkpoints(Path(settings.run_dir))
+    if found:
+        held = counted(len(found), "checkpoint", "s")
+        report.tell(f"{settings.run_dir} holds {held}: this run would resume")
+    paths = found or [Path(settings.init.weights)]
+    contents, weights = _first_readable(report, paths, settings.init.select)
+    start = contents.iteration
+    if not found and settings.init.iteration is not None:
+        start = settings.init.iteration
+    report.facts["start_iteration"] = start
+    digest = file_sha256(contents.path)
+    told = weight_file.report(contents, weights)
+    report.facts["weights"] = {"sha256": digest, **told}
+    report.tell(weight_file.describe(told))
+    report.tell(f"{size(contents.path.stat().st_size)}, SHA-256 {digest}")
+    if not found and contents.iteration not in (None, start):
+        report.remark(
+            f"init.iteration={start} is taken, although {contents.path.name} says "
+            f"{contents.iteration:,}"
+        )
+    if not found:
+        check_model(settings, contents, weights.autoencoder)
+
+
+def _first_readable(
+    report: Report, paths: list[Path], select: str
+) -> tuple[weight_file.Contents, Weights]:
+    """The weights of the first file that can be read, as `train` would take it."""
+    for path in paths[:-1]:
+        try:
+            return weight_file.read_weights(path, select)
+        except MissingInputError as error:
+            report.remark(f"{error}; the checkpoint before it would be taken")
+    return weight_file.read_weights(paths[-1], select)
+
+
+def _check_source(report: Report, settings: Config, name: str) -> None:
+    """Opens one source, reads its first shard, and decodes a sample as training would."""
+    alone = replace(settings.data, sources={name: settings.data.sources[name]})
+    plan, sources = open_data(replace(settings, data=alone), report.tell)
+    source = sources[name]
+    for line in source.describe():
+        report.tell(line)
+    first = int(source.counts.argmax() if source.counts[0] == 0 else 0)
+    key, data = source.read(first, 0)
+    height, width = images.decode(data).shape[1:]
+    place = source.location(first)
+    report.tell(f"first shard {place}: {key}, {width} x {height} pixels, {size(len(data))}")
+    dealt = plan.plans[name].lanes * plan.plans[name].lane_length  # in a pass, none twice
+    count = min(plan.batch * 4, dealt, REMOTE_SAMPLE if is_remote(place) else SAMPLE)
+    dataset = PositionDataset(plan, sources, settings)
+    began = time.perf_counter()
+    samples = [dataset[position] for position in range(count)]
+    speed = count / (time.perf_counter() - began)
+    bad = sum(len(sample.skipped) for sample in samples)
+    side = settings.data.shorter_side
+    small = 0 if side is None else _count_smaller(side, dataset, range(count))
+    report.facts.setdefault("data", {})[name] = {
+        "images": int(source.counts.sum()),
+        "shards": len(source.counts),
+        "sampled": count,
+        "unusable": bad,
+        "enlarged": small,
+        "images_per_second_per_worker": speed,
+    }
+    report.tell(f"sample of {count}: {bad} unusable; {speed:.0f} images/s in one process")
+    if bad:
+        line = next(sample.skipped[0] for sample in samples if sample.skipped)
+        report.remark(f"{name}: {bad} of {count + bad} sampled images cannot be used, as {line}")
+    if small:
+        report.remark(
+            f"{name}: {small} of {count} sampled images are smaller than data.shorter_side={side}, "
+            f"and would be enlarged; leave such out (in shards: data.sources.{name}.filters="
+            f"'width >= {side}, height >= {side}'), or lower data.shorter_side"
+        )
+
+
+def _count_smaller(side: int, dataset: PositionDataset, positions: range) -> int:
+    """How many readable images at these positions have a side shorter than `side` pixels."""
+    smaller = 0
+    for position in positions:
+        name, shard, number = dataset.plan.locate(position)
+        with contextlib.suppress(ImageError, OSError):
+            image = images.decode(dataset.sources[name].read(shard, number)[1])
+            smaller += min(image.shape[1:]) < side
+    return smaller
+
+
+def _check_wandb(report: Report, settings: Config) -> None:
+    outcome: str = settings.log.wandb
+    if outcome == "auto":
+        outcome = "online" if wandb_reachable() else "offline: its server does not answer"
+    report.facts["wandb"] = outcome
+    report.tell(outcome)
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest directory above, or the path itself, that is there."""
+    return next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
+
+
+# --- one iteration --------------------------------------------------------------------------
+
+
+def _try_iteration(
+    report: Report, settings: Config, finetuner: Finetuner, world: int, allow_changes: bool
+) -> None:
+    """Audits the gradients of a real batch, then runs and times an iteration on it."""
+    report.facts |= {"start_iteration": finetuner.iteration, "warmup": finetuner.warmup_left}
+    cuda = machine.on_cuda(settings.compute)
+    device = torch.device("cuda" if cuda else "cpu")
+    micro = config.micro_batch(settings, world)
+    count = micro if cuda else min(micro, FEW_IMAGES)
+    plan, sources = open_data(settings, report.tell)
+    adopt(finetuner, identity.of_data(plan), settings.run_dir, allow_changes)
+    dataset = PositionDataset(plan, sources, settings)
+    first = finetuner.iteration * settings.global_batch
+    batch = collate([dataset[first + slot] for slot in range(count)]).to(device)
+    finetuner.to(device)
+    finetuner.perceptual.to(device)
+    finetuner.warmup_left, finetuner.micro_batch = 0, count
+    if settings.adversarial is not None:  # with everything that it will cost
+        finetuner.iteration = max(finetuner.iteration, settings.adversarial.start_iteration)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # each term's backward pass keeps the graph
+            audit = gradient_audit(finetuner, batch.first(FEW_IMAGES))
+        report.facts["gradient_audit"] = audit
+        for name, norm in audit.items():
+            report.tell(f"gradient norm at decoder.conv_out.weight: {name} {norm:.4g}")
+        seconds, cold = _timed_iteration(finetuner, batch)
+    except RuntimeError as error:
+        if not (cuda and machine.is_out_of_memory(error)):
+            raise
+        raise RunFailedError(
+            f"out of GPU memory with {counted(count, 'image', 's')}: {error}\n"
+            "Halve compute.per_device_batch (the global batch stays, by accumulation)"
+        ) from error
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    report.facts |= {
+        "device": _device_name(cuda),
+        "seconds_per_image": seconds / count,
+        "cold_iteration": cold,
+        "memory_bytes": memory,
+    }
+    note = " (the first, cold iteration; later ones are quicker)" if cold else ""
+    tried = f"{count} of {micro} images" if count < micro else counted(count, "image", "s")
+    report.tell(
+        f"{tried} in {seconds:.2f} s{note} on {_device_name(cuda)}: "
+        f"{count / seconds:.3g} images/s; memory at most {size(memory)}"
+    )
+    if not cuda:
+        report.remark("time and memory were measured on this machine's CPU, not on a GPU")
+    _check_gradients(finetuner, audit)
+    _check_workers(report, settings, count / seconds)
+
+
+def gradient_audit(finetuner: Finetuner, batch: Batch) -> dict[str, float]:
+    """Norm of each loss term's gradient at the decoder's last layer.
+
+    The perceptual term with its weight, the adversarial one before its adaptive weight.
+    """
+    settings, model = finetuner.config, finetuner.autoencoder
+    dtype = model.last_layer.dtype
+    x = images.to_float(batch.images).to(dtype)
+    autocast = torch.autocast(x.device.type, torch.bfloat16, settings.precision == "bfloat16")
+    with torch.no_grad(), autocast:
+        latents = model.encode(x).sample(batch.noise[0].to(dtype))
+    with autocast:
+        y = model.decode(latents).to(dtype)
+        logits = None if finetuner.discriminator is None else finetuner.discriminator(y)
+
+    def nll(reconstruction: Tensor, distance: Tensor) -> Tensor:
+        return reconstruction_loss(
+            x,
+            reconstruction,
+            distance.to(dtype),
+            pixel=settings.loss.pixel,
+            perceptual_weight=settings.loss.perceptual_weight,
+            logvar=finetuner.logvar.detach(),
+        )[0]
+
+    terms = {"pixel": nll(y, torch.zeros_like(y[:, :1, :1, :1]))}
+    if settings.loss.perceptual_weight:
+        terms["perceptual"] = nll(x, finetuner.perceptual(x, y))  # x - x leaves this term alone
+    if logits is not None:
+        terms["adversarial"] = generator_loss(logits.to(dtype))
+    return {
+        name: float(torch.autograd.grad(term, model.last_layer, retain_graph=True)[0].norm())
+        for name, term in terms.items()
+    }
+
+
+def _timed_iteration(finetuner: Finetuner, batch: Batch) -> tuple[float, bool]:
+    """Seconds of the second iteration; of the first, and True, if that took too long for two.
+
+    A first iteration that compiles says nothing about the others.
+    """
+    device = batch.images.device
+    run = benchmark.iteration_of(finetuner, device)
+    seconds: list[float] = []
+    for _ in range(2):
+        benchmark.reset_peak(device)  # neither the audit's memory nor the compiler's
+        seconds.append(benchmark.timed(run, batch, device))
+        if seconds[-1] > PATIENCE_SECONDS and not machine.compiles(finetuner.config.compute):
+            break
+    return seconds[-1], len(seconds) == 1
+
+
+def _check_gradients(finetuner: Finetuner, audit: Mapping[str, float]) -> None:
+    """Raises RunFailedError for a term without a gradient, and for a frozen part with one."""
+    wrong = [f"{name} {norm:g}" for name, norm in audit.items() if not 0 < norm < math.inf]
+    model = finetuner.autoencoder
+    wrong += [
+        f"{part}.{name} has a gradient, though frozen"
+        for part in FROZEN
+        for name, parameter in getattr(model, part).named_parameters()
+        if parameter.grad is not None
+    ]
+    if wrong:
+        raise RunFailedError(
+            f"gradient audit: {'; '.join(wrong[:5])}; expected every term above 0 and finite, and "
+            "none in encoder and quant_conv. Check init.weights, the images, and precision=float32"
+        )
+
+
+def _check_workers(report: Report, settings: Config, wanted: float) -> None:
+    """Compares one loader process with what the device takes."""
+    slowest = min(entry["images_per_second_per_worker"] for entry in report.facts["data"].values())
+    workers = math.ceil(wanted / slowest)
+    report.tell(
+        f"data: {counted(workers, 'loader process', 'es')} can keep it busy; "
+        f"data.workers={settings.data.workers}"
+    )
+    if workers > max(1, settings.data.workers):
+        report.remark(f"data.workers={settings.data.workers} is too few; {workers} would do")
+
+
+def _device_name(cuda: bool) -> str:
+    return (
+        torch.cuda.get_device_name()
+        if cuda
+        else f"this CPU, {counted(torch.get_num_threads(), 'thread', 's')}"
+    )
+
+
+# --- the bill -------------------------------------------------------------------------------
+
+
+def kept_checkpoints(settings: config.Checkpoint, start: int, stop: int) -> int:
+    """How many checkpoints are there in the end: the newest, and the milestones before them."""
+    saved = range(start - start % settings.every + settings.every, stop, settings.every)
+    newest = [*saved[max(0, len(saved) - settings.keep_last + 1) :], stop]
+    if not settings.keep_every:
+        return len(newest)
+    step = math.lcm(settings.every, settings.keep_every)
+    milestones = range(start - start % step + step, stop, step)
+    return len(milestones) + sum(iteration not in milestones for iteration in newest)
+
+
+def _start(report: Report, settings: Config) -> int | None:
+    found: int | None = report.facts.get("start_iteration", settings.init.iteration)
+    return found
+
+
+def _check_disk(report: Report, settings: Config) -> None:
+    """Raises RunFailedError if the directory is closed, or too small for what will be kept."""
+    run_dir = Path(settings.run_dir)
+    parent = existing_parent(run_dir)
+    check_writable(parent)
+    start = _start(report, settings)
+    if start is None:
+        report.tell(f"{run_dir} can be written; how much is not known without the first iteration")
+        return
+    one = scaling.checkpoint_bytes(settings)
+    kept = kept_checkpoints(settings.checkpoint, start, settings.stop_iteration)
+    there = sum(path.stat().st_size for path in list_checkpoints(run_dir))
+    needed, free = (kept + 1) * one - there, shutil.disk_usage(parent).free
+    report.facts |= {"checkpoint_bytes": kept * one, "checkpoints": kept, "free_bytes": free}
+    report.tell(
+        f"{counted(kept, 'checkpoint', 's')} of {size(one)} will be kept: {size(kept * one)}, and "
+        f"one more while it is written; {size(free)} are free"
+    )
+    if needed > free:
+        raise RunFailedError(
+            f"{run_dir} needs {size(needed)} for checkpoints, but {size(free)} are free; make "
+            "room, or raise checkpoint.keep_every (0: no milestones)"
+        )
+
+
+def _tell_bill(report: Report, settings: Config, world: int) -> None:
+    report.say("the bill:")
+    _bill(report, settings, world)
+    _tell_scaling(report, settings, world)
+
+
+def _bill(report: Report, settings: Config, world: int) -> None:
+    start, seconds = _start(report, settings), report.facts.get("seconds_per_image")
+    if start is None:
+        report.tell("not known: weights that tell their iteration, or init.iteration, are missing")
+        return
+    warmup = report.facts.get("warmup", 0)
+    iterations = max(0, settings.stop_iteration - start) + warmup
+    total = iterations * settings.global_batch
+    report.facts["images_total"] = total
+    extra = f", {warmup:,} of them the discriminator's warm-up" if warmup else ""
+    report.tell(
+        f"{counted(iterations, 'iteration', 's')}{extra} x {settings.global_batch} = "
+        f"{counted(total, 'image', 's')}"
+    )
+    if seconds is None:
+        return
+    hours = total * seconds / 3600
+    days = hours / world / 24
+    end = date_in(days)
+    report.facts |= {
+        "gpu_hours": hours,
+        "days": days,
+        "end_date": end and end.isoformat(timespec="seconds"),
+    }
+    until = f"{end:%Y-%m-%d %H:%M}" if end else "after the year 9999"
+    measured = "of the one, cold iteration" if report.facts["cold_iteration"] else "measured"
+    report.tell(
+        f"{hours:,.3g} device-hours at the speed {measured} here; with {world} of them "
+        f"{duration(days * 86400)}, until {until} if it starts now"
+    )
+
+
+def date_in(days: float) -> datetime.datetime | None:
+    """The time in so many days, to the second; None after the year 9999."""
+    try:
+        return datetime.datetime.now().replace(microsecond=0) + datetime.timedelta(days=days)
+    except OverflowError:
+        return None
+
+
+def _tell_scaling(report: Report, settings: Config, world: int) -> None:
+    """More devices like this one from its measured speed; without a GPU, the known kinds, too.
+
+    The known kinds for kl-f8's shape alone.
+    """
+    seconds, start = report.facts.get("seconds_per_image"), _start(report, settings)
+    iterations = 0 if start is None else max(0, settings.stop_iteration - start)
+    work = scaling.workload(settings, iterations)
+    cuda = machine.on_cuda(settings.compute)
+    gpu = scaling.find_gpu(torch.cuda.get_device_name()) if cuda else None
+    assumed = f"{100 * scaling.SHARE:.0f} % of its peak"
+    if seconds is not None:
+        report.say(f"scaling, by docs/scaling.md, from the speed of {_device_name(cuda)}:")
+        if gpu is not None:
+            share = work.flops_per_image / (seconds * gpu.flops)
+            report.tell(f"{100 * share:.0f} % of {gpu.name}'s peak; the docs assume {assumed}")
+        for count in scaling.GPU_COUNTS:
+            if settings.global_batch % count == 0:
+                found = scaling.predict(work, seconds, count, gpu)
+                report.tell(f"{count:>2}: {_predicted(found, work)}")
+    if not cuda and _is_full_size(settings):
+        report.say(f"predicted, not measured: {world} of each of these, at {assumed}:")
+        for kind in scaling.GPUS:
+            found = scaling.predict(work, scaling.seconds_per_image(work, kind), world, kind)
+            report.tell(f"{kind.name:<14} {_predicted(found, work)}")
+
+
+def _predicted(found: scaling.Prediction, work: scaling.Workload) -> str:
+    parts = [
+        f"{found.images_per_second:.3g} images/s",
+        *([duration(found.days * 86400)] if found.days else []),
+        f"data {size(found.images_per_second * scaling.IMAGE_BYTES)}/s",
+    ]
+    if found.reduction_seconds:
+        reduced = f"{1e3 * found.reduction_seconds:.1f} ms"
+        parts.append(f"{size(work.reduced_bytes)} reduced in {reduced} an iteration")
+    return ", ".join(parts)
+
+
+def _verdict(report: Report) -> None:
+    for remark in report.remarks:
+        report.say(f"note: {remark}")
+    if not report.problems:
+        report.say("GO")
+        return
+    report.say(f"NO GO, {counted(len(report.problems), 'problem', 's')}:")
+    for number, problem in enumerate(report.problems, 1):
+        report.say(textwrap.indent(f"{number}. {problem}", "  "))

@@ -1,0 +1,154 @@
+"""The machine's switches, `compute.*`, on the networks: layout, recomputation, compilation.
+
+None changes what is computed but for rounding, and none changes a state dict's keys. Also here:
+which of them to change when memory or the compiler fails.
+"""
+
+import os
+import shutil
+import sysconfig
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kl_f8_train.config import Compute
+from kl_f8_train.core.model import AutoencoderKL, NormSwish, UpLevel, Upsample
+from kl_f8_train.errors import RunFailedError
+
+GRAPHS_PER_CLASS = 64  # four levels, with and without gradients, of a few networks in a process
+# How much a fused kernel may read and compute before inductor writes an intermediate image to
+# memory: within its own limits it writes those of GroupNorm and swish, and reads them again.
+INDUCTOR: dict[str, Any] = {"realize_reads_threshold": 64, "realize_opcount_threshold": 1000}
+# How memory's end reads where torch has no class for it: its CPU allocator, CUDA, cuDNN, cuBLAS.
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "out of memory",
+    "unable to find an engine",
+    "Unable to find a valid cuDNN algorithm",
+    "STATUS_ALLOC_FAILED",
+)
+
+
+def apply(
+    settings: Compute,
+    autoencoder: AutoencoderKL,
+    discriminator: nn.Module | None,
+    perceptual: nn.Module,
+) -> None:
+    """Sets the networks' memory layout and how the decoder runs.
+
+    The discriminator's and the perceptual network's layouts are set too.
+    """
+    for network in (autoencoder, discriminator, perceptual):
+        if network is not None and channels_last(settings):
+            network.to(memory_format=torch.channels_last)
+    levels = [part for part in autoencoder.modules() if isinstance(part, UpLevel)]
+    for number, level in enumerate(levels):  # from full resolution down
+        level.recompute = number < settings.checkpoint_levels
+    for part in autoencoder.modules():
+        if isinstance(part, Upsample):
+            part.subpixel = settings.subpixel_upsample
+        elif isinstance(part, NormSwish):
+            part.lean = settings.lean_norm
+
+
+def channels_last(settings: Compute) -> bool:
+    """Whether networks and images lie as NHWC: as set, or on CUDA (a CPU is slower with it)."""
+    return on_cuda(settings) if settings.channels_last is None else settings.channels_last
+
+
+def compiles(settings: Compute) -> bool:
+    """Whether to compile: as set, or on CUDA where Triton will find a C compiler and Python.h."""
+    if settings.compile is not None:
+        return settings.compile
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return on_cuda(settings) and compiler is not None and header.is_file()
+
+
+def on_cuda(settings: Compute) -> bool:
+    """Whether networks will run on a GPU of this machine."""
+    return settings.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def compile_networks(
+    autoencoder: AutoencoderKL,
+    discriminator: nn.Module | None,
+    perceptual: nn.Module,
+    backend: str = "inductor",
+) -> None:
+    """Compiles encoder, decoder, discriminator and perceptual network, each in place.
+
+    The decoder in parts, without its last convolution: a compiled region computes all its gradients
+    or none, and the adaptive weight needs the last layer's alone, twice.
+    """
+    decoder = autoencoder.decoder
+    parts = [autoencoder.encoder, decoder.mid, *decoder.up, decoder.norm_out]
+    compile_each([*parts, discriminator, perceptual], backend)
+
+
+def compile_each(parts: Iterable[nn.Module | None], backend: str = "inductor") -> None:
+    """Compiles each part by itself, in place, with room for many of one class."""
+    # The decoder's levels are of one class, so they share one limit; beyond it they run eagerly.
+    dynamo = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # 2.6
+    setattr(dynamo, limit, GRAPHS_PER_CLASS)
+    # DDP's own splitting of graphs fails on recomputed levels in torch 2.6. Without it the hooks
+    # that reduce gradients run after each part's backward pass, while the next part's is computed.
+    dynamo.optimize_ddp = False
+    options = INDUCTOR if backend == "inductor" else None
+    for part in parts:
+        if part is not None:
+            part.compile(backend=backend, dynamic=False, options=options)
+
+
+@contextmanager
+def kernels(precision: str) -> Iterator[None]:
+    """Sets how cuDNN convolves in iterations: the fastest kernels by trial, TF32 by precision.
+
+    Precision "float32" means float32, while torch's default for convolutions is TF32; it stays for
+    what "bfloat16" leaves in float32, the perceptual network. Nothing on a CPU.
+    """
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(
+        enabled=cudnn.enabled,
+        benchmark=True,  # an iteration's shapes are those of the iteration before
+        deterministic=cudnn.deterministic,
+        allow_tf32=precision != "float32",
+    ):
+        yield
+
+
+@contextmanager
+def with_remedy() -> Iterator[None]:
+    """Raises RunFailedError with the remedy for a failure of memory or of the compiler."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        remedy = _remedy(error)
+        if remedy is None:
+            raise
+        raise RunFailedError(f"{str(error).splitlines()[0]}\n{remedy}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; near its end cuDNN finds no kernel that fits, and says only that."""
+    known = (torch.cuda.OutOfMemoryError, MemoryError)
+    return isinstance(error, known) or any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def _remedy(error: Exception) -> str | None:
+    """What helps against a failure of memory or of the compiler; None for any other."""
+    if is_out_of_memory(error):
+        return (
+            "out of memory: halve compute.per_device_batch (the global batch stays, by "
+            "accumulation), or give compute.checkpoint_levels=4, or precision=bfloat16, or fewer "
+            "data.workers if the machine's memory is short"
+        )
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return "torch.compile failed: give compute.compile=false"
+    return None

@@ -1,0 +1,1 @@
+"""Which images, from where? Plan, shards, cache, loaders."""

@@ -1,0 +1,381 @@
+"""Where the images of tar shards lie.
+
+A shard is indexed once from its tar headers and JSON members: where each image lies, and every
+number known of it. The index of a source is a directory of arrays that are mapped, not read, so
+that 100,000 shards of 1,000 images open in seconds.
+"""
+
+import glob
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from webdataset.shardlists import expand_urls
+
+from kl_f8_train.data.shard_cache import ShardCache
+from kl_f8_train.errors import MissingInputError
+from kl_f8_train.files import atomic_path, cache_dir, check_writable, write_json
+from kl_f8_train.images import SUFFIXES
+from kl_f8_train.transfer import is_remote
+from kl_f8_train.units import counted
+
+BLOCK = 512  # bytes; everything in a tar starts at a multiple of it
+CHUNK = 64  # shards indexed as one resumable part
+MOST = 1_000_000  # shards of one pattern
+UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)  # of an index
+
+Progress = Callable[[int, int], None]
+
+
+# --- finding --------------------------------------------------------------------------------
+
+
+def expand(pattern: str) -> list[str]:
+    """Brace pattern, glob, directory, list file (.txt), single tar or address -> shards.
+
+    Raises MissingInputError naming what is not there.
+    """
+    path = Path(pattern)
+    if path.is_dir():
+        found = sorted(str(tar) for tar in path.glob("*.tar"))
+        if not found:
+            raise MissingInputError(
+                f"no shards and no images in {path}; expected .tar files or {', '.join(SUFFIXES)}"
+            )
+        return found
+    if path.suffix == ".txt" and path.is_file():
+        return _existing(_listed(path), pattern)
+    if pattern.startswith("pipe:"):
+        return [pattern]
+    try:
+        if (count := _alternatives(pattern)) > MOST:
+            raise ValueError(f"{count:,} shards, expected {MOST:,} at most")
+        parts = list(expand_urls(pattern))
+    except (ValueError, AssertionError) as error:
+        raise MissingInputError(
+            f"no shards: {pattern} is not a pattern: {error}; expected one as 00{{00..99}}.tar"
+        ) from error
+    if not is_remote(pattern) and any(letter in pattern for letter in "*?["):
+        parts = [found for part in parts for found in sorted(glob.glob(part))]
+    return _existing(parts, pattern)
+
+
+def _listed(path: Path) -> list[str]:
+    """The lines of a list file that are neither empty nor comments."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise MissingInputError(
+            f"{path} is no list of shards: byte {error.start} is not UTF-8; expected a text with a "
+            "shard on each line"
+        ) from error
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise MissingInputError(f"{path} lists no shards: expected a shard on each line")
+    return found
+
+
+def _alternatives(pattern: str) -> int:
+    """How many places a brace pattern names, at most, without making them."""
+    count = 1
+    while group := re.search(r"\{([^{}]*)\}", pattern):  # the innermost ones first
+        ends = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", group[1])
+        if ends:
+            count *= abs(int(ends[2]) - int(ends[1])) // max(1, int(ends[3] or 1)) + 1
+        elif letters := re.match(r"([a-zA-Z])\.\.([a-zA-Z])", group[1]):
+            count *= abs(ord(letters[2]) - ord(letters[1])) + 1
+        else:
+            count *= group[1].count(",") + 1
+        pattern = pattern[: group.start()] + pattern[group.end() :]
+    return count
+
+
+def _existing(locations: list[str], pattern: str) -> list[str]:
+    missing = [place for place in locations if not is_remote(place) and not os.path.isfile(place)]
+    if missing or not locations:
+        found = f"{len(missing)} of {len(locations)} files are missing ({', '.join(missing[:3])})"
+        raise MissingInputError(
+            f"no shards: {found if locations else f'no file is named like {pattern}'}; check the "
+            "path; expected .tar files by brace pattern, glob, directory or list, or a folder of "
+            "images"
+        )
+    return locations
+
+
+# --- one tar --------------------------------------------------------------------------------
+
+
+@dataclass
+class TarIndex:
+    """The images of one tar: where they lie, and every number in the JSON beside each."""
+
+    blocks: list[int] = field(default_factory=list)  # offset of the image, in blocks
+    sizes: list[int] = field(default_factory=list)  # bytes
+    keys: list[str] = field(default_factory=list)
+    numbers: list[dict[str, float]] = field(default_factory=list)
+    without_image: int = 0
+
+
+def index_tar(path: Path) -> TarIndex:
+    """Reads the headers and JSON members of one tar.
+
+    Raises MissingInputError if it is cut short (also at a header boundary) or is no tar.
+    """
+    found = TarIndex()
+    previous: tuple[str, str] | None = None
+    pending: dict[str, float] = {}
+    has_image = True
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                base, _, extension = name.partition(".")
+                if (folder, base) != previous:
+                    found.without_image += not has_image
+                    previous, pending, has_image = (folder, base), {}, False
+                if extension.lower() == "json":
+                    handle = archive.extractfile(member)
+                    pending.update(_numbers(handle.read() if handle else b""))
+                elif f".{extension.lower()}" in SUFFIXES and not has_image:
+                    has_image = True
+                    found.blocks.append(member.offset_data // BLOCK)
+                    found.sizes.append(member.size)
+                    found.keys.append(base)
+                    found.numbers.append(pending)
+            end = archive.offset
+        with path.open("rb") as file:
+            file.seek(end)
+            block = file.read(BLOCK)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise MissingInputError(
+            f"shard {path} is broken: {error} after {counted(len(found.sizes), 'image', 's')}"
+        ) from error
+    found.without_image += not has_image
+    if len(block) != BLOCK or block.strip(b"\0"):
+        raise MissingInputError(
+            f"shard {path} is cut short: no end mark after "
+            f"{counted(len(found.sizes), 'image', 's')}"
+        )
+    return found
+
+
+def add_neighbours(found: TarIndex, path: Path) -> TarIndex:
+    """What img2dataset wrote beside a shard: `_stats.json` checks it, `.parquet` adds numbers.
+
+    The parquet is read only for images without JSON, and where pyarrow is installed. Raises
+    MissingInputError if the shard holds fewer images than the statistics say.
+    """
+    stats = path.with_name(f"{path.stem}_stats.json")
+    if stats.is_file():
+        expected = _numbers(stats.read_bytes()).get("successes", 0)
+        if len(found.sizes) < expected:
+            raise MissingInputError(
+                f"shard {path} holds {counted(len(found.sizes), 'image', 's')}, "
+                f"{stats.name} says {expected:.0f} (delete that file if images were taken out on "
+                "purpose)"
+            )
+    table = path.with_suffix(".parquet")
+    if table.is_file() and not all(found.numbers) and importlib.util.find_spec("pyarrow"):
+        rows = _parquet_numbers(table)
+        for key, numbers in zip(found.keys, found.numbers, strict=True):
+            if not numbers:
+                numbers.update(rows.get(key, {}))
+    return found
+
+
+def _parquet_numbers(table: Path) -> dict[str, dict[str, float]]:
+    from pyarrow import parquet
+
+    rows = parquet.read_table(table).to_pylist()
+    return {str(row.get("key")): _numeric(row) for row in rows}
+
+
+def _numbers(text: bytes) -> dict[str, float]:
+    """The numeric fields of a JSON object; broken JSON has none."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return {}
+    return _numeric(values) if isinstance(values, dict) else {}
+
+
+def _numeric(values: dict[Any, Any]) -> dict[str, float]:
+    return {
+        str(key): float(value)
+        for key, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+# --- the index of a source ------------------------------------------------------------------
+
+
+def index_directory(locations: Sequence[str], given: str | None = None) -> Path:
+    """Where the index of these shards is kept: as given, beside them, or in the user's cache."""
+    name = hashlib.sha256("\n".join(locations).encode()).hexdigest()[:16]
+    if given:
+        return Path(given) / name
+    parent = Path(locations[0]).parent
+    if not is_remote(locations[0]) and os.access(parent, os.W_OK):
+        return parent / ".kl_f8_index" / name
+    return cache_dir() / "index" / name
+
+
+def build_index(
+    locations: Sequence[str],
+    directory: Path,
+    cache: ShardCache,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> None:
+    """Indexes shards in resumable parts and merges them; a part of unchanged shards is kept."""
+    check_writable(directory)
+    chunks = [list(locations[i : i + CHUNK]) for i in range(0, len(locations), CHUNK)]
+    tasks = [(directory / f"part-{n:06d}.npz", chunk, cache) for n, chunk in enumerate(chunks)]
+    if workers > 1 and len(tasks) > 1:
+        with ProcessPoolExecutor(workers) as pool:
+            done = pool.map(_index_chunk, tasks)
+            _count(done, len(locations), progress)
+    else:
+        _count(map(_index_chunk, tasks), len(locations), progress)
+    _merge([part for part, *_ in tasks], locations, directory)
+
+
+def _count(done: Iterable[int], total: int, progress: Progress | None) -> None:
+    finished = 0
+    for number in done:
+        finished += number
+        if progress is not None:
+            progress(finished, total)
+
+
+def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
+    """Indexes a chunk of shards into one part file, unless it is there and still right."""
+    part, chunk, cache = task
+    fingerprints = [fingerprint(place) for place in chunk]
+    if _fingerprints(part) == fingerprints:
+        return len(chunk)
+    blocks: list[int] = []
+    sizes: list[int] = []
+    numbers: list[dict[str, float]] = []
+    counts, without, broken = [], 0, {}
+    for place in chunk:
+        try:
+            path = cache.path(place)
+            one = index_tar(path)
+            one = one if is_remote(place) else add_neighbours(one, path)
+        except MissingInputError as error:
+            one, broken[place] = TarIndex(), str(error)
+        blocks += one.blocks
+        sizes += one.sizes
+        numbers += one.numbers
+        counts.append(len(one.sizes))
+        without += one.without_image
+    names = sorted({key for row in numbers for key in row})
+    columns = {
+        f"column_{i}": np.array([row.get(key, np.nan) for row in numbers], np.float32)
+        for i, key in enumerate(names)
+    }
+    header = {
+        "fingerprints": fingerprints,
+        "counts": counts,
+        "columns": names,
+        "broken": broken,
+        "without_image": without,
+    }
+    with atomic_path(part) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            header=np.frombuffer(json.dumps(header).encode(), np.uint8),
+            blocks=np.array(blocks, np.uint32),
+            sizes=np.array(sizes, np.uint32),
+            **columns,  # type: ignore[arg-type]
+        )
+    return len(chunk)
+
+
+def _fingerprints(part: Path) -> list[list[int]] | None:
+    """Of the shards that a part was made of; None if it is not there, or cannot be read."""
+    try:
+        with zipfile.ZipFile(part) as archive:
+            if archive.testzip():
+                return None
+        found: list[list[int]] = _part_header(part)["fingerprints"]
+    except UNREADABLE:
+        return None
+    return found
+
+
+def _part_header(part: Path) -> dict[str, Any]:
+    with np.load(part) as arrays:
+        header: dict[str, Any] = json.loads(arrays["header"].tobytes())
+    return header
+
+
+def fingerprint(place: str) -> list[int]:
+    """[size, mtime in ns] of a local shard; [0, 0] for a remote one."""
+    if is_remote(place):
+        return [0, 0]
+    try:
+        status = os.stat(place)
+    except OSError:
+        return [-1, -1]
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _merge(parts: list[Path], locations: Sequence[str], directory: Path) -> None:
+    """Joins parts into arrays that can be mapped, and index.json last."""
+    headers = [_part_header(part) for part in parts]
+    rows = [sum(header["counts"]) for header in headers]
+    names = sorted({name for header in headers for name in header["columns"]})
+    total = sum(rows)
+    arrays: dict[str, Any] = {"blocks": np.uint32, "sizes": np.uint32}
+    arrays |= {f"column-{i}": np.float32 for i in range(len(names))}
+    for array, kind in arrays.items():
+        with atomic_path(directory / f"{array}.npy") as temporary:
+            if total == 0:
+                with temporary.open("wb") as file:
+                    np.save(file, np.zeros(0, kind))
+                continue
+            target = np.lib.format.open_memmap(temporary, "w+", np.dtype(kind), (total,))
+            start = 0
+            for part, header, count in zip(parts, headers, rows, strict=True):
+                target[start : start + count] = _column(part, header, array, names, count)
+                start += count
+            target.flush()
+    write_json(
+        directory / "index.json",
+        {
+            "version": 1,
+            "locations": list(locations),
+            "fingerprints": [f for header in headers for f in header["fingerprints"]],
+            "counts": [count for header in headers for count in header["counts"]],
+            "columns": names,
+            "broken": {k: v for header in headers for k, v in header["broken"].items()},
+            "without_image": sum(header["without_image"] for header in headers),
+        },
+    )
+
+
+def _column(
+    part: Path, header: dict[str, Any], array: str, names: list[str], count: int
+) -> np.ndarray:
+    with np.load(part) as stored:
+        if not array.startswith("column-"):
+            return np.asarray(stored[array])
+        name = names[int(array.removeprefix("column-"))]
+        if name not in header["columns"]:
+            return np.full(count, np.nan, np.float32)
+        return np.asarray(stored[f"column_{header['columns'].index(name)}"])

@@ -1,0 +1,228 @@
+"""Samples -> batches: decode, resize, crop, noise.
+
+Crop and noise are drawn from (seed, position), so a batch is the same whatever the number of
+GPUs, workers and restarts.
+"""
+
+import atexit
+import multiprocessing
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from kl_f8_train import images
+from kl_f8_train.config import Config, source_shares
+from kl_f8_train.core.batch import Batch
+from kl_f8_train.data.plan import Plan, random_state
+from kl_f8_train.data.shard_cache import ShardCache
+from kl_f8_train.data.sources import FolderSource, Source, TarSource, open_source
+from kl_f8_train.errors import ImageError, MissingInputError, SmallImageError
+from kl_f8_train.files import cache_dir
+from kl_f8_train.launch import SIGNALS, end_children
+from kl_f8_train.units import counted
+
+MAX_NEIGHBOURS = 100  # bad samples in a row before the run stops
+IDLE = -(2**63)  # no position
+atexit.register(end_children)  # before multiprocessing waits for them; SIGTERM does not end them
+
+
+@dataclass
+class Sample:
+    """One position: its image, noise and name."""
+
+    image: Tensor  # (3, crop, crop) uint8
+    noise: Tensor  # (draws, embed_dim, crop / f, crop / f) float32
+    key: str
+    skipped: list[str]
+
+
+class PositionDataset(Dataset[Sample]):
+    """position = iteration * global_batch + slot -> Sample."""
+
+    def __init__(self, plan: Plan, sources: Mapping[str, Source], config: Config) -> None:
+        self.plan, self.sources = plan, dict(sources)
+        self.seed = config.seed
+        self.shorter_side, self.crop, self.flip = (
+            config.data.shorter_side,
+            config.data.crop,
+            config.data.flip,
+        )
+        self.draft_side = config.data.shorter_side if config.data.draft else None
+        self.factor = 2 ** (len(config.model.ch_mult) - 1)
+        side = config.data.crop // self.factor
+        self.watch(workers=0)
+        self.noise_shape = (2 if config.second_forward else 1, config.model.embed_dim, side, side)
+
+    def watch(self, workers: int) -> None:
+        """Makes room for what each of `workers` processes is reading, seen by all of them."""
+        self.reading = multiprocessing.RawArray("q", [IDLE] * max(1, workers))
+
+    def __getitem__(self, position: int) -> Sample:
+        """Raises MissingInputError if MAX_NEIGHBOURS samples in a row are bad.
+
+        `reading` tells meanwhile, to the main process too, which position each worker is at.
+        """
+        worker = get_worker_info()
+        slot = 0 if worker is None else worker.id
+        self.reading[slot] = position
+        try:
+            return self._sample(position)
+        finally:
+            self.reading[slot] = IDLE
+
+    def _sample(self, position: int) -> Sample:
+        name, shard, first = self.plan.locate(position)
+        source = self.sources[name]
+        count = int(source.counts[shard])
+        skipped: list[str] = []
+        small: list[int] = []
+        for step in range(min(count, MAX_NEIGHBOURS)):
+            number = (first + step) % count  # a bad sample gives way to its neighbour
+            key = f"{source.location(shard)}, image {number}"
+            try:
+                key, data = source.read(shard, number)
+                image = self._load(data, position)
+            except ImageError as error:
+                skipped.append(f"{name}/{key}: {error}")
+                small += [error.side] if isinstance(error, SmallImageError) else []
+            except OSError as error:
+                skipped.append(f"{name}/{key}: cannot be read: {error}")
+            else:
+                return Sample(image, self._noise(position), f"{name}/{key}", skipped)
+        remedy = (
+            f"check {source.location(shard)} and data.shorter_side={self.shorter_side or 'null'}, "
+            f"data.crop={self.crop}"
+        )
+        raise MissingInputError(
+            f"{counted(len(skipped), 'image', 's')} in a row cannot be used, from {skipped[0]}; "
+            + (remedy if len(small) < len(skipped) else self._fitting_crop(min(small)))
+        )
+
+    def _fitting_crop(self, side: int) -> str:
+        """What to set where all images are smaller than the crop, the smallest of `side` pixels."""
+        crop = side // self.factor * self.factor
+        smaller = f"set data.crop to {crop} or less, or " if crop else "set "
+        return f"{smaller}data.shorter_side={self.crop} (which enlarges them)"
+
+    def _load(self, data: bytes, position: int) -> Tensor:
+        top, left, mirror = random_state(self.seed, "crop", position).random_sample(3)
+        image = images.decode(data, self.draft_side)
+        if self.shorter_side is not None:
+            image = images.resize_shorter(image, self.shorter_side)
+        image = images.crop(image, self.crop, float(top), float(left))
+        return images.flip(image) if self.flip and mirror < 0.5 else image
+
+    def _noise(self, position: int) -> Tensor:
+        draw = random_state(self.seed, "noise", position).standard_normal(self.noise_shape)
+        return torch.from_numpy(draw).float()
+
+
+class IterationSampler(Sampler[list[int]]):
+    """The positions of one rank, an iteration at a time: warm-up (-n .. -1), then start .. stop."""
+
+    def __init__(
+        self, start: int, stop: int, warmup: int, batch: int, rank: int, world: int
+    ) -> None:
+        self.iterations = (range(-warmup, 0), range(start, stop))
+        self.batch, self.rank, self.per_rank = batch, rank, batch // world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for part in self.iterations:
+            for iteration in part:
+                first = iteration * self.batch + self.rank * self.per_rank
+                yield list(range(first, first + self.per_rank))
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.iterations)
+
+
+def open_data(
+    config: Config, warn: Callable[[str], None] = print
+) -> tuple[Plan, dict[str, TarSource | FolderSource]]:
+    """Opens every source of a configuration and deals them.
+
+    Raises MissingInputError for shards that are missing, broken, empty or not indexed.
+    """
+    cache = shard_cache(config)
+    data = config.data
+    sources = {
+        name: open_source(
+            name,
+            source.shards,
+            source.filters,
+            cache,
+            bad_shards=data.bad_shards,
+            index_dir=data.index_dir,
+            warn=warn,
+        )
+        for name, source in data.sources.items()
+    }
+    counts = {name: source.counts.tolist() for name, source in sources.items()}
+    return Plan(counts, source_shares(config), data.lanes, config.seed), sources
+
+
+def shard_cache(config: Config) -> ShardCache:
+    """The node's cache of remote shards."""
+    root = Path(config.data.cache_dir or cache_dir() / "shards")
+    return ShardCache(root, round(config.data.cache_gib * 2**30))
+
+
+def upcoming(
+    plan: Plan,
+    sources: Mapping[str, Source],
+    iterations: range,
+    rank: int,
+    world: int,
+) -> list[str]:
+    """Locations of the shards that a rank reads in these iterations, in the order of their use."""
+    found: dict[str, None] = {}
+    for positions in IterationSampler(
+        iterations.start, iterations.stop, 0, plan.batch, rank, world
+    ):
+        for position in positions:
+            name, shard, _ = plan.locate(position)
+            found[sources[name].location(shard)] = None
+    return list(found)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stacks samples into a batch."""
+    return Batch(
+        images=torch.stack([s.image for s in samples]),
+        noise=torch.stack([s.noise for s in samples], dim=1),
+        keys=[s.key for s in samples],
+        skipped=[line for s in samples for line in s.skipped],
+    )
+
+
+def loader(
+    dataset: PositionDataset, sampler: IterationSampler, workers: int, pin_memory: bool = False
+) -> DataLoader[Sample]:
+    """Loads whole iterations in worker processes, for a GPU into page-locked memory."""
+    dataset.watch(workers)
+    # torch would say it twice at each start; workers that wait cost little
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+    )
+
+
+def _start_worker(worker: int) -> None:
+    """One thread, and deaf to the run's signals: SLURM sends them to every process.
+
+    The main process ends its loaders; a loader whose main process is gone ends by itself.
+    """
+    torch.set_num_threads(1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,351 @@
+"""Remote shards -> whole files in a bounded cache of this node.
+
+A file under its final name is always whole: it is fetched to a temporary name and renamed. Of each
+cached file the cache keeps, hidden beside it, a lock and a record of its size and SHA-256; records
+outlive eviction, so a remote file that changes during a run is noticed when it is fetched again.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import BinaryIO
+
+from kl_f8_train.errors import RunFailedError
+from kl_f8_train.files import hidden_beside, part_beside
+from kl_f8_train.transfer import (
+    PATIENCE,
+    Patience,
+    Record,
+    disk_failure,
+    download,
+    is_remote,
+    local_path,
+    open_local,
+    shown,
+)
+
+LEFTOVER_SECONDS = 3600.0  # a temporary file as old as this belongs to nobody
+ENTRY = re.compile(r"[0-9a-f]{16}-.*")
+PART = re.compile(r"\.([0-9a-f]{16}-.*)\.\d+-\d+\.part")
+
+
+class ShardCache:
+    """Whole remote files in a directory of this node, shared by all its processes.
+
+    `max_bytes` bounds the directory: least recently used files go first, except those used in the
+    last `grace_seconds` or locked, and what is just arriving; that much may lie above the bound.
+    `root` belongs to one user, on a file system with flock (any local one).
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        max_bytes: int,
+        *,
+        grace_seconds: float = 60.0,
+        queue_size: int = 16,
+        patience: Patience = PATIENCE,
+    ) -> None:
+        """Raises RunFailedError if `root` cannot be written."""
+        self.root, self.max_bytes = root, max_bytes
+        self.grace_seconds, self.queue_size, self.patience = grace_seconds, queue_size, patience
+        self._worker = _Worker(self._fill_ahead, queue_size)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(root)
+            with _locked(root / ".evict.lock", fcntl.LOCK_EX):
+                pass
+        except OSError as error:
+            raise disk_failure(root, error) from error
+
+    def __reduce__(self) -> tuple[Callable[..., "ShardCache"], tuple[object, ...]]:
+        """Pickles the settings only; the copy has its own background thread."""
+        return _rebuild, (
+            *(self.root, self.max_bytes, self.grace_seconds, self.queue_size, self.patience),
+        )
+
+    def open(self, url: str, size: int | None = None, sha256: str | None = None) -> BinaryIO:
+        """The file, open; what is open stays readable, also when it is evicted meanwhile.
+
+        Fetches it, once for all processes, unless it is there with its recorded size and the given
+        size (bytes) and sha256. A local path is opened as it is, without checks.
+
+        Raises MissingInputError and RunFailedError like `fetch`, and RunFailedError if the remote
+        file is not the given one or, where nothing is given, not the one first fetched.
+        """
+        if not is_remote(url):
+            return open_local(url)
+        try:
+            return self._take(url, size, sha256)
+        except OSError as error:
+            raise disk_failure(self.root, error) from error
+
+    def path(self, url: str, size: int | None = None, sha256: str | None = None) -> Path:
+        """Like `open`, but its path: whoever opens it within `grace_seconds` finds it there."""
+        if not is_remote(url):
+            return local_path(url)
+        with self.open(url, size, sha256):
+            return _Entry(self.root, url).path
+
+    def prefetch(self, urls: Iterable[str]) -> int:
+        """Hands urls to the background thread; returns at once how many it took.
+
+        It stops at the first that does not fit in the queue; those that wait there already count
+        as taken. An error is kept and raised when that url is asked for.
+        """
+        taken = 0
+        for url in urls:
+            if is_remote(url) and not self._own_worker().offer(url):
+                break
+            taken += 1
+        return taken
+
+    def _take(self, url: str, size: int | None, sha256: str | None) -> BinaryIO:
+        entry = _Entry(self.root, url)
+        with _locked(entry.lock, fcntl.LOCK_SH):
+            if entry.holds(size, sha256):
+                self._own_worker().errors.pop(url, None)  # some other process was luckier
+                return entry.open()
+        with _locked(entry.lock, fcntl.LOCK_EX):
+            if not entry.holds(size, sha256):  # no other process fetched it meanwhile
+                kept = self._own_worker().errors.pop(url, None)
+                if kept is not None:
+                    raise kept
+                self._fill(entry, size, sha256)
+            file = entry.open()
+        self._evict()
+        return file
+
+    def _fill(self, entry: "_Entry", size: int | None, sha256: str | None) -> None:
+        """Fetches a file whose exclusive lock is held."""
+        known = entry.record()
+        self._evict(size or (known.size if known else 0))
+        for abandoned in self.root.glob(f".{entry.path.name}.*.part"):
+            abandoned.unlink(missing_ok=True)  # of a killed process: the lock is ours
+        part = part_beside(entry.path)
+        try:
+            found = download(entry.url, part, size, self.patience)
+            _check(entry, found, size, sha256, known)
+            if found != known:  # a file must never lie beside another file's record
+                entry.record_path.unlink(missing_ok=True)
+            part.replace(entry.path)
+            if found != known:
+                entry.write_record(found)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+    def _fill_ahead(self, url: str) -> None:
+        """Fetches a file, unless some other process is about to."""
+        entry = _Entry(self.root, url)
+        with (
+            contextlib.suppress(BlockingIOError),
+            _locked(entry.lock, fcntl.LOCK_EX | fcntl.LOCK_NB),
+        ):
+            errors = self._own_worker().errors
+            errors.pop(url, None)
+            try:
+                if not entry.holds(None, None):
+                    self._fill(entry, None, None)
+                os.utime(entry.path)
+            except OSError as error:
+                errors[url] = disk_failure(self.root, error)
+            except Exception as error:
+                errors[url] = error
+        with contextlib.suppress(OSError):
+            self._evict()
+
+    def _evict(self, incoming: int = 0) -> None:
+        """Unlinks least recently used files until `incoming` more bytes fit."""
+        with _locked(self.root / ".evict.lock", fcntl.LOCK_EX):
+            total = incoming
+            files: list[tuple[float, int, Path]] = []
+            for name, used, size in _listing(self.root):
+                if ENTRY.fullmatch(name):
+                    files.append((used, size, self.root / name))
+                    total += size
+                elif PART.fullmatch(name):
+                    total += size
+            for _, size, path in sorted(files):
+                if total <= self.max_bytes:
+                    break
+                if self._unlink(path):
+                    total -= size
+
+    def _unlink(self, path: Path) -> bool:
+        """Whether a file could go: neither locked nor used within the grace."""
+        try:
+            with _locked(hidden_beside(path, "lock"), fcntl.LOCK_EX | fcntl.LOCK_NB):
+                if time.time() - path.stat().st_mtime < self.grace_seconds:
+                    return False
+                path.unlink()
+                return True
+        except (BlockingIOError, FileNotFoundError):
+            return False
+
+    def _own_worker(self) -> "_Worker":
+        """The background thread of this process; a fork leaves its parent's behind."""
+        if self._worker.pid != os.getpid():
+            self._worker = _Worker(self._fill_ahead, self.queue_size)
+        return self._worker
+
+
+def _rebuild(
+    root: Path, max_bytes: int, grace_seconds: float, queue_size: int, patience: Patience
+) -> ShardCache:
+    return ShardCache(
+        root, max_bytes, grace_seconds=grace_seconds, queue_size=queue_size, patience=patience
+    )
+
+
+class _Entry:
+    """The files that belong to a url. Everything here expects its lock to be held."""
+
+    def __init__(self, root: Path, url: str) -> None:
+        self.url = url
+        name = url.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[-100:]
+        self.path = root / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+        self.lock = hidden_beside(self.path, "lock")
+        self.record_path = hidden_beside(self.path, "json")
+
+    def holds(self, size: int | None, sha256: str | None) -> bool:
+        """Whether the file is there, as recorded and as wanted."""
+        record = self.record()
+        if record is None or size not in (None, record.size):
+            return False
+        if sha256 not in (None, record.sha256):
+            return False
+        try:
+            return self.path.stat().st_size == record.size
+        except FileNotFoundError:
+            return False
+
+    def open(self) -> BinaryIO:
+        """The file, marked as used now."""
+        os.utime(self.path)
+        return self.path.open("rb")
+
+    def record(self) -> Record | None:
+        """What was fetched first; None if nothing was."""
+        try:
+            values = json.loads(self.record_path.read_text())
+            return Record(int(values["size"]), str(values["sha256"]))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+    def write_record(self, record: Record) -> None:
+        """Writes the record, whole or not at all."""
+        part = part_beside(self.path)
+        with part.open("w") as file:
+            json.dump({"url": shown(self.url), **asdict(record)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.record_path)
+
+
+class _Worker:
+    """One daemon thread that works through a bounded queue of urls, in one process."""
+
+    def __init__(self, work: Callable[[str], None], size: int) -> None:
+        self.pid = os.getpid()
+        self.errors: dict[str, Exception] = {}
+        self._work = work
+        self._queue: queue.Queue[str] = queue.Queue(size)
+        self._waiting: set[str] = set()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def offer(self, url: str) -> bool:
+        """Whether a url waits in the queue now."""
+        with self._lock:
+            if url in self._waiting:
+                return True
+            try:
+                self._queue.put_nowait(url)
+            except queue.Full:
+                return False
+            self._waiting.add(url)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="shards", daemon=True)
+                self._thread.start()
+            return True
+
+    def _run(self) -> None:
+        while True:
+            url = self._queue.get()
+            try:
+                self._work(url)
+            except Exception as error:  # the thread goes on; whoever asks for the url learns it
+                self.errors[url] = error
+            with self._lock:
+                self._waiting.discard(url)
+
+
+def _check(
+    entry: _Entry, found: Record, size: int | None, sha256: str | None, known: Record | None
+) -> None:
+    """Raises RunFailedError if a fetched file is not what was asked for, or what it once was."""
+    url = shown(entry.url)
+    if size is not None and found.size != size:
+        raise RunFailedError(
+            f"{url} has {found.size:,} bytes, expected {size:,}; not kept. The file or the list "
+            "that names it has changed: mend it, then run the same command again"
+        )
+    if sha256 is not None and found.sha256 != sha256:
+        raise RunFailedError(
+            f"{url} has SHA-256 {found.sha256}, expected {sha256}; not kept. The file or the list "
+            "that names it has changed: mend it, then run the same command again"
+        )
+    if sha256 is None and known is not None and found.sha256 != known.sha256:
+        raise RunFailedError(
+            f"{url} has changed since it was first fetched: SHA-256 {found.sha256} "
+            f"({found.size:,} bytes), was {known.sha256} ({known.size:,} bytes); not kept. Put the "
+            f"old file back; or, to go on with the new one, delete {entry.record_path}"
+        )
+
+
+def _listing(root: Path) -> Iterator[tuple[str, float, int]]:
+    """(name, time of last use, bytes) of the files in a directory that others change."""
+    with os.scandir(root) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                status = entry.stat()
+                yield entry.name, status.st_mtime, status.st_size
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Unlinks old temporary files that no living process writes."""
+    for name, written, _ in _listing(root):
+        match = PART.fullmatch(name)
+        if match and time.time() - written > LEFTOVER_SECONDS:
+            lock = hidden_beside(root / match[1], "lock")
+            with (
+                contextlib.suppress(BlockingIOError),
+                _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB),
+            ):
+                (root / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, operation: int) -> Iterator[None]:
+    """Holds a lock between processes and threads; a killed process lets go of it.
+
+    Lock files are never unlinked: two processes would hold the locks of two files of one name.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, operation)
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: a fork may hold a copy
+        os.close(descriptor)

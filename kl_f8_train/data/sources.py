@@ -1,0 +1,299 @@
+"""The images of a source by shard and number: indexed tar shards, after filters, or a folder."""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from kl_f8_train.data.index import (
+    BLOCK,
+    CHUNK,
+    UNREADABLE,
+    build_index,
+    expand,
+    fingerprint,
+    index_directory,
+)
+from kl_f8_train.data.shard_cache import ShardCache
+from kl_f8_train.errors import MissingInputError, UsageError
+from kl_f8_train.files import check_writable
+from kl_f8_train.images import SUFFIXES, list_folder
+from kl_f8_train.transfer import is_remote
+from kl_f8_train.units import counted
+
+AUTOMATIC = 2000  # local shards that are indexed without being asked
+
+
+class Source(Protocol):
+    """What the plan and the data set need of a source."""
+
+    counts: np.ndarray  # images of each shard, after filters
+
+    def read(self, shard: int, sample: int) -> tuple[str, bytes]:
+        """Name (shard and file) and encoded image."""
+
+    def location(self, shard: int) -> str:
+        """Path or address of a shard."""
+
+    def describe(self) -> list[str]:
+        """Lines on what is in it, and what the filters dropped."""
+
+
+@dataclass(frozen=True)
+class Filter:
+    """`field operator number`; a sample without the field is dropped."""
+
+    field: str
+    operator: str
+    number: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Filter":
+        """Reads "width >= 256". Raises UsageError for anything else."""
+        match = re.fullmatch(r"\s*([\w.]+)\s*(>=|<=|==|!=|>|<)\s*([-+.\deE]+)\s*", text)
+        if not match:
+            raise UsageError(
+                f"filter {text!r}: expected FIELD OPERATOR NUMBER, such as 'width >= 256', with "
+                "one of >= <= == != > <"
+            )
+        try:
+            return cls(match[1], match[2], float(match[3]))
+        except ValueError:
+            raise UsageError(f"filter {text!r}: got {match[3]}, expected a number") from None
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.operator} {self.number:g}"
+
+    def mask(self, values: np.ndarray) -> np.ndarray:
+        """Which values pass; a missing one (NaN) does not."""
+        compare = {
+            ">=": np.greater_equal,
+            "<=": np.less_equal,
+            "==": np.equal,
+            "!=": np.not_equal,
+            ">": np.greater,
+            "<": np.less,
+        }[self.operator]
+        passed: np.ndarray = compare(values, np.float32(self.number))
+        return passed & ~np.isnan(values)
+
+
+class TarSource:
+    """Indexed shards, after filters."""
+
+    def __init__(self, directory: Path, filters: Sequence[Filter], cache: ShardCache) -> None:
+        header = json.loads((directory / "index.json").read_text(encoding="utf-8"))
+        self.directory, self.cache, self.filters = directory, cache, list(filters)
+        self.locations: list[str] = header["locations"]
+        self.fingerprints: list[list[int]] = header["fingerprints"]
+        self.broken: dict[str, str] = header["broken"]
+        self.without_image: int = header["without_image"]
+        self.columns: list[str] = header["columns"]
+        self.starts = np.concatenate([[0], np.cumsum(np.array(header["counts"], np.int64))])
+        self.blocks, self.sizes = self._mapped("blocks"), self._mapped("sizes")
+        self.dropped: dict[str, int] = {}
+        self.counts = self._filtered_counts()
+        self._kept = lru_cache(maxsize=256)(self._kept_rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For loader processes: they map the arrays again."""
+        return {"directory": self.directory, "filters": self.filters, "cache": self.cache}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["directory"], state["filters"], state["cache"])  # type: ignore[misc]
+
+    def changed(self) -> list[str]:
+        """Local shards that are not what was indexed."""
+        with ThreadPoolExecutor(16) as pool:
+            now = list(pool.map(fingerprint, self.locations))
+        pairs = zip(self.locations, self.fingerprints, now, strict=True)
+        return [place for place, before, after in pairs if before != after]
+
+    def read(self, shard: int, sample: int) -> tuple[str, bytes]:
+        """Name, from the header in front of the data, and encoded image."""
+        row = self._kept(shard)[sample]
+        offset, size = (int(self.blocks[row]) - 1) * BLOCK, int(self.sizes[row])
+        place = self.locations[shard]
+        with self.cache.open(place) if is_remote(place) else open(place, "rb") as file:
+            data = os.pread(file.fileno(), BLOCK + size, offset)
+        member = data[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
+        name = f"{os.path.basename(place)}/{os.path.basename(member)}"
+        return name, data[BLOCK:]
+
+    def location(self, shard: int) -> str:
+        """Path or address of a shard."""
+        return self.locations[shard]
+
+    def describe(self) -> list[str]:
+        """Images, shards, and the share that each filter dropped."""
+        total, kept = int(self.starts[-1]), int(self.counts.sum())
+        lines = [f"{counted(kept, 'image', 's')} in {counted(len(self.locations), 'shard', 's')}"]
+        for text, number in self.dropped.items():
+            lines.append(f"{text} dropped {number:,} ({100 * number / max(total, 1):.1f} %)")
+        if self.without_image:
+            lines.append(f"{self.without_image:,} samples have no image")
+        return lines
+
+    def _filtered_counts(self) -> np.ndarray:
+        """Images of each shard that pass, a stretch of shards at a time to bound the memory."""
+        counts = np.diff(self.starts)
+        if not self.filters:
+            return counts
+        columns = [self._column(item.field) for item in self.filters]
+        for first in range(0, len(counts), 1000):
+            edges = self.starts[first : first + 1001]
+            rows = slice(int(edges[0]), int(edges[-1]))
+            keep = np.ones(rows.stop - rows.start, bool)
+            for item, column in zip(self.filters, columns, strict=True):
+                passed = item.mask(column[rows])
+                text = str(item)
+                self.dropped[text] = self.dropped.get(text, 0) + int((keep & ~passed).sum())
+                keep &= passed
+            running = np.concatenate([[0], np.cumsum(keep)])
+            counts[first : first + 1000] = np.diff(running[edges - edges[0]])
+        return counts
+
+    def _kept_rows(self, shard: int) -> np.ndarray:
+        rows = slice(int(self.starts[shard]), int(self.starts[shard + 1]))
+        keep = np.ones(rows.stop - rows.start, bool)
+        for item in self.filters:
+            keep &= item.mask(self._column(item.field)[rows])
+        return rows.start + np.flatnonzero(keep)
+
+    def _column(self, name: str) -> np.ndarray:
+        if name not in self.columns:
+            known = ", ".join(self.columns) or "none at all"
+            raise UsageError(f"no image has a field {name!r} to filter by; there are {known}")
+        return self._mapped(f"column-{self.columns.index(name)}")
+
+    def _mapped(self, name: str) -> np.ndarray:
+        """An array of the index; ValueError if it is not as long as index.json says."""
+        array: np.ndarray = np.load(self.directory / f"{name}.npy", mmap_mode="r")
+        if len(array) != self.starts[-1]:
+            raise ValueError(f"{name}.npy: got {len(array)} rows, expected {self.starts[-1]}")
+        return array
+
+
+class FolderSource:
+    """A folder of image files, as one shard."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = [str(path.relative_to(folder)) for path in list_folder(folder)]
+        self.counts = np.array([len(self.files)], np.int64)
+
+    def leave_out(self, inner: Path) -> None:
+        """Forgets the files below a folder in this one."""
+        where, inner = self.folder.resolve(), inner.resolve()
+        if where in inner.parents:
+            self.files = [file for file in self.files if inner not in (where / file).parents]
+            self.counts = np.array([len(self.files)], np.int64)
+
+    def read(self, shard: int, sample: int) -> tuple[str, bytes]:
+        """The file's path below the folder, and its bytes."""
+        return self.files[sample], (self.folder / self.files[sample]).read_bytes()
+
+    def location(self, shard: int) -> str:
+        """The folder."""
+        return str(self.folder)
+
+    def describe(self) -> list[str]:
+        """How many files."""
+        return [f"{counted(len(self.files), 'image', 's')} in a folder"]
+
+
+def open_source(
+    name: str,
+    pattern: str,
+    filters: Sequence[str],
+    cache: ShardCache,
+    *,
+    bad_shards: str = "stop",
+    index_dir: str | None = None,
+    warn: Callable[[str], None] = print,
+    label: str | None = None,
+) -> TarSource | FolderSource:
+    """Opens a source; a small local one is indexed here, a large or remote one beforehand.
+
+    `label` is where the user named it, for errors.
+
+    Raises MissingInputError if shards are missing, broken or not indexed, or nothing is left.
+    """
+    where = label or f"data.sources.{name}.shards={pattern}"
+    try:
+        parsed = [Filter.parse(text) for text in filters]
+        folder = Path(pattern)
+        if folder.is_dir() and not any(folder.glob("*.tar")):
+            return _open_folder(folder, parsed)
+        locations = expand(pattern)
+        directory = index_directory(locations, index_dir)
+        if not _fresh(directory, cache):
+            check_writable(directory)
+            with (directory / ".lock").open("w") as lock:  # one rank builds, the others wait
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not _fresh(directory, cache):
+                    _build_here(pattern, locations, directory, cache)
+        source = TarSource(directory, parsed, cache)
+    except (MissingInputError, UsageError) as error:
+        raise type(error)(f"{where}: {error}") from error
+    broken = list(source.broken.values())
+    if broken and bad_shards == "stop":
+        raise MissingInputError(
+            "\n".join(broken[:10])
+            + f"\n{len(broken)} of {len(locations)} shards of {name} are broken; mend them, or "
+            "leave them out with data.bad_shards=skip"
+        )
+    for message in broken[:20]:
+        warn(f"{message}; left out")
+    if not source.counts.sum():
+        lines = "; ".join(source.describe())
+        remedy = "; loosen the filters" if parsed else "; pack some with `kl-f8-train pack`"
+        raise MissingInputError(f"{where}: no image is left: {lines}{remedy}")
+    return source
+
+
+def _open_folder(folder: Path, filters: Sequence[Filter]) -> FolderSource:
+    if filters:
+        raise UsageError(
+            "filters need shards with metadata; this is a plain folder: `kl-f8-train pack` it, or "
+            "leave them out"
+        )
+    source = FolderSource(folder)
+    if not source.files:
+        raise MissingInputError(
+            f"no shards and no images in {folder}; expected .tar files or {', '.join(SUFFIXES)}"
+        )
+    return source
+
+
+def _fresh(directory: Path, cache: ShardCache) -> bool:
+    """Whether there is an index that can be read, of the shards as they are now."""
+    try:
+        source = TarSource(directory, [], cache)
+        for name in source.columns:
+            source._column(name)
+        return not source.changed()
+    except UNREADABLE:
+        return False
+
+
+def _build_here(pattern: str, locations: Sequence[str], directory: Path, cache: ShardCache) -> None:
+    remote = sum(is_remote(place) for place in locations)
+    if remote or len(locations) > AUTOMATIC:
+        raise MissingInputError(
+            f"{counted(len(locations), 'shard', 's')} ({remote:,} remote) not indexed yet; run "
+            f"`kl-f8-train index '{pattern}'` once"
+        )
+    build_index(locations, directory, cache, workers=_cores() if len(locations) > CHUNK else 1)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

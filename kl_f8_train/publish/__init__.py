@@ -1,0 +1,1 @@
+"""How does it leave? Export, model card, injection into full checkpoints."""

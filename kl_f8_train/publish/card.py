@@ -1,0 +1,541 @@
+"""The model card of an export: README.md with the hub's front matter.
+
+Only numbers measured on these very files enter its metadata, and what nobody told is left out:
+the license is asked for, the base model too.
+"""
+
+import json
+import math
+import re
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kl_f8_train import config
+from kl_f8_train.config import Config
+from kl_f8_train.core.perceptual import LABELS, OTHER_VGG
+from kl_f8_train.errors import MissingInputError, UsageError
+from kl_f8_train.files import atomic_path, file_sha256, write_json, write_text
+from kl_f8_train.publish import half_precision
+from kl_f8_train.score.compare import SCORES, not_measured
+from kl_f8_train.score.scores import BIASED_BELOW
+
+README, STRIP, LICENSE = "README.md", "strip.png", "LICENSE"  # written here, and may be edited
+DIFFUSERS = "diffusers/diffusion_pytorch_model.safetensors"
+TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "vae", "autoencoder", "kl-f8"]
+HUB_TYPES = {"rfid": "fid", "psnr": "psnr", "ssim": "ssim", "psim": "psim", "lpips": "lpips"}
+PUBLISHED = """
+### Published, for orientation
+
+Not measured here. As stated on the model cards of `stabilityai/sd-vae-ft-ema` and `-ft-mse` for
+COCO 2017 val, 256 x 256, 5,000 images; comparable only to scores on the same images by the same
+protocol.
+
+| model | rFID | PSNR | SSIM | PSIM |
+|---|---|---|---|---|
+| kl-f8 (published) | 4.99 | 23.4 +/- 3.8 | 0.69 +/- 0.14 | 1.01 +/- 0.28 |
+| ft-EMA (published) | 4.42 | 23.8 +/- 3.9 | 0.69 +/- 0.13 | 0.96 +/- 0.27 |
+| ft-MSE (published) | 4.70 | 24.5 +/- 3.7 | 0.71 +/- 0.13 | 0.92 +/- 0.27 |
+"""
+USE_DIFFUSERS = """
+## Use with diffusers
+
+With [diffusers](https://github.com/huggingface/diffusers); `"."` is this folder, or its name on
+the hub:
+
+```python
+from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained(".", subfolder="diffusers")
+```
+"""
+USE_PIPELINE = """
+Give it to a pipeline: `StableDiffusionPipeline.from_pretrained(MODEL, vae=vae)`.
+"""
+LICENSED = (
+    "The license stands in the metadata of this card{}; whoever publishes the weights chose it."
+)
+UNLICENSED = (
+    "Not stated. It follows from the imported weights and the training data: "
+    "`kl-f8-train card FOLDER --license ID` puts it here before you publish."
+)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a card takes of scores.json, and which of its models the exported weights are."""
+
+    scores: Mapping[str, Any]
+    name: str
+    strip: bool = False  # strip.png lies beside the card
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a card needs to be told, in the hub's names; nothing of it is guessed."""
+
+    license: Mapping[str, str] = field(default_factory=dict)
+    base_model: str | None = None
+    published: bool = False  # quote the published scores of kl-f8 and its finetunes
+
+
+def write(
+    export_dir: Path,
+    scores_file: Path | None = None,
+    details: Details | None = None,
+    license_file: Path | None = None,
+) -> Path:
+    """Writes README.md, the evaluation's strip.png and LICENSE into an export directory.
+
+    What an earlier call was told, and this one is not, is kept in export.json and stays.
+    Raises MissingInputError if the directory is not an export, if its files are not those that
+    export.json names, or if the scores are damaged or belong to other weights.
+    """
+    record = _record(export_dir)
+    settings = _settings(export_dir, record)
+    details = _with_kept(details or Details(), record.get("card", {}))
+    evaluated = _evaluated(scores_file, record) if scores_file else _kept(export_dir, record)
+    if scores_file and evaluated and evaluated.strip:
+        _bring(scores_file.with_name(STRIP), export_dir / STRIP)
+    if license_file is not None:
+        _bring(license_file, export_dir / LICENSE)
+    record["card"] = asdict(details)
+    if evaluated:
+        record["card"] |= {"scores": evaluated.scores, "model": evaluated.name}
+    parts = {STRIP: evaluated and evaluated.strip, LICENSE: "license_link" in details.license}
+    files = record["files"]
+    for file, used in parts.items():
+        files.pop(file, None)
+        if used:
+            files[file] = _sha256(export_dir / file)
+    readme = export_dir / README
+    write_text(readme, model_card(settings, record, details, evaluated))
+    files[README] = file_sha256(readme)
+    write_json(export_dir / "export.json", record)
+    return readme
+
+
+def _with_kept(details: Details, kept: Mapping[str, Any]) -> Details:
+    """What is told now, and of the rest what was told before."""
+    return Details(
+        details.license or kept.get("license", {}),
+        details.base_model or kept.get("base_model"),
+        details.published or kept.get("published", False),
+    )
+
+
+def _kept(export_dir: Path, record: Mapping[str, Any]) -> Evaluated | None:
+    """The scores that an earlier call was given; their strip, if it is still the same."""
+    kept = record.get("card", {})
+    if "scores" not in kept:
+        return None
+    strip, digest = export_dir / STRIP, record["files"].get(STRIP)
+    same = strip.is_file() and file_sha256(strip) == digest
+    return Evaluated(kept["scores"], kept["model"], same)
+
+
+def _bring(file: Path, target: Path) -> None:
+    """Copies a file, unless it is there already."""
+    if not (target.exists() and file.samefile(target)):
+        with atomic_path(target) as temporary:
+            shutil.copyfile(file, temporary)
+
+
+def license_fields(identifier: str | None, file: Path | None) -> dict[str, str]:
+    """The front matter's license fields: an identifier of the hub's, or a text of one's own."""
+    if file is not None:
+        return {"license": "other", "license_name": file.stem.lower(), "license_link": "LICENSE"}
+    return {} if identifier is None else {"license": identifier}
+
+
+def model_card(
+    settings: Config,
+    record: Mapping[str, Any],
+    details: Details | None = None,
+    evaluated: Evaluated | None = None,
+) -> str:
+    """README.md of an export: how to use it, how it was made, what was measured and checked."""
+    details = details or Details()
+    front = yaml.safe_dump(
+        _front_matter(record, details, evaluated), sort_keys=False, allow_unicode=True
+    )
+    files = "\n".join(
+        f"| `{file}` | `{digest}` |" for file, digest in record["files"].items() if file != README
+    )
+    precision = "\n".join(f"- {line}" for line in half_precision.describe(record["half_precision"]))
+    checks = "\n".join(f"- {check}: {outcome}" for check, outcome in record["checks"].items())
+    link = " and in [LICENSE](LICENSE)" if "license_link" in details.license else ""
+    factor = 2 ** (len(settings.model.ch_mult) - 1)
+    latent = f"{settings.model.z_channels} numbers for each {factor} x {factor} pixels"
+    evaluation = _evaluation(evaluated) if evaluated else _not_evaluated(record)
+    return f"""---
+{front}---
+# {_cell(settings.name)}
+
+{_introduction(settings, record)}
+## Training
+
+| setting | value |
+|---|---|
+{_training(settings, record)}
+
+## Evaluation
+
+{evaluation}{PUBLISHED if details.published else ""}
+## Limits
+
+- An image is kept as {latent}. Small faces, text and fine
+  patterns do not survive that, and a decoder can only guess them.
+- It was trained for how reconstructions look. It is no codec: do not rely on details of its
+  pictures as evidence.
+- Biases of the training images are biases of the decoder.
+
+## Half precision
+
+{precision}
+
+## Files
+
+{checks}
+
+| file | SHA-256 |
+|---|---|
+{files}
+
+## License
+
+{LICENSED.format(link) if details.license else UNLICENSED}
+"""
+
+
+def _record(export_dir: Path) -> dict[str, Any]:
+    """export.json, its hashes compared with the files."""
+    path = export_dir / "export.json"
+    if not path.is_file():
+        raise MissingInputError(f"{export_dir}: not an export: no export.json in it")
+    record = _json(path, "export")
+    if "config" not in record:
+        raise MissingInputError(f"{path} is of an older version. Run `kl-f8-train export` again")
+    for file, digest in record["files"].items():
+        if file not in (README, STRIP, LICENSE) and _sha256(export_dir / file) != digest:
+            raise MissingInputError(
+                f"{export_dir / file} is not the file that export.json describes: its SHA-256 "
+                "differs. Run `kl-f8-train export` again"
+            )
+    return record
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        raise MissingInputError(f"{path}: no such file, but export.json names it")
+    return file_sha256(path)
+
+
+def _settings(export_dir: Path, record: Mapping[str, Any]) -> Config:
+    try:
+        return config.from_dict(record["config"])
+    except UsageError as error:
+        raise MissingInputError(f"{export_dir / 'export.json'}: its config: {error}") from error
+
+
+def _json(path: Path, verb: str) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise MissingInputError(
+            f"{path} is not JSON: {error}; expected what `kl-f8-train {verb}` writes: run it again"
+        ) from error
+    if not isinstance(values, dict):
+        raise MissingInputError(f"{path} is not what `kl-f8-train {verb}` writes: run it again")
+    return values
+
+
+def _evaluated(scores_file: Path, record: Mapping[str, Any]) -> Evaluated:
+    """Finds the exported weights among the evaluated ones, by their hash or their checkpoint's."""
+    if not scores_file.is_file():
+        raise MissingInputError(f"--scores {scores_file}: no such file")
+    scores = _json(scores_file, "evaluate")
+    for problem in _problems(scores):
+        raise MissingInputError(
+            f"{scores_file}: {problem}. Give scores.json as `kl-f8-train evaluate` writes it, or "
+            "run that again"
+        )
+    for name, entry in scores["weights"].items():
+        if entry["sha256"] in record["files"].values() or _is_source(entry, record):
+            return Evaluated(_taken(scores), name, scores_file.with_name(STRIP).is_file())
+    listed = "\n".join(
+        f"  {name}: {entry['sha256']} ({entry.get('select', 'ema')})"
+        for name, entry in scores["weights"].items()
+    )
+    raise MissingInputError(
+        f"{scores_file} has no scores of these weights. It scored\n{listed or '  nothing'}\n"
+        f"and this export is\n  {record['name']}: {next(iter(record['files'].values()))}\n"
+        f"Run `kl-f8-train evaluate` on the exported file"
+    )
+
+
+def _problems(scores: Mapping[str, Any]) -> Iterator[str]:
+    """What of scores.json is missing or has another form."""
+    if "weights" not in scores:
+        yield (
+            'it holds no hashes of weights ("weights"), so nothing tells whether its scores '
+            "belong to this export"
+        )
+    for key in ("weights", "models"):
+        group = scores.get(key)
+        if not (isinstance(group, dict) and all(isinstance(v, dict) for v in group.values())):
+            yield f'"{key}" is not an entry for each model'
+            return
+    for name, entry in scores["weights"].items():
+        if name not in scores["models"]:
+            yield f'"models" has no scores of {name}'
+        if not isinstance(entry.get("sha256"), str):
+            yield f'"weights" has no sha256 of {name}'
+        if not isinstance(entry.get("iteration"), int | None):
+            yield f'"weights" has no whole number as iteration of {name}'
+    protocol = scores.get("protocol")
+    if not (isinstance(protocol, dict) and "name" in protocol):
+        yield '"protocol" does not name one'
+    if not isinstance(scores.get("images"), int):
+        yield '"images" is not their number'
+    if not isinstance(scores.get("unmeasured", {}), dict):
+        yield '"unmeasured" is not a reason for each metric'
+    if not isinstance(scores.get("warnings", []), list):
+        yield '"warnings" is not a list'
+
+
+def _is_source(entry: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether the scored weights are those of the checkpoint that were exported, in float32."""
+    return (
+        entry["sha256"] == record.get("source_sha256")
+        and entry.get("select") == record["weights"]
+        and (record["dtype"] == "float32" or DIFFUSERS in record["files"])
+    )
+
+
+def _taken(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card tells of scores.json: no path of one machine, and finite numbers only."""
+    return {
+        "models": {
+            name: {metric: _finite(value, metric) for metric, value in row.items()}
+            for name, row in scores["models"].items()
+        },
+        **{key: scores[key] for key in ("weights", "protocol", "images")},
+        "images_sha256": scores.get("images_sha256"),
+        "unmeasured": {k: str(v) for k, v in scores.get("unmeasured", {}).items() if k in SCORES},
+        "warnings": scores.get("warnings", []),
+        "source": Path(str(scores.get("source") or "images")).name,
+    }
+
+
+def _finite(value: Any, metric: str) -> Any:
+    """rFID, or another metric's mean and deviation; None if that is missing or not finite."""
+    if metric == "rfid":
+        numbers = [value]
+    else:
+        numbers = [value.get("mean"), value.get("std")] if isinstance(value, dict) else [None]
+    known = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+    return value if known else None
+
+
+def _front_matter(
+    record: Mapping[str, Any], details: Details, evaluated: Evaluated | None
+) -> dict[str, Any]:
+    """The hub's fields; what is not known is absent."""
+    front: dict[str, Any] = {
+        **details.license,
+        **({"library_name": "diffusers"} if DIFFUSERS in record["files"] else {}),
+        "pipeline_tag": "image-to-image",
+        "tags": TAGS,
+    }
+    if details.base_model:
+        front["base_model"] = details.base_model
+    metrics = _measured(evaluated) if evaluated else []
+    if evaluated and metrics:
+        front["model-index"] = [
+            {
+                "name": record["name"],
+                "results": [
+                    {
+                        "task": {"type": "image-to-image", "name": "Image reconstruction"},
+                        "dataset": _dataset(evaluated.scores),
+                        "metrics": metrics,
+                    }
+                ],
+            }
+        ]
+    return front
+
+
+def _dataset(scores: Mapping[str, Any]) -> dict[str, str]:
+    name = scores["source"]
+    kind = re.sub(r"\W+", "-", name).strip("-").lower() or "images"
+    protocol = scores["protocol"]["name"]
+    return {"type": kind, "name": f"{name}, {scores['images']:,} images, protocol {protocol}"}
+
+
+def _measured(evaluated: Evaluated) -> list[dict[str, Any]]:
+    """Metrics for model-index: never a stand-in or of another VGG16, no rFID on few images."""
+    row = evaluated.scores["models"][evaluated.name]
+    other = str(evaluated.scores["protocol"].get("perceptual")).endswith(OTHER_VGG)
+    found = []
+    for metric, kind in HUB_TYPES.items():
+        biased = metric == "rfid" and evaluated.scores["images"] < BIASED_BELOW
+        if other and metric in ("psim", "lpips"):
+            continue
+        if row.get(metric) is not None and not biased:
+            value = row[metric] if metric == "rfid" else row[metric]["mean"]
+            shown = round(value, SCORES[metric].digits)
+            found.append({"type": kind, "name": SCORES[metric].label, "value": shown})
+    return found
+
+
+def _introduction(settings: Config, record: Mapping[str, Any]) -> str:
+    """What it is and how to use it: where Stable Diffusion is, only with kl-f8's own shape."""
+    use = USE_DIFFUSERS if DIFFUSERS in record["files"] else ""
+    if settings.model != config.KL_F8:
+        return f"""The decoder of an autoencoder of kl-f8's kind, finetuned with kl_f8_train.
+**It does not fit Stable Diffusion**: its shape is not kl-f8's.
+{_encoder(record)}
+{use}"""
+    return f"""The decoder of Stable Diffusion's kl-f8 autoencoder, finetuned with kl_f8_train.
+{_encoder(record)}
+It takes the place of the original wherever that is used: Stable Diffusion 1.x and 2.x, and models
+built on them.
+{use and use + USE_PIPELINE}{_programs(record)}"""
+
+
+def _encoder(record: Mapping[str, Any]) -> str:
+    """What became of the encoder, and with it of latents."""
+    if record["dtype"] == "float32":
+        return "The encoder is bit for bit the imported one, so latents stay what they were."
+    exact = "; in `diffusers/` it is there in float32, too" if DIFFUSERS in record["files"] else ""
+    return (
+        f"The encoder is the imported one rounded to {record['dtype']}, which moves latents as "
+        f"far as stands under Files{exact}."
+    )
+
+
+def _programs(record: Mapping[str, Any]) -> str:
+    """Where the single files go; nothing if there are none."""
+    files = {suffix: f"{record['stem']}.{suffix}" for suffix in ("safetensors", "ckpt")}
+    files = {suffix: file for suffix, file in files.items() if file in record["files"]}
+    safetensors, ckpt = files.get("safetensors"), files.get("ckpt")
+    rows = (
+        ("ComfyUI", safetensors, '`models/vae/` | node "Load VAE"'),
+        ("AUTOMATIC1111", safetensors or ckpt, '`models/VAE/` | Settings, "SD VAE"'),
+        ("original code", ckpt, 'anywhere | `torch.load(FILE)["state_dict"]`'),
+    )
+    table = "".join(f"| {program} | `{file}` | {rest} |\n" for program, file, rest in rows if file)
+    if not table:
+        return ""
+    return f"""
+## Use in other programs
+
+| program | file | where it goes | how it is chosen |
+|---|---|---|---|
+{table}"""
+
+
+def _training(settings: Config, record: Mapping[str, Any]) -> str:
+    loss, adversarial, data = settings.loss, settings.adversarial, settings.data
+    start, iteration = record["init_iteration"], record["iteration"]
+    taken = {"raw": "raw weights, not the EMA", "ema": "EMA weights"}
+    weights = taken.get(record["weights"]) or f"mean EMA of {', '.join(record['averaged'])}"
+    name, digest = (record.get(key, "unknown") for key in ("base_name", "base_sha256"))
+    rows = {
+        "base weights": name if digest == "unknown" else f"{name}, SHA-256 {digest}",
+        "iterations": f"{'?' if start is None else f'{start:,}'} -> {iteration:,}",
+        "global batch, crop": f"{settings.global_batch}, {data.crop} x {data.crop}",
+        "resize": f"shorter side to {data.shorter_side}" if data.shorter_side else "none",
+        "trained": "decoder and post_quant_conv",
+        "reconstruction loss": f"{loss.pixel} + {loss.perceptual_weight:g} "
+        f"{record.get('perceptual') or LABELS[loss.perceptual]}",
+        "adversarial loss": "none"
+        if adversarial is None
+        else f"hinge PatchGAN, {adversarial.weight:g} x adaptive weight, from iteration "
+        f"{adversarial.start_iteration:,}",
+        "learning rate": f"{settings.optimizer.learning_rate:g}, Adam {settings.optimizer.betas}",
+        "EMA decay": f"{settings.ema.decay:g}; these are the {weights}",
+        "precision": settings.precision,
+        "data, shares": ", ".join(f"{key} ({s.weight:g})" for key, s in data.sources.items()),
+    }
+    if record.get("changes"):
+        rows["changed on the way"] = "; ".join(record["changes"])
+    return "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
+
+
+def _not_evaluated(record: Mapping[str, Any]) -> str:
+    file = next(name for name in record["files"] if not name.endswith((".yaml", ".json")))
+    return f"""Not measured here.
+
+```bash
+kl-f8-train evaluate {shlex.quote(f"{record['name']}={file}")} --images FOLDER --out evaluation
+kl-f8-train card . --scores evaluation/scores.json      # puts the table here
+```
+"""
+
+
+def _evaluation(evaluated: Evaluated) -> str:
+    """Table, strip and protocol."""
+    scores = evaluated.scores
+    protocol = {
+        **scores["protocol"],
+        "images": f"{scores['images']:,}",
+        "image list SHA-256": scores["images_sha256"],
+    }
+    facts = "\n".join(f"| {_cell(k)} | {_cell(v)} |" for k, v in protocol.items() if v is not None)
+    notes = not_measured(scores["unmeasured"]) + scores["warnings"]
+    listed = "".join(f"- {_cell(note)}\n" for note in notes)
+    strip = f"\n![{_strip_text(scores)}](strip.png)\n" if evaluated.strip else ""
+    return f"""Measured by `kl-f8-train evaluate` on {_cell(_dataset(scores)["name"])}.
+Mean +/- population standard deviation over the images. **Bold**: the weights of this folder,
+recognised by their SHA-256, or by that of the checkpoint they were exported from.
+
+{_table(evaluated)}
+
+{listed}{strip}
+| protocol | |
+|---|---|
+{facts}
+"""
+
+
+def _strip_text(scores: Mapping[str, Any]) -> str:
+    names = ", ".join(_cell(name) for name in scores["models"])
+    return re.sub(r"([\[\]])", r"\\\1", f"From left to right: input, {names}")
+
+
+def _table(evaluated: Evaluated) -> str:
+    rows = evaluated.scores["models"]
+    columns = [*HUB_TYPES, *(["st_lpips"] if any(r.get("st_lpips") for r in rows.values()) else [])]
+    lines = [f"| model | iteration | {' | '.join(SCORES[c].label for c in columns)} |"]
+    lines.append("|---" * (2 + len(columns)) + "|")
+    for name, row in rows.items():
+        iteration = evaluated.scores.get("weights", {}).get(name, {}).get("iteration")
+        step = "" if iteration is None else f"{iteration:,}"
+        title = f"**{_cell(name)}**" if name == evaluated.name else _cell(name)
+        lines.append(f"| {title} | {step} | {' | '.join(_score(row, c) for c in columns)} |")
+    return "\n".join(lines)
+
+
+def _score(row: Mapping[str, Any], metric: str) -> str:
+    value, digits = row.get(metric), SCORES[metric].digits
+    if value is None:
+        return "not measured"
+    if isinstance(value, Mapping):
+        return f"{value['mean']:.{digits}f} +/- {value['std']:.{digits}f}"
+    return f"{value:.{digits}f}"
+
+
+def _cell(value: Any) -> str:
+    """A text that neither ends a table's cell nor becomes markup; a mapping in one line."""
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{key} {entry}" for key, entry in value.items())
+    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([|`*])", r"\\\1", text)

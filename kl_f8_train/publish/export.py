@@ -1,0 +1,387 @@
+"""Training checkpoint -> pruned weights in every layout, each file read back and compared."""
+
+import datetime
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from kl_f8_train import __version__, config, images
+from kl_f8_train.config import Config
+from kl_f8_train.core.hashes import data_sha256, frozen_sha256
+from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.facts import ENTRY, Facts, combined
+from kl_f8_train.files import check_writable, file_sha256, write_json, write_text
+from kl_f8_train.publish import card, half_precision
+from kl_f8_train.run_dir import is_run
+from kl_f8_train.weights import checkpoint, names, weight_file
+from kl_f8_train.weights.names import State
+
+LAYOUTS = ("safetensors", "ckpt", "diffusers")
+DTYPES = {"float32": "", "float16": "fp16", "bfloat16": "bf16"}  # and their short names
+SIZE = 128  # of the images that try half precision, in pixels
+
+
+class WeightFile(NamedTuple):
+    """A file of weights to write."""
+
+    path: Path
+    layout: str  # one of LAYOUTS
+    dtype: torch.dtype
+
+
+def export(
+    source: Path,
+    out: Path | None = None,
+    *,
+    raw: bool = False,
+    dtype: str = "float32",
+    layouts: Sequence[str] = LAYOUTS,
+    average: Sequence[Path] = (),
+    pictures: Path | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Writes NAME-ema-pruned.safetensors and .ckpt, diffusers/, the configuration and the card.
+
+    `source` is a run directory or one of its checkpoints; its EMA is averaged with those of
+    `average`, or with `raw` its raw weights are taken. `dtype` is that of the single files;
+    diffusers/ always holds float32 and the fp16 variant. With `force` the weight files of an
+    earlier export that this one does not have are removed. Returns the directory. Raises UsageError
+    if a file exists and not `force`, or if `out` is a run directory; MissingInputError if there is
+    no training checkpoint; RunFailedError if a written file does not read back as what was
+    exported.
+    """
+    if raw and average:
+        raise UsageError(
+            "--average takes the EMAs of checkpoints, --raw no EMA; leave out one of them"
+        )
+    _refuse_the_same_twice([source, *average])
+    header = weight_file.read(source, _nothing)
+    settings = checkpoint.stored_config(header)
+    kind = "raw" if raw else "ema-average" if average else "ema"
+    marks = [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
+    out = out or _home(source) / "-".join(["export", *marks])
+    stem = "-".join([settings.name, kind, "pruned", *marks[marks.count(kind) :]])
+    files = _weight_files(out, stem, layouts, dtype)
+    diffusers_config = out / "diffusers" / "config.json"
+    described = [diffusers_config] * ("diffusers" in layouts) + [out / "config.yaml"]
+    readme, summary = out / "README.md", out / "export.json"
+    written = [*(file.path for file in files), *described]
+    _refuse_to_overwrite(out, [*written, readme, summary], force)
+    check_writable(out)
+    before = _listed(summary)
+
+    named, tried = half_precision.choose_images(pictures, min(SIZE, settings.data.crop))
+    weights = _stored_weights(header.path, raw)
+    averaged = _average(weights, header, average)
+    stated = checkpoint.stored_facts(header, settings)
+    model = _network(weights, stated)
+    frozen = header.metadata["frozen_sha256"]
+    if frozen_sha256(weights) != frozen:
+        raise MissingInputError(f"{header.path}: its encoder does not match its own hash")
+
+    record: dict[str, Any] = {
+        "name": settings.name,
+        "stem": stem,
+        "weights": kind,
+        "dtype": dtype,
+        "iteration": int(header.metadata["iteration"]),
+        "init_iteration": settings.init.iteration,
+        "source": header.path.name,
+        "source_sha256": file_sha256(header.path),
+        "averaged": averaged,
+        **checkpoint.stored_base(header.metadata),
+        "changes": checkpoint.stored_changes(header.metadata),
+        "perceptual": checkpoint.stored_identity(header.metadata).get("perceptual"),
+        "ema_decay": settings.ema.decay,
+        "config_sha256": hashlib.sha256(header.metadata["config"].encode()).hexdigest(),
+        "frozen_sha256": frozen,
+        "config": config.to_dict(settings),
+    }
+    record["half_precision"] = {"images": named, **half_precision.measure(model, tried)}
+    for path, layout, stored in files:
+        tensors = {key: value.to(stored) for key, value in weights.items()}
+        if layout == "ckpt":
+            contents = {
+                "state_dict": tensors,
+                "global_step": record["iteration"],
+                ENTRY: stated.stated(),
+            }
+            weight_file.write_torch(path, contents)
+        elif layout == "safetensors":
+            texts = _metadata(settings, header, record, tensors) | stated.metadata()
+            weight_file.write_safetensors(path, tensors, texts)
+        else:
+            weight_file.write_safetensors(path, names.to_diffusers(tensors), {})
+        del tensors
+    if "diffusers" in layouts:
+        shape = settings.model
+        values = names.diffusers_config(
+            shape.ch,
+            shape.ch_mult,
+            shape.num_res_blocks,
+            shape.z_channels,
+            settings.data.crop,
+            stated,
+        )
+        write_json(diffusers_config, values)
+    write_text(out / "config.yaml", config.to_yaml(settings))
+
+    record["checks"] = _verify(out, files, model, stated)
+    record["files"] = {str(path.relative_to(out)): file_sha256(path) for path in written}
+    write_text(readme, card.model_card(settings, record))
+    record["files"]["README.md"] = file_sha256(readme)
+    write_json(summary, record)
+    for line in (*_describe(out, record), *_remove_old(out, before, record["files"])):
+        say(line)
+    return out
+
+
+def _describe(out: Path, record: dict[str, Any]) -> list[str]:
+    """Lines for people: the checks, half precision, the files."""
+    sizes = {file: (out / file).stat().st_size for file in record["files"]}
+    rounding = []
+    if record["dtype"] == "bfloat16" and record["half_precision"]["bfloat16"]["mean"]:
+        mean = record["half_precision"]["bfloat16"]["mean"]
+        rounding = [f"WARNING: bfloat16 costs {mean:.2g} levels of 255; publish float32"]
+    return [
+        *(f"{check}: {outcome}" for check, outcome in record["checks"].items()),
+        *half_precision.describe(record["half_precision"]),
+        *rounding,
+        *(
+            f"{out / file}  {sizes[file]:,} bytes  sha256 {digest[:12]}"
+            for file, digest in record["files"].items()
+        ),
+    ]
+
+
+def _home(source: Path) -> Path:
+    """The run directory; of a checkpoint that lies elsewhere, its own folder."""
+    if source.is_dir():
+        return source
+    folder = source.parent.resolve()
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
+def _weight_files(out: Path, stem: str, layouts: Sequence[str], dtype: str) -> list[WeightFile]:
+    """The weight files to write."""
+    files = [
+        WeightFile(out / f"{stem}.{layout}", layout, getattr(torch, dtype))
+        for layout in LAYOUTS[:2]
+        if layout in layouts
+    ]
+    if "diffusers" in layouts:
+        for name in dict.fromkeys(["float32", "float16", dtype]):
+            variant = f".{DTYPES[name]}" if DTYPES[name] else ""
+            path = out / "diffusers" / f"diffusion_pytorch_model{variant}.safetensors"
+            files.append(WeightFile(path, "diffusers", getattr(torch, name)))
+    return files
+
+
+def _refuse_the_same_twice(sources: Sequence[Path]) -> None:
+    """An average would count it twice."""
+    seen: set[Path] = set()
+    for path in (weight_file.find(source).resolve() for source in sources):
+        if path in seen:
+            raise UsageError(f"--average: {path} is given twice; give each checkpoint once")
+        seen.add(path)
+
+
+def _refuse_to_overwrite(out: Path, files: list[Path], force: bool) -> None:
+    if is_run(out):
+        raise UsageError(
+            f"--out {out} is a run directory, and its config.yaml would be replaced; nothing was "
+            f"written. Give a folder of its own, such as {out / 'export'}"
+        )
+    existing = [path for path in files if path.exists()]
+    if existing and not force:
+        raise UsageError(
+            f"{existing[0]} exists; nothing was written. Give --force, or another --out"
+        )
+
+
+def _listed(summary: Path) -> dict[str, str]:
+    """Files and hashes that an earlier export.json names; none if it cannot be read."""
+    try:
+        return dict(json.loads(summary.read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _remove_old(out: Path, before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Removes what an earlier export wrote, unchanged since, and this one did not; says so."""
+    weights = [path for suffix in LAYOUTS[:2] for path in sorted(out.glob(f"*.{suffix}"))]
+    lines = []
+    for path in (*weights, *sorted(out.glob("diffusers/*"))):
+        file = str(path.relative_to(out))
+        if file in before and file not in now and file_sha256(path) == before[file]:
+            path.unlink()
+            lines.append(f"{path} of the earlier export was removed")
+    return lines
+
+
+def _stored_weights(path: Path, raw: bool = False) -> State:
+    """The raw or the EMA weights of a training checkpoint, and nothing else of it.
+
+    Raises MissingInputError if the disk has changed them.
+    """
+    frozen = tuple(f"autoencoder.{name}." for name in FROZEN)
+    parts = ("autoencoder.",) if raw else (*frozen, "ema.")
+    contents = weight_file.read(path, lambda names: [n for n in names if n.startswith(parts)])
+    checkpoint.check_content(contents, "autoencoder" if raw else "ema")
+    return {
+        key.split(".", 1)[1]: value.float().contiguous()
+        for key, value in contents.tensors.items()
+        if key.startswith(parts)
+    }
+
+
+def _nothing(names: Collection[str]) -> Collection[str]:
+    """No tensor of a file; its texts alone."""
+    return ()
+
+
+def _average(weights: State, first: weight_file.Contents, others: Sequence[Path]) -> list[str]:
+    """Makes the trained part of `weights` the mean, in float64, over it and other checkpoints.
+
+    Returns their names. Raises UsageError if another has other shapes or another encoder.
+    """
+    if not others:
+        return []
+    trained = [key for key in weights if not key.startswith(tuple(f"{n}." for n in FROZEN))]
+    total = {key: weights[key].double() for key in trained}
+    averaged = [first.path.name]
+    for path in others:
+        header = weight_file.read(path, _nothing)
+        checkpoint.stored_config(header)
+        other = _stored_weights(header.path)
+        try:
+            names.check_shapes(other, names.shapes_of(weights))
+        except MissingInputError as error:
+            raise UsageError(f"--average {header.path}: {error}") from error
+        if header.metadata["frozen_sha256"] != first.metadata["frozen_sha256"]:
+            raise UsageError(
+                f"--average {header.path} has another encoder (SHA-256 "
+                f"{header.metadata['frozen_sha256'][:12]}, {first.path.name} has "
+                f"{first.metadata['frozen_sha256'][:12]}); average checkpoints of one base"
+            )
+        for key in trained:
+            total[key] += other[key]
+        averaged.append(header.path.name)
+    for key in trained:
+        weights[key] = (total.pop(key) / len(averaged)).float()
+    return averaged
+
+
+def _metadata(
+    settings: Config, header: weight_file.Contents, record: dict[str, Any], tensors: State
+) -> dict[str, str]:
+    """Texts of the safetensors file: modelspec's fields and our provenance.
+
+    The date is the checkpoint's: when the weights were made, not when they were exported.
+    """
+    written = datetime.datetime.fromtimestamp(header.path.stat().st_mtime, datetime.UTC)
+    ours = ("iteration", "base_name", "base_sha256", "ema_decay", "config_sha256", "frozen_sha256")
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1/vae",
+        "modelspec.implementation": "kl_f8_train",
+        "modelspec.title": f"{settings.name} ({record['weights']}, pruned)",
+        "modelspec.date": written.isoformat(timespec="seconds"),
+        "modelspec.resolution": f"{settings.data.crop}x{settings.data.crop}",
+        "modelspec.hash_sha256": f"0x{data_sha256(tensors)}",
+        "kl_f8_train.version": __version__,
+        "kl_f8_train.recipe": settings.name,
+        "kl_f8_train.weights": record["weights"],
+        **{f"kl_f8_train.{key}": str(record[key]) for key in ours},
+        **({"kl_f8_train.averaged": ", ".join(record["averaged"])} if record["averaged"] else {}),
+        **({"kl_f8_train.changes": "; ".join(record["changes"])} if record["changes"] else {}),
+        "kl_f8_train.config": header.metadata["config"],
+    }
+
+
+# --- the proof ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _verify(
+    out: Path, files: Sequence[WeightFile], model: AutoencoderKL, stated: Facts
+) -> dict[str, str]:
+    """Reads every file back: same tensors and facts, same latents of a probe, same decoded image.
+
+    Returns the outcome by file. Raises RunFailedError if one differs.
+    """
+    weights = model.state_dict()
+    probe = images.to_float(half_precision.pattern(8 * model.downsampling)[None])
+    latents = model.encode(probe).mean
+    decoded = model.decode(latents)
+    checks: dict[str, str] = {}
+    for path, layout, stored in files:
+        frozen, facts = _read_back(path, FROZEN, weights, stored)
+        if combined(stated, facts) != facts:
+            raise RunFailedError(f"{path} does not state what its base did: {facts.stated()}")
+        again = _network({**weights, **frozen}, facts)
+        latents_error = float((again.encode(probe).mean - latents).abs().max())
+        del frozen, again  # half of the file at a time: memory
+        trained, _ = _read_back(path, TRAINED, weights, stored)
+        again = _network({**weights, **trained}, facts)
+        mean, most = half_precision.levels(again.decode(latents), decoded)
+        del trained, again
+        if stored == torch.float32 and (latents_error or most):
+            raise RunFailedError(f"{path} reads back, but encodes or decodes a probe differently")
+        checks[str(path.relative_to(out))] = (
+            f"{len(weights)} tensors read back bit-equal; encoder and quant_conv as imported; "
+            "a probe's latents and image equal"
+            if stored == torch.float32
+            else f"{len(weights)} tensors read back, all rounded to {DTYPES[str(stored)[6:]]}; "
+            f"a probe's latents within {latents_error:.2g}, its image within {most:.2g} of 255 "
+            f"levels (mean {mean:.2g})"
+        )
+        if layout == "ckpt":
+            _check_strictly(path, len(weights))
+            checks["strict loader"] = f"{len(weights)} keys in state_dict, no more and no less"
+    return checks
+
+
+def _read_back(
+    path: Path, parts: Sequence[str], weights: State, stored: torch.dtype
+) -> tuple[State, Facts]:
+    """Encoder or decoder of a written file, in float32, and what the file states.
+
+    Raises RunFailedError unless the file has the names of `weights`, and there its numbers.
+    """
+    prefixes = tuple(f"{part}." for part in parts)
+    read = weight_file.read(path, lambda names: [n for n in names if n.startswith(prefixes)])
+    tensors = names.recognise(read.tensors).autoencoder
+    problems = sorted(weights.keys() ^ tensors.keys())
+    part = {key: value for key, value in tensors.items() if key.startswith(prefixes)}
+    if not problems:
+        problems = [k for k, v in part.items() if not torch.equal(v, weights[k].to(stored))]
+    if problems:
+        raise RunFailedError(f"{path} does not read back as written: {', '.join(problems[:3])}")
+    return {key: value.float() for key, value in part.items()}, read.facts
+
+
+def _check_strictly(path: Path, count: int) -> None:
+    """What torch's own safe loader sees of a .ckpt; raises RunFailedError if it is too much."""
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    names = {"state_dict", "global_step", ENTRY}
+    if set(loaded) != names or len(loaded["state_dict"]) != count:
+        raise RunFailedError(f"{path} holds other things than {', '.join(sorted(names))}")
+
+
+def _network(weights: State, stated: Facts) -> AutoencoderKL:
+    """An autoencoder around these very tensors, without a copy.
+
+    Raises MissingInputError naming the first tensor that is missing, or of another shape.
+    """
+    with torch.device("meta"):
+        model = AutoencoderKL(**names.architecture(weights, stated))
+    names.check_shapes(weights, names.shapes_of(model.state_dict()))
+    model.load_state_dict(weights, assign=True)
+    return model.eval().requires_grad_(False)

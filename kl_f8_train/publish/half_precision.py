@@ -1,0 +1,169 @@
+"""Does a decoder survive half precision? Its largest activation, and the error of fp16 and bf16.
+
+Half precision is emulated: weights, and what enters and leaves every module, are rounded to the
+type, while sums run in float32, as on GPUs. So the answer is the same on any machine, and quick
+where the CPU has no half-precision convolutions. What happens inside attention is not rounded.
+"""
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kl_f8_train import images
+from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.errors import ImageError, RunFailedError
+from kl_f8_train.units import counted
+
+LIMIT = torch.finfo(torch.float16).max  # 65504
+COUNT = 3
+SHIPPED = ("astronaut.png", "chelsea.png", "coffee.png")
+
+
+@torch.no_grad()
+def measure(model: AutoencoderKL, pictures: list[Tensor]) -> dict[str, Any]:
+    """Largest activation and decoding errors, in 8-bit levels against float32, on uint8 images.
+
+    `black` counts the images of which fp16 makes infinities or no numbers at all.
+    Raises RunFailedError if float32 does.
+    """
+    latents = [model.encode(images.to_float(picture[None])).mean for picture in pictures]
+    with _largest(model) as largest:
+        exact = [model.decode(z) for z in latents]
+    if not all(bool(y.isfinite().all()) for y in exact):
+        raise RunFailedError("the decoder makes infinities or no numbers in float32; not exported")
+    layer = max(largest, key=lambda name: largest[name])
+    result: dict[str, Any] = {"largest_activation": largest[layer], "layer": layer}
+    for dtype in (torch.float16, torch.bfloat16):
+        with _rounded(model, dtype):
+            rounded = [model.decode(z) for z in latents]
+        black = sum(not bool(y.isfinite().all()) for y in rounded)
+        errors = [levels(a, b) for a, b in zip(exact, rounded, strict=True)]
+        result[str(dtype).removeprefix("torch.")] = {
+            "mean": _finite(sum(mean for mean, _ in errors) / len(errors)),
+            "max": _finite(max(most for _, most in errors)),
+            "black": black,
+        }
+    return result
+
+
+def describe(result: dict[str, Any]) -> list[str]:
+    """Lines for people; a warning among them if fp16 would turn images black."""
+    lines = [
+        f"half precision, on {result['images']}: largest activation "
+        f"{result['largest_activation']:,.4g} ({result['layer']}), fp16 holds {LIMIT:,.0f}"
+    ]
+    for name in ("float16", "bfloat16"):
+        error = result[name]
+        if error["mean"] is None:
+            lines.append(f"{name}: infinities or no numbers in {error['black']} images")
+        else:
+            lines.append(
+                f"{name}: mean {error['mean']:.3f}, max {error['max']:.2f} of 255 levels from fp32"
+            )
+    if result["float16"]["black"] or result["largest_activation"] > LIMIT:
+        lines.append(
+            "WARNING: images turn black in fp16; run this VAE in fp32 or bf16 "
+            "(AUTOMATIC1111: --no-half-vae, ComfyUI: --fp32-vae or --bf16-vae)"
+        )
+    return lines
+
+
+def levels(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """Mean and largest difference of two images in [-1, 1], clamped, in 8-bit levels."""
+    difference = (one.clamp(-1, 1) - other.clamp(-1, 1)).abs() * 127.5
+    return float(difference.mean()), float(difference.max())
+
+
+def choose_images(folder: Path | None, size: int) -> tuple[str, list[Tensor]]:
+    """What they are, and uint8 (3, size, size) images of `folder`, of scikit-image, or generated.
+
+    Raises MissingInputError if there is none in `folder`.
+    """
+    if folder is not None:
+        chosen = images.load_folder(folder, size, COUNT)
+        return f"{counted(len(chosen), 'image', 's')} of {folder.name} at {size} x {size}", chosen
+    package = importlib.util.find_spec("skimage")
+    places = list(package.submodule_search_locations or []) if package else []
+    files = [Path(place) / "data" / name for place in places for name in SHIPPED]
+    chosen = []
+    for file in filter(Path.is_file, files):
+        with suppress(ImageError):
+            chosen.append(images.square(file.read_bytes(), size))
+    if chosen:
+        return (
+            f"{counted(len(chosen), 'photograph', 's')} of scikit-image at {size} x {size}",
+            chosen,
+        )
+    return f"a generated pattern of {size} x {size} (no photographs at hand)", [pattern(size)]
+
+
+def pattern(size: int) -> Tensor:
+    """uint8 (3, size, size): waves that grow finer to the right, another colour in each channel."""
+    x = torch.linspace(0, 1, size, dtype=torch.float64)
+    waves = [(40 * x * x + 3 * shift + 5 * x[:, None] * shift).sin() for shift in range(1, 4)]
+    return ((torch.stack(waves) + 1) * 127.5).round().to(torch.uint8)
+
+
+@contextmanager
+def _largest(model: AutoencoderKL) -> Iterator[dict[str, float]]:
+    """Inside, every module of the decoder notes its largest output, by name."""
+    seen: dict[str, float] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            most = float(output.abs().max())
+            seen[name] = max(seen.get(name, 0.0), most)
+
+        return hook
+
+    handles = [m.register_forward_hook(note(name)) for name, m in _decoder(model)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _rounded(model: AutoencoderKL, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, the decoder's weights and all that enters or leaves its modules are rounded."""
+    exact: dict[nn.Parameter, Tensor] = {}  # of the modules that run now: one layer's, not all
+
+    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        for parameter in module.parameters(recurse=False):
+            exact[parameter] = parameter.data
+            parameter.data = parameter.data.to(dtype).float()
+        return tuple(x.to(dtype).float() for x in inputs)
+
+    def leave(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = exact.pop(parameter)
+        return output.to(dtype).float()
+
+    handles = [m.register_forward_pre_hook(enter) for _, m in _decoder(model)]
+    handles += [m.register_forward_hook(leave) for _, m in _decoder(model)]
+    try:
+        yield
+    finally:
+        for parameter, values in exact.items():
+            parameter.data = values
+        for handle in handles:
+            handle.remove()
+
+
+def _decoder(model: AutoencoderKL) -> list[tuple[str, nn.Module]]:
+    return [(name, m) for name, m in model.named_modules() if _decodes(name)]
+
+
+def _decodes(name: str) -> bool:
+    return name.split(".")[0] in ("decoder", "post_quant_conv")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

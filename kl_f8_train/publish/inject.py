@@ -1,0 +1,199 @@
+"""Writes a VAE into a copy of a full Stable Diffusion checkpoint, record by record.
+
+The copy keeps the file's own types, texts and everything that is not the VAE, byte for byte.
+"""
+
+import json
+import math
+import shutil
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kl_f8_train.core.hashes import frozen_sha256, tensor_bytes
+from kl_f8_train.core.model import FROZEN
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.files import atomic_path, file_sha256
+from kl_f8_train.weights import names, torch_file, weight_file
+
+PREFIX = "first_stage_model."
+CHUNK = 1 << 24
+SAFETENSORS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: its record (a zip's) or byte (a safetensors file's), and its layout."""
+
+    record: str
+    start: int  # in bytes, for safetensors in the file, for zips in the record
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def inject(vae: Path, into: Path, out: Path, force: bool = False) -> list[str]:
+    """Writes `out`: `into` with the VAE of `vae`; returns what there is to say about it.
+
+    Holds one VAE in memory, not the checkpoint. Raises UsageError if `out` exists and not `force`,
+    or `into` is a folder; MissingInputError if there is no VAE in it, or one of other shapes.
+    """
+    if into.is_dir():
+        raise UsageError(
+            f"{into} is a folder. For a diffusers pipeline, copy the files of export/diffusers "
+            f"over those in {into / 'vae'}; inject writes into single .safetensors and .ckpt files"
+        )
+    if out.exists() and not force:
+        raise UsageError(f"{out} exists; nothing was written. Give --force, or another --out")
+    source, weights = weight_file.read_weights(vae)
+    is_zip = into.is_file() and zipfile.is_zipfile(into)
+    places = _zip_places(into) if is_zip else _safetensors_places(into)
+    parts = tuple(f"{PREFIX}{part}" for part in names.AUTOENCODER_PARTS)
+    places = {k.removeprefix(PREFIX): place for k, place in places.items() if k.startswith(parts)}
+    if not places:
+        raise MissingInputError(
+            f"{into} holds no {PREFIX}*, so it is no full checkpoint; give one of Stable Diffusion"
+        )
+    try:
+        shapes = {key: place.shape for key, place in places.items()}
+        names.check_shapes(weights.autoencoder, shapes)
+    except MissingInputError as error:
+        raise MissingInputError(f"{source.path} does not fit {into}: {error}") from error
+    tensors = {key: weights.autoencoder[key].to(place.dtype) for key, place in places.items()}
+
+    lines = [_compare_encoders(into, places, tensors)]
+    with atomic_path(out) as temporary:
+        if is_zip:
+            _write_zip(into, temporary, places, tensors)
+        else:
+            _write_safetensors(into, temporary, places, tensors)
+        for key, tensor in _read(temporary, places):
+            if not torch.equal(tensor, tensors[key]):
+                raise RunFailedError(f"{key} does not read back as written")
+    types = sorted({str(place.dtype).removeprefix("torch.") for place in places.values()})
+    return [
+        *lines,
+        f"{len(tensors)} tensors of {source.path} written as {', '.join(types)}, read back equal; "
+        "everything else is copied as it was",
+        f"{out}  {out.stat().st_size:,} bytes  sha256 {file_sha256(out)[:12]}",
+    ]
+
+
+def _compare_encoders(
+    into: Path, places: Mapping[str, Place], tensors: Mapping[str, Tensor]
+) -> str:
+    """Whether latents stay what they were for this checkpoint."""
+    parts = tuple(f"{name}." for name in FROZEN)
+    frozen = {key: place for key, place in places.items() if key.startswith(parts)}
+    before = frozen_sha256(dict(_read(into, frozen)))
+    after = frozen_sha256({key: tensors[key] for key in frozen})
+    if before == after:
+        return f"the encoder is the checkpoint's own (SHA-256 {before[:12]}): latents stay"
+    return (
+        f"WARNING: the encoder differs from the checkpoint's own (SHA-256 {after[:12]}, was "
+        f"{before[:12]}): latents change, and the checkpoint's diffusion model was trained on "
+        "the old ones"
+    )
+
+
+def _read(path: Path, places: Mapping[str, Place]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file one by one, contiguous, with their names."""
+    is_zip = any(place.record for place in places.values())
+    with zipfile.ZipFile(path) if is_zip else path.open("rb") as file:
+        for key, place in places.items():
+            if isinstance(file, zipfile.ZipFile):
+                yield key, _view(bytearray(file.read(place.record)), place).contiguous()
+                continue
+            file.seek(place.start)
+            data = bytearray(file.read(place.dtype.itemsize * math.prod(place.shape)))
+            yield key, torch.frombuffer(data, dtype=place.dtype).view(place.shape)
+
+
+def _view(record: bytearray, place: Place) -> Tensor:
+    """A tensor that lies in a record, as a view of its bytes."""
+    numbers = torch.frombuffer(record, dtype=place.dtype)
+    return numbers.as_strided(place.shape, place.strides, place.start // place.dtype.itemsize)
+
+
+# --- safetensors ----------------------------------------------------------------------------
+
+
+def _safetensors_places(path: Path) -> dict[str, Place]:
+    """Where the tensors of a safetensors file lie; raises MissingInputError if it is none."""
+    with weight_file.find(path).open("rb") as file:
+        head = file.read(9)
+        if head[8:] != b"{":
+            raise MissingInputError(
+                f"{path} is neither .safetensors nor a torch zip. A .ckpt of before torch 1.6 "
+                "becomes one by torch.save(torch.load(FILE, weights_only=True), NEW)"
+            )
+        weight_file.read(path, lambda names: ())  # raises if the header does not tell the truth
+        file.seek(8)
+        header = json.loads(file.read(struct.unpack("<Q", head[:8])[0]))
+        start = file.tell()
+    return {
+        key: Place("", start + entry["data_offsets"][0], SAFETENSORS[entry["dtype"]], shape, ())
+        for key, entry in header.items()
+        if key.startswith(PREFIX) and entry["dtype"] in SAFETENSORS
+        for shape in [tuple(entry["shape"])]
+    }
+
+
+def _write_safetensors(
+    into: Path, temporary: Path, places: Mapping[str, Place], tensors: Mapping[str, Tensor]
+) -> None:
+    """Copies the file and overwrites the tensors where they lie."""
+    shutil.copyfile(into, temporary)
+    with temporary.open("r+b") as file:
+        for key, tensor in tensors.items():
+            file.seek(places[key].start)
+            file.write(tensor_bytes(tensor))
+
+
+# --- torch's zips ---------------------------------------------------------------------------
+
+
+def _zip_places(path: Path) -> dict[str, Place]:
+    """Where the tensors of a torch zip lie; raises MissingInputError if there is more in it."""
+    weight_file.read(path, lambda names: ())  # raises if it is broken, or asks to run something
+    return {
+        key: Place(
+            record,
+            view.offset * view.storage.dtype.itemsize,
+            view.storage.dtype,
+            view.size,
+            view.stride,
+        )
+        for key, (record, view) in torch_file.views(path).items()
+    }
+
+
+def _write_zip(
+    into: Path, temporary: Path, places: Mapping[str, Place], tensors: Mapping[str, Tensor]
+) -> None:
+    """Copies the zip record by record; in those that hold VAE tensors, these are replaced."""
+    changed: dict[str, list[str]] = {}
+    for key, place in places.items():
+        changed.setdefault(place.record, []).append(key)
+    with zipfile.ZipFile(into) as source, zipfile.ZipFile(temporary, "w") as target:
+        for entry in source.infolist():
+            info = weight_file.aligned(target, entry.filename)
+            if entry.filename in changed:
+                data = bytearray(source.read(entry))
+                for key in changed[entry.filename]:
+                    _view(data, places[key]).copy_(tensors[key])
+                target.writestr(info, data)
+                continue
+            info.file_size = entry.file_size  # tells zipfile whether it needs 64-bit sizes
+            with source.open(entry) as old, target.open(info, "w") as new:
+                shutil.copyfileobj(old, new, CHUNK)

@@ -1,0 +1,1 @@
+"""How does a run live? Training, saving, logs, validation, status."""

@@ -1,0 +1,210 @@
+"""The log of a run: metrics.csv, the progress bar or plain lines, skipped images."""
+
+import resource
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from tqdm import tqdm
+
+from kl_f8_train.config import Config
+from kl_f8_train.core.batch import Batch
+from kl_f8_train.core.ema import ema_distance
+from kl_f8_train.core.step import Finetuner, average_over_ranks
+from kl_f8_train.data.plan import Plan
+from kl_f8_train.errors import RunFailedError
+from kl_f8_train.output import say
+from kl_f8_train.run.callback import finetuner_of, tolerated
+from kl_f8_train.run.tracking import Trackers
+from kl_f8_train.run_dir import MetricsFile
+from kl_f8_train.units import duration
+
+
+class RunLog(Callback):
+    """metrics.csv always; a progress bar or plain lines; trackers on request."""
+
+    def __init__(self, run_dir: Path, settings: Config, start: int, plan: Plan) -> None:
+        self.run_dir, self.config, self.start, self.plan = run_dir, settings, start, plan
+        given = settings.init.iteration
+        self.first = start if given is None else given  # iteration at which the run began
+        self.table = MetricsFile(run_dir / "metrics.csv", start)
+        self.sums: dict[tuple[str, ...], Tensor] = {}  # names -> (names, 2): sum, and how many
+        self.count = 0
+        self.skipped: Counter[tuple[str, str]] = Counter()  # (source, reason), on this rank
+        self.seen = 0  # images, on this rank
+        self.trackers: Trackers | None = None  # on the first rank
+        self.bar: Any = None
+        self.waited = 0.0
+        self.mark = self.batch_end = time.perf_counter()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Opens the reports on the first rank."""
+        self.mark = self.batch_end = time.perf_counter()
+        if not trainer.is_global_zero:
+            return
+        self.trackers = Trackers(self.config, self.run_dir, self.start, self._say)
+        if sys.stdout.isatty():
+            total, unit = self.config.stop_iteration, "iteration"
+            self.bar = tqdm(total=total, initial=self.start, unit=unit, mininterval=1.0)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Counts the time spent waiting for data."""
+        self.waited += time.perf_counter() - self.batch_end
+
+    def await_data(self) -> None:
+        """Begins to count: the last callback tells that reports and files are done."""
+        self.batch_end = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        """Adds an iteration's figures, and reports every `log.every`."""
+        finetuner = finetuner_of(pl_module)
+        self._note_skipped(batch, trainer)
+        names, values = zip(*finetuner.metrics.items(), strict=True)
+        numbers = torch.stack(values).double()
+        finite = numbers.isfinite()  # not of every update that was left out
+        pairs = torch.stack([torch.where(finite, numbers, 0.0), finite.double()], dim=1)
+        self.sums[names] = pairs + self.sums.get(names, 0.0)
+        self.count += 1
+        if self.bar is not None and not finetuner.warmup_left:
+            self.bar.update(finetuner.iteration - self.bar.n)
+        if finetuner.iteration % self.config.log.every == 0 or self.count >= self.config.log.every:
+            self._report(trainer, finetuner)
+        self.batch_end = time.perf_counter()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
+        """Closes the trackers' runs as failed."""
+        if self.trackers is not None:
+            self.trackers.finish(failed=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reports the rest."""
+        if self.count:
+            self._report(trainer, finetuner_of(pl_module))
+        if trainer.is_global_zero:
+            self._tell_mixture(finetuner_of(pl_module).iteration)
+        if self.bar is not None:
+            self.bar.close()
+        if self.trackers is not None:
+            self.trackers.finish()
+
+    def validated(self, iteration: int, row: dict[str, float], path: Path) -> None:
+        """Logs the scores of the fixed photographs, and their strip."""
+        self._say(
+            f"validation at iteration {iteration:,}: PSNR {row['psnr_ema']:.2f} EMA, "
+            f"{row['psnr_raw']:.2f} raw; SSIM {row['ssim_ema']:.3f} EMA, {row['ssim_raw']:.3f} raw"
+        )
+        if self.trackers is not None:
+            scores = {f"validation/{key}": value for key, value in row.items()}
+            self.trackers.log(iteration, scores, path)
+
+    def _report(self, trainer: Trainer, finetuner: Finetuner) -> None:
+        finetuner.judge()
+        average_over_ranks(list(self.sums.values()))
+        totals: defaultdict[str, float] = defaultdict(float)
+        numbers: defaultdict[str, float] = defaultdict(float)
+        for names, pairs in self.sums.items():  # one, unless a term has set in since
+            for name, (total, number) in zip(names, pairs.tolist(), strict=True):
+                totals[name] += total
+                numbers[name] += number
+        row = {name: totals[name] / number for name, number in numbers.items() if number}
+        seconds = time.perf_counter() - self.mark
+        row["images_per_second"] = self.count * self.config.global_batch / seconds
+        row["data_wait_share"] = self.waited / seconds
+        row["skipped_images"] = self._judge_skipped(finetuner)
+        row["bad_updates"] = finetuner.bad_updates_in_all
+        for name, source in self.plan.plans.items():
+            row[f"images_{name}"] = source.share * (finetuner.iteration - self.first)
+            row[f"passes_{name}"] = source.passes(finetuner.iteration - self.first)
+        row["ema_distance"] = ema_distance(finetuner.ema, finetuner.autoencoder)
+        if finetuner.device.type == "cuda":
+            row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            row["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if trainer.is_global_zero:
+            with tolerated():
+                self.table.write(finetuner.iteration, row)
+            if self.trackers is not None:
+                self.trackers.log(finetuner.iteration, row)
+            self._say(self._line(finetuner, row, seconds / self.count))
+        self.sums, self.count, self.waited = {}, 0, 0.0
+        self.mark = time.perf_counter()
+
+    def _line(self, finetuner: Finetuner, row: dict[str, float], seconds: float) -> str:
+        stop = self.config.stop_iteration
+        if finetuner.warmup_left:
+            head = f"discriminator warm-up, {finetuner.warmup_left:,} iterations left"
+        else:
+            head = f"iteration {finetuner.iteration:,} of {stop:,}"
+        shown = [
+            f"{label} {row[key]:.4g}"
+            for label, key in (
+                ("rec", "reconstruction_loss"),
+                ("g", "generator_loss"),
+                ("d", "discriminator_loss"),
+                ("d_weight", "adaptive_weight"),
+            )
+            if key in row
+        ]
+        rest = duration((stop - finetuner.iteration + finetuner.warmup_left) * seconds)
+        return " | ".join(
+            [head, *shown, f"{row['images_per_second']:.1f} images/s", f"{rest} left"]
+        )
+
+    def _note_skipped(self, batch: Batch, trainer: Trainer) -> None:
+        """Counts, names and files bad images."""
+        self.seen += len(batch.keys)
+        for message in batch.skipped:
+            key, _, reason = message.partition(": ")
+            self.skipped[key.partition("/")[0], reason.partition(":")[0]] += 1
+            if self.skipped.total() <= 20:
+                self._say(f"skipped an image: {message}")
+            name = f"skipped-{trainer.global_rank}.txt"
+            with tolerated(), (self.run_dir / name).open("a") as file:
+                file.write(f"{message}\n")
+
+    def _judge_skipped(self, finetuner: Finetuner) -> int:
+        """Bad images on all ranks; too many of them end the run, on all ranks together."""
+        counts = torch.tensor(
+            [self.skipped.total(), self.seen], dtype=torch.float64, device=finetuner.device
+        )
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+        bad, seen = (int(number) for number in counts)
+        limit = self.config.data.max_bad_share
+        if seen >= 1000 and bad > limit * seen:
+            raise RunFailedError(
+                f"{bad:,} of {seen:,} images cannot be used, more than data.max_bad_share="
+                f"{limit:g}: {self._reasons()}; they are named in {self.run_dir}/skipped-*.txt"
+            )
+        return bad
+
+    def _reasons(self, source: str | None = None) -> str:
+        counts: Counter[str] = Counter()
+        for (name, reason), number in self.skipped.items():
+            if source in (None, name):
+                counts[reason] += number
+        return ", ".join(f"{reason} {number:,}" for reason, number in counts.most_common())
+
+    def _tell_mixture(self, iteration: int) -> None:
+        for name, source in self.plan.plans.items():
+            done = iteration - self.first
+            share = 100 * source.share / self.plan.batch
+            replaced = self._reasons(name) or "none"
+            self._say(
+                f"data: {name}: {source.share * done:,} images ({share:.4g} %), "
+                f"{source.passes(done):.2f} passes; replaced on this rank: {replaced}"
+            )
+
+    def _say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line)
+        else:
+            say(line)

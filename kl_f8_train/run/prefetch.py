@@ -1,0 +1,35 @@
+"""Remote shards, fetched ahead of their use."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from kl_f8_train.data.loading import upcoming
+from kl_f8_train.data.plan import Plan
+from kl_f8_train.data.shard_cache import ShardCache
+from kl_f8_train.data.sources import Source
+from kl_f8_train.run.callback import finetuner_of
+from kl_f8_train.transfer import is_remote
+
+
+class Prefetch(Callback):
+    """Fetches the remote shards of the next iterations ahead of their use, on the GPU's node."""
+
+    AHEAD, EVERY = 200, 50  # iterations
+
+    def __init__(self, plan: Plan, sources: Mapping[str, Source], cache: ShardCache) -> None:
+        self.plan, self.sources, self.cache = plan, sources, cache
+        self.asked = -self.EVERY
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Asks every few iterations; not earlier, as loaders are forked before the first ends."""
+        iteration = finetuner_of(pl_module).iteration
+        if iteration >= self.asked + self.EVERY:
+            self.asked = iteration
+            self._ask(trainer, iteration)
+
+    def _ask(self, trainer: Trainer, iteration: int) -> None:
+        ahead = range(iteration, iteration + self.AHEAD)
+        wanted = upcoming(self.plan, self.sources, ahead, trainer.global_rank, trainer.world_size)
+        self.cache.prefetch([place for place in wanted if is_remote(place)])

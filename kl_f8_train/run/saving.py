@@ -1,0 +1,138 @@
+"""Checkpoints at intervals, and the signals that end a run."""
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch.optim import Adam
+
+from kl_f8_train import config
+from kl_f8_train.core.finite import HostCopy
+from kl_f8_train.errors import RunFailedError
+from kl_f8_train.launch import SIGNALS
+from kl_f8_train.output import say
+from kl_f8_train.run.callback import finetuner_of, tolerated
+from kl_f8_train.run_dir import remove_old_checkpoints
+from kl_f8_train.weights import checkpoint
+
+
+class Checkpoints(Callback):
+    """Saves every `checkpoint.every` iterations and at the end, and removes old files.
+
+    A save that fails is tried again at the next turn; two failures in a row end the run.
+    """
+
+    def __init__(self, run_dir: Path, settings: config.Checkpoint, frozen_sha256: str) -> None:
+        self.run_dir, self.settings, self.frozen = run_dir, settings, frozen_sha256
+        self.saved: tuple[int, int] | None = None
+        self.failures = 0
+        self.mark = 0.0  # end of the last save, or the start
+        self.told = False  # that saving takes long
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the first interval."""
+        self.mark = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Saves when it is time."""
+        done = finetuner_of(pl_module).warmup_done or finetuner_of(pl_module).iteration
+        if done % self.settings.every == 0:
+            self.save(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the last state; here a failure is final."""
+        self.save(trainer, pl_module, final=True)
+
+    def save(self, trainer: Trainer, pl_module: LightningModule, final: bool = False) -> None:
+        """Writes a checkpoint of the current iteration, on the first rank."""
+        finetuner = finetuner_of(pl_module)
+        now = (finetuner.iteration, finetuner.warmup_left)
+        if self.saved == now:
+            return
+        finetuner.judge()
+        failure: str | None = None
+        began = time.perf_counter()
+        if trainer.is_global_zero:
+            try:
+                optimizers = [o for o in trainer.optimizers if isinstance(o, Adam)]
+                path = checkpoint.save(finetuner, optimizers, self.run_dir, self.frozen)
+            except (RunFailedError, OSError) as error:
+                failure = str(error)
+            else:
+                with tolerated("an old checkpoint could not be removed"):
+                    keep = self.settings
+                    remove_old_checkpoints(path, keep.keep_last, keep.keep_every)
+        failure = trainer.strategy.broadcast(failure)  # all ranks go on, or stop, together
+        if failure is None:
+            self.saved, self.failures = now, 0
+            self._judge_pause(began, trainer.is_global_zero and not final)
+            return
+        self.failures += 1
+        if final or self.failures > 1:
+            raise RunFailedError(failure)
+        if trainer.is_global_zero:
+            say(f"{failure}\n  training goes on; the next checkpoint tries again")
+
+    def _judge_pause(self, began: float, aloud: bool) -> None:
+        """Tells once if saving takes more than a second and 5 % of the time between saves."""
+        pause, interval = time.perf_counter() - began, began - self.mark
+        self.mark = time.perf_counter()
+        if aloud and not self.told and pause > max(1.0, 0.05 * interval):
+            self.told = True
+            say(
+                f"saving took {pause:.1f} s, {100 * pause / interval:.0f} % of the "
+                f"{interval:.0f} s since the last; raise checkpoint.every, or give run_dir a "
+                "faster disk"
+            )
+
+
+class Signals(Callback):
+    """SIGTERM, SIGINT, SIGUSR1, SIGHUP set a flag; all ranks agree on it after an iteration, stop.
+
+    What they agreed on is read after one iteration more, so that no host waits for its device.
+    The last state is then saved by `Checkpoints`. A second SIGINT ends the program at once.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._agreed: HostCopy | None = None
+        self._before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Takes the signals over."""
+        for number in SIGNALS:
+            self._before[number] = signal.getsignal(number)
+            if (number, self._before[number]) != (signal.SIGHUP, signal.SIG_IGN):  # nohup's
+                signal.signal(number, self._note)
+
+    def restore(self) -> None:
+        """Gives the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Stops all ranks if one of them got a signal."""
+        if trainer.world_size > 1:
+            flag = torch.full((), self.received, device=pl_module.device)  # filled there
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            before, self._agreed = self._agreed, HostCopy(flag)
+            stop = 0 if before is None else int(before.read())
+        else:
+            stop = self.received
+        if stop:
+            self.received = stop
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All ranks end with the same code, also if a signal came in the last iteration."""
+        if self._agreed is not None:
+            self.received = int(self._agreed.read())

@@ -1,0 +1,389 @@
+"""Where a run is, from its files alone: while it trains, or after it ended or died.
+
+Nothing heavy is imported, nothing of the run is touched, and what is half written is left out.
+"""
+
+import datetime
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.run.curves import Chart, Points, page
+from kl_f8_train.run_dir import Row, is_claimed, newest_checkpoint, read_rows
+from kl_f8_train.units import counted, duration
+
+SPEED = "images_per_second"
+LOST_DB = 1.0  # of raw PSNR since the start; healthy small runs lost up to 0.8, a bad one 1.5
+RECENT = 0.1  # share of the rows that "lately" means
+ENOUGH_ROWS = 20  # for a judgement on speed and the loss: the start is slow
+SILENT_INTERVALS, SILENT_SECONDS = 5, 120.0  # no news for longer than both: silent
+LOSSES = ("reconstruction_loss", "pixel_loss", "perceptual_loss", "discriminator_loss")
+NUMBERS = (  # settings that are read here
+    *("stop_iteration", "global_batch", "init.iteration", "log.every", "checkpoint.every"),
+    *("adversarial.start_iteration", "data.workers"),
+)
+CHARTS = (  # title, columns, logarithmic
+    ("Reconstruction loss, per pixel", ("reconstruction_loss",), False),
+    ("Its terms, unweighted", ("pixel_loss", "perceptual_loss"), True),
+    ("Adversarial losses", ("generator_loss", "discriminator_loss"), False),
+    ("Logits of the discriminator", ("logits_real", "logits_fake"), False),
+    ("Adaptive weight, as used", ("adaptive_weight",), True),
+    ("Share of clamped weights", ("adaptive_weight_clamped",), False),
+    ("Gradient norm, decoder", ("decoder_gradient_norm",), True),
+    ("Gradient norm, discriminator", ("discriminator_gradient_norm",), True),
+    ("Distance of EMA and raw weights", ("ema_distance",), True),
+    ("PSNR of fixed photographs", ("psnr_ema", "psnr_raw"), False),
+    ("SSIM of fixed photographs", ("ssim_ema", "ssim_raw"), False),
+    ("Perceptual distance of fixed photographs", ("perceptual_ema", "perceptual_raw"), False),
+    ("Images a second", ("images_per_second",), False),
+    ("Share of time waiting for data", ("data_wait_share",), False),
+    ("Peak memory, GiB", ("peak_memory_gib",), False),
+)
+
+
+@dataclass
+class Status:
+    """A run at a moment; None where the files do not tell."""
+
+    run_dir: str
+    name: str
+    # "ended", "running", "stopped ... ago"; without a claim "seems to be ..." or "silent ..."
+    state: str
+    iteration: int | None
+    start_iteration: int | None
+    stop_iteration: int
+    done_share: float | None
+    warmup_rows: int
+    images_per_second: float | None
+    seconds_left: float | None
+    end_date: str | None  # if it goes on, or went on now, at this speed
+    last_log_age_seconds: float | None
+    checkpoint: str | None
+    checkpoint_iteration: int | None
+    checkpoint_age_seconds: float | None
+    losses: dict[str, dict[str, float]]  # name -> first, before and recent mean
+    warnings: list[str]
+
+
+# --- reading --------------------------------------------------------------------------------
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """The run's config.yaml as plain values; MissingInputError if there is none."""
+    file = run / "config.yaml"
+    if not run.is_dir():
+        raise MissingInputError(f"run {run}: no such directory; give the run_dir of a training")
+    if not file.is_file():
+        raise MissingInputError(
+            f"{run} is no run directory yet: it has no config.yaml, which `train` writes once "
+            "weights and data are open"
+        )
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it has no keys and values")
+        for key in NUMBERS:
+            _check_number(values, key)
+        return {**values, "stop_iteration": int(values["stop_iteration"])}
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, ValueError) as error:
+        raise MissingInputError(
+            f"{file} is not a run's configuration, as `train` writes it: "
+            f"{type(error).__name__} {error}"
+        ) from error
+
+
+def _check_number(settings: Mapping[str, Any], key: str) -> None:
+    """Raises ValueError if a setting is neither a number nor null."""
+    group, _, name = key.rpartition(".")
+    held = settings.get(group) or {} if group else settings
+    value = held.get(name) if isinstance(held, Mapping) else held
+    if value is not None and not (isinstance(value, int | float) and 0 <= value < 2**63):
+        raise ValueError(f"{key}: got {value!r}, expected a number")
+
+
+def _age(paths: Iterable[Path], now: float) -> float | None:
+    """Seconds since the newest of these files was written."""
+    times = []
+    for path in paths:
+        try:
+            times.append(path.stat().st_mtime)
+        except FileNotFoundError:  # removed meanwhile
+            continue
+    return max(0.0, now - max(times)) if times else None
+
+
+# --- judging --------------------------------------------------------------------------------
+
+
+def read_status(run: Path, now: float) -> Status:
+    """Where a run is at `now`, seconds since the epoch; MissingInputError if it is none."""
+    settings = read_settings(run)
+    stop, batch = settings["stop_iteration"], settings.get("global_batch") or 1
+    rows = read_rows(run / "metrics.csv")
+    training = [row for row in rows if "decoder_gradient_norm" in row]
+    path, saved = newest_checkpoint(run) or (None, None)
+    start = _start(settings, rows)
+    logged = int(rows[-1]["iteration"]) if rows else None
+    iteration = max((i for i in (logged, saved) if i is not None), default=None)
+    speed = _median(row[SPEED] for row in _lately(rows) if SPEED in row)
+    left = max(0, stop - iteration) * batch / speed if speed and iteration is not None else None
+    interval = _group(settings, "log").get("every", 1) * batch / speed if speed else 0.0
+    share = None
+    if iteration is not None and start is not None:
+        share = min(1.0, (iteration - start) / max(1, stop - start))
+    return Status(
+        run_dir=str(run),
+        name=str(settings.get("name", run.name)),
+        state="ended" if saved is not None and saved >= stop else _state(run, interval, now),
+        iteration=iteration,
+        start_iteration=start,
+        stop_iteration=stop,
+        done_share=share,
+        warmup_rows=len(rows) - len(training),
+        images_per_second=speed,
+        seconds_left=left,
+        end_date=_date(now + left) if left else None,
+        last_log_age_seconds=_age([run / "metrics.csv"], now),
+        checkpoint=str(path) if path else None,
+        checkpoint_iteration=saved,
+        checkpoint_age_seconds=_age([path], now) if path else None,
+        losses=compare_losses(training),
+        warnings=[
+            *_discriminator_warnings(_lately(training)),
+            *_row_warnings(settings, rows),
+            *_validation_warnings(read_rows(run / "validation.csv")),
+            *_checkpoint_warnings(settings, iteration, start if saved is None else saved),
+        ],
+    )
+
+
+def _group(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A group of settings; empty where it is null or missing."""
+    return settings.get(name) or {}
+
+
+def _state(run: Path, log_interval_seconds: float, now: float) -> str:
+    """Whether a run that has not ended goes on: by its claim, or by whether it still writes."""
+    claimed = is_claimed(run / ".claim")
+    if claimed:
+        return "running"
+    news = _age([run / "config.yaml", run / "metrics.csv", *run.glob("*/iteration-*")], now) or 0.0
+    if claimed is False:
+        return f"stopped {duration(news)} ago; the same command goes on"
+    if news > max(SILENT_SECONDS, SILENT_INTERVALS * log_interval_seconds):
+        return f"silent for {duration(news)}"
+    return "seems to be running" if log_interval_seconds else "seems to be starting"
+
+
+def _start(settings: Mapping[str, Any], rows: Sequence[Row]) -> int | None:
+    """The iteration at which the run began: as set, or from the images of the first row."""
+    given = _group(settings, "init").get("iteration")
+    if given is not None:
+        return int(given)
+    if not rows:
+        return None
+    images = sum(v for k, v in rows[0].items() if k.startswith("images_") and k != SPEED)
+    return round(rows[0]["iteration"] - images / (settings.get("global_batch") or 1))
+
+
+def _lately(rows: Sequence[Row]) -> Sequence[Row]:
+    return rows[-max(1, round(RECENT * len(rows))) :] if rows else []
+
+
+def _median(values: Iterable[float]) -> float | None:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2] if ordered else None
+
+
+def _mean(rows: Iterable[Row], column: str) -> float | None:
+    values = [row[column] for row in rows if column in row]
+    return sum(values) / len(values) if values else None
+
+
+def compare_losses(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Means of the first tenth of the rows, of the tenth before the last, and of the last."""
+    count = len(_lately(rows))
+    parts = {"first": rows[:count], "before": rows[-2 * count : -count], "recent": _lately(rows)}
+    table = {}
+    for loss in LOSSES:
+        means = {name: _mean(part, loss) for name, part in parts.items()}
+        known = {name: mean for name, mean in means.items() if mean is not None}
+        if len(known) == len(parts):
+            table[loss] = known
+    return table
+
+
+def _row_warnings(settings: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[str]:
+    """What the log rows tell of updates, images, speed and the loss."""
+    bad, last = left_out(rows)
+    if bad:
+        updates = counted(bad, "update", "s")
+        yield f"{updates} left out as not finite, the last by iteration {last:,}"
+    skipped = rows[-1].get("skipped_images", 0.0) if rows else 0.0
+    if skipped:
+        yield f"{counted(round(skipped), 'image', 's')} could not be used: see skipped-*.txt"
+    waited = _mean(_lately(rows), "data_wait_share") or 0.0
+    if waited > 0.1 and len(rows) >= ENOUGH_ROWS:
+        workers, cores = _group(settings, "data").get("workers", 0), os.cpu_count() or 1
+        yield f"{100 * waited:.0f} % of the time is spent waiting for data: " + (
+            "raise data.workers"
+            if workers < cores
+            else f"data.workers={workers} is enough for the {cores} cores here; give smaller or "
+            "nearer images, or more cores"
+        )
+    losses = compare_losses(rows).get("reconstruction_loss")
+    if losses and len(rows) >= ENOUGH_ROWS and losses["recent"] > 1.5 * losses["first"]:
+        yield (
+            f"the reconstruction loss rose, from {losses['first']:.4g} to {losses['recent']:.4g}: "
+            "the learning rate may be too high"
+        )
+
+
+def _validation_warnings(rows: Sequence[Row]) -> Iterable[str]:
+    """Whether the raw weights have lost what the EMA may still hide."""
+    first, recent = _mean(rows[:1], "psnr_raw"), _mean(_lately(rows), "psnr_raw")
+    if first is not None and recent is not None and recent < first - LOST_DB:
+        yield (
+            f"the raw weights' PSNR fell from {first:.1f} dB at the start to {recent:.1f}: the "
+            "learning rate may be too high"
+        )
+
+
+def left_out(rows: Sequence[Row]) -> tuple[int, int]:
+    """Updates left out, and the row of the last; each process of a run counts from 0."""
+    total, last, before = 0, 0, 0.0
+    for row in rows:
+        now = row.get("bad_updates", before)
+        new = now - before if now >= before else now
+        if new:
+            total, last = total + math.ceil(new), int(row["iteration"])
+        before = now
+    return total, last
+
+
+def _checkpoint_warnings(
+    settings: Mapping[str, Any], iteration: int | None, last: int | None
+) -> Iterable[str]:
+    """Whether saving has fallen behind `last`, the newest checkpoint's iteration or the start."""
+    every = _group(settings, "checkpoint").get("every", 0)
+    if iteration is not None and last is not None and every and iteration - last > 2 * every:
+        yield (
+            f"no checkpoint for {iteration - last:,} iterations, though checkpoint.every={every:,}"
+        )
+
+
+def _discriminator_warnings(lately: Sequence[Row]) -> Iterable[str]:
+    """Its hinge loss is 1 where it cannot tell, and 0 where it has won."""
+    clamped = _mean(lately, "adaptive_weight_clamped") or 0.0
+    if clamped > 0.01:
+        yield (
+            f"the adaptive weight was clamped in {100 * clamped:.0f} % of the latest iterations: "
+            "the discriminator's gradient has all but vanished"
+        )
+    loss, real, fake = (
+        _mean(lately, key) for key in ("discriminator_loss", "logits_real", "logits_fake")
+    )
+    if loss is None or real is None or fake is None:
+        return
+    if (_mean(lately, "adversarial_factor") or 0.0) == 0.0:
+        return
+    logits = f"logits {real:.3g} real, {fake:.3g} fake, loss {loss:.3g}"
+    if loss < 0.05:
+        yield f"the discriminator has won and learns nothing more: {logits}"
+    elif abs(real - fake) < 0.01:
+        yield f"the discriminator cannot tell real from fake: {logits}"
+
+
+# --- telling --------------------------------------------------------------------------------
+
+
+def facts(status: Status) -> dict[str, str]:
+    """Label -> text, what is known of it."""
+    told = {"state": status.state}
+    if status.iteration is not None:
+        told["iteration"] = f"{status.iteration:,} of {status.stop_iteration:,}"
+    if status.done_share is not None:
+        told["done"] = f"{100 * status.done_share:.1f} %"
+    if status.images_per_second:
+        told["speed lately"] = f"{status.images_per_second:.1f} images/s"
+    if status.seconds_left:
+        told["time left"] = duration(status.seconds_left)
+        word = "end" if status.state.startswith(("running", "seems")) else "end, if it went on now"
+        told[word] = str(status.end_date)
+    if status.last_log_age_seconds is not None:
+        told["last log"] = f"{duration(status.last_log_age_seconds)} ago"
+    if status.checkpoint_iteration is not None and status.checkpoint_age_seconds is not None:
+        age = duration(status.checkpoint_age_seconds)
+        told["last checkpoint"] = f"{status.checkpoint_iteration:,}, {age} ago"
+    else:
+        told["last checkpoint"] = "none yet"
+    if status.warmup_rows:
+        told["discriminator warm-up"] = f"{status.warmup_rows} log rows"
+    return told
+
+
+def describe(status: Status) -> list[str]:
+    """The lines of `kl-f8-train status`."""
+    lines = [f"{status.name} in {status.run_dir}"]
+    lines += [f"  {label}: {text}" for label, text in facts(status).items()]
+    for name, means in status.losses.items():
+        lines.append(
+            f"  {name}: {means['recent']:.4g} lately, {means['before']:.4g} before, "
+            f"{means['first']:.4g} at first"
+        )
+    return [*lines, *(f"  warning: {text}" for text in status.warnings)]
+
+
+def html(run: Path, status: Status, now: float) -> str:
+    """The page: facts, warnings, and a curve for everything that the tables hold."""
+    rows = [r for r in read_rows(run / "metrics.csv") if "decoder_gradient_norm" in r]
+    rows += read_rows(run / "validation.csv")
+    charts = [
+        Chart(title, {name: _points(rows, name) for name in columns}, log)
+        for title, columns, log in CHARTS
+    ]
+    begins = _group(read_settings(run), "adversarial").get("start_iteration")
+    first = rows[0]["iteration"] if rows else 0
+    marks = {"discriminator starts": float(begins)} if begins and begins >= first else {}
+    return page(
+        f"{status.name}: {status.run_dir}",
+        facts(status),
+        status.warnings,
+        charts,
+        marks,
+        f"Written {_date(now)} by kl-f8-train status. A row is a mean over log.every iterations; "
+        "curves of more than 500 rows are averaged.",
+    )
+
+
+def write_html(run: Path, status: Status, now: float, path: Path) -> None:
+    """Writes the page atomically; UsageError or RunFailedError if it cannot be written."""
+    if not path.name:
+        raise UsageError(f"--html {path}: names no file; expected one to write, as status.html")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_text(html(run, status, now), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunFailedError(
+            f"--html {path}: cannot be written: {error.strerror}; name a file in a directory that "
+            "is there"
+        ) from error
+
+
+def _points(rows: Sequence[Row], column: str) -> Points:
+    return [(row["iteration"], row[column]) for row in rows if column in row]
+
+
+def _date(seconds: float) -> str:
+    try:
+        return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+    except (ValueError, OverflowError, OSError):
+        return "after the year 9999"

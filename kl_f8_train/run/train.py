@@ -1,0 +1,491 @@
+"""Builds the parts of a run and hands them to Lightning. To resume, run the same command again."""
+
+import atexit
+import datetime
+import logging
+import os
+import shlex
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning import LightningDataModule, Trainer
+from pytorch_lightning.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities import rank_zero_only
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from kl_f8_train import config, images, output
+from kl_f8_train.config import Config, micro_batch
+from kl_f8_train.core.discriminator import Discriminator, initialize
+from kl_f8_train.core.hashes import frozen_sha256
+from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_remedy
+from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.core.step import Finetuner, build_optimizers
+from kl_f8_train.data import identity
+from kl_f8_train.data.loading import (
+    IterationSampler,
+    PositionDataset,
+    Sample,
+    loader,
+    open_data,
+    shard_cache,
+)
+from kl_f8_train.data.plan import Plan
+from kl_f8_train.data.sources import FolderSource, Source, TarSource
+from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
+from kl_f8_train.files import check_writable, write_text
+from kl_f8_train.launch import SRUN, TORCHRUN, launched
+from kl_f8_train.run.log import RunLog
+from kl_f8_train.run.prefetch import Prefetch
+from kl_f8_train.run.saving import Checkpoints, Signals
+from kl_f8_train.run.tracking import check_tensorboard
+from kl_f8_train.run.validation import Validation
+from kl_f8_train.run.watchdog import Watchdog
+from kl_f8_train.run_dir import claimed, list_checkpoints, remove_leftovers
+from kl_f8_train.transfer import is_remote
+from kl_f8_train.units import counted
+from kl_f8_train.weights import checkpoint, pretrained, weight_file
+from kl_f8_train.weights.names import State, check_like
+
+say = rank_zero_only(output.say)
+
+
+def train(settings: Config, allow_changes: bool = False) -> int:
+    """Starts or resumes a run; returns the exit code (0, or 128 + signal).
+
+    Raises UsageError, MissingInputError or RunFailedError with what to do.
+    """
+    run_dir = Path(settings.run_dir)
+    if settings.log.tensorboard:
+        check_tensorboard()
+    check_writable(run_dir)
+    first = getattr(rank_zero_only, "rank", 0) == 0  # as the launcher's variables say
+    with claimed(run_dir) if first else nullcontext():
+        return _train(settings, run_dir, allow_changes)
+
+
+@with_remedy()
+def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
+    _quiet_lightning()
+    signals = Signals()
+    signals.install()
+    try:
+        finetuner, frozen = start_or_resume(settings, run_dir, allow_changes)
+        if finetuner.iteration >= settings.stop_iteration and not finetuner.warmup_left:
+            say(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
+            return 0
+        plan, sources = open_data(settings, say)
+        adopt(finetuner, identity.of_data(plan), f"{run_dir}", allow_changes)
+        _describe(settings, finetuner, plan, sources)
+        run_log = RunLog(run_dir, settings, finetuner.iteration, plan)
+        validation = Validation(
+            run_dir, settings.log.pictures_every, _fixed_images(settings, plan, sources), run_log
+        )
+        saving = Checkpoints(run_dir, settings.checkpoint, frozen)
+        callbacks = [run_log, validation, signals, saving]
+        if any(is_remote(place) for place in _places(sources)):
+            callbacks.append(Prefetch(plan, sources, shard_cache(settings)))
+        # the last: sees all others
+        callbacks.append(Watchdog(settings.compute.timeout_minutes, run_log.await_data))
+        trainer = _trainer(settings, callbacks)
+        if trainer.is_global_zero:
+            remove_leftovers(run_dir)
+            write_text(run_dir / "config.yaml", config.to_yaml(settings))
+        with kernels(settings.precision):
+            _fit(trainer, Iterations(settings, finetuner, plan, sources), run_log)
+    finally:
+        signals.restore()
+    if signals.received:
+        say(
+            f"stopped by signal {signals.received} at iteration {finetuner.iteration:,}, saved; "
+            "the same command goes on"
+        )
+        return 128 + signals.received
+    there = shlex.quote(str(run_dir))
+    say(f"done: iteration {finetuner.iteration:,}; next: kl-f8-train export {there}")
+    return 0
+
+
+def _fit(trainer: Trainer, iterations: "Iterations", run_log: RunLog) -> None:
+    """Trains; when another rank fell silent, says so, with torch.distributed's words below."""
+    try:
+        trainer.fit(iterations.finetuner, datamodule=iterations)
+    except BaseException as error:
+        _leave_without_the_others(error)
+        if not isinstance(error, RuntimeError) or not _is_lost_contact(error):
+            raise
+        who = f"rank {trainer.global_rank} of {trainer.world_size}"
+        silent = time.perf_counter() - run_log.batch_end
+        what = (
+            f"{who} lost contact with the others {silent:.0f} s after iteration "
+            f"{iterations.finetuner.iteration:,}: a process or node died, or the network was cut "
+            "(an earlier message of another rank may tell)."
+            if run_log.seen
+            else f"{who} did not get through to the others: a process died at its start, two share "
+            "a GPU, or the network between the nodes is not open (NCCL_SOCKET_IFNAME names it)."
+        )
+        found = list_checkpoints(run_log.run_dir)
+        last = f"goes on from {found[0].name}" if found else "starts anew (no checkpoint yet)"
+        raise RunFailedError(
+            f"{what} The same command {last}; compute.timeout_minutes="
+            f"{iterations.settings.compute.timeout_minutes:g} bounds the wait\n"
+            f"  torch: {error}"
+        ) from error
+
+
+def _leave_without_the_others(error: BaseException) -> None:
+    """Ends a failed rank when Python does; NCCL's own end would wait for ranks that still train."""
+    if dist.is_initialized():
+        atexit.register(os._exit, getattr(error, "exit_code", RunFailedError.exit_code))
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    """NCCL and the store raise a DistError, gloo a RuntimeError that names its source file."""
+    lost = isinstance(error, dist.DistError) or "gloo/" in str(error)
+    return lost and not is_out_of_memory(error)
+
+
+class Iterations(LightningDataModule):
+    """The iterations that are left, dealt to this rank."""
+
+    def __init__(
+        self, settings: Config, finetuner: Finetuner, plan: Plan, sources: Mapping[str, Source]
+    ) -> None:
+        super().__init__()
+        self.settings, self.finetuner = settings, finetuner
+        self.plan, self.sources = plan, sources
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Called once the ranks are known; raises UsageError if the batch does not divide."""
+        assert self.trainer is not None
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        self.finetuner.micro_batch = micro_batch(self.settings, world)
+        accumulation = self.settings.global_batch // world // self.finetuner.micro_batch
+        say(
+            f"batch: {counted(world, 'process', 'es')} x "
+            f"{counted(self.finetuner.micro_batch, 'image', 's')} x "
+            f"{counted(accumulation, 'micro-batch', 'es')} = {self.settings.global_batch}"
+        )
+        sampler = IterationSampler(
+            self.finetuner.iteration,
+            self.settings.stop_iteration,
+            self.finetuner.warmup_left,
+            self.settings.global_batch,
+            rank,
+            world,
+        )
+        dataset = PositionDataset(self.plan, self.sources, self.settings)
+        return loader(dataset, sampler, self.settings.data.workers, on_cuda(self.settings.compute))
+
+
+# --- start or resume ------------------------------------------------------------------------
+
+
+def start_or_resume(settings: Config, run_dir: Path, allow_changes: bool) -> tuple[Finetuner, str]:
+    """The finetuner at its newest readable checkpoint, or at the imported weights."""
+    found = list_checkpoints(run_dir)
+    for path in found:
+        try:
+            contents = weight_file.read(path)
+            before = checkpoint.stored_config(contents)
+            checkpoint.stored_identity(contents.metadata)
+            checkpoint.check_content(contents)
+        except MissingInputError as error:
+            say(f"{error}\n  trying the checkpoint before it")
+            continue
+        changes = config.differences(before, settings)
+        _refuse_changes(path, "by another recipe", changes, allow_changes)
+        finetuner, program = _build(settings)
+        finetuner.prepared_optimizers = build_optimizers(finetuner)
+        frozen = checkpoint.restore(finetuner, finetuner.prepared_optimizers, contents)
+        say(f"resuming {path.name}")
+        _record_changes(finetuner, changes)
+        adopt(finetuner, program, str(path), allow_changes)
+        return finetuner, frozen
+    if found:
+        raise MissingInputError(
+            f"none of the {len(found)} checkpoints in {run_dir} can be read; nothing was changed. "
+            "Move them away to start anew"
+        )
+    return _import(settings)
+
+
+def adopt(finetuner: Finetuner, inputs: identity.Identity, where: str, allow_changes: bool) -> None:
+    """Compares today's inputs with those of the checkpoint, and puts them in their place.
+
+    Raises UsageError if they differ, unless changes are allowed; then they are recorded.
+    """
+    changes = identity.differences(finetuner.identity, inputs)
+    _refuse_changes(where, "from other inputs", changes, allow_changes)
+    _record_changes(finetuner, changes)
+    finetuner.identity |= inputs
+
+
+def _refuse_changes(where: Path | str, how: str, changes: list[str], allowed: bool) -> None:
+    if changes and not allowed:
+        raise UsageError(
+            f"{where} was made {how}:\n  " + "\n  ".join(changes) + "\n"
+            "Give the same again, another run_dir, or --allow-changes"
+        )
+
+
+def _record_changes(finetuner: Finetuner, changes: list[str]) -> None:
+    """Says what changes on resuming; the next checkpoints, and the card, keep it."""
+    for change in changes:
+        line = " ".join(f"from iteration {finetuner.iteration:,}: {change}".split())
+        finetuner.changes.append(line)
+        say(f"  {line}")
+
+
+def _import(settings: Config) -> tuple[Finetuner, str]:
+    """A finetuner with the weights of `init.weights`."""
+    contents, weights = weight_file.read_weights(settings.init.weights, settings.init.select)
+    say(f"init: {weight_file.describe(weight_file.report(contents, weights))}")
+    iteration = settings.init.iteration
+    if iteration is None:
+        iteration = contents.iteration
+    elif contents.iteration not in (None, iteration):
+        say(
+            f"  init.iteration={iteration} is taken, although the file says {contents.iteration:,}"
+            "; leave it out (null) to start from the file's count"
+        )
+    if iteration is None:
+        raise UsageError(
+            f"{contents.path} does not tell its iteration; give init.iteration (kl-f8: 246803)"
+        )
+    check_model(settings, contents, weights.autoencoder)
+    finetuner, program = _build(settings)
+    finetuner.identity = program
+    bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
+    if bad:
+        raise MissingInputError(
+            f"{contents.path}: {len(bad)} tensors are not finite, {bad[0]} first; get another copy"
+        )
+    finetuner.autoencoder.load_state_dict(weights.autoencoder)
+    for name, averaged in finetuner.ema.items():
+        averaged.load_state_dict(getattr(finetuner.autoencoder, name).state_dict())
+    if weights.logvar is not None:
+        finetuner.logvar.data.copy_(weights.logvar.reshape(()))
+    finetuner.iteration = iteration
+    finetuner.base = checkpoint.base(contents.path)
+    finetuner.facts = checkpoint.stored_facts(contents, settings)
+    _import_discriminator(settings, finetuner, weights.discriminator)
+    finetuner.prepared_optimizers = build_optimizers(finetuner)
+    return finetuner, frozen_sha256(finetuner.autoencoder.state_dict())
+
+
+def check_model(settings: Config, contents: weight_file.Contents, weights: State) -> None:
+    """Raises MissingInputError if the network of a file is not the recipe's."""
+    with torch.device("meta"):
+        expected = AutoencoderKL(**asdict(settings.model))
+    differ = f"{contents.path} and the recipe's model differ"
+    remedy = "Give other weights, or set model.* as theirs"
+    check_like(weights, expected.state_dict(), differ, remedy)
+    try:
+        checkpoint.check_groups(contents.facts, settings.model)
+    except MissingInputError as error:
+        raise MissingInputError(f"{differ}: {error}\n{remedy}") from error
+
+
+def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) -> None:
+    """Loads the discriminator, or plans its warm-up."""
+    if finetuner.discriminator is None or settings.adversarial is None:
+        if weights:
+            say("  its discriminator is not used: the recipe has no adversarial term")
+        return
+    if weights:
+        differ = f"{settings.init.weights}: its discriminator and the recipe's differ"
+        remedy = "Set adversarial.ndf and adversarial.n_layers as the file's"
+        check_like(weights, finetuner.discriminator.state_dict(), differ, remedy)
+        finetuner.discriminator.load_state_dict(weights)
+        say(
+            "  its discriminator is taken over, as trained against that file's decoder; without "
+            "a warm-up, and with new moments for Adam"
+        )
+        return
+    finetuner.warmup_left = settings.adversarial.warmup_iterations
+    say(
+        "  no discriminator in it: a new one trains alone for "
+        f"{finetuner.warmup_left:,} iterations (adversarial.warmup_iterations)"
+    )
+
+
+def _build(settings: Config) -> tuple[Finetuner, identity.Identity]:
+    """The networks of a run, with a seeded new discriminator, and the program's identity."""
+    autoencoder, discriminator = AutoencoderKL(**asdict(settings.model)), None
+    if settings.adversarial is not None:
+        adversary = settings.adversarial
+        discriminator = Discriminator(adversary.ndf, adversary.n_layers, adversary.sync_batchnorm)
+        initialize(discriminator, settings.seed)
+    network = pretrained.build(settings.loss.perceptual, settings.loss.perceptual_weights)
+    program = identity.of_program(network)  # before it is compiled, or moved
+    return Finetuner(settings, autoencoder, discriminator, network), program
+
+
+# --- the trainer ----------------------------------------------------------------------------
+
+
+def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
+    compute = settings.compute
+    accelerator = compute.accelerator
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = torch.cuda.device_count()
+    launcher, local, nodes = launched(compute.num_nodes)
+    per_node = local or compute.devices or (gpus if accelerator == "cuda" else 1)
+    nodes = nodes or compute.num_nodes or 1
+    if accelerator == "cuda" and not 0 < per_node <= gpus:
+        raise UsageError(
+            f"{per_node or 'all'} processes with a GPU each, but torch sees {gpus} GPUs here; "
+            + (
+                "each task must see all of its node's: srun --gpus-per-node, not --gpus-per-task "
+                "or --gpu-bind"
+                if launcher == SRUN
+                else "mend the driver, or start fewer processes (without a launcher: "
+                "compute.devices), or give compute.accelerator=cpu"
+            )
+        )
+    if local and compute.devices not in (None, local):
+        say(
+            f"{local} processes here, as the launcher started them; compute.devices="
+            f"{compute.devices} is for a start without one"
+        )
+    if accelerator == "cuda" and gpus > per_node:
+        say(f"using {per_node} of {gpus} GPUs here: one for each process the launcher started")
+    cluster = _cluster(launcher)
+    if nodes * per_node > 1:
+        say(
+            f"waiting for {nodes * per_node} processes at "
+            f"{cluster.main_address}:{cluster.main_port}"
+        )
+    trainer = Trainer(
+        accelerator=accelerator,
+        devices=per_node,
+        num_nodes=nodes,
+        strategy=_DecoderDDP(settings) if nodes * per_node > 1 else "auto",
+        plugins=[cluster],
+        precision="32-true",  # the finetuner autocasts by itself
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+    )
+    # Signals are for `Signals` alone: Lightning would end a run on SIGTERM without a checkpoint,
+    # and send a flag of its own before each iteration and read it from the device.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return trainer
+
+
+class _DecoderDDP(DDPStrategy):
+    """DDP over the decoder: the discriminator reduces its own gradients, in one call."""
+
+    def __init__(self, settings: Config) -> None:
+        super().__init__(
+            # half a minute later than the watchdog, which can name the rank
+            timeout=datetime.timedelta(minutes=settings.compute.timeout_minutes + 0.5),
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    def configure_ddp(self) -> None:
+        """Keeps the discriminator out of DDP's buckets."""
+        assert self.model is not None
+        names = ["logvar", ".logvar"]  # DDP calls the model's own parameters by both
+        names += [n for n, _ in self.model.named_parameters() if n.startswith("discriminator.")]
+        names += [n for n, _ in self.model.named_buffers() if n.startswith("discriminator.")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
+        super().configure_ddp()
+
+    def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
+        """On the stream of the training: Lightning's own would make it wait in each iteration."""
+        return DistributedDataParallel(
+            model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs
+        )
+
+
+def _cluster(launcher: str) -> ClusterEnvironment:
+    if launcher == TORCHRUN:
+        return TorchElasticEnvironment()
+    if launcher == SRUN:
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()  # an installed srun alone is no cluster
+
+
+def fixed_photographs(settings: Config, report: Callable[[str], None]) -> list[torch.Tensor]:
+    """Up to eight photographs of `log.pictures`; MissingInputError if there is none."""
+    assert settings.log.pictures is not None
+    folder = Path(settings.log.pictures)
+    try:
+        return images.load_folder(folder, settings.data.crop, 8, report)
+    except MissingInputError as error:
+        raise MissingInputError(f"log.pictures: {error}") from error
+
+
+def _fixed_images(
+    settings: Config, plan: Plan, sources: Mapping[str, Source]
+) -> list[torch.Tensor]:
+    """Those of `log.pictures`, or up to four of the data, centre-cropped."""
+    if not settings.log.pictures_every:
+        return []
+    if settings.log.pictures is not None:
+        return fixed_photographs(settings, say)
+    size = settings.data.crop
+    chosen = []
+    for position in range(min(4, plan.batch)):
+        name, shard, number = plan.locate(position)
+        try:
+            chosen.append(images.square(sources[name].read(shard, number)[1], size))
+        except ImageError as error:
+            say(f"picture strip: {error}")
+    return chosen
+
+
+def _describe(
+    settings: Config,
+    finetuner: Finetuner,
+    plan: Plan,
+    sources: Mapping[str, TarSource | FolderSource],
+) -> None:
+    for name, source in sources.items():
+        say(f"data: {name}: {'; '.join(source.describe())}; {plan.plans[name].share} a batch")
+    loss = settings.loss
+    label = identity.network_label(finetuner.identity)
+    adversarial = (
+        ""
+        if settings.adversarial is None
+        else f" + {settings.adversarial.weight:g} x adaptive x adversarial"
+    )
+    say(f"loss: {loss.pixel} + {loss.perceptual_weight:g} {label}{adversarial}")
+    say(
+        f"iterations: {finetuner.iteration:,} -> {settings.stop_iteration:,}; learning rate "
+        f"{settings.optimizer.learning_rate:g}, absolute; EMA decay {settings.ema.decay:g}; "
+        f"{settings.precision}"
+    )
+
+
+def _places(sources: Mapping[str, Source]) -> list[str]:
+    return [source.location(0) for source in sources.values()]
+
+
+def _quiet_lightning() -> None:
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", module="lightning_fabric")

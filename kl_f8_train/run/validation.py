@@ -1,0 +1,92 @@
+"""Fixed photographs at intervals: pictures and scores."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from kl_f8_train import images
+from kl_f8_train.core import metrics
+from kl_f8_train.core.step import Finetuner
+from kl_f8_train.files import atomic_path
+from kl_f8_train.run.callback import finetuner_of, tolerated
+from kl_f8_train.run.log import RunLog
+from kl_f8_train.run_dir import MetricsFile
+
+COLOURS = ("red", "green", "blue", "saturation")
+
+
+class Validation(Callback):
+    """Fixed photographs at intervals: a strip from the EMA, and scores of EMA and raw weights.
+
+    Posterior mean, 8-bit reconstructions; a mean over the photographs in each column of
+    `validation.csv`. The strips are JPEGs, input beside the EMA's reconstruction.
+    """
+
+    def __init__(self, run_dir: Path, every: int, fixed: list[Tensor], run_log: RunLog) -> None:
+        self.folder, self.every, self.fixed = run_dir / "pictures", every, fixed
+        self.run_log = run_log
+        self.table = MetricsFile(run_dir / "validation.csv", run_log.start - 1)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validates the start."""
+        self.validate(trainer, finetuner_of(pl_module))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Validates when it is time."""
+        finetuner = finetuner_of(pl_module)
+        if self.every and finetuner.iteration % self.every == 0 and not finetuner.warmup_left:
+            self.validate(trainer, finetuner)
+
+    def validate(self, trainer: Trainer, finetuner: Finetuner) -> None:
+        """Writes a row of `validation.csv` and `pictures/iteration-NNNNNNNNN.jpg`."""
+        if not (self.every and self.fixed and trainer.is_global_zero):
+            return
+        with torch.compiler.set_stance("force_eager"):  # too few images to compile graphs for
+            pairs = [reconstruct_fixed(finetuner, image) for image in self.fixed]
+            row = validation_scores(finetuner, self.fixed, pairs)
+        iteration = finetuner.iteration
+        path = self.folder / f"iteration-{iteration:09d}.jpg"
+        strip = [
+            images.hstack([image, ema]) for image, (ema, _) in zip(self.fixed, pairs, strict=True)
+        ]
+        with tolerated():
+            self.table.write(iteration, row)
+            with atomic_path(path) as temporary:
+                images.to_pil(images.vstack(strip)).save(temporary, format="JPEG", quality=92)
+            self.run_log.validated(iteration, row, path)
+
+
+@torch.no_grad()
+def reconstruct_fixed(finetuner: Finetuner, image: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 (3, H, W) -> two of them, from the posterior mean: by EMA and by raw weights."""
+    x = images.to_float(image.to(finetuner.device))[None].to(finetuner.autoencoder.last_layer.dtype)
+    latents = finetuner.autoencoder.encode(x).mean
+    ema = finetuner.ema["decoder"](finetuner.ema["post_quant_conv"](latents))[0]
+    raw = finetuner.autoencoder.decode(latents)[0]
+    return images.to_uint8(ema).cpu(), images.to_uint8(raw).cpu()
+
+
+@torch.no_grad()
+def validation_scores(
+    finetuner: Finetuner, originals: list[Tensor], pairs: list[tuple[Tensor, Tensor]]
+) -> dict[str, float]:
+    """PSNR, SSIM and perceptual distance of EMA and raw weights, means over the photographs.
+
+    And the EMA's shift of colour and saturation, reconstruction minus input, in 8-bit levels.
+    """
+    row: dict[str, float] = {}
+    x = torch.stack(originals)
+    for name, outputs in zip(("ema", "raw"), zip(*pairs, strict=True), strict=True):
+        y = torch.stack(list(outputs))
+        x01, y01 = x.double() / 255.0, y.double() / 255.0
+        row[f"psnr_{name}"] = float(metrics.psnr(x01, y01).mean())
+        row[f"ssim_{name}"] = float(metrics.ssim(x01, y01).mean())
+        on_device = [images.to_float(t.to(finetuner.device)) for t in (x, y)]
+        row[f"perceptual_{name}"] = float(finetuner.perceptual(*on_device).mean())
+        if name == "ema":
+            shift = metrics.colour_shift(x01, y01).mean(dim=0)
+            row |= {f"{c}_shift_ema": float(v) for c, v in zip(COLOURS, shift, strict=True)}
+    return row

@@ -1,0 +1,118 @@
+"""A run that stands still: says where, which rank and which image, and ends with exit code 4."""
+
+import contextlib
+import datetime
+import faulthandler
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from kl_f8_train.core.step import Finetuner
+from kl_f8_train.data.loading import IDLE, PositionDataset
+from kl_f8_train.errors import RunFailedError
+
+GRACE = 5.0  # seconds that the ranks give each other to say where they are
+
+
+class Watchdog(Callback):
+    """Ends the process if no iteration, with its reports and files, ends within the time.
+
+    The first may take three times as long: it compiles. A thread counts its own ticks, so that time
+    in which the whole process slept does not count.
+    """
+
+    def __init__(self, timeout_minutes: float, await_data: Callable[[], None]) -> None:
+        self.seconds = 60 * timeout_minutes
+        self.await_data = await_data  # called when an iteration with its reports is done
+        self.done = 0  # phases that have ended
+        self.waiting = True  # for data
+        self.stopped = threading.Event()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts watching."""
+        self.await_data()
+        threading.Thread(target=self._watch, args=(trainer, pl_module), daemon=True).start()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """The data is here."""
+        self.waiting = False
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Iteration, reports and files are done."""
+        self.done += 1
+        self.waiting = True
+        self.await_data()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops watching."""
+        self.stopped.set()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
+        """Stops watching."""
+        self.stopped.set()
+
+    def _watch(self, trainer: Trainer, finetuner: Finetuner) -> None:
+        tick = min(1.0, self.seconds / 20)
+        silent, before = 0.0, 0
+        while silent < (self.seconds if self.done else 3 * self.seconds):
+            if self.stopped.wait(tick):
+                return
+            silent = silent + tick if self.done == before else 0.0
+            before = self.done
+        mine = f"rank {trainer.global_rank} {self._phase(trainer, finetuner.iteration + 1)}"
+        _say(f"kl-f8-train: no iteration ended for {silent:.0f} s; {mine}")
+        if sys.__stderr__ is not None:
+            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        if trainer.world_size > 1:  # in a thread: the store itself may not answer
+            teller = threading.Thread(target=_tell_silent, args=(trainer, mine), daemon=True)
+            teller.start()
+            teller.join(3 * GRACE)
+            if teller.is_alive():
+                host = "rank 0, or torchrun on the first node"
+                _say(f"the ranks' meeting point ({host}) did not answer")
+        _say("the same command goes on from the newest checkpoint")
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(RunFailedError.exit_code)
+
+    def _phase(self, trainer: Trainer, iteration: int) -> str:
+        if not self.waiting:
+            return f"is in iteration {iteration:,}, or in its reports and checkpoint"
+        dataset = getattr(trainer.train_dataloader, "dataset", None)
+        reading = reading_now(dataset) if isinstance(dataset, PositionDataset) else []
+        return "; ".join([f"waits for the data of iteration {iteration:,}", *reading])
+
+
+def reading_now(dataset: PositionDataset) -> list[str]:
+    """What each loader is reading: its worker number, source, shard or folder, and image."""
+    lines = []
+    for worker, position in enumerate(dataset.reading):
+        if position != IDLE:
+            name, shard, number = dataset.plan.locate(position)
+            place = dataset.sources[name].location(shard)
+            lines.append(f"loader {worker} reads {name}: {place}, image {number}")
+    return lines
+
+
+def _tell_silent(trainer: Trainer, mine: str) -> None:
+    """Each rank leaves its line and names those that left none."""
+    store = dist.distributed_c10d._get_default_store()
+    keys = [f"watchdog/{rank}" for rank in range(trainer.world_size)]
+    store.set(keys[trainer.global_rank], mine)
+    try:
+        store.wait(keys, datetime.timedelta(seconds=GRACE))
+    except RuntimeError:
+        silent = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        ranks = ", ".join(map(str, silent))
+        _say(f"rank {ranks} did not answer: stopped, swapped out, or its node or network is gone")
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        print(line, file=sys.stderr, flush=True)

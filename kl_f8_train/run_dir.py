@@ -1,0 +1,165 @@
+"""The run directory: its files' names, its claim, its tables; without torch."""
+
+import contextlib
+import csv
+import fcntl
+import math
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kl_f8_train.errors import RunFailedError
+from kl_f8_train.files import atomic_path
+
+NAME = re.compile(r"iteration-(\d{9})\.safetensors$")
+CLAIM = ".claim"  # of the process that trains in a run directory
+
+Row = dict[str, float]
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Training checkpoints of a run, newest first."""
+    return sorted((run_dir / "checkpoints").glob("iteration-*.safetensors"), reverse=True)
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a run was started there."""
+    return (directory / CLAIM).exists() or bool(list_checkpoints(directory))
+
+
+def checkpoint_path(run_dir: Path, iteration: int, warmup: int = 0) -> Path:
+    """`run_dir/checkpoints/iteration-000246803.safetensors`; `warmup` counts unfinished warm-up."""
+    suffix = f"-warmup-{warmup:06d}" if warmup else ""
+    return run_dir / "checkpoints" / f"iteration-{iteration:09d}{suffix}.safetensors"
+
+
+def remove_old_checkpoints(saved: Path, keep_last: int, keep_every: int) -> None:
+    """Keeps `saved`, the newest before it, `keep_last` in all, and every multiple of `keep_every`.
+
+    Files newer than `saved` are of a try that was given up, and do not count.
+    """
+    older = [path for path in list_checkpoints(saved.parents[1]) if path <= saved]
+    for path in older[keep_last:]:
+        match = NAME.search(path.name)
+        if not (match and keep_every and int(match[1]) % keep_every == 0):
+            path.unlink(missing_ok=True)
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Deletes temporary files that a killed run left beside its checkpoints."""
+    for path in (run_dir / "checkpoints").glob(".*.part"):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Keeps other processes from training in `run_dir`; the claim ends with the process.
+
+    Raises RunFailedError if another has it. Where the file system has no locks, nothing is kept.
+    """
+    with (run_dir / CLAIM).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process's own: loaders have none
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise RunFailedError(
+                f"{owner} is training in run_dir={run_dir}; two would overwrite each other's "
+                "checkpoints. Stop it first, or give another run_dir"
+            ) from error
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+class MetricsFile:
+    """A CSV that grows by rows and, where needed, columns; rows past `start` are dropped."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self.path = path
+        self.columns: list[str] = ["iteration"]
+        self.rows: list[dict[str, str]] = []
+        self.appends = False  # once this process has written the whole file
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8", errors="replace") as file:
+                reader = csv.DictReader(file)
+                kept = [row for row in reader if (row.get("iteration") or "").isdigit()]
+                self.columns = list(reader.fieldnames or self.columns)
+                self.rows = [row for row in kept if int(row["iteration"]) <= start]
+
+    def write(self, iteration: int, values: dict[str, float]) -> None:
+        """Adds a row; a new column, or the first row, rewrites the file."""
+        row = {
+            "iteration": str(iteration),
+            **{key: f"{value:.8g}" for key, value in values.items()},
+        }
+        new = [key for key in row if key not in self.columns]
+        first = not self.rows or not self.path.is_file() or bool(new) or not self.appends
+        self.columns += new
+        self.rows.append(row)
+        if first:
+            with (
+                atomic_path(self.path) as temporary,
+                temporary.open("w", newline="") as file,
+            ):
+                writer = csv.DictWriter(file, self.columns, restval="")
+                writer.writeheader()
+                writer.writerows(self.rows)
+            self.appends = True
+        else:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns, restval="").writerow(row)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The whole lines of a CSV, numbers only; [] without a file."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    whole = text[: text.rfind("\n") + 1].replace("\0", "")  # a last line may be half written
+    rows = (_numbers(row) for row in csv.DictReader(whole.splitlines()))
+    return [row for row in rows if "iteration" in row]
+
+
+def _numbers(row: Mapping[str | Any, str | Any]) -> Row:
+    found: Row = {}
+    for key, value in row.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            continue  # an empty cell, or more cells than columns
+        if key and math.isfinite(number):
+            found[key] = number
+    return found
+
+
+def newest_checkpoint(run: Path) -> tuple[Path, int] | None:
+    """The newest whole checkpoint, and its iteration; warm-up ones count as their start."""
+    found = []
+    for path in (run / "checkpoints").glob("iteration-*.safetensors"):
+        if match := re.match(r"iteration-(\d+)", path.name):
+            found.append((path.name, path, int(match[1])))
+    return max(found)[1:] if found else None
+
+
+def is_claimed(path: Path) -> bool | None:
+    """Whether a process has a run directory's claim; None where that cannot be told."""
+    try:
+        file = path.open("r+", encoding="utf-8")
+    except OSError:
+        return None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+        except OSError:  # a file system without locks
+            return None
+    return False

@@ -1,0 +1,630 @@
+"""Scores any number of VAEs on the same images, streaming, on one or several processes.
+
+Each image is decoded once, encoded once for all VAEs with that encoder, and its perceptual features
+are computed once. The posterior's noise follows from (seed, name of the image). A CPU takes one
+image at a time, so no bit depends on order or number of processes; a GPU takes batches of one size,
+the last one filled up, and they move the last bits of float32 only.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kl_f8_train import images as pixels
+from kl_f8_train.core import metrics, perceptual
+from kl_f8_train.core.hashes import frozen_sha256
+from kl_f8_train.core.metrics import FeatureStatistics
+from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.core.perceptual import PerceptualDistance
+from kl_f8_train.data import sources
+from kl_f8_train.data.plan import random_state
+from kl_f8_train.data.shard_cache import ShardCache
+from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
+from kl_f8_train.files import atomic_path, cache_dir, check_writable, file_sha256, write_json
+from kl_f8_train.launch import meeting, world_size
+from kl_f8_train.score.compare import METRICS, SCORES
+from kl_f8_train.score.inception import WIDTH, Inception
+from kl_f8_train.score.scores import (
+    SHIFTS,
+    Row,
+    Tally,
+    choose_pictures,
+    slugs,
+    summarise,
+    write_scores,
+)
+from kl_f8_train.weights import pretrained, weight_file
+
+SEED = 0
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """The conventions that move the numbers."""
+
+    name: str
+    sampled: bool  # the posterior; otherwise its mode
+    quantize: str  # "floor" or "round", to 8 bit
+    border: str  # of SSIM: "zero" or "valid"
+
+    def describe(self) -> dict[str, Any]:
+        """For scores.json."""
+        ssim = "11 x 11 Gaussian, sigma 1.5, C1 = 0.01^2, C2 = 0.03^2, data range 1, "
+        return {
+            "name": self.name,
+            "resize": "shorter side to size, bicubic with antialiasing, on 8-bit values",
+            "crop": "centre",
+            "posterior": "sampled" if self.sampled else "mode",
+            "seed": SEED if self.sampled else None,
+            "quantize": f"clamped, {self.quantize} to 8 bit",
+            "ssim": ssim
+            + ("zero padding, whole map" if self.border == "zero" else "where the window fits"),
+            "psnr": "10 log10(1 / mse) an image; infinite ones are left out of the mean",
+            "std": "population (ddof 0) over images",
+        }
+
+
+CARD = Protocol(name="card", sampled=True, quantize="floor", border="zero")
+STANDARD = Protocol(name="standard", sampled=False, quantize="round", border="valid")
+PROTOCOLS = {protocol.name: protocol for protocol in (CARD, STANDARD)}
+
+
+# --- images ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of the set, or why it cannot be used."""
+
+    index: int
+    key: str
+    image: Tensor | None  # uint8 (3, size, size)
+    problem: str = ""
+
+    def sha256(self) -> str:
+        """Of the name and the pixels."""
+        assert self.image is not None
+        return hashlib.sha256(self.key.encode() + b"\0" + self.image.numpy().tobytes()).hexdigest()
+
+
+class ImageSet:
+    """A folder or shards as centre crops, each decoded when it is asked for."""
+
+    def __init__(
+        self,
+        where: str,
+        size: int,
+        limit: int | None = None,
+        warn: Callable[[str], None] = print,
+        out: Path | None = None,
+    ) -> None:
+        """Leaves out what lies below `out`, a former evaluation's pictures.
+
+        Raises MissingInputError if nothing is there.
+        """
+        cache = ShardCache(cache_dir() / "shards", 100 * 2**30)
+        self.source = sources.open_source(
+            "images", where, [], cache, bad_shards="skip", warn=warn, label=f"--images {where}"
+        )
+        if out is not None and isinstance(self.source, sources.FolderSource):
+            self.source.leave_out(out)
+            if not self.source.files:
+                raise MissingInputError(f"--images {where}: no images but those of --out {out}")
+        self.size = size
+        self.ends = np.cumsum(self.source.counts)
+        self.count = min(int(self.ends[-1]), limit or int(self.ends[-1]))
+
+    def load(self, index: int) -> Sample:
+        """The index-th image."""
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        first = int(self.ends[shard]) - int(self.source.counts[shard])
+        key, data = self.source.read(shard, index - first)
+        try:
+            return Sample(index, key, pixels.square(data, self.size))
+        except ImageError as error:
+            return Sample(index, key, None, f"{key}: {error}; left out")
+
+    def stream(self, indices: Iterable[int], threads: int) -> Iterator[Sample]:
+        """Images in order, decoded some ahead of their use."""
+        waiting: deque[Future[Sample]] = deque()
+        with ThreadPoolExecutor(threads) as pool:
+            for index in indices:
+                waiting.append(pool.submit(self.load, index))
+                if len(waiting) > 4 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+
+# --- VAEs -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Candidate:
+    """A VAE with its name in the table, and where it came from."""
+
+    name: str
+    model: AutoencoderKL
+    record: dict[str, Any]
+
+
+def load_candidates(named: Sequence[tuple[str, Path, str]], device: str) -> list[Candidate]:
+    """(name, weights, "ema" or "raw") -> VAEs; equal encoders are one and the same module."""
+    candidates: list[Candidate] = []
+    shared: dict[str, AutoencoderKL] = {}
+    for name, path, select in named:
+        contents, weights = weight_file.read_weights(path, select)
+        model = weight_file.build_autoencoder(contents, weights).to(device)
+        digest = frozen_sha256(model.state_dict())
+        first = shared.setdefault(digest, model)
+        model.encoder, model.quant_conv = first.encoder, first.quant_conv
+        record = {
+            "path": contents.path.name,
+            "sha256": file_sha256(contents.path),
+            "iteration": contents.iteration,
+            "frozen_sha256": digest,
+            "layout": weights.layout,
+            "select": select,
+            "base": not candidates,
+        }
+        candidates.append(Candidate(name, model, record))
+    return candidates
+
+
+def reconstruct(
+    candidates: Sequence[Candidate],
+    images: Tensor,
+    keys: Sequence[str],
+    protocol: Protocol = CARD,
+) -> Iterator[Tensor]:
+    """uint8 (B, 3, H, W) -> each VAE's reconstructions, the same; one encoding per encoder."""
+    for output in _outputs(candidates, images, keys, protocol):
+        yield pixels.to_uint8(output, protocol.quantize)
+
+
+@torch.no_grad()
+def _outputs(
+    candidates: Sequence[Candidate], images: Tensor, keys: Sequence[str], protocol: Protocol
+) -> Iterator[Tensor]:
+    """What each decoder puts out, float [-1, 1] but for overshoot."""
+    latents: dict[str, Tensor] = {}
+    for candidate in candidates:
+        encoder = candidate.record["frozen_sha256"]
+        if encoder not in latents:
+            posterior = candidate.model.encode(pixels.to_float(images))
+            latents[encoder] = (
+                posterior.sample(posterior_noise(keys, posterior.mean))
+                if protocol.sampled
+                else posterior.mean
+            )
+        yield candidate.model.decode(latents[encoder])
+
+
+def posterior_noise(keys: Sequence[str], like: Tensor, seed: int = SEED) -> Tensor:
+    """Standard normal noise that depends on seed and image name alone, shaped as `like`."""
+    shape = tuple(like.shape[1:])
+    draws = [random_state(seed, "evaluate", key).standard_normal(shape) for key in keys]
+    return torch.from_numpy(np.stack(draws)).to(like)
+
+
+# --- scores ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Networks:
+    """What measures, as far as it is on this machine, and why the rest is not."""
+
+    perceptual: PerceptualDistance | None = None
+    inception: Inception | None = None
+    unmeasured: dict[str, str] = field(default_factory=dict)
+
+    def leave_out(
+        self, metrics: Sequence[str], error: MissingInputError, say: Callable[[str], None]
+    ) -> None:
+        """Says what is missing and which metrics it costs; the first clause is kept for each."""
+        say(f"not measured: {', '.join(SCORES[metric].label for metric in metrics)}: {error}")
+        self.unmeasured |= dict.fromkeys(metrics, re.split("[;\n]", str(error))[0])
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Metrics with a number an image."""
+        network = self.perceptual.name if self.perceptual else ""
+        absent = {"lpips_vgg": {"st_lpips"}, "st_lpips_alex": {"psim", "lpips"}}
+        without = absent.get(network, {"psim", "lpips", "st_lpips"})
+        return tuple(name for name in METRICS if name not in without)
+
+
+def find_networks(
+    name: str, vgg: str | None, inception: str | None, device: str, say: Callable[[str], None]
+) -> Networks:
+    """VGG16 (or the stand-in) and Inception; says what is missing and so not measured.
+
+    Raises MissingInputError if a file that was named is not there.
+    """
+    found = Networks()
+    missing: tuple[str, ...] = ("psim", "lpips")
+    if name != "lpips_vgg":
+        why = "the stand-in ST-LPIPS was asked for in place of VGG16"
+        found.unmeasured |= dict.fromkeys(missing, why)
+        missing = ("st_lpips",)
+    try:
+        found.perceptual = pretrained.build(name, vgg, pretrained.VGG16.flag).to(device)
+    except MissingInputError as error:
+        if vgg:
+            raise
+        found.leave_out(missing, error, say)
+    try:
+        found.inception = Inception(pretrained.find(pretrained.INCEPTION, inception)).to(device)
+    except MissingInputError as error:
+        if inception:
+            raise
+        found.leave_out(["rfid"], error, say)
+    return found
+
+
+@torch.no_grad()
+def score(
+    images: Tensor,
+    reconstructions: Tensor,
+    border: str = CARD.border,
+    network: PerceptualDistance | None = None,
+    targets: Sequence[Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """uint8 (B, 3, H, W) pairs -> metric -> (B,) float64; `targets` are the images' features."""
+    x, y = images.double() / 255.0, reconstructions.double() / 255.0
+    scores = {
+        "psnr": metrics.psnr(x, y),
+        "ssim": metrics.ssim(x, y, border),
+        "sharpness": metrics.sharpness(y),
+        **dict(zip(SHIFTS, metrics.colour_shift(x, y).unbind(dim=1), strict=True)),
+    }
+    if network is not None:
+        if targets is None:
+            targets = network.features(pixels.to_float(images))
+        features = network.features(pixels.to_float(reconstructions))
+        squared = perceptual.squared_differences(targets, features)
+        name = "lpips" if network.name == "lpips_vgg" else "st_lpips"
+        scores[name] = network.weighted(squared).flatten().double()
+        if network.name == "lpips_vgg":
+            scores["psim"] = perceptual.unweighted(squared).double()
+    return scores
+
+
+def measure(
+    candidates: Sequence[Candidate],
+    networks: Networks,
+    protocol: Protocol,
+    samples: Iterable[Sample],
+    *,
+    device: str,
+    batch_size: int,
+    progress: Progress | None = None,
+    total: int = 0,
+) -> Tally:
+    """Streams images through the VAEs and the metrics, `batch_size` of them at a time."""
+    tally = Tally(networks.measured)
+    if networks.inception is not None:
+        count = len(candidates) + 1
+        tally.statistics = [FeatureStatistics.empty(WIDTH, device) for _ in range(count)]
+    for done, batch in _batches(samples, batch_size, tally.problems):
+        tally.rows += _measure_batch(
+            candidates, networks, protocol, batch, device, batch_size, tally.statistics
+        )
+        if progress is not None:
+            progress(done, total)
+    return tally
+
+
+def _batches(
+    samples: Iterable[Sample], size: int, problems: list[str]
+) -> Iterator[tuple[int, list[Sample]]]:
+    """Usable images, `size` at a time, and how many images went by."""
+    batch: list[Sample] = []
+    done = 0
+    for done, sample in enumerate(samples, start=1):
+        if sample.image is None:
+            problems.append(sample.problem)
+            continue
+        batch.append(sample)
+        if len(batch) == size:
+            yield done, batch
+            batch = []
+    if batch:
+        yield done, batch
+
+
+@torch.no_grad()
+def _measure_batch(
+    candidates: Sequence[Candidate],
+    networks: Networks,
+    protocol: Protocol,
+    batch: Sequence[Sample],
+    device: str,
+    batch_size: int,
+    statistics: Sequence[FeatureStatistics],
+) -> list[Row]:
+    real = len(batch)
+    filled = [*batch, *[batch[-1]] * (batch_size - real)]  # other shapes may round differently
+    images = torch.stack([s.image for s in filled if s.image is not None]).to(device)
+    network, inception = networks.perceptual, networks.inception
+    targets = None if network is None else network.features(pixels.to_float(images))
+    if inception is not None:
+        statistics[0].add(inception(images)[:real])
+    columns: list[Tensor] = []
+    outputs = _outputs(candidates, images, [s.key for s in filled], protocol)
+    for number, output in enumerate(outputs, start=1):
+        levels = pixels.to_uint8(output, protocol.quantize)
+        scores = score(images, levels, protocol.border, network, targets)
+        scores["finite"] = output.isfinite().flatten(1).all(dim=1).double()  # not seen in 8 bit
+        columns.append(torch.stack([scores[m] for m in (*networks.measured, "finite")], 1)[:real])
+        if inception is not None:
+            statistics[number].add(inception(levels)[:real])
+    values = torch.stack(columns, dim=1).cpu().numpy()  # (real, VAEs, metrics and finite)
+    for image, vae in np.argwhere(values[..., -1] == 0):
+        raise RunFailedError(
+            f"{candidates[vae].name}: decodes {batch[image].key} to values that are not finite; "
+            "its weights are broken: give others, such as an earlier checkpoint"
+        )
+    sharpness = metrics.sharpness(images.double() / 255.0).tolist()
+    return [
+        Row(sample.index, sample.key, sample.sha256(), sharpness[i], values[i, :, :-1])
+        for i, sample in enumerate(batch)
+    ]
+
+
+# --- several processes ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[tuple[int, int]]:
+    """(rank, number of processes), joined over gloo where a launcher such as torchrun says so."""
+    world = world_size()
+    if world == 1:
+        yield 0, 1
+        return
+    if os.environ["RANK"] == "0":
+        _say(f"waiting for {world} processes at {meeting()}")
+    dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=30))
+    try:
+        yield dist.get_rank(), world
+    finally:
+        dist.destroy_process_group()
+
+
+def _agree(what: Mapping[str, Any], rank: int, world: int) -> None:
+    """Raises RunFailedError on every rank if they see other files."""
+    seen: list[Any] = [None] * world
+    if world > 1:
+        dist.all_gather_object(seen, dict(what))
+        for key in what:
+            values = [str(other[key]) for other in seen]
+            if len(set(values)) > 1:
+                raise RunFailedError(
+                    f"the processes see different {key}: {', '.join(values)}; give all of them the "
+                    "same files"
+                )
+
+
+def _gather(tally: Tally, rank: int, world: int) -> Tally:
+    """Everybody's rows and sums, on rank 0, in the order of the images."""
+    if world > 1:
+        parts: list[Any] = [None] * world
+        mine = (tally.rows, tally.problems, [s.count for s in tally.statistics])
+        dist.gather_object(mine, parts if rank == 0 else None)
+        for number, statistics in enumerate(tally.statistics):
+            statistics.total = statistics.total.cpu()
+            statistics.products = statistics.products.cpu()
+            dist.reduce(statistics.total, 0)
+            dist.reduce(statistics.products, 0)
+            if rank == 0:
+                statistics.count = sum(part[2][number] for part in parts)
+        if rank == 0:
+            tally.rows = [row for part in parts for row in part[0]]
+            tally.problems = [problem for part in parts for problem in part[1]]
+    tally.rows.sort(key=lambda row: row.index)
+    tally.problems.sort()
+    seen: Counter[str] = Counter()
+    for row in tally.rows:  # shards of other sources may hold equal names
+        seen[row.key] += 1
+        row.key += f" ({seen[row.key]})" if seen[row.key] > 1 else ""
+    return tally
+
+
+# --- the verb -------------------------------------------------------------------------------
+
+
+def evaluate(
+    named: Sequence[tuple[str, Path, str]],
+    where: str,
+    out: Path,
+    *,
+    protocol: Protocol = CARD,
+    size: int = 256,
+    limit: int | None = None,
+    perceptual_name: str = "lpips_vgg",
+    vgg: str | None = None,
+    inception: str | None = None,
+    device: str | None = None,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> dict[str, Any] | None:
+    """Scores weights (name, file, "ema" or "raw") on a folder or shards; writes them to `out`.
+
+    Returns what scores.json holds, on the first process, and None on the others. Raises
+    MissingInputError for files that are not there, UsageError for a size that does not divide,
+    RunFailedError if no image can be used or a VAE puts out what is not finite.
+    """
+    with processes() as (rank, world), _exact_float32():
+        say = _say if rank == 0 else _silent
+        device = _device(device)
+        batch_size = batch_size if device.startswith("cuda") else 1
+        candidates = load_candidates(named, device)
+        _check_size(candidates, size)
+        image_set = ImageSet(where, size, limit, say, out)
+        networks = find_networks(perceptual_name, vgg, inception, device, say)
+        check_writable(out)
+        _agree(
+            {
+                "weights": [c.record["sha256"] for c in candidates],
+                "numbers of images": image_set.count,
+                "metrics": [*networks.measured, "rfid" if networks.inception else ""],
+            },
+            rank,
+            world,
+        )
+        own = range(rank, image_set.count, world)
+        try:
+            tally = measure(
+                candidates,
+                networks,
+                protocol,
+                image_set.stream(own, threads=max(1, min(8, (os.cpu_count() or 1) // world))),
+                device=device,
+                batch_size=batch_size,
+                progress=progress if rank == 0 else None,
+                total=len(own),
+            )
+        except torch.cuda.OutOfMemoryError as error:
+            raise RunFailedError(f"out of GPU memory: {error}\nHalve --batch-size") from error
+        tally = _gather(tally, rank, world)
+        if rank > 0:
+            return None
+        if not tally.rows:
+            raise RunFailedError(
+                f"no image of {where} can be used: {tally.problems[0]}; give others"
+            )
+        conditions = {**protocol.describe(), "size": size, **_describe_networks(networks)}
+        weights = {candidate.name: candidate.record for candidate in candidates}
+        result = summarise(tally, weights, conditions, networks.unmeasured, where)
+        write_scores(out, result, tally)
+        _write_pictures(out, image_set, candidates, protocol, tally, device, batch_size)
+        for warning in result["warnings"]:
+            say(f"warning: {warning}")
+        say((out / "table.md").read_text(encoding="utf-8"))
+        return result
+
+
+def _describe_networks(networks: Networks) -> dict[str, Any]:
+    network, inception = networks.perceptual, networks.inception
+    vgg = network.sha256 if network is not None and network.name == "lpips_vgg" else None
+    packages = ("torch", "torchvision", "lpips", "torch-fidelity", "numpy", "pillow", "kl-f8-train")
+    return {
+        "perceptual": network.label if network is not None else None,
+        "psim": "half of LPIPS' distance without its heads, VGG16" if vgg else None,
+        "vgg": vgg,
+        "rfid": "torch-fidelity's Inception of 2015-12-05, its 2,048 pooled features, against the "
+        "same crops; statistics in float64"
+        if inception is not None
+        else None,
+        "inception": inception.sha256 if inception is not None else None,
+        "versions": {name: version for name in packages if (version := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def _exact_float32() -> Iterator[None]:
+    """No TF32, and algorithms that give the same bits again. Not measured on CUDA."""
+    flags = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
+    with torch.backends.cudnn.flags(**flags):
+        yield
+
+
+def _device(asked: str | None) -> str:
+    """As asked; "cuda", also by default where there is one, is this process's own GPU."""
+    if (asked or "cpu").startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(
+            f"--device {asked}: torch sees no GPU here; mend the driver, or give --device cpu"
+        )
+    if asked not in (None, "cuda") or not torch.cuda.is_available():
+        return asked or "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
+def _check_size(candidates: Sequence[Candidate], size: int) -> None:
+    for candidate in candidates:
+        if size % candidate.model.downsampling or size < 11:
+            raise UsageError(
+                f"--size {size}: expected at least 11 pixels (SSIM's window) and a multiple of "
+                f"{candidate.model.downsampling}, the downsampling of {candidate.name}"
+            )
+
+
+def _say(message: str) -> None:
+    print(message, flush=True)
+
+
+def _silent(message: str) -> None:
+    pass
+
+
+# --- pictures -------------------------------------------------------------------------------
+
+
+def _write_pictures(
+    out: Path,
+    image_set: ImageSet,
+    candidates: Sequence[Candidate],
+    protocol: Protocol,
+    tally: Tally,
+    device: str,
+    batch_size: int,
+) -> None:
+    """Makes the chosen images and reconstructions again, exactly, and writes them as PNG."""
+    names = [candidate.name for candidate in candidates]
+    chosen = choose_pictures(tally.rows, names, tally.measured)
+    former = _pictures(out)
+    entries = []
+    for number, (place, why) in enumerate(chosen.items()):
+        sample = image_set.load(tally.rows[place].index)
+        assert sample.image is not None
+        batch = sample.image[None].expand(batch_size, -1, -1, -1).to(device)
+        outputs = list(reconstruct(candidates, batch, [sample.key] * batch_size, protocol))
+        shown = f"pictures/{number:04d}-input.png"
+        _write_png(out / shown, sample.image)
+        models: dict[str, str] = {}
+        for name, slug, output in zip(names, slugs(names), outputs, strict=True):
+            models[name] = f"pictures/{number:04d}-{slug}.png"
+            _write_png(out / models[name], output[0])
+        key = tally.rows[place].key
+        entries.append({"image": key, "input": shown, "models": models, "why": why})
+    write_json(out / "pictures.json", entries)
+    for name in former - _pictures(out):  # the report's have the same names
+        for folder in ("pictures", "zooms", "errors"):
+            (out / folder / name).unlink(missing_ok=True)
+    if former:
+        (out / "comparison.json").unlink(missing_ok=True)
+
+
+def _pictures(out: Path) -> set[str]:
+    """Names of the pictures that an evaluation has written to `out`."""
+    listed = out / "pictures.json"
+    text = listed.read_text(encoding="utf-8", errors="replace") if listed.is_file() else ""
+    return set(re.findall(r'"pictures/(\d{4}-[a-z0-9-]+\.png)"', text))
+
+
+def _write_png(path: Path, image: Tensor) -> None:
+    with atomic_path(path) as temporary:
+        pixels.to_pil(image).save(temporary, format="PNG")

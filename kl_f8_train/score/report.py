@@ -1,0 +1,568 @@
+"""Pictures and pages for people: labelled strips, zooms, error maps, and report.html.
+
+`write` reads only the files of an evaluation directory: scores.json, per_image.csv, pictures.json
+with its PNGs, and comparison.json if there is one. The page is report.html beside this module,
+filled in; it refers to its PNGs by relative links and needs no network.
+"""
+
+import html
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import ImageDraw, ImageFont
+from torch import Tensor
+
+from kl_f8_train import __version__, images
+from kl_f8_train.core import metrics
+from kl_f8_train.errors import MissingInputError
+from kl_f8_train.files import file_sha256, write_json, write_text
+from kl_f8_train.score import compare
+from kl_f8_train.score.compare import METRICS, SCORES
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+ERROR_SCALE = 48.0  # levels of 255 at the top of every error map
+RAMP = ((8, 8, 20), (72, 20, 104), (190, 50, 84), (248, 140, 40), (252, 250, 190))
+STRIP_ROWS = 6
+ZOOM = 4
+ALWAYS = ("psnr", "ssim", "psim", "lpips")  # columns of the card, measured or not
+SHIFTS = {
+    "red_shift": "#d9534f",
+    "green_shift": "#3f9d57",
+    "blue_shift": "#4a7fe0",
+    "saturation_shift": "#9a6bd1",
+}
+Values = dict[str, dict[str, dict[str, float]]]  # metric -> model -> image -> value
+
+
+@dataclass
+class Evaluation:
+    """The files of an evaluation directory."""
+
+    scores: dict[str, Any]
+    values: Values
+    pictures: list[dict[str, Any]]
+    comparison: dict[str, Any] | None
+
+    @property
+    def models(self) -> list[str]:
+        """Names, in the order given."""
+        return list(self.scores["models"])
+
+    @property
+    def base(self) -> str:
+        """The model that the others are seen against: the one marked so, or else the first."""
+        weights = self.scores.get("weights", {})
+        marked = [name for name in self.models if weights.get(name, {}).get("base")]
+        return (marked or self.models)[0]
+
+
+def read(directory: Path) -> Evaluation:
+    """Reads an evaluation. Raises MissingInputError if scores.json or per_image.csv is missing."""
+    rows = compare.read_rows(directory / "per_image.csv")
+    scores = _read_json(directory / "scores.json")
+    if scores is None:
+        raise MissingInputError(f"{directory}: no scores.json; `kl-f8-train evaluate` writes it")
+    comparison = _read_json(directory / "comparison.json")
+    if comparison and comparison["per_image_sha256"] != _rows_sha256(directory):
+        comparison = None  # of an earlier evaluation
+    return Evaluation(
+        scores,
+        {metric: compare.per_image(rows, metric) for metric in METRICS},
+        _read_json(directory / "pictures.json") or [],
+        comparison,
+    )
+
+
+def write(directory: Path) -> Path:
+    """Writes report.html, strip.png, zooms/ and errors/ into an evaluation directory.
+
+    Returns the page's path. Raises MissingInputError if a file of the evaluation is missing.
+    """
+    evaluation = read(directory)
+    pictures = _write_pictures(directory, evaluation)
+    page = directory / "report.html"
+    write_text(page, _page(evaluation, pictures))
+    return page
+
+
+def write_comparison(directory: Path, a: str, b: str) -> list[compare.Verdict]:
+    """Compares two models of an evaluation directory; writes comparison.json beside the scores."""
+    found = compare.verdicts(compare.read_rows(directory / "per_image.csv"), a, b)
+    values = {
+        "a": a,
+        "b": b,
+        "interval": f"{compare.LEVEL:.0%} BCa bootstrap of the mean of "
+        f"{b} minus {a} per image, "
+        f"{compare.RESAMPLES:,} resamples, seed 0",
+        "per_image_sha256": _rows_sha256(directory),
+        "verdicts": [verdict.as_dict() for verdict in found],
+    }
+    write_json(directory / "comparison.json", values)
+    return found
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _rows_sha256(directory: Path) -> str:
+    return file_sha256(directory / "per_image.csv")
+
+
+# --- pictures -------------------------------------------------------------------------------
+
+
+def strip(columns: Sequence[tuple[str, Sequence[Tensor]]], gap: int = 4) -> Tensor:
+    """(label, uint8 (3, H, W) pictures), a column each, one row an image -> a uint8 picture.
+
+    A label wider than its column is cut. Raises ValueError if the columns differ in length.
+    """
+    rows = [images.hstack(list(r), gap) for r in zip(*(p for _, p in columns), strict=True)]
+    width = columns[0][1][0].shape[2] + gap
+    header = images.to_pil(torch.full((3, 20, rows[0].shape[2]), 255, dtype=torch.uint8))
+    draw = ImageDraw.Draw(header)
+    font = ImageFont.load_default(size=12)
+    for index, (label, _) in enumerate(columns):
+        text = label
+        while len(text) > 1 and draw.textlength(text, font) > width - gap - 2:
+            text = text.removesuffix("...")[:-1] + "..." if len(text) > 4 else text[:-1]
+        draw.text((index * width + 2, 3), text, fill="black", font=font)
+    labels = torch.from_numpy(np.array(header)).permute(2, 0, 1)
+    return images.vstack([labels, *rows], gap)
+
+
+def error_map(picture: Tensor, reconstruction: Tensor) -> Tensor:
+    """Mean over the channels of |difference|, 0..ERROR_SCALE levels, in colours; all uint8.
+
+    (3, H, W) each. One scale everywhere, so that two maps can be compared.
+    """
+    error = (picture.float() - reconstruction.float()).abs().mean(dim=0) / ERROR_SCALE
+    stops = np.linspace(0.0, 1.0, len(RAMP))
+    channels = [np.interp(error.numpy(), stops, [c[i] for c in RAMP]) for i in range(3)]
+    return torch.from_numpy(np.stack(channels).round().astype(np.uint8))
+
+
+def most_different(pictures: Sequence[Tensor], share: int = 4) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the region, H / share x W / share, where pictures differ most.
+
+    Difference: largest minus smallest of the pictures, mean over channels and region.
+    """
+    stack = torch.stack(list(pictures)).float()  # (N, 3, H, W)
+    spread = (stack.amax(dim=0) - stack.amin(dim=0)).mean(dim=0)  # (H, W)
+    height, width = (max(1, side // share) for side in spread.shape)
+    step = max(1, min(height, width) // 16)
+    means = F.avg_pool2d(spread[None, None], (height, width), step)[0, 0]
+    row, column = divmod(int(means.argmax()), means.shape[1])
+    return row * step, column * step, height, width
+
+
+def zoom(picture: Tensor, box: tuple[int, int, int, int]) -> Tensor:
+    """A region, every pixel repeated ZOOM times each way: nothing is smoothed."""
+    top, left, height, width = box
+    region = picture[:, top : top + height, left : left + width]
+    return region.repeat_interleave(ZOOM, dim=1).repeat_interleave(ZOOM, dim=2)
+
+
+def _write_pictures(directory: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Writes strip.png, zooms and error maps; returns what the page shows of each image."""
+    shown: list[dict[str, Any]] = []
+    columns: list[tuple[str, list[Tensor]]] = [(name, []) for name in ("input", *evaluation.models)]
+    for item in evaluation.pictures:
+        paths = [item["input"], *(item["models"][name] for name in evaluation.models)]
+        pictures = [_load(directory / path) for path in paths]
+        others = pictures[1:] if len(pictures) > 2 else pictures
+        box = most_different(others)
+        height, width = pictures[0].shape[1:]
+        sides = []
+        for index, path in enumerate(paths):
+            name, column = columns[index]
+            file = Path(path).name
+            _save(directory / "zooms" / file, zoom(pictures[index], box))
+            side = {"name": name, "picture": path, "zoom": f"zooms/{file}"}
+            if index:
+                _save(directory / "errors" / file, error_map(pictures[0], pictures[index]))
+                side |= {"error": f"errors/{file}"}
+            column.append(pictures[index])
+            sides.append({**side, "sharpness": _sharpness(pictures[index])})
+        frame = (box[0] / height, box[1] / width, box[2] / height, box[3] / width)
+        shown.append({"image": item["image"], "why": item["why"], "box": frame, "sides": sides})
+    if shown:
+        first = [(name, column[:STRIP_ROWS]) for name, column in columns]
+        _save(directory / "strip.png", strip(first))
+    return shown
+
+
+def _load(path: Path) -> Tensor:
+    if not path.is_file():
+        raise MissingInputError(f"{path}: no such file, but pictures.json names it")
+    return images.decode(path.read_bytes())
+
+
+def _save(path: Path, picture: Tensor) -> None:
+    """Writes a PNG at once, but unlike checkpoints unsynced: hundreds, and quickly made again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    images.to_pil(picture).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def _sharpness(picture: Tensor) -> float:
+    return float(metrics.sharpness(picture[None].double() / 255.0))
+
+
+# --- the page -------------------------------------------------------------------------------
+
+
+def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
+    """The template with every <!--part--> filled in, once: inserted texts are not searched."""
+    scores, models = evaluation.scores, evaluation.models
+    comparison, wins = _comparison(evaluation), _wins(evaluation)
+    shifts = _shifts(evaluation, pictures)
+    sections = (
+        ("scores", "Scores", True),
+        ("comparison", "Comparison", comparison),
+        ("pictures", "Pictures", pictures),
+        ("extremes", "Worst and best", pictures),
+        ("images", "Every image", True),
+        ("wins", "Wins", wins),
+        ("shifts", "Colour and sharpness", shifts),
+        ("protocol", "Protocol", True),
+    )
+    count = f"{len(models)} VAE" + "s" * (len(models) != 1)
+    parts = {
+        "title": f"{count} on {scores['images']:,} image" + "s" * (scores["images"] != 1),
+        "subtitle": _subtitle(evaluation),
+        "ramp": f"linear-gradient(90deg, {', '.join(f'rgb{colour}' for colour in RAMP)})",
+        "sections": "".join(f'<a href="#{key}">{title}</a>' for key, title, on in sections if on),
+        "warnings": _warnings(scores.get("warnings", [])),
+        "scores": _scores(evaluation),
+        "unmeasured": _unmeasured(scores.get("unmeasured", {})),
+        "comparison": comparison,
+        "wins": wins,
+        "shifts": shifts,
+        "protocol": _protocol(evaluation),
+        "footer": f"kl_f8_train {__version__}. The numbers: <a href='scores.json'>scores.json</a>, "
+        "<a href='per_image.csv'>per_image.csv</a>. All pictures are PNG, without loss.",
+        "data": _data(evaluation, pictures),
+    }
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return re.sub(r"<!--(\w+)-->", lambda match: parts[match[1]], template)
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _subtitle(evaluation: Evaluation) -> str:
+    scores = evaluation.scores
+    parts = [f"Protocol {scores['protocol']['name']}", f"seen against {evaluation.base}"]
+    if scores.get("source"):
+        parts.insert(1, f"images from {scores['source']}")
+    return _text(" \u00b7 ".join(parts))
+
+
+def _warnings(texts: Sequence[str]) -> str:
+    items = "".join(f"<li>{_text(text)}</li>" for text in texts)
+    return f'<section class="warnings"><ul>{items}</ul></section>' if items else ""
+
+
+def _unmeasured(reasons: Mapping[str, str]) -> str:
+    lines = compare.not_measured(reasons)
+    return "".join(f'<p class="note" style="margin:12px 0 0">{_text(line)}</p>' for line in lines)
+
+
+def _scores(evaluation: Evaluation) -> str:
+    """The card's table: rFID, PSNR, SSIM, PSIM, LPIPS; a stand-in under its own name."""
+    rows = evaluation.scores["models"]
+    columns = [
+        "rfid",
+        *ALWAYS,
+        *(["st_lpips"] if any(r.get("st_lpips") for r in rows.values()) else []),
+    ]
+    arrows: dict[str | None, str] = {"higher": "\u2191", "lower": "\u2193"}
+    heads = "".join(
+        f"<th scope='col'>{_text(SCORES[c].label)} {arrows[SCORES[c].better]}</th>" for c in columns
+    )
+    best = {column: _best(column, rows) for column in columns}
+    lines = []
+    for name in rows:
+        iteration = evaluation.scores.get("weights", {}).get(name, {}).get("iteration")
+        step = f"<small>iteration {iteration:,}</small>" if iteration is not None else ""
+        tag = ' <span class="tag">base</span>' if name == evaluation.base else ""
+        cells = [f'<td class="name">{_text(name)}{tag}<br>{step}</td>']
+        cells += [_score_cell(evaluation, name, c, name in best[c]) for c in columns]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return (
+        f"<thead><tr><th scope='col'>model</th>{heads}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    )
+
+
+def _mean(value: Any) -> float | None:
+    return value["mean"] if isinstance(value, Mapping) else value
+
+
+def _best(metric: str, rows: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Models with the best mean, as printed; none if there is nothing to choose from."""
+    digits = SCORES[metric].digits
+    means = {name: _mean(row.get(metric)) for name, row in rows.items()}
+    known = {name: round(mean, digits) for name, mean in means.items() if mean is not None}
+    if len(known) < 2:
+        return set()
+    top = (min if SCORES[metric].better == "lower" else max)(known.values())
+    return {name for name, mean in known.items() if mean == top}
+
+
+def _score_cell(evaluation: Evaluation, name: str, metric: str, best: bool) -> str:
+    value = evaluation.scores["models"][name].get(metric)
+    label = f"data-label='{_text(SCORES[metric].label)}'"
+    if value is None:
+        infinite = bool(evaluation.values.get(metric, {}).get(name))
+        reason = evaluation.scores.get("unmeasured", {}).get(metric, "")
+        shown = "infinite" if infinite else "not measured"
+        return f"<td class='none' {label} title='{_text(reason)}'>{shown}</td>"
+    mean = _mean(value)
+    digits = SCORES[metric].digits
+    text = f"<span{' class=best' if best else ''}>{mean:.{digits}f}</span>"
+    if isinstance(value, Mapping):
+        text += f" <small>\u00b1 {value['std']:.{digits}f}</small>"
+    return f"<td {label}><span>{text}</span></td>"
+
+
+def _comparison(evaluation: Evaluation) -> str:
+    comparison = evaluation.comparison
+    if not comparison:
+        return ""
+    items = "".join(
+        f"<li class='{_text(v['verdict'])}'>{_text(v['text'])}</li>" for v in comparison["verdicts"]
+    )
+    a, b, interval = (_text(comparison[key]) for key in ("a", "b", "interval"))
+    return (
+        f"<section id='comparison'><h2>Is {b} better than {a}?</h2>"
+        f"<p class='note'>In brackets: {interval}. "
+        "A difference is called clear if zero lies outside.</p>"
+        f"<ul class='verdicts'>{items}</ul></section>"
+    )
+
+
+def _wins(evaluation: Evaluation) -> str:
+    """For every two models, the share of images on which each is better, by metric."""
+    blocks = [_pair(evaluation, a, b) for a, b in itertools.combinations(evaluation.models, 2)]
+    if not any(blocks):
+        return ""
+    return (
+        "<section id='wins'><h2>Pairwise wins</h2><p class='note'>Share of the images on which one "
+        "model is better than the other. Grey: alike.</p>"
+        f"<div class='pairs'>{''.join(blocks)}</div></section>"
+    )
+
+
+def _pair(evaluation: Evaluation, a: str, b: str) -> str:
+    bars = []
+    for metric, description in METRICS.items():
+        left, right = compare.paired(evaluation.values[metric], a, b)
+        if description.better and len(left):
+            of_b, of_a = (100.0 * wins / len(left) for wins in compare.wins(left, right, metric))
+            bars.append(
+                f"<div class='bar'><b>{_text(description.label)}</b><span>{of_a:.0f} %</span>"
+                f"<i><u style='width:{of_a:.2f}%'></u><s style='width:{of_b:.2f}%'></s></i>"
+                f"<span>{of_b:.0f} %</span></div>"
+            )
+    title = f"<h3><span>{_text(a)}</span><span>{_text(b)}</span></h3>"
+    return f"<div class='pair'>{title}{''.join(bars)}</div>" if bars else ""
+
+
+def _shifts(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> str:
+    """Colour and saturation against the input and the base, and sharpness."""
+    measured = [metric for metric in SHIFTS if any(evaluation.values[metric].values())]
+    sharp = any(evaluation.values["sharpness"].values())
+    if not measured and not sharp:
+        return ""
+    rows = evaluation.scores["models"]
+    means = [abs(_mean(row.get(m)) or 0.0) for row in rows.values() for m in measured]
+    limit = max([1.0, *means])
+    heads = [METRICS[m].label.removesuffix(" shift") for m in measured] + ["sharpness"] * sharp
+    lines = []
+    for name in evaluation.models:
+        cells = [_shift_cell(evaluation, name, metric, limit) for metric in measured]
+        cells += [_sharpness_cell(evaluation, name, pictures)] * sharp
+        lines.append(f"<tr><td class='name'>{_text(name)}</td>{''.join(cells)}</tr>")
+    head = "".join(f"<th scope='col'>{title}</th>" for title in heads)
+    return (
+        "<section id='shifts'><h2>Colour and sharpness</h2><p class='note'>Shifts: mean of the "
+        "reconstruction minus that of the input, in levels of 255; a bar to the right is more. "
+        "Sharpness: variance of the Laplacian; less is smoother. Small: against the base, "
+        f"{_text(evaluation.base)}.</p><table class='cards'><thead><tr><th scope='col'>model</th>"
+        f"{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></section>"
+    )
+
+
+def _shift_cell(evaluation: Evaluation, name: str, metric: str, limit: float) -> str:
+    title = METRICS[metric].label.removesuffix(" shift")
+    score = evaluation.scores["models"][name].get(metric)
+    if score is None:
+        return f"<td class='none' data-label='{title}'>not measured</td>"
+    share = 50.0 * score["mean"] / limit
+    place = f"left:{min(50.0, 50.0 + share):.2f}%;width:{abs(share):.2f}%"
+    bar = f"<span class='shift' style='--colour:{SHIFTS[metric]}'><i style='{place}'></i></span>"
+    text = f"{_signed(score['mean'])} <small>\u00b1 {score['std']:.2f}</small>{bar}"
+    if name != evaluation.base:
+        base, own = compare.paired(evaluation.values[metric], evaluation.base, name)
+        text += f"<small>{_signed(float((own - base).mean()))} to base</small>" if len(base) else ""
+    return f"<td data-label='{title}'><span>{text}</span></td>"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}"  # + 0.0: no "-0.00"
+
+
+def _sharpness_cell(
+    evaluation: Evaluation, name: str, pictures: Sequence[Mapping[str, Any]]
+) -> str:
+    score = evaluation.scores["models"][name].get("sharpness")
+    if score is None:
+        return "<td class='none' data-label='sharpness'>not measured</td>"
+    text = f"{score['mean']:,.0f} <small>\u00b1 {score['std']:,.0f}</small>"
+    against = []
+    base = _mean(evaluation.scores["models"][evaluation.base].get("sharpness"))
+    if name != evaluation.base and base:
+        against.append(f"{score['mean'] / base:.0%} of the base")
+    column = evaluation.models.index(name) + 1
+    own = math.fsum(item["sides"][column]["sharpness"] for item in pictures)
+    inputs = math.fsum(item["sides"][0]["sharpness"] for item in pictures)
+    if inputs:
+        against.append(f"{own / inputs:.0%} of the input ({len(pictures)} pictured)")
+    text += f"<br><small>{'<br>'.join(against)}</small>"
+    return f"<td data-label='sharpness'><span>{text}</span></td>"
+
+
+def _protocol(evaluation: Evaluation) -> str:
+    scores = evaluation.scores
+    facts = dict(scores["protocol"])
+    facts |= {"images": f"{scores['images']:,}", "image list SHA-256": scores.get("images_sha256")}
+    facts |= {"images from": scores.get("source")}
+    weights = scores.get("weights", {})
+    blocks = "".join(
+        f"<div><h3>{_text(name)}</h3>{_facts({**weights[name], 'base': None})}</div>"
+        for name in evaluation.models
+        if name in weights
+    )
+    encoders = {entry.get("frozen_sha256") for entry in weights.values()}
+    shared = len(weights) > 1 and len(encoders) == 1 and None not in encoders
+    note = "<p class='note'>All models share one encoder, bit for bit.</p>" if shared else ""
+    return f"{_facts(facts)}<h2>Weights</h2>{note}<div class='weights'>{blocks}</div>"
+
+
+def _facts(values: Mapping[str, Any]) -> str:
+    """A definition list; hashes in fixed width, what is not known left out."""
+    items = []
+    for key, value in values.items():
+        if value is None or value == "":
+            continue
+        counted = isinstance(value, int) and not isinstance(value, bool)
+        text = _text(f"{value:,}" if counted else _listed(value))
+        text = f"<code>{text}</code>" if key.lower().endswith(("sha256", "sha-256")) else text
+        items.append(f"<dt>{_text(key.replace('_', ' '))}</dt><dd>{text}</dd>")
+    return f"<dl>{''.join(items)}</dl>"
+
+
+def _listed(value: Any) -> Any:
+    """Versions and the like in one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {entry}" for key, entry in value.items())
+    return value
+
+
+# --- what the page's script reads --------------------------------------------------------------
+
+
+def _data(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> str:
+    """JSON for the script; "<" is escaped, so that no text can end the element."""
+    names = dict.fromkeys(
+        image
+        for by_model in evaluation.values.values()
+        for scores in by_model.values()
+        for image in scores
+    )
+    index = {name: number for number, name in enumerate(names)}
+    values = {
+        metric: [
+            [_number(by_model.get(model, {}).get(image)) for model in evaluation.models]
+            for image in index
+        ]
+        for metric, by_model in evaluation.values.items()
+        if any(by_model.values())
+    }
+    data = {
+        "models": evaluation.models,
+        "images": list(index),
+        "values": values,
+        "metrics": [
+            {
+                "key": key,
+                "label": metric.label,
+                "digits": metric.digits,
+                "better": metric.better,
+                "measured": key in values,
+                "extremes": _extremes(evaluation, key, index) if metric.better else None,
+            }
+            for key, metric in METRICS.items()
+            if key in values or key in ALWAYS
+        ],
+        "pictures": [_shown_picture(evaluation, item, index) for item in pictures],
+    }
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _number(value: float | None) -> float | str | None:
+    """A score as JSON can hold it."""
+    if value is None or math.isfinite(value):
+        return value
+    return "inf" if value > 0 else "-inf"
+
+
+def _shown_picture(
+    evaluation: Evaluation, item: Mapping[str, Any], index: Mapping[str, int]
+) -> dict[str, Any]:
+    sides = [
+        {
+            "name": side["name"],
+            "model": number - 1,
+            **{key: quote(side[key]) for key in ("picture", "zoom", "error") if key in side},
+        }
+        for number, side in enumerate(item["sides"])
+    ]
+    return {**item, "image": index[item["image"]], "sides": sides}
+
+
+def _extremes(
+    evaluation: Evaluation, metric: str, index: Mapping[str, int]
+) -> list[list[int]] | None:
+    """For each model, the indices of the worst, median and best image."""
+    by_model = evaluation.values[metric]
+    if not any(by_model.values()):
+        return None
+    named = {reason: item["image"] for item in evaluation.pictures for reason in item["why"]}
+    worst_first = METRICS[metric].better == "lower"
+    found = []
+    for model in evaluation.models:
+        scores = by_model.get(model, {})
+        order = sorted(scores, key=lambda image: scores[image], reverse=worst_first)
+        ranks = {"worst": 0, "median": (len(order) - 1) // 2, "best": -1}
+        found.append(
+            [
+                index[named.get(f"{kind} {metric} of {model}", order[rank])]
+                for kind, rank in ranks.items()
+                if order
+            ]
+        )
+    return found

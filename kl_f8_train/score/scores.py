@@ -1,0 +1,230 @@
+"""What an evaluation found, as summary, table and files.
+
+One number an image and metric becomes mean and deviation, one set of features a Frechet distance;
+beside them stands all that they depend on.
+"""
+
+import csv
+import hashlib
+import io
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kl_f8_train.core import metrics
+from kl_f8_train.core.metrics import FeatureStatistics
+from kl_f8_train.core.perceptual import OTHER_VGG
+from kl_f8_train.files import write_json, write_text
+from kl_f8_train.score.compare import METRICS, not_measured
+
+BIASED_BELOW = 2048  # images; the width of Inception's features
+PICTURES = 24  # images shown, at most
+FIRST = 4  # of them, whatever their scores
+LONGEST = 60  # letters of a model in a file name
+SHIFTS = ("red_shift", "green_shift", "blue_shift", "saturation_shift")
+
+
+@dataclass
+class Row:
+    """What one image gave."""
+
+    index: int
+    key: str
+    sha256: str
+    sharpness: float  # of the image itself
+    scores: np.ndarray  # (VAEs, measured metrics), float64
+
+
+@dataclass
+class Tally:
+    """What a process has measured."""
+
+    measured: tuple[str, ...]  # the metrics of the rows' scores
+    rows: list[Row] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    statistics: list[FeatureStatistics] = field(default_factory=list)  # images, then each VAE
+
+
+def summarise(
+    tally: Tally,
+    weights: Mapping[str, Mapping[str, Any]],
+    protocol: Mapping[str, Any],
+    unmeasured: Mapping[str, str],
+    where: str,
+) -> dict[str, Any]:
+    """What scores.json holds: means and deviations, and all that they depend on.
+
+    `weights`: name of each VAE -> what is known of its file, in the order of the rows' scores.
+    """
+    warnings = list(tally.problems)
+    unmeasured = dict(unmeasured)
+    models: dict[str, dict[str, Any]] = {}
+    perfect: list[str] = []
+    for number, model in enumerate(weights):
+        values = {
+            name: [float(row.scores[number, column]) for row in tally.rows]
+            for column, name in enumerate(tally.measured)
+        }
+        models[model] = {
+            **{name: None for name in METRICS if name != "st_lpips"},
+            **{name: mean_std(of_images) for name, of_images in values.items()},
+            "rfid": None,
+        }
+        infinite = sum(map(math.isinf, values["psnr"]))
+        if infinite:
+            warnings.append(f"{model}: {infinite} infinite PSNR left out of the mean")
+        if infinite == len(tally.rows):
+            perfect.append(model)
+    if perfect:
+        unmeasured["psnr"] = (
+            f"infinite: every reconstruction by {', '.join(perfect)} equals its input"
+        )
+    if tally.statistics and len(tally.rows) < 2:
+        unmeasured["rfid"] = "a covariance needs two images"
+    elif tally.statistics:
+        for model, own in zip(weights, tally.statistics[1:], strict=True):
+            models[model]["rfid"] = metrics.frechet_distance(tally.statistics[0], own)
+        if len(tally.rows) < BIASED_BELOW:
+            warnings.append(
+                f"rFID on {len(tally.rows):,} images is biased: fewer than {BIASED_BELOW:,}; "
+                "compare only with rFID on the same images"
+            )
+    if "st_lpips" in tally.measured:
+        warnings.append("ST-LPIPS is a stand-in: it is neither LPIPS nor PSIM")
+    if str(protocol.get("perceptual")).endswith(OTHER_VGG):
+        warnings.append(
+            "LPIPS and PSIM are measured on a VGG16 that is not the published one, and cannot be "
+            "compared with published scores"
+        )
+    return {
+        "models": models,
+        "unmeasured": unmeasured,
+        "warnings": warnings,
+        "protocol": dict(protocol),
+        "weights": {name: dict(record) for name, record in weights.items()},
+        "images": len(tally.rows),
+        "images_sha256": images_sha256(tally.rows),
+        "input": {"sharpness": mean_std([row.sharpness for row in tally.rows])},
+        "source": where,
+    }
+
+
+def mean_std(values: Sequence[float]) -> dict[str, float] | None:
+    """Mean and population deviation of what is finite; None if nothing is.
+
+    The authors left infinite PSNR out, too.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return None
+    mean = math.fsum(finite) / len(finite)
+    variance = math.fsum((value - mean) ** 2 for value in finite) / len(finite)
+    return {"mean": mean, "std": math.sqrt(variance)}
+
+
+def images_sha256(rows: Sequence[Row]) -> str:
+    """One hash of all names and pixels, whatever their order."""
+    lines = sorted(f"{row.key}\0{row.sha256}\n" for row in rows)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+# --- files ----------------------------------------------------------------------------------
+
+
+def write_scores(out: Path, result: Mapping[str, Any], tally: Tally) -> None:
+    """Writes scores.json, table.md and per_image.csv."""
+    write_json(out / "scores.json", result)
+    write_text(out / "table.md", f"{table(result)}\n\n{footer(result)}\n")
+    names = [name for name in METRICS if name != "st_lpips" or name in tally.measured]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["model", "image", *names])
+    for number, model in enumerate(result["models"]):
+        for row in tally.rows:
+            values = dict(zip(tally.measured, row.scores[number].tolist(), strict=True))
+            cells = [f"{values[name]:.6g}" if name in values else "" for name in names]
+            writer.writerow([model, row.key, *cells])
+    write_text(out / "per_image.csv", text.getvalue())
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The card's table in Markdown, of what scores.json holds."""
+    models: Mapping[str, Mapping[str, Any]] = result["models"]
+    hidden = SHIFTS if any("st_lpips" in m for m in models.values()) else ("st_lpips", *SHIFTS)
+    shown = [name for name in METRICS if name not in hidden]
+    heads = " | ".join(METRICS[name].label for name in shown)
+    lines = [f"| model | iteration | rFID | {heads} |"]
+    lines.append("|---" * (3 + len(shown)) + "|")
+    for name, scores in models.items():
+        step = result["weights"][name]["iteration"]
+        rfid = "not measured" if scores["rfid"] is None else f"{scores['rfid']:.2f}"
+        cells = [_cell(scores.get(metric), metric) for metric in shown]
+        first = [name.replace("|", "\\|"), "" if step is None else f"{step:,}", rfid]
+        lines.append("| " + " | ".join([*first, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def footer(result: Mapping[str, Any]) -> str:
+    """What stands beside every table: protocol, images, hashes, what was not measured and why."""
+    protocol = result["protocol"]
+    posterior = protocol["posterior"]
+    seed = f", seed {protocol['seed']}" if protocol["seed"] is not None else ""
+    lines = [
+        f"{result['images']:,} images, {protocol['size']} x {protocol['size']}, sha256 "
+        f"{result['images_sha256'][:12]}. Protocol {protocol['name']}: {protocol['resize']}; "
+        f"{protocol['crop']} crop; posterior {posterior}{seed}; {protocol['quantize']}; SSIM "
+        f"{protocol['ssim']}; +/- {protocol['std']}."
+    ]
+    hashes = [f"{name} {w['path']} {w['sha256'][:12]}" for name, w in result["weights"].items()]
+    hashes += [f"{n} {protocol[n][:12]}" for n in ("vgg", "inception") if protocol[n]]
+    lines.append(f"Weights (sha256): {'; '.join(hashes)}.")
+    lines += not_measured(result["unmeasured"])
+    lines += [f"Warning: {warning}." for warning in result["warnings"][:20]]
+    return "\n\n".join(lines)
+
+
+def _cell(value: Mapping[str, float] | None, metric: str) -> str:
+    if value is None:
+        return "infinite" if metric == "psnr" else "not measured"
+    digits = METRICS[metric].digits
+    return f"{value['mean']:.{digits}f} +/- {value['std']:.{digits}f}"
+
+
+# --- pictures -------------------------------------------------------------------------------
+
+
+def choose_pictures(
+    rows: Sequence[Row], names: Sequence[str], measured: Sequence[str]
+) -> dict[int, list[str]]:
+    """Place in `rows` -> why it is shown: the first few, then worst, best and median of each.
+
+    PICTURES images at most; every reason of a chosen image is kept.
+    """
+    chosen: dict[int, list[str]] = {place: ["first"] for place in range(min(FIRST, len(rows)))}
+    for rank in ("worst", "best", "median"):
+        for metric in (name for name in measured if METRICS[name].better):
+            column = measured.index(metric)
+            for number, name in enumerate(names):
+                sign = 1.0 if METRICS[metric].better == "higher" else -1.0
+                values = [(sign * float(row.scores[number, column]), row.index) for row in rows]
+                order = sorted(range(len(rows)), key=values.__getitem__)
+                place = order[{"worst": 0, "best": -1, "median": len(order) // 2}[rank]]
+                if place in chosen or len(chosen) < PICTURES:
+                    chosen.setdefault(place, []).append(f"{rank} {metric} of {name}")
+    return dict(sorted(chosen.items()))
+
+
+def slugs(names: Sequence[str]) -> list[str]:
+    """Names as parts of file names, all different."""
+    made = ["input"]  # the picture beside them
+    for name in names:
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower())[:LONGEST].strip("-") or "model"
+        numbered = (f"{slug}-{number}" for number in itertools.count(1))
+        made.append(next(s for s in itertools.chain([slug], numbered) if s not in made))
+    return made[1:]

@@ -1,0 +1,343 @@
+"""One remote file to a local one.
+
+http(s):// needs nothing but Python. s3://, gs:// and hf:// run fsspec in a child process, which can
+be killed when it falls silent and knows nothing of this process's forks and threads; s3:// falls
+back to the `aws` client. gs:// and hf:// share the code of s3:// but were never tried against
+their servers. pipe:COMMAND takes what a shell command prints.
+"""
+
+import contextlib
+import hashlib
+import http.client
+import importlib.util
+import itertools
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError
+from kl_f8_train.files import part_beside
+
+BLOCK = 1 << 20  # bytes
+MAX_PAUSE_SECONDS = 30.0  # between two attempts
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}  # what fsspec needs
+FINAL = re.compile(  # what clients print when trying again is of no use
+    r"NoSuchKey|NoSuchBucket|AccessDenied|FileNotFoundError|PermissionError|NoCredentialsError|"
+    r"Unable to locate credentials|\(40[34]\)|error:? 40[34]\b|\b40[34]:? (?:Not Found|Forbidden)"
+)
+
+
+class _PassingError(Exception):
+    """A failed attempt; the next one may succeed."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to go on with a source that does not answer."""
+
+    attempts: int = 5
+    timeout_seconds: float = 30.0  # of silence, also before the first byte
+    stall_bytes: int = 1 << 16  # fewer than this in timeout_seconds is a stall, too
+    backoff_seconds: float = 1.0  # before the second attempt; doubles each time, with jitter
+
+
+PATIENCE = Patience()
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a file was when it was first fetched."""
+
+    size: int  # bytes
+    sha256: str
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location has to be fetched: any scheme but file://, or pipe:COMMAND."""
+    scheme = _scheme(location)
+    return scheme not in ("", "file")
+
+
+def fetch(
+    url: str,
+    target: Path,
+    *,
+    attempts: int = PATIENCE.attempts,
+    timeout_seconds: float = PATIENCE.timeout_seconds,
+    stall_bytes: int = PATIENCE.stall_bytes,
+    backoff_seconds: float = PATIENCE.backoff_seconds,
+) -> None:
+    """Brings a remote file to `target`: to a temporary name beside it, then renamed.
+
+    An attempt fails on `timeout_seconds` of silence, on fewer than `stall_bytes` in that time, on a
+    body shorter than announced, on a client's or command's failure; the next starts from the first
+    byte. A transfer that moves may take as long as it takes.
+
+    Raises MissingInputError at once if the file is not there or not allowed, or no client for it is
+    installed; RunFailedError after the last attempt, or if `target` cannot be written.
+    """
+    part = part_beside(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        download(url, part, None, Patience(attempts, timeout_seconds, stall_bytes, backoff_seconds))
+        part.replace(target)
+    except OSError as error:
+        raise disk_failure(target, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def download(url: str, part: Path, size: int | None, patience: Patience) -> Record:
+    """Writes a url's bytes to `part`, in as many attempts as allowed.
+
+    Raises like `fetch`; OSError if `part` cannot be written.
+    """
+    started = time.monotonic()
+    last = _PassingError("never tried")
+    for attempt in range(patience.attempts):
+        if attempt:
+            time.sleep(_pause(attempt, patience))
+        try:
+            return _attempt(url, part, size, patience)
+        except _PassingError as error:
+            last = error
+    raise RunFailedError(
+        f"cannot fetch {shown(url)}: {last}\n  {patience.attempts} attempts failed in "
+        f"{time.monotonic() - started:.1f} s. Check the address and the network, then run the same "
+        "command again; files in the cache are kept"
+    ) from last
+
+
+def _attempt(url: str, part: Path, size: int | None, patience: Patience) -> Record:
+    digest, total = hashlib.sha256(), 0
+    with (
+        part.open("wb", buffering=0) as file,  # a fork must not inherit unwritten bytes
+        contextlib.closing(_blocks(url, patience.timeout_seconds)) as blocks,
+    ):
+        for block in _brisk(blocks, patience):
+            digest.update(block)
+            total += len(block)
+            rest = memoryview(block)
+            while rest:
+                rest = rest[file.write(rest) :]
+        if total < (size or 1):
+            raise _PassingError(f"cut short: {total:,} bytes, expected {size or 'some'}")
+        os.fsync(file.fileno())
+    return Record(total, digest.hexdigest())
+
+
+def _brisk(blocks: Iterator[bytes], patience: Patience) -> Iterator[bytes]:
+    """Passes blocks on. Raises _PassingError when they trickle; a slow disk does not count."""
+    yield from itertools.islice(blocks, 1)
+    asked, waited, recent = time.monotonic(), 0.0, 0
+    for block in blocks:
+        waited += time.monotonic() - asked
+        recent += len(block)
+        if waited > patience.timeout_seconds:
+            if recent < patience.stall_bytes:
+                raise _PassingError(f"stalled: {recent:,} bytes in {waited:.3g} s")
+            waited, recent = 0.0, 0
+        yield block
+        asked = time.monotonic()
+
+
+def _pause(attempt: int, patience: Patience) -> float:
+    """Seconds to wait before attempt 1, 2, ...; the attempts of many processes drift apart."""
+    longest = min(MAX_PAUSE_SECONDS, patience.backoff_seconds * 2 ** (attempt - 1))
+    return longest * random.SystemRandom().uniform(0.5, 1)  # leaves the global generator alone
+
+
+def _blocks(url: str, timeout: float) -> Generator[bytes, None, None]:
+    """The bytes of a url. Raises _PassingError, or a UserError that no further attempt mends."""
+    scheme = _scheme(url)
+    if scheme in ("http", "https"):
+        return _http_blocks(url, timeout)
+    if scheme in ("pipe", *PACKAGES):
+        return _command_blocks(_command(url, scheme), url, timeout)
+    raise UsageError(
+        f"{shown(url)}: cannot fetch from {scheme or 'a local path'}; expected http://, https://, "
+        "s3://, gs://, hf:// or pipe:COMMAND"
+    )
+
+
+def _http_blocks(url: str, timeout: float) -> Generator[bytes, None, None]:
+    request = urllib.request.Request(url, headers={"User-Agent": "kl-f8-train"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            announced: int | None = response.length  # None if the server does not say
+            total = 0
+            while total != announced and (block := response.read1(BLOCK)):
+                total += len(block)
+                yield block
+    except urllib.error.HTTPError as error:
+        error.close()
+        if 400 <= error.code < 500 and error.code not in (408, 425, 429):
+            raise MissingInputError(
+                f"{shown(url)}: the server answers {error.code} {error.reason}; check the address "
+                "and the access to it"
+            ) from error
+        raise _PassingError(f"the server answers {error.code} {error.reason}") from error
+    except TimeoutError as error:
+        raise _PassingError(f"stalled: nothing for {timeout:g} s") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise _PassingError(f"{type(error).__name__}: {error}") from error
+    if announced is not None and total < announced:
+        raise _PassingError(f"cut short: {total:,} bytes, expected {announced:,}")
+
+
+# --- files through other programs -----------------------------------------------------------
+
+# Runs in a process of its own: a url's bytes to the standard output.
+_FSSPEC = """
+import os, sys
+from fsspec.core import url_to_fs
+url, block = sys.argv[1], int(sys.argv[2])
+endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+try:
+    options = {"endpoint_url": endpoint} if endpoint and url.startswith("s3:") else {}
+    system, path = url_to_fs(url, **options)
+    with system.open(path, "rb", block_size=block, cache_type="none") as source:
+        left = source.size
+        while data := source.read(block):
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+            left -= len(data)
+    if left:
+        sys.exit(f"cut short: {left} bytes are missing")
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+def _command(url: str, scheme: str) -> list[str]:
+    """The program that prints a url's bytes. Raises MissingInputError if it is not installed."""
+    if scheme == "pipe":
+        shell = shutil.which("bash")
+        command = url.partition(":")[2]
+        return [shell, "-o", "pipefail", "-c", command] if shell else ["sh", "-c", command]
+    package = PACKAGES[scheme]
+    if all(importlib.util.find_spec(name) for name in ("fsspec", package)):
+        return [sys.executable, "-P", "-c", _FSSPEC, url, str(4 * BLOCK)]
+    client = shutil.which("aws")
+    if scheme == "s3" and client:
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        options = ["--endpoint-url", endpoint] if endpoint else []
+        return [client, "s3", "cp", url, "-", "--only-show-errors", *options]
+    other = ", or `pip install awscli` for the `aws` client" if scheme == "s3" else ""
+    raise MissingInputError(
+        f"{shown(url)}: nothing here reads {scheme}://. `pip install fsspec {package}`{other}; or "
+        "name a command with pipe:COMMAND"
+    )
+
+
+def _command_blocks(
+    command: Sequence[str], url: str, timeout: float
+) -> Generator[bytes, None, None]:
+    """What a program prints; it is killed, with its children, when it falls silent."""
+    with tempfile.TemporaryFile() as messages:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=messages,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise _PassingError(f"cannot start {command[0]}: {error}") from error
+        assert process.stdout is not None
+        try:
+            yield from _pipe_blocks(process.stdout.fileno(), timeout)
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise _PassingError(f"{command[0]} does not end") from error
+        finally:
+            process.stdout.close()
+            if process.returncode is None:  # not waited for: its process group is still its own
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if status:
+            _refuse(url, status, _tail(messages))
+
+
+def _pipe_blocks(descriptor: int, timeout: float) -> Iterator[bytes]:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    while poll.poll(timeout * 1000):
+        block = os.read(descriptor, BLOCK)
+        if not block:
+            return
+        yield block
+    raise _PassingError(f"stalled: nothing for {timeout:g} s")
+
+
+def _refuse(url: str, status: int, messages: str) -> None:
+    """Raises MissingInputError if a program's messages say so, else _PassingError."""
+    what = f"status {status}: {messages or 'no message'}"
+    if FINAL.search(messages):
+        raise MissingInputError(f"{shown(url)}: {what}\n  Check the address and the access to it")
+    raise _PassingError(what)
+
+
+def _tail(messages: IO[bytes]) -> str:
+    """The end of what a program printed to its standard error."""
+    messages.seek(max(0, messages.seek(0, os.SEEK_END) - 1000))
+    return messages.read().decode(errors="replace").strip()
+
+
+# --- names and local files ------------------------------------------------------------------
+
+
+def _scheme(location: str) -> str:
+    """In lower case, without its colon; empty for a plain path."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://|(pipe):", location)
+    return (match[1] or match[2]).lower() if match else ""
+
+
+def shown(url: str) -> str:
+    """A url as messages and records show it: without passwords and signatures."""
+    if url.startswith("pipe:"):
+        return url
+    return re.sub(r"\?.*", "?...", re.sub(r"//[^/@]*@", "//", url), flags=re.DOTALL)
+
+
+def local_path(location: str) -> Path:
+    """The path of a local location, also of one with file://."""
+    if _scheme(location) == "file":
+        return Path(urllib.parse.unquote(urllib.parse.urlsplit(location).path))
+    return Path(location)
+
+
+def open_local(location: str) -> BinaryIO:
+    """Opens a local location; MissingInputError if it cannot be opened."""
+    try:
+        return local_path(location).open("rb")
+    except OSError as error:
+        raise MissingInputError(f"{location}: {error.strerror}") from error
+
+
+def disk_failure(path: Path, error: OSError) -> UserError:
+    """The error of a file that cannot be written, with the free space and the remedy."""
+    free = "unknown"
+    with contextlib.suppress(OSError):
+        free = f"{shutil.disk_usage(path if path.is_dir() else path.parent).free:,}"
+    return RunFailedError(
+        f"cannot write {path}: {error}\n  {free} bytes are free there. Make room or name another "
+        "directory, then run the same command again"
+    )

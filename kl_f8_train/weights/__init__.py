@@ -1,0 +1,1 @@
+"""Whose file is that? Reading and writing weights, names, checkpoints."""

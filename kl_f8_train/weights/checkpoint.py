@@ -1,0 +1,225 @@
+"""The state of a run as tensors and texts: what a checkpoint holds and how it comes back.
+
+Nothing random is in it: images, crops and noise follow from the seed and the iteration.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import Adam
+
+from kl_f8_train import config, facts
+from kl_f8_train.config import Config
+from kl_f8_train.core.hashes import frozen_sha256, tensors_sha256
+from kl_f8_train.core.step import Finetuner
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.facts import Facts
+from kl_f8_train.files import file_sha256
+from kl_f8_train.run_dir import checkpoint_path
+from kl_f8_train.weights import weight_file
+from kl_f8_train.weights.names import check_like
+
+FORMAT = "kl_f8_train.checkpoint.1"
+OPTIMIZERS = ("decoder", "discriminator")
+
+
+def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: str) -> Path:
+    """Writes a checkpoint atomically, if all is finite and the frozen part is the imported one.
+
+    Raises RunFailedError if not, or if the file cannot be written.
+    """
+    now = frozen_sha256(finetuner.autoencoder.state_dict())
+    if now != frozen:
+        raise RunFailedError(
+            f"the frozen encoder changed during training (SHA-256 {now[:12]}, imported "
+            f"{frozen[:12]}); no checkpoint was written, the last one is untouched"
+        )
+    tensors = dict(finetuner.state_dict())
+    for name, optimizer in zip(OPTIMIZERS, optimizers, strict=False):
+        tensors |= _optimizer_tensors(name, optimizer, finetuner)
+    _check_finite(tensors)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {
+        "format": "pt",
+        "kl_f8_train.format": FORMAT,
+        "iteration": str(finetuner.iteration),
+        "warmup_left": str(finetuner.warmup_left),
+        "ema_updates": str(finetuner.ema_updates),
+        "frozen_sha256": frozen,
+        **finetuner.base,
+        **finetuner.facts.metadata(),
+        "changes": "\n".join(finetuner.changes),
+        "identity": json.dumps(finetuner.identity),
+        **content_sha256(tensors),
+        "config": json.dumps(config.to_dict(finetuner.config)),
+    }
+    path = checkpoint_path(run_dir, finetuner.iteration, finetuner.warmup_done)
+    weight_file.write_safetensors(path, tensors, metadata)
+    return path
+
+
+def stored_config(contents: weight_file.Contents) -> Config:
+    """The configuration a training checkpoint was written with.
+
+    Raises MissingInputError if the file is not a training checkpoint.
+    """
+    if contents.metadata.get("kl_f8_train.format") != FORMAT:
+        raise MissingInputError(
+            f"{contents.path} is not a training checkpoint of this program; expected a run "
+            "directory, or a file of its checkpoints/"
+        )
+    try:
+        return config.from_dict(json.loads(contents.metadata["config"]))
+    except (UsageError, KeyError, ValueError, RecursionError) as error:
+        raise MissingInputError(f"{contents.path}: its configuration: {error}") from error
+
+
+def base(path: Path) -> dict[str, str]:
+    """Name and SHA-256 of the file that a run starts from, for its checkpoints."""
+    return {"base_name": path.name, "base_sha256": file_sha256(path)}
+
+
+def stored_base(metadata: dict[str, str]) -> dict[str, str]:
+    """Name and SHA-256 of the file a run started from; older checkpoints do not know."""
+    return {key: metadata.get(key, "unknown") for key in ("base_name", "base_sha256")}
+
+
+def stored_facts(contents: weight_file.Contents, settings: Config) -> Facts:
+    """What the base of a run stated; of older checkpoints only what their configuration shows."""
+    shape = Facts(norm_num_groups=settings.model.norm_num_groups)
+    return facts.combined(contents.facts, shape)
+
+
+def stored_changes(metadata: dict[str, str]) -> list[str]:
+    """Lines `from iteration N: key: old -> new`: what of the recipe was changed on resuming."""
+    return metadata.get("changes", "").splitlines()
+
+
+def stored_identity(metadata: dict[str, str]) -> dict[str, str]:
+    """The identity of the inputs that a checkpoint was made with; older ones have none."""
+    try:
+        found = json.loads(metadata.get("identity", "{}"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise MissingInputError("its identity is not a JSON object; the file is damaged")
+    return {str(name): str(value) for name, value in found.items()}
+
+
+def content_sha256(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Part -> SHA-256; parts are the first words: autoencoder, ema, discriminator, optimizer."""
+    parts = sorted({name.split(".", 1)[0] for name in tensors})
+    return {f"sha256.{part}": _part_sha256(tensors, part) for part in parts}
+
+
+def check_content(contents: weight_file.Contents, only: str | None = None) -> None:
+    """Compares a training checkpoint's tensors, or one part of them, with their own hashes.
+
+    Raises MissingInputError if they are not those once written.
+    """
+    for key, stored in contents.metadata.items():  # older files have no hashes
+        part = key.removeprefix("sha256.")
+        if part == key or only not in (None, part):
+            continue
+        if stored != _part_sha256(contents.tensors, part):
+            raise MissingInputError(
+                f"{contents.path}: its {part} does not match its own SHA-256; the disk changed it"
+            )
+
+
+def _part_sha256(tensors: dict[str, Tensor], part: str) -> str:
+    return tensors_sha256(
+        {name: tensor for name, tensor in tensors.items() if name.split(".", 1)[0] == part}
+    )
+
+
+def restore(finetuner: Finetuner, optimizers: list[Adam], contents: weight_file.Contents) -> str:
+    """Puts a checkpoint's state back, strictly; returns the hash of the frozen part.
+
+    Raises MissingInputError if tensors are missing, or the frozen part is not what it was.
+    """
+    tensors, metadata = contents.tensors, contents.metadata
+    networks = {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}
+    differ = f"{contents.path} does not fit this run's networks"
+    remedy = (
+        "A run keeps its networks; for others start a new run_dir, with init.weights="
+        f"{contents.path}"
+    )
+    check_like(networks, finetuner.state_dict(), differ, remedy)
+    try:
+        check_groups(stored_facts(contents, stored_config(contents)), finetuner.config.model)
+    except MissingInputError as error:
+        raise MissingInputError(f"{differ}: {error}\n{remedy}") from error
+    finetuner.load_state_dict(networks, strict=True)
+    for name, optimizer in zip(OPTIMIZERS, optimizers, strict=False):
+        _restore_optimizer(name, optimizer, finetuner, tensors)
+    finetuner.iteration = int(metadata["iteration"])
+    finetuner.warmup_left = int(metadata["warmup_left"])
+    finetuner.ema_updates = int(metadata["ema_updates"])
+    finetuner.base = stored_base(metadata)
+    finetuner.facts = stored_facts(contents, stored_config(contents))
+    finetuner.changes = stored_changes(metadata)
+    finetuner.identity = stored_identity(metadata)
+    frozen = frozen_sha256(finetuner.autoencoder.state_dict())
+    if frozen != metadata["frozen_sha256"]:
+        raise MissingInputError(f"{contents.path}: its encoder does not match its own hash")
+    return frozen
+
+
+def check_groups(stated: Facts, model: config.Model) -> None:
+    """Raises MissingInputError if a file states other norms than the recipe's."""
+    groups = stated.norm_num_groups
+    if groups not in (None, model.norm_num_groups):
+        raise MissingInputError(
+            f"it states norm_num_groups={groups}, expected {model.norm_num_groups}"
+        )
+
+
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    largest = torch._foreach_norm([tensors[name].detach() for name in names], torch.inf)
+    bad = [n for n, value in zip(names, largest, strict=True) if not bool(value.isfinite())]
+    if bad:
+        raise RunFailedError(
+            f"{len(bad)} tensors are not finite, {bad[0]} first; no checkpoint was written, the "
+            "last one is untouched. Lower optimizer.learning_rate, or try precision=float32"
+        )
+
+
+def _optimizer_tensors(name: str, optimizer: Adam, finetuner: Finetuner) -> dict[str, Tensor]:
+    names = {id(p): key for key, p in finetuner.named_parameters()}
+    return {
+        f"optimizer.{name}.{names[id(parameter)]}.{entry}": value.detach()
+        for parameter, state in optimizer.state.items()
+        for entry, value in state.items()
+    }
+
+
+def _restore_optimizer(
+    name: str, optimizer: Adam, finetuner: Finetuner, tensors: dict[str, Tensor]
+) -> None:
+    prefix = f"optimizer.{name}."
+    if not any(key.startswith(prefix) for key in tensors):
+        return  # it had not stepped yet
+    for key, parameter in finetuner.named_parameters():
+        if not any(parameter is p for group in optimizer.param_groups for p in group["params"]):
+            continue
+        entries = {e: tensors.get(f"{prefix}{key}.{e}") for e in ("step", "exp_avg", "exp_avg_sq")}
+        missing = [entry for entry, value in entries.items() if value is None]
+        if missing:
+            raise MissingInputError(f"checkpoint without {prefix}{key}.{missing[0]}")
+        optimizer.state[parameter] = {
+            entry: _laid_out_as(parameter, value)
+            for entry, value in entries.items()
+            if value is not None
+        }
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy with the parameter's strides, which the fused Adam walks through (not checked there).
+
+    A number, Adam's step, stays as it is.
+    """
+    return torch.empty_like(parameter).copy_(value) if value.dim() else value.clone()

@@ -1,0 +1,513 @@
+"""Reads files of `torch.save` without `torch.load`: a pickle is data here, and nothing in it runs.
+
+The interpreter below builds numbers, texts, lists, dicts and descriptions of tensors. Names of
+classes and functions are only compared with a list: none is ever imported, looked up or called.
+Tensors are read afterwards, only those wanted, once their shapes are known to lie in the file.
+
+Formats: torch's zip (1.6 and newer), its older sequence of pickles, and a zip around either, as
+kl-f8.zip is. Opcodes are those of Python's pickle protocols 2 to 5, pickletools.py.
+"""
+
+import io
+import math
+import mmap
+import pickle
+import shutil
+import struct
+import tempfile
+import zipfile
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_f8_train.errors import MissingInputError
+from kl_f8_train.facts import ENTRY
+
+Wanted = Callable[[Collection[str]], Collection[str]]
+
+MAGIC = 0x1950A86A20F9469CFC6C  # the older format begins with this number, pickled
+OPERATIONS = 300_000  # a tensor takes about 40; a whole Stable Diffusion has 2,000
+DEPTH = 100
+PICKLE_BYTES = 64 << 20
+DIRECTORY_BYTES = 4 << 20  # of a zip: about 40,000 entries
+UNPACKED = 10  # how much larger than a zip the file inside may be
+CHUNK = 8 << 20
+
+DTYPES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+PLAIN = {
+    "collections.OrderedDict",
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+    "torch.Size",
+    "torch.device",
+    *(f"torch.{name}" for name in DTYPES),
+    *(str(dtype) for dtype in DTYPES.values()),
+    *(f"builtins.{name}" for name in ("set", "frozenset", "dict", "list", "tuple", "bytearray")),
+    *(f"builtins.{name}" for name in ("int", "float", "str", "bool", "long", "unicode")),
+}
+STUBBED_PACKAGES = ("pytorch_lightning", "lightning", "numpy", "omegaconf", "typing", "pathlib")
+STUBBED = {
+    "_codecs.encode",
+    "copyreg._reconstructor",
+    "copy_reg._reconstructor",
+    "builtins.object",
+    "builtins.type",
+    "collections.defaultdict",
+    "argparse.Namespace",
+}
+
+
+@dataclass
+class TorchFile:
+    """What a torch file holds: every name, the tensors wanted, the rest on the meta device."""
+
+    container: str
+    tensors: dict[str, Tensor]
+    counts: dict[str, int]  # `global_step` and `epoch`, where it tells them
+    optimizer: bool
+    stubbed: list[str]
+    stated: dict[str, Any]  # plain values of the entry `architecture`
+
+
+def read(path: Path, wanted: Wanted, inside: bool = False) -> TorchFile:
+    """Reads a torch file; `wanted` picks the names to load from all names.
+
+    Raises MissingInputError if it holds something else, and any exception if it is broken.
+    """
+    with _BoundedFile(path) as file:
+        if file.peek(2) != b"PK":
+            return _read_pickles(file, wanted)
+        with _open_zip(file) as archive:
+            if _has_torch_records(archive, file.total()):
+                return _read_zip(file, archive, wanted)
+            if inside:
+                raise MissingInputError("a zip in a zip, without torch weights")
+            return _read_inside(archive, file.total(), wanted)
+
+
+def views(path: Path) -> dict[str, tuple[str, "View"]]:
+    """The record and the layout of every tensor in a torch zip, none of which is read.
+
+    Raises MissingInputError if it holds something else, and any exception if it is broken.
+    """
+    with _BoundedFile(path) as file, _open_zip(file) as archive:
+        if not _has_torch_records(archive, file.total()):
+            raise MissingInputError("a zip without torch weights")
+        root, pickled = _zip_pickle(archive)
+        found = _views(pickled.load())
+    return {key: (f"{root}data/{view.storage.key}", view) for key, view in found.items()}
+
+
+def is_torch(head: bytes) -> bool:
+    """Whether a file that begins with `head` may be a torch file."""
+    return head[:2] == b"PK" or head[:1] == b"\x80"
+
+
+# --- containers -----------------------------------------------------------------------------
+
+
+class _BoundedFile(io.FileIO):
+    """A file that refuses to read more than `most` bytes at once."""
+
+    most = DIRECTORY_BYTES
+
+    def read(self, size: int | None = -1) -> bytes:
+        wanted = self.total() - self.tell() if size is None or size < 0 else size
+        if wanted > self.most:
+            raise ValueError(f"{wanted:,} bytes where at most {self.most:,} were expected")
+        return super().read(size) or b""
+
+    def total(self) -> int:
+        """Size of the file in bytes."""
+        before = self.tell()
+        end = self.seek(0, io.SEEK_END)
+        self.seek(before)
+        return end
+
+    def peek(self, size: int) -> bytes:
+        """The first bytes of the file."""
+        self.seek(0)
+        head = super().read(size) or b""
+        self.seek(0)
+        return head
+
+
+def _open_zip(file: _BoundedFile) -> zipfile.ZipFile:
+    """Opens a zip whose directory is of a sane size and names nothing outside itself."""
+    archive = zipfile.ZipFile(file)
+    file.most = file.total()
+    for entry in archive.infolist():
+        name = entry.filename
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise MissingInputError("a zip of a rare kind; unpack it and give the file inside")
+        if name.startswith(("/", "\\")) or ".." in PurePosixPath(name.replace("\\", "/")).parts:
+            raise MissingInputError(f"a zip that names {name[:80]}, a path outside itself")
+    return archive
+
+
+def _has_torch_records(archive: zipfile.ZipFile, total: int) -> bool:
+    """Whether it is torch's own zip; raises MissingInputError if there is more in it."""
+    entries = archive.infolist()
+    names = [entry.filename for entry in entries]
+    if any(name.endswith("constants.pkl") or "/code/" in name for name in names):
+        raise MissingInputError("a TorchScript program, expected weights")
+    if not any(name.endswith("/data.pkl") for name in names):
+        return False
+    if sum(entry.file_size for entry in entries) > 1.01 * total + 1_000_000:
+        raise MissingInputError("it unpacks to more than its own size; torch writes no such zip")
+    return True
+
+
+def _read_zip(file: _BoundedFile, archive: zipfile.ZipFile, wanted: Wanted) -> TorchFile:
+    root, pickled = _zip_pickle(archive)
+    loaded = pickled.load()
+
+    def fetch(storage: "_Storage") -> bytes:
+        name = f"{root}data/{storage.key}"
+        if archive.getinfo(name).file_size != storage.nbytes:
+            raise ValueError(f"{name} is not of the size that its tensors say")
+        return archive.read(name)
+
+    return _collect("torch zip", loaded, pickled.stubbed, fetch, file.total(), wanted)
+
+
+def _zip_pickle(archive: zipfile.ZipFile) -> tuple[str, "_Pickle"]:
+    """The folder in a torch zip, and its pickle."""
+    (record,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+    root = record.removesuffix("data.pkl")
+    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+        raise ValueError("its numbers are big-endian")
+    if archive.getinfo(record).file_size > PICKLE_BYTES:
+        raise ValueError(f"{record} is larger than {PICKLE_BYTES:,} bytes")
+    return root, _Pickle(archive.read(record))
+
+
+def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
+    """Five pickles (magic number, version, system, contents, storage keys), then the storages."""
+    total = file.total()
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        pickled = _Pickle(data)
+        if pickled.load() != MAGIC:
+            raise MissingInputError("a pickle, but none of torch's; expected weights")
+        pickled.load()
+        system = pickled.load()
+        if isinstance(system, dict) and system.get("little_endian") is False:
+            raise ValueError("its numbers are big-endian")
+        loaded, keys = pickled.load(), pickled.load()
+        place, places = pickled.position, {}
+        for key in keys:
+            if type(key) is not str:
+                raise ValueError("a storage whose key is no text")
+            (count,) = struct.unpack_from("<q", data, place)
+            size = count * pickled.storages[key].dtype.itemsize
+            if count < 0 or place + 8 + size > total:
+                raise EOFError(f"storage {key} ends behind the file")
+            places[key] = (place + 8, size)
+            place += 8 + size
+
+        def fetch(storage: "_Storage") -> bytes:
+            start, size = places[storage.key]
+            if size != storage.nbytes:
+                raise ValueError(f"storage {storage.key} is not of the size that its tensors say")
+            return data[start : start + size]
+
+        return _collect("older torch file", loaded, pickled.stubbed, fetch, total, wanted)
+
+
+def _read_inside(archive: zipfile.ZipFile, total: int, wanted: Wanted) -> TorchFile:
+    """Unpacks the one weight file in a zip to a temporary file, and reads that."""
+    entry = _weights_inside(archive)
+    if entry.file_size > UNPACKED * total + 1_000_000:
+        raise MissingInputError(f"it unpacks to more than {UNPACKED} times its own size")
+    with tempfile.NamedTemporaryFile(prefix="kl_f8_train-") as unpacked:
+        try:
+            with archive.open(entry) as member:
+                shutil.copyfileobj(member, unpacked, CHUNK)
+            unpacked.flush()
+        except OSError as error:
+            raise MissingInputError(
+                f"unpacking its {entry.filename} takes {entry.file_size:,} bytes in "
+                f"{tempfile.gettempdir()}: {error}. Set TMPDIR to a place with room"
+            ) from error
+        result = read(Path(unpacked.name), wanted, inside=True)
+    result.container = f"{result.container}, {entry.filename} in a zip"
+    return result
+
+
+def _weights_inside(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
+    """The only entry that begins like a torch file."""
+    found = []
+    for entry in archive.infolist()[:1000]:
+        with archive.open(entry) as member:
+            if is_torch(member.read(2)):
+                found.append(entry)
+    if len(found) != 1:
+        what = "several weight files" if found else "no torch weights"
+        names = [entry.filename for entry in found] or archive.namelist()
+        raise MissingInputError(f"a zip with {what}: {', '.join(names[:3])}. Give the file inside")
+    return found[0]
+
+
+# --- tensors --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Storage:
+    key: str
+    dtype: torch.dtype
+    count: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor as a pickle describes it, known to lie within its storage."""
+
+    storage: _Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not (
+            isinstance(self.storage, _Storage)
+            and type(self.size) is type(self.stride) is tuple
+            and len(self.size) == len(self.stride) <= 8
+            and all(type(n) is int and n >= 0 for n in (self.offset, *self.size, *self.stride))
+        ):
+            raise ValueError("a tensor without a sane storage, offset, size and stride")
+        last = sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+        if self.numel > max(0, self.storage.count - self.offset) or (
+            self.numel and self.offset + last >= self.storage.count
+        ):
+            raise ValueError(f"a tensor of size {self.size[:8]} outside its storage")
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.size)
+
+
+def _views(loaded: Any) -> dict[str, View]:
+    """The tensors of a state dict, or of the one in a checkpoint."""
+    if not isinstance(loaded, dict):
+        raise MissingInputError(f"holds a {type(loaded).__name__.strip('_')}, not a state dict")
+    state = loaded.get("state_dict", loaded)
+    if not isinstance(state, dict):
+        raise MissingInputError("its state_dict is none")
+    return {key: v for key, v in state.items() if isinstance(key, str) and isinstance(v, View)}
+
+
+def _collect(
+    container: str,
+    loaded: Any,
+    stubbed: set[str],
+    fetch: Callable[[_Storage], bytes],
+    total: int,
+    wanted: Wanted,
+) -> TorchFile:
+    """Reads the tensors that are wanted, each storage once."""
+    views = _views(loaded)
+    chosen = {key: views[key] for key in wanted(views)}
+    needed = {view.storage for view in chosen.values()}
+    size = sum(view.numel * view.storage.dtype.itemsize for view in chosen.values())
+    size = max(size, sum(storage.nbytes for storage in needed))
+    if size > 2 * total + 1_000_000:
+        raise ValueError(f"its tensors claim {size:,} bytes")
+    storages = {storage: _flat(fetch(storage), storage.dtype) for storage in needed}
+    return TorchFile(
+        container,
+        {
+            key: storages[view.storage].as_strided(view.size, view.stride, view.offset)
+            if key in chosen
+            else torch.empty(view.size, dtype=view.storage.dtype, device="meta")
+            for key, view in views.items()
+        },
+        {key: loaded[key] for key in ("global_step", "epoch") if type(loaded.get(key)) is int},
+        bool(loaded.get("optimizer_states") or loaded.get("optimizer")),
+        sorted(stubbed),
+        _plain_values(loaded.get(ENTRY)),
+    )
+
+
+def _plain_values(entry: Any) -> dict[str, Any]:
+    """Numbers, strings, and lists of them, below the names in a dict."""
+    plain = (bool, int, float, str)
+    return {
+        str(name): value
+        for name, value in (entry.items() if isinstance(entry, dict) else ())
+        if type(value) in plain
+        or (isinstance(value, list | tuple) and all(type(item) in plain for item in value))
+    }
+
+
+def _flat(data: bytes, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+# --- pickles --------------------------------------------------------------------------------
+
+
+_Interpreter: Any = pickle._Unpickler  # its stack, memo and opcodes are untyped
+
+
+class _Name(str):
+    """The name of a class or function; a text, and nothing else."""
+
+
+class _Stub:
+    """Stands where another object stood."""
+
+
+class _Counted(dict[int, Any]):
+    """The opcodes that are read; counts how many were."""
+
+    left = OPERATIONS
+
+    def __getitem__(self, code: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"its pickle takes more than {OPERATIONS:,} operations")
+        return super().__getitem__(code)
+
+
+class _Window:
+    """The file of a pickle: reads no more than there is."""
+
+    def __init__(self, data: bytes | mmap.mmap) -> None:
+        self.data, self.position = data, 0
+
+    def read(self, count: int) -> bytes:
+        end = self.position + count
+        if count < 0 or end > len(self.data) or end > PICKLE_BYTES:
+            raise EOFError("its pickle ends too soon, or is too long")
+        piece, self.position = self.data[self.position : end], end
+        return piece
+
+    def readline(self) -> bytes:
+        end = self.data.find(b"\n", self.position, self.position + 1000)
+        return self.read(end + 1 - self.position)
+
+
+class _Pickle(_Interpreter):  # type: ignore[misc]
+    """Python's own reader of pickles, in Python, without its calls, names and hashes."""
+
+    def __init__(self, data: bytes | mmap.mmap) -> None:
+        self.window = _Window(data)
+        super().__init__(self.window, encoding="utf-8", errors="replace")
+        self.stubbed: set[str] = set()
+        self.storages: dict[str, _Storage] = {}
+        self.dispatch = _Counted(
+            {code: getattr(type(self), f.__name__) for code, f in READ.items()}
+        )
+
+    @property
+    def position(self) -> int:
+        return self.window.position
+
+    def load(self) -> Any:
+        self.memo: dict[int, Any] = {}
+        return super().load()
+
+    def load_mark(self) -> None:
+        if len(self.metastack) > DEPTH:
+            raise ValueError(f"its pickle is nested more than {DEPTH} deep")
+        super().load_mark()
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A name on the list; another raises MissingInputError."""
+        full = f"{module}.{name}".replace("__builtin__.", "builtins.", 1)[:300]
+        if full not in PLAIN:
+            if full not in STUBBED and full.split(".")[0] not in STUBBED_PACKAGES:
+                raise MissingInputError(
+                    f"the file asks to run {full}, which is neither a tensor nor a known training "
+                    "object; it is refused. Get the weights as .safetensors"
+                )
+            self.stubbed.add(full)
+        return _Name(full)
+
+    def load_reduce(self) -> None:
+        """What a call would have made, if it is a tensor or a dict."""
+        arguments, name = self.stack.pop(), self.stack.pop()
+        if not isinstance(name, _Name) or not isinstance(arguments, tuple):
+            raise ValueError("its pickle calls what is no class")
+        if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
+            made: Any = View(*arguments[:4])
+        elif name == "torch._utils._rebuild_parameter":
+            made = arguments[0]
+        elif name == "collections.OrderedDict":
+            pairs = arguments[0] if arguments else []  # filled where Python 2 wrote it
+            self.dispatch.left -= len(pairs)
+            if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs):
+                raise ValueError("a dict of what are no pairs")
+            made = {key: value for key, value in pairs if type(key) in (str, int)}
+        else:
+            made = _Stub()
+        self.append(made)
+
+    load_newobj = load_reduce
+
+    def load_newobj_ex(self) -> None:
+        self.stack.pop()
+        self.load_reduce()
+
+    def load_build(self) -> None:
+        self.stack.pop()  # the state is left out
+
+    def load_setitem(self) -> None:
+        self._set([self.stack.pop(-2), self.stack.pop()])
+
+    def load_setitems(self) -> None:
+        self._set(self.pop_mark())
+
+    def _set(self, items: list[Any]) -> None:
+        if isinstance(self.stack[-1], dict):
+            pairs = zip(items[::2], items[1::2], strict=True)
+            self.stack[-1].update({key: value for key, value in pairs if type(key) in (str, int)})
+
+    def load_append(self) -> None:
+        self._extend([self.stack.pop()])
+
+    def load_appends(self) -> None:
+        self._extend(self.pop_mark())
+
+    def _extend(self, items: list[Any]) -> None:
+        if isinstance(self.stack[-1], list):
+            self.stack[-1].extend(items)
+
+    load_empty_set, load_additems = pickle._Unpickler.load_empty_list, load_appends  # type: ignore
+    load_frozenset = pickle._Unpickler.load_list  # type: ignore[attr-defined]
+
+    def persistent_load(self, described: Any) -> _Storage:
+        if not (isinstance(described, tuple) and described[0] == "storage"):
+            raise ValueError("it refers to something that is no storage")
+        _, kind, key, _, count, *views = described
+        if not isinstance(kind, _Name) or type(key) is not str or type(count) is not int:
+            raise ValueError("a storage without a type, key and length")
+        if count < 0 or any(view is not None for view in views):
+            raise ValueError(f"storage {key} of a form that torch no longer writes")
+        storage = _Storage(key, DTYPES[kind.removeprefix("torch.")], count)
+        self.storages.setdefault(key, storage)
+        return storage
+
+
+REFUSED = {*b"iPoIJLFSVgp", 0x82, 0x83, 0x84, 0x8B, 0x97, 0x98} - {*b"J"}
+READ = {code: f for code, f in _Interpreter.dispatch.items() if code not in REFUSED}
