@@ -8,7 +8,6 @@ import contextlib
 import datetime
 import io
 import math
-import os
 import resource
 import shutil
 import textwrap
@@ -234,12 +233,11 @@ def _tell_memory(
     report: Report, settings: Config, micro: int, share: int, here: Mapping[str, float]
 ) -> None:
     """What micro-batches of `micro` take, and the largest that would fit here or on known GPUs."""
-    kept = _element_bytes(settings)
     report.tell(
         f"{'memory' if _on_cpu(settings) else 'GPU memory'} that this takes, computed: "
-        f"{size(cost.peak_bytes(settings, micro, kept))}"
+        f"{size(cost.peak_bytes(settings, micro))}"
     )
-    fits = {name: cost.largest_divisor(settings, share, here[name], kept) for name in here}
+    fits = {name: cost.largest_divisor(settings, share, here[name]) for name in here}
     if _is_full_size(settings) and not machine.on_cuda(settings.compute):
         fits |= {
             kind.name: cost.largest_divisor(settings, share, kind.room_bytes)
@@ -260,36 +258,21 @@ def _memory_here(settings: Config) -> dict[str, float]:
         return {found.name: found.total_memory - cost.HEADROOM_BYTES}
     if not _on_cpu(settings):
         return {}
-    return {THIS_MACHINE: available_memory() / (settings.compute.devices or 1)}
-
-
-def available_memory() -> int:
-    """Bytes that processes can still have: Linux's estimate, elsewhere all of the memory."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return {THIS_MACHINE: machine.available_memory() / (settings.compute.devices or 1)}
 
 
 def check_fits(settings: Config, micro: int, share: int, rooms: Mapping[str, float]) -> None:
     """Raises RunFailedError if a micro-batch of `micro` images needs more than there is room."""
-    kept = _element_bytes(settings)
     for name, room in rooms.items():
-        largest = cost.largest_divisor(settings, share, room, kept)
+        largest = cost.largest_divisor(settings, share, room)
         if micro > largest:
             smaller = f"give compute.per_device_batch={largest}, or " if largest else ""
             raise RunFailedError(
                 f"compute.per_device_batch={micro} takes "
-                f"{size(cost.peak_bytes(settings, micro, kept))}, computed, but {name} has "
+                f"{size(cost.peak_bytes(settings, micro))}, computed, but {name} has "
                 f"{size(room)} for it; {smaller}"
                 "raise compute.checkpoint_levels, or lower data.crop"
             )
-
-
-def _element_bytes(settings: Config) -> float | None:
-    """Bytes a kept number where the run will be: on a GPU unless it is for this CPU."""
-    return benchmark.element_bytes(settings, torch.device("cpu" if _on_cpu(settings) else "cuda"))
 
 
 def _on_cpu(settings: Config) -> bool:

@@ -20,9 +20,6 @@ from kl_f8_train.core.model import AutoencoderKL, NormSwish, UpLevel, Upsample
 from kl_f8_train.errors import RunFailedError
 
 GRAPHS_PER_CLASS = 64  # four levels, with and without gradients, of a few networks in a process
-# How much a fused kernel may read and compute before inductor writes an intermediate image to
-# memory: within its own limits it writes those of GroupNorm and swish, and reads them again.
-INDUCTOR: dict[str, Any] = {"realize_reads_threshold": 64, "realize_opcount_threshold": 1000}
 # How memory's end reads where torch has no class for it: its CPU allocator, CUDA, cuDNN, cuBLAS.
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator",
@@ -75,6 +72,15 @@ def on_cuda(settings: Compute) -> bool:
     return settings.accelerator != "cpu" and torch.cuda.is_available()
 
 
+def available_memory() -> int:
+    """Bytes that processes can still have: Linux's estimate, elsewhere all of the memory."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
 def compile_networks(
     autoencoder: AutoencoderKL,
     discriminator: nn.Module | None,
@@ -100,10 +106,21 @@ def compile_each(parts: Iterable[nn.Module | None], backend: str = "inductor") -
     # DDP's own splitting of graphs fails on recomputed levels in torch 2.6. Without it the hooks
     # that reduce gradients run after each part's backward pass, while the next part's is computed.
     dynamo.optimize_ddp = False
-    options = INDUCTOR if backend == "inductor" else None
+    options = inductor_options() if backend == "inductor" else None
     for part in parts:
         if part is not None:
             part.compile(backend=backend, dynamic=False, options=options)
+
+
+def inductor_options() -> dict[str, Any]:
+    """How inductor fuses.
+
+    Within its own limits on what a kernel may read and compute it writes the images between
+    GroupNorm and swish to memory, and reads them again. Small kernels that do not depend on each
+    other, mostly casts of weights and sums for biases, become one; a CPU has no such kernels.
+    """
+    fusion: dict[str, Any] = {"realize_reads_threshold": 64, "realize_opcount_threshold": 1000}
+    return fusion | ({"combo_kernels": True} if torch.cuda.is_available() else {})
 
 
 @contextmanager

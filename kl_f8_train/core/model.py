@@ -208,7 +208,12 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        h = self.norm1(x)
+        if torch.compiler.is_compiling() and self.norm2.lean:  # the norm adds the bias: no pass
+            h = self.norm2(F.conv2d(h, self.conv1.weight, padding=1), self.conv1.bias)
+        else:
+            h = self.norm2(self.conv1(h))
+        h = self.conv2(h)
         shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
         return shortcut + h
 
@@ -344,16 +349,27 @@ class NormSwish(Norm):
         super().__init__(groups, channels)
         self.lean = True
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, added: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> the same; `added`, (C,), is a convolution's bias, still to be added."""
         if not self.lean:
+            input = input if added is None else input + _column(added)
             return F.silu(super().forward(input))
-        kind = input.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        function = _FusedNormSwish if torch.compiler.is_compiling() else _LeanNormSwish
-        output: Tensor = function.apply(
-            input, self.weight, self.bias, self.num_groups, self.eps, dtype
-        )
+        settings = self.num_groups, self.eps, _autocast_dtype(input)
+        output: Tensor
+        if torch.compiler.is_compiling():
+            output = _FusedNormSwish.apply(input, added, self.weight, self.bias, *settings)
+        else:
+            input = input if added is None else input + _column(added)
+            output = _LeanNormSwish.apply(input, self.weight, self.bias, *settings)
         return output
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """Autocast's type, where it is on, or the tensor's own; the meta device has no autocast."""
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensor.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 class _LeanNormSwish(torch.autograd.Function):
@@ -399,13 +415,15 @@ class _FusedNormSwish(torch.autograd.Function):
     """The same in plain operations, for the compiler to fuse, from sums over each channel.
 
     torch's statistics of a group read a few of the channels beside each other in NHWC memory, and
-    skip the rest; a channel's own sums read all of them in a row.
+    skip the rest; a channel's own sums read all of them in a row. The bias of the convolution
+    before it is added here, which saves a pass over the image, and one for its gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,  # (B, C, H, W)
+        added: Tensor | None,  # (C,), to x
         weight: Tensor,  # (C,)
         bias: Tensor,  # (C,)
         groups: int,
@@ -413,40 +431,50 @@ class _FusedNormSwish(torch.autograd.Function):
         dtype: torch.dtype,  # of the output
     ) -> Tensor:
         exact = torch.promote_types(weight.dtype, torch.float32)
-        mean, rstd = group_statistics(x.to(exact), groups, eps)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        return F.silu(_normalized(x, mean, rstd) * _column(weight) + _column(bias)).to(dtype)
+        mean, rstd = group_statistics(x.to(exact), added, groups, eps)
+        ctx.save_for_backward(x, added, weight, bias, mean, rstd)
+        normal = _normalized(x, added, mean, rstd)
+        return F.silu(normal * _column(weight) + _column(bias)).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        normal = _normalized(x, mean, rstd)  # (B, C, H, W)
+        x, added, weight, bias, mean, rstd = ctx.saved_tensors
+        pixels = x.shape[2] * x.shape[3]
+        normal = _normalized(x, added, mean, rstd)  # (B, C, H, W)
         y = normal * _column(weight) + _column(bias)
         share = torch.sigmoid(y)
         of_y = gradient.to(mean.dtype) * share * (1 + y * (1 - share))  # d silu(y) / d y
         of_bias = of_y.sum((2, 3))  # (B, C)
         of_weight = (of_y * normal).sum((2, 3))
         first, second = (  # means over each group of w d y and of w d y (x - mean) / std
-            (part * weight).unflatten(1, (mean.shape[1], -1)).mean(2) / x[0, 0].numel()
+            (part * weight).unflatten(1, (mean.shape[1], -1)).mean(2) / pixels
             for part in (of_bias, of_weight)
         )
-        of_x = of_y * _column(weight) - _of_channels(first, x) - normal * _of_channels(second, x)
-        of_x = of_x * _of_channels(rstd, x)
-        sums = of_weight.sum(0).to(weight.dtype), of_bias.sum(0).to(bias.dtype)
-        return (of_x.to(x.dtype), *sums, None, None, None)
+        first, second, scale = (_of_channels(part, x) for part in (first, second, rstd))
+        of_x = scale * (of_y * _column(weight) - first - normal * second)
+        of_added = None
+        if added is not None:  # of_x summed over pixels, from sums that are there
+            sums = of_bias * weight - pixels * first.flatten(1)
+            sums = sums - normal.sum((2, 3)) * second.flatten(1)
+            of_added = (scale.flatten(1) * sums).sum(0).to(added.dtype)
+        of_weight, of_bias = of_weight.sum(0).to(weight.dtype), of_bias.sum(0).to(bias.dtype)
+        return (of_x.to(x.dtype), of_added, of_weight, of_bias, None, None, None)
 
 
-def group_statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(variance + eps) of each group, both (B, groups), from (B, C, H, W).
+def group_statistics(
+    x: Tensor, added: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of each group of x + added, both (B, groups).
 
-    Sums are of the distance from each channel's first pixel: a mean that is large beside the
-    deviation would cost the variance its digits.
+    x is (B, C, H, W), `added` (C,). Sums are of the distance from each channel's first pixel: a
+    mean that is large beside the deviation would cost the variance its digits.
     """
     origin = x[:, :, :1, :1]
     distance = x - origin
     first = distance.mean((2, 3))  # (B, C)
     variances = distance.square().mean((2, 3)) - first.square()  # (B, C)
-    means = (origin[:, :, 0, 0] + first).unflatten(1, (groups, -1))  # (B, groups, C / groups)
+    means = origin[:, :, 0, 0] + first if added is None else origin[:, :, 0, 0] + first + added
+    means = means.unflatten(1, (groups, -1))  # (B, groups, C / groups)
     mean = means.mean(2)
     within = variances.unflatten(1, (groups, -1)).mean(2).clamp_min(0.0)
     between = (means - mean[:, :, None]).square().mean(2)
@@ -469,6 +497,8 @@ def _of_channels(of_groups: Tensor, x: Tensor) -> Tensor:
     return of_groups[:, :, None].expand(-1, -1, size).flatten(1)[:, :, None, None]
 
 
-def _normalized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """(x - mean) / std of its group, in the statistics' type."""
-    return (x.to(mean.dtype) - _of_channels(mean, x)) * _of_channels(rstd, x)
+def _normalized(x: Tensor, added: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+    """(x + added - mean) / std of its group, in the statistics' type."""
+    offset = _of_channels(mean, x)
+    offset = offset if added is None else offset - _column(added)
+    return (x.to(mean.dtype) - offset) * _of_channels(rstd, x)

@@ -35,6 +35,7 @@ from kl_f8_train.core.losses import (
     reconstruction_loss,
 )
 from kl_f8_train.core.model import TRAINED, AutoencoderKL
+from kl_f8_train.core.perceptual import distance_in_parts
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.facts import Facts
 from kl_f8_train.images import to_float
@@ -219,7 +220,7 @@ class Finetuner(LightningModule):
         layout = torch.channels_last if nhwc else torch.preserve_format
         return images.to(dtype, memory_format=layout), batch.noise[:, part].to(dtype)
 
-    def _autocast(self) -> torch.autocast:
+    def _autocast(self) -> AbstractContextManager[Any]:
         enabled = self.config.precision == "bfloat16"
         return torch.autocast(self.autoencoder.last_layer.device.type, torch.bfloat16, enabled)
 
@@ -241,10 +242,12 @@ class Finetuner(LightningModule):
             reconstruction = self.autoencoder.decode(latents)
         self.phase_ended("decode")
         y = reconstruction.detach().to(images.dtype).requires_grad_()
+        parts_of_it = self.config.compute.perceptual_parts
+        distance = distance_in_parts(self.perceptual, images, y, parts_of_it)  # (B, 1, 1, 1)
         nll, terms = reconstruction_loss(
             images,
             y,
-            self.perceptual(images, y).to(images.dtype),
+            distance.to(images.dtype),
             pixel=self.config.loss.pixel,
             perceptual_weight=self.config.loss.perceptual_weight,
             logvar=self.logvar,
