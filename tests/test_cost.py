@@ -68,6 +68,7 @@ def test_counted_operations_and_bytes_are_those_of_a_real_iteration(levels):
         SMALL,
         ("compute.subpixel_upsample=false", "compute.lean_norm=false"),
         ("precision=bfloat16", "compute.perceptual_parts=1"),
+        ("precision=bfloat16", "compute.checkpoint_levels=2"),
         ("second_forward=true",),
     ],
 )

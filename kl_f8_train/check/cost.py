@@ -7,13 +7,14 @@ optimizers, EMA) is below a thousandth. Memory is that of all tensors alive at a
 """
 
 import weakref
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -154,21 +155,25 @@ def _count(config: Config, batch: int) -> Counts:
     )
 
 
-class _Autocast(TorchFunctionMode):
-    """What autocast does to convolutions and attention; the meta device has no autocast."""
+@contextmanager
+def _bfloat16_convolutions() -> Iterator[None]:
+    """What autocast does to these networks; the meta device has no autocast."""
+    convolve = F.conv2d
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.conv2d, torch.nn.functional.scaled_dot_product_attention):
-            args, kwargs = tree_map_only(Tensor, Tensor.bfloat16, (args, kwargs))
-        return func(*args, **kwargs)
+    def rounded(*tensors: Tensor | None, **options: Any) -> Tensor:
+        args, options = tree_map_only(Tensor, Tensor.bfloat16, (tensors, options))
+        return convolve(*args, **options)
+
+    F.conv2d = rounded
+    try:
+        yield
+    finally:
+        F.conv2d = convolve
 
 
 class _Finetuner(Finetuner):
     def _autocast(self) -> AbstractContextManager[Any]:
-        return _Autocast() if self.config.precision == "bfloat16" else nullcontext()
+        return _bfloat16_convolutions() if self.config.precision == "bfloat16" else nullcontext()
 
     def backward_again(self, tensor: Tensor, gradient: Tensor | None) -> None:
         """Backward; what activation checkpointing repeats runs under autocast, too."""
