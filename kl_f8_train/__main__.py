@@ -9,13 +9,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tarfile import is_tarfile
 
 from kl_f8_train import __version__
 from kl_f8_train.errors import MissingInputError, UsageError, UserError
 from kl_f8_train.launch import end_children, launched
+from kl_f8_train.lifetime import end_with_launcher
+from kl_f8_train.output import say
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +60,7 @@ def _told(error: OSError) -> str:
 def _complain(message: str, exit_code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"kl-f8-train: {message}", file=sys.stderr, flush=True)
+    say(f"kl-f8-train: {message}", aside=True)
     return exit_code
 
 
@@ -77,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(verb=verb, parser=sub)
         return sub
 
-    train = add("train", _train, "Starts a run; the same command again resumes it.")
+    train = add("train", _train_verb, "Starts a run; the same command again resumes it.")
     train.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     train.add_argument("--allow-changes", action="store_true", help="resume with another recipe")
@@ -88,7 +91,6 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("config", nargs="?", help="recipe: a YAML file, or a shipped one's name")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
-    doctor.add_argument("--scaling", action="store_true", help="print docs/scaling.md's tables")
 
     inspect = add("inspect", _inspect, "Says what a VAE file holds, without running any of it.")
     inspect.add_argument("weights", help="file, diffusers folder, run directory or hub id")
@@ -99,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
     export.add_argument("--out", type=Path, help="directory to write (RUN/export)")
     export.add_argument("--raw", action="store_true", help="the raw weights in place of the EMA")
+    export.add_argument("--best", action="store_true", help="of the best validation, if it is kept")
     export.add_argument(
         "--average", nargs="+", type=Path, default=[], metavar="CKPT", help="mean EMA; after RUN"
     )
@@ -112,6 +115,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--format", action="append", choices=["safetensors", "ckpt", "diffusers"], help="only this"
     )
     export.add_argument("--images", type=Path, help="photographs that try half precision")
+    export.add_argument(
+        "--family",
+        choices=["sd", "sdxl", "sd3", "flux", "other"],
+        help="models whose VAE it is, if the checkpoint does not know",
+    )
     export.add_argument("--force", action="store_true", help="overwrite files")
 
     inject = add("inject", _inject, "Writes a VAE into a copy of a Stable Diffusion checkpoint.")
@@ -145,6 +153,13 @@ def build_parser() -> argparse.ArgumentParser:
     card.add_argument("--base-model", metavar="OWNER/NAME", help="on the hub; never guessed")
     card.add_argument("--published", action="store_true", help="quote the published scores too")
 
+    push = add("push", _push, "Uploads an export to the Hugging Face hub; a dry run first.")
+    push.add_argument("export", type=Path, help="directory that export wrote")
+    push.add_argument("repository", metavar="OWNER/NAME", help="on the hub; made if needed")
+    push.add_argument("--upload", action="store_true", help="do it; without, only list the files")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--pictures", action="store_true", help="upload strip.png, of photographs")
+
     pack = add("pack", _pack, "Packs a folder of images into WebDataset shards.")
     pack.add_argument("images", type=Path, help="folder, searched recursively")
     pack.add_argument("out", type=Path, help="directory of the shards")
@@ -171,15 +186,15 @@ def build_parser() -> argparse.ArgumentParser:
     state.add_argument("--json", action="store_true", help="print one JSON object")
     state.add_argument("--html", type=Path, help="write a page with curves to this file")
 
-    settings = add("config", _config, "Shows, compares or explains recipes.")
-    settings.add_argument("action", choices=["show", "diff", "schema"])
-    settings.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]")
+    config = add("config", _config, "Shows, compares or explains recipes.")
+    config.add_argument("action", choices=["show", "diff", "schema"])
+    config.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]")
+    config.add_argument("--markdown", action="store_true", help="schema: print docs/settings.md")
 
     speed = add("benchmark", _benchmark, "Measures a recipe's speed and memory on this machine.")
     speed.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
     speed.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     speed.add_argument("--json", action="store_true", help="print one JSON object")
-    speed.add_argument("--against", action="store_true", help="reference variants, in turns")
     speed.add_argument("--iterations", type=int, default=10, help="iterations measured")
 
     demo = add("demo", _demo, "Runs the whole chain in minutes on a CPU.")
@@ -194,43 +209,39 @@ def build_parser() -> argparse.ArgumentParser:
 # --- the verbs ------------------------------------------------------------------------------
 
 
-def _train(args: argparse.Namespace) -> int:
-    from kl_f8_train import config
+def _train_verb(args: argparse.Namespace) -> int:
+    from kl_f8_train import config as configs
 
     if args.dry_run:
         return _examine(args.config, args.overrides, args.json, args.allow_changes)
     if args.json:
         raise UsageError("--json: a training prints no JSON; give --dry-run with it")
-    settings = config.load(config.find_recipe(args.config), args.overrides)
-    launched(settings.compute.num_nodes)
-    if not Path(settings.run_dir).is_dir():
-        _must_be_there(settings.init.weights, "init.weights=")
+    end_with_launcher()  # before anything heavy is imported
+    config = configs.load(configs.find_recipe(args.config), args.overrides)
+    launched(config.compute.num_nodes)
+    if not Path(config.run_dir).is_dir():
+        _must_be_there(config.init.weights, "init.weights=")
     from kl_f8_train.run.train import train
 
-    return train(settings, args.allow_changes)
+    return train(config, args.allow_changes)
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    if args.scaling:
-        from kl_f8_train.check import scaling
-
-        print(scaling.tables())
-        return 0
     if args.config is None:
         raise UsageError("doctor takes a recipe: kl-f8-train doctor CONFIG [key=value ...]")
     return _examine(args.config, args.overrides, args.json)
 
 
 def _examine(recipe: str, overrides: list[str], as_json: bool, allow_changes: bool = False) -> int:
-    from kl_f8_train import config
+    from kl_f8_train import config as configs
 
-    path = config.find_recipe(recipe)
+    path = configs.find_recipe(recipe)
     launched()
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        print("loading ...", flush=True)
+        say("loading ...")
         from kl_f8_train.check.doctor import examine
 
-        report = examine(path, overrides, lambda line: print(line, flush=True), allow_changes)
+        report = examine(path, overrides, say, allow_changes)
     if as_json:
         print(json.dumps(report.as_json()))
     return report.exit_code
@@ -266,12 +277,14 @@ def _export(args: argparse.Namespace) -> int:
         args.run,
         args.out,
         raw=args.raw,
+        best=args.best,
         dtype=args.dtype,
         layouts=args.format or LAYOUTS,
         average=args.average,
         pictures=args.images,
+        family=args.family,
         force=args.force,
-        say=print,
+        say=say,
     )
     return 0
 
@@ -369,6 +382,18 @@ def _card(args: argparse.Namespace) -> int:
     return 0
 
 
+def _push(args: argparse.Namespace) -> int:
+    from kl_f8_train.publish import push
+
+    upload = push.plan(args.export, args.repository, args.pictures)
+    print("\n".join(upload.lines()))
+    if args.upload:
+        print(push.push(upload, args.private, print))
+    else:
+        print("a dry run: nothing was uploaded; add --upload to do it")
+    return 0
+
+
 def _pack(args: argparse.Namespace) -> int:
     if not args.images.is_dir():
         raise MissingInputError(f"{args.images}: no such folder; expected one of photographs")
@@ -453,10 +478,19 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> int:
-    from kl_f8_train import config
+    from kl_f8_train import config as configs
 
+    if args.markdown:
+        if args.action != "schema":
+            raise UsageError(
+                f"--markdown: config {args.action} has no such page; config schema has"
+            )
+        from kl_f8_train import reference
+
+        print(reference.page(), end="")
+        return 0
     if args.action == "schema":
-        for key, kind, default, doc in config.schema():
+        for key, kind, default, doc in configs.schema():
             print(f"{key}\n    {doc}\n    {kind}; {default}")
         return 0
     count = 2 if args.action == "diff" else 1
@@ -467,40 +501,25 @@ def _config(args: argparse.Namespace) -> int:
         )
     overrides = args.arguments[count:]
     names = args.arguments[:count]
-    loaded = [config.resolve(config.find_recipe(name), overrides) for name in names]
+    loaded = [configs.resolve(configs.find_recipe(name), overrides) for name in names]
     if args.action == "show":
-        print(config.to_yaml(loaded[0]), end="")
+        print(configs.to_yaml(loaded[0]), end="")
     else:
-        print("\n".join(config.differences(loaded[0], loaded[1], machine=True)))
+        print("\n".join(configs.differences(loaded[0], loaded[1], machine=True)))
     return 0
 
 
 def _benchmark(args: argparse.Namespace) -> int:
-    from kl_f8_train import config
+    from kl_f8_train import config as configs
 
     if args.iterations < 1:
         raise UsageError(f"--iterations {args.iterations}: expected 1 or more")
-    recipe = config.find_recipe(args.config)
-    values = config.resolve(recipe, args.overrides)
-    paths = {
-        "run_dir": values["run_dir"],
-        "init.weights": values["init"]["weights"],
-        "data.sources": values["data"]["sources"],
-    }
-    not_needed = [f"{key}=none" for key, value in paths.items() if value == "???"]
-    settings = config.load(recipe, [*not_needed, *args.overrides])
-    if "data.sources=none" in not_needed:
-        settings = replace(settings, data=replace(settings.data, sources={}))
+    config = configs.load_without_inputs(configs.find_recipe(args.config), args.overrides)
     from kl_f8_train.check.benchmark import benchmark, describe
 
-    result = benchmark(settings, args.iterations, args.against, _say_aside)
+    result = benchmark(config, args.iterations, partial(say, aside=True))
     print(json.dumps(result, indent=1) if args.json else describe(result))
     return 0
-
-
-def _say_aside(message: str) -> None:
-    """Prints on stderr, so that stdout holds the result alone."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def _demo(args: argparse.Namespace) -> int:

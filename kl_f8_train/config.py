@@ -32,13 +32,19 @@ Bounds = tuple[float, float]
 
 
 def setting(
-    doc: str, default: Any = MISSING, *, machine: bool = False, bounds: Bounds | None = None
+    doc: str,
+    default: Any = MISSING,
+    *,
+    machine: bool = False,
+    bounds: Bounds | None = None,
+    usual: str = "",
 ) -> Any:
     """A field with its meaning and unit; `machine` marks what may change on resume.
 
-    `bounds` are the least and the largest number, of each number in a list.
+    `bounds` are the least and the largest value, in a list of each element; `usual` says where to
+    start, for the settings page.
     """
-    metadata = {"doc": doc, "machine": machine, "bounds": bounds}
+    metadata = {"doc": doc, "machine": machine, "bounds": bounds, "usual": usual}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -55,40 +61,70 @@ class Init:
         "file, diffusers folder, run directory or hub id of the VAE to start from", machine=True
     )
     iteration: int | None = setting(
-        "iteration of these weights; null: as the file says", bounds=(0, ITERATIONS)
+        "iteration of these weights; null: as the file says",
+        bounds=(0, ITERATIONS),
+        usual="what the base's publisher states; 0 for a run of your own",
     )
-    select: Literal["ema", "raw"] = setting("which weights of a training checkpoint", "ema")
+    family: Literal["sd", "sdxl", "sd3", "flux", "other"] | None = setting(
+        "models whose VAE it is, which sets its latents' scale; null: as the file says",
+        None,
+        machine=True,
+    )
+    select: Literal["ema", "raw"] = setting(
+        "which weights, of a file that holds an EMA beside the raw ones", "ema"
+    )
+    prefix: str | None = setting(
+        "what stands before the autoencoder's names, in a file with several", None, machine=True
+    )
+    discriminator: Literal["file", "new"] = setting(
+        "the file's discriminator, or a new one, which warms up", "file", machine=True
+    )
 
 
 @dataclass(kw_only=True)
 class Model:
     """AutoencoderKL's shape, in the original's names."""
 
-    ch: int = setting("channels at full resolution", bounds=(1, CHANNELS))
-    ch_mult: list[int] = setting("channel multiplier of each level", bounds=(1, 64))
+    ch: int = setting("channels at full resolution", bounds=(1, CHANNELS), usual="128")
+    ch_mult: list[int] = setting(
+        "channel multiplier of each level", bounds=(1, 64), usual="1, 2, 4, 4"
+    )
     num_res_blocks: int = setting(
-        "residual blocks per encoder level (the decoder has one more)", bounds=(1, 64)
+        "residual blocks per encoder level (the decoder has one more)", bounds=(1, 64), usual="2"
     )
     z_channels: int = setting(
-        "channels of the encoder's output (doubled: mean and log variance)", bounds=(1, CHANNELS)
+        "channels of the encoder's output (doubled: mean and log variance)",
+        bounds=(1, CHANNELS),
+        usual="4; SD3 and FLUX: 16",
     )
-    embed_dim: int = setting("channels of the latents", bounds=(1, CHANNELS))
+    embed_dim: int = setting(
+        "channels of the latents", bounds=(1, CHANNELS), usual="4; SD3 and FLUX: 16"
+    )
     norm_num_groups: int = setting(
-        "groups of every GroupNorm (the original: 32)", 32, bounds=(1, CHANNELS)
+        "groups of every GroupNorm (the original: 32)",
+        32,
+        bounds=(1, CHANNELS),
+        usual="32; 4 or more channels in each group",
+    )
+    quant_conv: bool = setting(
+        "1x1 convolutions around the latents (the original: true; SD3, FLUX: false)", True
     )
 
 
 KL_F8 = Model(ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=4, embed_dim=4)
+KL_F8_16 = replace(KL_F8, z_channels=16, embed_dim=16, quant_conv=False)  # SD3's and FLUX's
 
 
 @dataclass(kw_only=True)
 class Loss:
-    """sum over pixels of (pixel term + perceptual_weight * perceptual), mean over images."""
+    """Sum over pixels of (pixel term + perceptual_weight * perceptual), mean over images."""
 
     pixel: Literal["l1", "mse"] = setting("pixel term: |x - y| or (x - y)^2")
     perceptual: Literal["lpips_vgg", "st_lpips_alex"] = setting("the frozen perceptual network")
     perceptual_weight: float = setting(
-        "weight of the perceptual term, per pixel and channel", bounds=(0, ANY)
+        "weight of the perceptual term, per pixel and channel",
+        bounds=(0, ANY),
+        usual="1 with `l1`; 0.1 with `mse`",
     )
     learn_logvar: bool = setting("train the loss's log variance (the original's stays 0)", False)
     perceptual_weights: str | None = setting(
@@ -101,16 +137,26 @@ class Loss:
 class Adversarial:
     """The discriminator and its hinge loss."""
 
-    weight: float = setting("factor on the adaptive weight (disc_weight)", bounds=(0, ANY))
+    weight: float = setting(
+        "factor on the adaptive weight (disc_weight)", bounds=(0, ANY), usual="0.1 to 0.5"
+    )
     start_iteration: int = setting(
-        "first iteration with the adversarial term (disc_start)", bounds=(0, ITERATIONS)
+        "first iteration with the adversarial term (disc_start)",
+        bounds=(0, ITERATIONS),
+        usual="0, or below `init.iteration`",
     )
     warmup_iterations: int = setting(
-        "discriminator-only iterations first, if the file has none", bounds=(0, ITERATIONS)
+        "discriminator-only iterations first, if the file has none",
+        bounds=(0, ITERATIONS),
+        usual="1,000; 0 if the base holds a discriminator",
     )
-    ndf: int = setting("channels of the discriminator's first convolution", bounds=(1, CHANNELS))
-    n_layers: int = setting("strided convolutions in the discriminator", bounds=(1, 16))
-    max_weight: float = setting("upper clamp of the adaptive weight", 1e4, bounds=(ABOVE_0, ANY))
+    ndf: int = setting(
+        "channels of the discriminator's first convolution", bounds=(1, CHANNELS), usual="64"
+    )
+    n_layers: int = setting("strided convolutions in the discriminator", bounds=(1, 16), usual="3")
+    max_weight: float = setting(
+        "upper clamp of the adaptive weight", 1e4, bounds=(ABOVE_0, ANY), usual="10,000"
+    )
     sync_batchnorm: bool = setting("batch statistics over all GPUs (the original: per GPU)", False)
     per_gpu_weight: bool = setting("adaptive weight per GPU as in the original", False)
     run_before_start: bool = setting("run the discriminator before start, as the original", False)
@@ -121,17 +167,23 @@ class Optimizer:
     """Adam, one for the decoder and one for the discriminator."""
 
     learning_rate: float = setting(
-        "absolute, per decoder update; nothing scales it", bounds=(ABOVE_0, ANY)
+        "absolute, per decoder update; nothing scales it",
+        bounds=(ABOVE_0, ANY),
+        usual="4.5e-6 to 5e-5; first 1e-5",
     )
-    betas: list[float] = setting("Adam's two decays", bounds=(0, BELOW_1))
-    eps: float = setting("Adam's epsilon", bounds=(ABOVE_0, ANY))
+    betas: list[float] = setting("Adam's two decays", bounds=(0, BELOW_1), usual="0.5, 0.9")
+    eps: float = setting("Adam's epsilon", bounds=(ABOVE_0, ANY), usual="1e-8")
 
 
 @dataclass(kw_only=True)
 class Ema:
     """Moving average of the decoder and post_quant_conv."""
 
-    decay: float = setting("share kept at each update", bounds=(0, BELOW_1))
+    decay: float = setting(
+        "share kept at each update",
+        bounds=(0, BELOW_1),
+        usual="0.999 to 0.9999: 1 - 10 / iterations",
+    )
     warmup: bool = setting("decay grows as (1 + n) / (10 + n); forgets the start", False)
 
 
@@ -143,7 +195,10 @@ class Source:
         "shards: brace pattern, glob, directory, .tar, list file, address; or a folder of images"
     )
     weight: float = setting(
-        "share in every batch, relative to the other sources", 1.0, bounds=(ABOVE_0, 10**6)
+        "share in every batch, relative to the other sources",
+        1.0,
+        bounds=(ABOVE_0, 10**6),
+        usual="1",
     )
     filters: list[str] = setting("conditions on an image's metadata, such as 'width >= 256'", list)
 
@@ -154,17 +209,32 @@ class Data:
 
     sources: dict[str, Source] = setting("name -> source")
     shorter_side: int | None = setting(
-        "bicubic resize of the shorter side, in pixels; null: none", bounds=(1, PIXELS)
+        "bicubic resize of the shorter side, in pixels; null: none",
+        bounds=(1, PIXELS),
+        usual="1 to 1.5 x `data.crop`",
     )
-    crop: int = setting("random square crop, in pixels; a multiple of 8", bounds=(1, PIXELS))
+    crop: int = setting(
+        "random square crop, in pixels; a multiple of 8",
+        bounds=(1, PIXELS),
+        usual="256; 512 for large images",
+    )
     flip: bool = setting("mirror every other image, at random (the original does not)", False)
     draft: bool = setting("decode JPEGs at reduced size: faster, slightly other pixels", False)
-    lanes: int = setting("parallel lanes of the plan, at most", 48, bounds=(1, IMAGES))
+    lanes: int = setting("parallel lanes of the plan, at most", 48, bounds=(1, IMAGES), usual="48")
     max_bad_share: float = setting(
-        "share of bad images that stops a run, from 1,000 on", 0.1, bounds=(ABOVE_0, 1)
+        "share of bad images that stops a run; from 1,000 images on exactly",
+        0.1,
+        bounds=(ABOVE_0, 1),
+        usual="0.01 to 0.1",
     )
     bad_shards: Literal["stop", "skip"] = setting("what a truncated shard does at start", "stop")
-    workers: int = setting("loader processes per GPU", 4, machine=True, bounds=(0, 256))
+    workers: int = setting(
+        "loader processes per GPU",
+        4,
+        machine=True,
+        bounds=(0, 256),
+        usual="4 to 8; at most cores / GPUs",
+    )
     index_dir: str | None = setting(
         "where indexes are kept; null: beside the shards, or in the user's cache",
         None,
@@ -174,7 +244,11 @@ class Data:
         "node-local directory for remote shards; null: in the user's cache", None, machine=True
     )
     cache_gib: float = setting(
-        "size of that directory at most, in GiB", 100.0, machine=True, bounds=(ABOVE_0, 10**9)
+        "size of that directory at most, in GiB",
+        100.0,
+        machine=True,
+        bounds=(ABOVE_0, 10**9),
+        usual="50 to 1,000, by the disk",
     )
 
 
@@ -192,9 +266,14 @@ class Compute:
         None,
         machine=True,
         bounds=(1, IMAGES),
+        usual="4 to 12",
     )
     timeout_minutes: float = setting(
-        "a silent rank is an error after this", 10.0, machine=True, bounds=(ABOVE_0, 10**6)
+        "a silent rank is an error after this",
+        10.0,
+        machine=True,
+        bounds=(ABOVE_0, 10**6),
+        usual="5 to 30",
     )
     channels_last: bool | None = setting(
         "networks and images as NHWC in memory; null: on CUDA", None, machine=True
@@ -222,6 +301,7 @@ class Compute:
         0,
         machine=True,
         bounds=(0, MOST_LEVELS),
+        usual="0; 1 to 4 when memory is short",
     )
     compile: bool | None = setting(
         "torch.compile the networks; null: on CUDA, where a C compiler is found",
@@ -232,14 +312,17 @@ class Compute:
 
 @dataclass(kw_only=True)
 class Log:
-    """What a run tells."""
+    """What a run logs, and where."""
 
-    every: int = setting("iterations between log lines", 50, machine=True, bounds=(1, ITERATIONS))
+    every: int = setting(
+        "iterations between log lines", 50, machine=True, bounds=(1, ITERATIONS), usual="10 to 100"
+    )
     pictures_every: int = setting(
         "iterations between validations on fixed photographs; 0: none",
         1000,
         machine=True,
         bounds=(0, ITERATIONS),
+        usual="500 to 5,000",
     )
     pictures: str | None = setting(
         "folder of fixed photographs, held out; null: the first of the data", None, machine=True
@@ -258,31 +341,49 @@ class Checkpoint:
     """When the state is written, and what is kept."""
 
     every: int = setting(
-        "iterations between checkpoints", 1000, machine=True, bounds=(1, ITERATIONS)
+        "iterations between checkpoints",
+        1000,
+        machine=True,
+        bounds=(1, ITERATIONS),
+        usual="500 to 5,000",
     )
-    keep_last: int = setting("newest checkpoints kept", 2, machine=True, bounds=(1, ITERATIONS))
+    keep_last: int = setting(
+        "newest checkpoints kept", 2, machine=True, bounds=(1, ITERATIONS), usual="2 to 5"
+    )
     keep_every: int = setting(
-        "checkpoints at its multiples stay; 0: none", 50000, machine=True, bounds=(0, ITERATIONS)
+        "checkpoints at its multiples stay; 0: none",
+        50000,
+        machine=True,
+        bounds=(0, ITERATIONS),
+        usual="5 to 20 in a run",
+    )
+    keep_best: bool = setting(
+        "keep the checkpoint with the best validation beside the others", False, machine=True
     )
 
 
 @dataclass(kw_only=True)
 class Config:
-    """One run."""
+    """The run as a whole."""
 
     name: str = setting("name of the run and of its exported files")
     run_dir: str = setting("directory of the run", machine=True)
     stop_iteration: int = setting(
-        "iteration at which the run ends", machine=True, bounds=(1, ITERATIONS)
+        "iteration at which the run ends",
+        machine=True,
+        bounds=(1, ITERATIONS),
+        usual="10,000 to 300,000 after the base",
     )
     global_batch: int = setting(
-        "images per iteration, over all GPUs and micro-batches", bounds=(1, IMAGES)
+        "images per iteration, over all GPUs and micro-batches",
+        bounds=(1, IMAGES),
+        usual="16 on one GPU; 192 as published",
     )
-    seed: int = setting("seed of order, crops and noise", 0, bounds=(0, 2**63 - 1))
+    seed: int = setting("seed of order, crops and noise", 0, bounds=(0, 2**63 - 1), usual="any")
     precision: Literal["float32", "bfloat16"] = setting("autocast type; weights stay float32")
     second_forward: bool = setting("the original's second pass for the discriminator", False)
     max_bad_updates: int = setting(
-        "non-finite updates in a row before the run stops", 10, bounds=(1, ITERATIONS)
+        "non-finite updates in a row before the run stops", 10, bounds=(1, ITERATIONS), usual="10"
     )
     init: Init = setting("start", Init)
     model: Model = setting("network", Model)
@@ -309,6 +410,7 @@ class Setting:
     doc: str
     machine: bool
     bounds: Bounds | None
+    usual: str
 
     @property
     def is_group(self) -> bool:
@@ -388,6 +490,21 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     return config
 
 
+def load_without_inputs(path: Path, overrides: list[str]) -> Config:
+    """`load` for what needs neither weights, data nor a run directory: they may be missing."""
+    values = resolve(path, overrides)
+    given = {
+        "run_dir": values["run_dir"],
+        "init.weights": values["init"]["weights"],
+        "data.sources": values["data"]["sources"],
+    }
+    missing = [f"{key}=none" for key, value in given.items() if value == "???"]
+    config = load(path, [*missing, *overrides])
+    if "data.sources=none" in missing:
+        return replace(config, data=replace(config.data, sources={}))
+    return config
+
+
 def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
     """Like `load`, as plain values and unchecked; settings without a value stay "???"."""
     values = OmegaConf.to_container(_merge(Path(path), overrides), throw_on_missing=False)
@@ -439,6 +556,15 @@ def find_recipe(name: str) -> Path:
         return path
     shipped = (folder / f"{name}.yaml" for folder in SHIPPED)
     return next((file for file in shipped if file.is_file()), path)
+
+
+def recipe(name: str, *overrides: str) -> Config:
+    """A shipped recipe for use without a run; what only a run needs (data, weights) is left out.
+
+    Raises UsageError for overrides (`key=value`) that do not fit.
+    """
+    unused = ("run_dir=unused", "init.weights=unused", "data.sources=unused")
+    return load(find_recipe(name), [*unused, *overrides])
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -506,6 +632,11 @@ def check(config: Config) -> None:
             f"loss.perceptual={config.loss.perceptual} is a stand-in for LPIPS, and the result is "
             "not the published recipe's; loss.allow_stand_in=true accepts that"
         )
+    if config.checkpoint.keep_best and not config.log.pictures_every:
+        problems.append(
+            "checkpoint.keep_best=true needs validations, and log.pictures_every=0 has none; give "
+            "the iterations between them"
+        )
     if config.init.iteration is not None and config.init.iteration > config.stop_iteration:
         problems.append(
             f"stop_iteration={config.stop_iteration} lies before "
@@ -547,13 +678,18 @@ def micro_batch(config: Config, world_size: int) -> int:
     per_rank = batch // world_size
     given = config.compute.per_device_batch
     if given is None:
-        return max(d for d in _divisors(per_rank) if d <= 12)
+        return divisor_up_to(per_rank, 12)
     if per_rank % given:
         raise UsageError(
             f"compute.per_device_batch={given} does not divide a process' {per_rank} images "
             f"(global_batch={batch} / {world_size}); {_divisors(per_rank)} do"
         )
     return given
+
+
+def divisor_up_to(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`."""
+    return max(divisor for divisor in _divisors(number) if divisor <= most)
 
 
 def _divisors(number: int) -> list[int]:
@@ -612,6 +748,12 @@ def _ranges(config: Config) -> Iterator[str]:
         yield (
             f"data.shorter_side={config.data.shorter_side} is smaller than "
             f"data.crop={config.data.crop}; give at least that, or null for no resize"
+        )
+    model = config.model
+    if not model.quant_conv and model.embed_dim != model.z_channels:
+        yield (
+            f"model.embed_dim={model.embed_dim}: expected model.z_channels={model.z_channels}, as "
+            "model.quant_conv=false"
         )
     groups = config.model.norm_num_groups
     if config.model.ch % groups:

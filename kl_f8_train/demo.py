@@ -142,6 +142,7 @@ def train_base(settings: Config, path: Path) -> None:
     """
     torch.manual_seed(settings.seed)
     model = AutoencoderKL(**asdict(settings.model))
+    assert isinstance(model.quant_conv, torch.nn.Conv2d)
     assert model.quant_conv.bias is not None
     model.quant_conv.bias.data[settings.model.embed_dim :] = -8.0  # a sharp posterior learns sooner
     assert settings.adversarial is not None

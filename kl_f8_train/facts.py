@@ -12,19 +12,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from kl_f8_train.errors import MissingInputError
+from kl_f8_train.errors import MissingInputError, UsageError
 
-PREFIX = "kl_f8_train."  # of our keys in a safetensors file's metadata
+METADATA_PREFIX = "kl_f8_train."  # of our keys in a safetensors file's metadata
 ENTRY = "architecture"  # of a torch file, beside its state_dict
 GROUPS = 32  # of every GroupNorm, in every published autoencoder of this form
-CHANNELS = 2048  # the most that a list may have, and the most groups
+MOST_CHANNELS = 2048  # the most that a list may have, and the most groups
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What a file states; None where it does not. Latents of consumers: (z - shift) * scale."""
 
+    family: str | None = None  # one of FAMILIES, or OTHER
     norm_num_groups: int | None = None
+    use_quant_conv: bool | None = None  # 1x1 convolutions around the latents
     scaling_factor: float | None = None
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None  # one for each channel
@@ -37,10 +39,50 @@ class Facts:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def metadata(self) -> dict[str, str]:
-        """`stated` as metadata of a safetensors file."""
-        return {f"{PREFIX}{name}": json.dumps(value) for name, value in self.stated().items()}
+        """`stated` as metadata of a safetensors file, which are strings."""
+        return {
+            f"{METADATA_PREFIX}{name}": json.dumps(value) for name, value in self.stated().items()
+        }
 
 
+@dataclass(frozen=True)
+class Family:
+    """Models that share a VAE's architecture and the scale of its latents."""
+
+    title: str
+    channels: int  # of the latents
+    modelspec: str  # its name in the metadata of single files
+    facts: Facts
+
+
+# Scale and shift as in the config.json that the models' authors publish.
+FAMILIES = {
+    "sd": Family(
+        "Stable Diffusion 1.x and 2.x",
+        4,
+        "stable-diffusion-v1",
+        Facts(scaling_factor=0.18215, force_upcast=True),
+    ),
+    "sdxl": Family(
+        "Stable Diffusion XL",
+        4,
+        "stable-diffusion-xl-v1-base",
+        Facts(scaling_factor=0.13025, force_upcast=True, sample_size=1024),
+    ),
+    "sd3": Family(
+        "Stable Diffusion 3 and 3.5",
+        16,
+        "stable-diffusion-3",
+        Facts(scaling_factor=1.5305, shift_factor=0.0609, force_upcast=True, sample_size=1024),
+    ),
+    "flux": Family(
+        "FLUX.1",
+        16,
+        "flux-1",
+        Facts(scaling_factor=0.3611, shift_factor=0.1159, force_upcast=True, sample_size=1024),
+    ),
+}
+OTHER = "other"  # none of them: what the file states is taken, and nothing else
 NAMES = tuple(field.name for field in fields(Facts))
 
 
@@ -54,7 +96,7 @@ def from_values(values: Mapping[str, Any]) -> Facts:
         value = values.get(name)
         if value is None:
             continue
-        accepts, expected = EXPECTED[name]
+        accepts, expected = ACCEPTED[name]
         if not accepts(value):
             raise MissingInputError(f"it states {name}={str(value)[:80]}; expected {expected}")
         found[name] = tuple(value) if isinstance(value, list | tuple) else value
@@ -66,13 +108,64 @@ def from_metadata(metadata: Mapping[str, str]) -> Facts:
 
     Raises MissingInputError if one is not what it should be.
     """
-    texts = {name: metadata.get(f"{PREFIX}{name}", metadata.get(name)) for name in NAMES}
+    texts = {name: metadata.get(f"{METADATA_PREFIX}{name}", metadata.get(name)) for name in NAMES}
+    texts["family"] = metadata.get(f"{METADATA_PREFIX}family")  # a plain "family" may mean anything
     return from_values({name: _parsed(text) for name, text in texts.items() if text is not None})
 
 
 def combined(first: Facts, then: Facts) -> Facts:
     """`first`, and of what it does not state, `then`."""
     return replace(then, **first.stated())
+
+
+def family_of(stated: Facts, channels: int) -> str | None:
+    """The family that a file names or whose scale it states; None if it does neither."""
+    if stated.family or stated.scaling_factor is None:
+        return stated.family
+    scale = (stated.scaling_factor, stated.shift_factor or None)
+    for name, family in FAMILIES.items():
+        known = (family.facts.scaling_factor, family.facts.shift_factor)
+        if scale == known and channels == family.channels and stated.latents_mean is None:
+            return name
+    return OTHER
+
+
+def settled(stated: Facts, channels: int, given: str | None, published_shape: bool) -> Facts:
+    """What a file states, with the rest of its family's facts; `given` is `init.family`.
+
+    Raises UsageError if the file does not show its family although it has the shape of several
+    (`published_shape`), or if it is not of the family that was given.
+    """
+    found = family_of(stated, channels)
+    fitting = [name for name, family in FAMILIES.items() if family.channels == channels]
+    if found and given not in (None, OTHER, found):
+        raise UsageError(
+            f"init.family={given}, but the file is of another: {described(found, stated)}; give "
+            f"init.family={found}, or null for what the file states"
+        )
+    if given and given not in (OTHER, *fitting):
+        raise UsageError(
+            f"init.family={given}: its latents have {FAMILIES[given].channels} channels, these "
+            f"have {channels}"
+        )
+    if found is None and given is None and published_shape and fitting:
+        choices = ", ".join(f"init.family={name} ({FAMILIES[name].title})" for name in fitting)
+        raise UsageError(
+            "this file does not show which models it belongs to, and their latents have different "
+            f"scales; give {choices}, or init.family={OTHER} to state none"
+        )
+    family = found or given
+    known = FAMILIES[family].facts if family and family in FAMILIES else Facts()
+    return combined(replace(stated, family=family), known)
+
+
+def described(family: str | None, stated: Facts) -> str:
+    """A family's title, with the scale of its latents."""
+    known = FAMILIES.get(family or "")
+    title = known.title if known else "no known family"
+    scale = f"scaling_factor {stated.scaling_factor:g}" if stated.scaling_factor else ""
+    shift = f"shift_factor {stated.shift_factor:g}" if stated.shift_factor else ""
+    return ", ".join(part for part in (title, scale, shift) if part)
 
 
 def _parsed(text: str) -> Any:
@@ -92,14 +185,21 @@ def _is_number(value: Any) -> bool:
 
 def _are_numbers(value: Any) -> bool:
     return (
-        isinstance(value, list | tuple) and len(value) <= CHANNELS and all(map(_is_number, value))
+        isinstance(value, list | tuple)
+        and len(value) <= MOST_CHANNELS
+        and all(map(_is_number, value))
     )
 
 
-EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "family": (
+        lambda value: value in (*FAMILIES, OTHER),
+        f"one of {', '.join((*FAMILIES, OTHER))}",
+    ),
+    "use_quant_conv": (lambda value: type(value) is bool, "true or false"),
     "norm_num_groups": (
-        lambda value: _is_whole(value) and value <= CHANNELS,
-        f"a whole number, 1 to {CHANNELS}",
+        lambda value: _is_whole(value) and value <= MOST_CHANNELS,
+        f"a whole number, 1 to {MOST_CHANNELS}",
     ),
     "scaling_factor": (lambda value: _is_number(value) and value > 0, "a number above 0"),
     "shift_factor": (_is_number, "a number"),

@@ -5,8 +5,8 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,40 +19,51 @@ def hidden_beside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{suffix}")
 
 
-def part_beside(path: Path) -> Path:
-    """A temporary name beside `path`, of this thread alone."""
-    return hidden_beside(path, f"{os.getpid()}-{threading.get_native_id()}.part")
-
-
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, temporary: Path | None = None, sync: bool = True) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it on success, removes it on failure.
 
-    Raises RunFailedError with the remedy if the disk is full.
+    `temporary` names it, for a file that one process at a time writes. `sync=False` does not wait
+    for the disk: for files that are quickly made again. Raises RunFailedError with the free space
+    if it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    temporary = temporary or hidden_beside(path, f"{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if sync:
+            _sync(temporary)
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # safetensors writes 0600
         temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        if sync:
+            _sync(path.parent)
     except (OSError, RuntimeError) as error:
-        free = _free_bytes(path.parent)
-        raise RunFailedError(
-            f"writing {path} failed: {error}\n  {free:,} bytes are free there; earlier "
-            "files are untouched. Make room, then run the same command again"
-        ) from error
+        raise disk_failure(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def disk_failure(path: Path, error: Exception) -> RunFailedError:
+    """The error of a file that cannot be written, with the free space and the remedy."""
+    free = "unknown"
+    with contextlib.suppress(OSError):
+        free = f"{shutil.disk_usage(path if path.is_dir() else path.parent).free:,}"
+    return RunFailedError(
+        f"cannot write {path}: {error}\n  {free} bytes are free there; earlier files are "
+        "untouched. Make room or name another directory, then run the same command again"
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -89,8 +100,3 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _free_bytes(directory: Path) -> int:
-    stats = os.statvfs(directory)
-    return stats.f_bavail * stats.f_frsize

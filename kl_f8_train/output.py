@@ -1,12 +1,25 @@
-"""Console output that survives a closed pipe."""
+"""Console output that survives a closed pipe, and Markdown tables."""
 
 import os
+import re
 import sys
+from collections.abc import Callable, Iterable, Sequence
+
+Say = Callable[[str], None]  # prints a line, or keeps it
+Progress = Callable[[int, int], None]  # (done, all)
 
 
-def say(line: str) -> None:
-    """Prints a line at once; a terminal or pipe that is gone does not end a run."""
+def say(line: str, aside: bool = False) -> None:
+    """Prints a line at once, `aside` to standard error; a closed terminal or pipe ends no run."""
+    stream = sys.stderr if aside else sys.stdout
     try:
-        print(line, flush=True)
+        print(line, file=stream, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; a `|` in a cell is escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    cells = ([re.sub(r"(?<!\\)\|", r"\|", cell) for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

@@ -7,14 +7,15 @@ import math
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.files import atomic_path
 
-NAME = re.compile(r"iteration-(\d{9})\.safetensors$")
+CONFIG_FILE, METRICS_FILE, VALIDATION_FILE = "config.yaml", "metrics.csv", "validation.csv"
+NAME = re.compile(r"iteration-(\d{9})(-warmup-\d{6})?\.safetensors$")
 CLAIM = ".claim"  # of the process that trains in a run directory
 
 Row = dict[str, float]
@@ -36,6 +37,20 @@ def checkpoint_path(run_dir: Path, iteration: int, warmup: int = 0) -> Path:
     return run_dir / "checkpoints" / f"iteration-{iteration:09d}{suffix}.safetensors"
 
 
+def best_path(run_dir: Path, iteration: int) -> Path:
+    """Where the checkpoint with the best validation so far is kept; no resume looks at it."""
+    return run_dir / "checkpoints" / f"best-{iteration:09d}.safetensors"
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint with the best validation, if one is kept.
+
+    A run that was resumed before it may hold one of an abandoned attempt until the next is
+    better; replaying the same iterations writes the same file.
+    """
+    return max((run_dir / "checkpoints").glob("best-*.safetensors"), default=None)
+
+
 def remove_old_checkpoints(saved: Path, keep_last: int, keep_every: int) -> None:
     """Keeps `saved`, the newest before it, `keep_last` in all, and every multiple of `keep_every`.
 
@@ -44,8 +59,19 @@ def remove_old_checkpoints(saved: Path, keep_last: int, keep_every: int) -> None
     older = [path for path in list_checkpoints(saved.parents[1]) if path <= saved]
     for path in older[keep_last:]:
         match = NAME.search(path.name)
-        if not (match and keep_every and int(match[1]) % keep_every == 0):
+        milestone = match and not match[2] and keep_every and int(match[1]) % keep_every == 0
+        if not milestone:
             path.unlink(missing_ok=True)
+
+
+def skipped_images(files: Iterable[Path]) -> dict[str, str]:
+    """Image -> why it cannot be used, of a run's `skipped-RANK.txt`; what is absent names none."""
+    lines: list[str] = []
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            lines += file.read_text(encoding="utf-8", errors="replace").splitlines()
+    parts = (line.partition(": ") for line in lines)
+    return {name: reason for name, _, reason in parts if reason}
 
 
 def remove_leftovers(run_dir: Path) -> None:
@@ -124,11 +150,11 @@ def read_rows(path: Path) -> list[Row]:
     except FileNotFoundError:
         return []
     whole = text[: text.rfind("\n") + 1].replace("\0", "")  # a last line may be half written
-    rows = (_numbers(row) for row in csv.DictReader(whole.splitlines()))
+    rows = (_parsed(row) for row in csv.DictReader(whole.splitlines()))
     return [row for row in rows if "iteration" in row]
 
 
-def _numbers(row: Mapping[str | Any, str | Any]) -> Row:
+def _parsed(row: Mapping[str | Any, str | Any]) -> Row:
     found: Row = {}
     for key, value in row.items():
         try:
@@ -142,17 +168,16 @@ def _numbers(row: Mapping[str | Any, str | Any]) -> Row:
 
 def newest_checkpoint(run: Path) -> tuple[Path, int] | None:
     """The newest whole checkpoint, and its iteration; warm-up ones count as their start."""
-    found = []
-    for path in (run / "checkpoints").glob("iteration-*.safetensors"):
-        if match := re.match(r"iteration-(\d+)", path.name):
-            found.append((path.name, path, int(match[1])))
-    return max(found)[1:] if found else None
+    for path in list_checkpoints(run):
+        if match := NAME.search(path.name):
+            return path, int(match[1])
+    return None
 
 
-def is_claimed(path: Path) -> bool | None:
-    """Whether a process has a run directory's claim; None where that cannot be told."""
+def is_claimed(run: Path) -> bool | None:
+    """Whether a process has a run directory's claim; None where that cannot be known."""
     try:
-        file = path.open("r+", encoding="utf-8")
+        file = (run / CLAIM).open("r+", encoding="utf-8")
     except OSError:
         return None
     with file:

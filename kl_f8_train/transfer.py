@@ -29,10 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError
-from kl_f8_train.files import part_beside
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.files import atomic_path
+from kl_f8_train.lifetime import guarded
 
-BLOCK = 1 << 20  # bytes
+BLOCK_BYTES = 1 << 20  # bytes
 MAX_PAUSE_SECONDS = 30.0  # between two attempts
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}  # what fsspec needs
 FINAL = re.compile(  # what clients print when trying again is of no use
@@ -90,16 +91,8 @@ def fetch(
     Raises MissingInputError at once if the file is not there or not allowed, or no client for it is
     installed; RunFailedError after the last attempt, or if `target` cannot be written.
     """
-    part = part_beside(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(target) as part:
         download(url, part, None, Patience(attempts, timeout_seconds, stall_bytes, backoff_seconds))
-        part.replace(target)
-    except OSError as error:
-        raise disk_failure(target, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def download(url: str, part: Path, size: int | None, patience: Patience) -> Record:
@@ -137,7 +130,6 @@ def _attempt(url: str, part: Path, size: int | None, patience: Patience) -> Reco
                 rest = rest[file.write(rest) :]
         if total < (size or 1):
             raise _PassingError(f"cut short: {total:,} bytes, expected {size or 'some'}")
-        os.fsync(file.fileno())
     return Record(total, digest.hexdigest())
 
 
@@ -181,7 +173,7 @@ def _http_blocks(url: str, timeout: float) -> Generator[bytes, None, None]:
         with urllib.request.urlopen(request, timeout=timeout) as response:
             announced: int | None = response.length  # None if the server does not say
             total = 0
-            while total != announced and (block := response.read1(BLOCK)):
+            while total != announced and (block := response.read1(BLOCK_BYTES)):
                 total += len(block)
                 yield block
     except urllib.error.HTTPError as error:
@@ -232,7 +224,7 @@ def _command(url: str, scheme: str) -> list[str]:
         return [shell, "-o", "pipefail", "-c", command] if shell else ["sh", "-c", command]
     package = PACKAGES[scheme]
     if all(importlib.util.find_spec(name) for name in ("fsspec", package)):
-        return [sys.executable, "-P", "-c", _FSSPEC, url, str(4 * BLOCK)]
+        return [sys.executable, "-P", "-c", _FSSPEC, url, str(4 * BLOCK_BYTES)]
     client = shutil.which("aws")
     if scheme == "s3" and client:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -252,7 +244,7 @@ def _command_blocks(
     with tempfile.TemporaryFile() as messages:
         try:
             process = subprocess.Popen(
-                command,
+                guarded([*command]),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=messages,
@@ -280,7 +272,7 @@ def _pipe_blocks(descriptor: int, timeout: float) -> Iterator[bytes]:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     while poll.poll(timeout * 1000):
-        block = os.read(descriptor, BLOCK)
+        block = os.read(descriptor, BLOCK_BYTES)
         if not block:
             return
         yield block
@@ -330,14 +322,3 @@ def open_local(location: str) -> BinaryIO:
         return local_path(location).open("rb")
     except OSError as error:
         raise MissingInputError(f"{location}: {error.strerror}") from error
-
-
-def disk_failure(path: Path, error: OSError) -> UserError:
-    """The error of a file that cannot be written, with the free space and the remedy."""
-    free = "unknown"
-    with contextlib.suppress(OSError):
-        free = f"{shutil.disk_usage(path if path.is_dir() else path.parent).free:,}"
-    return RunFailedError(
-        f"cannot write {path}: {error}\n  {free} bytes are free there. Make room or name another "
-        "directory, then run the same command again"
-    )

@@ -1,4 +1,6 @@
-"""Numbers as people read them: durations and sizes."""
+"""Numbers and names as people read them."""
+
+import re
 
 SIZES = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
 
@@ -26,3 +28,9 @@ def size(count: float) -> str:
 def counted(number: int, noun: str, ending: str) -> str:
     """1 process, 2 processes, 1,000 processes: a number with its noun."""
     return f"{number:,} {noun}{ending * (number != 1)}"
+
+
+def printable(name: str) -> str:
+    r"""A file name to print: bytes that are not UTF-8, and control characters, become \xe9."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda c: ascii(c[0])[1:-1], text)

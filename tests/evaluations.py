@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 
 from kl_f8_train import images
 from kl_f8_train.core import metrics
-from kl_f8_train.score import compare
+from kl_f8_train.core.metrics import METRICS
 
 MODELS = ("kl-f8", "ft-EMA", "ft-MSE")
 ODD = ("kl-f8", "<b>\"x\"&'y </script><script>document.title='broken'</script>", "größe 模型 `a|b`")
@@ -56,7 +56,7 @@ def write(
 def write_tables(directory: Path, rows: list[dict], names: tuple[str, ...]) -> None:
     """scores.json and per_image.csv of these rows; rFID and PSIM are not measured."""
     directory.mkdir(parents=True, exist_ok=True)
-    columns = ["model", "image", *compare.METRICS]
+    columns = ["model", "image", *METRICS]
     with (directory / "per_image.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()

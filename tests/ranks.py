@@ -103,6 +103,8 @@ def finish(started: list[Run], seconds: float = 180.0) -> list[str]:
     """Waits until all have ended well; returns their outputs."""
     codes = [run.end(seconds) for run in started]
     assert set(codes) == {0}, (codes, *(run.output for run in started))
+    warned = [run.output for run in started if "Warning:" in run.output]
+    assert not warned, warned  # of torch, say, on every rank
     return [run.output for run in started]
 
 

@@ -264,13 +264,15 @@ def test_report_of_the_originals_file(tmp_path):
         "layout": "CompVis autoencoder",
         "tensors": len(vae.state_dict()),
         "dtypes": ["float32"],
-        "sdxl": False,
+        "shape": None,
+        "family": None,
         "states": {},
         "iteration": 246803,
         "discriminator": True,
         "optimizer": True,
         "ema": {"model_ema.decay": 0.5, "model_ema.num_updates": 250.0},
         "logvar": 0.25,
+        "notes": [],
         "dropped": {"loss.perceptual_loss": 1},
         "stubbed": [],
         "frozen_sha256": frozen_sha256(vae.state_dict()),
@@ -304,14 +306,14 @@ def test_report_of_a_pruned_half_precision_file(tmp_path):
         assert absent not in shown
 
 
-@pytest.mark.parametrize(("scale", "told"), [(0.13025, True), (0.18215, False)])
-def test_sdxls_weights_are_told_by_the_folder(tmp_path, scale, told):
+@pytest.mark.parametrize(("scale", "family"), [(0.13025, "sdxl"), (0.18215, "sd"), (0.5, "other")])
+def test_the_family_is_shown_by_the_folder(tmp_path, scale, family):
     (tmp_path / "config.json").write_text(json.dumps({"scaling_factor": scale}))
     state = to_diffusers(samples.tiny_vae().state_dict())
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
     result = found(tmp_path)
-    assert result["sdxl"] is told
-    assert ("SDXL" in weight_file.describe(result)) is told
+    assert result["family"] == family
+    assert ("Stable Diffusion XL" in weight_file.describe(result)) is (family == "sdxl")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "3", "[" * 100_000])
@@ -319,7 +321,7 @@ def test_a_config_that_is_none(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     state = to_diffusers(samples.tiny_vae().state_dict())
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
-    assert found(tmp_path)["sdxl"] is False
+    assert found(tmp_path)["family"] is None
 
 
 def test_an_iteration_that_is_none(tmp_path):

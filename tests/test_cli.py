@@ -65,7 +65,6 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
         (["fetch", "clip"], 2, "there are vgg and inception"),
         (["fetch", "--url", "http://x"], 2, "fetch vgg --url"),
         (["doctor"], 2, "doctor takes a recipe"),
-        (["doctor", "--scaling"], 0, "| RTX 4090 |"),
         (["status", "nowhere"], 3, "no such directory"),
         (["status", "configs"], 3, "no config.yaml"),
         (["pack", "nowhere", "out"], 3, "no such folder"),

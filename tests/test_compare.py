@@ -158,10 +158,10 @@ def test_five_thousand_images_take_seconds_and_little_memory():
 def test_files_are_read_as_csv_and_json_holds_the_text(tmp_path):
     path = tmp_path / "per_image.csv"
     with pytest.raises(MissingInputError, match="no such file"):
-        compare.read_rows(path)
+        compare.read_image_scores(path)
     path.write_text("x,y\n1,2\n")
     with pytest.raises(MissingInputError, match="expected the columns"):
-        compare.read_rows(path)
+        compare.read_image_scores(path)
     names = ['a "quoted", b', "ü"]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -169,6 +169,6 @@ def test_files_are_read_as_csv_and_json_holds_the_text(tmp_path):
         writer.writerows(
             [n, f"{i}.png", v + k] for k, n in enumerate(names) for i, v in enumerate(LEVELS)
         )
-    found = compare.verdicts(compare.read_rows(path), *names)[0]
+    found = compare.verdicts(compare.read_image_scores(path), *names)[0]
     assert json.loads(json.dumps(found.as_dict()))["text"] == found.text
     assert 'ü is better than a "quoted", b in PSNR: +1.00 dB' in found.text

@@ -16,9 +16,10 @@ from kl_f8_train.check import benchmark, cost
 from kl_f8_train.core import machine, model, perceptual
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.discriminator import Discriminator
+from kl_f8_train.core.gradients import build_adam, parameters_of
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL, NormSwish, UpLevel, Upsample
-from kl_f8_train.core.step import Finetuner, build_optimizers
+from kl_f8_train.core.step import Finetuner
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.run.train import train
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
@@ -96,7 +97,7 @@ def test_lean_norm_keeps_its_input_alone_and_hands_on_autocasts_type():
 
 def gradients_of_an_iteration(tuner, batch):
     """Of decoder and discriminator, from the same start."""
-    tuner.run_iteration(batch, *build_optimizers(tuner))
+    tuner.run_iteration(batch)
     return {key: p.grad.clone() for key, p in tuner.named_parameters() if p.grad is not None}
 
 
@@ -138,7 +139,7 @@ def test_channels_last_reaches_networks_and_images(finetuner, batch, standin):
     tuner = finetuner("ft_ema", "compute.compile=false", "compute.channels_last=true")
     seen = []
     tuner.autoencoder.decoder.up[0].register_forward_hook(lambda m, i, out: seen.append(out))
-    tuner.run_iteration(batch(side=32), *build_optimizers(tuner))
+    tuner.run_iteration(batch(side=32))
     weights = [tuner.autoencoder.last_layer, tuner.ema["decoder"].conv_out.weight, *seen]
     weights.append(tuner.autoencoder.last_layer.grad)
     assert all(value.is_contiguous(memory_format=torch.channels_last) for value in weights)
@@ -147,11 +148,11 @@ def test_channels_last_reaches_networks_and_images(finetuner, batch, standin):
 def test_adams_state_comes_back_in_the_parameters_layout(tmp_path, finetuner, batch):
     """The fused Adam walks all its tensors by one tensor's strides, and does not check."""
     tuner = finetuner("ft_mse", "compute.compile=false", "compute.channels_last=true")
-    optimizers = build_optimizers(tuner)
-    tuner.run_iteration(batch(side=32), *optimizers)
+    optimizers = tuner.adams
+    tuner.run_iteration(batch(side=32))
     frozen = frozen_sha256(tuner.autoencoder.state_dict())
     path = checkpoint.save(tuner, optimizers, tmp_path, frozen)
-    restored = build_optimizers(tuner)
+    restored = [build_adam(parameters_of(optimizers[0]), tuner.config.optimizer)]
     checkpoint.restore(tuner, restored, weight_file.read(path))
     weight = tuner.autoencoder.last_layer
     for entry in ("exp_avg", "exp_avg_sq"):
@@ -171,12 +172,11 @@ def test_compiled_is_exact_without_breaks_or_recompiles(finetuner, batch, plain_
     machine.compile_networks(*parts, backend="aot_eager")
     plain = gradients_of_an_iteration(reference, batch(side=32))
     assert_equal_gradients(plain, gradients_of_an_iteration(tuner, batch(side=32)))
-    optimizers = build_optimizers(tuner)
-    tuner.run_iteration(batch(1, side=32), *optimizers)
+    tuner.run_iteration(batch(1, side=32))
     graphs = benchmark.compiled_graphs()
     assert graphs >= 10  # encoder, four levels, middle, norm, discriminator, perceptual
     for step in (2, 3):
-        tuner.run_iteration(batch(step, side=32), *optimizers)
+        tuner.run_iteration(batch(step, side=32))
     assert benchmark.compiled_graphs() == graphs
     assert benchmark.graph_breaks() == 0
     torch._dynamo.reset()

@@ -88,14 +88,14 @@ def test_memory_is_a_line_over_the_batch():
 
 def test_the_largest_batch_fits_and_one_more_does_not():
     settings = demo()
-    largest = cost.largest_batch(settings, 1e8)
+    largest = cost.batch_that_fits(settings, 1e8)
     assert cost.peak_bytes(settings, largest) <= 1e8 < cost.peak_bytes(settings, largest + 1)
     assert cost.largest_divisor(settings, 7 * largest, 1e8) == largest
-    assert cost.largest_batch(settings, 1e6) == cost.largest_divisor(settings, 12, 1e6) == 0
+    assert cost.batch_that_fits(settings, 1e6) == cost.largest_divisor(settings, 12, 1e6) == 0
 
 
 def test_memory_targets(tiny):
     """Batch 12 at 256: under 9 GiB uncompiled, and under 12 GB of a card that holds it."""
     config = tiny("ft_ema", *FULL, "precision=bfloat16")
     assert cost.peak_bytes(config, 12) <= 9 * cost.GIB
-    assert cost.largest_batch(config, 12e9 - cost.HEADROOM_BYTES) >= 12
+    assert cost.batch_that_fits(config, 12e9 - cost.HEADROOM_BYTES) >= 12

@@ -12,6 +12,7 @@ from kl_f8_train.core.batch import Batch
 from kl_f8_train.data import loading
 from kl_f8_train.data.plan import random_state
 from kl_f8_train.errors import MissingInputError
+from kl_f8_train.run.log import too_many
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +204,54 @@ def test_a_bad_image_gives_way_to_its_neighbour(tmp_path, bad):
             assert sample.skipped == []
     batch = batches(dataset, stop=1)[0]
     assert len(batch.skipped) == wanted.count(1)
+
+
+def test_bad_neighbours_count_once_for_each_of_their_positions(tmp_path):
+    """20 of 1,000 side by side: 2 % of the positions, not 21 % of the looks."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(1000):
+        bad = 100 <= number < 120
+        (folder / f"{number:04}.jpg").write_bytes(b"<html>" if bad else good(0))
+    dataset = dataset_of({"photos": folder})
+    found = [line for position in range(1000) for line in dataset[position].skipped]
+    assert 15 <= len(found) <= 20
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("bad", "seen", "stops"),
+    [(189, 400, True), (20, 1000, False), (101, 1000, True), (2, 4, False), (30, 200, False)],
+)
+def test_when_bad_images_are_too_many(bad, seen, stops):
+    assert too_many(bad, seen, 0.1) == stops
+
+
+@pytest.mark.parametrize("name", ["caf\udce9.jpg", "two\nlines.jpg"])
+def test_names_of_any_kind_can_be_printed(tmp_path, name):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / name).write_bytes(b"<html>")
+    (folder / "z.jpg").write_bytes(good(0))
+    dataset = dataset_of({"photos": folder})
+    lines = {line for position in range(8) for line in dataset[position].skipped}
+    assert len(lines) == 1
+    (line,) = lines
+    assert line.encode()
+    assert "\n" not in line
+
+
+def test_a_file_that_vanishes_is_a_bad_image(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.jpg").write_bytes(good(number))
+    dataset = dataset_of({"photos": folder})
+    (folder / "2.jpg").unlink()
+    found = [dataset[position] for position in range(16)]
+    assert {line for sample in found for line in sample.skipped} == {
+        "photos/2.jpg: cannot be read: No such file or directory"
+    }
 
 
 def test_the_last_bad_image_gives_way_to_the_first(tmp_path):

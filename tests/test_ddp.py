@@ -102,9 +102,9 @@ def test_every_gradient_is_reduced_once_and_nothing_else(folder, per_gpu_weight)
     micro = "compute.per_device_batch=3"  # 2 ranks x 3 images x 2 micro-batches
     watch = {"prepare": record_one_iteration, "given": (str(folder / name),)}
     ranks.finish(ranks.start(folder, name, *BATCH, *extra, micro, world=2, **watch))
-    weights = [] if per_gpu_weight else [("c10d::allreduce_", 2 * LAST_LAYER)] * 2
+    weights = [] if per_gpu_weight else [("c10d::allreduce_", 2 * LAST_LAYER)]
     expected = [
-        *weights,  # the adaptive weight's, in each micro-batch, before the backward pass
+        *weights,  # the adaptive weight's, before the backward passes
         ("c10d::allreduce_", trained_bytes()),  # only after the last micro-batch
         ("c10d::allreduce_", adversary_bytes() + 4),  # and the discriminator's loss
         FLAG,
@@ -260,7 +260,7 @@ def break_rank_1(path: str, broken: dict[int, str]) -> None:
     rank = int(os.environ["RANK"])
 
     def parts(finetuner):
-        adams = finetuner.prepared_optimizers
+        adams = finetuner.adams
         moments = [
             {f"{i}.{k}": v for i, s in enumerate(adam.state.values()) for k, v in s.items()}
             for adam in adams

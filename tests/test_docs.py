@@ -27,7 +27,9 @@ from kl_f8_train.__main__ import build_parser, main
 from kl_f8_train.weights import weight_file
 
 ROOT = Path(__file__).parents[1]
-DOCS = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "README.md")
+DOCS = {path.name: path for path in (ROOT / "README.md", *PAGES)}
+DOCS["docs/README.md"] = ROOT / "docs/README.md"
 MARK = re.compile(r"#.*\b(needs (the network|GPUs|a GPU|a cluster|root)|takes (minutes|hours))\b")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MARKERS = {text.partition(":")[0] for text in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
@@ -380,7 +382,9 @@ def test_readme_names_every_verb_and_document():
     text = DOCS["README.md"].read_text()
     (verbs,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     assert [verb for verb in verbs.choices if not re.search(rf"\b{verb}\b", text)] == []
-    assert [doc for doc in DOCS if doc != "README.md" and f"(docs/{doc})" not in text] == []
+    assert [path.name for path in PAGES if f"(docs/{path.name})" not in text] == []
+    listed = re.findall(r"^\| \[[\w.-]+\]\(([\w.-]+)\)", DOCS["docs/README.md"].read_text(), re.M)
+    assert sorted(listed) == [path.name for path in PAGES]
 
 
 def test_contributing_has_every_module():

@@ -19,7 +19,6 @@ from kl_f8_train.check import benchmark, cost, doctor, scaling
 from kl_f8_train.core import machine
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.losses import reconstruction_loss
-from kl_f8_train.core.step import build_optimizers
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.files import file_sha256
 from kl_f8_train.run.train import train
@@ -262,13 +261,13 @@ def audited(folder: Path, *extra: str):
 def test_the_pixel_norm_is_that_of_the_training_step(folder):
     audit, finetuner, batch = audited(folder, *runs.NO_ADVERSARIAL, "loss.perceptual_weight=0")
     assert set(audit) == {"pixel"}
-    finetuner.run_iteration(batch, *build_optimizers(finetuner))
+    finetuner.run_iteration(batch)
     assert audit["pixel"] == pytest.approx(float(finetuner.autoencoder.last_layer.grad.norm()))
 
 
 def test_the_adversarial_norm_gives_the_adaptive_weight(folder):
     audit, finetuner, batch = audited(folder, "loss.perceptual_weight=0")
-    finetuner.run_iteration(batch, *build_optimizers(finetuner))
+    finetuner.run_iteration(batch)
     weight = 0.5 * audit["pixel"] / (audit["adversarial"] + 1e-4)
     assert float(finetuner.metrics["adaptive_weight"]) == pytest.approx(weight, rel=1e-4)
 

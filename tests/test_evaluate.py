@@ -25,8 +25,8 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import file_sha256
 from kl_f8_train.run_dir import checkpoint_path
 from kl_f8_train.score import evaluate, report, scores
-from kl_f8_train.score.evaluate import CARD, STANDARD, Candidate, ImageSet, Networks, Sample
-from kl_f8_train.score.scores import SHIFTS, Row, Tally
+from kl_f8_train.score.evaluate import CARD, STANDARD, Candidate, EvaluatedImage, ImageSet, Networks
+from kl_f8_train.score.scores import SHIFT_METRICS, ImageScores, Tally
 from kl_f8_train.weights import pretrained, weight_file
 
 SIZE = 32
@@ -76,7 +76,7 @@ def table_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def loaded(folder: Path, where="photos") -> list[Sample]:
+def loaded(folder: Path, where="photos") -> list[EvaluatedImage]:
     image_set = ImageSet(str(folder / where), SIZE)
     return [image_set.load(index) for index in range(image_set.count)]
 
@@ -86,7 +86,7 @@ def candidates(folder: Path, names="abc") -> list[Candidate]:
     return evaluate.load_candidates(named, "cpu")
 
 
-def stack(some: list[Sample]) -> Tensor:
+def stack(some: list[EvaluatedImage]) -> Tensor:
     return torch.stack([sample.image for sample in some])
 
 
@@ -100,7 +100,7 @@ def test_scores_stand_beside_what_they_depend_on(folder, single):
     assert set(result["models"]) == {"a", "b"}
     for model in result["models"].values():
         assert model["psim"] is model["lpips"] is model["rfid"] is None
-        for metric in ("psnr", "ssim", "st_lpips", "sharpness", *SHIFTS):
+        for metric in ("psnr", "ssim", "st_lpips", "sharpness", *SHIFT_METRICS):
             assert set(model[metric]) == {"mean", "std"}
     assert set(result["unmeasured"]) == {"psim", "lpips", "rfid"}
     assert any("broken.png" in warning for warning in result["warnings"])
@@ -188,8 +188,8 @@ def test_pieces_of_an_earlier_report_go_and_nothing_else(folder):
         assert sorted(name[5] for name in found) == sorted(models * 2)
 
 
-def row(index: int, *scores: float) -> Row:
-    return Row(index, f"{index:02d}.png", "", 0.0, np.array([scores]))
+def row(index: int, *scores: float) -> ImageScores:
+    return ImageScores(index, f"{index:02d}.png", "", 0.0, np.array([scores]))
 
 
 def test_worst_median_and_best_are_chosen():
@@ -205,7 +205,7 @@ def test_worst_median_and_best_are_chosen():
 def test_pictures_are_few():
     random = np.random.RandomState(0)
     names = [f"model {number}" for number in range(10)]
-    rows = [Row(i, str(i), "", 0.0, random.normal(size=(10, 2))) for i in range(500)]
+    rows = [ImageScores(i, str(i), "", 0.0, random.normal(size=(10, 2))) for i in range(500)]
     chosen = scores.choose_pictures(rows, names, ["psnr", "ssim"])
     assert len(chosen) == scores.PICTURES
     assert list(chosen) == sorted(chosen)
@@ -357,7 +357,7 @@ def test_rfid_is_torch_fidelity_s(folder, inception_file):
 # --- order, batches, processes --------------------------------------------------------------
 
 
-def measured(group, some: list[Sample], batch_size: int) -> Tally:
+def measured(group, some: list[EvaluatedImage], batch_size: int) -> Tally:
     networks = Networks(pretrained.build("st_lpips_alex"))
     return evaluate.measure(group, networks, CARD, some, device="cpu", batch_size=batch_size)
 

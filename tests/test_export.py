@@ -93,8 +93,8 @@ def test_the_ema_is_exported_and_not_the_raw_weights(folder):
 
 def test_the_ckpt_satisfies_strict_loaders(folder, ema):
     path = folder / "run" / "export" / "tiny-ema-pruned.ckpt"
-    names = {name.split("/", 1)[1] for name in zipfile.ZipFile(path).namelist()}
-    assert all(n in ("data.pkl", "version") or n.startswith("data/") for n in names)
+    records = {name.split("/", 1)[1] for name in zipfile.ZipFile(path).namelist()}
+    assert all(n in ("data.pkl", "version") or n.startswith("data/") for n in records)
     loaded = torch.load(path, weights_only=True)
     assert loaded["global_step"] == 103
     AutoencoderKL(**names.architecture(loaded["state_dict"])).load_state_dict(

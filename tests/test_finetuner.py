@@ -19,7 +19,7 @@ from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.losses import generator_loss
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.core.step import Finetuner, build_optimizers, plain_backward, trained_part
+from kl_f8_train.core.step import Finetuner, trained_part
 from kl_f8_train.errors import RunFailedError
 
 FACTS = json.loads((Path(__file__).parent / "golden/facts.json").read_text())
@@ -41,9 +41,8 @@ NAMES = {  # ours -> the original's
 
 def iterate(finetuner, *batches):
     """Runs an iteration on each batch; the last one's gradients stay in place."""
-    optimizers = build_optimizers(finetuner)
     for one in batches:
-        finetuner.run_iteration(one, *optimizers)
+        finetuner.run_iteration(one)
     return finetuner
 
 
@@ -162,9 +161,8 @@ def original_order(run):
 @pytest.mark.parametrize("name", list(RUNS))
 def test_five_steps_are_the_originals(golden, finetuner, batch, name):
     tuner = finetuner("ft_ema", *original_order(RUNS[name]), BEFORE_START)
-    optimizers = build_optimizers(tuner)
     for step in range(5):
-        tuner.run_iteration(batch(step), *optimizers)
+        tuner.run_iteration(batch(step))
         check_step(golden, tuner, name, step + 1)
     assert tuner.iteration == RUNS[name]["start"] + 5
     assert tuner.ema_updates == 5
@@ -178,9 +176,8 @@ def test_skipping_the_discriminator_before_its_start_is_told_apart(golden, finet
     """
     name = "ii.cross"
     tuner = finetuner("ft_ema", *original_order(RUNS[name]))
-    optimizers = build_optimizers(tuner)
     for step in range(3):
-        tuner.run_iteration(batch(step), *optimizers)
+        tuner.run_iteration(batch(step))
         assert ("generator_loss" in tuner.metrics) == (step == 2)
         weight = tuner.autoencoder.last_layer
         golden.check(weight, f"train/{name}.step{step + 1}.param.decoder.conv_out.weight")
@@ -266,10 +263,15 @@ def test_adversarial_term_moves_the_decoder(autoencoder, discriminator, finetune
 
 def test_decoder_pass_leaves_no_gradient_elsewhere(finetuner, batch):
     tuner = finetuner("ft_ema", "adversarial.start_iteration=0")
-    images, noise = batch(side=32).images, batch(side=32).noise
-    latents, _ = tuner._encode(images, noise[0])
-    tuner._decoder_backward(images, latents, 1, plain_backward, True)
-    assert gradients(tuner.discriminator) == {}
+    update, seen = tuner.adversary.update, []
+
+    def record(*arguments):
+        seen.append(gradients(tuner.discriminator))
+        return update(*arguments)
+
+    tuner.adversary.update = record
+    iterate(tuner, batch(side=32))
+    assert seen == [{}]
     assert gradients(tuner.ema) == {}
     moved = {key.split(".")[0] for key in gradients(tuner.autoencoder)}
     assert moved == {"decoder", "post_quant_conv"}
@@ -279,9 +281,8 @@ def test_decoder_pass_leaves_no_gradient_elsewhere(finetuner, batch):
 @pytest.mark.parametrize("second_forward", ["true", "false"])
 def test_discriminator_pass_leaves_no_gradient_in_the_decoder(finetuner, batch, second_forward):
     tuner = finetuner("ft_ema", "adversarial.start_iteration=0", f"second_forward={second_forward}")
-    images, noise = batch(side=32).images, batch(side=32).noise
-    _, optimizer = build_optimizers(tuner)
-    tuner._update_discriminator(batch(side=32), [tuner._reconstruct(images, noise[0])], optimizer)
+    tuner.run_state.warmup_left = 1
+    tuner.run_warm_up(batch(side=32))
     assert gradients(tuner.autoencoder) == {}
     assert len(gradients(tuner.discriminator)) == len(list(tuner.discriminator.parameters()))
 
@@ -303,7 +304,7 @@ def test_frozen_parts_never_move(finetuner, batch):
 
 def test_optimizers_own_the_trained_parts_only(finetuner):
     tuner = finetuner()
-    decoder, adversary = (o.param_groups[0] for o in build_optimizers(tuner))
+    decoder, adversary = (o.param_groups[0] for o in tuner.adams)
     assert sum(p.numel() for p in decoder["params"]) == sum(
         p.numel()
         for name in ("decoder", "post_quant_conv")
@@ -322,15 +323,20 @@ def test_learned_logvar_moves_and_the_originals_does_not(finetuner, batch):
     assert abs(float(learned.logvar.detach())) == pytest.approx(9e-6, rel=1e-3)  # Adam's first step
 
 
-def test_two_micro_batches_equal_the_whole_batch(autoencoder, finetuner, batch):
-    start = snapshot(autoencoder)
+@pytest.mark.parametrize("recipe", ["ft_mse", "ft_ema"])
+def test_two_micro_batches_equal_the_whole_batch(
+    autoencoder, discriminator, finetuner, batch, recipe
+):
+    starts = [(network, snapshot(network)) for network in (autoencoder, discriminator)]
     results = []
     for micro_batch in (2, 1):
-        autoencoder.load_state_dict(start)
-        tuner = iterate(
-            finetuner("ft_mse", f"compute.per_device_batch={micro_batch}"), batch(side=32)
-        )
-        results.append((gradients(autoencoder), snapshot(tuner.ema), dict(tuner.metrics)))
+        for network, start in starts:
+            network.load_state_dict(start)
+        extra = ["adversarial.start_iteration=0"] if recipe == "ft_ema" else []
+        tuner = finetuner(recipe, f"compute.per_device_batch={micro_batch}", *extra)
+        iterate(tuner, batch(side=32))
+        moved = gradients(autoencoder) | {f"d.{k}": g for k, g in gradients(discriminator).items()}
+        results.append((moved, snapshot(tuner.ema), dict(tuner.metrics)))
     (whole, ema, figures), (parts, ema_of_parts, figures_of_parts) = results
     assert whole.keys() == parts.keys()
     for key, value in whole.items():
@@ -344,19 +350,19 @@ def test_two_micro_batches_equal_the_whole_batch(autoencoder, finetuner, batch):
 
 def test_warm_up_trains_the_discriminator_alone(finetuner, batch):
     tuner = finetuner("ft_ema", "adversarial.warmup_iterations=3", "init.iteration=60000")
-    tuner.warmup_left = 3
+    tuner.run_state.warmup_left = 3
     kept = {"autoencoder": tuner.autoencoder, "ema": tuner.ema}
     before = {name: snapshot(module) for name, module in kept.items()}
-    optimizers = build_optimizers(tuner)
+    optimizers = tuner.adams
     for left in (2, 1, 0):
         adversary = tuner.discriminator.main[0].weight.detach().clone()
-        tuner.run_iteration(batch(left, side=32), *optimizers)
+        tuner.run_warm_up(batch(left, side=32))
         assert tuner.warmup_left == left
         assert not torch.equal(tuner.discriminator.main[0].weight, adversary)
         assert all(unchanged(module, before[name]) for name, module in kept.items())
         assert (tuner.iteration, tuner.ema_updates) == (60_000, 0)
         assert optimizers[0].state == {}
-    tuner.run_iteration(batch(0, side=32), *optimizers)
+    tuner.run_iteration(batch(0, side=32))
     assert (tuner.iteration, tuner.ema_updates) == (60_001, 1)
     assert not unchanged(tuner.autoencoder.decoder, trained_before(before["autoencoder"]))
 
@@ -367,9 +373,9 @@ def trained_before(state):
 
 def test_warm_up_trains_before_the_start_iteration_too(finetuner, batch):
     tuner = finetuner("ft_ema", "adversarial.start_iteration=50001")
-    tuner.warmup_left = 1
+    tuner.run_state.warmup_left = 1
     before = tuner.discriminator.main[0].weight.detach().clone()
-    iterate(tuner, batch(side=32))
+    tuner.run_warm_up(batch(side=32))
     assert not torch.equal(tuner.discriminator.main[0].weight, before)
 
 
@@ -394,14 +400,14 @@ def with_nan(batch):
 def test_update_that_is_not_finite_is_left_out(finetuner, batch):
     tuner = finetuner("ft_ema", "adversarial.start_iteration=0", "ema.decay=0.5")
     modules = (tuner.autoencoder, tuner.discriminator)
-    optimizers = build_optimizers(tuner)
-    tuner.run_iteration(batch(0, side=32), *optimizers)
+    optimizers = tuner.adams
+    tuner.run_iteration(batch(0, side=32))
     before = [snapshot(module) for module in modules]
     adams = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
     average = snapshot(tuner.ema)
-    tuner.run_iteration(with_nan(batch(1, side=32)), *optimizers)
-    tuner.judge()
-    assert (tuner.iteration, tuner.bad_updates, tuner.ema_updates) == (2, 1, 2)
+    tuner.run_iteration(with_nan(batch(1, side=32)))
+    tuner.guard.judge()
+    assert (tuner.iteration, tuner.guard.in_a_row, tuner.ema_updates) == (2, 1, 2)
     for module, state in zip(modules, before, strict=True):  # BatchNorm's buffers too
         assert unchanged(module, state)
     for optimizer, state in zip(optimizers, adams, strict=True):  # with its count of steps
@@ -409,9 +415,9 @@ def test_update_that_is_not_finite_is_left_out(finetuner, batch):
     decoder = trained_part(tuner.autoencoder).state_dict()
     expected = {key: 0.5 * (average[key] + decoder[key]) for key in average}  # as in any iteration
     torch.testing.assert_close(dict(tuner.ema.state_dict()), expected, rtol=0, atol=1e-14)
-    tuner.run_iteration(batch(2, side=32), *optimizers)
-    tuner.judge()
-    assert (tuner.iteration, tuner.bad_updates, tuner.ema_updates) == (3, 0, 3)
+    tuner.run_iteration(batch(2, side=32))
+    tuner.guard.judge()
+    assert (tuner.iteration, tuner.guard.in_a_row, tuner.ema_updates) == (3, 0, 3)
     modules = (*modules, tuner.ema)
     assert all(torch.isfinite(v).all() for m in modules for v in m.state_dict().values())
 
@@ -422,9 +428,8 @@ def test_left_out_from_the_start_the_next_update_is_the_first(finetuner, batch, 
     for batches in ([batch(1, side=32)], [with_nan(batch(0, side=32)), batch(1, side=32)]):
         autoencoder.load_state_dict(start)
         tuner = finetuner("ft_mse")
-        optimizers = build_optimizers(tuner)
         for one in batches:
-            tuner.run_iteration(one, *optimizers)
+            tuner.run_iteration(one)
         ends.append(snapshot(autoencoder))
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in start)
     assert not unchanged(autoencoder, start)
@@ -445,13 +450,13 @@ def test_the_host_reads_nothing_inside_an_iteration(tiny, standin, monkeypatch, 
     network = copy.deepcopy(standin).float()
     tuner = Finetuner(settings, AutoencoderKL(ch=32), Discriminator(ndf=16), network).to("meta")
     network.to("meta")
-    tuner.warmup_left = warmup
+    tuner.run_state.warmup_left = warmup
     images, noise = torch.zeros(4, 3, 32, 32), torch.zeros(2, 4, 4, 4, 4)
     batch = Batch(images, noise, list("abcd"), []).to(torch.device("meta"))
-    tuner.run_iteration(batch, *build_optimizers(tuner))
+    (tuner.run_warm_up if warmup else tuner.run_iteration)(batch)
     assert tuner.iteration == 1 - warmup
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        tuner.judge()  # it reads
+        tuner.guard.judge()  # it reads
 
 
 def test_restored_steps_lie_where_the_fused_adam_reads_them(finetuner):
@@ -462,7 +467,7 @@ def test_restored_steps_lie_where_the_fused_adam_reads_them(finetuner):
     optimizer.state[parameter] = {"step": torch.ones(()), "exp_avg": torch.zeros(2)}
     _optimizer_to_device(optimizer, torch.device("meta"))
     assert optimizer.state[parameter]["step"].device.type == "cpu"
-    tuner.prepared_optimizers = [optimizer]
+    tuner.decoder_adam = optimizer
     tuner.on_fit_start()
     assert {value.device.type for value in optimizer.state[parameter].values()} == {"meta"}
 
@@ -471,8 +476,8 @@ def test_the_image_behind_it_is_named(finetuner, batch, capsys):
     tuner = finetuner("ft_mse")
     iterate(tuner, with_nan(batch(side=32)))
     assert capsys.readouterr().out == ""
-    tuner.judge()
-    tuner.judge()  # tells it once
+    tuner.guard.judge()
+    tuner.guard.judge()  # tells it once
     assert capsys.readouterr().out == (
         "iteration 0: update left out on all ranks (1 in a row, 1 in all): loss or gradient of the "
         "decoder is not finite; caused by rank 0: a\n"
@@ -493,25 +498,24 @@ def test_infinite_loss_with_a_finite_gradient_is_left_out(finetuner, batch, stan
     module.register_forward_hook(shift)
     decoder, adversary = snapshot(tuner.autoencoder), snapshot(tuner.discriminator)
     iterate(tuner, batch(side=32))
-    tuner.judge()
-    assert tuner.bad_updates == 1
+    tuner.guard.judge()
+    assert tuner.guard.in_a_row == 1
     assert unchanged(tuner.autoencoder, decoder) == (part != "discriminator")
     assert unchanged(tuner.discriminator, adversary)
-    tuner.run_iteration(batch(1, side=32), *build_optimizers(tuner))
-    tuner.judge()
-    assert tuner.bad_updates == 0
+    tuner.run_iteration(batch(1, side=32))
+    tuner.guard.judge()
+    assert tuner.guard.in_a_row == 0
     assert not unchanged(tuner.discriminator, adversary)
 
 
 def test_too_many_bad_updates_in_a_row_end_the_run(finetuner, batch):
     tuner = finetuner("ft_mse", "max_bad_updates=2")
-    optimizers = build_optimizers(tuner)
     bad, good = with_nan(batch(0, side=32)), batch(1, side=32)
     for one in (bad, good, bad):  # never two in a row
-        tuner.run_iteration(one, *optimizers)
-    tuner.run_iteration(bad, *optimizers)
+        tuner.run_iteration(one)
+    tuner.run_iteration(bad)
     with pytest.raises(RunFailedError, match="2 updates in a row were not finite"):
-        tuner.judge()
+        tuner.guard.judge()
 
 
 # --- precision and images -----------------------------------------------------------------------
@@ -533,8 +537,8 @@ def test_bfloat16_autocast_keeps_float32_weights(finetuner, batch, standin):
     assert {value.dtype for value in states} == {torch.float32}
     assert all(torch.isfinite(value).all() for value in states)
     assert not torch.equal(tuner.autoencoder.last_layer, before)
-    tuner.judge()
-    assert tuner.bad_updates_in_all == 0
+    tuner.guard.judge()
+    assert tuner.guard.in_all == 0
 
 
 def test_bfloat16_gradient_is_close_to_float64(autoencoder, finetuner, batch, standin):

@@ -18,7 +18,6 @@ PLACES = {
     "torch_fidelity": "score.inception",
     "safetensors": "weights.weight_file",
     "wandb": "run.tracking",
-    "diffusers": "check.benchmark",  # what --against measures against, if it is installed
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
@@ -71,6 +70,6 @@ def test_library_has_its_places(library):
 
 
 def test_the_packages_themselves_import_nothing():
+    lazily = {"importlib", "typing.Any"}  # the library's names, when they are first used
     packages = sorted(PACKAGE.rglob("__init__.py"))
-    assert len(packages) == 8
-    assert [path for path in packages if imports(path)] == []
+    assert [path for path in packages if imports(path) - lazily] == []

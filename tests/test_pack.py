@@ -16,6 +16,7 @@ from PIL import Image
 from kl_f8_train import images
 from kl_f8_train.data import pack
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.folders import SUFFIXES, list_folder
 
 
 def make_folder(root: Path, count: int = 7) -> Path:
@@ -34,7 +35,8 @@ def make_folder(root: Path, count: int = 7) -> Path:
 
 
 def good_files(folder: Path) -> list[Path]:
-    return [file for file in images.list_folder(folder) if file.name != "photo 2.jpg"]
+    files = [folder / file for file in list_folder(folder).files]
+    return [file for file in files if file.name != "photo 2.jpg"]
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -123,10 +125,10 @@ def test_what_the_command_line_says(tmp_path, monkeypatch):
     result = pack.pack(folder, tmp_path / "out", per_shard=4)
     first, *others = str(result).splitlines()
     assert first == f"6 images in 2 shards, 2 of them written now: {tmp_path / 'out'}"
-    assert others == [f"left out: {line}" for line in result.skipped]
+    assert others == ["not used: 1 .txt", *(f"left out: {line}" for line in result.skipped)]
     monkeypatch.setattr(pack, "SHOWN", 1)
     assert str(result).splitlines()[-1] == "2 left out; all are named in *_stats.json"
-    assert len(str(result).splitlines()) == 3
+    assert len(str(result).splitlines()) == 4
 
 
 def test_names_that_are_no_text(tmp_path):
@@ -138,7 +140,7 @@ def test_names_that_are_no_text(tmp_path):
     result = pack.pack(folder, tmp_path / "out")
     held = members(result.shards[0])
     texts = [held[f"00000000{n}.txt"].decode() for n in range(2)]
-    assert texts == ["фото ☃", "??"]
+    assert texts == ["фото ☃", r"\xff\xfe"]
     assert pack.pack(folder, tmp_path / "out").written == 0
 
 
@@ -168,7 +170,7 @@ def test_tar_reads_it(tmp_path):
     for path in result.shards:
         subprocess.run(["tar", "xf", path, "-C", tmp_path / "x"], check=True)
     extracted = {
-        file.read_bytes() for file in (tmp_path / "x").iterdir() if file.suffix in images.SUFFIXES
+        file.read_bytes() for file in (tmp_path / "x").iterdir() if file.suffix in SUFFIXES
     }
     assert extracted == {file.read_bytes() for file in good_files(folder)}
     listing = subprocess.run(["tar", "tvf", path], check=True, capture_output=True, text=True)
@@ -257,11 +259,11 @@ def test_killed_at_any_moment(tmp_path):
     code = (
         "import os, sys\nfrom pathlib import Path\nfrom kl_f8_train import images\n"
         "from kl_f8_train.data import pack\n"
-        "decode, left = images.decode, [int(sys.argv[3])]\n"
+        "picture, left = images.picture, [int(sys.argv[3])]\n"
         "def dies(data):\n"
         "    left[0] -= 1\n"
-        "    return decode(data) if left[0] else os._exit(9)\n"
-        "images.decode = dies\n"
+        "    return picture(data) if left[0] else os._exit(9)\n"
+        "images.picture = dies\n"
         "pack.pack(Path(sys.argv[1]), Path(sys.argv[2]), per_shard=3, workers=1)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -379,17 +381,17 @@ def test_a_directory_that_cannot_be(tmp_path):
 
 def test_a_file_that_goes_away_is_skipped(tmp_path, monkeypatch):
     folder = make_folder(tmp_path)
-    read = Path.read_bytes
+    read = pack.read_file
 
     def gone(path):
         if path.name == "photo 0.jpg":
-            raise FileNotFoundError(2, "No such file or directory")
+            path.unlink()
         return read(path)
 
-    monkeypatch.setattr(Path, "read_bytes", gone)
+    monkeypatch.setattr(pack, "read_file", gone)
     result = pack.pack(folder, tmp_path / "out")
     assert result.images == 5
-    assert "photo 0.jpg: not readable: No such file or directory" in result.skipped
+    assert "photo 0.jpg: cannot be read: No such file or directory" in result.skipped
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,10 @@ def test_every_batch_has_the_exact_mixture(shares):
 
 
 def test_sources_are_mixed_inside_a_batch():
-    slots = plans.interleave({"a": 4, "b": 4})
+    slots = plans.mixed_slots({"a": 4, "b": 4})
     assert [name for name, _ in slots] == ["a", "b"] * 4
     assert [index for name, index in slots if name == "b"] == [0, 1, 2, 3]
-    halves = [name for name, _ in plans.interleave({"a": 8, "b": 4})[:6]]
+    halves = [name for name, _ in plans.mixed_slots({"a": 8, "b": 4})[:6]]
     assert collections.Counter(halves) == {"a": 4, "b": 2}
 
 

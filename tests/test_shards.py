@@ -329,7 +329,7 @@ def test_a_changed_shard_is_indexed_anew(tmp_path):
 
 def test_indexing_resumes_at_the_part_that_is_missing(tmp_path, monkeypatch):
     paths = samples.packed(tmp_path / "photos", count=5, per_shard=1)
-    monkeypatch.setattr(index, "CHUNK", 2)
+    monkeypatch.setattr(index, "PART_SHARDS", 2)
     locations = [str(path) for path in paths]
     cache = ShardCache(tmp_path / "cache", 2**30)
     index.build_index(locations, tmp_path / "index", cache)

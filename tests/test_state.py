@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from kl_f8_train.core.hashes import frozen_sha256
-from kl_f8_train.core.step import build_optimizers
 from kl_f8_train.errors import MissingInputError, RunFailedError
 from kl_f8_train.weights import checkpoint, weight_file
 
@@ -17,10 +16,9 @@ from kl_f8_train.weights import checkpoint, weight_file
 def saved(finetuner, batch, tmp_path):
     """(finetuner, optimizers, path): a checkpoint after one iteration."""
     tuner = finetuner("ft_ema", "adversarial.start_iteration=0")
-    optimizers = build_optimizers(tuner)
-    tuner.run_iteration(batch(side=32), *optimizers)
+    tuner.run_iteration(batch(side=32))
     frozen = frozen_sha256(tuner.autoencoder.state_dict())
-    return tuner, optimizers, checkpoint.save(tuner, optimizers, tmp_path, frozen)
+    return tuner, tuner.adams, checkpoint.save(tuner, tuner.adams, tmp_path, frozen)
 
 
 def take(path: Path) -> weight_file.Contents:
@@ -66,7 +64,7 @@ def test_a_checkpoint_that_is_not_finite_is_never_written(saved, tmp_path, where
     tensor.data.view(-1)[-1] = torch.nan if where == "weight" else torch.inf
     frozen = frozen_sha256(tuner.autoencoder.state_dict())
     before = path.read_bytes()
-    tuner.iteration += 1
+    tuner.run_state.iteration += 1
     with pytest.raises(RunFailedError, match="1 tensors are not finite"):
         checkpoint.save(tuner, optimizers, tmp_path, frozen)
     assert list(path.parent.iterdir()) == [path]

@@ -182,6 +182,13 @@ def test_warnings(tmp_path, changes, warning):
     assert warning in status.html(run, status.read_status(run, NOW), NOW)
 
 
+def test_bad_images_are_counted_as_files(tmp_path):
+    run = make_run(tmp_path, [row(i, skipped_images=70) for i in range(1010, 1310, 10)], (1200,))
+    (run / "skipped-0.txt").write_text("a/1.jpg: broken\na/2.jpg: broken\na/1.jpg: broken\n")
+    (run / "skipped-1.txt").write_text("a/2.jpg: broken\na/3.jpg: gone: for good\n")
+    assert "3 images could not be used" in status.read_status(run, NOW).warnings[0]
+
+
 def test_waiting_for_data_is_judged_late_and_more_workers_than_cores_are_not_advised(tmp_path):
     waiting = [row(i, data_wait_share=0.4) for i in range(1010, 1210, 10)]
     assert status.read_status(make_run(tmp_path / "early", waiting[:19]), NOW).warnings == []

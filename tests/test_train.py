@@ -93,6 +93,21 @@ def test_stopping_and_resuming_equals_not_stopping(folder, undisturbed):
     runs.assert_same_state(runs.final_state(folder, "twice"), undisturbed)
 
 
+def test_a_signal_in_the_last_iteration_changes_nothing(folder, monkeypatch, capsys):
+    original = checkpoint.save
+
+    def save(finetuner, *rest):
+        if finetuner.iteration == 102:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(finetuner, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert train(runs.recipe(folder, "last", "stop_iteration=102")) == 0
+    said = capsys.readouterr().out
+    assert "done: iteration 102; next: kl-f8-train export" in said
+    assert "stopped by signal" not in said
+
+
 def test_another_recipe_is_refused_or_remembered(folder, capsys):
     train(runs.recipe(folder, "changed", *runs.NO_ADVERSARIAL, "stop_iteration=101"))
     extra = (*runs.NO_ADVERSARIAL, "optimizer.learning_rate=1e-5")
@@ -331,7 +346,7 @@ def test_too_many_bad_images_stop_the_run(folder):
         "global_batch=50",
         "compute.per_device_batch=10",
     )
-    with pytest.raises(RunFailedError, match=r"of 1,000 images cannot be used.*max_bad_share=0.1"):
+    with pytest.raises(RunFailedError, match=r"of [\d,]+ images cannot be used.*max_bad_share=0.1"):
         train(runs.recipe(folder, "many-bad-run", *extra))
 
 

@@ -1,12 +1,10 @@
 """How fast a recipe runs on this machine, where the time goes, and how far that is from the floor.
 
 An iteration here is one micro-batch of one device. Everything works without weights and shards:
-what is not there is random, and the result says so. The reference variants run in turns with ours
-(A B C A B C ...), so that a machine that slows down slows all of them.
+what is not there is random, and the result says so.
 """
 
 import gc
-import importlib.util
 import os
 import resource
 import statistics
@@ -14,7 +12,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kl_f8_train import __version__
 from kl_f8_train.check import cost
@@ -30,17 +27,11 @@ from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.core import machine, perceptual
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.discriminator import Discriminator, initialize
-from kl_f8_train.core.losses import (
-    adaptive_weight,
-    discriminator_loss,
-    generator_loss,
-    reconstruction_loss,
-)
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.core.step import Finetuner, build_optimizers
+from kl_f8_train.core.phases import timed_by
+from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data.loading import IterationSampler, PositionDataset, loader, open_data
 from kl_f8_train.errors import MissingInputError, UsageError
-from kl_f8_train.images import to_float
 from kl_f8_train.units import counted, duration
 from kl_f8_train.weights import pretrained
 
@@ -65,19 +56,6 @@ class Variant:
         """Seconds of one iteration."""
         return statistics.median(self.seconds)
 
-    def figures(self, size: int, ours: "Variant") -> dict[str, Any]:
-        """Speed, and how much longer it takes than ours: by the clock, and in CPU time.
-
-        On a CPU that others use too, CPU time is the steadier ratio; beside a GPU it says little.
-        """
-        return {
-            "name": self.name,
-            "images_per_second": size / self.median,
-            "ratio": self.median / ours.median,
-            "cpu_time_ratio": statistics.median(self.cpu_seconds)
-            / statistics.median(ours.cpu_seconds),
-        }
-
 
 # --- the verb -------------------------------------------------------------------------------
 
@@ -86,12 +64,10 @@ class Variant:
 def benchmark(
     config: Config,
     iterations: int = 10,
-    against: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measures an iteration of `config` on this machine and returns the figures.
 
-    With `against` the original's order and diffusers' modules (if installed) run beside it.
     Raises UsageError if CUDA is asked for and not there, RunFailedError with the remedy if memory
     runs out.
     """
@@ -112,30 +88,23 @@ def benchmark(
     say(
         f"the first iteration took {first_seconds:.2g} s; {left} more take "
         f"{'at most' if machine.compiles(config.compute) else 'about'} "
-        f"{duration(left * first_seconds)}{', without those of --against' * against}"
+        f"{duration(left * first_seconds)}"
     )
     flops_per_image = count_flops(ours, batch) / size
     reset_peak(device)  # after compiling, and after the count, which runs eagerly
     for _ in range(WARM_UP - 2):
         ours(batch)
     memory, breaks = peak_memory(device) - before, graph_breaks()
-    variants = [Variant("ours", ours)]
-    if against:
-        variants += reference_variants(config, device, say)
-        turn = sum(timed(variant.run, batch, device) for variant in variants)
-        say(
-            f"a turn of {counted(len(variants), 'variant', 's')} takes {turn:.2g} s; "
-            f"{iterations} take about {duration(iterations * turn)}"
-        )
-    phases = measure(variants, finetuner, batches, device, iterations)
+    timed_here = Variant("ours", ours)
+    phases = measure([timed_here], batches, device, iterations)
     rates = {name: matmul_rate(device, kind) for name, kind in PRECISIONS.items()}
-    cpu_seconds = statistics.median(variants[0].cpu_seconds)
-    if device.type == "cpu" and is_busy(variants[0].median, cpu_seconds, torch.get_num_threads()):
+    cpu_seconds = statistics.median(timed_here.cpu_seconds)
+    if device.type == "cpu" and is_busy(timed_here.median, cpu_seconds, torch.get_num_threads()):
         notes.append(
             "the threads waited for a fifth of the time or more: the machine is busy, or the "
             "images too few for so many threads; the figures are rough"
         )
-    images_per_second = size / (variants[0].median + 1e-3 * phases["data"])
+    images_per_second = size / (timed_here.median + 1e-3 * phases["data"])
     achieved = flops_per_image * images_per_second
     share = achieved / rates[config.precision]
     result = {
@@ -145,7 +114,7 @@ def benchmark(
         "crop": config.data.crop,
         "iterations": iterations,
         "images_per_second": images_per_second,
-        "seconds_quartiles": quartiles(variants[0].seconds),
+        "seconds_quartiles": quartiles(timed_here.seconds),
         "cpu_seconds": cpu_seconds,
         "flops_per_image": flops_per_image,
         "flops_floor": cost.flops_per_image(config),
@@ -159,9 +128,8 @@ def benchmark(
         "first_iteration_seconds": first_iteration,
         "compiled": machine.compiles(config.compute),
         "graph_breaks": breaks,
-        "recompiles_after_warm_up": variants[0].graphs,
+        "recompiles_after_warm_up": timed_here.graphs,
         "synchronizations": synchronizations(ours, batch, device),
-        "variants": [variant.figures(size, variants[0]) for variant in variants],
         "settings": {
             "name": config.name,
             "model": asdict(config.model),
@@ -170,7 +138,7 @@ def benchmark(
         "versions": {"kl_f8_train": __version__, "torch": str(torch.__version__)},
         "notes": notes,
     }
-    del finetuner, ours, variants  # their memory is room for the largest batch
+    del finetuner, ours, timed_here  # their memory is room for the largest batch
     return result | {"largest_batch": largest_batch(config, device, size)}
 
 
@@ -203,12 +171,6 @@ def describe(result: Mapping[str, Any]) -> str:
         )
     if result["synchronizations"] is not None:
         lines.append(f"host waits for the device {result['synchronizations']} times an iteration")
-    for variant in result["variants"][1:]:
-        lines.append(
-            f"against {variant['name']}: {variant['images_per_second']:.3g} images/s; "
-            f"ours is {variant['ratio']:.2f} x as fast, "
-            f"{variant['cpu_time_ratio']:.2f} x by CPU time"
-        )
     return "\n".join([*lines, *result["notes"]])
 
 
@@ -261,13 +223,10 @@ def iteration_of(finetuner: Finetuner, device: torch.device) -> Iteration:
     """The finetuner's iteration, one micro-batch each, on `device`."""
     finetuner.to(device)
     finetuner.perceptual.to(device)
-    decoder, discriminator = (*build_optimizers(finetuner), None)[:2]
-    assert decoder is not None
 
     def run(batch: Batch) -> None:
-        finetuner.micro_batch = len(batch.images)
         with machine.kernels(finetuner.config.precision):
-            finetuner.run_iteration(batch, decoder, discriminator)
+            finetuner.run_iteration(batch)
 
     return run
 
@@ -308,17 +267,15 @@ def batch_size(config: Config, device: torch.device) -> int:
 
 def measure(
     variants: list[Variant],
-    finetuner: Finetuner,
     batches: Iterator[Batch],
     device: torch.device,
     iterations: int,
 ) -> dict[str, float]:
-    """Runs all variants in turns, the first being `finetuner`'s; returns its phases' milliseconds.
+    """Runs all variants in turns; returns the milliseconds of the first one's phases.
 
     Medians over the iterations.
     """
     clock = Clock(device)
-    finetuner.phase_ended = clock
     milliseconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(iterations):
         clock.start()
@@ -328,7 +285,8 @@ def measure(
             synchronize(device)
             graphs = compiled_graphs()
             began, cpu_began = time.perf_counter(), time.process_time()
-            variant.run(batch)
+            with timed_by(clock) if variant is variants[0] else nullcontext():
+                variant.run(batch)
             synchronize(device)
             variant.seconds.append(time.perf_counter() - began)
             variant.cpu_seconds.append(time.process_time() - cpu_began)
@@ -486,8 +444,9 @@ def _status_bytes(key: str) -> int:
 def largest_batch(config: Config, device: torch.device, size: int) -> int:
     """The largest micro-batch that fits: tried on CUDA, uncompiled; computed on a CPU."""
     if device.type == "cpu":
-        return cost.largest_batch(config, machine.available_memory())
-    eager = replace(config, compute=replace(config.compute, compile=False))
+        return cost.batch_that_fits(config, machine.available_memory())
+    one_pass = replace(config.compute, compile=False, per_device_batch=2**30)  # whatever is tried
+    eager = replace(config, compute=one_pass)
     gc.collect()
     torch.cuda.empty_cache()
     run = iteration_of(build_finetuner(eager, []), device)
@@ -515,125 +474,3 @@ def largest_that_fits(fits: Callable[[int], bool], start: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-# --- reference variants ---------------------------------------------------------------------
-
-
-def reference_variants(
-    config: Config, device: torch.device, say: Callable[[str], None]
-) -> list[Variant]:
-    """The original's order on our modules, and our step on diffusers' modules.
-
-    Those with the recipe's layout and compilation, too, where ours has them. And our own step in
-    float32, where the recipe has another precision.
-    """
-    exact = replace(config, precision="float32")
-    runs: dict[str, Iteration] = {}
-    if config.precision != "float32":
-        runs["ours, float32"] = iteration_of(build_finetuner(exact, []), device)
-    if config.adversarial is not None:
-        runs["the original's order, float32"] = original(exact, device)
-    else:
-        say("no adversarial term: the original's order is left out")
-    if importlib.util.find_spec("diffusers") is None:
-        say("diffusers is not installed: its variant is left out (pip install diffusers)")
-    else:
-        name = "the same step on diffusers' modules"
-        for precision in dict.fromkeys(("float32", config.precision)):
-            peer = plain(replace(config, precision=precision))
-            runs[f"{name}, {precision}"] = on_diffusers(peer, device)
-        switches = {"channels_last": machine.channels_last, "compiled": machine.compiles}
-        on = [switch for switch, is_on in switches.items() if is_on(config.compute)]
-        if on:
-            runs[", ".join([name, config.precision, *on])] = on_diffusers(config, device)
-    return [Variant(name, run) for name, run in runs.items()]
-
-
-def plain(config: Config) -> Config:
-    """All switches off."""
-    switches = replace(
-        config.compute,
-        channels_last=False,
-        subpixel_upsample=False,
-        lean_norm=False,
-        perceptual_parts=1,
-        checkpoint_levels=0,
-        compile=False,
-    )
-    return replace(config, compute=switches)
-
-
-def original(config: Config, device: torch.device) -> Iteration:
-    """The original's training step, as its trainer ran it on our modules in float32.
-
-    Decoder: the encoder is in the graph, and the discriminator's gradients are computed too.
-    Discriminator: a second forward pass of everything, LPIPS included. The gradients for the
-    adaptive weight are separate backward passes.
-    """
-    config = plain(config)
-    parts = build_finetuner(config, []).to(device)
-    model, discriminator, network = parts.autoencoder, parts.discriminator, parts.perceptual
-    network.to(device)
-    assert discriminator is not None
-    model.requires_grad_(True)
-    optimizer, critic = build_optimizers(parts)
-    logvar = torch.zeros((), device=device)
-    pixel, weight = config.loss.pixel, config.loss.perceptual_weight
-
-    def nll_of(x: Tensor, y: Tensor) -> Tensor:
-        distance = network(x, y)
-        return reconstruction_loss(
-            x, y, distance, pixel=pixel, perceptual_weight=weight, logvar=logvar
-        )[0]
-
-    @machine.kernels(config.precision)
-    def run(batch: Batch) -> None:
-        x = to_float(batch.images) if batch.images.dtype == torch.uint8 else batch.images
-        posterior = model.encode(x)
-        y = model.decode(posterior.sample(batch.noise[0]))
-        nll, g = nll_of(x, y), generator_loss(discriminator(y))
-        at_last_layer = [
-            torch.autograd.grad(term, model.last_layer, retain_graph=True)[0] for term in (nll, g)
-        ]
-        optimizer.zero_grad()
-        loss = nll + 0.5 * adaptive_weight(at_last_layer[0], at_last_layer[1]) * g
-        (loss + 1e-6 * posterior.kl().mean()).backward()
-        optimizer.step()
-        with torch.no_grad():
-            y = model.decode(model.encode(x).sample(batch.noise[-1]))
-            nll_of(x, y)
-        critic.zero_grad()
-        discriminator_loss(discriminator(x), discriminator(y)).backward()
-        critic.step()
-
-    return run
-
-
-def on_diffusers(config: Config, device: torch.device) -> Iteration:
-    """Our step with diffusers' encoder and decoder in place of ours.
-
-    In the layout of `config`, and compiled, if it says so, in the parts that ours is compiled in.
-    """
-    from diffusers import AutoencoderKL as Peer
-
-    shape = config.model
-    levels = len(shape.ch_mult)
-    peer: Any = Peer(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(shape.ch * multiplier for multiplier in shape.ch_mult),
-        layers_per_block=shape.num_res_blocks,
-        latent_channels=shape.z_channels,
-    )
-    parts = build_finetuner(plain(config), [])
-    for name in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
-        setattr(parts.autoencoder, name, getattr(peer, name))
-    settings = replace(parts.config, compute=replace(config.compute, compile=False))
-    losses = parts.discriminator, parts.perceptual
-    finetuner = Finetuner(settings, parts.autoencoder, *losses)
-    if machine.compiles(config.compute):
-        decoder = peer.decoder
-        ends = peer.encoder, decoder.mid_block, decoder.conv_norm_out
-        machine.compile_each([*ends, *decoder.up_blocks, *losses])
-    return iteration_of(finetuner, device)

@@ -7,24 +7,22 @@ optimizers, EMA) is below a thousandth. Memory is that of all tensors alive at a
 """
 
 import weakref
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from kl_f8_train.config import Config
-from kl_f8_train.core import perceptual
+from kl_f8_train.core import machine, perceptual
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
-from kl_f8_train.core.step import Finetuner, build_optimizers
+from kl_f8_train.core.phases import timed_by
+from kl_f8_train.core.step import Finetuner, Loop
 from kl_f8_train.weights import pretrained
 
 GIB = 2**30
@@ -113,7 +111,11 @@ _COUNTED: dict[str, Counts] = {}  # by what they depend on
 def counts(config: Config, batch: int) -> Counts:
     """Counts an iteration of `batch` images, uncompiled, recomputation included."""
     compute = replace(
-        config.compute, accelerator="cpu", compile=False, channels_last=False, per_device_batch=None
+        config.compute,
+        accelerator="cpu",
+        compile=False,
+        channels_last=False,
+        per_device_batch=batch,
     )
     adversarial = config.adversarial and replace(config.adversarial, start_iteration=0)
     config = replace(config, compute=compute, adversarial=adversarial)
@@ -127,20 +129,21 @@ def counts(config: Config, batch: int) -> Counts:
 def _count(config: Config, batch: int) -> Counts:
     with torch.device("meta"), Counter() as counter:
         finetuner = _finetuner(config)
-        optimizers = build_optimizers(finetuner)
         moments = [torch.empty(2, _parameters(m)) for m in (finetuner.ema, finetuner.discriminator)]
+        for adam in finetuner.adams:  # its kernel does not know the meta device
+            adam.step = lambda closure=None: None  # type: ignore[method-assign]
         side, latents = config.data.crop, latent_side(config)
         images = torch.empty(batch, 3, side, side, dtype=torch.uint8)
         noise = torch.empty(2, batch, config.model.embed_dim, latents, latents)
-        for optimizer in optimizers:  # its kernel does not know the meta device
-            optimizer.step = lambda closure=None: None  # type: ignore[method-assign]
-        finetuner.micro_batch = batch
-        finetuner.phase_ended = counter
+
+        def backward(tensor: Tensor, gradient: Tensor) -> None:
+            with machine.autocast(config.precision, tensor.device):  # for what is computed again
+                tensor.backward(gradient)
+
         counter.reset()
-        nobody = [None][len(optimizers) - 1 :]  # instead of a discriminator's optimizer
-        finetuner.run_iteration(
-            Batch(images, noise, [""] * batch, []), *optimizers, *nobody, finetuner.backward_again
-        )
+        with timed_by(counter):
+            finetuner.run_iteration(Batch(images, noise, [""] * batch, []), Loop(backward))
+        counter("rest")
         del moments
     model = finetuner.autoencoder
     return Counts(
@@ -155,33 +158,7 @@ def _count(config: Config, batch: int) -> Counts:
     )
 
 
-@contextmanager
-def _bfloat16_convolutions() -> Iterator[None]:
-    """What autocast does to these networks; the meta device has no autocast."""
-    convolve = F.conv2d
-
-    def rounded(*tensors: Tensor | None, **options: Any) -> Tensor:
-        args, options = tree_map_only(Tensor, Tensor.bfloat16, (tensors, options))
-        return convolve(*args, **options)
-
-    F.conv2d = rounded
-    try:
-        yield
-    finally:
-        F.conv2d = convolve
-
-
-class _Finetuner(Finetuner):
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return _bfloat16_convolutions() if self.config.precision == "bfloat16" else nullcontext()
-
-    def backward_again(self, tensor: Tensor, gradient: Tensor | None) -> None:
-        """Backward; what activation checkpointing repeats runs under autocast, too."""
-        with self._autocast():
-            tensor.backward(gradient)
-
-
-def _finetuner(config: Config) -> _Finetuner:
+def _finetuner(config: Config) -> Finetuner:
     adversarial, discriminator = config.adversarial, None
     if adversarial is not None:
         discriminator = Discriminator(adversarial.ndf, adversarial.n_layers)
@@ -189,7 +166,7 @@ def _finetuner(config: Config) -> _Finetuner:
         network = perceptual.lpips_vgg({})
     else:
         network = pretrained.build(config.loss.perceptual)
-    return _Finetuner(
+    return Finetuner(
         config, AutoencoderKL(**asdict(config.model)), discriminator, network.to("meta")
     )
 
@@ -247,7 +224,7 @@ def peak_bytes(config: Config, batch: int) -> float:
     return max(below[phase] + (batch - few) * slope for phase, slope in slopes.items())
 
 
-def largest_batch(config: Config, room_bytes: float) -> int:
+def batch_that_fits(config: Config, room_bytes: float) -> int:
     """Images per micro-batch that fit into `room_bytes`, by `peak_bytes`; 0 if not even one."""
     low, high = 0, 1
     while peak_bytes(config, high) <= room_bytes:

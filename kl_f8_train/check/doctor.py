@@ -12,7 +12,8 @@ import resource
 import shutil
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_f8_train import config, images
+from kl_f8_train import config as configs
+from kl_f8_train import facts, images
 from kl_f8_train.check import benchmark, cost, origins, scaling
 from kl_f8_train.config import Config
 from kl_f8_train.core import machine, perceptual
@@ -30,17 +32,18 @@ from kl_f8_train.core.model import FROZEN
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data import identity
 from kl_f8_train.data.loading import PositionDataset, collate, open_data
+from kl_f8_train.data.sources import ImageSource
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError, UserError
-from kl_f8_train.files import check_writable, file_sha256
+from kl_f8_train.files import check_writable
+from kl_f8_train.output import Say
 from kl_f8_train.run.tracking import check_tensorboard, wandb_reachable
 from kl_f8_train.run.train import adopt, check_model, fixed_photographs, start_or_resume
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted, duration, size
-from kl_f8_train.weights import pretrained, weight_file
+from kl_f8_train.weights import checkpoint, pretrained, weight_file
 from kl_f8_train.weights.names import Weights
 
-Say = Callable[[str], None]
 BASE_RATE = 4.5e-6  # the original's base learning rate
 SAMPLE = 32  # images of each local source that are decoded; of a remote one, REMOTE_SAMPLE
 REMOTE_SAMPLE = 2
@@ -104,14 +107,14 @@ def _finite(value: Any) -> Any:
 def examine(path: Path, overrides: list[str], say: Say, allow_changes: bool = False) -> Report:
     """Goes through a run's settings and inputs, and tries one iteration."""
     report = Report(say)
-    settings = None
+    config = None
     with report.section("settings"):
-        settings = config.load(path, overrides)
-        _tell_settings(report, settings, path, overrides)
-    if settings is not None:
-        _examine_run(report, settings, allow_changes)
+        config = configs.load(path, overrides)
+        _tell_settings(report, config, path, overrides)
+    if config is not None:
+        _examine_run(report, config, allow_changes)
     elif (plan := _plan_without_inputs(path, overrides)) is not None:
-        world = world_size(plan)
+        world = planned_processes(plan)
         with report.section("batch and learning rate"):
             _check_batch(report, plan, world)
         _tell_bill(report, plan, world)
@@ -122,34 +125,34 @@ def examine(path: Path, overrides: list[str], say: Say, allow_changes: bool = Fa
 def _plan_without_inputs(path: Path, overrides: list[str]) -> Config | None:
     """The settings with a name in the place of each without a value; None if more is wrong."""
     with contextlib.suppress(UserError):
-        values = dict(config.leaves(config.resolve(path, overrides)))
+        values = dict(configs.leaves(configs.resolve(path, overrides)))
         absent = [f"{key}=absent" for key, value in values.items() if value == "???"]
-        return config.load(path, [*overrides, *absent])
+        return configs.load(path, [*overrides, *absent])
     return None
 
 
-def _examine_run(report: Report, settings: Config, allow_changes: bool) -> None:
-    world = world_size(settings)
+def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
+    world = planned_processes(config)
     with report.section("batch and learning rate"):
-        _check_batch(report, settings, world)
+        _check_batch(report, config, world)
     with report.section("weights"):
-        _check_weights(report, settings)
-    with report.section(f"perceptual network: {perceptual.LABELS[settings.loss.perceptual]}"):
-        network = pretrained.build(settings.loss.perceptual, settings.loss.perceptual_weights)
+        _check_weights(report, config)
+    with report.section(f"perceptual network: {perceptual.LABELS[config.loss.perceptual]}"):
+        network = pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
         if network.published:
             report.tell("found")
         else:
             report.remark(f"the loss is {network.label}: the result is not the published recipe's")
-    for name in settings.data.sources:
+    for name in config.data.sources:
         with report.section(f"data: {name}"):
-            _check_source(report, settings, name)
-    if settings.log.pictures_every and settings.log.pictures is not None:
+            _check_source(report, config, name)
+    if config.log.pictures_every and config.log.pictures is not None:
         with report.section("photographs of validation"):
-            found = fixed_photographs(settings, report.tell)
-            report.tell(f"{counted(len(found), 'photograph', 's')} of {settings.log.pictures}")
+            found = fixed_photographs(config, report.tell)
+            report.tell(f"{counted(len(found), 'photograph', 's')} of {config.log.pictures}")
     with report.section("wandb"):
-        _check_wandb(report, settings)
-    if settings.log.tensorboard:
+        _check_wandb(report, config)
+    if config.log.tensorboard:
         with report.section("TensorBoard"):
             check_tensorboard()
             report.tell("installed")
@@ -158,20 +161,20 @@ def _examine_run(report: Report, settings: Config, allow_changes: bool) -> None:
     else:
         with report.section("one iteration"):
             with contextlib.redirect_stdout(io.StringIO()) as told:
-                finetuner, _ = start_or_resume(settings, Path(settings.run_dir), allow_changes)
+                finetuner, _ = start_or_resume(config, Path(config.run_dir), allow_changes)
             for line in told.getvalue().splitlines():
                 report.tell(line.strip())
-            _try_iteration(report, settings, finetuner, world, allow_changes)
+            _try_iteration(report, config, finetuner, world, allow_changes)
     with report.section("disk"):
-        _check_disk(report, settings)
-    _tell_bill(report, settings, world)
+        _check_disk(report, config)
+    _tell_bill(report, config, world)
 
 
 # --- settings -------------------------------------------------------------------------------
 
 
-def _tell_settings(report: Report, settings: Config, path: Path, overrides: list[str]) -> None:
-    values = dict(config.leaves(config.to_dict(settings)))
+def _tell_settings(report: Report, config: Config, path: Path, overrides: list[str]) -> None:
+    values = dict(configs.leaves(configs.to_dict(config)))
     where = origins.origins(path, overrides, values)
     report.facts["settings"] = {
         key: {"value": value, "origin": where[key]} for key, value in values.items()
@@ -190,15 +193,15 @@ def _hanging(head: str) -> dict[str, Any]:
     }
 
 
-def world_size(settings: Config) -> int:
+def planned_processes(config: Config) -> int:
     """Processes of the run: as set, else the GPUs seen here, on the nodes set or one."""
-    gpus = 0 if settings.compute.accelerator == "cpu" else torch.cuda.device_count()
-    return (settings.compute.devices or gpus or 1) * (settings.compute.num_nodes or 1)
+    gpus = 0 if config.compute.accelerator == "cpu" else torch.cuda.device_count()
+    return (config.compute.devices or gpus or 1) * (config.compute.num_nodes or 1)
 
 
-def _check_batch(report: Report, settings: Config, world: int) -> None:
-    micro = config.micro_batch(settings, world)
-    batch, rate = settings.global_batch, settings.optimizer.learning_rate
+def _check_batch(report: Report, config: Config, world: int) -> None:
+    micro = configs.micro_batch(config, world)
+    batch, rate = config.global_batch, config.optimizer.learning_rate
     parts = batch // world // micro
     report.facts["batch"] = {
         "processes": world, "per_device": micro, "accumulation": parts, "global": batch
@@ -207,41 +210,40 @@ def _check_batch(report: Report, settings: Config, world: int) -> None:
         f"{counted(world, 'process', 'es')} x {counted(micro, 'image', 's')} x "
         f"{counted(parts, 'micro-batch', 'es')} = {batch}"
     )
-    here = _memory_here(settings)
-    _tell_memory(report, settings, micro, batch // world, here)
+    here = _memory_here(config)
+    _tell_memory(report, config, micro, batch // world, here)
     report.tell(
         f"learning rate {rate:g}, absolute: nothing scales it. The original's rule would give "
         f"{parts} x {micro} x {world} x {BASE_RATE:g} = {batch * BASE_RATE:g}; this is "
         f"{rate / BASE_RATE:.3g} x its base rate"
     )
-    if settings.compute.accelerator == "cuda" and not torch.cuda.is_available():
+    if config.compute.accelerator == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "compute.accelerator=cuda, but torch sees no GPU here; mend the driver, or give "
             "compute.accelerator=cpu"
         )
     gpus = torch.cuda.device_count()
-    if gpus and (settings.compute.devices or 1) > gpus:
+    if gpus and (config.compute.devices or 1) > gpus:
         raise UsageError(
-            f"compute.devices={settings.compute.devices}, but torch sees {gpus} GPUs here; give "
+            f"compute.devices={config.compute.devices}, but torch sees {gpus} GPUs here; give "
             f"compute.devices={gpus} or run this where the others are"
         )
-    if not machine.on_cuda(settings.compute):  # a GPU is tried with a whole micro-batch
-        check_fits(settings, micro, batch // world, here)
+    if not machine.on_cuda(config.compute):  # a GPU is tried with a whole micro-batch
+        check_fits(config, micro, batch // world, here)
 
 
 def _tell_memory(
-    report: Report, settings: Config, micro: int, share: int, here: Mapping[str, float]
+    report: Report, config: Config, micro: int, share: int, here: Mapping[str, float]
 ) -> None:
     """What micro-batches of `micro` take, and the largest that would fit here or on known GPUs."""
     report.tell(
-        f"{'memory' if _on_cpu(settings) else 'GPU memory'} that this takes, computed: "
-        f"{size(cost.peak_bytes(settings, micro))}"
+        f"{'memory' if _on_cpu(config) else 'GPU memory'} that this takes, computed: "
+        f"{size(cost.peak_bytes(config, micro))}"
     )
-    fits = {name: cost.largest_divisor(settings, share, here[name]) for name in here}
-    if _is_full_size(settings) and not machine.on_cuda(settings.compute):
+    fits = {name: cost.largest_divisor(config, share, here[name]) for name in here}
+    if _is_full_size(config) and not machine.on_cuda(config.compute):
         fits |= {
-            kind.name: cost.largest_divisor(settings, share, kind.room_bytes)
-            for kind in scaling.GPUS
+            kind.name: cost.largest_divisor(config, share, kind.room_bytes) for kind in scaling.GPUS
         }
     report.facts["per_device_batch_that_fits"] = fits
     if fits:
@@ -251,58 +253,58 @@ def _tell_memory(
         report.tell(f"the largest compute.per_device_batch that fits, computed{left}: {told}")
 
 
-def _memory_here(settings: Config) -> dict[str, float]:
+def _memory_here(config: Config) -> dict[str, float]:
     """Room in bytes, by name, for each process here; {} where a GPU elsewhere is meant."""
-    if machine.on_cuda(settings.compute):
+    if machine.on_cuda(config.compute):
         found = torch.cuda.get_device_properties(0)
         return {found.name: found.total_memory - cost.HEADROOM_BYTES}
-    if not _on_cpu(settings):
+    if not _on_cpu(config):
         return {}
-    return {THIS_MACHINE: machine.available_memory() / (settings.compute.devices or 1)}
+    return {THIS_MACHINE: machine.available_memory() / (config.compute.devices or 1)}
 
 
-def check_fits(settings: Config, micro: int, share: int, rooms: Mapping[str, float]) -> None:
+def check_fits(config: Config, micro: int, share: int, rooms: Mapping[str, float]) -> None:
     """Raises RunFailedError if a micro-batch of `micro` images needs more than there is room."""
     for name, room in rooms.items():
-        largest = cost.largest_divisor(settings, share, room)
+        largest = cost.largest_divisor(config, share, room)
         if micro > largest:
             smaller = f"give compute.per_device_batch={largest}, or " if largest else ""
             raise RunFailedError(
                 f"compute.per_device_batch={micro} takes "
-                f"{size(cost.peak_bytes(settings, micro))}, computed, but {name} has "
+                f"{size(cost.peak_bytes(config, micro))}, computed, but {name} has "
                 f"{size(room)} for it; {smaller}"
                 "raise compute.checkpoint_levels, or lower data.crop"
             )
 
 
-def _on_cpu(settings: Config) -> bool:
+def _on_cpu(config: Config) -> bool:
     """Whether the run will use this machine's CPU; full size without a GPU is a plan for others."""
-    accelerator = settings.compute.accelerator
+    accelerator = config.compute.accelerator
     if accelerator == "auto":
-        return not torch.cuda.is_available() and not _is_full_size(settings)
+        return not torch.cuda.is_available() and not _is_full_size(config)
     return accelerator == "cpu"
 
 
-def _is_full_size(settings: Config) -> bool:
+def _is_full_size(config: Config) -> bool:
     """Whether the networks have kl-f8's shape: figures for GPUs say nothing about smaller ones."""
-    return settings.model == config.KL_F8
+    return config.model == configs.KL_F8
 
 
 # --- inputs ---------------------------------------------------------------------------------
 
 
-def _check_weights(report: Report, settings: Config) -> None:
-    found = list_checkpoints(Path(settings.run_dir))
+def _check_weights(report: Report, config: Config) -> None:
+    found = list_checkpoints(Path(config.run_dir))
     if found:
         held = counted(len(found), "checkpoint", "s")
-        report.tell(f"{settings.run_dir} holds {held}: this run would resume")
-    paths = found or [Path(settings.init.weights)]
-    contents, weights = _first_readable(report, paths, settings.init.select)
+        report.tell(f"{config.run_dir} holds {held}: this run would resume")
+    paths = found or [Path(config.init.weights)]
+    contents, weights = _first_readable(report, paths, config.init.select, config.init.prefix)
     start = contents.iteration
-    if not found and settings.init.iteration is not None:
-        start = settings.init.iteration
+    if not found and config.init.iteration is not None:
+        start = config.init.iteration
     report.facts["start_iteration"] = start
-    digest = file_sha256(contents.path)
+    digest = weight_file.sha256(contents.path)
     told = weight_file.report(contents, weights)
     report.facts["weights"] = {"sha256": digest, **told}
     report.tell(weight_file.describe(told))
@@ -313,41 +315,43 @@ def _check_weights(report: Report, settings: Config) -> None:
             f"{contents.iteration:,}"
         )
     if not found:
-        check_model(settings, contents, weights.autoencoder)
+        check_model(config, contents, weights.autoencoder)
+        stated = checkpoint.base_facts(contents, weights, config)
+        report.facts["weights"]["facts"] = stated.stated()
+        report.tell(f"family: {facts.described(stated.family, stated)}")
 
 
 def _first_readable(
-    report: Report, paths: list[Path], select: str
+    report: Report, paths: list[Path], select: str, prefix: str | None
 ) -> tuple[weight_file.Contents, Weights]:
     """The weights of the first file that can be read, as `train` would take it."""
     for path in paths[:-1]:
         try:
-            return weight_file.read_weights(path, select)
+            return weight_file.read_weights(path, select, prefix)
         except MissingInputError as error:
             report.remark(f"{error}; the checkpoint before it would be taken")
-    return weight_file.read_weights(paths[-1], select)
+    return weight_file.read_weights(paths[-1], select, prefix)
 
 
-def _check_source(report: Report, settings: Config, name: str) -> None:
+def _check_source(report: Report, config: Config, name: str) -> None:
     """Opens one source, reads its first shard, and decodes a sample as training would."""
-    alone = replace(settings.data, sources={name: settings.data.sources[name]})
-    plan, sources = open_data(replace(settings, data=alone), report.tell)
+    alone = replace(config.data, sources={name: config.data.sources[name]})
+    plan, sources = open_data(replace(config, data=alone), report.tell)
     source = sources[name]
     for line in source.describe():
         report.tell(line)
     first = int(source.counts.argmax() if source.counts[0] == 0 else 0)
-    key, data = source.read(first, 0)
-    height, width = images.decode(data).shape[1:]
     place = source.location(first)
-    report.tell(f"first shard {place}: {key}, {width} x {height} pixels, {size(len(data))}")
+    report.tell(f"first shard {place}: {_describe_image(source, first, 0)}")
     dealt = plan.plans[name].lanes * plan.plans[name].lane_length  # in a pass, none twice
     count = min(plan.batch * 4, dealt, REMOTE_SAMPLE if is_remote(place) else SAMPLE)
-    dataset = PositionDataset(plan, sources, settings)
+    dataset = PositionDataset(plan, sources, config)
     began = time.perf_counter()
     samples = [dataset[position] for position in range(count)]
     speed = count / (time.perf_counter() - began)
     bad = sum(len(sample.skipped) for sample in samples)
-    side = settings.data.shorter_side
+    profiles = Counter(sample.profile for sample in samples if sample.profile)
+    side = config.data.shorter_side
     small = 0 if side is None else _count_smaller(side, dataset, range(count))
     report.facts.setdefault("data", {})[name] = {
         "images": int(source.counts.sum()),
@@ -355,12 +359,16 @@ def _check_source(report: Report, settings: Config, name: str) -> None:
         "sampled": count,
         "unusable": bad,
         "enlarged": small,
+        "colour_profiles": dict(profiles),
         "images_per_second_per_worker": speed,
     }
     report.tell(f"sample of {count}: {bad} unusable; {speed:.0f} images/s in one process")
     if bad:
         line = next(sample.skipped[0] for sample in samples if sample.skipped)
-        report.remark(f"{name}: {bad} of {count + bad} sampled images cannot be used, as {line}")
+        report.remark(f"{name}: {bad} of {count} sampled images cannot be used, as {line}")
+    if profiles:
+        named = ", ".join(f"{number} {profile}" for profile, number in profiles.most_common(3))
+        report.tell(f"{profiles.total()} of {count} are converted to sRGB from: {named}")
     if small:
         report.remark(
             f"{name}: {small} of {count} sampled images are smaller than data.shorter_side={side}, "
@@ -369,19 +377,31 @@ def _check_source(report: Report, settings: Config, name: str) -> None:
         )
 
 
+def _describe_image(source: ImageSource, shard: int, sample: int) -> str:
+    """Name and size of an image, or why it cannot be used."""
+    try:
+        key, data = source.read(shard, sample)
+        found = images.picture(data)
+    except ImageError as error:
+        return f"{source.name(shard, sample)} cannot be used: {error}"
+    height, width = found.pixels.shape[1:]
+    profile = f", {found.profile}" if found.profile else ""
+    return f"{key}, {width} x {height} pixels, {size(len(data))}{profile}"
+
+
 def _count_smaller(side: int, dataset: PositionDataset, positions: range) -> int:
     """How many readable images at these positions have a side shorter than `side` pixels."""
     smaller = 0
     for position in positions:
         name, shard, number = dataset.plan.locate(position)
-        with contextlib.suppress(ImageError, OSError):
+        with contextlib.suppress(ImageError):
             image = images.decode(dataset.sources[name].read(shard, number)[1])
             smaller += min(image.shape[1:]) < side
     return smaller
 
 
-def _check_wandb(report: Report, settings: Config) -> None:
-    outcome: str = settings.log.wandb
+def _check_wandb(report: Report, config: Config) -> None:
+    outcome: str = config.log.wandb
     if outcome == "auto":
         outcome = "online" if wandb_reachable() else "offline: its server does not answer"
     report.facts["wandb"] = outcome
@@ -397,24 +417,25 @@ def existing_parent(path: Path) -> Path:
 
 
 def _try_iteration(
-    report: Report, settings: Config, finetuner: Finetuner, world: int, allow_changes: bool
+    report: Report, config: Config, finetuner: Finetuner, world: int, allow_changes: bool
 ) -> None:
     """Audits the gradients of a real batch, then runs and times an iteration on it."""
     report.facts |= {"start_iteration": finetuner.iteration, "warmup": finetuner.warmup_left}
-    cuda = machine.on_cuda(settings.compute)
+    cuda = machine.on_cuda(config.compute)
     device = torch.device("cuda" if cuda else "cpu")
-    micro = config.micro_batch(settings, world)
+    micro = configs.micro_batch(config, world)
     count = micro if cuda else min(micro, FEW_IMAGES)
-    plan, sources = open_data(settings, report.tell)
-    adopt(finetuner, identity.of_data(plan), settings.run_dir, allow_changes)
-    dataset = PositionDataset(plan, sources, settings)
-    first = finetuner.iteration * settings.global_batch
+    plan, sources = open_data(config, report.tell)
+    adopt(finetuner, identity.of_data(plan), config.run_dir, allow_changes)
+    dataset = PositionDataset(plan, sources, config)
+    first = finetuner.iteration * config.global_batch
     batch = collate([dataset[first + slot] for slot in range(count)]).to(device)
     finetuner.to(device)
     finetuner.perceptual.to(device)
-    finetuner.warmup_left, finetuner.micro_batch = 0, count
-    if settings.adversarial is not None:  # with everything that it will cost
-        finetuner.iteration = max(finetuner.iteration, settings.adversarial.start_iteration)
+    finetuner.run_state.warmup_left = 0
+    if config.adversarial is not None:  # with everything that it will cost
+        start = config.adversarial.start_iteration
+        finetuner.run_state.iteration = max(finetuner.iteration, start)
     try:
         with torch.compiler.set_stance("force_eager"):  # each term's backward pass keeps the graph
             audit = gradient_audit(finetuner, batch.first(FEW_IMAGES))
@@ -449,7 +470,7 @@ def _try_iteration(
     if not cuda:
         report.remark("time and memory were measured on this machine's CPU, not on a GPU")
     _check_gradients(finetuner, audit)
-    _check_workers(report, settings, count / seconds)
+    _check_workers(report, config, count / seconds)
 
 
 def gradient_audit(finetuner: Finetuner, batch: Batch) -> dict[str, float]:
@@ -457,10 +478,10 @@ def gradient_audit(finetuner: Finetuner, batch: Batch) -> dict[str, float]:
 
     The perceptual term with its weight, the adversarial one before its adaptive weight.
     """
-    settings, model = finetuner.config, finetuner.autoencoder
+    config, model = finetuner.config, finetuner.autoencoder
     dtype = model.last_layer.dtype
     x = images.to_float(batch.images).to(dtype)
-    autocast = torch.autocast(x.device.type, torch.bfloat16, settings.precision == "bfloat16")
+    autocast = torch.autocast(x.device.type, torch.bfloat16, config.precision == "bfloat16")
     with torch.no_grad(), autocast:
         latents = model.encode(x).sample(batch.noise[0].to(dtype))
     with autocast:
@@ -472,13 +493,13 @@ def gradient_audit(finetuner: Finetuner, batch: Batch) -> dict[str, float]:
             x,
             reconstruction,
             distance.to(dtype),
-            pixel=settings.loss.pixel,
-            perceptual_weight=settings.loss.perceptual_weight,
+            pixel=config.loss.pixel,
+            perceptual_weight=config.loss.perceptual_weight,
             logvar=finetuner.logvar.detach(),
         )[0]
 
     terms = {"pixel": nll(y, torch.zeros_like(y[:, :1, :1, :1]))}
-    if settings.loss.perceptual_weight:
+    if config.loss.perceptual_weight:
         terms["perceptual"] = nll(x, finetuner.perceptual(x, y))  # x - x leaves this term alone
     if logits is not None:
         terms["adversarial"] = generator_loss(logits.to(dtype))
@@ -521,16 +542,16 @@ def _check_gradients(finetuner: Finetuner, audit: Mapping[str, float]) -> None:
         )
 
 
-def _check_workers(report: Report, settings: Config, wanted: float) -> None:
+def _check_workers(report: Report, config: Config, wanted: float) -> None:
     """Compares one loader process with what the device takes."""
     slowest = min(entry["images_per_second_per_worker"] for entry in report.facts["data"].values())
     workers = math.ceil(wanted / slowest)
     report.tell(
         f"data: {counted(workers, 'loader process', 'es')} can keep it busy; "
-        f"data.workers={settings.data.workers}"
+        f"data.workers={config.data.workers}"
     )
-    if workers > max(1, settings.data.workers):
-        report.remark(f"data.workers={settings.data.workers} is too few; {workers} would do")
+    if workers > max(1, config.data.workers):
+        report.remark(f"data.workers={config.data.workers} is too few; {workers} would do")
 
 
 def _device_name(cuda: bool) -> str:
@@ -544,33 +565,34 @@ def _device_name(cuda: bool) -> str:
 # --- the bill -------------------------------------------------------------------------------
 
 
-def kept_checkpoints(settings: config.Checkpoint, start: int, stop: int) -> int:
+def kept_checkpoints(config: configs.Checkpoint, start: int, stop: int) -> int:
     """How many checkpoints are there in the end: the newest, and the milestones before them."""
-    saved = range(start - start % settings.every + settings.every, stop, settings.every)
-    newest = [*saved[max(0, len(saved) - settings.keep_last + 1) :], stop]
-    if not settings.keep_every:
+    saved = range(start - start % config.every + config.every, stop, config.every)
+    newest = [*saved[max(0, len(saved) - config.keep_last + 1) :], stop]
+    if not config.keep_every:
         return len(newest)
-    step = math.lcm(settings.every, settings.keep_every)
+    step = math.lcm(config.every, config.keep_every)
     milestones = range(start - start % step + step, stop, step)
     return len(milestones) + sum(iteration not in milestones for iteration in newest)
 
 
-def _start(report: Report, settings: Config) -> int | None:
-    found: int | None = report.facts.get("start_iteration", settings.init.iteration)
+def _start_iteration(report: Report, config: Config) -> int | None:
+    found: int | None = report.facts.get("start_iteration", config.init.iteration)
     return found
 
 
-def _check_disk(report: Report, settings: Config) -> None:
+def _check_disk(report: Report, config: Config) -> None:
     """Raises RunFailedError if the directory is closed, or too small for what will be kept."""
-    run_dir = Path(settings.run_dir)
+    run_dir = Path(config.run_dir)
     parent = existing_parent(run_dir)
     check_writable(parent)
-    start = _start(report, settings)
+    start = _start_iteration(report, config)
     if start is None:
         report.tell(f"{run_dir} can be written; how much is not known without the first iteration")
         return
-    one = scaling.checkpoint_bytes(settings)
-    kept = kept_checkpoints(settings.checkpoint, start, settings.stop_iteration)
+    one = scaling.checkpoint_bytes(config)
+    kept = kept_checkpoints(config.checkpoint, start, config.stop_iteration)
+    kept += config.checkpoint.keep_best
     there = sum(path.stat().st_size for path in list_checkpoints(run_dir))
     needed, free = (kept + 1) * one - there, shutil.disk_usage(parent).free
     report.facts |= {"checkpoint_bytes": kept * one, "checkpoints": kept, "free_bytes": free}
@@ -585,24 +607,24 @@ def _check_disk(report: Report, settings: Config) -> None:
         )
 
 
-def _tell_bill(report: Report, settings: Config, world: int) -> None:
+def _tell_bill(report: Report, config: Config, world: int) -> None:
     report.say("the bill:")
-    _bill(report, settings, world)
-    _tell_scaling(report, settings, world)
+    _bill(report, config, world)
+    _tell_scaling(report, config, world)
 
 
-def _bill(report: Report, settings: Config, world: int) -> None:
-    start, seconds = _start(report, settings), report.facts.get("seconds_per_image")
+def _bill(report: Report, config: Config, world: int) -> None:
+    start, seconds = _start_iteration(report, config), report.facts.get("seconds_per_image")
     if start is None:
         report.tell("not known: weights that tell their iteration, or init.iteration, are missing")
         return
     warmup = report.facts.get("warmup", 0)
-    iterations = max(0, settings.stop_iteration - start) + warmup
-    total = iterations * settings.global_batch
+    iterations = max(0, config.stop_iteration - start) + warmup
+    total = iterations * config.global_batch
     report.facts["images_total"] = total
     extra = f", {warmup:,} of them the discriminator's warm-up" if warmup else ""
     report.tell(
-        f"{counted(iterations, 'iteration', 's')}{extra} x {settings.global_batch} = "
+        f"{counted(iterations, 'iteration', 's')}{extra} x {config.global_batch} = "
         f"{counted(total, 'image', 's')}"
     )
     if seconds is None:
@@ -631,27 +653,27 @@ def date_in(days: float) -> datetime.datetime | None:
         return None
 
 
-def _tell_scaling(report: Report, settings: Config, world: int) -> None:
+def _tell_scaling(report: Report, config: Config, world: int) -> None:
     """More devices like this one from its measured speed; without a GPU, the known kinds, too.
 
     The known kinds for kl-f8's shape alone.
     """
-    seconds, start = report.facts.get("seconds_per_image"), _start(report, settings)
-    iterations = 0 if start is None else max(0, settings.stop_iteration - start)
-    work = scaling.workload(settings, iterations)
-    cuda = machine.on_cuda(settings.compute)
+    seconds, start = report.facts.get("seconds_per_image"), _start_iteration(report, config)
+    iterations = 0 if start is None else max(0, config.stop_iteration - start)
+    work = scaling.workload(config, iterations)
+    cuda = machine.on_cuda(config.compute)
     gpu = scaling.find_gpu(torch.cuda.get_device_name()) if cuda else None
     assumed = f"{100 * scaling.SHARE:.0f} % of its peak"
     if seconds is not None:
-        report.say(f"scaling, by docs/scaling.md, from the speed of {_device_name(cuda)}:")
+        report.say(f"scaling, by docs/performance.md, from the speed of {_device_name(cuda)}:")
         if gpu is not None:
             share = work.flops_per_image / (seconds * gpu.flops)
             report.tell(f"{100 * share:.0f} % of {gpu.name}'s peak; the docs assume {assumed}")
         for count in scaling.GPU_COUNTS:
-            if settings.global_batch % count == 0:
+            if config.global_batch % count == 0:
                 found = scaling.predict(work, seconds, count, gpu)
                 report.tell(f"{count:>2}: {_predicted(found, work)}")
-    if not cuda and _is_full_size(settings):
+    if not cuda and _is_full_size(config):
         report.say(f"predicted, not measured: {world} of each of these, at {assumed}:")
         for kind in scaling.GPUS:
             found = scaling.predict(work, scaling.seconds_per_image(work, kind), world, kind)

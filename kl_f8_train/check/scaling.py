@@ -10,27 +10,17 @@ clusters of workstations", 2009. The link is the slowest on the ring: within a n
 across nodes one network adapter.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kl_f8_train.check import cost
-from kl_f8_train.config import Config, find_recipe, load
+from kl_f8_train.config import Config
 
-SHARE = 0.25  # of the peak rate that training is assumed to reach; not measured on CUDA
+SHARE = 0.25  # of the peak rate that training is assumed to reach
 GPUS_PER_NODE = 8
 GPU_COUNTS = (1, 8, 16, 64)
 IMAGE_BYTES = 100_000  # assumed size of a training JPEG
 NVLINK_3, NVLINK_4, PCIE_4 = 300e9, 450e9, 32e9  # bytes/s in one direction: half the data sheets'
 HDR, NDR, ETHERNET_100 = 25e9, 50e9, 12.5e9  # 200, 400 and 100 Gbit/s
-RATES = {
-    "NVLink 4": NVLINK_4,
-    "NVLink 3": NVLINK_3,
-    "InfiniBand NDR": NDR,
-    "PCIe 4 x16": PCIE_4,
-    "InfiniBand HDR": HDR,
-    "100 Gbit/s Ethernet": ETHERNET_100,
-}
-MICRO_BATCHES = (1, 2, 4, 8, 12, 24)
 
 
 @dataclass(frozen=True)
@@ -140,143 +130,3 @@ def predict(work: Workload, image_seconds: float, gpus: int, gpu: Gpu | None) ->
 def find_gpu(device_name: str) -> Gpu | None:
     """The known kind whose name torch gives; a PCIe card counts as its SXM kin."""
     return next((gpu for gpu in GPUS if gpu.torch_name in device_name), None)
-
-
-# --- tables ---------------------------------------------------------------------------------
-
-
-def tables() -> str:
-    """The tables of docs/scaling.md: both published stages, by the shipped recipes."""
-    configs = [load_published(name) for name in ("ft_ema", "ft_mse")]
-    works = [published_workload(config) for config in configs]
-    parts = {
-        "The GPUs": gpu_table(),
-        "The stages": work_table(works),
-        **{f"Predicted speed and days, {work.name}": prediction_table(work) for work in works},
-        "Time of the reduction": reduction_table(works),
-        "Data and checkpoints": rate_table(works[0], configs[0].checkpoint.every),
-        "Memory": memory_table(configs),
-    }
-    return "\n\n".join(f"## {title}\n\n{table}" for title, table in parts.items())
-
-
-def load_published(name: str) -> Config:
-    """A shipped recipe with something in the user's places."""
-    yours = ["run_dir=run", "init.weights=model.ckpt", "data.sources=images"]
-    return load(find_recipe(name), yours)
-
-
-def published_workload(config: Config) -> Workload:
-    """A shipped recipe from its first iteration to its last."""
-    assert config.init.iteration is not None
-    return workload(config, config.stop_iteration - config.init.iteration)
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def gpu_table() -> str:
-    """The kinds of GPU."""
-    head = ("GPU", "bf16 peak, TFLOP/s", "memory, GB", "link, GB/s", "network, GB/s", "source")
-    rows = [
-        (
-            gpu.name,
-            f"{gpu.flops / 1e12:.0f}",
-            f"{gpu.memory_bytes / 1e9:.0f}",
-            f"{gpu.link / 1e9:.0f}",
-            f"{gpu.network / 1e9:g}",
-            gpu.source,
-        )
-        for gpu in GPUS
-    ]
-    return markdown(head, rows)
-
-
-def work_table(works: Sequence[Workload]) -> str:
-    """What the stages ask for."""
-    head = (
-        "stage",
-        "iterations",
-        "images",
-        "GFLOP an image",
-        "reduced an iteration, MB",
-        "a checkpoint, GB",
-    )
-    rows = [
-        (
-            work.name,
-            f"{work.iterations:,}",
-            f"{work.images:,}",
-            f"{work.flops_per_image / 1e9:,.0f}",
-            f"{work.reduced_bytes / 1e6:.1f}",
-            f"{work.checkpoint_bytes / 1e9:.2f}",
-        )
-        for work in works
-    ]
-    return markdown(head, rows)
-
-
-def prediction_table(work: Workload) -> str:
-    """images/s and days of a stage on every kind and number."""
-    head = (work.name, *(f"{count} GPU{'s' * (count > 1)}" for count in GPU_COUNTS))
-    return markdown(head, [(gpu.name, *_cells(work, gpu)) for gpu in GPUS])
-
-
-def _cells(work: Workload, gpu: Gpu) -> Iterator[str]:
-    for count in GPU_COUNTS:
-        found = predict(work, seconds_per_image(work, gpu), count, gpu)
-        yield f"{found.images_per_second:,.0f} images/s, {found.days:.1f} d"
-
-
-def reduction_table(works: Sequence[Workload]) -> str:
-    """Milliseconds of each iteration's reduction at each rate."""
-    counts = [count for count in GPU_COUNTS if count > 1]
-    head = ("link", *(f"{work.name}, {count} GPUs, ms" for work in works for count in counts))
-    rows = [
-        (
-            f"{name}, {rate / 1e9:g} GB/s",
-            *(
-                f"{1e3 * reduction_seconds(work.reduced_bytes, count, rate):.1f}"
-                for work in works
-                for count in counts
-            ),
-        )
-        for name, rate in RATES.items()
-    ]
-    return markdown(head, rows)
-
-
-def rate_table(work: Workload, every: int) -> str:
-    """Bytes read and written each second at the predicted speed, a checkpoint every `every`."""
-    head = (work.name, "iteration, ms", "images/s", "data, MB/s", "checkpoints, MB/s")
-    rows = []
-    for gpu in GPUS[:2]:
-        for count in GPU_COUNTS:
-            found = predict(work, seconds_per_image(work, gpu), count, gpu)
-            iteration = found.compute_seconds + found.reduction_seconds
-            rows.append(
-                (
-                    f"{count} x {gpu.name}",
-                    f"{1e3 * iteration:,.0f}",
-                    f"{found.images_per_second:,.0f}",
-                    f"{found.images_per_second * IMAGE_BYTES / 1e6:.1f}",
-                    f"{work.checkpoint_bytes / (every * iteration) / 1e6:.2f}",
-                )
-            )
-    return markdown(head, rows)
-
-
-def memory_table(configs: Sequence[Config]) -> str:
-    """Memory of an iteration for each micro-batch, and whom it fits with 2 GiB to spare."""
-    head = ("images per micro-batch", *(f"{config.name}, GB" for config in configs), "fits both")
-    rows = []
-    for batch in MICRO_BATCHES:
-        needed = [cost.peak_bytes(config, batch) for config in configs]
-        fits = [gpu.name for gpu in GPUS if max(needed) <= gpu.room_bytes]
-        rows.append(
-            (str(batch), *(f"{n / 1e9:.1f}" for n in needed), ", ".join(fits) or "none of these")
-        )
-    return markdown(head, rows)

@@ -1,7 +1,10 @@
 """One iteration's images and noise."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +16,8 @@ class Batch:
     images: Tensor  # (B, 3, crop, crop) uint8
     noise: Tensor  # (draws, B, embed_dim, h, w) float32, standard normal
     keys: list[str]
-    skipped: list[str]
+    skipped: list[str]  # `NAME: reason` of images that cannot be used
+    profiles: list[str] = field(default_factory=list)  # colour profiles that were converted
 
     def first(self, count: int) -> "Batch":
         """Its first images alone."""
@@ -21,9 +25,44 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """Page-locked tensors, for the copy to the GPU."""
-        return Batch(self.images.pin_memory(), self.noise.pin_memory(), self.keys, self.skipped)
+        return replace(self, images=self.images.pin_memory(), noise=self.noise.pin_memory())
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
         """The batch with its tensors on `device`."""
         images, noise = (t.to(device, non_blocking=non_blocking) for t in (self.images, self.noise))
-        return Batch(images, noise, self.keys, self.skipped)
+        return replace(self, images=images, noise=noise)
+
+
+def plain_batch(
+    loaded: Any, draws: int, channels: int, downsampling: int, source: tuple[int, ...]
+) -> Batch:
+    """Images of any loader, with noise for their latents that depends on `source` alone.
+
+    `loaded` is a tensor (B, 3, H, W), uint8 or floating point in [-1, 1], or a tuple or list that
+    begins with one. Raises ValueError otherwise.
+    """
+    images = loaded[0] if isinstance(loaded, list | tuple) and loaded else loaded
+    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != 3:
+        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images of a batch: got {found}, expected a tensor (B, 3, H, W)")
+    height, width = images.shape[2:]
+    if height % downsampling or width % downsampling:
+        raise ValueError(
+            f"images of {height} x {width} pixels: both sides must be multiples of {downsampling}"
+        )
+    if images.dtype != torch.uint8:
+        _check_range(images)
+    shape = (draws, len(images), channels, height // downsampling, width // downsampling)
+    digest = hashlib.sha256("/".join(map(str, source)).encode()).digest()
+    noise = np.random.RandomState(np.frombuffer(digest, np.uint32)).standard_normal(shape)
+    keys = [f"image {number} of its batch" for number in range(len(images))]
+    return Batch(images, torch.from_numpy(noise).float(), keys, [])
+
+
+def _check_range(images: Tensor) -> None:
+    """Raises ValueError for integers, and for images that cannot be in [-1, 1]."""
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; expected uint8, or float in [-1, 1]")
+    largest = float(images.abs().max())
+    if largest > 1.01:
+        raise ValueError(f"images reach {largest:.4g}; floating point ones must be in [-1, 1]")

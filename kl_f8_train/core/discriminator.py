@@ -1,5 +1,6 @@
 """PatchGAN discriminator (taming-transformers' NLayerDiscriminator), with its state-dict keys."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -69,6 +70,18 @@ class _SumOverRanks(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         total: Tensor = _SumOverRanks.apply(gradient)
         return total
+
+
+def shape_of(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """(ndf, n_layers) of a state dict; None if it is of another kind of discriminator."""
+    kernels = [value for key, value in state.items() if key.endswith("weight") and value.ndim == 4]
+    if len(kernels) < 3:
+        return None
+    ndf, n_layers = kernels[0].shape[0], len(kernels) - 2
+    with torch.device("meta"):
+        expected = Discriminator(ndf, n_layers).state_dict()
+    same = {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in expected.items()}
+    return (ndf, n_layers) if same else None
 
 
 def initialize(discriminator: Discriminator, seed: int) -> None:

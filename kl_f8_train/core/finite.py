@@ -4,12 +4,21 @@ The host never waits for the device inside an iteration: a fused Adam looks at a
 (`found_inf`, made for torch's GradScaler), and the flags travel to the host while it queues on.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Adam
+
+from kl_f8_train.errors import RunFailedError
+from kl_f8_train.output import say
+
+
+def step_plainly(adam: Adam) -> None:
+    """A step without a trainer."""
+    adam.step()
 
 
 class HostCopy:
@@ -33,7 +42,7 @@ class HostCopy:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class UpdateFlags:
     """One network's update: `bad`, bool, alike on all ranks; `finite`, this rank's images (B,)."""
 
     bad: Tensor
@@ -43,7 +52,7 @@ class Verdict:
 class Judgement:
     """The verdicts over one iteration, by network, on their way to the host."""
 
-    def __init__(self, iteration: int, keys: list[str], verdicts: dict[str, Verdict]) -> None:
+    def __init__(self, iteration: int, keys: list[str], verdicts: dict[str, UpdateFlags]) -> None:
         self.iteration, self.keys, self._networks = iteration, keys, list(verdicts)
         flags = [torch.cat([v.bad.view(1), v.finite]) for v in verdicts.values()]
         self._flags = HostCopy(torch.stack(flags))  # (networks, 1 + B)
@@ -73,10 +82,53 @@ class Remembered:
             buffer.copy_(torch.where(bad, before, buffer))
 
 
-def step_unless(bad: Tensor, optimizer: Adam) -> None:
+class Guard:
+    """Counts updates that were left out, and ends a run after too many in a row.
+
+    The verdicts on an iteration are read one iteration later, when they have reached the host.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most  # in a row, before the run ends
+        self.in_a_row = 0
+        self.in_all = 0  # since this process started
+        self._pending: Judgement | None = None
+
+    def watch(self, judgement: Judgement) -> None:
+        """Takes an iteration's verdicts, to be read later."""
+        self._pending = judgement
+
+    def judge(self) -> None:
+        """Counts and logs whether the last update was left out, once; on all ranks together.
+
+        Raises RunFailedError after `most` of them in a row.
+        """
+        judged, self._pending = self._pending, None
+        if judged is None:
+            return
+        blame = judged.blame()
+        if blame is None:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        self.in_all += 1
+        message = (
+            f"iteration {judged.iteration}: update left out on all ranks ({self.in_a_row} in a "
+            f"row, {self.in_all} in all): {blame}"
+        )
+        if self.in_a_row >= self.most:
+            raise RunFailedError(
+                f"{message}\n{self.in_a_row} updates in a row were not finite; the last "
+                "checkpoint is untouched. Lower optimizer.learning_rate, or try precision=float32"
+            )
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            say(message)
+
+
+def step_unless(bad: Tensor, adam: Adam, step: Callable[[Adam], None] = step_plainly) -> None:
     """One step of a fused Adam; weights and Adam's state stay where `bad`, a bool, is true."""
-    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-    optimizer.step()
+    adam.found_inf = bad.float()  # type: ignore[attr-defined]
+    step(adam)
 
 
 def finite_images(tensor: Tensor, loss: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from kl_f8_train.config import Compute
 from kl_f8_train.core.model import AutoencoderKL, NormSwish, UpLevel, Upsample
@@ -123,6 +125,29 @@ def inductor_options() -> dict[str, Any]:
     return fusion | ({"combo_kernels": True} if torch.cuda.is_available() else {})
 
 
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Convolutions and products in bfloat16, if the precision says so; weights stay as they are."""
+    if device.type == "meta":
+        return _bfloat16_convolutions() if precision == "bfloat16" else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, precision == "bfloat16")
+
+
+@contextmanager
+def _bfloat16_convolutions() -> Iterator[None]:
+    """What autocast does to these networks, for the meta device, which has none."""
+    convolve = F.conv2d
+
+    def rounded(*tensors: Tensor | None, **options: Any) -> Tensor:
+        args, options = tree_map_only(Tensor, Tensor.bfloat16, (tensors, options))
+        return convolve(*args, **options)
+
+    F.conv2d = rounded  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.conv2d = convolve
+
+
 @contextmanager
 def kernels(precision: str) -> Iterator[None]:
     """Sets how cuDNN convolves in iterations: the fastest kernels by trial, TF32 by precision.
@@ -146,7 +171,7 @@ def with_remedy() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        remedy = _remedy(error)
+        remedy = _remedy_for(error)
         if remedy is None:
             raise
         raise RunFailedError(f"{str(error).splitlines()[0]}\n{remedy}") from error
@@ -158,7 +183,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, known) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
-def _remedy(error: Exception) -> str | None:
+def _remedy_for(error: Exception) -> str | None:
     """What helps against a failure of memory or of the compiler; None for any other."""
     if is_out_of_memory(error):
         return (

@@ -11,6 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Metric:
+    """How a per-image metric is called, printed and read."""
+
+    label: str
+    digits: int
+    better: str | None  # "higher", "lower"; None: neither is better
+    unit: str = ""
+
+
+METRICS = {
+    "psnr": Metric("PSNR", 2, "higher", "dB"),
+    "ssim": Metric("SSIM", 3, "higher"),
+    "psim": Metric("PSIM", 3, "lower"),
+    "lpips": Metric("LPIPS", 4, "lower"),
+    "st_lpips": Metric("ST-LPIPS (stand-in, not LPIPS)", 4, "lower"),
+    "sharpness": Metric("sharpness", 0, None),
+    "red_shift": Metric("red shift", 2, None, "levels"),
+    "green_shift": Metric("green shift", 2, None, "levels"),
+    "blue_shift": Metric("blue shift", 2, None, "levels"),
+    "saturation_shift": Metric("saturation shift", 2, None, "levels"),
+}
+SCORES = {"rfid": Metric("rFID", 2, "lower"), **METRICS}  # rFID is of all images together
+
+
 def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB, (B,): 10 log10(1 / mse); inf where equal."""
     mse = (images - reconstructions).square().mean(dim=(1, 2, 3))

@@ -51,12 +51,14 @@ class AutoencoderKL(nn.Module):
         z_channels: int = 4,
         embed_dim: int = 4,
         norm_num_groups: int = 32,
+        quant_conv: bool = True,
     ) -> None:
         super().__init__()
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels, norm_num_groups)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels, norm_num_groups)
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        # SD3's and FLUX's autoencoders have neither of these two.
+        self.quant_conv = _pointwise(2 * z_channels, 2 * embed_dim) if quant_conv else nn.Identity()
+        self.post_quant_conv = _pointwise(embed_dim, z_channels) if quant_conv else nn.Identity()
         self.downsampling = 2 ** (len(ch_mult) - 1)
         self.embed_dim = embed_dim
 
@@ -67,6 +69,12 @@ class AutoencoderKL(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """(B, 4, h, w) -> (B, 3, H, W), about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(latents))
+
+    def decode_at_last_layer(self, latents: Tensor) -> Tensor:
+        """As `decode`, but with a graph of the last layer alone: nothing else is kept."""
+        with torch.no_grad():
+            features = self.decoder.features(self.post_quant_conv(latents))
+        return self.decoder.conv_out(features)
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -89,6 +97,11 @@ class AutoencoderKL(nn.Module):
             if not any(p.requires_grad for p in part.parameters()):
                 part.eval()
         return self
+
+
+def _pointwise(inputs: int, outputs: int) -> nn.Module:
+    """A 1x1 convolution."""
+    return nn.Conv2d(inputs, outputs, 1)
 
 
 class Encoder(nn.Module):
@@ -136,10 +149,14 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        return self.conv_out(self.features(z))
+
+    def features(self, z: Tensor) -> Tensor:
+        """(B, z_channels, h, w) -> the last layer's input, (B, ch, H, W)."""
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(self.norm_out(h))
+        return self.norm_out(h)
 
 
 class DownLevel(nn.Module):

@@ -97,7 +97,8 @@ class _DistanceInParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, network: nn.Module, x: Tensor, y: Tensor, parts: int) -> Tensor:
-        distances, gradients = [], []
+        distances: list[Tensor] = []
+        gradients: list[Tensor] = []
         for images, reconstructions in zip(x.chunk(parts), y.chunk(parts), strict=True):
             leaf = reconstructions.detach().requires_grad_()
             with torch.enable_grad():

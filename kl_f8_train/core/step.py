@@ -1,8 +1,4 @@
-"""One training iteration of the decoder, as a LightningModule.
-
-Parts are passed in. The order of an iteration, for each micro-batch: encode (no graph) -> decode
--> the gradients of both losses at the reconstruction -> one backward pass through the decoder ->
-the discriminator's loss on the detached reconstruction. Then both Adams step, then the EMA.
+"""One training iteration of the decoder, as a LightningModule. Parts are passed in.
 
 The gradients of nll and g are taken at the reconstruction y, not at the parameters, so that each
 loss network runs backward once: d loss / d theta = (d nll / d y + w d g / d y) (d y / d theta),
@@ -10,51 +6,96 @@ and the adaptive weight w needs only the last layer's share of each. This is exa
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 
-from kl_f8_train.config import Config
+from kl_f8_train.config import Config, divisor_up_to
 from kl_f8_train.core import machine
-from kl_f8_train.core.batch import Batch
+from kl_f8_train.core.adversary import Adversary, NoAdversary
+from kl_f8_train.core.batch import Batch, plain_batch
 from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.ema import ema_decay, ema_update
-from kl_f8_train.core.finite import Judgement, Remembered, Verdict, finite_images, step_unless
-from kl_f8_train.core.hashes import tensors_sha256
-from kl_f8_train.core.losses import (
-    adaptive_weight,
-    adversarial_factor,
-    discriminator_loss,
-    generator_loss,
-    reconstruction_loss,
+from kl_f8_train.core.finite import (
+    Guard,
+    Judgement,
+    Remembered,
+    UpdateFlags,
+    finite_images,
+    step_plainly,
+    step_unless,
 )
+from kl_f8_train.core.gradients import (
+    average_over_ranks,
+    build_adam,
+    mean_of_each,
+    norm_of,
+    parameters_of,
+)
+from kl_f8_train.core.hashes import tensors_sha256
+from kl_f8_train.core.losses import reconstruction_loss
 from kl_f8_train.core.model import TRAINED, AutoencoderKL
 from kl_f8_train.core.perceptual import distance_in_parts
+from kl_f8_train.core.phases import phase
+from kl_f8_train.core.run_state import RunState
 from kl_f8_train.errors import RunFailedError
-from kl_f8_train.facts import Facts
 from kl_f8_train.images import to_float
-from kl_f8_train.output import say
-
-Backward = Callable[[Tensor, Tensor | None], None]
 
 
-def plain_backward(tensor: Tensor, gradient: Tensor | None) -> None:
+def plain_backward(tensor: Tensor, gradient: Tensor) -> None:
     """Backward without a trainer."""
     tensor.backward(gradient)
 
 
-def nothing(phase: str) -> None:
-    """No clock."""
+@dataclass(frozen=True)
+class Loop:
+    """How gradients are made and reduced and the decoder is stepped; here, by this process alone.
+
+    `no_sync` is the context in which gradients of the decoder are not reduced over ranks.
+    """
+
+    backward: Callable[[Tensor, Tensor], None] = plain_backward
+    no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
+    step: Callable[[Adam], None] = step_plainly
 
 
-class Finetuner(LightningModule):
-    """Holds the networks and runs one iteration; counts `iteration`, decoder updates, itself."""
+ALONE = Loop()
+if TYPE_CHECKING:
+    _Base = LightningModule
+else:
+    _Base = object  # pytorch_lightning's and lightning's Trainer take their own modules only
+RUN_STATE = "kl_f8_train.run_state"  # in a checkpoint of Lightning's own
+
+
+class Finetuner(_Base):
+    """Holds the networks and runs iterations; counts decoder updates itself, in `run_state`.
+
+    A loader gives a Batch, or images alone: a tensor, or a tuple or list that begins with one,
+    (B, 3, H, W), uint8 or floating point in [-1, 1]. Their noise then follows from the seed, the
+    iteration and the rank. Raises ValueError for anything else, and for a Trainer whose precision
+    is not "32-true": `precision` in the configuration decides.
+
+    With `log_metrics` the figures of each iteration go to the Trainer's loggers.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Finetuner":
+        """A LightningModule of `lightning.pytorch` where that is imported, else of ours."""
+        if issubclass(cls, nn.Module):
+            return super().__new__(cls)
+        other = sys.modules.get("lightning.pytorch")
+        return super().__new__(
+            bound_to(LightningModule if other is None else other.LightningModule)
+        )
 
     def __init__(
         self,
@@ -62,30 +103,25 @@ class Finetuner(LightningModule):
         autoencoder: AutoencoderKL,
         discriminator: Discriminator | None,
         perceptual: nn.Module,
+        run_state: RunState | None = None,
+        log_metrics: bool = True,
     ) -> None:
         super().__init__()
+        self.log_metrics = log_metrics
         self.automatic_optimization = False
         self.config = config
         machine.apply(config.compute, autoencoder, discriminator, perceptual)
         self.autoencoder = autoencoder.freeze_encoder()
+        for name in TRAINED:  # a loaded autoencoder is frozen as a whole
+            getattr(autoencoder, name).requires_grad_(True)
         self.ema = trained_copy(autoencoder)
         self.discriminator = discriminator
+        self.adversary = Adversary(discriminator, config) if discriminator else NoAdversary()
         self.logvar = nn.Parameter(torch.zeros(()), requires_grad=config.loss.learn_logvar)
         self._outside = [perceptual]  # a list keeps it out of the state dict and of DDP
-        self.iteration = config.init.iteration or 0
-        self.warmup_left = 0
-        self.ema_updates = 0
-        self.bad_updates = 0  # in a row
-        self.bad_updates_in_all = 0  # since this process started
-        self.unjudged: Judgement | None = None  # the last iteration's, on its way to the host
-        self.micro_batch = config.compute.per_device_batch or config.global_batch
-        self.metrics: dict[str, Tensor] = {}
-        self.prepared_optimizers: list[Adam] = []
-        self.identity: dict[str, str] = {}  # of data, perceptual network and versions
-        self.base: dict[str, str] = {}  # name and SHA-256 of the imported file
-        self.facts = Facts()  # that the imported file stated
-        self.changes: list[str] = []  # of the recipe, on resuming
-        self.phase_ended: Callable[[str], None] = nothing  # a benchmark's clock
+        self.run_state = run_state or RunState(iteration=config.init.iteration or 0)
+        self.guard = Guard(config.max_bad_updates)
+        self.metrics: dict[str, Tensor] = {}  # of the last iteration
         if machine.compiles(config.compute):
             machine.compile_networks(autoencoder, discriminator, perceptual)
 
@@ -95,22 +131,81 @@ class Finetuner(LightningModule):
         return self._outside[0]
 
     @property
+    def iteration(self) -> int:
+        """Decoder updates so far, those of the imported weights included."""
+        return self.run_state.iteration
+
+    @property
+    def ema_updates(self) -> int:
+        """Updates of the moving average so far."""
+        return self.run_state.ema_updates
+
+    @property
+    def warmup_left(self) -> int:
+        """Iterations of the discriminator alone that are still to come."""
+        return self.run_state.warmup_left
+
+    @property
     def warmup_done(self) -> int:
         """Warm-up iterations done, while some are left; 0 otherwise."""
         settings = self.config.adversarial
         return settings.warmup_iterations - self.warmup_left if settings and self.warmup_left else 0
 
+    @cached_property
+    def decoder_adam(self) -> Adam:
+        """Adam over decoder and post_quant_conv, and logvar, if learned."""
+        trained = [p for p in self.autoencoder.parameters() if p.requires_grad]
+        trained += [self.logvar] if self.logvar.requires_grad else []
+        return build_adam(trained, self.config.optimizer)
+
+    @property
+    def adams(self) -> list[Adam]:
+        """The decoder's optimizer, and the discriminator's, if there is one."""
+        return [self.decoder_adam, *self.adversary.adams]
+
+    def averaged(self) -> AutoencoderKL:
+        """A copy of the autoencoder with the averaged decoder, frozen and in eval mode."""
+        model = copy.deepcopy(self.autoencoder)
+        for name, part in self.ema.items():
+            getattr(model, name).load_state_dict(part.state_dict())
+        return model.requires_grad_(False).eval()
+
     # --- Lightning's hooks ------------------------------------------------------------------
 
     def configure_optimizers(self) -> list[Adam]:
-        """The optimizers that were built, and perhaps restored, before the trainer started."""
-        return self.prepared_optimizers or build_optimizers(self)
+        """The finetuner's own, which may have been restored before the trainer started."""
+        return self.adams
+
+    def setup(self, stage: str) -> None:
+        """Keeps out of DDP what it must not reduce: the discriminator's gradients and logvar's.
+
+        They are reduced here, in one call; DDP would wait for them in every backward pass.
+        """
+        if self.trainer.precision not in ("32-true", "64-true"):
+            raise ValueError(
+                f"Trainer(precision={self.trainer.precision!r}): leave it at '32-true'. The "
+                "finetuner autocasts by itself, as `precision` in its configuration says; now "
+                f"{self.config.precision}"
+            )
+        names = ["logvar", ".logvar"]  # DDP calls a module's own parameters by both
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        names += [name for name, _ in tensors if name.startswith("discriminator.")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the counters to a checkpoint of Lightning's own."""
+        self.guard.judge()
+        checkpoint[RUN_STATE] = asdict(self.run_state)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the counters out of it."""
+        self.run_state.load(checkpoint[RUN_STATE])
 
     def on_fit_start(self) -> None:
         """Moves what Lightning leaves behind, and checks that all ranks start alike."""
         self.perceptual.to(self.device)
-        for optimizer in self.prepared_optimizers:
-            for parameter, state in optimizer.state.items():  # restored; the fused Adam reads it
+        for adam in self.adams:
+            for parameter, state in adam.state.items():  # restored; the fused Adam reads it
                 state["step"] = state["step"].to(parameter.device)
         self._compare_ranks()
 
@@ -123,9 +218,9 @@ class Finetuner(LightningModule):
             "iteration": self.iteration,
             "warm-up left": self.warmup_left,
             "EMA updates": self.ema_updates,
-            "optimizer states": [len(optimizer.state) for optimizer in self.prepared_optimizers],
+            "optimizer states": [len(adam.state) for adam in self.adams],
             "discriminator": tensors_sha256(networks)[:12],
-            **self.identity,
+            **self.run_state.identity,
         }
         seen: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(seen, mine)
@@ -136,6 +231,15 @@ class Finetuner(LightningModule):
                 "programs the same versions, on every node"
             )
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        """A loader's batch as a Batch, with noise."""
+        if isinstance(batch, Batch):
+            return batch
+        draws = 2 if self.config.second_forward else 1
+        source = (self.config.seed, self.iteration - self.warmup_left, self.global_rank)
+        model = self.autoencoder
+        return plain_batch(batch, draws, model.embed_dim, model.downsampling, source)
+
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
     ) -> Batch:
@@ -143,14 +247,22 @@ class Finetuner(LightningModule):
         return batch.to(device)
 
     def training_step(self, batch: Batch, batch_index: int) -> None:
-        """One iteration."""
-        optimizers = self.trainer.optimizers  # Lightning's wrappers would count steps of their own
-        decoder, discriminator = (*optimizers, None)[:2]
-        assert isinstance(decoder, Adam)
-        assert discriminator is None or isinstance(discriminator, Adam)
-        self.run_iteration(batch, decoder, discriminator, self._manual_backward, self._no_sync)
+        """One iteration; before the first, those of the discriminator's warm-up."""
+        with machine.kernels(self.config.precision):
+            if self.warmup_left:
+                self.run_warm_up(batch)
+            else:
+                loop = Loop(self._manual_backward, self._no_sync, self._step_counted)
+                self.run_iteration(batch, loop)
+        if self.log_metrics:
+            self.log_dict(self.metrics, batch_size=len(batch.images))
 
-    def _manual_backward(self, tensor: Tensor, gradient: Tensor | None) -> None:
+    def _step_counted(self, adam: Adam) -> None:
+        """The decoder's step, which Lightning counts: its global_step grows by 1 an iteration."""
+        wrappers = self.optimizers()
+        (wrappers[0] if isinstance(wrappers, list) else wrappers).step()
+
+    def _manual_backward(self, tensor: Tensor, gradient: Tensor) -> None:
         self.manual_backward(tensor, gradient=gradient)
 
     def _no_sync(self) -> AbstractContextManager[Any]:
@@ -160,250 +272,184 @@ class Finetuner(LightningModule):
 
     # --- one iteration ----------------------------------------------------------------------
 
-    def run_iteration(
-        self,
-        batch: Batch,
-        decoder: Adam,
-        critic: Adam | None = None,
-        backward: Backward = plain_backward,
-        no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
-        """Updates decoder, EMA and discriminator once; in warm-up the discriminator alone.
+    def run_iteration(self, batch: Batch, loop: Loop = ALONE) -> None:
+        """One iteration: decoder, its moving average, discriminator.
 
-        A loss or gradient that is not finite, on any rank, leaves that update out on all ranks:
-        weights, Adam's state and BatchNorm's buffers stay. That is decided on the device; `judge`
-        tells the host, an iteration later, so that it need not wait for the device here.
+        x: images, y: reconstructions, both (B, 3, H, W) in [-1, 1]; z: latents, (B, 4, h, w).
+        A loss or gradient that is not finite, on any rank, leaves an update out on all ranks. That
+        is decided on the device; the host reads it an iteration later (finite.py).
         """
-        self.train()
-        zero_grad(decoder, critic)
-        number, warming_up, adversarial = (
-            self.iteration,
-            self.warmup_left > 0,
-            self._adversarial_runs(),
-        )
-        batch_norm = Remembered(self.discriminator)
-        parts = range(0, len(batch.images), self.micro_batch)
-        terms, fakes, finite = [], [], []
-        for start in parts:
-            x, noise = self._micro(batch, start)  # (B, 3, H, W) in [-1, 1]
-            z, kl = self._encode(x, noise[0])  # (B, 4, h, w), no graph
-            self.phase_ended("encode")
-            if warming_up:
-                fakes.append(self._decode(z))  # no graph either
-                continue
-            with nullcontext() if start == parts[-1] else no_sync():
-                y, of_part, good = self._decoder_backward(x, z, len(parts), backward, adversarial)
-            terms.append({**of_part, "kl_loss": kl})
-            fakes.append(y)
-            finite.append(good)
-        self.judge()  # the iteration before
-        self.metrics = mean_of_each(terms)
-        verdicts: dict[str, Verdict] = {}
-        if not warming_up:
-            verdicts["decoder"] = self._update_decoder(decoder, torch.cat(finite))
-        if critic is not None and (adversarial or warming_up):
-            before = [verdict.bad for verdict in verdicts.values()]
-            verdicts["discriminator"] = self._update_discriminator(batch, fakes, critic, *before)
-        self.iteration += not warming_up  # also after an update that was left out: the data goes on
-        self.warmup_left -= warming_up
-        batch_norm.restore(torch.stack([verdict.bad for verdict in verdicts.values()]).any())
-        self.unjudged = Judgement(number, batch.keys, verdicts)
+        run, adversary, layer = self.run_state, self.adversary, self.autoencoder.last_layer
+        buffers = self._prepare()
+        parts = self.micro_batches(len(batch.images))
+        adversarial = adversary.runs(run.iteration)
+        twice = adversarial and len(parts) > 1  # decoded ahead, for the weight of all images
+        pieces = adversary.groups(len(batch.images)) if twice else parts
+        looks, terms, finite = [], [], []
 
-    def _micro(self, batch: Batch, start: int) -> tuple[Tensor, Tensor]:
-        """Images in [-1, 1] and noise of one micro-batch, in the weights' precision."""
-        part = slice(start, start + self.micro_batch)
+        # Each loss's gradient at y: d nll / d y and d g / d y, of their means over all images.
+        z, kl = self.encode(batch, draw=0)  # (B, 4, h, w), no graph
+        for piece in pieces:
+            x = self.images(batch, piece)  # (B, 3, H, W)
+            y = self.decode(z[piece], twice)  # (B, 3, H, W), with its graph, or the last layer's
+            at_y = y.detach().to(x.dtype)
+            grad_nll, of_piece, good = self.reconstruction(x, at_y, len(pieces))
+            if adversarial:
+                looks.append(adversary.look(y, at_y, grad_nll, layer, len(pieces)))
+            else:
+                self.backpropagate(y, grad_nll, loop, last=piece is pieces[-1])
+            terms.append(of_piece)
+            finite.append(good)
+        self.guard.judge()  # the iteration before
+        self.metrics = mean_of_each(terms) | {"kl_loss": kl}
+        if adversarial:
+            weight, grad_nll, grad_g, figures = adversary.weigh(looks, run.iteration)
+            self.metrics |= figures
+            for part in parts:
+                y = self.decode(z[part]) if twice else y
+                gradient = grad_nll[part] + weight * grad_g[part]
+                self.backpropagate(y, gradient, loop, last=part is parts[-1])
+
+        # Decoder, then its moving average.
+        verdicts = {"decoder": self._step_decoder(torch.cat(finite), loop)}
+        self._average_decoder()
+
+        # Discriminator, on images and detached reconstructions.
+        if adversarial:
+            y, factor = torch.cat([look.y for look in looks]), adversary.factor(run.iteration)
+            of_decoder = verdicts["decoder"].bad
+            verdicts["discriminator"] = self._step_discriminator(batch, y, factor, of_decoder)
+        buffers.restore(torch.stack([verdict.bad for verdict in verdicts.values()]).any())
+        self.guard.watch(Judgement(run.iteration, batch.keys, verdicts))
+        run.iteration += 1  # also after an update that was left out: the data goes on
+
+    def run_warm_up(self, batch: Batch) -> None:
+        """One iteration of the discriminator alone, on reconstructions without a graph."""
+        run, buffers = self.run_state, self._prepare()
+        z, _ = self.encode(batch, draw=0)  # (B, 4, h, w)
+        y = self._decode_without_graph(z)  # (B, 3, H, W)
+        self.guard.judge()
+        self.metrics = {}
+        verdict = self._step_discriminator(batch, y, factor=1.0)
+        buffers.restore(verdict.bad)
+        self.guard.watch(Judgement(run.iteration, batch.keys, {"discriminator": verdict}))
+        run.warmup_left -= 1
+
+    # --- its parts --------------------------------------------------------------------------
+
+    def _prepare(self) -> Remembered:
+        """Clears gradients, sets the mode, and remembers BatchNorm's buffers."""
+        self.train()
+        for adam in self.adams:
+            adam.zero_grad(set_to_none=True)
+        return Remembered(self.discriminator)
+
+    def micro_batches(self, count: int) -> list[slice]:
+        """`count` images as micro-batches, of `compute.per_device_batch` or at most 12 images."""
+        size = divisor_up_to(count, self.config.compute.per_device_batch or 12)
+        return [slice(start, start + size) for start in range(0, count, size)]
+
+    def images(self, batch: Batch, part: slice) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], in the weights' precision and layout."""
         images = batch.images[part]
         if images.dtype == torch.uint8:
             images = to_float(images)
-        dtype = self.autoencoder.last_layer.dtype
         nhwc = machine.channels_last(self.config.compute)
         layout = torch.channels_last if nhwc else torch.preserve_format
-        return images.to(dtype, memory_format=layout), batch.noise[:, part].to(dtype)
+        return images.to(self.autoencoder.last_layer.dtype, memory_format=layout)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        enabled = self.config.precision == "bfloat16"
-        return torch.autocast(self.autoencoder.last_layer.device.type, torch.bfloat16, enabled)
+    @phase("encode")
+    @torch.no_grad()
+    def encode(self, batch: Batch, draw: int) -> tuple[Tensor, Tensor]:
+        """Latents sampled with one draw of the noise, (B, 4, h, w), and the mean KL divergence."""
+        latents, divergences = [], []
+        for part in self.micro_batches(len(batch.images)):
+            x = self.images(batch, part)
+            with self._autocast(x):
+                posterior = self.autoencoder.encode(x)
+            latents.append(posterior.sample(batch.noise[draw, part].to(x.dtype)))
+            divergences.append(posterior.kl().mean())
+        return torch.cat(latents), torch.stack(divergences).mean()
+
+    @phase("decode")
+    def decode(self, z: Tensor, last_layer_only: bool = False) -> Tensor:
+        """(B, 4, h, w) -> (B, 3, H, W) with a graph of the decoder, or of its last layer alone."""
+        with self._autocast(z):
+            if last_layer_only:
+                return self.autoencoder.decode_at_last_layer(z)
+            return self.autoencoder.decode(z)
 
     @torch.no_grad()
-    def _encode(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Sampled latents, without a graph, and the mean KL divergence."""
-        with self._autocast():
-            posterior = self.autoencoder.encode(images)
-        return posterior.sample(noise), posterior.kl().mean()
+    def _decode_without_graph(self, z: Tensor) -> Tensor:
+        parts = self.micro_batches(len(z))
+        return torch.cat([self.decode(z[part]).to(z.dtype) for part in parts])
 
-    def _decoder_backward(
-        self, images: Tensor, latents: Tensor, parts: int, backward: Backward, adversarial: bool
+    def _autocast(self, tensor: Tensor) -> AbstractContextManager[Any]:
+        return machine.autocast(self.config.precision, tensor.device)
+
+    @phase("losses")
+    def reconstruction(
+        self, x: Tensor, y: Tensor, pieces: int
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Adds this micro-batch's gradients to the decoder.
+        """d (nll / pieces) / d y, nll's terms, and which images are finite, (B,) bool.
 
-        Returns y, detached, the loss's terms, and which images are finite, (B,) bool.
+        Where nll itself is not finite, neither is the gradient: that of all ranks is not, then.
         """
-        with self._autocast():
-            reconstruction = self.autoencoder.decode(latents)
-        self.phase_ended("decode")
-        y = reconstruction.detach().to(images.dtype).requires_grad_()
-        parts_of_it = self.config.compute.perceptual_parts
-        distance = distance_in_parts(self.perceptual, images, y, parts_of_it)  # (B, 1, 1, 1)
+        y = y.detach().requires_grad_()
+        parts = self.config.compute.perceptual_parts
         nll, terms = reconstruction_loss(
-            images,
+            x,
             y,
-            distance.to(images.dtype),
+            distance_in_parts(self.perceptual, x, y, parts).to(x.dtype),
             pixel=self.config.loss.pixel,
             perceptual_weight=self.config.loss.perceptual_weight,
             logvar=self.logvar,
         )
         if self.logvar.requires_grad:
-            grad_y, grad_logvar = torch.autograd.grad(nll / parts, (y, self.logvar))
+            gradient, of_logvar = torch.autograd.grad(nll / pieces, (y, self.logvar))
             accumulated = 0.0 if self.logvar.grad is None else self.logvar.grad
-            self.logvar.grad = accumulated + grad_logvar
+            self.logvar.grad = accumulated + of_logvar
         else:
-            (grad_y,) = torch.autograd.grad(nll / parts, y)
-        loss = nll.detach()
-        finite = finite_images(grad_y, loss)
-        if adversarial:
-            grad_g, more = self._adversarial_gradient(reconstruction, y, grad_y * parts)
-            grad_y = grad_y + grad_g / parts
-            loss = loss + more["generator_loss"]
-            terms |= more
-        grad_y = grad_y + 0.0 * loss  # a loss that is not finite makes all ranks' gradients so
-        self.phase_ended("losses")
-        backward(reconstruction, grad_y.to(reconstruction.dtype))
-        self.phase_ended("backward")
-        return y.detach(), terms, finite
+            (gradient,) = torch.autograd.grad(nll / pieces, y)
+        finite = finite_images(gradient, nll.detach())
+        return gradient + 0.0 * nll.detach(), terms, finite
 
-    def _adversarial_gradient(
-        self, reconstruction: Tensor, y: Tensor, grad_nll: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """d (adaptive weight * g) / d y, and the figures behind it."""
-        settings = self.config.adversarial
-        assert settings is not None
-        assert self.discriminator is not None
-        with frozen(self.discriminator), self._autocast():
-            logits = self.discriminator(y)
-        g = generator_loss(logits.to(y.dtype))
-        (grad_g,) = torch.autograd.grad(g, y)
-        last_layer = self.autoencoder.last_layer
-        at_last_layer = [
-            torch.autograd.grad(
-                reconstruction, last_layer, part.to(reconstruction.dtype), retain_graph=True
-            )[0]
-            for part in (grad_nll, grad_g)
-        ]
-        if not settings.per_gpu_weight:
-            average_over_ranks(at_last_layer)
-        weight = adaptive_weight(at_last_layer[0], at_last_layer[1], settings.max_weight)
-        factor = adversarial_factor(self.iteration, settings.start_iteration)
-        scaled = weight * settings.weight
-        terms = {
-            "generator_loss": g.detach(),
-            "adversarial_loss": scaled * factor * g.detach(),  # as used, beside nll_loss
-            "adaptive_weight": scaled,
-            "adaptive_weight_clamped": (weight >= settings.max_weight).to(y.dtype),
-            "adversarial_factor": torch.full_like(weight, factor),
-        }
-        return scaled * factor * grad_g, terms
+    @phase("backward")
+    def backpropagate(self, y: Tensor, gradient: Tensor, loop: Loop, last: bool) -> None:
+        """Adds (d loss / d y) (d y / d theta) to the decoder's gradients; the last are reduced."""
+        with nullcontext() if last else loop.no_sync():
+            loop.backward(y, gradient.to(y.dtype))
 
-    def _adversarial_runs(self) -> bool:
-        settings = self.config.adversarial
-        if settings is None:
-            return False
-        return settings.run_before_start or self.iteration >= settings.start_iteration
-
-    def _update_decoder(self, optimizer: Adam, finite: Tensor) -> Verdict:
-        """Steps decoder and EMA; only the EMA, if a gradient is not finite."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    @phase("optimizer")
+    def _step_decoder(self, finite: Tensor, loop: Loop) -> UpdateFlags:
+        """Steps the decoder, unless a gradient is not finite."""
         if self.logvar.grad is not None:
             average_over_ranks([self.logvar.grad])
-        norm = norm_of([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in parameters_of(self.decoder_adam) if p.grad is not None]
+        norm = norm_of(gradients)
         self.metrics["decoder_gradient_norm"] = norm
-        verdict = Verdict(~norm.isfinite(), finite)
-        step_unless(verdict.bad, optimizer)
-        self.phase_ended("optimizer")
-        self.ema_updates += 1
-        decay = ema_decay(self.ema_updates, self.config.ema.decay, self.config.ema.warmup)
+        verdict = UpdateFlags(~norm.isfinite(), finite)
+        step_unless(verdict.bad, self.decoder_adam, loop.step)
+        return verdict
+
+    @phase("ema")
+    def _average_decoder(self) -> None:
+        self.run_state.ema_updates += 1
+        settings = self.config.ema
+        decay = ema_decay(self.run_state.ema_updates, settings.decay, settings.warmup)
         ema_update(self.ema, trained_part(self.autoencoder), decay)
-        self.phase_ended("ema")
+
+    def _step_discriminator(
+        self, batch: Batch, y: Tensor, factor: float, bad: Tensor | None = None
+    ) -> UpdateFlags:
+        """Steps the discriminator on each group of images and reconstructions y."""
+        if self.config.second_forward:  # the original: new noise, updated decoder
+            y = self._decode_without_graph(self.encode(batch, draw=1)[0])
+        groups = self.adversary.groups(len(y))
+        pairs = ((self.images(batch, group), y[group]) for group in groups)
+        verdict, figures = self.adversary.update(pairs, len(groups), factor, bad)
+        self.metrics |= figures
         return verdict
-
-    def _update_discriminator(
-        self, batch: Batch, fakes: list[Tensor], optimizer: Adam, bad: Tensor | None = None
-    ) -> Verdict:
-        """One step of the discriminator on images and detached reconstructions.
-
-        It is left out if a gradient is not finite, or if the decoder's update was `bad`.
-        """
-        assert self.discriminator is not None
-        assert self.config.adversarial is not None
-        factor = adversarial_factor(self.iteration, self.config.adversarial.start_iteration)
-        if self.warmup_left:
-            factor = 1.0
-        terms, finite = [], []
-        for index, fake in enumerate(fakes):
-            images, noise = self._micro(batch, index * self.micro_batch)
-            if self.config.second_forward:  # the original: new noise, updated decoder
-                fake = self._reconstruct(images, noise[1])
-            with self._autocast():
-                real_logits = self.discriminator(images)
-                fake_logits = self.discriminator(fake)
-            loss = discriminator_loss(real_logits.to(images.dtype), fake_logits.to(images.dtype))
-            (factor * loss / len(fakes)).backward()
-            finite.append(finite_images(images + fake, loss.detach()))
-            terms.append(
-                {
-                    "discriminator_loss": factor * loss.detach(),
-                    "logits_real": real_logits.detach().to(images.dtype).mean(),
-                    "logits_fake": fake_logits.detach().to(images.dtype).mean(),
-                }
-            )
-        self.phase_ended("discriminator")
-        gradients = [p.grad for p in self.discriminator.parameters() if p.grad is not None]
-        metrics = mean_of_each(terms)
-        average_over_ranks([*gradients, metrics["discriminator_loss"]])
-        norm = norm_of([*gradients, 0.0 * metrics["discriminator_loss"]])  # its loss counts, too
-        self.metrics |= metrics | {"discriminator_gradient_norm": norm}
-        verdict = Verdict(~norm.isfinite(), torch.cat(finite))
-        left_out = verdict.bad if bad is None else verdict.bad | bad
-        step_unless(left_out, optimizer)
-        self.phase_ended("optimizer")
-        return verdict
-
-    @torch.no_grad()
-    def _decode(self, latents: Tensor) -> Tensor:
-        with self._autocast():
-            return self.autoencoder.decode(latents).to(latents.dtype)
-
-    def _reconstruct(self, images: Tensor, noise: Tensor) -> Tensor:
-        return self._decode(self._encode(images, noise)[0])
-
-    def judge(self) -> None:
-        """Counts and tells whether the last iteration's update was left out, once; on all ranks.
-
-        Raises RunFailedError after `max_bad_updates` of them in a row.
-        """
-        judged, self.unjudged = self.unjudged, None
-        if judged is None:
-            return
-        blame = judged.blame()
-        if blame is None:
-            self.bad_updates = 0
-            return
-        self.bad_updates += 1
-        self.bad_updates_in_all += 1
-        message = (
-            f"iteration {judged.iteration}: update left out on all ranks ({self.bad_updates} in a "
-            f"row, {self.bad_updates_in_all} in all): {blame}"
-        )
-        if self.bad_updates >= self.config.max_bad_updates:
-            raise RunFailedError(
-                f"{message}\n{self.bad_updates} updates in a row were not finite; the last "
-                "checkpoint is untouched. Lower optimizer.learning_rate, or try precision=float32"
-            )
-        self.print_once(message)
-
-    def print_once(self, message: str) -> None:
-        """Prints on the first rank."""
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            say(message)
 
 
 def disagreements(seen: list[dict[str, Any]]) -> list[str]:
@@ -418,6 +464,12 @@ def disagreements(seen: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+@cache
+def bound_to(module: type) -> type[Finetuner]:
+    """The finetuner as a subclass of one package's LightningModule."""
+    return type("Finetuner", (Finetuner, module), {"__module__": __name__})
+
+
 def trained_part(autoencoder: AutoencoderKL) -> nn.ModuleDict:
     """Decoder and post_quant_conv themselves."""
     return nn.ModuleDict({name: getattr(autoencoder, name) for name in TRAINED})
@@ -426,57 +478,3 @@ def trained_part(autoencoder: AutoencoderKL) -> nn.ModuleDict:
 def trained_copy(autoencoder: AutoencoderKL) -> nn.ModuleDict:
     """A frozen copy of the trained part."""
     return copy.deepcopy(trained_part(autoencoder)).requires_grad_(False).eval()
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Without gradients of the parameters; a compiled module would compute them all."""
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)
-
-
-def build_optimizers(finetuner: Finetuner) -> list[Adam]:
-    """Adam over decoder and post_quant_conv (and logvar, if learned); one for the discriminator."""
-    settings = finetuner.config.optimizer
-    options: dict[str, Any] = {
-        "lr": settings.learning_rate,
-        "betas": (settings.betas[0], settings.betas[1]),
-        "eps": settings.eps,
-        "fused": True,
-    }
-    trained = [p for p in finetuner.autoencoder.parameters() if p.requires_grad]
-    trained += [finetuner.logvar] if finetuner.logvar.requires_grad else []
-    optimizers = [Adam(trained, **options)]
-    if finetuner.discriminator is not None:
-        optimizers.append(Adam(finetuner.discriminator.parameters(), **options))
-    return optimizers
-
-
-def zero_grad(*optimizers: Adam | None) -> None:
-    """Forgets the gradients."""
-    for optimizer in filter(None, optimizers):
-        optimizer.zero_grad(set_to_none=True)
-
-
-def mean_of_each(terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Means over the micro-batches."""
-    return {key: torch.stack([t[key] for t in terms]).mean() for key in (terms or [{}])[0]}
-
-
-def norm_of(tensors: list[Tensor]) -> Tensor:
-    """The norm of all tensors together."""
-    return torch.stack(torch._foreach_norm(tensors)).norm()
-
-
-def average_over_ranks(tensors: list[Tensor]) -> None:
-    """Replaces tensors by their mean over all ranks, in one call; nothing on one process."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))

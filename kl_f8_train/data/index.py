@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,16 +25,16 @@ from webdataset.shardlists import expand_urls
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.files import atomic_path, cache_dir, check_writable, write_json
-from kl_f8_train.images import SUFFIXES
+from kl_f8_train.folders import SUFFIXES
+from kl_f8_train.lifetime import end_with_parent
+from kl_f8_train.output import Progress
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted
 
-BLOCK = 512  # bytes; everything in a tar starts at a multiple of it
-CHUNK = 64  # shards indexed as one resumable part
+TAR_BLOCK = 512  # bytes; everything in a tar starts at a multiple of it
+PART_SHARDS = 64  # shards indexed as one resumable part
 MOST = 1_000_000  # shards of one pattern
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)  # of an index
-
-Progress = Callable[[int, int], None]
 
 
 # --- finding --------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def expand(pattern: str) -> list[str]:
             )
         return found
     if path.suffix == ".txt" and path.is_file():
-        return _existing(_listed(path), pattern)
+        return _existing(_list_file(path), pattern)
     if pattern.startswith("pipe:"):
         return [pattern]
     try:
@@ -70,7 +70,7 @@ def expand(pattern: str) -> list[str]:
     return _existing(parts, pattern)
 
 
-def _listed(path: Path) -> list[str]:
+def _list_file(path: Path) -> list[str]:
     """The lines of a list file that are neither empty nor comments."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -147,23 +147,23 @@ def index_tar(path: Path) -> TarIndex:
                     previous, pending, has_image = (folder, base), {}, False
                 if extension.lower() == "json":
                     handle = archive.extractfile(member)
-                    pending.update(_numbers(handle.read() if handle else b""))
+                    pending.update(_json_numbers(handle.read() if handle else b""))
                 elif f".{extension.lower()}" in SUFFIXES and not has_image:
                     has_image = True
-                    found.blocks.append(member.offset_data // BLOCK)
+                    found.blocks.append(member.offset_data // TAR_BLOCK)
                     found.sizes.append(member.size)
                     found.keys.append(base)
                     found.numbers.append(pending)
             end = archive.offset
         with path.open("rb") as file:
             file.seek(end)
-            block = file.read(BLOCK)
+            block = file.read(TAR_BLOCK)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise MissingInputError(
             f"shard {path} is broken: {error} after {counted(len(found.sizes), 'image', 's')}"
         ) from error
     found.without_image += not has_image
-    if len(block) != BLOCK or block.strip(b"\0"):
+    if len(block) != TAR_BLOCK or block.strip(b"\0"):
         raise MissingInputError(
             f"shard {path} is cut short: no end mark after "
             f"{counted(len(found.sizes), 'image', 's')}"
@@ -179,7 +179,7 @@ def add_neighbours(found: TarIndex, path: Path) -> TarIndex:
     """
     stats = path.with_name(f"{path.stem}_stats.json")
     if stats.is_file():
-        expected = _numbers(stats.read_bytes()).get("successes", 0)
+        expected = _json_numbers(stats.read_bytes()).get("successes", 0)
         if len(found.sizes) < expected:
             raise MissingInputError(
                 f"shard {path} holds {counted(len(found.sizes), 'image', 's')}, "
@@ -202,7 +202,7 @@ def _parquet_numbers(table: Path) -> dict[str, dict[str, float]]:
     return {str(row.get("key")): _numeric(row) for row in rows}
 
 
-def _numbers(text: bytes) -> dict[str, float]:
+def _json_numbers(text: bytes) -> dict[str, float]:
     """The numeric fields of a JSON object; broken JSON has none."""
     try:
         values = json.loads(text)
@@ -242,15 +242,16 @@ def build_index(
 ) -> None:
     """Indexes shards in resumable parts and merges them; a part of unchanged shards is kept."""
     check_writable(directory)
-    chunks = [list(locations[i : i + CHUNK]) for i in range(0, len(locations), CHUNK)]
+    chunks = [list(locations[i : i + PART_SHARDS]) for i in range(0, len(locations), PART_SHARDS)]
     tasks = [(directory / f"part-{n:06d}.npz", chunk, cache) for n, chunk in enumerate(chunks)]
     if workers > 1 and len(tasks) > 1:
-        with ProcessPoolExecutor(workers) as pool:
+        parent = (os.getpid(),)
+        with ProcessPoolExecutor(workers, initializer=end_with_parent, initargs=parent) as pool:
             done = pool.map(_index_chunk, tasks)
             _count(done, len(locations), progress)
     else:
         _count(map(_index_chunk, tasks), len(locations), progress)
-    _merge([part for part, *_ in tasks], locations, directory)
+    _merge_parts([part for part, *_ in tasks], locations, directory)
 
 
 def _count(done: Iterable[int], total: int, progress: Progress | None) -> None:
@@ -335,7 +336,7 @@ def fingerprint(place: str) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _merge(parts: list[Path], locations: Sequence[str], directory: Path) -> None:
+def _merge_parts(parts: list[Path], locations: Sequence[str], directory: Path) -> None:
     """Joins parts into arrays that can be mapped, and index.json last."""
     headers = [_part_header(part) for part in parts]
     rows = [sum(header["counts"]) for header in headers]

@@ -5,7 +5,9 @@ GPUs, workers and restarts.
 """
 
 import atexit
+import functools
 import multiprocessing
+import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,10 +23,11 @@ from kl_f8_train.config import Config, source_shares
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.data.plan import Plan, random_state
 from kl_f8_train.data.shard_cache import ShardCache
-from kl_f8_train.data.sources import FolderSource, Source, TarSource, open_source
+from kl_f8_train.data.sources import FolderSource, ImageSource, TarSource, open_source
 from kl_f8_train.errors import ImageError, MissingInputError, SmallImageError
 from kl_f8_train.files import cache_dir
 from kl_f8_train.launch import SIGNALS, end_children
+from kl_f8_train.lifetime import end_with_parent
 from kl_f8_train.units import counted
 
 MAX_NEIGHBOURS = 100  # bad samples in a row before the run stops
@@ -39,13 +42,14 @@ class Sample:
     image: Tensor  # (3, crop, crop) uint8
     noise: Tensor  # (draws, embed_dim, crop / f, crop / f) float32
     key: str
-    skipped: list[str]
+    skipped: list[str]  # `NAME: reason` of the image of this position, if it cannot be used
+    profile: str = ""  # the colour profile it was converted from
 
 
 class PositionDataset(Dataset[Sample]):
     """position = iteration * global_batch + slot -> Sample."""
 
-    def __init__(self, plan: Plan, sources: Mapping[str, Source], config: Config) -> None:
+    def __init__(self, plan: Plan, sources: Mapping[str, ImageSource], config: Config) -> None:
         self.plan, self.sources = plan, dict(sources)
         self.seed = config.seed
         self.shorter_side, self.crop, self.flip = (
@@ -80,28 +84,27 @@ class PositionDataset(Dataset[Sample]):
         name, shard, first = self.plan.locate(position)
         source = self.sources[name]
         count = int(source.counts[shard])
-        skipped: list[str] = []
+        bad: list[str] = []
         small: list[int] = []
         for step in range(min(count, MAX_NEIGHBOURS)):
             number = (first + step) % count  # a bad sample gives way to its neighbour
-            key = f"{source.location(shard)}, image {number}"
+            key = source.name(shard, number)
             try:
                 key, data = source.read(shard, number)
-                image = self._load(data, position)
+                image, profile = self._load(data, position)
             except ImageError as error:
-                skipped.append(f"{name}/{key}: {error}")
+                bad.append(f"{name}/{key}: {error}")
                 small += [error.side] if isinstance(error, SmallImageError) else []
-            except OSError as error:
-                skipped.append(f"{name}/{key}: cannot be read: {error}")
             else:
-                return Sample(image, self._noise(position), f"{name}/{key}", skipped)
+                noise = self._noise(position)
+                return Sample(image, noise, f"{name}/{key}", bad[:1], profile)
         remedy = (
             f"check {source.location(shard)} and data.shorter_side={self.shorter_side or 'null'}, "
             f"data.crop={self.crop}"
         )
         raise MissingInputError(
-            f"{counted(len(skipped), 'image', 's')} in a row cannot be used, from {skipped[0]}; "
-            + (remedy if len(small) < len(skipped) else self._fitting_crop(min(small)))
+            f"{counted(len(bad), 'image', 's')} in a row cannot be used, from {bad[0]}; "
+            + (remedy if len(small) < len(bad) else self._fitting_crop(min(small)))
         )
 
     def _fitting_crop(self, side: int) -> str:
@@ -110,13 +113,14 @@ class PositionDataset(Dataset[Sample]):
         smaller = f"set data.crop to {crop} or less, or " if crop else "set "
         return f"{smaller}data.shorter_side={self.crop} (which enlarges them)"
 
-    def _load(self, data: bytes, position: int) -> Tensor:
+    def _load(self, data: bytes, position: int) -> tuple[Tensor, str]:
+        """The crop, and the colour profile that the image was converted from."""
         top, left, mirror = random_state(self.seed, "crop", position).random_sample(3)
-        image = images.decode(data, self.draft_side)
+        image, profile = images.picture(data, self.draft_side)
         if self.shorter_side is not None:
             image = images.resize_shorter(image, self.shorter_side)
         image = images.crop(image, self.crop, float(top), float(left))
-        return images.flip(image) if self.flip and mirror < 0.5 else image
+        return (images.flip(image) if self.flip and mirror < 0.5 else image), profile
 
     def _noise(self, position: int) -> Tensor:
         draw = random_state(self.seed, "noise", position).standard_normal(self.noise_shape)
@@ -175,7 +179,7 @@ def shard_cache(config: Config) -> ShardCache:
 
 def upcoming(
     plan: Plan,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, ImageSource],
     iterations: range,
     rank: int,
     world: int,
@@ -197,7 +201,8 @@ def collate(samples: list[Sample]) -> Batch:
         images=torch.stack([s.image for s in samples]),
         noise=torch.stack([s.noise for s in samples], dim=1),
         keys=[s.key for s in samples],
-        skipped=[line for s in samples for line in s.skipped],
+        skipped=[bad for s in samples for bad in s.skipped],
+        profiles=[s.profile for s in samples if s.profile],
     )
 
 
@@ -214,15 +219,17 @@ def loader(
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=functools.partial(start_worker, os.getpid()),
     )
 
 
-def _start_worker(worker: int) -> None:
-    """One thread, and deaf to the run's signals: SLURM sends them to every process.
+def start_worker(parent: int, worker: int) -> None:
+    """Prepares a loader: single-threaded, ignores the run's signals, and ends with `parent`.
 
-    The main process ends its loaders; a loader whose main process is gone ends by itself.
+    SLURM sends signals to every process; the main process ends its loaders. torch's own check on
+    the parent would miss one that died before the loader came to it.
     """
+    end_with_parent(parent)
     torch.set_num_threads(1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

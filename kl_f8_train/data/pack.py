@@ -26,7 +26,9 @@ import torch
 
 from kl_f8_train import images
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
-from kl_f8_train.units import counted
+from kl_f8_train.folders import SUFFIXES, list_folder, read_file
+from kl_f8_train.lifetime import end_with_parent
+from kl_f8_train.units import counted, printable
 
 MAX_PER_SHARD = 10_000  # four digits
 MAX_SHARDS = 100_000  # five digits
@@ -44,6 +46,7 @@ class PackResult:
     images: int  # in all shards
     skipped: list[str]  # "FILE: why", in order
     written: int  # shards that this call wrote; the others were there
+    not_used: str = ""  # what else is in the folder, by kind
 
     def __str__(self) -> str:
         """For the command line: numbers, and the first images that were left out."""
@@ -51,6 +54,7 @@ class PackResult:
             f"{counted(self.images, 'image', 's')} in {counted(len(self.shards), 'shard', 's')}, "
             f"{self.written:,} of them written now: {self.shards[0].parent}"
         ]
+        lines += [self.not_used] if self.not_used else []
         lines += [f"left out: {line}" for line in self.skipped[:SHOWN]]
         if len(self.skipped) > SHOWN:
             lines.append(f"{len(self.skipped):,} left out; all are named in *_stats.json")
@@ -103,7 +107,7 @@ def pack(
     """
     if not 1 <= per_shard <= MAX_PER_SHARD:
         raise UsageError(f"{per_shard} images in each shard: expected 1 to {MAX_PER_SHARD:,}")
-    files = _list(folder)
+    files, not_used = _list(folder)
     if len(files) > per_shard * MAX_SHARDS:
         raise UsageError(f"{len(files):,} images are more than {MAX_SHARDS:,} shards hold")
     _claim(out, {"per_shard": per_shard, "reencode": reencode, "files": files})
@@ -122,21 +126,33 @@ def pack(
         images=sum(entry["successes"] for entry in stats.values()),
         skipped=[line for job in jobs for line in stats[job.number]["skipped"]],
         written=len(open_jobs),
+        not_used=not_used,
     )
 
 
 # --- what is packed -------------------------------------------------------------------------
 
 
-def _list(folder: Path) -> list[tuple[str, int]]:
-    """[(path relative to the folder, size in bytes), ...], sorted."""
+def _list(folder: Path) -> tuple[list[tuple[str, int]], str]:
+    """[(path relative to the folder, size in bytes), ...], sorted; and what is not used."""
     if not folder.is_dir():
         raise MissingInputError(f"{folder}: no such folder")
-    found = images.list_folder(folder)
-    files = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in found]
+    listing = list_folder(folder)
+    files = [(name, size) for name in listing.files if (size := _size(folder / name)) is not None]
     if not files:
-        raise MissingInputError(f"no images in {folder}: expected {', '.join(images.SUFFIXES)}")
-    return files
+        raise MissingInputError(
+            f"no images in {folder}: expected {', '.join(SUFFIXES)}; "
+            f"{listing.describe() or 'it is empty'}"
+        )
+    return files, listing.describe()
+
+
+def _size(file: Path) -> int | None:
+    """In bytes; None if it went away since the folder was listed."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return None
 
 
 def _claim(out: Path, manifest: dict[str, Any]) -> None:
@@ -211,7 +227,8 @@ def _write_all(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict[str, A
         yield from ((job.number, write_shard(job)) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process) as pool:
+    start, parent = _start_process, (os.getpid(),)
+    with ProcessPoolExecutor(workers, context, initializer=start, initargs=parent) as pool:
         futures = {pool.submit(write_shard, job): job.number for job in jobs}
         try:
             for future in as_completed(futures):
@@ -224,7 +241,8 @@ def _write_all(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict[str, A
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_process() -> None:
+def _start_process(parent: int) -> None:
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
 
@@ -243,7 +261,7 @@ def write_shard(job: Job) -> dict[str, Any]:
             "failed_to_download": 0,
             "failed_to_resize": len(bad),
             "status_dict": {"success": good, **Counter(bad.values())},
-            "skipped": [f"{name}: {why}" for name, why in bad.items()],
+            "skipped": [f"{printable(name)}: {why}" for name, why in bad.items()],
         }
         _write_text(job.stats, json.dumps(stats, indent=4) + "\n")
     except OSError as error:
@@ -277,15 +295,14 @@ def _write_tar(job: Job) -> dict[str, str]:
 def _sample(job: Job, key: str, name: str) -> dict[str, bytes]:
     """The files of one sample. Raises ImageError if the image cannot be read."""
     file = job.folder / name
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise ImageError(f"not readable: {error.strerror}") from error
-    image = images.decode(data)
+    data = read_file(file)
+    image, profile = images.picture(data)
     height, width = image.shape[1:]
     extension = file.suffix.lower()
     if job.reencode:
-        extension, data = ".jpg", _to_jpeg(image)
+        extension, data = ".jpg", _to_jpeg(image, bool(profile))
+    elif extension not in SUFFIXES:
+        extension = _extension(data)
     metadata = {
         "url": name,
         "key": key,
@@ -301,13 +318,21 @@ def _sample(job: Job, key: str, name: str) -> dict[str, bytes]:
     return {
         f"{key}{extension}": data,
         f"{key}.json": json.dumps(metadata, indent=4).encode(),
-        f"{key}.txt": file.stem.encode(errors="replace"),
+        f"{key}.txt": printable(file.stem).encode(),
     }
 
 
-def _to_jpeg(image: torch.Tensor) -> bytes:
+def _extension(data: bytes) -> str:
+    """Of a file whose own name has none that indexes know: .jpg, .heic, ..."""
+    kind = images.brand(data)
+    return {"AVIF": ".avif", "HEIF": ".heic"}.get(kind or "", ".jpg")
+
+
+def _to_jpeg(image: torch.Tensor, converted: bool) -> bytes:
+    """sRGB, which is said in the file where the original said something else."""
     buffer = io.BytesIO()
-    images.to_pil(image).save(buffer, "JPEG", quality=QUALITY, subsampling="4:4:4")
+    named = {"icc_profile": images.srgb_profile()} if converted else {}
+    images.to_pil(image).save(buffer, "JPEG", quality=QUALITY, subsampling="4:4:4", **named)
     return buffer.getvalue()
 
 

@@ -80,7 +80,7 @@ class Plan:
             name: SourcePlan(name, counts[name], share, lanes, seed)
             for name, share in shares.items()
         }
-        self.slots = interleave(shares)
+        self.slots = mixed_slots(shares)
 
     def digest(self) -> str:
         """A short hash of the counts; nodes that see other shards have another."""
@@ -94,7 +94,7 @@ class Plan:
         return (name, *self.plans[name].locate(iteration, index))
 
 
-def interleave(shares: dict[str, int]) -> list[tuple[str, int]]:
+def mixed_slots(shares: dict[str, int]) -> list[tuple[str, int]]:
     """The slots of a batch, sources evenly mixed: [(source, index within its share), ...]."""
     places = [
         ((index + 0.5) / share, name, index)

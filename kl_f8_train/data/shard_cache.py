@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kl_f8_train.errors import RunFailedError
-from kl_f8_train.files import hidden_beside, part_beside
+from kl_f8_train.files import atomic_path, disk_failure, hidden_beside, write_json
 from kl_f8_train.transfer import (
     PATIENCE,
     Patience,
     Record,
-    disk_failure,
     download,
     is_remote,
     local_path,
@@ -34,8 +33,8 @@ from kl_f8_train.transfer import (
 )
 
 LEFTOVER_SECONDS = 3600.0  # a temporary file as old as this belongs to nobody
-ENTRY = re.compile(r"[0-9a-f]{16}-.*")
-PART = re.compile(r"\.([0-9a-f]{16}-.*)\.\d+-\d+\.part")
+CACHED_NAME = re.compile(r"[0-9a-f]{16}-.*")
+PART_NAME = re.compile(r"\.+([0-9a-f]{16}-.*?)(?:\.json)?\.\d+-[0-9a-f]+\.part")
 
 
 class ShardCache:
@@ -131,18 +130,13 @@ class ShardCache:
         self._evict(size or (known.size if known else 0))
         for abandoned in self.root.glob(f".{entry.path.name}.*.part"):
             abandoned.unlink(missing_ok=True)  # of a killed process: the lock is ours
-        part = part_beside(entry.path)
-        try:
+        with atomic_path(entry.path) as part:
             found = download(entry.url, part, size, self.patience)
             _check(entry, found, size, sha256, known)
             if found != known:  # a file must never lie beside another file's record
                 entry.record_path.unlink(missing_ok=True)
-            part.replace(entry.path)
-            if found != known:
-                entry.write_record(found)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink()
+        if found != known:
+            entry.write_record(found)
 
     def _fill_ahead(self, url: str) -> None:
         """Fetches a file, unless some other process is about to."""
@@ -170,10 +164,10 @@ class ShardCache:
             total = incoming
             files: list[tuple[float, int, Path]] = []
             for name, used, size in _listing(self.root):
-                if ENTRY.fullmatch(name):
+                if CACHED_NAME.fullmatch(name):
                     files.append((used, size, self.root / name))
                     total += size
-                elif PART.fullmatch(name):
+                elif PART_NAME.fullmatch(name):
                     total += size
             for _, size, path in sorted(files):
                 if total <= self.max_bytes:
@@ -245,12 +239,7 @@ class _Entry:
 
     def write_record(self, record: Record) -> None:
         """Writes the record, whole or not at all."""
-        part = part_beside(self.path)
-        with part.open("w") as file:
-            json.dump({"url": shown(self.url), **asdict(record)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self.record_path)
+        write_json(self.record_path, {"url": shown(self.url), **asdict(record)})
 
 
 class _Worker:
@@ -326,7 +315,7 @@ def _listing(root: Path) -> Iterator[tuple[str, float, int]]:
 def _remove_leftovers(root: Path) -> None:
     """Unlinks old temporary files that no living process writes."""
     for name, written, _ in _listing(root):
-        match = PART.fullmatch(name)
+        match = PART_NAME.fullmatch(name)
         if match and time.time() - written > LEFTOVER_SECONDS:
             lock = hidden_beside(root / match[1], "lock")
             with (

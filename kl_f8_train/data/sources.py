@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from kl_f8_train.data.index import (
-    BLOCK,
-    CHUNK,
+    PART_SHARDS,
+    TAR_BLOCK,
     UNREADABLE,
     build_index,
     expand,
@@ -23,22 +23,25 @@ from kl_f8_train.data.index import (
     index_directory,
 )
 from kl_f8_train.data.shard_cache import ShardCache
-from kl_f8_train.errors import MissingInputError, UsageError
+from kl_f8_train.errors import ImageError, MissingInputError, UsageError
 from kl_f8_train.files import check_writable
-from kl_f8_train.images import SUFFIXES, list_folder
+from kl_f8_train.folders import describe_count, list_folder, read_file
 from kl_f8_train.transfer import is_remote
-from kl_f8_train.units import counted
+from kl_f8_train.units import counted, printable
 
 AUTOMATIC = 2000  # local shards that are indexed without being asked
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """What the plan and the data set need of a source."""
 
     counts: np.ndarray  # images of each shard, after filters
 
     def read(self, shard: int, sample: int) -> tuple[str, bytes]:
-        """Name (shard and file) and encoded image."""
+        """Name (shard and file) and encoded image. Raises ImageError if it cannot be read."""
+
+    def name(self, shard: int, sample: int) -> str:
+        """What is known of the image's name without reading it."""
 
     def location(self, shard: int) -> str:
         """Path or address of a shard."""
@@ -120,13 +123,20 @@ class TarSource:
     def read(self, shard: int, sample: int) -> tuple[str, bytes]:
         """Name, from the header in front of the data, and encoded image."""
         row = self._kept(shard)[sample]
-        offset, size = (int(self.blocks[row]) - 1) * BLOCK, int(self.sizes[row])
+        offset, size = (int(self.blocks[row]) - 1) * TAR_BLOCK, int(self.sizes[row])
         place = self.locations[shard]
-        with self.cache.open(place) if is_remote(place) else open(place, "rb") as file:
-            data = os.pread(file.fileno(), BLOCK + size, offset)
+        try:
+            with self.cache.open(place) if is_remote(place) else open(place, "rb") as file:
+                data = os.pread(file.fileno(), TAR_BLOCK + size, offset)
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror or error}") from error
         member = data[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
         name = f"{os.path.basename(place)}/{os.path.basename(member)}"
-        return name, data[BLOCK:]
+        return printable(name), data[TAR_BLOCK:]
+
+    def name(self, shard: int, sample: int) -> str:
+        """The shard, and the number of the image in it."""
+        return f"{printable(self.locations[shard])}, image {sample}"
 
     def location(self, shard: int) -> str:
         """Path or address of a shard."""
@@ -187,7 +197,8 @@ class FolderSource:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = [str(path.relative_to(folder)) for path in list_folder(folder)]
+        self.listing = list_folder(folder)
+        self.files = self.listing.files
         self.counts = np.array([len(self.files)], np.int64)
 
     def leave_out(self, inner: Path) -> None:
@@ -199,15 +210,19 @@ class FolderSource:
 
     def read(self, shard: int, sample: int) -> tuple[str, bytes]:
         """The file's path below the folder, and its bytes."""
-        return self.files[sample], (self.folder / self.files[sample]).read_bytes()
+        return self.name(shard, sample), read_file(self.folder / self.files[sample])
+
+    def name(self, shard: int, sample: int) -> str:
+        """The file's path below the folder, printable."""
+        return printable(self.files[sample])
 
     def location(self, shard: int) -> str:
         """The folder."""
         return str(self.folder)
 
     def describe(self) -> list[str]:
-        """How many files."""
-        return [f"{counted(len(self.files), 'image', 's')} in a folder"]
+        """How many files are used, and how many of which kind are not."""
+        return [describe_count(len(self.files), self.listing)]
 
 
 def open_source(
@@ -269,7 +284,8 @@ def _open_folder(folder: Path, filters: Sequence[Filter]) -> FolderSource:
     source = FolderSource(folder)
     if not source.files:
         raise MissingInputError(
-            f"no shards and no images in {folder}; expected .tar files or {', '.join(SUFFIXES)}"
+            f"no shards and no images in {folder}; expected .tar files or photographs as .jpg, "
+            f".png, .webp, .tif, .bmp or .gif; {source.listing.describe() or 'it is empty'}"
         )
     return source
 
@@ -292,7 +308,9 @@ def _build_here(pattern: str, locations: Sequence[str], directory: Path, cache: 
             f"{counted(len(locations), 'shard', 's')} ({remote:,} remote) not indexed yet; run "
             f"`kl-f8-train index '{pattern}'` once"
         )
-    build_index(locations, directory, cache, workers=_cores() if len(locations) > CHUNK else 1)
+    build_index(
+        locations, directory, cache, workers=_cores() if len(locations) > PART_SHARDS else 1
+    )
 
 
 def _cores() -> int:

@@ -16,14 +16,17 @@ from typing import Any
 
 import yaml
 
-from kl_f8_train import config
+from kl_f8_train import config as configs
 from kl_f8_train.config import Config
+from kl_f8_train.core.metrics import SCORES
 from kl_f8_train.core.perceptual import LABELS, OTHER_VGG
 from kl_f8_train.errors import MissingInputError, UsageError
+from kl_f8_train.facts import FAMILIES
 from kl_f8_train.files import atomic_path, file_sha256, write_json, write_text
+from kl_f8_train.output import markdown_table
 from kl_f8_train.publish import half_precision
-from kl_f8_train.score.compare import SCORES, not_measured
-from kl_f8_train.score.scores import BIASED_BELOW
+from kl_f8_train.score.compare import not_measured
+from kl_f8_train.score.scores import BIASED_BELOW, score_text
 
 README, STRIP, LICENSE = "README.md", "strip.png", "LICENSE"  # written here, and may be edited
 DIFFUSERS = "diffusers/diffusion_pytorch_model.safetensors"
@@ -55,7 +58,7 @@ vae = AutoencoderKL.from_pretrained(".", subfolder="diffusers")
 ```
 """
 USE_PIPELINE = """
-Give it to a pipeline: `StableDiffusionPipeline.from_pretrained(MODEL, vae=vae)`.
+Give it to a pipeline: `DiffusionPipeline.from_pretrained(MODEL, vae=vae)`.
 """
 LICENSED = (
     "The license stands in the metadata of this card{}; whoever publishes the weights chose it."
@@ -97,9 +100,9 @@ def write(
     export.json names, or if the scores are damaged or belong to other weights.
     """
     record = _record(export_dir)
-    settings = _settings(export_dir, record)
+    config = _stored_settings(export_dir, record)
     details = _with_kept(details or Details(), record.get("card", {}))
-    evaluated = _evaluated(scores_file, record) if scores_file else _kept(export_dir, record)
+    evaluated = _evaluated(scores_file, record) if scores_file else _kept_scores(export_dir, record)
     if scores_file and evaluated and evaluated.strip:
         _bring(scores_file.with_name(STRIP), export_dir / STRIP)
     if license_file is not None:
@@ -114,7 +117,7 @@ def write(
         if used:
             files[file] = _sha256(export_dir / file)
     readme = export_dir / README
-    write_text(readme, model_card(settings, record, details, evaluated))
+    write_text(readme, model_card(config, record, details, evaluated))
     files[README] = file_sha256(readme)
     write_json(export_dir / "export.json", record)
     return readme
@@ -129,7 +132,7 @@ def _with_kept(details: Details, kept: Mapping[str, Any]) -> Details:
     )
 
 
-def _kept(export_dir: Path, record: Mapping[str, Any]) -> Evaluated | None:
+def _kept_scores(export_dir: Path, record: Mapping[str, Any]) -> Evaluated | None:
     """The scores that an earlier call was given; their strip, if it is still the same."""
     kept = record.get("card", {})
     if "scores" not in kept:
@@ -154,7 +157,7 @@ def license_fields(identifier: str | None, file: Path | None) -> dict[str, str]:
 
 
 def model_card(
-    settings: Config,
+    config: Config,
     record: Mapping[str, Any],
     details: Details | None = None,
     evaluated: Evaluated | None = None,
@@ -164,25 +167,21 @@ def model_card(
     front = yaml.safe_dump(
         _front_matter(record, details, evaluated), sort_keys=False, allow_unicode=True
     )
-    files = "\n".join(
-        f"| `{file}` | `{digest}` |" for file, digest in record["files"].items() if file != README
-    )
+    files = [(f"`{file}`", f"`{sha}`") for file, sha in record["files"].items() if file != README]
     precision = "\n".join(f"- {line}" for line in half_precision.describe(record["half_precision"]))
     checks = "\n".join(f"- {check}: {outcome}" for check, outcome in record["checks"].items())
     link = " and in [LICENSE](LICENSE)" if "license_link" in details.license else ""
-    factor = 2 ** (len(settings.model.ch_mult) - 1)
-    latent = f"{settings.model.z_channels} numbers for each {factor} x {factor} pixels"
+    factor = 2 ** (len(config.model.ch_mult) - 1)
+    latent = f"{config.model.z_channels} numbers for each {factor} x {factor} pixels"
     evaluation = _evaluation(evaluated) if evaluated else _not_evaluated(record)
     return f"""---
 {front}---
-# {_cell(settings.name)}
+# {_cell(config.name)}
 
-{_introduction(settings, record)}
+{_introduction(config, record)}
 ## Training
 
-| setting | value |
-|---|---|
-{_training(settings, record)}
+{_training(config, record)}
 
 ## Evaluation
 
@@ -203,9 +202,7 @@ def model_card(
 
 {checks}
 
-| file | SHA-256 |
-|---|---|
-{files}
+{markdown_table(("file", "SHA-256"), files)}
 
 ## License
 
@@ -236,9 +233,9 @@ def _sha256(path: Path) -> str:
     return file_sha256(path)
 
 
-def _settings(export_dir: Path, record: Mapping[str, Any]) -> Config:
+def _stored_settings(export_dir: Path, record: Mapping[str, Any]) -> Config:
     try:
-        return config.from_dict(record["config"])
+        return configs.from_dict(record["config"])
     except UsageError as error:
         raise MissingInputError(f"{export_dir / 'export.json'}: its config: {error}") from error
 
@@ -322,7 +319,7 @@ def _taken(scores: Mapping[str, Any]) -> dict[str, Any]:
     """What a card tells of scores.json: no path of one machine, and finite numbers only."""
     return {
         "models": {
-            name: {metric: _finite(value, metric) for metric, value in row.items()}
+            name: {metric: _finite_score(value, metric) for metric, value in row.items()}
             for name, row in scores["models"].items()
         },
         **{key: scores[key] for key in ("weights", "protocol", "images")},
@@ -333,7 +330,7 @@ def _taken(scores: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any, metric: str) -> Any:
+def _finite_score(value: Any, metric: str) -> Any:
     """rFID, or another metric's mean and deviation; None if that is missing or not finite."""
     if metric == "rfid":
         numbers = [value]
@@ -395,19 +392,35 @@ def _measured(evaluated: Evaluated) -> list[dict[str, Any]]:
     return found
 
 
-def _introduction(settings: Config, record: Mapping[str, Any]) -> str:
+def _introduction(config: Config, record: Mapping[str, Any]) -> str:
     """What it is and how to use it: where Stable Diffusion is, only with kl-f8's own shape."""
     use = USE_DIFFUSERS if DIFFUSERS in record["files"] else ""
-    if settings.model != config.KL_F8:
+    if config.model not in (configs.KL_F8, configs.KL_F8_16):
         return f"""The decoder of an autoencoder of kl-f8's kind, finetuned with kl_f8_train.
 **It does not fit Stable Diffusion**: its shape is not kl-f8's.
 {_encoder(record)}
 {use}"""
-    return f"""The decoder of Stable Diffusion's kl-f8 autoencoder, finetuned with kl_f8_train.
+    family = FAMILIES.get(record.get("facts", {}).get("family", ""))
+    if family is None:
+        return f"""The decoder of an autoencoder of kl-f8's shape, finetuned with kl_f8_train.
 {_encoder(record)}
-It takes the place of the original wherever that is used: Stable Diffusion 1.x and 2.x, and models
-built on them.
+It takes the place of the VAE that it was finetuned from, and fits no other.
+{use}{_programs(record)}"""
+    whose = "the kl-f8 autoencoder" if family.channels == 4 else "the 16-channel autoencoder"
+    return f"""The decoder of {whose} of {family.title}, finetuned with kl_f8_train.
+{_encoder(record)}
+It takes the place of the original wherever that is used: {family.title}, and models built on
+them. It fits no other family: their latents have another scale.
+{_scale(record)}
 {use and use + USE_PIPELINE}{_programs(record)}"""
+
+
+def _scale(record: Mapping[str, Any]) -> str:
+    """How a pipeline scales these latents, as their base states."""
+    stated = record["facts"]
+    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
+    shown = ", ".join(f"`{n}` {json.dumps(stated[n])}" for n in names if n in stated)
+    return f"Latents in a pipeline: {shown}."
 
 
 def _encoder(record: Mapping[str, Any]) -> str:
@@ -426,24 +439,27 @@ def _programs(record: Mapping[str, Any]) -> str:
     files = {suffix: f"{record['stem']}.{suffix}" for suffix in ("safetensors", "ckpt")}
     files = {suffix: file for suffix, file in files.items() if file in record["files"]}
     safetensors, ckpt = files.get("safetensors"), files.get("ckpt")
-    rows = (
-        ("ComfyUI", safetensors, '`models/vae/` | node "Load VAE"'),
-        ("AUTOMATIC1111", safetensors or ckpt, '`models/VAE/` | Settings, "SD VAE"'),
-        ("original code", ckpt, 'anywhere | `torch.load(FILE)["state_dict"]`'),
-    )
-    table = "".join(f"| {program} | `{file}` | {rest} |\n" for program, file, rest in rows if file)
-    if not table:
+    rows = [
+        (program, f"`{file}`", place, choice)
+        for program, file, place, choice in (
+            ("ComfyUI", safetensors, "`models/vae/`", 'node "Load VAE"'),
+            ("AUTOMATIC1111", safetensors or ckpt, "`models/VAE/`", 'Settings, "SD VAE"'),
+            ("original code", ckpt, "anywhere", '`torch.load(FILE)["state_dict"]`'),
+        )
+        if file
+    ]
+    if not rows:
         return ""
+    table = markdown_table(("program", "file", "where it goes", "how it is chosen"), rows)
     return f"""
 ## Use in other programs
 
-| program | file | where it goes | how it is chosen |
-|---|---|---|---|
-{table}"""
+{table}
+"""
 
 
-def _training(settings: Config, record: Mapping[str, Any]) -> str:
-    loss, adversarial, data = settings.loss, settings.adversarial, settings.data
+def _training(config: Config, record: Mapping[str, Any]) -> str:
+    loss, adversarial, data = config.loss, config.adversarial, config.data
     start, iteration = record["init_iteration"], record["iteration"]
     taken = {"raw": "raw weights, not the EMA", "ema": "EMA weights"}
     weights = taken.get(record["weights"]) or f"mean EMA of {', '.join(record['averaged'])}"
@@ -451,7 +467,7 @@ def _training(settings: Config, record: Mapping[str, Any]) -> str:
     rows = {
         "base weights": name if digest == "unknown" else f"{name}, SHA-256 {digest}",
         "iterations": f"{'?' if start is None else f'{start:,}'} -> {iteration:,}",
-        "global batch, crop": f"{settings.global_batch}, {data.crop} x {data.crop}",
+        "global batch, crop": f"{config.global_batch}, {data.crop} x {data.crop}",
         "resize": f"shorter side to {data.shorter_side}" if data.shorter_side else "none",
         "trained": "decoder and post_quant_conv",
         "reconstruction loss": f"{loss.pixel} + {loss.perceptual_weight:g} "
@@ -460,14 +476,14 @@ def _training(settings: Config, record: Mapping[str, Any]) -> str:
         if adversarial is None
         else f"hinge PatchGAN, {adversarial.weight:g} x adaptive weight, from iteration "
         f"{adversarial.start_iteration:,}",
-        "learning rate": f"{settings.optimizer.learning_rate:g}, Adam {settings.optimizer.betas}",
-        "EMA decay": f"{settings.ema.decay:g}; these are the {weights}",
-        "precision": settings.precision,
+        "learning rate": f"{config.optimizer.learning_rate:g}, Adam {config.optimizer.betas}",
+        "EMA decay": f"{config.ema.decay:g}; these are the {weights}",
+        "precision": config.precision,
         "data, shares": ", ".join(f"{key} ({s.weight:g})" for key, s in data.sources.items()),
     }
     if record.get("changes"):
         rows["changed on the way"] = "; ".join(record["changes"])
-    return "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
+    return markdown_table(("setting", "value"), [(k, _cell(value)) for k, value in rows.items()])
 
 
 def _not_evaluated(record: Mapping[str, Any]) -> str:
@@ -489,7 +505,7 @@ def _evaluation(evaluated: Evaluated) -> str:
         "images": f"{scores['images']:,}",
         "image list SHA-256": scores["images_sha256"],
     }
-    facts = "\n".join(f"| {_cell(k)} | {_cell(v)} |" for k, v in protocol.items() if v is not None)
+    facts = [(_cell(key), _cell(value)) for key, value in protocol.items() if value is not None]
     notes = not_measured(scores["unmeasured"]) + scores["warnings"]
     listed = "".join(f"- {_cell(note)}\n" for note in notes)
     strip = f"\n![{_strip_text(scores)}](strip.png)\n" if evaluated.strip else ""
@@ -500,9 +516,7 @@ recognised by their SHA-256, or by that of the checkpoint they were exported fro
 {_table(evaluated)}
 
 {listed}{strip}
-| protocol | |
-|---|---|
-{facts}
+{markdown_table(("protocol", ""), facts)}
 """
 
 
@@ -514,23 +528,13 @@ def _strip_text(scores: Mapping[str, Any]) -> str:
 def _table(evaluated: Evaluated) -> str:
     rows = evaluated.scores["models"]
     columns = [*HUB_TYPES, *(["st_lpips"] if any(r.get("st_lpips") for r in rows.values()) else [])]
-    lines = [f"| model | iteration | {' | '.join(SCORES[c].label for c in columns)} |"]
-    lines.append("|---" * (2 + len(columns)) + "|")
+    lines = []
     for name, row in rows.items():
         iteration = evaluated.scores.get("weights", {}).get(name, {}).get("iteration")
         step = "" if iteration is None else f"{iteration:,}"
         title = f"**{_cell(name)}**" if name == evaluated.name else _cell(name)
-        lines.append(f"| {title} | {step} | {' | '.join(_score(row, c) for c in columns)} |")
-    return "\n".join(lines)
-
-
-def _score(row: Mapping[str, Any], metric: str) -> str:
-    value, digits = row.get(metric), SCORES[metric].digits
-    if value is None:
-        return "not measured"
-    if isinstance(value, Mapping):
-        return f"{value['mean']:.{digits}f} +/- {value['std']:.{digits}f}"
-    return f"{value:.{digits}f}"
+        lines.append([title, step, *(score_text(row.get(c), c) for c in columns)])
+    return markdown_table(["model", "iteration", *(SCORES[c].label for c in columns)], lines)
 
 
 def _cell(value: Any) -> str:

@@ -4,20 +4,23 @@ import datetime
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from kl_f8_train import __version__, config, images
+from kl_f8_train import __version__, images
+from kl_f8_train import config as configs
 from kl_f8_train.config import Config
 from kl_f8_train.core.hashes import data_sha256, frozen_sha256
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
-from kl_f8_train.facts import ENTRY, Facts, combined
+from kl_f8_train.facts import ENTRY, FAMILIES, Facts, combined, settled
 from kl_f8_train.files import check_writable, file_sha256, write_json, write_text
 from kl_f8_train.publish import card, half_precision
-from kl_f8_train.run_dir import is_run
+from kl_f8_train.run import outcome
+from kl_f8_train.run_dir import best_checkpoint, is_run
 from kl_f8_train.weights import checkpoint, names, weight_file
 from kl_f8_train.weights.names import State
 
@@ -39,18 +42,22 @@ def export(
     out: Path | None = None,
     *,
     raw: bool = False,
+    best: bool = False,
     dtype: str = "float32",
     layouts: Sequence[str] = LAYOUTS,
     average: Sequence[Path] = (),
     pictures: Path | None = None,
+    family: str | None = None,
     force: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Writes NAME-ema-pruned.safetensors and .ckpt, diffusers/, the configuration and the card.
 
-    `source` is a run directory or one of its checkpoints; its EMA is averaged with those of
+    `source` is a run directory or one of its checkpoints; with `best` the one with the run's best
+    validation. Its EMA is averaged with those of
     `average`, or with `raw` its raw weights are taken. `dtype` is that of the single files;
-    diffusers/ always holds float32 and the fp16 variant. With `force` the weight files of an
+    diffusers/ always holds float32 and the fp16 variant. `family` says whose VAE it is where the
+    checkpoint does not know, as those of older versions. With `force` the weight files of an
     earlier export that this one does not have are removed. Returns the directory. Raises UsageError
     if a file exists and not `force`, or if `out` is a run directory; MissingInputError if there is
     no training checkpoint; RunFailedError if a written file does not read back as what was
@@ -60,13 +67,14 @@ def export(
         raise UsageError(
             "--average takes the EMAs of checkpoints, --raw no EMA; leave out one of them"
         )
+    source = _best(source) if best else source
     _refuse_the_same_twice([source, *average])
     header = weight_file.read(source, _nothing)
-    settings = checkpoint.stored_config(header)
+    config = checkpoint.stored_config(header)
     kind = "raw" if raw else "ema-average" if average else "ema"
-    marks = [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
+    marks = ["best"] * best + [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
     out = out or _home(source) / "-".join(["export", *marks])
-    stem = "-".join([settings.name, kind, "pruned", *marks[marks.count(kind) :]])
+    stem = "-".join([config.name, kind, "pruned", *(m for m in marks if m != kind)])
     files = _weight_files(out, stem, layouts, dtype)
     diffusers_config = out / "diffusers" / "config.json"
     described = [diffusers_config] * ("diffusers" in layouts) + [out / "config.yaml"]
@@ -74,34 +82,35 @@ def export(
     written = [*(file.path for file in files), *described]
     _refuse_to_overwrite(out, [*written, readme, summary], force)
     check_writable(out)
-    before = _listed(summary)
+    before = _listed_files(summary)
 
-    named, tried = half_precision.choose_images(pictures, min(SIZE, settings.data.crop))
+    named, tried = half_precision.choose_images(pictures, min(SIZE, config.data.crop))
     weights = _stored_weights(header.path, raw)
     averaged = _average(weights, header, average)
-    stated = checkpoint.stored_facts(header, settings)
-    model = _network(weights, stated)
+    stated = _stated(header, config, family)
+    model = _autoencoder_of(weights, stated)
     frozen = header.metadata["frozen_sha256"]
     if frozen_sha256(weights) != frozen:
         raise MissingInputError(f"{header.path}: its encoder does not match its own hash")
 
     record: dict[str, Any] = {
-        "name": settings.name,
+        "name": config.name,
         "stem": stem,
         "weights": kind,
         "dtype": dtype,
         "iteration": int(header.metadata["iteration"]),
-        "init_iteration": settings.init.iteration,
+        "init_iteration": config.init.iteration,
         "source": header.path.name,
         "source_sha256": file_sha256(header.path),
         "averaged": averaged,
         **checkpoint.stored_base(header.metadata),
+        "facts": stated.stated(),
         "changes": checkpoint.stored_changes(header.metadata),
         "perceptual": checkpoint.stored_identity(header.metadata).get("perceptual"),
-        "ema_decay": settings.ema.decay,
+        "ema_decay": config.ema.decay,
         "config_sha256": hashlib.sha256(header.metadata["config"].encode()).hexdigest(),
         "frozen_sha256": frozen,
-        "config": config.to_dict(settings),
+        "config": configs.to_dict(config),
     }
     record["half_precision"] = {"images": named, **half_precision.measure(model, tried)}
     for path, layout, stored in files:
@@ -114,35 +123,36 @@ def export(
             }
             weight_file.write_torch(path, contents)
         elif layout == "safetensors":
-            texts = _metadata(settings, header, record, tensors) | stated.metadata()
+            texts = _metadata(config, header, record, tensors, stated)
             weight_file.write_safetensors(path, tensors, texts)
         else:
             weight_file.write_safetensors(path, names.to_diffusers(tensors), {})
         del tensors
     if "diffusers" in layouts:
-        shape = settings.model
+        shape = config.model
         values = names.diffusers_config(
             shape.ch,
             shape.ch_mult,
             shape.num_res_blocks,
             shape.z_channels,
-            settings.data.crop,
+            config.data.crop,
             stated,
         )
         write_json(diffusers_config, values)
-    write_text(out / "config.yaml", config.to_yaml(settings))
+    write_text(out / "config.yaml", configs.to_yaml(config))
 
     record["checks"] = _verify(out, files, model, stated)
     record["files"] = {str(path.relative_to(out)): file_sha256(path) for path in written}
-    write_text(readme, card.model_card(settings, record))
+    write_text(readme, card.model_card(config, record))
     record["files"]["README.md"] = file_sha256(readme)
     write_json(summary, record)
-    for line in (*_describe(out, record), *_remove_old(out, before, record["files"])):
+    warnings = [] if average else _ruined(_home(source), record)
+    for line in (*_summary(out, record), *_remove_old(out, before, record["files"]), *warnings):
         say(line)
     return out
 
 
-def _describe(out: Path, record: dict[str, Any]) -> list[str]:
+def _summary(out: Path, record: dict[str, Any]) -> list[str]:
     """Lines for people: the checks, half precision, the files."""
     sizes = {file: (out / file).stat().st_size for file in record["files"]}
     rounding = []
@@ -157,6 +167,41 @@ def _describe(out: Path, record: dict[str, Any]) -> list[str]:
             f"{out / file}  {sizes[file]:,} bytes  sha256 {digest[:12]}"
             for file, digest in record["files"].items()
         ),
+    ]
+
+
+def _stated(header: weight_file.Contents, config: Config, family: str | None) -> Facts:
+    """What the run's base stated; UsageError if a family must be given, or another is."""
+    published = config.model in (configs.KL_F8, configs.KL_F8_16)
+    stated = checkpoint.stored_facts(header, config)
+    try:
+        given = family or config.init.family
+        return settled(stated, config.model.embed_dim, given, published)
+    except UsageError as error:
+        message = str(error).replace("init.family=", "--family ")
+        raise UsageError(f"{header.path}: {message}") from error
+
+
+def _best(source: Path) -> Path:
+    """The checkpoint with a run's best validation; MissingInputError if it keeps none."""
+    found = best_checkpoint(source)
+    if found is None:
+        raise MissingInputError(
+            f"--best: {source} keeps no best checkpoint. A training with checkpoint.keep_best=true "
+            "does, once a validation is better than all before it; or name a checkpoint"
+        )
+    return found
+
+
+def _ruined(run: Path, record: Mapping[str, Any]) -> list[str]:
+    """A warning if the exported weights were validated as worse than those of the start."""
+    found = outcome.read(run, record["iteration"])
+    label = "raw" if record["weights"] == "raw" else "EMA"
+    worse = [c for c in (found.changes if found else ()) if c.weights == label and c.is_worse]
+    return [
+        f"WARNING: on the run's fixed photographs these weights are worse than those it started "
+        f"from: {change}; evaluate them before you use them"
+        for change in worse
     ]
 
 
@@ -205,7 +250,7 @@ def _refuse_to_overwrite(out: Path, files: list[Path], force: bool) -> None:
         )
 
 
-def _listed(summary: Path) -> dict[str, str]:
+def _listed_files(summary: Path) -> dict[str, str]:
     """Files and hashes that an earlier export.json names; none if it cannot be read."""
     try:
         return dict(json.loads(summary.read_text(encoding="utf-8"))["files"])
@@ -279,24 +324,30 @@ def _average(weights: State, first: weight_file.Contents, others: Sequence[Path]
 
 
 def _metadata(
-    settings: Config, header: weight_file.Contents, record: dict[str, Any], tensors: State
+    config: Config,
+    header: weight_file.Contents,
+    record: dict[str, Any],
+    tensors: State,
+    stated: Facts,
 ) -> dict[str, str]:
     """Texts of the safetensors file: modelspec's fields and our provenance.
 
     The date is the checkpoint's: when the weights were made, not when they were exported.
     """
+    known = FAMILIES.get(stated.family or "")
     written = datetime.datetime.fromtimestamp(header.path.stat().st_mtime, datetime.UTC)
     ours = ("iteration", "base_name", "base_sha256", "ema_decay", "config_sha256", "frozen_sha256")
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-v1/vae",
+        "modelspec.architecture": f"{known.modelspec}/vae" if known else "autoencoder-kl",
         "modelspec.implementation": "kl_f8_train",
-        "modelspec.title": f"{settings.name} ({record['weights']}, pruned)",
+        "modelspec.title": f"{config.name} ({record['weights']}, pruned)",
         "modelspec.date": written.isoformat(timespec="seconds"),
-        "modelspec.resolution": f"{settings.data.crop}x{settings.data.crop}",
+        "modelspec.resolution": f"{config.data.crop}x{config.data.crop}",
         "modelspec.hash_sha256": f"0x{data_sha256(tensors)}",
         "kl_f8_train.version": __version__,
-        "kl_f8_train.recipe": settings.name,
+        **stated.metadata(),
+        "kl_f8_train.recipe": config.name,
         "kl_f8_train.weights": record["weights"],
         **{f"kl_f8_train.{key}": str(record[key]) for key in ours},
         **({"kl_f8_train.averaged": ", ".join(record["averaged"])} if record["averaged"] else {}),
@@ -323,13 +374,14 @@ def _verify(
     checks: dict[str, str] = {}
     for path, layout, stored in files:
         frozen, facts = _read_back(path, FROZEN, weights, stored)
-        if combined(stated, facts) != facts:
+        written = replace(stated, family=None) if layout == "diffusers" else stated
+        if combined(written, facts) != facts:
             raise RunFailedError(f"{path} does not state what its base did: {facts.stated()}")
-        again = _network({**weights, **frozen}, facts)
+        again = _autoencoder_of({**weights, **frozen}, facts)
         latents_error = float((again.encode(probe).mean - latents).abs().max())
         del frozen, again  # half of the file at a time: memory
         trained, _ = _read_back(path, TRAINED, weights, stored)
-        again = _network({**weights, **trained}, facts)
+        again = _autoencoder_of({**weights, **trained}, facts)
         mean, most = half_precision.levels(again.decode(latents), decoded)
         del trained, again
         if stored == torch.float32 and (latents_error or most):
@@ -375,7 +427,7 @@ def _check_strictly(path: Path, count: int) -> None:
         raise RunFailedError(f"{path} holds other things than {', '.join(sorted(names))}")
 
 
-def _network(weights: State, stated: Facts) -> AutoencoderKL:
+def _autoencoder_of(weights: State, stated: Facts) -> AutoencoderKL:
     """An autoencoder around these very tensors, without a copy.
 
     Raises MissingInputError naming the first tensor that is missing, or of another shape.

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from kl_f8_train import images
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import ImageError, RunFailedError
+from kl_f8_train.folders import load_folder, read_file
 from kl_f8_train.units import counted
 
 LIMIT = torch.finfo(torch.float16).max  # 65504
 COUNT = 3
-SHIPPED = ("astronaut.png", "chelsea.png", "coffee.png")
+EXAMPLES = ("astronaut.png", "chelsea.png", "coffee.png")
 
 
 @torch.no_grad()
@@ -45,8 +46,8 @@ def measure(model: AutoencoderKL, pictures: list[Tensor]) -> dict[str, Any]:
         black = sum(not bool(y.isfinite().all()) for y in rounded)
         errors = [levels(a, b) for a, b in zip(exact, rounded, strict=True)]
         result[str(dtype).removeprefix("torch.")] = {
-            "mean": _finite(sum(mean for mean, _ in errors) / len(errors)),
-            "max": _finite(max(most for _, most in errors)),
+            "mean": _or_none(sum(mean for mean, _ in errors) / len(errors)),
+            "max": _or_none(max(most for _, most in errors)),
             "black": black,
         }
     return result
@@ -86,15 +87,15 @@ def choose_images(folder: Path | None, size: int) -> tuple[str, list[Tensor]]:
     Raises MissingInputError if there is none in `folder`.
     """
     if folder is not None:
-        chosen = images.load_folder(folder, size, COUNT)
+        chosen = load_folder(folder, size, COUNT)
         return f"{counted(len(chosen), 'image', 's')} of {folder.name} at {size} x {size}", chosen
     package = importlib.util.find_spec("skimage")
     places = list(package.submodule_search_locations or []) if package else []
-    files = [Path(place) / "data" / name for place in places for name in SHIPPED]
+    files = [Path(place) / "data" / name for place in places for name in EXAMPLES]
     chosen = []
     for file in filter(Path.is_file, files):
         with suppress(ImageError):
-            chosen.append(images.square(file.read_bytes(), size))
+            chosen.append(images.square(read_file(file), size))
     if chosen:
         return (
             f"{counted(len(chosen), 'photograph', 's')} of scikit-image at {size} x {size}",
@@ -165,5 +166,5 @@ def _decodes(name: str) -> bool:
     return name.split(".")[0] in ("decoder", "post_quant_conv")
 
 
-def _finite(value: float) -> float | None:
+def _or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None

@@ -21,8 +21,7 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import atomic_path, file_sha256
 from kl_f8_train.weights import names, torch_file, weight_file
 
-PREFIX = "first_stage_model."
-CHUNK = 1 << 24
+COPIED_BYTES = 1 << 24
 SAFETENSORS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -58,11 +57,16 @@ def inject(vae: Path, into: Path, out: Path, force: bool = False) -> list[str]:
     source, weights = weight_file.read_weights(vae)
     is_zip = into.is_file() and zipfile.is_zipfile(into)
     places = _zip_places(into) if is_zip else _safetensors_places(into)
-    parts = tuple(f"{PREFIX}{part}" for part in names.AUTOENCODER_PARTS)
-    places = {k.removeprefix(PREFIX): place for k, place in places.items() if k.startswith(parts)}
+    parts = tuple(f"{names.FIRST_STAGE}{part}" for part in names.AUTOENCODER_PARTS)
+    places = {
+        k.removeprefix(names.FIRST_STAGE): place
+        for k, place in places.items()
+        if k.startswith(parts)
+    }
     if not places:
         raise MissingInputError(
-            f"{into} holds no {PREFIX}*, so it is no full checkpoint; give one of Stable Diffusion"
+            f"{into} holds no {names.FIRST_STAGE}*, so it is no full checkpoint; give one of "
+            "Stable Diffusion"
         )
     try:
         shapes = {key: place.shape for key, place in places.items()}
@@ -144,7 +148,7 @@ def _safetensors_places(path: Path) -> dict[str, Place]:
     return {
         key: Place("", start + entry["data_offsets"][0], SAFETENSORS[entry["dtype"]], shape, ())
         for key, entry in header.items()
-        if key.startswith(PREFIX) and entry["dtype"] in SAFETENSORS
+        if key.startswith(names.FIRST_STAGE) and entry["dtype"] in SAFETENSORS
         for shape in [tuple(entry["shape"])]
     }
 
@@ -196,4 +200,4 @@ def _write_zip(
                 continue
             info.file_size = entry.file_size  # tells zipfile whether it needs 64-bit sizes
             with source.open(entry) as old, target.open(info, "w") as new:
-                shutil.copyfileobj(old, new, CHUNK)
+                shutil.copyfileobj(old, new, COPIED_BYTES)

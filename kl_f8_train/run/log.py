@@ -1,5 +1,6 @@
 """The log of a run: metrics.csv, the progress bar or plain lines, skipped images."""
 
+import math
 import resource
 import sys
 import time
@@ -22,21 +23,23 @@ from kl_f8_train.errors import RunFailedError
 from kl_f8_train.output import say
 from kl_f8_train.run.callback import finetuner_of, tolerated
 from kl_f8_train.run.tracking import Trackers
-from kl_f8_train.run_dir import MetricsFile
+from kl_f8_train.run_dir import METRICS_FILE, MetricsFile, skipped_images
 from kl_f8_train.units import duration
 
 
 class RunLog(Callback):
     """metrics.csv always; a progress bar or plain lines; trackers on request."""
 
-    def __init__(self, run_dir: Path, settings: Config, start: int, plan: Plan) -> None:
-        self.run_dir, self.config, self.start, self.plan = run_dir, settings, start, plan
-        given = settings.init.iteration
+    def __init__(self, run_dir: Path, config: Config, start: int, plan: Plan) -> None:
+        self.run_dir, self.config, self.start, self.plan = run_dir, config, start, plan
+        given = config.init.iteration
         self.first = start if given is None else given  # iteration at which the run began
-        self.table = MetricsFile(run_dir / "metrics.csv", start)
+        self.table = MetricsFile(run_dir / METRICS_FILE, start)
         self.sums: dict[tuple[str, ...], Tensor] = {}  # names -> (names, 2): sum, and how many
         self.count = 0
         self.skipped: Counter[tuple[str, str]] = Counter()  # (source, reason), on this rank
+        self.named: set[str] = set()  # bad images that are in skipped-RANK.txt
+        self.converted: Counter[str] = Counter()  # images of other colour profiles, on this rank
         self.seen = 0  # images, on this rank
         self.trackers: Trackers | None = None  # on the first rank
         self.bar: Any = None
@@ -46,6 +49,7 @@ class RunLog(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the reports on the first rank."""
         self.mark = self.batch_end = time.perf_counter()
+        self.named = set(skipped_images([self._skipped_file(trainer)]))
         if not trainer.is_global_zero:
             return
         self.trackers = Trackers(self.config, self.run_dir, self.start, self._say)
@@ -106,7 +110,7 @@ class RunLog(Callback):
             self.trackers.log(iteration, scores, path)
 
     def _report(self, trainer: Trainer, finetuner: Finetuner) -> None:
-        finetuner.judge()
+        finetuner.guard.judge()
         average_over_ranks(list(self.sums.values()))
         totals: defaultdict[str, float] = defaultdict(float)
         numbers: defaultdict[str, float] = defaultdict(float)
@@ -119,7 +123,7 @@ class RunLog(Callback):
         row["images_per_second"] = self.count * self.config.global_batch / seconds
         row["data_wait_share"] = self.waited / seconds
         row["skipped_images"] = self._judge_skipped(finetuner)
-        row["bad_updates"] = finetuner.bad_updates_in_all
+        row["bad_updates"] = finetuner.guard.in_all
         for name, source in self.plan.plans.items():
             row[f"images_{name}"] = source.share * (finetuner.iteration - self.first)
             row[f"passes_{name}"] = source.passes(finetuner.iteration - self.first)
@@ -159,19 +163,25 @@ class RunLog(Callback):
         )
 
     def _note_skipped(self, batch: Batch, trainer: Trainer) -> None:
-        """Counts, names and files bad images."""
+        """Counts bad images at each of their positions; names and files each of them once."""
         self.seen += len(batch.keys)
+        self.converted.update(batch.profiles)
         for message in batch.skipped:
-            key, _, reason = message.partition(": ")
-            self.skipped[key.partition("/")[0], reason.partition(":")[0]] += 1
-            if self.skipped.total() <= 20:
+            name, _, reason = message.partition(": ")
+            self.skipped[name.partition("/")[0], reason.partition(":")[0]] += 1
+            if name in self.named:
+                continue
+            self.named.add(name)
+            if len(self.named) <= 20:
                 self._say(f"skipped an image: {message}")
-            name = f"skipped-{trainer.global_rank}.txt"
-            with tolerated(), (self.run_dir / name).open("a") as file:
+            with tolerated(), self._skipped_file(trainer).open("a", encoding="utf-8") as file:
                 file.write(f"{message}\n")
 
+    def _skipped_file(self, trainer: Trainer) -> Path:
+        return self.run_dir / f"skipped-{trainer.global_rank}.txt"
+
     def _judge_skipped(self, finetuner: Finetuner) -> int:
-        """Bad images on all ranks; too many of them end the run, on all ranks together."""
+        """Bad positions on all ranks; too many of them end the run, on all ranks together."""
         counts = torch.tensor(
             [self.skipped.total(), self.seen], dtype=torch.float64, device=finetuner.device
         )
@@ -179,7 +189,7 @@ class RunLog(Callback):
             dist.all_reduce(counts)
         bad, seen = (int(number) for number in counts)
         limit = self.config.data.max_bad_share
-        if seen >= 1000 and bad > limit * seen:
+        if too_many(bad, seen, limit):
             raise RunFailedError(
                 f"{bad:,} of {seen:,} images cannot be used, more than data.max_bad_share="
                 f"{limit:g}: {self._reasons()}; they are named in {self.run_dir}/skipped-*.txt"
@@ -202,9 +212,22 @@ class RunLog(Callback):
                 f"data: {name}: {source.share * done:,} images ({share:.4g} %), "
                 f"{source.passes(done):.2f} passes; replaced on this rank: {replaced}"
             )
+        if self.converted:
+            named = ", ".join(f"{name} {count:,}" for name, count in self.converted.most_common(5))
+            self._say(f"data: converted to sRGB on this rank, by colour profile: {named}")
 
     def _say(self, line: str) -> None:
         if self.bar is not None:
             self.bar.write(line)
         else:
             say(line)
+
+
+def too_many(bad: int, seen: int, limit: float) -> bool:
+    """Whether more than a share `limit` of the images is bad, beyond chance.
+
+    Before 1,000 images, three standard deviations of the binomial distribution and three images
+    are allowed on top, so that a few bad ones at the start do not end a run.
+    """
+    margin = 0.0 if seen >= 1000 else 3.0 + 3.0 * math.sqrt(seen * limit * (1.0 - limit))
+    return bad > limit * seen + margin

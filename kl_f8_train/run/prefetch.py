@@ -8,7 +8,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from kl_f8_train.data.loading import upcoming
 from kl_f8_train.data.plan import Plan
 from kl_f8_train.data.shard_cache import ShardCache
-from kl_f8_train.data.sources import Source
+from kl_f8_train.data.sources import ImageSource
 from kl_f8_train.run.callback import finetuner_of
 from kl_f8_train.transfer import is_remote
 
@@ -18,7 +18,7 @@ class Prefetch(Callback):
 
     AHEAD, EVERY = 200, 50  # iterations
 
-    def __init__(self, plan: Plan, sources: Mapping[str, Source], cache: ShardCache) -> None:
+    def __init__(self, plan: Plan, sources: Mapping[str, ImageSource], cache: ShardCache) -> None:
         self.plan, self.sources, self.cache = plan, sources, cache
         self.asked = -self.EVERY
 

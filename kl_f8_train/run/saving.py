@@ -10,13 +10,14 @@ import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.optim import Adam
 
-from kl_f8_train import config
+from kl_f8_train import config as configs
 from kl_f8_train.core.finite import HostCopy
+from kl_f8_train.core.step import Finetuner
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.launch import SIGNALS
 from kl_f8_train.output import say
 from kl_f8_train.run.callback import finetuner_of, tolerated
-from kl_f8_train.run_dir import remove_old_checkpoints
+from kl_f8_train.run_dir import best_checkpoint, best_path, remove_old_checkpoints
 from kl_f8_train.weights import checkpoint
 
 
@@ -26,8 +27,8 @@ class Checkpoints(Callback):
     A save that fails is tried again at the next turn; two failures in a row end the run.
     """
 
-    def __init__(self, run_dir: Path, settings: config.Checkpoint, frozen_sha256: str) -> None:
-        self.run_dir, self.settings, self.frozen = run_dir, settings, frozen_sha256
+    def __init__(self, run_dir: Path, config: configs.Checkpoint, frozen_sha256: str) -> None:
+        self.run_dir, self.config, self.frozen = run_dir, config, frozen_sha256
         self.saved: tuple[int, int] | None = None
         self.failures = 0
         self.mark = 0.0  # end of the last save, or the start
@@ -40,7 +41,7 @@ class Checkpoints(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Saves when it is time."""
         done = finetuner_of(pl_module).warmup_done or finetuner_of(pl_module).iteration
-        if done % self.settings.every == 0:
+        if done % self.config.every == 0:
             self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,7 +54,7 @@ class Checkpoints(Callback):
         now = (finetuner.iteration, finetuner.warmup_left)
         if self.saved == now:
             return
-        finetuner.judge()
+        finetuner.guard.judge()
         failure: str | None = None
         began = time.perf_counter()
         if trainer.is_global_zero:
@@ -64,7 +65,7 @@ class Checkpoints(Callback):
                 failure = str(error)
             else:
                 with tolerated("an old checkpoint could not be removed"):
-                    keep = self.settings
+                    keep = self.config
                     remove_old_checkpoints(path, keep.keep_last, keep.keep_every)
         failure = trainer.strategy.broadcast(failure)  # all ranks go on, or stop, together
         if failure is None:
@@ -76,6 +77,22 @@ class Checkpoints(Callback):
             raise RunFailedError(failure)
         if trainer.is_global_zero:
             say(f"{failure}\n  training goes on; the next checkpoint tries again")
+
+    def save_best(self, trainer: Trainer, finetuner: Finetuner) -> None:
+        """Writes the best checkpoint so far, and then removes the one before; first rank only.
+
+        A failure, of a full disk say, is logged: the regular checkpoints matter more.
+        """
+        with tolerated("the best checkpoint could not be written"):
+            before = best_checkpoint(self.run_dir)
+            optimizers = [o for o in trainer.optimizers if isinstance(o, Adam)]
+            path = best_path(self.run_dir, finetuner.iteration)
+            checkpoint.save(finetuner, optimizers, self.run_dir, self.frozen, path)
+            if before not in (None, path):
+                before.unlink(missing_ok=True)
+            say(
+                f"best validation so far, at iteration {finetuner.iteration:,}: kept as {path.name}"
+            )
 
     def _judge_pause(self, began: float, aloud: bool) -> None:
         """Tells once if saving takes more than a second and 5 % of the time between saves."""

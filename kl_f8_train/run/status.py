@@ -14,12 +14,23 @@ from typing import Any
 import yaml
 
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.files import write_text
+from kl_f8_train.run import outcome
 from kl_f8_train.run.curves import Chart, Points, page
-from kl_f8_train.run_dir import Row, is_claimed, newest_checkpoint, read_rows
+from kl_f8_train.run.outcome import LOST_DB
+from kl_f8_train.run_dir import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    VALIDATION_FILE,
+    Row,
+    is_claimed,
+    newest_checkpoint,
+    read_rows,
+    skipped_images,
+)
 from kl_f8_train.units import counted, duration
 
 SPEED = "images_per_second"
-LOST_DB = 1.0  # of raw PSNR since the start; healthy small runs lost up to 0.8, a bad one 1.5
 RECENT = 0.1  # share of the rows that "lately" means
 ENOUGH_ROWS = 20  # for a judgement on speed and the loss: the start is slow
 SILENT_INTERVALS, SILENT_SECONDS = 5, 120.0  # no news for longer than both: silent
@@ -67,6 +78,7 @@ class Status:
     checkpoint: str | None
     checkpoint_iteration: int | None
     checkpoint_age_seconds: float | None
+    validation: dict[str, Any]  # "iterations", and "ema" and "raw": first and last scores
     losses: dict[str, dict[str, float]]  # name -> first, before and recent mean
     warnings: list[str]
 
@@ -76,7 +88,7 @@ class Status:
 
 def read_settings(run: Path) -> dict[str, Any]:
     """The run's config.yaml as plain values; MissingInputError if there is none."""
-    file = run / "config.yaml"
+    file = run / CONFIG_FILE
     if not run.is_dir():
         raise MissingInputError(f"run {run}: no such directory; give the run_dir of a training")
     if not file.is_file():
@@ -98,10 +110,10 @@ def read_settings(run: Path) -> dict[str, Any]:
         ) from error
 
 
-def _check_number(settings: Mapping[str, Any], key: str) -> None:
+def _check_number(config: Mapping[str, Any], key: str) -> None:
     """Raises ValueError if a setting is neither a number nor null."""
     group, _, name = key.rpartition(".")
-    held = settings.get(group) or {} if group else settings
+    held = config.get(group) or {} if group else config
     value = held.get(name) if isinstance(held, Mapping) else held
     if value is not None and not (isinstance(value, int | float) and 0 <= value < 2**63):
         raise ValueError(f"{key}: got {value!r}, expected a number")
@@ -123,23 +135,23 @@ def _age(paths: Iterable[Path], now: float) -> float | None:
 
 def read_status(run: Path, now: float) -> Status:
     """Where a run is at `now`, seconds since the epoch; MissingInputError if it is none."""
-    settings = read_settings(run)
-    stop, batch = settings["stop_iteration"], settings.get("global_batch") or 1
-    rows = read_rows(run / "metrics.csv")
+    config = read_settings(run)
+    stop, batch = config["stop_iteration"], config.get("global_batch") or 1
+    rows = read_rows(run / METRICS_FILE)
     training = [row for row in rows if "decoder_gradient_norm" in row]
     path, saved = newest_checkpoint(run) or (None, None)
-    start = _start(settings, rows)
+    start = _start(config, rows)
     logged = int(rows[-1]["iteration"]) if rows else None
     iteration = max((i for i in (logged, saved) if i is not None), default=None)
     speed = _median(row[SPEED] for row in _lately(rows) if SPEED in row)
     left = max(0, stop - iteration) * batch / speed if speed and iteration is not None else None
-    interval = _group(settings, "log").get("every", 1) * batch / speed if speed else 0.0
+    interval = _group(config, "log").get("every", 1) * batch / speed if speed else 0.0
     share = None
     if iteration is not None and start is not None:
         share = min(1.0, (iteration - start) / max(1, stop - start))
     return Status(
         run_dir=str(run),
-        name=str(settings.get("name", run.name)),
+        name=str(config.get("name", run.name)),
         state="ended" if saved is not None and saved >= stop else _state(run, interval, now),
         iteration=iteration,
         start_iteration=start,
@@ -149,31 +161,33 @@ def read_status(run: Path, now: float) -> Status:
         images_per_second=speed,
         seconds_left=left,
         end_date=_date(now + left) if left else None,
-        last_log_age_seconds=_age([run / "metrics.csv"], now),
+        last_log_age_seconds=_age([run / METRICS_FILE], now),
         checkpoint=str(path) if path else None,
         checkpoint_iteration=saved,
         checkpoint_age_seconds=_age([path], now) if path else None,
+        validation=_validation(read_rows(run / "validation.csv")),
         losses=compare_losses(training),
         warnings=[
             *_discriminator_warnings(_lately(training)),
-            *_row_warnings(settings, rows),
-            *_validation_warnings(read_rows(run / "validation.csv")),
-            *_checkpoint_warnings(settings, iteration, start if saved is None else saved),
+            *_skipped_warnings(run, rows),
+            *_row_warnings(config, rows),
+            *_validation_warnings(read_rows(run / VALIDATION_FILE)),
+            *_checkpoint_warnings(config, iteration, start if saved is None else saved),
         ],
     )
 
 
-def _group(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A group of settings; empty where it is null or missing."""
-    return settings.get(name) or {}
+    return config.get(name) or {}
 
 
 def _state(run: Path, log_interval_seconds: float, now: float) -> str:
     """Whether a run that has not ended goes on: by its claim, or by whether it still writes."""
-    claimed = is_claimed(run / ".claim")
+    claimed = is_claimed(run)
     if claimed:
         return "running"
-    news = _age([run / "config.yaml", run / "metrics.csv", *run.glob("*/iteration-*")], now) or 0.0
+    news = _age([run / CONFIG_FILE, run / METRICS_FILE, *run.glob("*/iteration-*")], now) or 0.0
     if claimed is False:
         return f"stopped {duration(news)} ago; the same command goes on"
     if news > max(SILENT_SECONDS, SILENT_INTERVALS * log_interval_seconds):
@@ -181,15 +195,15 @@ def _state(run: Path, log_interval_seconds: float, now: float) -> str:
     return "seems to be running" if log_interval_seconds else "seems to be starting"
 
 
-def _start(settings: Mapping[str, Any], rows: Sequence[Row]) -> int | None:
+def _start(config: Mapping[str, Any], rows: Sequence[Row]) -> int | None:
     """The iteration at which the run began: as set, or from the images of the first row."""
-    given = _group(settings, "init").get("iteration")
+    given = _group(config, "init").get("iteration")
     if given is not None:
         return int(given)
     if not rows:
         return None
     images = sum(v for k, v in rows[0].items() if k.startswith("images_") and k != SPEED)
-    return round(rows[0]["iteration"] - images / (settings.get("global_batch") or 1))
+    return round(rows[0]["iteration"] - images / (config.get("global_batch") or 1))
 
 
 def _lately(rows: Sequence[Row]) -> Sequence[Row]:
@@ -219,18 +233,23 @@ def compare_losses(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     return table
 
 
-def _row_warnings(settings: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[str]:
+def _skipped_warnings(run: Path, rows: Sequence[Row]) -> Iterable[str]:
+    """Images that cannot be used: as many files, however often each was met."""
+    files = len(skipped_images(run.glob("skipped-*.txt")))
+    count = files or round(rows[-1].get("skipped_images", 0.0) if rows else 0.0)
+    if count:
+        yield f"{counted(count, 'image', 's')} could not be used: see skipped-*.txt"
+
+
+def _row_warnings(config: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[str]:
     """What the log rows tell of updates, images, speed and the loss."""
     bad, last = left_out(rows)
     if bad:
         updates = counted(bad, "update", "s")
         yield f"{updates} left out as not finite, the last by iteration {last:,}"
-    skipped = rows[-1].get("skipped_images", 0.0) if rows else 0.0
-    if skipped:
-        yield f"{counted(round(skipped), 'image', 's')} could not be used: see skipped-*.txt"
     waited = _mean(_lately(rows), "data_wait_share") or 0.0
     if waited > 0.1 and len(rows) >= ENOUGH_ROWS:
-        workers, cores = _group(settings, "data").get("workers", 0), os.cpu_count() or 1
+        workers, cores = _group(config, "data").get("workers", 0), os.cpu_count() or 1
         yield f"{100 * waited:.0f} % of the time is spent waiting for data: " + (
             "raise data.workers"
             if workers < cores
@@ -245,8 +264,24 @@ def _row_warnings(settings: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[
         )
 
 
+def _validation(rows: Sequence[Row]) -> dict[str, Any]:
+    """First and last scores of the fixed photographs; {} before there are two."""
+    found = outcome.compare(rows)
+    if found is None:
+        return {}
+    scores = {
+        change.weights.lower(): {"psnr": change.psnr, "perceptual": change.perceptual}
+        for change in found.changes
+    }
+    return {"iterations": found.iterations, **scores}
+
+
 def _validation_warnings(rows: Sequence[Row]) -> Iterable[str]:
-    """Whether the raw weights have lost what the EMA may still hide."""
+    """Whether the weights got worse; the raw ones show what the EMA may still hide."""
+    found = outcome.compare(rows)
+    yield from found.warnings() if found else ()
+    if found and any(change.weights == "raw" and change.is_worse for change in found.changes):
+        return
     first, recent = _mean(rows[:1], "psnr_raw"), _mean(_lately(rows), "psnr_raw")
     if first is not None and recent is not None and recent < first - LOST_DB:
         yield (
@@ -268,10 +303,10 @@ def left_out(rows: Sequence[Row]) -> tuple[int, int]:
 
 
 def _checkpoint_warnings(
-    settings: Mapping[str, Any], iteration: int | None, last: int | None
+    config: Mapping[str, Any], iteration: int | None, last: int | None
 ) -> Iterable[str]:
     """Whether saving has fallen behind `last`, the newest checkpoint's iteration or the start."""
-    every = _group(settings, "checkpoint").get("every", 0)
+    every = _group(config, "checkpoint").get("every", 0)
     if iteration is not None and last is not None and every and iteration - last > 2 * every:
         yield (
             f"no checkpoint for {iteration - last:,} iterations, though checkpoint.every={every:,}"
@@ -308,6 +343,13 @@ def facts(status: Status) -> dict[str, str]:
     told = {"state": status.state}
     if status.iteration is not None:
         told["iteration"] = f"{status.iteration:,} of {status.stop_iteration:,}"
+    for weights in ("ema", "raw"):
+        if weights in status.validation:
+            change = outcome.Change(weights, **status.validation[weights])
+            first, last = status.validation["iterations"]
+            told[f"validation, {'EMA' if weights == 'ema' else 'raw'}"] = (
+                f"{change} (iteration {first:,} -> {last:,})"
+            )
     if status.done_share is not None:
         told["done"] = f"{100 * status.done_share:.1f} %"
     if status.images_per_second:
@@ -342,8 +384,8 @@ def describe(status: Status) -> list[str]:
 
 def html(run: Path, status: Status, now: float) -> str:
     """The page: facts, warnings, and a curve for everything that the tables hold."""
-    rows = [r for r in read_rows(run / "metrics.csv") if "decoder_gradient_norm" in r]
-    rows += read_rows(run / "validation.csv")
+    rows = [r for r in read_rows(run / METRICS_FILE) if "decoder_gradient_norm" in r]
+    rows += read_rows(run / VALIDATION_FILE)
     charts = [
         Chart(title, {name: _points(rows, name) for name in columns}, log)
         for title, columns, log in CHARTS
@@ -366,15 +408,13 @@ def write_html(run: Path, status: Status, now: float, path: Path) -> None:
     """Writes the page atomically; UsageError or RunFailedError if it cannot be written."""
     if not path.name:
         raise UsageError(f"--html {path}: names no file; expected one to write, as status.html")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(html(run, status, now), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if not path.parent.is_dir():
+            raise RunFailedError(f"{path.parent}: no such directory")
+        write_text(path, html(run, status, now))
+    except RunFailedError as error:
         raise RunFailedError(
-            f"--html {path}: cannot be written: {error.strerror}; name a file in a directory that "
-            "is there"
+            f"--html {path}: cannot be written: {error}; name a file in a directory that is there"
         ) from error
 
 

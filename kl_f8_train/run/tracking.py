@@ -12,16 +12,16 @@ import secrets
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from kl_f8_train import config
+from kl_f8_train import config as configs
 from kl_f8_train.config import Config
 from kl_f8_train.errors import UsageError
 from kl_f8_train.files import write_text
+from kl_f8_train.output import Say
 
-Say = Callable[[str], None]
 FINISH_SECONDS = 120.0  # for wandb's last upload; what is not uploaded stays in run_dir/wandb
 SERVER_VARIABLES = ("WANDB_BASE_URL", "WANDB_API_KEY")  # offline logging needs neither
 
@@ -41,15 +41,15 @@ class Tracker(Protocol):
 class Trackers:
     """The trackers that a recipe asks for; one that raises is closed and dropped."""
 
-    def __init__(self, settings: Config, run_dir: Path, start: int, say: Say) -> None:
+    def __init__(self, config: Config, run_dir: Path, start: int, say: Say) -> None:
         self.say = say
         self.trackers: list[Tracker] = []
-        if settings.log.tensorboard:
+        if config.log.tensorboard:
             with self._may_fail("TensorBoard"):
                 self.trackers.append(TensorBoardTracker(run_dir, start))
-        if settings.log.wandb != "off":
+        if config.log.wandb != "off":
             with self._may_fail("wandb"):
-                self.trackers.append(WandbTracker(settings, run_dir, say))
+                self.trackers.append(WandbTracker(config, run_dir, say))
 
     def log(self, iteration: int, values: Mapping[str, float], picture: Path | None = None) -> None:
         """Logs to every tracker."""
@@ -131,9 +131,9 @@ class WandbTracker:
 
     name = "wandb"
 
-    def __init__(self, settings: Config, run_dir: Path, say: Say) -> None:
-        self.settings, self.run_dir, self.say = settings, run_dir, say
-        self.online = settings.log.wandb == "auto" and wandb_reachable()
+    def __init__(self, config: Config, run_dir: Path, say: Say) -> None:
+        self.config, self.run_dir, self.say = config, run_dir, say
+        self.online = config.log.wandb == "auto" and wandb_reachable()
         self.run = self._start_online() if self.online else self._start_offline()
 
     def log(self, iteration: int, values: Mapping[str, float], picture: Path | None) -> None:
@@ -195,12 +195,12 @@ class WandbTracker:
         return wandb.init(
             mode=mode,  # type: ignore[arg-type]
             settings=wandb.Settings(**options),
-            project=self.settings.log.project,
-            name=self.settings.name,
+            project=self.config.log.project,
+            name=self.config.name,
             id=self._id(),
             resume="allow",
             dir=str(self.run_dir),
-            config=config.to_dict(self.settings),
+            config=configs.to_dict(self.config),
         )
 
     def _id(self) -> str:

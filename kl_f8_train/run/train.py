@@ -2,6 +2,7 @@
 
 import atexit
 import datetime
+import inspect
 import logging
 import os
 import shlex
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pytorch_lightning import LightningDataModule, Trainer
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -27,13 +28,15 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from kl_f8_train import config, images, output
+from kl_f8_train import config as configs
+from kl_f8_train import facts, images, output
 from kl_f8_train.config import Config, micro_batch
-from kl_f8_train.core.discriminator import Discriminator, initialize
+from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_remedy
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.core.step import Finetuner, build_optimizers
+from kl_f8_train.core.run_state import RunState
+from kl_f8_train.core.step import Finetuner, bound_to
 from kl_f8_train.data import identity
 from kl_f8_train.data.loading import (
     IterationSampler,
@@ -44,79 +47,110 @@ from kl_f8_train.data.loading import (
     shard_cache,
 )
 from kl_f8_train.data.plan import Plan
-from kl_f8_train.data.sources import FolderSource, Source, TarSource
+from kl_f8_train.data.sources import FolderSource, ImageSource, TarSource
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import check_writable, write_text
+from kl_f8_train.folders import load_folder
 from kl_f8_train.launch import SRUN, TORCHRUN, launched
+from kl_f8_train.lifetime import announce_to_ranks
+from kl_f8_train.run import outcome
 from kl_f8_train.run.log import RunLog
 from kl_f8_train.run.prefetch import Prefetch
 from kl_f8_train.run.saving import Checkpoints, Signals
 from kl_f8_train.run.tracking import check_tensorboard
 from kl_f8_train.run.validation import Validation
 from kl_f8_train.run.watchdog import Watchdog
-from kl_f8_train.run_dir import claimed, list_checkpoints, remove_leftovers
+from kl_f8_train.run_dir import (
+    CONFIG_FILE,
+    best_checkpoint,
+    claimed,
+    list_checkpoints,
+    remove_leftovers,
+)
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
 from kl_f8_train.weights.names import State, check_like
 
-say = rank_zero_only(output.say)
+say_once = rank_zero_only(output.say)
+MOST_TRIED = 64  # images that are tried for the picture strip
 
 
-def train(settings: Config, allow_changes: bool = False) -> int:
+def train(config: Config, allow_changes: bool = False) -> int:
     """Starts or resumes a run; returns the exit code (0, or 128 + signal).
 
     Raises UsageError, MissingInputError or RunFailedError with what to do.
     """
-    run_dir = Path(settings.run_dir)
-    if settings.log.tensorboard:
+    run_dir = Path(config.run_dir)
+    if config.log.tensorboard:
         check_tensorboard()
     check_writable(run_dir)
     first = getattr(rank_zero_only, "rank", 0) == 0  # as the launcher's variables say
     with claimed(run_dir) if first else nullcontext():
-        return _train(settings, run_dir, allow_changes)
+        return _train(config, run_dir, allow_changes)
 
 
 @with_remedy()
-def _train(settings: Config, run_dir: Path, allow_changes: bool) -> int:
+def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
     _quiet_lightning()
     signals = Signals()
     signals.install()
     try:
-        finetuner, frozen = start_or_resume(settings, run_dir, allow_changes)
-        if finetuner.iteration >= settings.stop_iteration and not finetuner.warmup_left:
-            say(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
+        finetuner, frozen = start_or_resume(config, run_dir, allow_changes)
+        if finetuner.iteration >= config.stop_iteration and not finetuner.warmup_left:
+            say_once(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
             return 0
-        plan, sources = open_data(settings, say)
+        plan, sources = open_data(config, say_once)
         adopt(finetuner, identity.of_data(plan), f"{run_dir}", allow_changes)
-        _describe(settings, finetuner, plan, sources)
-        run_log = RunLog(run_dir, settings, finetuner.iteration, plan)
+        _describe(config, finetuner, plan, sources)
+        run_log = RunLog(run_dir, config, finetuner.iteration, plan)
+        saving = Checkpoints(run_dir, config.checkpoint, frozen)
         validation = Validation(
-            run_dir, settings.log.pictures_every, _fixed_images(settings, plan, sources), run_log
+            run_dir,
+            config.log.pictures_every,
+            _fixed_images(config, plan, sources),
+            run_log,
+            saving.save_best if config.checkpoint.keep_best else None,
         )
-        saving = Checkpoints(run_dir, settings.checkpoint, frozen)
         callbacks = [run_log, validation, signals, saving]
         if any(is_remote(place) for place in _places(sources)):
-            callbacks.append(Prefetch(plan, sources, shard_cache(settings)))
+            callbacks.append(Prefetch(plan, sources, shard_cache(config)))
         # the last: sees all others
-        callbacks.append(Watchdog(settings.compute.timeout_minutes, run_log.await_data))
-        trainer = _trainer(settings, callbacks)
+        callbacks.append(Watchdog(config.compute.timeout_minutes, run_log.await_data))
+        trainer = _trainer(config, callbacks)
         if trainer.is_global_zero:
             remove_leftovers(run_dir)
-            write_text(run_dir / "config.yaml", config.to_yaml(settings))
-        with kernels(settings.precision):
-            _fit(trainer, Iterations(settings, finetuner, plan, sources), run_log)
+            write_text(run_dir / CONFIG_FILE, configs.to_yaml(config))
+        with kernels(config.precision):
+            _fit(trainer, Iterations(config, finetuner, plan, sources), run_log)
     finally:
         signals.restore()
-    if signals.received:
-        say(
+    ended = finetuner.iteration >= config.stop_iteration and not finetuner.warmup_left
+    if signals.received and not ended:  # a signal in the last iteration changes nothing
+        say_once(
             f"stopped by signal {signals.received} at iteration {finetuner.iteration:,}, saved; "
             "the same command goes on"
         )
         return 128 + signals.received
-    there = shlex.quote(str(run_dir))
-    say(f"done: iteration {finetuner.iteration:,}; next: kl-f8-train export {there}")
+    _tell_end(run_dir, finetuner.iteration)
     return 0
+
+
+def _tell_end(run_dir: Path, iteration: int) -> None:
+    """The last lines of a run: what it has done to the fixed photographs, and what comes next."""
+    there, found = shlex.quote(str(run_dir)), outcome.read(run_dir)
+    for line in found.lines() if found else ():
+        say_once(line)
+    warnings = found.warnings() if found else []
+    for warning in warnings:
+        say_once(f"WARNING: {warning}")
+    if not warnings:
+        then = f"next: kl-f8-train export {there}"
+    elif best_checkpoint(run_dir):
+        then = f"in place of its end: kl-f8-train export {there} --best"
+    else:
+        then = f"before you export it: kl-f8-train status {there} --html status.html"
+    say_once(f"done: iteration {iteration:,}; {then}")
 
 
 def _fit(trainer: Trainer, iterations: "Iterations", run_log: RunLog) -> None:
@@ -141,7 +175,7 @@ def _fit(trainer: Trainer, iterations: "Iterations", run_log: RunLog) -> None:
         last = f"goes on from {found[0].name}" if found else "starts anew (no checkpoint yet)"
         raise RunFailedError(
             f"{what} The same command {last}; compute.timeout_minutes="
-            f"{iterations.settings.compute.timeout_minutes:g} bounds the wait\n"
+            f"{iterations.config.compute.timeout_minutes:g} bounds the wait\n"
             f"  torch: {error}"
         ) from error
 
@@ -162,39 +196,39 @@ class Iterations(LightningDataModule):
     """The iterations that are left, dealt to this rank."""
 
     def __init__(
-        self, settings: Config, finetuner: Finetuner, plan: Plan, sources: Mapping[str, Source]
+        self, config: Config, finetuner: Finetuner, plan: Plan, sources: Mapping[str, ImageSource]
     ) -> None:
         super().__init__()
-        self.settings, self.finetuner = settings, finetuner
+        self.config, self.finetuner = config, finetuner
         self.plan, self.sources = plan, sources
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Called once the ranks are known; raises UsageError if the batch does not divide."""
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        self.finetuner.micro_batch = micro_batch(self.settings, world)
-        accumulation = self.settings.global_batch // world // self.finetuner.micro_batch
-        say(
+        size = micro_batch(self.config, world)
+        accumulation = self.config.global_batch // world // size
+        say_once(
             f"batch: {counted(world, 'process', 'es')} x "
-            f"{counted(self.finetuner.micro_batch, 'image', 's')} x "
-            f"{counted(accumulation, 'micro-batch', 'es')} = {self.settings.global_batch}"
+            f"{counted(size, 'image', 's')} x "
+            f"{counted(accumulation, 'micro-batch', 'es')} = {self.config.global_batch}"
         )
         sampler = IterationSampler(
             self.finetuner.iteration,
-            self.settings.stop_iteration,
+            self.config.stop_iteration,
             self.finetuner.warmup_left,
-            self.settings.global_batch,
+            self.config.global_batch,
             rank,
             world,
         )
-        dataset = PositionDataset(self.plan, self.sources, self.settings)
-        return loader(dataset, sampler, self.settings.data.workers, on_cuda(self.settings.compute))
+        dataset = PositionDataset(self.plan, self.sources, self.config)
+        return loader(dataset, sampler, self.config.data.workers, on_cuda(self.config.compute))
 
 
 # --- start or resume ------------------------------------------------------------------------
 
 
-def start_or_resume(settings: Config, run_dir: Path, allow_changes: bool) -> tuple[Finetuner, str]:
+def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple[Finetuner, str]:
     """The finetuner at its newest readable checkpoint, or at the imported weights."""
     found = list_checkpoints(run_dir)
     for path in found:
@@ -204,14 +238,14 @@ def start_or_resume(settings: Config, run_dir: Path, allow_changes: bool) -> tup
             checkpoint.stored_identity(contents.metadata)
             checkpoint.check_content(contents)
         except MissingInputError as error:
-            say(f"{error}\n  trying the checkpoint before it")
+            say_once(f"{error}\n  trying the checkpoint before it")
             continue
-        changes = config.differences(before, settings)
+        changes = configs.differences(before, config)
         _refuse_changes(path, "by another recipe", changes, allow_changes)
-        finetuner, program = _build(settings)
-        finetuner.prepared_optimizers = build_optimizers(finetuner)
-        frozen = checkpoint.restore(finetuner, finetuner.prepared_optimizers, contents)
-        say(f"resuming {path.name}")
+        autoencoder = AutoencoderKL(**asdict(config.model))
+        finetuner, program = _build(config, autoencoder, RunState())
+        frozen = checkpoint.restore(finetuner, finetuner.adams, contents)
+        say_once(f"resuming {path.name}")
         _record_changes(finetuner, changes)
         adopt(finetuner, program, str(path), allow_changes)
         return finetuner, frozen
@@ -220,7 +254,7 @@ def start_or_resume(settings: Config, run_dir: Path, allow_changes: bool) -> tup
             f"none of the {len(found)} checkpoints in {run_dir} can be read; nothing was changed. "
             "Move them away to start anew"
         )
-    return _import(settings)
+    return _import(config)
 
 
 def adopt(finetuner: Finetuner, inputs: identity.Identity, where: str, allow_changes: bool) -> None:
@@ -228,10 +262,10 @@ def adopt(finetuner: Finetuner, inputs: identity.Identity, where: str, allow_cha
 
     Raises UsageError if they differ, unless changes are allowed; then they are recorded.
     """
-    changes = identity.differences(finetuner.identity, inputs)
+    changes = identity.differences(finetuner.run_state.identity, inputs)
     _refuse_changes(where, "from other inputs", changes, allow_changes)
     _record_changes(finetuner, changes)
-    finetuner.identity |= inputs
+    finetuner.run_state.identity |= inputs
 
 
 def _refuse_changes(where: Path | str, how: str, changes: list[str], allowed: bool) -> None:
@@ -246,19 +280,21 @@ def _record_changes(finetuner: Finetuner, changes: list[str]) -> None:
     """Says what changes on resuming; the next checkpoints, and the card, keep it."""
     for change in changes:
         line = " ".join(f"from iteration {finetuner.iteration:,}: {change}".split())
-        finetuner.changes.append(line)
-        say(f"  {line}")
+        finetuner.run_state.changes.append(line)
+        say_once(f"  {line}")
 
 
-def _import(settings: Config) -> tuple[Finetuner, str]:
+def _import(config: Config) -> tuple[Finetuner, str]:
     """A finetuner with the weights of `init.weights`."""
-    contents, weights = weight_file.read_weights(settings.init.weights, settings.init.select)
-    say(f"init: {weight_file.describe(weight_file.report(contents, weights))}")
-    iteration = settings.init.iteration
+    contents, weights = weight_file.read_weights(
+        config.init.weights, config.init.select, config.init.prefix
+    )
+    say_once(f"init: {weight_file.describe(weight_file.report(contents, weights))}")
+    iteration = config.init.iteration
     if iteration is None:
         iteration = contents.iteration
     elif contents.iteration not in (None, iteration):
-        say(
+        say_once(
             f"  init.iteration={iteration} is taken, although the file says {contents.iteration:,}"
             "; leave it out (null) to start from the file's count"
         )
@@ -266,80 +302,95 @@ def _import(settings: Config) -> tuple[Finetuner, str]:
         raise UsageError(
             f"{contents.path} does not tell its iteration; give init.iteration (kl-f8: 246803)"
         )
-    check_model(settings, contents, weights.autoencoder)
-    finetuner, program = _build(settings)
-    finetuner.identity = program
+    check_model(config, contents, weights.autoencoder)
+    stated = checkpoint.base_facts(contents, weights, config)
+    say_once(f"  family: {facts.described(stated.family, stated)}")
     bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
     if bad:
         raise MissingInputError(
             f"{contents.path}: {len(bad)} tensors are not finite, {bad[0]} first; get another copy"
         )
-    finetuner.autoencoder.load_state_dict(weights.autoencoder)
-    for name, averaged in finetuner.ema.items():
-        averaged.load_state_dict(getattr(finetuner.autoencoder, name).state_dict())
+    autoencoder = AutoencoderKL(**asdict(config.model))
+    autoencoder.load_state_dict(weights.autoencoder)
+    run_state = RunState(
+        iteration,
+        base=checkpoint.base(contents.path),
+        facts=stated,
+    )
+    finetuner, program = _build(config, autoencoder, run_state)
     if weights.logvar is not None:
         finetuner.logvar.data.copy_(weights.logvar.reshape(()))
-    finetuner.iteration = iteration
-    finetuner.base = checkpoint.base(contents.path)
-    finetuner.facts = checkpoint.stored_facts(contents, settings)
-    _import_discriminator(settings, finetuner, weights.discriminator)
-    finetuner.prepared_optimizers = build_optimizers(finetuner)
+    finetuner.run_state.identity = program
+    _import_discriminator(config, finetuner, weights.discriminator)
     return finetuner, frozen_sha256(finetuner.autoencoder.state_dict())
 
 
-def check_model(settings: Config, contents: weight_file.Contents, weights: State) -> None:
+def check_model(config: Config, contents: weight_file.Contents, weights: State) -> None:
     """Raises MissingInputError if the network of a file is not the recipe's."""
     with torch.device("meta"):
-        expected = AutoencoderKL(**asdict(settings.model))
+        expected = AutoencoderKL(**asdict(config.model))
     differ = f"{contents.path} and the recipe's model differ"
     remedy = "Give other weights, or set model.* as theirs"
     check_like(weights, expected.state_dict(), differ, remedy)
     try:
-        checkpoint.check_groups(contents.facts, settings.model)
+        checkpoint.check_groups(contents.facts, config.model)
     except MissingInputError as error:
         raise MissingInputError(f"{differ}: {error}\n{remedy}") from error
 
 
-def _import_discriminator(settings: Config, finetuner: Finetuner, weights: Any) -> None:
+def _import_discriminator(config: Config, finetuner: Finetuner, weights: Any) -> None:
     """Loads the discriminator, or plans its warm-up."""
-    if finetuner.discriminator is None or settings.adversarial is None:
+    if finetuner.discriminator is None or config.adversarial is None:
         if weights:
-            say("  its discriminator is not used: the recipe has no adversarial term")
+            say_once("  its discriminator is not used: the recipe has no adversarial term")
         return
-    if weights:
-        differ = f"{settings.init.weights}: its discriminator and the recipe's differ"
-        remedy = "Set adversarial.ndf and adversarial.n_layers as the file's"
+    missing = "no discriminator in it"
+    if weights and config.init.discriminator == "new":
+        weights, missing = None, "its discriminator is left out (init.discriminator=new)"
+    shape = shape_of(weights) if weights else None
+    if weights and shape is None:
+        weights, missing = None, "its discriminator is of another kind and left out"
+    if weights and shape:
+        differ = f"{config.init.weights}: its discriminator and the recipe's differ"
+        remedy = (
+            f"Set adversarial.ndf={shape[0]} and adversarial.n_layers={shape[1]} as the file's, or "
+            "init.discriminator=new for a new one"
+        )
         check_like(weights, finetuner.discriminator.state_dict(), differ, remedy)
         finetuner.discriminator.load_state_dict(weights)
-        say(
+        say_once(
             "  its discriminator is taken over, as trained against that file's decoder; without "
             "a warm-up, and with new moments for Adam"
         )
         return
-    finetuner.warmup_left = settings.adversarial.warmup_iterations
-    say(
-        "  no discriminator in it: a new one trains alone for "
+    finetuner.run_state.warmup_left = config.adversarial.warmup_iterations
+    say_once(
+        f"  {missing}: a new one trains alone for "
         f"{finetuner.warmup_left:,} iterations (adversarial.warmup_iterations)"
     )
 
 
-def _build(settings: Config) -> tuple[Finetuner, identity.Identity]:
-    """The networks of a run, with a seeded new discriminator, and the program's identity."""
-    autoencoder, discriminator = AutoencoderKL(**asdict(settings.model)), None
-    if settings.adversarial is not None:
-        adversary = settings.adversarial
+def _build(
+    config: Config, autoencoder: AutoencoderKL, run_state: RunState
+) -> tuple[Finetuner, identity.Identity]:
+    """A finetuner of these weights, with a seeded new discriminator; the program's identity."""
+    discriminator = None
+    if config.adversarial is not None:
+        adversary = config.adversarial
         discriminator = Discriminator(adversary.ndf, adversary.n_layers, adversary.sync_batchnorm)
-        initialize(discriminator, settings.seed)
-    network = pretrained.build(settings.loss.perceptual, settings.loss.perceptual_weights)
+        initialize(discriminator, config.seed)
+    network = pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
     program = identity.of_program(network)  # before it is compiled, or moved
-    return Finetuner(settings, autoencoder, discriminator, network), program
+    ours = bound_to(LightningModule)  # whatever else is imported
+    parts = (autoencoder, discriminator, network, run_state)
+    return ours(config, *parts, log_metrics=False), program
 
 
 # --- the trainer ----------------------------------------------------------------------------
 
 
-def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
-    compute = settings.compute
+def _trainer(config: Config, callbacks: list[Any]) -> Trainer:
+    compute = config.compute
     accelerator = compute.accelerator
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
@@ -359,15 +410,16 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
             )
         )
     if local and compute.devices not in (None, local):
-        say(
+        say_once(
             f"{local} processes here, as the launcher started them; compute.devices="
             f"{compute.devices} is for a start without one"
         )
     if accelerator == "cuda" and gpus > per_node:
-        say(f"using {per_node} of {gpus} GPUs here: one for each process the launcher started")
+        say_once(f"using {per_node} of {gpus} GPUs here: one for each process the launcher started")
     cluster = _cluster(launcher)
     if nodes * per_node > 1:
-        say(
+        announce_to_ranks()
+        say_once(
             f"waiting for {nodes * per_node} processes at "
             f"{cluster.main_address}:{cluster.main_port}"
         )
@@ -375,7 +427,7 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
         accelerator=accelerator,
         devices=per_node,
         num_nodes=nodes,
-        strategy=_DecoderDDP(settings) if nodes * per_node > 1 else "auto",
+        strategy=_DecoderDDP(config) if nodes * per_node > 1 else "auto",
         plugins=[cluster],
         precision="32-true",  # the finetuner autocasts by itself
         max_epochs=1,
@@ -393,25 +445,22 @@ def _trainer(settings: Config, callbacks: list[Any]) -> Trainer:
     return trainer
 
 
-class _DecoderDDP(DDPStrategy):
-    """DDP over the decoder: the discriminator reduces its own gradients, in one call."""
+# Buffers are never broadcast. torch renamed the argument in 2026, and warns of the old name on
+# every rank; the new one still broadcasts buffers once at the start, but DDP here has none.
+NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if NEW_NAME else "broadcast_buffers": False}
 
-    def __init__(self, settings: Config) -> None:
+
+class _DecoderDDP(DDPStrategy):
+    """DDP over the decoder, on the training's own stream."""
+
+    def __init__(self, config: Config) -> None:
         super().__init__(
             # half a minute later than the watchdog, which can name the rank
-            timeout=datetime.timedelta(minutes=settings.compute.timeout_minutes + 0.5),
-            broadcast_buffers=False,
+            timeout=datetime.timedelta(minutes=config.compute.timeout_minutes + 0.5),
             gradient_as_bucket_view=True,
+            **NO_BUFFERS,
         )
-
-    def configure_ddp(self) -> None:
-        """Keeps the discriminator out of DDP's buckets."""
-        assert self.model is not None
-        names = ["logvar", ".logvar"]  # DDP calls the model's own parameters by both
-        names += [n for n, _ in self.model.named_parameters() if n.startswith("discriminator.")]
-        names += [n for n, _ in self.model.named_buffers() if n.startswith("discriminator.")]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
-        super().configure_ddp()
 
     def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
         """On the stream of the training: Lightning's own would make it wait in each iteration."""
@@ -428,59 +477,63 @@ def _cluster(launcher: str) -> ClusterEnvironment:
     return LightningEnvironment()  # an installed srun alone is no cluster
 
 
-def fixed_photographs(settings: Config, report: Callable[[str], None]) -> list[torch.Tensor]:
+def fixed_photographs(config: Config, report: Callable[[str], None]) -> list[torch.Tensor]:
     """Up to eight photographs of `log.pictures`; MissingInputError if there is none."""
-    assert settings.log.pictures is not None
-    folder = Path(settings.log.pictures)
+    assert config.log.pictures is not None
+    folder = Path(config.log.pictures)
     try:
-        return images.load_folder(folder, settings.data.crop, 8, report)
+        return load_folder(folder, config.data.crop, 8, report)
     except MissingInputError as error:
         raise MissingInputError(f"log.pictures: {error}") from error
 
 
 def _fixed_images(
-    settings: Config, plan: Plan, sources: Mapping[str, Source]
+    config: Config, plan: Plan, sources: Mapping[str, ImageSource]
 ) -> list[torch.Tensor]:
-    """Those of `log.pictures`, or up to four of the data, centre-cropped."""
-    if not settings.log.pictures_every:
+    """Those of `log.pictures`, or the first four of the data that can be used, centre-cropped."""
+    if not config.log.pictures_every:
         return []
-    if settings.log.pictures is not None:
-        return fixed_photographs(settings, say)
-    size = settings.data.crop
-    chosen = []
-    for position in range(min(4, plan.batch)):
+    if config.log.pictures is not None:
+        return fixed_photographs(config, say_once)
+    size = config.data.crop
+    chosen: list[torch.Tensor] = []
+    for position in range(min(MOST_TRIED, plan.batch)):
+        if len(chosen) == 4:
+            break
         name, shard, number = plan.locate(position)
         try:
             chosen.append(images.square(sources[name].read(shard, number)[1], size))
         except ImageError as error:
-            say(f"picture strip: {error}")
+            say_once(
+                f"picture strip: {name}/{sources[name].name(shard, number)}: {error}; left out"
+            )
     return chosen
 
 
 def _describe(
-    settings: Config,
+    config: Config,
     finetuner: Finetuner,
     plan: Plan,
     sources: Mapping[str, TarSource | FolderSource],
 ) -> None:
     for name, source in sources.items():
-        say(f"data: {name}: {'; '.join(source.describe())}; {plan.plans[name].share} a batch")
-    loss = settings.loss
-    label = identity.network_label(finetuner.identity)
+        say_once(f"data: {name}: {'; '.join(source.describe())}; {plan.plans[name].share} a batch")
+    loss = config.loss
+    label = identity.network_label(finetuner.run_state.identity)
     adversarial = (
         ""
-        if settings.adversarial is None
-        else f" + {settings.adversarial.weight:g} x adaptive x adversarial"
+        if config.adversarial is None
+        else f" + {config.adversarial.weight:g} x adaptive x adversarial"
     )
-    say(f"loss: {loss.pixel} + {loss.perceptual_weight:g} {label}{adversarial}")
-    say(
-        f"iterations: {finetuner.iteration:,} -> {settings.stop_iteration:,}; learning rate "
-        f"{settings.optimizer.learning_rate:g}, absolute; EMA decay {settings.ema.decay:g}; "
-        f"{settings.precision}"
+    say_once(f"loss: {loss.pixel} + {loss.perceptual_weight:g} {label}{adversarial}")
+    say_once(
+        f"iterations: {finetuner.iteration:,} -> {config.stop_iteration:,}; learning rate "
+        f"{config.optimizer.learning_rate:g}, absolute; EMA decay {config.ema.decay:g}; "
+        f"{config.precision}"
     )
 
 
-def _places(sources: Mapping[str, Source]) -> list[str]:
+def _places(sources: Mapping[str, ImageSource]) -> list[str]:
     return [source.location(0) for source in sources.values()]
 
 

@@ -1,5 +1,6 @@
 """Fixed photographs at intervals: pictures and scores."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from kl_f8_train.core.step import Finetuner
 from kl_f8_train.files import atomic_path
 from kl_f8_train.run.callback import finetuner_of, tolerated
 from kl_f8_train.run.log import RunLog
-from kl_f8_train.run_dir import MetricsFile
+from kl_f8_train.run.outcome import badness
+from kl_f8_train.run_dir import VALIDATION_FILE, MetricsFile
 
+KeepBest = Callable[[Trainer, Finetuner], None]  # saves the best checkpoint so far
 COLOURS = ("red", "green", "blue", "saturation")
 
 
@@ -25,19 +28,29 @@ class Validation(Callback):
     `validation.csv`. The strips are JPEGs, input beside the EMA's reconstruction.
     """
 
-    def __init__(self, run_dir: Path, every: int, fixed: list[Tensor], run_log: RunLog) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        every: int,
+        fixed: list[Tensor],
+        run_log: RunLog,
+        keep_best: KeepBest | None = None,
+    ) -> None:
         self.folder, self.every, self.fixed = run_dir / "pictures", every, fixed
-        self.run_log = run_log
-        self.table = MetricsFile(run_dir / "validation.csv", run_log.start - 1)
+        self.run_log, self.keep_best = run_log, keep_best
+        self.stop = run_log.config.stop_iteration
+        self.table = MetricsFile(run_dir / VALIDATION_FILE, run_log.start - 1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates the start."""
         self.validate(trainer, finetuner_of(pl_module))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Validates when it is time."""
+        """Validates when it is time, and at the end of the run."""
         finetuner = finetuner_of(pl_module)
-        if self.every and finetuner.iteration % self.every == 0 and not finetuner.warmup_left:
+        if not self.every or finetuner.warmup_left:
+            return
+        if finetuner.iteration % self.every == 0 or finetuner.iteration >= self.stop:
             self.validate(trainer, finetuner)
 
     def validate(self, trainer: Trainer, finetuner: Finetuner) -> None:
@@ -52,11 +65,18 @@ class Validation(Callback):
         strip = [
             images.hstack([image, ema]) for image, (ema, _) in zip(self.fixed, pairs, strict=True)
         ]
+        before = min((badness(_numbers(old)) for old in self.table.rows), default=None)
+        if self.keep_best and before is not None and badness(row) < before:
+            self.keep_best(trainer, finetuner)
         with tolerated():
             self.table.write(iteration, row)
             with atomic_path(path) as temporary:
                 images.to_pil(images.vstack(strip)).save(temporary, format="JPEG", quality=92)
             self.run_log.validated(iteration, row, path)
+
+
+def _numbers(row: Mapping[str, str]) -> dict[str, float]:
+    return {key: float(value) for key, value in row.items() if value}
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """A run that stands still: says where, which rank and which image, and ends with exit code 4."""
 
-import contextlib
 import datetime
 import faulthandler
 import multiprocessing
@@ -16,6 +15,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data.loading import IDLE, PositionDataset
 from kl_f8_train.errors import RunFailedError
+from kl_f8_train.output import say
 
 GRACE = 5.0  # seconds that the ranks give each other to say where they are
 
@@ -66,7 +66,7 @@ class Watchdog(Callback):
             silent = silent + tick if self.done == before else 0.0
             before = self.done
         mine = f"rank {trainer.global_rank} {self._phase(trainer, finetuner.iteration + 1)}"
-        _say(f"kl-f8-train: no iteration ended for {silent:.0f} s; {mine}")
+        say(f"kl-f8-train: no iteration ended for {silent:.0f} s; {mine}", aside=True)
         if sys.__stderr__ is not None:
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         if trainer.world_size > 1:  # in a thread: the store itself may not answer
@@ -75,8 +75,8 @@ class Watchdog(Callback):
             teller.join(3 * GRACE)
             if teller.is_alive():
                 host = "rank 0, or torchrun on the first node"
-                _say(f"the ranks' meeting point ({host}) did not answer")
-        _say("the same command goes on from the newest checkpoint")
+                say(f"the ranks' meeting point ({host}) did not answer", aside=True)
+        say("the same command goes on from the newest checkpoint", aside=True)
         for child in multiprocessing.active_children():
             child.kill()
         os._exit(RunFailedError.exit_code)
@@ -110,9 +110,5 @@ def _tell_silent(trainer: Trainer, mine: str) -> None:
     except RuntimeError:
         silent = [rank for rank, key in enumerate(keys) if not store.check([key])]
         ranks = ", ".join(map(str, silent))
-        _say(f"rank {ranks} did not answer: stopped, swapped out, or its node or network is gone")
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # a terminal that is gone
-        print(line, file=sys.stderr, flush=True)
+        why = "stopped, swapped out, or its node or network is gone"
+        say(f"rank {ranks} did not answer: {why}", aside=True)

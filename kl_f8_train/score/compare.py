@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from kl_f8_train.core.metrics import METRICS, SCORES
 from kl_f8_train.errors import MissingInputError
 
 RESAMPLES = 10_000
@@ -25,29 +26,6 @@ FEWEST = 10  # images below which no interval is given
 Values = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Metric:
-    """How a per-image metric is called, printed and read."""
-
-    label: str
-    digits: int
-    better: str | None  # "higher", "lower"; None: neither is better
-    unit: str = ""
-
-
-METRICS = {
-    "psnr": Metric("PSNR", 2, "higher", "dB"),
-    "ssim": Metric("SSIM", 3, "higher"),
-    "psim": Metric("PSIM", 3, "lower"),
-    "lpips": Metric("LPIPS", 4, "lower"),
-    "st_lpips": Metric("ST-LPIPS (stand-in, not LPIPS)", 4, "lower"),
-    "sharpness": Metric("sharpness", 0, None),
-    "red_shift": Metric("red shift", 2, None, "levels"),
-    "green_shift": Metric("green shift", 2, None, "levels"),
-    "blue_shift": Metric("blue shift", 2, None, "levels"),
-    "saturation_shift": Metric("saturation shift", 2, None, "levels"),
-}
-SCORES = {"rfid": Metric("rFID", 2, "lower"), **METRICS}  # rFID is of all images together
 VERDICTS = {  # verdict -> how a sentence says it
     "better": "{b} is better than {a} in {label}",
     "worse": "{b} is worse than {a} in {label}",
@@ -108,7 +86,7 @@ def not_measured(reasons: Mapping[str, str]) -> list[str]:
     return [f"Not measured: {', '.join(names)} ({reason})." for reason, names in metrics.items()]
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
+def read_image_scores(path: Path) -> list[dict[str, str]]:
     """The rows of per_image.csv. Raises MissingInputError if it is not there or not one."""
     if not path.is_file():
         raise MissingInputError(f"{path}: no such file; `kl-f8-train evaluate` writes it")

@@ -27,20 +27,21 @@ from torch import Tensor
 from kl_f8_train import images as pixels
 from kl_f8_train.core import metrics, perceptual
 from kl_f8_train.core.hashes import frozen_sha256
-from kl_f8_train.core.metrics import FeatureStatistics
+from kl_f8_train.core.metrics import METRICS, SCORES, FeatureStatistics
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.perceptual import PerceptualDistance
 from kl_f8_train.data import sources
 from kl_f8_train.data.plan import random_state
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
-from kl_f8_train.files import atomic_path, cache_dir, check_writable, file_sha256, write_json
+from kl_f8_train.files import atomic_path, cache_dir, check_writable, write_json
 from kl_f8_train.launch import meeting, world_size
-from kl_f8_train.score.compare import METRICS, SCORES
-from kl_f8_train.score.inception import WIDTH, Inception
+from kl_f8_train.output import Progress
+from kl_f8_train.output import say as say_aloud
+from kl_f8_train.score.inception import FEATURES, Inception
 from kl_f8_train.score.scores import (
-    SHIFTS,
-    Row,
+    SHIFT_METRICS,
+    ImageScores,
     Tally,
     choose_pictures,
     slugs,
@@ -50,8 +51,6 @@ from kl_f8_train.score.scores import (
 from kl_f8_train.weights import pretrained, weight_file
 
 SEED = 0
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +88,7 @@ PROTOCOLS = {protocol.name: protocol for protocol in (CARD, STANDARD)}
 
 
 @dataclass(frozen=True)
-class Sample:
+class EvaluatedImage:
     """One image of the set, or why it cannot be used."""
 
     index: int
@@ -130,19 +129,20 @@ class ImageSet:
         self.ends = np.cumsum(self.source.counts)
         self.count = min(int(self.ends[-1]), limit or int(self.ends[-1]))
 
-    def load(self, index: int) -> Sample:
+    def load(self, index: int) -> EvaluatedImage:
         """The index-th image."""
         shard = int(np.searchsorted(self.ends, index, side="right"))
         first = int(self.ends[shard]) - int(self.source.counts[shard])
-        key, data = self.source.read(shard, index - first)
+        key = self.source.name(shard, index - first)
         try:
-            return Sample(index, key, pixels.square(data, self.size))
+            key, data = self.source.read(shard, index - first)
+            return EvaluatedImage(index, key, pixels.square(data, self.size))
         except ImageError as error:
-            return Sample(index, key, None, f"{key}: {error}; left out")
+            return EvaluatedImage(index, key, None, f"{key}: {error}; left out")
 
-    def stream(self, indices: Iterable[int], threads: int) -> Iterator[Sample]:
+    def stream(self, indices: Iterable[int], threads: int) -> Iterator[EvaluatedImage]:
         """Images in order, decoded some ahead of their use."""
-        waiting: deque[Future[Sample]] = deque()
+        waiting: deque[Future[EvaluatedImage]] = deque()
         with ThreadPoolExecutor(threads) as pool:
             for index in indices:
                 waiting.append(pool.submit(self.load, index))
@@ -176,7 +176,7 @@ def load_candidates(named: Sequence[tuple[str, Path, str]], device: str) -> list
         model.encoder, model.quant_conv = first.encoder, first.quant_conv
         record = {
             "path": contents.path.name,
-            "sha256": file_sha256(contents.path),
+            "sha256": weight_file.sha256(contents.path),
             "iteration": contents.iteration,
             "frozen_sha256": digest,
             "layout": weights.layout,
@@ -292,7 +292,7 @@ def score(
         "psnr": metrics.psnr(x, y),
         "ssim": metrics.ssim(x, y, border),
         "sharpness": metrics.sharpness(y),
-        **dict(zip(SHIFTS, metrics.colour_shift(x, y).unbind(dim=1), strict=True)),
+        **dict(zip(SHIFT_METRICS, metrics.colour_shift(x, y).unbind(dim=1), strict=True)),
     }
     if network is not None:
         if targets is None:
@@ -310,7 +310,7 @@ def measure(
     candidates: Sequence[Candidate],
     networks: Networks,
     protocol: Protocol,
-    samples: Iterable[Sample],
+    samples: Iterable[EvaluatedImage],
     *,
     device: str,
     batch_size: int,
@@ -321,7 +321,7 @@ def measure(
     tally = Tally(networks.measured)
     if networks.inception is not None:
         count = len(candidates) + 1
-        tally.statistics = [FeatureStatistics.empty(WIDTH, device) for _ in range(count)]
+        tally.statistics = [FeatureStatistics.empty(FEATURES, device) for _ in range(count)]
     for done, batch in _batches(samples, batch_size, tally.problems):
         tally.rows += _measure_batch(
             candidates, networks, protocol, batch, device, batch_size, tally.statistics
@@ -332,10 +332,10 @@ def measure(
 
 
 def _batches(
-    samples: Iterable[Sample], size: int, problems: list[str]
-) -> Iterator[tuple[int, list[Sample]]]:
+    samples: Iterable[EvaluatedImage], size: int, problems: list[str]
+) -> Iterator[tuple[int, list[EvaluatedImage]]]:
     """Usable images, `size` at a time, and how many images went by."""
-    batch: list[Sample] = []
+    batch: list[EvaluatedImage] = []
     done = 0
     for done, sample in enumerate(samples, start=1):
         if sample.image is None:
@@ -354,11 +354,11 @@ def _measure_batch(
     candidates: Sequence[Candidate],
     networks: Networks,
     protocol: Protocol,
-    batch: Sequence[Sample],
+    batch: Sequence[EvaluatedImage],
     device: str,
     batch_size: int,
     statistics: Sequence[FeatureStatistics],
-) -> list[Row]:
+) -> list[ImageScores]:
     real = len(batch)
     filled = [*batch, *[batch[-1]] * (batch_size - real)]  # other shapes may round differently
     images = torch.stack([s.image for s in filled if s.image is not None]).to(device)
@@ -383,7 +383,7 @@ def _measure_batch(
         )
     sharpness = metrics.sharpness(images.double() / 255.0).tolist()
     return [
-        Row(sample.index, sample.key, sample.sha256(), sharpness[i], values[i, :, :-1])
+        ImageScores(sample.index, sample.key, sample.sha256(), sharpness[i], values[i, :, :-1])
         for i, sample in enumerate(batch)
     ]
 
@@ -399,7 +399,7 @@ def processes() -> Iterator[tuple[int, int]]:
         yield 0, 1
         return
     if os.environ["RANK"] == "0":
-        _say(f"waiting for {world} processes at {meeting()}")
+        say_aloud(f"waiting for {world} processes at {meeting()}")
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=30))
     try:
         yield dist.get_rank(), world
@@ -471,8 +471,8 @@ def evaluate(
     RunFailedError if no image can be used or a VAE puts out what is not finite.
     """
     with processes() as (rank, world), _exact_float32():
-        say = _say if rank == 0 else _silent
-        device = _device(device)
+        say = say_aloud if rank == 0 else _silent
+        device = _own_device(device)
         batch_size = batch_size if device.startswith("cuda") else 1
         candidates = load_candidates(named, device)
         _check_size(candidates, size)
@@ -552,7 +552,7 @@ def _exact_float32() -> Iterator[None]:
         yield
 
 
-def _device(asked: str | None) -> str:
+def _own_device(asked: str | None) -> str:
     """As asked; "cuda", also by default where there is one, is this process's own GPU."""
     if (asked or "cpu").startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(
@@ -570,10 +570,6 @@ def _check_size(candidates: Sequence[Candidate], size: int) -> None:
                 f"--size {size}: expected at least 11 pixels (SSIM's window) and a multiple of "
                 f"{candidate.model.downsampling}, the downsampling of {candidate.name}"
             )
-
-
-def _say(message: str) -> None:
-    print(message, flush=True)
 
 
 def _silent(message: str) -> None:

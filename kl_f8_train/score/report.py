@@ -24,10 +24,10 @@ from torch import Tensor
 
 from kl_f8_train import __version__, images
 from kl_f8_train.core import metrics
+from kl_f8_train.core.metrics import METRICS, SCORES
 from kl_f8_train.errors import MissingInputError
-from kl_f8_train.files import file_sha256, write_json, write_text
+from kl_f8_train.files import atomic_path, file_sha256, write_json, write_text
 from kl_f8_train.score import compare
-from kl_f8_train.score.compare import METRICS, SCORES
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 ERROR_SCALE = 48.0  # levels of 255 at the top of every error map
@@ -41,7 +41,7 @@ SHIFTS = {
     "blue_shift": "#4a7fe0",
     "saturation_shift": "#9a6bd1",
 }
-Values = dict[str, dict[str, dict[str, float]]]  # metric -> model -> image -> value
+ScoresByModel = dict[str, dict[str, dict[str, float]]]  # metric -> model -> image -> value
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Evaluation:
     """The files of an evaluation directory."""
 
     scores: dict[str, Any]
-    values: Values
+    values: ScoresByModel
     pictures: list[dict[str, Any]]
     comparison: dict[str, Any] | None
 
@@ -66,9 +66,9 @@ class Evaluation:
         return (marked or self.models)[0]
 
 
-def read(directory: Path) -> Evaluation:
+def read_evaluation(directory: Path) -> Evaluation:
     """Reads an evaluation. Raises MissingInputError if scores.json or per_image.csv is missing."""
-    rows = compare.read_rows(directory / "per_image.csv")
+    rows = compare.read_image_scores(directory / "per_image.csv")
     scores = _read_json(directory / "scores.json")
     if scores is None:
         raise MissingInputError(f"{directory}: no scores.json; `kl-f8-train evaluate` writes it")
@@ -88,8 +88,8 @@ def write(directory: Path) -> Path:
 
     Returns the page's path. Raises MissingInputError if a file of the evaluation is missing.
     """
-    evaluation = read(directory)
-    pictures = _write_pictures(directory, evaluation)
+    evaluation = read_evaluation(directory)
+    pictures = _write_zooms(directory, evaluation)
     page = directory / "report.html"
     write_text(page, _page(evaluation, pictures))
     return page
@@ -97,7 +97,7 @@ def write(directory: Path) -> Path:
 
 def write_comparison(directory: Path, a: str, b: str) -> list[compare.Verdict]:
     """Compares two models of an evaluation directory; writes comparison.json beside the scores."""
-    found = compare.verdicts(compare.read_rows(directory / "per_image.csv"), a, b)
+    found = compare.verdicts(compare.read_image_scores(directory / "per_image.csv"), a, b)
     values = {
         "a": a,
         "b": b,
@@ -173,7 +173,7 @@ def zoom(picture: Tensor, box: tuple[int, int, int, int]) -> Tensor:
     return region.repeat_interleave(ZOOM, dim=1).repeat_interleave(ZOOM, dim=2)
 
 
-def _write_pictures(directory: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
+def _write_zooms(directory: Path, evaluation: Evaluation) -> list[dict[str, Any]]:
     """Writes strip.png, zooms and error maps; returns what the page shows of each image."""
     shown: list[dict[str, Any]] = []
     columns: list[tuple[str, list[Tensor]]] = [(name, []) for name in ("input", *evaluation.models)]
@@ -209,11 +209,9 @@ def _load(path: Path) -> Tensor:
 
 
 def _save(path: Path, picture: Tensor) -> None:
-    """Writes a PNG at once, but unlike checkpoints unsynced: hundreds, and quickly made again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    images.to_pil(picture).save(temporary, format="PNG")
-    temporary.replace(path)
+    """Writes a PNG atomically but without fsync: there are hundreds, which are quickly remade."""
+    with atomic_path(path, sync=False) as temporary:
+        images.to_pil(picture).save(temporary, format="PNG")
 
 
 def _sharpness(picture: Tensor) -> float:
@@ -293,7 +291,7 @@ def _scores(evaluation: Evaluation) -> str:
     heads = "".join(
         f"<th scope='col'>{_text(SCORES[c].label)} {arrows[SCORES[c].better]}</th>" for c in columns
     )
-    best = {column: _best(column, rows) for column in columns}
+    best = {column: _best_models(column, rows) for column in columns}
     lines = []
     for name in rows:
         iteration = evaluation.scores.get("weights", {}).get(name, {}).get("iteration")
@@ -307,14 +305,14 @@ def _scores(evaluation: Evaluation) -> str:
     )
 
 
-def _mean(value: Any) -> float | None:
+def _mean_of(value: Any) -> float | None:
     return value["mean"] if isinstance(value, Mapping) else value
 
 
-def _best(metric: str, rows: Mapping[str, Mapping[str, Any]]) -> set[str]:
+def _best_models(metric: str, rows: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """Models with the best mean, as printed; none if there is nothing to choose from."""
     digits = SCORES[metric].digits
-    means = {name: _mean(row.get(metric)) for name, row in rows.items()}
+    means = {name: _mean_of(row.get(metric)) for name, row in rows.items()}
     known = {name: round(mean, digits) for name, mean in means.items() if mean is not None}
     if len(known) < 2:
         return set()
@@ -330,7 +328,7 @@ def _score_cell(evaluation: Evaluation, name: str, metric: str, best: bool) -> s
         reason = evaluation.scores.get("unmeasured", {}).get(metric, "")
         shown = "infinite" if infinite else "not measured"
         return f"<td class='none' {label} title='{_text(reason)}'>{shown}</td>"
-    mean = _mean(value)
+    mean = _mean_of(value)
     digits = SCORES[metric].digits
     text = f"<span{' class=best' if best else ''}>{mean:.{digits}f}</span>"
     if isinstance(value, Mapping):
@@ -388,7 +386,7 @@ def _shifts(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> st
     if not measured and not sharp:
         return ""
     rows = evaluation.scores["models"]
-    means = [abs(_mean(row.get(m)) or 0.0) for row in rows.values() for m in measured]
+    means = [abs(_mean_of(row.get(m)) or 0.0) for row in rows.values() for m in measured]
     limit = max([1.0, *means])
     heads = [METRICS[m].label.removesuffix(" shift") for m in measured] + ["sharpness"] * sharp
     lines = []
@@ -433,7 +431,7 @@ def _sharpness_cell(
         return "<td class='none' data-label='sharpness'>not measured</td>"
     text = f"{score['mean']:,.0f} <small>\u00b1 {score['std']:,.0f}</small>"
     against = []
-    base = _mean(evaluation.scores["models"][evaluation.base].get("sharpness"))
+    base = _mean_of(evaluation.scores["models"][evaluation.base].get("sharpness"))
     if name != evaluation.base and base:
         against.append(f"{score['mean'] / base:.0%} of the base")
     column = evaluation.models.index(name) + 1
@@ -496,7 +494,7 @@ def _data(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> str:
     index = {name: number for number, name in enumerate(names)}
     values = {
         metric: [
-            [_number(by_model.get(model, {}).get(image)) for model in evaluation.models]
+            [_json_number(by_model.get(model, {}).get(image)) for model in evaluation.models]
             for image in index
         ]
         for metric, by_model in evaluation.values.items()
@@ -523,7 +521,7 @@ def _data(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> str:
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _number(value: float | None) -> float | str | None:
+def _json_number(value: float | None) -> float | str | None:
     """A score as JSON can hold it."""
     if value is None or math.isfinite(value):
         return value

@@ -18,20 +18,21 @@ from typing import Any
 import numpy as np
 
 from kl_f8_train.core import metrics
-from kl_f8_train.core.metrics import FeatureStatistics
+from kl_f8_train.core.metrics import METRICS, SCORES, FeatureStatistics
 from kl_f8_train.core.perceptual import OTHER_VGG
 from kl_f8_train.files import write_json, write_text
-from kl_f8_train.score.compare import METRICS, not_measured
+from kl_f8_train.output import markdown_table
+from kl_f8_train.score.compare import not_measured
 
 BIASED_BELOW = 2048  # images; the width of Inception's features
 PICTURES = 24  # images shown, at most
 FIRST = 4  # of them, whatever their scores
 LONGEST = 60  # letters of a model in a file name
-SHIFTS = ("red_shift", "green_shift", "blue_shift", "saturation_shift")
+SHIFT_METRICS = ("red_shift", "green_shift", "blue_shift", "saturation_shift")
 
 
 @dataclass
-class Row:
+class ImageScores:
     """What one image gave."""
 
     index: int
@@ -46,7 +47,7 @@ class Tally:
     """What a process has measured."""
 
     measured: tuple[str, ...]  # the metrics of the rows' scores
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ImageScores] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     statistics: list[FeatureStatistics] = field(default_factory=list)  # images, then each VAE
 
@@ -128,7 +129,7 @@ def mean_std(values: Sequence[float]) -> dict[str, float] | None:
     return {"mean": mean, "std": math.sqrt(variance)}
 
 
-def images_sha256(rows: Sequence[Row]) -> str:
+def images_sha256(rows: Sequence[ImageScores]) -> str:
     """One hash of all names and pixels, whatever their order."""
     lines = sorted(f"{row.key}\0{row.sha256}\n" for row in rows)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -156,18 +157,20 @@ def write_scores(out: Path, result: Mapping[str, Any], tally: Tally) -> None:
 def table(result: Mapping[str, Any]) -> str:
     """The card's table in Markdown, of what scores.json holds."""
     models: Mapping[str, Mapping[str, Any]] = result["models"]
-    hidden = SHIFTS if any("st_lpips" in m for m in models.values()) else ("st_lpips", *SHIFTS)
+    hidden = (
+        SHIFT_METRICS
+        if any("st_lpips" in m for m in models.values())
+        else ("st_lpips", *SHIFT_METRICS)
+    )
     shown = [name for name in METRICS if name not in hidden]
-    heads = " | ".join(METRICS[name].label for name in shown)
-    lines = [f"| model | iteration | rFID | {heads} |"]
-    lines.append("|---" * (3 + len(shown)) + "|")
+    columns = ["rfid", *shown]
+    rows = []
     for name, scores in models.items():
         step = result["weights"][name]["iteration"]
-        rfid = "not measured" if scores["rfid"] is None else f"{scores['rfid']:.2f}"
-        cells = [_cell(scores.get(metric), metric) for metric in shown]
-        first = [name.replace("|", "\\|"), "" if step is None else f"{step:,}", rfid]
-        lines.append("| " + " | ".join([*first, *cells]) + " |")
-    return "\n".join(lines)
+        perfect = {"psnr": "infinite"} if scores.get("psnr") is None else {}
+        cells = [perfect.get(m) or score_text(scores.get(m), m) for m in columns]
+        rows.append([name, "" if step is None else f"{step:,}", *cells])
+    return markdown_table(["model", "iteration", *(SCORES[name].label for name in columns)], rows)
 
 
 def footer(result: Mapping[str, Any]) -> str:
@@ -189,18 +192,21 @@ def footer(result: Mapping[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
-def _cell(value: Mapping[str, float] | None, metric: str) -> str:
+def score_text(value: Mapping[str, float] | float | None, metric: str) -> str:
+    """A score of scores.json as text: a mean with its standard deviation, or a number."""
+    digits = SCORES[metric].digits
     if value is None:
-        return "infinite" if metric == "psnr" else "not measured"
-    digits = METRICS[metric].digits
-    return f"{value['mean']:.{digits}f} +/- {value['std']:.{digits}f}"
+        return "not measured"
+    if isinstance(value, Mapping):
+        return f"{value['mean']:.{digits}f} +/- {value['std']:.{digits}f}"
+    return f"{value:.{digits}f}"
 
 
 # --- pictures -------------------------------------------------------------------------------
 
 
 def choose_pictures(
-    rows: Sequence[Row], names: Sequence[str], measured: Sequence[str]
+    rows: Sequence[ImageScores], names: Sequence[str], measured: Sequence[str]
 ) -> dict[int, list[str]]:
     """Place in `rows` -> why it is shown: the first few, then worst, best and median of each.
 

@@ -10,23 +10,31 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from kl_f8_train import config, facts
+from kl_f8_train import config as configs
+from kl_f8_train import facts
 from kl_f8_train.config import Config
 from kl_f8_train.core.hashes import frozen_sha256, tensors_sha256
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import Facts
-from kl_f8_train.files import file_sha256
 from kl_f8_train.run_dir import checkpoint_path
 from kl_f8_train.weights import weight_file
-from kl_f8_train.weights.names import check_like
+from kl_f8_train.weights.names import Weights, check_like
 
 FORMAT = "kl_f8_train.checkpoint.1"
 OPTIMIZERS = ("decoder", "discriminator")
 
 
-def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: str) -> Path:
+def save(
+    finetuner: Finetuner,
+    optimizers: list[Adam],
+    run_dir: Path,
+    frozen: str,
+    path: Path | None = None,
+) -> Path:
     """Writes a checkpoint atomically, if all is finite and the frozen part is the imported one.
+
+    It goes to the run's regular place for this iteration, or to `path`.
 
     Raises RunFailedError if not, or if the file cannot be written.
     """
@@ -36,6 +44,7 @@ def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: st
             f"the frozen encoder changed during training (SHA-256 {now[:12]}, imported "
             f"{frozen[:12]}); no checkpoint was written, the last one is untouched"
         )
+    run = finetuner.run_state
     tensors = dict(finetuner.state_dict())
     for name, optimizer in zip(OPTIMIZERS, optimizers, strict=False):
         tensors |= _optimizer_tensors(name, optimizer, finetuner)
@@ -44,18 +53,18 @@ def save(finetuner: Finetuner, optimizers: list[Adam], run_dir: Path, frozen: st
     metadata = {
         "format": "pt",
         "kl_f8_train.format": FORMAT,
-        "iteration": str(finetuner.iteration),
-        "warmup_left": str(finetuner.warmup_left),
-        "ema_updates": str(finetuner.ema_updates),
+        "iteration": str(run.iteration),
+        "warmup_left": str(run.warmup_left),
+        "ema_updates": str(run.ema_updates),
         "frozen_sha256": frozen,
-        **finetuner.base,
-        **finetuner.facts.metadata(),
-        "changes": "\n".join(finetuner.changes),
-        "identity": json.dumps(finetuner.identity),
+        **run.base,
+        **run.facts.metadata(),
+        "changes": "\n".join(run.changes),
+        "identity": json.dumps(run.identity),
         **content_sha256(tensors),
-        "config": json.dumps(config.to_dict(finetuner.config)),
+        "config": json.dumps(configs.to_dict(finetuner.config)),
     }
-    path = checkpoint_path(run_dir, finetuner.iteration, finetuner.warmup_done)
+    path = path or checkpoint_path(run_dir, finetuner.iteration, finetuner.warmup_done)
     weight_file.write_safetensors(path, tensors, metadata)
     return path
 
@@ -71,14 +80,14 @@ def stored_config(contents: weight_file.Contents) -> Config:
             "directory, or a file of its checkpoints/"
         )
     try:
-        return config.from_dict(json.loads(contents.metadata["config"]))
+        return configs.from_dict(json.loads(contents.metadata["config"]))
     except (UsageError, KeyError, ValueError, RecursionError) as error:
         raise MissingInputError(f"{contents.path}: its configuration: {error}") from error
 
 
 def base(path: Path) -> dict[str, str]:
     """Name and SHA-256 of the file that a run starts from, for its checkpoints."""
-    return {"base_name": path.name, "base_sha256": file_sha256(path)}
+    return {"base_name": path.name, "base_sha256": weight_file.sha256(path)}
 
 
 def stored_base(metadata: dict[str, str]) -> dict[str, str]:
@@ -86,10 +95,30 @@ def stored_base(metadata: dict[str, str]) -> dict[str, str]:
     return {key: metadata.get(key, "unknown") for key in ("base_name", "base_sha256")}
 
 
-def stored_facts(contents: weight_file.Contents, settings: Config) -> Facts:
+def stored_facts(contents: weight_file.Contents, config: Config) -> Facts:
     """What the base of a run stated; of older checkpoints only what their configuration shows."""
-    shape = Facts(norm_num_groups=settings.model.norm_num_groups)
-    return facts.combined(contents.facts, shape)
+    return facts.combined(contents.facts, _shown(config))
+
+
+def base_facts(contents: weight_file.Contents, weights: Weights, config: Config) -> Facts:
+    """What a run keeps of what its base states, with `init.family` where it does not.
+
+    Raises UsageError if the two disagree, or if neither names a family although the shape is one
+    that several share.
+    """
+    published = config.model in (configs.KL_F8, configs.KL_F8_16)
+    channels = config.model.embed_dim
+    stated = weight_file.facts_of(contents, weights)
+    try:
+        known = facts.settled(stated, channels, config.init.family, published)
+    except UsageError as error:
+        raise UsageError(f"{contents.path}: {error}") from error
+    return facts.combined(known, _shown(config))
+
+
+def _shown(config: Config) -> Facts:
+    model = config.model
+    return Facts(norm_num_groups=model.norm_num_groups, use_quant_conv=model.quant_conv)
 
 
 def stored_changes(metadata: dict[str, str]) -> list[str]:
@@ -155,20 +184,21 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: weight_file.
     finetuner.load_state_dict(networks, strict=True)
     for name, optimizer in zip(OPTIMIZERS, optimizers, strict=False):
         _restore_optimizer(name, optimizer, finetuner, tensors)
-    finetuner.iteration = int(metadata["iteration"])
-    finetuner.warmup_left = int(metadata["warmup_left"])
-    finetuner.ema_updates = int(metadata["ema_updates"])
-    finetuner.base = stored_base(metadata)
-    finetuner.facts = stored_facts(contents, stored_config(contents))
-    finetuner.changes = stored_changes(metadata)
-    finetuner.identity = stored_identity(metadata)
+    run = finetuner.run_state
+    run.iteration = int(metadata["iteration"])
+    run.warmup_left = int(metadata["warmup_left"])
+    run.ema_updates = int(metadata["ema_updates"])
+    run.base = stored_base(metadata)
+    run.facts = stored_facts(contents, stored_config(contents))
+    run.changes = stored_changes(metadata)
+    run.identity = stored_identity(metadata)
     frozen = frozen_sha256(finetuner.autoencoder.state_dict())
     if frozen != metadata["frozen_sha256"]:
         raise MissingInputError(f"{contents.path}: its encoder does not match its own hash")
     return frozen
 
 
-def check_groups(stated: Facts, model: config.Model) -> None:
+def check_groups(stated: Facts, model: configs.Model) -> None:
     """Raises MissingInputError if a file states other norms than the recipe's."""
     groups = stated.norm_num_groups
     if groups not in (None, model.norm_num_groups):

@@ -8,15 +8,18 @@ from kl_f8_train.errors import MissingInputError
 FILES = tuple(
     f"{folder}diffusion_pytorch_model.{suffix}"
     for folder in ("", "vae/", "diffusers/")
-    for suffix in ("safetensors", "bin", "fp16.safetensors", "fp16.bin")
+    for suffix in (
+        *("safetensors", "safetensors.index.json", "bin", "bin.index.json"),
+        *("fp16.safetensors", "fp16.bin"),
+    )
 )
-SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".zip")
+WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".zip")
 SECONDS = 5.0  # for the hub's first answer; its own retries would take 23
 
 
 def is_id(text: str) -> bool:
     """Whether `text` looks like `stabilityai/sd-vae-ft-mse`, and not like a file or a run here."""
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) or text.endswith(SUFFIXES):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) or text.endswith(WEIGHT_SUFFIXES):
         return False
     return not Path(text).parent.is_dir()
 
@@ -42,8 +45,11 @@ def fetch(repo: str) -> Path:
         names = {sibling.rfilename for sibling in siblings}
         chosen = next((name for name in FILES if name in names), None)
         if chosen:
-            beside = str(Path(chosen).with_name("config.json"))
-            for name in {beside} & names:  # tells SDXL's weights from Stable Diffusion's
+            beside = {str(Path(chosen).with_name("config.json"))}  # whose weights they are
+            if chosen.endswith(".index.json"):
+                stem = chosen.removesuffix(".index.json").rpartition(".")[0]
+                beside |= {name for name in names if name.startswith(f"{stem}-0")}
+            for name in sorted(beside & names):
                 hub.hf_hub_download(repo, name)
             return Path(hub.hf_hub_download(repo, chosen))
     except Exception as error:  # of several libraries, by version

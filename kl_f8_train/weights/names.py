@@ -18,14 +18,25 @@ from kl_f8_train.facts import GROUPS, Facts
 
 State = dict[str, Tensor]
 
-SCALING_FACTOR = 0.18215  # Stable Diffusion's latents are ours times this
-SDXL_SCALING_FACTOR = 0.13025
 ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm"}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 AUTOENCODER_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 COUNTERS = ".num_batches_tracked"  # of BatchNorm: the only whole numbers among weights
 FIRST_STAGE = "first_stage_model."
-FIRST_WEIGHT = "encoder.conv_in.weight"  # so called by CompVis and by diffusers
+# So called by CompVis and by diffusers; and in the original's EMA, which has no dots.
+ANCHORS = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoderconv_inweight")
+CURRENT = "current_model_state."
+WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+    r"|_forward_module)\."
+)
+EMA_MARK = re.compile(r"(?:^|[._-])(?:ema\d*|emas|averaged?|shadow|swa)(?:[._-]|$)", re.IGNORECASE)
+LISTED = re.compile(r"(.*shadow_params)\.(\d{1,6})")
+DOTLESS = re.compile(
+    r"(?:(encoder|decoder)(?:(mid)(block_[12]|attn_1)|(down|up)(\d)(?:(block)(\d)|(downsample|upsample)))?"
+    r"(conv_in|conv_out|conv1|conv2|conv|norm_out|norm1|norm2|norm|nin_shortcut|q|k|v|proj_out)"
+    r"|((?:post_)?quant_conv))(weight|bias)"
+)
 DISCRIMINATOR = "loss.discriminator."
 LOGVAR = "loss.logvar"
 EMA_SCALARS = ("model_ema.decay", "model_ema.num_updates")
@@ -41,15 +52,25 @@ class Weights:
     logvar: Tensor | None = None
     ema_scalars: dict[str, float] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
+    family: str | None = None  # as the names of a full model's other parts show
+    notes: list[str] = field(default_factory=list)  # which weights were taken, of several
 
 
-def relevant(keys: Collection[str]) -> list[str]:
+# Names in full models, and the family that they show.
+MARKS = (
+    (".double_blocks.", "flux"),
+    (".joint_blocks.", "sd3"),
+    ("conditioner.", "sdxl"),
+    ("cond_stage_model.", "sd"),
+)
+
+
+def relevant(keys: Collection[str], prefix: str | None = None) -> list[str]:
     """The names in a file that `recognise` needs the values of; most of a full model's are not."""
     if _is_training(keys):
         return [key for key in keys if not key.startswith("optimizer.")]
-    prefix = _prefix(keys)
-    inner = [key for key in keys if key.startswith(prefix) and _is_used(key.removeprefix(prefix))]
-    return inner + [key for key in EMA_SCALARS if prefix and key in keys]
+    places = _places(keys, prefix)
+    return [key for name, key in places.names.items() if _part(name, places)]
 
 
 def _is_training(keys: Collection[str]) -> bool:
@@ -57,57 +78,204 @@ def _is_training(keys: Collection[str]) -> bool:
     return all(any(key.startswith(part) for key in keys) for part in ("autoencoder.", marks))
 
 
-def _prefix(keys: Collection[str]) -> str:
-    """What stands before the autoencoder's names; raises MissingInputError if that is not one."""
-    if any(key.startswith(FIRST_STAGE) for key in keys):
-        return FIRST_STAGE
-    found = {key.removesuffix(FIRST_WEIGHT) for key in keys if key.endswith(FIRST_WEIGHT)}
-    if len(found) > 1 and "" not in found:
+@dataclass(frozen=True)
+class _Places:
+    """Where in a file an autoencoder lies: what stands before its names, in both kinds."""
+
+    names: dict[str, str]  # without wrappers' parts -> as in the file
+    raw: str | None
+    ema: str | None
+    listed: str | None = None  # an EMA without names, in the order of the parameters
+    partial: str = ""  # an EMA that does not cover the decoder
+
+
+def _places(keys: Collection[str], prefix: str | None = None) -> _Places:
+    """Finds raw weights and their EMA.
+
+    Raises MissingInputError if there are several of a kind, and `prefix` names none of them.
+    """
+    names = _unwrapped(keys)
+    found = dict.fromkeys(
+        name.removesuffix(anchor) for name in names for anchor in ANCHORS if name.endswith(anchor)
+    )
+    if CURRENT in found:  # Lightning's WeightAveraging keeps the average in the state_dict
+        return _Places(names, CURRENT, "")
+    if prefix is not None:
+        chosen = [one for one in found if one == prefix.rstrip(".") + "." * bool(prefix)]
+        if not chosen:
+            there = ", ".join(sorted(found)) or "none"
+            raise MissingInputError(f"init.prefix={prefix}: no autoencoder below it, but: {there}")
+        return _Places(names, chosen[0], None)
+    averages = [one for one in found if EMA_MARK.search(one)]
+    raw = _only([one for one in found if one not in averages], "autoencoders")
+    raw = "" if raw is None and not averages else raw  # what there is of one stands bare
+    lists = dict.fromkeys(m[1] for m in map(LISTED.fullmatch, names) if m)
+    listed = _only(list(lists), "EMAs") if raw is not None and raw != FIRST_STAGE else None
+    ema, partial = _only(averages, "EMAs"), ""
+    if raw is not None and ema is not None and (missing := _missing(names, raw, ema)):
+        partial = f"its EMA below {ema} is left out: it lacks {missing} and perhaps more"
+        ema = None
+    return _Places(names, raw, ema, listed, partial)
+
+
+def _missing(names: Collection[str], raw: str, ema: str) -> str | None:
+    """The first tensor of the raw decoder that an EMA does not have."""
+    inner = (name.removeprefix(ema) for name in names if name.startswith(ema))
+    averaged = {_dotted(name) or name for name in inner}
+    decoder = (n.removeprefix(raw) for n in names if n.startswith(f"{raw}decoder."))
+    return next((name for name in decoder if name not in averaged), None)
+
+
+def _only(prefixes: list[str], what: str) -> str | None:
+    """The one prefix of a kind; a full model's first stage and a bare name go before others."""
+    for preferred in (FIRST_STAGE, ""):
+        if preferred in prefixes:
+            return preferred
+    if len(prefixes) > 1:
         raise MissingInputError(
-            f"several autoencoders in this file, below {', '.join(sorted(found))}; give a file "
-            "with one"
+            f"several {what} in this file, below {', '.join(sorted(prefixes))}; init.prefix=NAME "
+            "chooses one, or give a file with one"
         )
-    return "" if "" in found else next(iter(found), "")
+    return prefixes[0] if prefixes else None
+
+
+def _unwrapped(keys: Collection[str]) -> dict[str, str]:
+    """Names without what torch.compile, DDP, FSDP and the like put into them -> the file's."""
+    names: dict[str, str] = {}
+    taken = set(keys)
+    for key in keys:
+        name = WRAPPERS.sub("", key)
+        names[key if name != key and name in taken else name] = key
+        taken.add(name)
+    return names
+
+
+def _part(name: str, places: _Places) -> tuple[str, str] | None:
+    """The part, raw or ema, of an unwrapped name, and its name there; None if it is not used."""
+    if places.listed is not None and (m := LISTED.fullmatch(name)) and m[1] == places.listed:
+        return "listed", m[2]
+    if places.ema is not None and name.startswith(places.ema):
+        inner = name.removeprefix(places.ema)
+        inner = _dotted(inner) or inner
+        if inner.startswith(AUTOENCODER_PARTS):
+            return "ema", inner
+    if places.raw is not None and name.startswith(places.raw):
+        inner = name.removeprefix(places.raw)
+        if _is_used(inner):
+            return "raw", inner
+    return ("scalar", name) if name in EMA_SCALARS else None
+
+
+def _dotted(name: str) -> str | None:
+    """The name of a tensor in the original's EMA, which takes the dots out of names."""
+    pieces = DOTLESS.fullmatch(name)
+    return ".".join(piece for piece in pieces.groups() if piece) if pieces else None
 
 
 def _is_used(key: str) -> bool:
     return key.startswith((*AUTOENCODER_PARTS, DISCRIMINATOR)) or key in (*EMA_SCALARS, LOGVAR)
 
 
-def recognise(state: Mapping[str, Tensor], select: str = "ema") -> Weights:
+def recognise(
+    state: Mapping[str, Tensor], select: str = "ema", prefix: str | None = None
+) -> Weights:
     """Finds the autoencoder in any of the layouts; `select` is "ema" or "raw".
 
-    Raises MissingInputError if there is none.
+    `prefix` is what stands before its names, where a file has several. Raises MissingInputError if
+    there is none.
     """
     if _is_training(state):
         return _from_training(state, select)
-    prefix = _prefix(state)
-    inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    layout = "CompVis autoencoder"
-    if prefix == FIRST_STAGE:
-        xl = any(key.startswith("conditioner.") for key in state)
-        layout = f"Stable Diffusion {'XL ' if xl else ''}checkpoint"
-    scalars = {k: _scalar(inner.get(k, state.get(k))) for k in EMA_SCALARS}
-    dropped = [key for key in state if not key.startswith(prefix) and key not in scalars]
-    dropped += [key for key in inner if not _is_used(key)]
-    autoencoder = {k: v for k, v in inner.items() if k.startswith(AUTOENCODER_PARTS)}
-    if any(".down_blocks." in key or ".mid_block." in key for key in autoencoder):
-        autoencoder = from_diffusers(autoencoder)
-        layout = layout if prefix == FIRST_STAGE else "diffusers autoencoder"
+    places = _places(state, prefix)
+    parts: dict[str, State] = {"raw": {}, "ema": {}, "listed": {}, "scalar": {}}
+    dropped = []
+    for name, key in places.names.items():
+        if part := _part(name, places):
+            parts[part[0]][part[1]] = state[key]
+        else:
+            dropped.append(key)
+    inner = parts["raw"]
+    raw = _standard({k: v for k, v in inner.items() if k.startswith(AUTOENCODER_PARTS)})
+    ema = _standard(parts["ema"])
+    if parts["listed"] and select == "ema":
+        ema = _standard(_named_by_order(parts["listed"], inner))
+    autoencoder, notes = _selected(raw, ema, select, places)
+    _refuse_other_architectures(places, state)
     if not autoencoder:
         some = ", ".join(list(state)[:3]) or "nothing"
         raise MissingInputError(
             f"no autoencoder in this file: it holds {some} ..., expected encoder.* and decoder.*; "
             "give a VAE or a full Stable Diffusion checkpoint"
         )
+    scalars = {k: _scalar(inner.get(k, parts["scalar"].get(k))) for k in EMA_SCALARS}
     return Weights(
-        layout=layout,
+        layout=_layout_name(state, places, raw or ema, inner or parts["ema"]),
         autoencoder=autoencoder,
-        discriminator=_below(inner, DISCRIMINATOR) or None,
+        discriminator=_stripped(inner, DISCRIMINATOR) or None,
         logvar=_scalar(inner.get(LOGVAR)),
         ema_scalars={k: float(v) for k, v in scalars.items() if v is not None},
         dropped=dropped,
+        family=_marked(dropped),
+        notes=notes,
     )
+
+
+def _standard(state: State) -> State:
+    """CompVis names and shapes of an autoencoder in CompVis' or diffusers' naming."""
+    if any(".down_blocks." in key or ".mid_block." in key or ".up_blocks." in key for key in state):
+        return from_diffusers(state)
+    return _attention(state)
+
+
+def _selected(raw: State, ema: State, select: str, places: _Places) -> tuple[State, list[str]]:
+    """The weights that were asked for, and what to say about them."""
+    where = f"below {places.listed or places.ema or 'state_dict'}"
+    if not ema:
+        unread = places.listed and f"the raw weights are taken; its EMA {where} is not"
+        return raw, [note for note in (unread, places.partial) if note]
+    if select == "raw":
+        if not raw:
+            raise MissingInputError(
+                f"it holds an EMA ({where}) without the raw weights; give init.select=ema"
+            )
+        return raw, [f"the raw weights are taken; its EMA {where} is not"]
+    choice = "; init.select=raw takes the raw weights" if raw else ", there is nothing else"
+    return {**raw, **ema}, [f"the EMA {where} is taken{choice}"]
+
+
+def _named_by_order(listed: Mapping[str, Tensor], inner: Mapping[str, Tensor]) -> State:
+    """An EMA that is a list, in the order of all parameters, or of the decoder's.
+
+    Raises MissingInputError if neither fits.
+    """
+    values = [listed[key] for key in sorted(listed, key=int)]
+    raw = {k: v for k, v in inner.items() if k.startswith(AUTOENCODER_PARTS)}
+    decoder = {k: v for k, v in raw.items() if k.startswith(("decoder.", "post_quant_conv."))}
+    for names in (raw, decoder):
+        if [v.shape for v in names.values()] == [v.shape for v in values]:
+            return dict(zip(names, values, strict=True))
+    raise MissingInputError(
+        f"it holds an EMA as a list of {len(values)} tensors without names, which are not the "
+        "autoencoder's in order; init.select=raw takes the raw weights"
+    )
+
+
+def _layout_name(
+    state: Collection[str], places: _Places, found: State, inner: Collection[str]
+) -> str:
+    """For people."""
+    if places.raw == FIRST_STAGE:
+        xl = any(key.startswith("conditioner.") for key in state)
+        return f"Stable Diffusion {'XL ' if xl else ''}checkpoint"
+    return f"{'CompVis' if set(found) <= set(inner) else 'diffusers'} autoencoder"
+
+
+def _marked(names: Collection[str]) -> str | None:
+    """The family that the other parts of a full model show."""
+    for mark, family in MARKS:
+        if any(mark in f".{name}" if mark[0] == "." else name.startswith(mark) for name in names):
+            return family
+    return None
 
 
 def _scalar(tensor: Tensor | None) -> Tensor | None:
@@ -115,8 +283,8 @@ def _scalar(tensor: Tensor | None) -> Tensor | None:
 
 
 def _from_training(state: Mapping[str, Tensor], select: str) -> Weights:
-    autoencoder = _below(state, "autoencoder.")
-    ema = _below(state, "ema.")
+    autoencoder = _stripped(state, "autoencoder.")
+    ema = _stripped(state, "ema.")
     if select == "ema":
         unknown = sorted(ema.keys() - autoencoder.keys())
         if unknown or not ema:
@@ -128,7 +296,7 @@ def _from_training(state: Mapping[str, Tensor], select: str) -> Weights:
     return Weights(
         layout=f"training checkpoint ({'EMA' if select == 'ema' else 'raw'} weights)",
         autoencoder=autoencoder,
-        discriminator=_below(state, "discriminator.") or None,
+        discriminator=_stripped(state, "discriminator.") or None,
         logvar=_scalar(state.get("logvar")),
     )
 
@@ -177,7 +345,9 @@ def architecture(state: Mapping[str, Tensor], facts: Facts | None = None) -> dic
     Raises MissingInputError if a tensor that shows an argument is missing.
     """
     groups = facts.norm_num_groups if facts else None
+    plain = not any(key.startswith(("quant_conv.", "post_quant_conv.")) for key in state)
     try:
+        z_channels = state["decoder.conv_in.weight"].shape[1]
         ch = state["encoder.conv_in.weight"].shape[0]
         levels = 1 + max(
             int(m[1]) for m in (re.match(r"encoder\.down\.(\d{1,3})", k) for k in state) if m
@@ -190,8 +360,9 @@ def architecture(state: Mapping[str, Tensor], facts: Facts | None = None) -> dic
             "ch": ch,
             "ch_mult": tuple(width // ch for width in widths),
             "num_res_blocks": blocks,
-            "z_channels": state["decoder.conv_in.weight"].shape[1],
-            "embed_dim": state["post_quant_conv.weight"].shape[1],
+            "z_channels": z_channels,
+            "embed_dim": z_channels if plain else state["post_quant_conv.weight"].shape[1],
+            **({"quant_conv": False} if plain else {}),
             **({"norm_num_groups": groups} if groups else {}),
         }
     except (KeyError, ValueError) as error:
@@ -220,11 +391,23 @@ def from_diffusers(state: Mapping[str, Tensor]) -> State:
     levels = 1 + max((int(m[1]) for m in blocks if m), default=0)
     converted: State = {}
     for key, value in state.items():
-        name = compvis_name(key, levels)
-        if _is_attention_weight(name) and value.ndim == 2:
-            value = value[:, :, None, None]
-        converted[name] = value
-    return converted
+        converted[compvis_name(key, levels)] = value
+    return _attention(converted)
+
+
+def _attention(state: Mapping[str, Tensor]) -> State:
+    """Attention weights as (C, C, 1, 1), whatever rank they have; joined q, k and v are split."""
+    found: State = {}
+    for key, value in state.items():
+        joined = re.fullmatch(r"(.*\.mid\.attn_1\.)(?:to_)?qkv\.(weight|bias)", key)
+        parts = {key: value}
+        if joined and value.ndim and value.shape[0] % 3 == 0:
+            pieces = zip("qkv", value.chunk(3), strict=True)
+            parts = {f"{joined[1]}{name}.{joined[2]}": piece for name, piece in pieces}
+        for name, part in parts.items():
+            flat = _is_attention_weight(name) and part.ndim >= 2 and set(part.shape[2:]) <= {1}
+            found[name] = part.reshape(*part.shape[:2], 1, 1) if flat else part
+    return found
 
 
 def diffusers_name(key: str, levels: int) -> str:
@@ -248,6 +431,7 @@ def compvis_name(key: str, levels: int) -> str:
     back = {new: old for old, new in ATTENTION.items()}
     for old, new in OLD_ATTENTION.items():
         key = key.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
+    key = re.sub(r"\.attentions\.0\.to_out\.(?!0\.)", ".attentions.0.to_out.0.", key)
     key = re.sub(
         r"\.mid_block\.attentions\.0\.(to_out\.0|\w+)\.",
         lambda m: f".mid.attn_1.{back.get(m[1], m[1])}.",
@@ -281,15 +465,67 @@ def diffusers_config(
         "norm_num_groups": GROUPS,
         "out_channels": 3,
         "sample_size": size,
-        "scaling_factor": SCALING_FACTOR,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
-    return defaults | (stated or Facts()).stated()
+    known = (stated or Facts()).stated()
+    known.pop("family", None)
+    if "use_quant_conv" in known:
+        known["use_post_quant_conv"] = known["use_quant_conv"]
+    return defaults | known
+
+
+# Architectures that are often taken for this one: a name that only they have, and what they are.
+OTHERS = (
+    (r"bn\.running_(mean|var)", "FLUX.2's autoencoder (32 channels, normalised in patches)"),
+    (r"(encoder|decoder)\.(stages|project_in)\.", "a DC-AE (deep compression)"),
+    (r"(encoder|decoder)\.(down|up)_blocks\.\d+\.\d+\.", "a DC-AE (deep compression)"),
+    (r"(encoder|decoder)\.(downsamples|upsamples|middle|head)\.\d+\.", "Wan's or Qwen-Image's"),
+    (r"(encoder|decoder)\..*\.(gamma|time_conv\.weight)", "Wan's or Qwen-Image's"),
+    (r"decoder\..*(time_stack|time_mixer|temporal_res_block)", "Stable Video Diffusion's decoder"),
+    (r"decoder\.condition_encoder\.", "an asymmetric autoencoder, for inpainting"),
+    (r"quantize\.embedding\.weight", "a VQ autoencoder"),
+)
+TINY = re.compile(r"(encoder|decoder)\.(layers\.)?\d+\.(conv\.\d+\.)?weight")
+CLASSES = {
+    "AutoencoderKLWan": "Wan's autoencoder",
+    "AutoencoderKLQwenImage": "Qwen-Image's autoencoder",
+    "AutoencoderKLFlux2": "FLUX.2's autoencoder",
+    "AutoencoderDC": "a DC-AE (deep compression)",
+    "AutoencoderTiny": "a TAESD (tiny autoencoder)",
+    "AutoencoderKLTemporalDecoder": "Stable Video Diffusion's autoencoder",
+    "AsymmetricAutoencoderKL": "an asymmetric autoencoder, for inpainting",
+    "VQModel": "a VQ autoencoder",
+}
+REFUSED = (
+    "{what}, another architecture: this program trains the decoders of kl-f8 (Stable Diffusion "
+    "1.x, 2.x and XL) and of its form with 16 channels (SD3, FLUX.1)"
+)
+
+
+def refused_class(name: str) -> str | None:
+    """Why a folder whose config.json names this class of diffusers' is refused, if it is."""
+    if name == "AutoencoderKL" or not re.search("Autoencoder|VAE|VQ", name):
+        return None
+    return REFUSED.format(what=f"{CLASSES.get(name, 'an autoencoder')} ({name})")
+
+
+def _refuse_other_architectures(places: _Places, state: Mapping[str, Tensor]) -> None:
+    """Raises MissingInputError if names or ranks are those of a known other architecture."""
+    prefix = places.raw or places.ema or ""
+    inner = {n.removeprefix(prefix): k for n, k in places.names.items() if n.startswith(prefix)}
+    for pattern, what in OTHERS:
+        if found := next((name for name in inner if re.match(pattern, name)), None):
+            raise MissingInputError(REFUSED.format(what=f"{found} shows {what}"))
+    small = [n for n, k in inner.items() if TINY.fullmatch(n) and state[k].ndim == 4]
+    video = [n for n, k in inner.items() if n.startswith("decoder.") and state[k].ndim == 5]
+    for names, what in ((small, "a TAESD (tiny autoencoder)"), (video[2:], "a video autoencoder")):
+        if names:
+            raise MissingInputError(REFUSED.format(what=f"{names[0]} shows {what}"))
 
 
 def _is_attention_weight(key: str) -> bool:
     return bool(re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", key))
 
 
-def _below(state: Mapping[str, Tensor], prefix: str) -> State:
+def _stripped(state: Mapping[str, Tensor], prefix: str) -> State:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

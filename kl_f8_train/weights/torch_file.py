@@ -1,17 +1,20 @@
 """Reads files of `torch.save` without `torch.load`: a pickle is data here, and nothing in it runs.
 
 The interpreter below builds numbers, texts, lists, dicts and descriptions of tensors. Names of
-classes and functions are only compared with a list: none is ever imported, looked up or called.
+classes and functions stay names: none is ever imported, looked up or called; those that only an
+attack needs are refused.
 Tensors are read afterwards, only those wanted, once their shapes are known to lie in the file.
 
 Formats: torch's zip (1.6 and newer), its older sequence of pickles, and a zip around either, as
 kl-f8.zip is. Opcodes are those of Python's pickle protocols 2 to 5, pickletools.py.
 """
 
+import gc
 import io
 import math
 import mmap
 import pickle
+import re
 import shutil
 import struct
 import tempfile
@@ -29,15 +32,16 @@ from kl_f8_train.facts import ENTRY
 
 Wanted = Callable[[Collection[str]], Collection[str]]
 
-MAGIC = 0x1950A86A20F9469CFC6C  # the older format begins with this number, pickled
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the older format begins with this number, pickled
 OPERATIONS = 300_000  # a tensor takes about 40; a whole Stable Diffusion has 2,000
 DEPTH = 100
 PICKLE_BYTES = 64 << 20
 DIRECTORY_BYTES = 4 << 20  # of a zip: about 40,000 entries
 UNPACKED = 10  # how much larger than a zip the file inside may be
-CHUNK = 8 << 20
+READ_BYTES = 8 << 20
+OPTIMIZER = re.compile(r"optim|lr_sched|scheduler|scaler", re.IGNORECASE)  # keys not searched
 
-DTYPES = {
+STORAGE_DTYPES = {
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16,
@@ -48,28 +52,46 @@ DTYPES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+}
+UNTYPED = "torch.storage.UntypedStorage"  # of the types that came later; the tensor says which
+LATER = {
+    str(dtype): dtype
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+    for dtype in [getattr(torch, name)]
 }
 PLAIN = {
     "collections.OrderedDict",
     "torch._utils._rebuild_tensor",
     "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
     "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
+    "torch._tensor._rebuild_from_type_v2",
+    "torch.nn.parameter.Parameter",
+    "torch._tensor.Tensor",
+    "torch.Tensor",
+    UNTYPED,
+    *LATER,
     "torch.Size",
     "torch.device",
-    *(f"torch.{name}" for name in DTYPES),
-    *(str(dtype) for dtype in DTYPES.values()),
+    *(f"torch.{name}" for name in STORAGE_DTYPES),
+    *(str(dtype) for dtype in STORAGE_DTYPES.values()),
     *(f"builtins.{name}" for name in ("set", "frozenset", "dict", "list", "tuple", "bytearray")),
     *(f"builtins.{name}" for name in ("int", "float", "str", "bool", "long", "unicode")),
 }
-STUBBED_PACKAGES = ("pytorch_lightning", "lightning", "numpy", "omegaconf", "typing", "pathlib")
-STUBBED = {
-    "_codecs.encode",
-    "copyreg._reconstructor",
-    "copy_reg._reconstructor",
-    "builtins.object",
-    "builtins.type",
-    "collections.defaultdict",
-    "argparse.Namespace",
+# Who names these wants something to run, and is no trainer; every other name becomes a stub.
+HOSTILE_MODULES = {
+    *("os", "posix", "nt", "sys", "subprocess", "pty", "socket", "shutil", "ctypes", "importlib"),
+    *("runpy", "code", "codeop", "pdb", "bdb", "timeit", "webbrowser", "multiprocessing", "io"),
+    *("_io", "pickle", "_pickle", "marshal", "operator", "_operator", "urllib", "asyncio"),
+    *("pkgutil", "imp", "zipimport", "tempfile", "commands", "popen2", "dill", "cloudpickle"),
+}
+HOSTILE = {
+    *(f"builtins.{name}" for name in ("eval", "exec", "compile", "open", "getattr", "setattr")),
+    *(f"builtins.{name}" for name in ("delattr", "__import__", "globals", "input", "breakpoint")),
+    *("torch.load", "torch.save", "torch.serialization.load", "torch.hub.load"),
 }
 
 
@@ -85,7 +107,7 @@ class TorchFile:
     stated: dict[str, Any]  # plain values of the entry `architecture`
 
 
-def read(path: Path, wanted: Wanted, inside: bool = False) -> TorchFile:
+def read_torch(path: Path, wanted: Wanted, inside: bool = False) -> TorchFile:
     """Reads a torch file; `wanted` picks the names to load from all names.
 
     Raises MissingInputError if it holds something else, and any exception if it is broken.
@@ -203,7 +225,7 @@ def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
     total = file.total()
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         pickled = _Pickle(data)
-        if pickled.load() != MAGIC:
+        if pickled.load() != LEGACY_MAGIC:
             raise MissingInputError("a pickle, but none of torch's; expected weights")
         pickled.load()
         system = pickled.load()
@@ -238,14 +260,14 @@ def _read_inside(archive: zipfile.ZipFile, total: int, wanted: Wanted) -> TorchF
     with tempfile.NamedTemporaryFile(prefix="kl_f8_train-") as unpacked:
         try:
             with archive.open(entry) as member:
-                shutil.copyfileobj(member, unpacked, CHUNK)
+                shutil.copyfileobj(member, unpacked, READ_BYTES)
             unpacked.flush()
         except OSError as error:
             raise MissingInputError(
                 f"unpacking its {entry.filename} takes {entry.file_size:,} bytes in "
                 f"{tempfile.gettempdir()}: {error}. Set TMPDIR to a place with room"
             ) from error
-        result = read(Path(unpacked.name), wanted, inside=True)
+        result = read_torch(Path(unpacked.name), wanted, inside=True)
     result.container = f"{result.container}, {entry.filename} in a zip"
     return result
 
@@ -307,13 +329,27 @@ class View:
 
 
 def _views(loaded: Any) -> dict[str, View]:
-    """The tensors of a state dict, or of the one in a checkpoint."""
+    """The tensors of a state dict, or of all those in a checkpoint; `state_dict.` is left out."""
     if not isinstance(loaded, dict):
         raise MissingInputError(f"holds a {type(loaded).__name__.strip('_')}, not a state dict")
-    state = loaded.get("state_dict", loaded)
-    if not isinstance(state, dict):
-        raise MissingInputError("its state_dict is none")
-    return {key: v for key, v in state.items() if isinstance(key, str) and isinstance(v, View)}
+    found: dict[str, View] = {}
+    state = loaded.get("state_dict")
+    if isinstance(state, dict):
+        _walk(state, "", found, set())
+    _walk(loaded, "", found, {id(state)})
+    return found
+
+
+def _walk(value: Any, path: str, found: dict[str, View], seen: set[int]) -> None:
+    """Notes the tensors in nested dicts and lists, by their path; each of them once."""
+    if isinstance(value, View):
+        found.setdefault(path, value)
+    elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+        seen.add(id(value))
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, inner in items:
+            if isinstance(inner, View) or not OPTIMIZER.search(str(name)):
+                _walk(inner, f"{path}.{name}" if path else str(name), found, seen)
 
 
 def _collect(
@@ -341,11 +377,25 @@ def _collect(
             else torch.empty(view.size, dtype=view.storage.dtype, device="meta")
             for key, view in views.items()
         },
-        {key: loaded[key] for key in ("global_step", "epoch") if type(loaded.get(key)) is int},
-        bool(loaded.get("optimizer_states") or loaded.get("optimizer")),
+        _counts(loaded),
+        any(isinstance(key, str) and OPTIMIZER.search(key) and loaded[key] for key in loaded),
         sorted(stubbed),
         _plain_values(loaded.get(ENTRY)),
     )
+
+
+def _counts(loaded: dict[Any, Any]) -> dict[str, int]:
+    """`global_step` and the like; of Lightning with several optimizers, `iteration`, too."""
+    names = ("iteration", "global_step", "epoch", "global_steps", "step", "iter")
+    counts = {name: loaded[name] for name in names if type(loaded.get(name)) is int}
+    batches: Any = loaded
+    for name in ("loops", "fit_loop", "epoch_loop.batch_progress", "total", "completed"):
+        batches = batches.get(name) if isinstance(batches, dict) else None
+    optimizers = loaded.get("optimizer_states")
+    several = len(optimizers) if isinstance(optimizers, list) else 0
+    if type(batches) is int and several > 1 and counts.get("global_step") == several * batches:
+        counts["iteration"] = batches  # Lightning counts the steps of all optimizers
+    return counts
 
 
 def _plain_values(entry: Any) -> dict[str, Any]:
@@ -424,8 +474,19 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
         return self.window.position
 
     def load(self) -> Any:
+        """Reads one object, without garbage collection.
+
+        Every list and dict stays reachable until the end, so that collections find nothing, and
+        hundreds of them over hundreds of thousands of containers take most of the time.
+        """
         self.memo: dict[int, Any] = {}
-        return super().load()
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return super().load()
+        finally:
+            if collects:
+                gc.enable()
 
     def load_mark(self) -> None:
         if len(self.metastack) > DEPTH:
@@ -433,14 +494,14 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
         super().load_mark()
 
     def find_class(self, module: str, name: str) -> Any:
-        """A name on the list; another raises MissingInputError."""
+        """A name, and nothing else; MissingInputError for one that only an attack needs."""
         full = f"{module}.{name}".replace("__builtin__.", "builtins.", 1)[:300]
+        if full in HOSTILE or full.split(".")[0] in HOSTILE_MODULES:
+            raise MissingInputError(
+                f"the file asks to run {full}, which no weights need; it is refused. Get the "
+                "weights as .safetensors, from a place you trust"
+            )
         if full not in PLAIN:
-            if full not in STUBBED and full.split(".")[0] not in STUBBED_PACKAGES:
-                raise MissingInputError(
-                    f"the file asks to run {full}, which is neither a tensor nor a known training "
-                    "object; it is refused. Get the weights as .safetensors"
-                )
             self.stubbed.add(full)
         return _Name(full)
 
@@ -451,7 +512,11 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
             raise ValueError("its pickle calls what is no class")
         if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
             made: Any = View(*arguments[:4])
-        elif name == "torch._utils._rebuild_parameter":
+        elif name == "torch._utils._rebuild_tensor_v3":
+            made = _later_view(arguments)
+        elif name == "torch._tensor._rebuild_from_type_v2" and _is_rebuilt(arguments):
+            made = View(*arguments[2][:4])
+        elif name.startswith("torch._utils._rebuild_parameter"):
             made = arguments[0]
         elif name == "collections.OrderedDict":
             pairs = arguments[0] if arguments else []  # filled where Python 2 wrote it
@@ -459,6 +524,8 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
             if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs):
                 raise ValueError("a dict of what are no pairs")
             made = {key: value for key, value in pairs if type(key) in (str, int)}
+        elif name.endswith(("dict", "Dict")):
+            made = {}  # of the kinds that behave as one; filled below, if it is
         else:
             made = _Stub()
         self.append(made)
@@ -496,7 +563,9 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
     load_empty_set, load_additems = pickle._Unpickler.load_empty_list, load_appends  # type: ignore
     load_frozenset = pickle._Unpickler.load_list  # type: ignore[attr-defined]
 
-    def persistent_load(self, described: Any) -> _Storage:
+    def persistent_load(self, described: Any) -> Any:
+        if isinstance(described, tuple) and described[:1] == ("module",):
+            return described[1]  # the older format stores a module's source beside its class
         if not (isinstance(described, tuple) and described[0] == "storage"):
             raise ValueError("it refers to something that is no storage")
         _, kind, key, _, count, *views = described
@@ -504,9 +573,25 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
             raise ValueError("a storage without a type, key and length")
         if count < 0 or any(view is not None for view in views):
             raise ValueError(f"storage {key} of a form that torch no longer writes")
-        storage = _Storage(key, DTYPES[kind.removeprefix("torch.")], count)
+        dtype = torch.uint8 if kind == UNTYPED else STORAGE_DTYPES[kind.removeprefix("torch.")]
+        storage = _Storage(key, dtype, count)
         self.storages.setdefault(key, storage)
         return storage
+
+
+def _is_rebuilt(arguments: tuple[Any, ...]) -> bool:
+    """Whether a tensor with attributes is described as others are."""
+    inner = arguments[2] if len(arguments) > 2 else None
+    return str(arguments[0]).startswith("torch._utils._rebuild_tensor") and isinstance(inner, tuple)
+
+
+def _later_view(arguments: tuple[Any, ...]) -> View | _Stub:
+    """A tensor of a type without a storage of its own; a stub if that is not a float8."""
+    storage, dtype = arguments[0], LATER.get(arguments[6])
+    if dtype is None or not isinstance(storage, _Storage):
+        return _Stub()
+    typed = _Storage(storage.key, dtype, storage.count // dtype.itemsize)
+    return View(typed, *arguments[1:4])
 
 
 REFUSED = {*b"iPoIJLFSVgp", 0x82, 0x83, 0x84, 0x8B, 0x97, 0x98} - {*b"J"}

@@ -7,6 +7,7 @@ A training checkpoint is a safetensors file: tensors named `autoencoder.*`, `ema
 `discriminator.*`, `optimizer.*`, and texts (iteration, configuration, hashes) in its metadata.
 """
 
+import hashlib
 import json
 import re
 import struct
@@ -14,7 +15,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +27,24 @@ from torch import Tensor
 from kl_f8_train import facts
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.errors import MissingInputError
+from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.facts import Facts
-from kl_f8_train.files import atomic_path
+from kl_f8_train.files import atomic_path, file_sha256
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.weights import hub, torch_file
 from kl_f8_train.weights.names import (
-    SDXL_SCALING_FACTOR,
     State,
     Weights,
     architecture,
     check_shapes,
     differences,
     recognise,
+    refused_class,
     relevant,
     shapes_of,
 )
 
+INDEX = ".index.json"  # of weights that lie in several files
 HEADER_BYTES = 16 << 20  # of a safetensors file; a whole Stable Diffusion's takes 0.2 MB
 
 
@@ -61,7 +63,8 @@ class Contents:
     @property
     def iteration(self) -> int | None:
         """The iteration the file says it was written at."""
-        for key in ("iteration", "kl_f8_train.iteration", "global_step"):
+        ours = ("iteration", "kl_f8_train.iteration")
+        for key in (*ours, "global_step", "global_steps", "step", "iter"):
             if re.fullmatch(r"[0-9]{1,15}", self.metadata.get(key, "")):
                 return int(self.metadata[key])
         return None
@@ -78,6 +81,8 @@ def read(path: str | Path, wanted: torch_file.Wanted = lambda names: names) -> C
     """
     path = find(Path(path))
     try:
+        if path.name.endswith(INDEX):
+            return _with_config(_read_sharded(path, wanted))
         with path.open("rb") as file:
             head = file.read(9)
         if head[8:9] == b"{":  # first: the header's length before it may look like anything
@@ -108,14 +113,19 @@ def _beginning(head: bytes) -> str:
     return f"a file that begins with {head!r}; check where it came from"
 
 
-def read_weights(path: str | Path, select: str = "ema") -> tuple[Contents, Weights]:
+def read_weights(
+    path: str | Path, select: str = "ema", prefix: str | None = None
+) -> tuple[Contents, Weights]:
     """Reads any VAE file and finds the autoencoder in it; `select` is "ema" or "raw".
 
-    Raises MissingInputError if the file holds none.
+    `prefix` is what stands before its names, in a file with several. Raises MissingInputError if
+    the file holds none, or is of an architecture that is not trained here.
     """
-    contents = read(path, relevant)
+    contents = read(path, lambda names: relevant(names, prefix))
     try:
-        return contents, recognise(contents.tensors, select)
+        if refused := refused_class(str(_diffusers_config(contents.path).get("_class_name", ""))):
+            raise MissingInputError(refused)
+        return contents, recognise(contents.tensors, select, prefix)
     except MissingInputError as error:
         raise MissingInputError(f"{contents.path}: {error}") from error
 
@@ -143,8 +153,10 @@ def build_autoencoder(contents: Contents, weights: Weights) -> AutoencoderKL:
 
 def report(contents: Contents, weights: Weights) -> dict[str, Any]:
     """What a file holds, as plain values; `describe` writes them as text."""
+    stated, shape = facts_of(contents, weights), published_shape(weights)
     with torch.device("meta"):
-        differing = differences(weights.autoencoder, shapes_of(AutoencoderKL().state_dict()))
+        kl_f8 = AutoencoderKL(**PUBLISHED_SHAPES[shape or "kl-f8"])
+        differing = differences(weights.autoencoder, shapes_of(kl_f8.state_dict()))
     groups = Counter(
         ".".join(key.split(".")[: 1 + key.startswith("loss.")]) for key in weights.dropped
     )
@@ -154,20 +166,39 @@ def report(contents: Contents, weights: Weights) -> dict[str, Any]:
         "layout": weights.layout,
         "tensors": len(weights.autoencoder),
         "dtypes": sorted({str(v.dtype).split(".")[1] for v in weights.autoencoder.values()}),
+        "shape": shape,
         "not_kl_f8": differing[0] if differing else None,
-        "sdxl": "XL" in weights.layout or contents.facts.scaling_factor == SDXL_SCALING_FACTOR,
-        "states": contents.facts.stated(),
+        "family": facts.family_of(stated, latent_channels(weights)),
+        "states": stated.stated(),
         "iteration": contents.iteration,
         "discriminator": weights.discriminator is not None,
         "optimizer": contents.optimizer,
         "ema": weights.ema_scalars,
         "logvar": None if weights.logvar is None else float(weights.logvar),
+        "notes": weights.notes,
         "dropped": dict(groups),
         "stubbed": contents.stubbed,
         "frozen_sha256": frozen_sha256(
             {key: value.float() for key, value in weights.autoencoder.items()}
         ),
     }
+
+
+# Arguments of AutoencoderKL, by name; all else has its default.
+PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
+    "kl-f8": {},
+    "16-channel kl-f8": {"z_channels": 16, "embed_dim": 16, "quant_conv": False},
+}
+
+
+def published_shape(weights: Weights) -> str | None:
+    """The name of a file's shape, if it is a published one."""
+    for name, arguments in PUBLISHED_SHAPES.items():
+        with torch.device("meta"):
+            expected = shapes_of(AutoencoderKL(**arguments).state_dict())
+        if shapes_of(weights.autoencoder) == expected:
+            return name
+    return None
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -181,16 +212,57 @@ def describe(found: dict[str, Any]) -> str:
         f"{found['file']}: {found['layout']} ({found['container']})",
         f"{found['tensors']} autoencoder tensors, {'/'.join(found['dtypes'])}; "
         f"{'; '.join(held)}; iteration {iteration}",
-        f"not kl-f8's shape: {found['not_kl_f8']}" if found["not_kl_f8"] else "kl-f8's shape",
-        found["sdxl"] and "SDXL's weights: kl-f8's shape, but latents of another scale (0.13025)",
+        f"{found['shape']}'s shape"
+        if found["shape"]
+        else f"not kl-f8's shape: {found['not_kl_f8']}",
+        _family_line(found["family"]),
         stated and f"it states: {stated}",
         ema and f"EMA scalars: {ema}",
         found["logvar"] and f"loss.logvar is {found['logvar']:g}; the original's is 0",
+        *found["notes"],
         dropped and f"left out: {dropped}",
         found["stubbed"] and f"objects that were not loaded: {', '.join(found['stubbed'])}",
         f"encoder and quant_conv: sha256 {found['frozen_sha256']}",
     ]
     return "\n  ".join(line for line in lines if line)
+
+
+def _family_line(family: str | None) -> str:
+    if family is None:
+        return "of which models: not stated (init.family says it, where a run starts from this)"
+    known = facts.FAMILIES.get(family)
+    return f"of {facts.described(family, known.facts)}" if known else "of no known models"
+
+
+def facts_of(contents: Contents, weights: Weights) -> Facts:
+    """What a file states, and what the names in a full model or modelspec's fields show."""
+    shown = weights.family or _modelspec_family(contents.metadata)
+    stated = contents.facts
+    if stated.family or stated.scaling_factor is not None or shown is None:
+        return stated
+    return replace(stated, family=shown)
+
+
+def _modelspec_family(metadata: Mapping[str, str]) -> str | None:
+    """The family in modelspec's fields; exports of ours before facts were kept always said sd."""
+    if "kl_f8_train.version" in metadata:
+        return None
+    named = metadata.get("modelspec.architecture", "")
+    spellings = {
+        "stable-diffusion-xl": "sdxl",
+        "stable-diffusion-v1": "sd",
+        "stable-diffusion-v2": "sd",
+        "stable-diffusion-v3": "sd3",
+        "stable-diffusion-3": "sd3",
+        "flux-1": "flux",
+    }
+    return next((name for start, name in spellings.items() if named.startswith(start)), None)
+
+
+def latent_channels(weights: Weights) -> int:
+    """Channels of the latents of an autoencoder; 0 if its first decoder weight is missing."""
+    weight = weights.autoencoder.get("decoder.conv_in.weight")
+    return weight.shape[1] if weight is not None and weight.ndim == 4 else 0
 
 
 def find(path: Path) -> Path:
@@ -239,7 +311,7 @@ def _read_safetensors(path: Path, wanted: torch_file.Wanted) -> Contents:
 
 
 def _read_torch(path: Path, wanted: torch_file.Wanted) -> Contents:
-    found = torch_file.read(path, wanted)
+    found = torch_file.read_torch(path, wanted)
     counts = {key: str(value) for key, value in found.counts.items()}
     contents = Contents(
         path, found.tensors, counts, found.container, found.optimizer, found.stubbed
@@ -248,9 +320,48 @@ def _read_torch(path: Path, wanted: torch_file.Wanted) -> Contents:
     return contents
 
 
+def _read_sharded(path: Path, wanted: torch_file.Wanted) -> Contents:
+    """All files that an index names, as save_pretrained writes them with `max_shard_size`."""
+    places = _weight_map(path)
+    chosen = set(wanted(places))
+    whole = Contents(path, {}, container="several files with an index")
+    for name in dict.fromkeys(places.values()):
+        part = read(path.with_name(name), lambda names: [n for n in names if n in chosen])
+        whole.tensors |= part.tensors
+        whole.stubbed += part.stubbed
+    missing = [name for name in places if name not in whole.tensors]
+    if missing:
+        raise MissingInputError(
+            f"its files lack {missing[0]}, which the index names; copy them again"
+        )
+    return whole
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a weight file's bytes; of an index, over the hashes of the files that it names."""
+    if not path.name.endswith(INDEX):
+        return file_sha256(path)
+    parts = sorted(set(_weight_map(path).values()))
+    hashes = "".join(file_sha256(path.with_name(name)) for name in parts)
+    return hashlib.sha256(hashes.encode()).hexdigest()
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor -> name of the file beside the index that holds it."""
+    with path.open("rb") as file:
+        values = json.loads(file.read(HEADER_BYTES))
+    found = values["weight_map"]
+    if any(Path(name).name != name or name.endswith(INDEX) for name in found.values()):
+        raise MissingInputError("it names files outside its folder")
+    return {str(key): name for key, name in found.items()}
+
+
 def _with_config(contents: Contents) -> Contents:
     """The same with the facts of a diffusers folder's config.json, which come first."""
-    stated = facts.from_values(_diffusers_config(contents.path))
+    values = _diffusers_config(contents.path)
+    if values.get("_class_name") == "AutoencoderKL":  # diffusers' own default, if it states none
+        values = {"scaling_factor": 0.18215, **values}
+    stated = facts.from_values(values)
     contents.facts = facts.combined(stated, contents.facts)
     return contents
 
@@ -287,20 +398,35 @@ def write_safetensors(
             raise OSError(str(error)) from error
 
 
+def save_autoencoder(model: AutoencoderKL, path: str | Path) -> None:
+    """Writes an autoencoder with CompVis' names: .safetensors, or .ckpt for older loaders.
+
+    Raises UsageError for another suffix.
+    """
+    path, state = Path(path), model.state_dict()
+    groups = Facts(norm_num_groups=model.decoder.norm_out.num_groups)
+    if path.suffix == ".safetensors":
+        write_safetensors(path, state, groups.metadata())
+    elif path.suffix == ".ckpt":
+        write_torch(path, {"state_dict": state})
+    else:
+        raise UsageError(f"{path}: an autoencoder is saved as .safetensors or .ckpt")
+
+
 def write_torch(path: Path, contents: Mapping[str, Any]) -> None:
     """Writes a torch zip with only the records of torch 1.6, which strict loaders demand."""
     with atomic_path(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as whole:
-        torch.save(_plain(contents), whole)
+        torch.save(_compact(contents), whole)
         with zipfile.ZipFile(whole) as source, zipfile.ZipFile(temporary, "w") as target:
             for entry in source.infolist():
                 if TORCH_1_6.fullmatch(entry.filename):
                     target.writestr(aligned(target, entry.filename), source.read(entry))
 
 
-def _plain(value: Any) -> Any:
+def _compact(value: Any) -> Any:
     """Tensors with memory of their own: torch.save stores a view's whole storage."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _compact(inner) for key, inner in value.items()}
     if not isinstance(value, Tensor):
         return value
     value = value.detach().cpu().contiguous()

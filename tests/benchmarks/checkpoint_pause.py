@@ -20,7 +20,7 @@ from kl_f8_train import config
 from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.hashes import frozen_sha256, tensors_sha256
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.core.step import Finetuner, build_optimizers
+from kl_f8_train.core.step import Finetuner
 from kl_f8_train.run_dir import remove_old_checkpoints
 from kl_f8_train.weights import checkpoint, weight_file
 
@@ -35,7 +35,7 @@ def main() -> None:
         ["run_dir=run", "init.weights=model.ckpt", "data.sources=/data"],
     )
     finetuner = Finetuner(recipe, AutoencoderKL(), Discriminator(), nn.Identity())
-    optimizers = build_optimizers(finetuner)
+    optimizers = finetuner.adams
     for optimizer in optimizers:  # one step, so that Adam has its moments
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = torch.full_like(parameter, 1e-3)
@@ -45,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
         pauses, plain = [], []
         for _ in range(args.saves):
-            finetuner.iteration += 1
+            finetuner.run_state.iteration += 1
             with timed(pauses):
                 path = checkpoint.save(finetuner, optimizers, Path(folder), frozen)
             size = path.stat().st_size

@@ -13,8 +13,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
+import scaling_tables
+
 from kl_f8_train import config
 from kl_f8_train.check import cost, scaling
+from kl_f8_train.output import markdown_table
 
 PATHS = ("run_dir=none", "init.weights=none", "data.sources=none", "data.shorter_side=null")
 CARDS = tuple(gpu for gpu in scaling.GPUS if gpu.torch_name in ("A100", "H100", "RTX 4090"))
@@ -27,7 +30,7 @@ def which_batch() -> str:
     head = ["GPU", "`compute.per_device_batch`", "`compute.checkpoint_levels`", "memory"]
     head += [f"images/s on {count}" for count in (1, 8)]
     head += [f"{name} on {count}" for name, count in RUNS]
-    return scaling.markdown(head, [_row(gpu) for gpu in scaling.GPUS])
+    return markdown_table(head, [_row(gpu) for gpu in scaling.GPUS])
 
 
 def _row(gpu: scaling.Gpu) -> list[str]:
@@ -52,13 +55,13 @@ def choose(memory_bytes: float) -> tuple[int, int, float]:
 def predict(name: str, levels: int, gpu: scaling.Gpu, count: int) -> scaling.Prediction:
     """A recipe on `count` GPUs, the levels' second forward pass included."""
     settings = load(name, levels)
-    work = scaling.published_workload(settings)
+    work = scaling_tables.published_workload(settings)
     return scaling.predict(work, scaling.seconds_per_image(work, gpu), count, gpu)
 
 
 def load(name: str, levels: int) -> config.Config:
     """A shipped recipe with so many levels checkpointed."""
-    settings = scaling.load_published(name)
+    settings = scaling_tables.load_published(name)
     return replace(settings, compute=replace(settings.compute, checkpoint_levels=levels))
 
 
@@ -115,7 +118,7 @@ def rows(measure: bool) -> Iterator[str]:
         head += ["memory", "GFLOP an image", *(f"{gpu.name}, images/s" for gpu in CARDS)]
         settings = product((256, 512), ("bfloat16", "float32"), (0, 4), (4, 12, 24))
     fill = measured if measure else computed
-    yield from scaling.markdown(head, []).splitlines()
+    yield from markdown_table(head, []).splitlines()
     for crop, precision, levels, batch in settings:
         cells = [str(batch), str(crop), precision, str(levels)]
         yield f"| {' | '.join([*cells, *fill(crop, precision, levels, batch)])} |"

@@ -1,0 +1,186 @@
+"""The discriminator with its settings and its optimizer: what it adds to an iteration.
+
+x: images, y: reconstructions, both (B, 3, H, W) in [-1, 1]; g: the generator's loss.
+
+The discriminator sees fixed groups of consecutive images, 12 as each of the original's GPUs did, or
+the largest divisor below. BatchNorm takes its statistics over a group, so that neither losses nor
+statistics depend on the micro-batch of the machine.
+"""
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Adam
+
+from kl_f8_train.config import Config, divisor_up_to
+from kl_f8_train.core import machine
+from kl_f8_train.core.discriminator import Discriminator
+from kl_f8_train.core.finite import UpdateFlags, finite_images, step_unless
+from kl_f8_train.core.gradients import average_over_ranks, build_adam, frozen, mean_of_each, norm_of
+from kl_f8_train.core.losses import (
+    adaptive_weight,
+    adversarial_factor,
+    discriminator_loss,
+    generator_loss,
+)
+from kl_f8_train.core.phases import phase
+
+GROUP = 12  # images; the original: 16 GPUs x 12
+
+
+class Look(NamedTuple):
+    """Both losses' gradients on some images, at y and at the decoder's last layer."""
+
+    y: Tensor  # (B, 3, H, W), without a graph
+    g: Tensor  # ()
+    grad_nll: Tensor  # (B, 3, H, W)
+    grad_g: Tensor
+    nll_at_last_layer: Tensor  # (3, ch, 3, 3)
+    g_at_last_layer: Tensor
+
+
+class Adversary:
+    """A discriminator in training."""
+
+    def __init__(self, network: Discriminator, config: Config) -> None:
+        assert config.adversarial is not None, "a discriminator without its settings"
+        self.network, self.settings = network, config.adversarial
+        self.precision, self.optimizer_settings = config.precision, config.optimizer
+
+    @cached_property
+    def adam(self) -> Adam:
+        """Its optimizer; built late, as `to(device)` may replace parameters."""
+        return build_adam(self.network.parameters(), self.optimizer_settings)
+
+    @property
+    def adams(self) -> list[Adam]:
+        """Its optimizer, in a list."""
+        return [self.adam]
+
+    def runs(self, iteration: int) -> bool:
+        """Whether it takes part in an iteration."""
+        return self.settings.run_before_start or self.factor(iteration) > 0
+
+    def factor(self, iteration: int) -> float:
+        """0 before its start, 1 from there on."""
+        return adversarial_factor(iteration, self.settings.start_iteration)
+
+    def groups(self, count: int) -> list[slice]:
+        """`count` images as groups that are seen together."""
+        size = divisor_up_to(count, GROUP)
+        return [slice(start, start + size) for start in range(0, count, size)]
+
+    def logits(self, *batches: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> (B, 1, h, w), each, in the images' precision."""
+        with machine.autocast(self.precision, batches[0].device):  # casts weights once for all
+            logits = [self.network(images) for images in batches]
+        return [one.to(images.dtype) for one, images in zip(logits, batches, strict=True)]
+
+    @phase("losses")
+    def look(self, y: Tensor, at_y: Tensor, grad_nll: Tensor, layer: Tensor, pieces: int) -> "Look":
+        """The generator's loss on `at_y`, and both losses' gradients there and at the last layer.
+
+        `y` has a graph that reaches `layer`; losses are of means over `pieces` calls like this one.
+        """
+        g, grad_g = self._generator(at_y)
+        grad_g = grad_g / pieces + 0.0 * g  # a loss that is not finite makes its gradient so
+        of_nll, of_g = (
+            torch.autograd.grad(y, layer, part.to(y.dtype), retain_graph=True)[0]
+            for part in (grad_nll, grad_g)
+        )
+        return Look(at_y, g, grad_nll, grad_g, of_nll, of_g)
+
+    def _generator(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """g and d g / d y, group by group."""
+        groups = self.groups(len(y))
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for group in groups:
+            part = y[group].detach().requires_grad_()
+            with frozen(self.network):
+                g = generator_loss(*self.logits(part))
+            gradients += torch.autograd.grad(g, part)
+            losses.append(g.detach())
+        return torch.stack(losses).mean(), torch.cat(gradients) / len(groups)
+
+    def weigh(
+        self, looks: list["Look"], iteration: int
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """The weight of g in the decoder's loss, d nll / d y, d g / d y, and the figures behind it.
+
+        The adaptive weight compares both losses' gradients at the last layer, of the iteration's
+        images on all ranks; with `per_gpu_weight`, as in the original, of this rank's.
+        """
+        _, g, grad_nll, grad_g, nll_at_last_layer, g_at_last_layer = zip(*looks, strict=True)
+        at_last_layer = [torch.stack(nll_at_last_layer).sum(0), torch.stack(g_at_last_layer).sum(0)]
+        if not self.settings.per_gpu_weight:
+            average_over_ranks(at_last_layer)
+        ratio = adaptive_weight(at_last_layer[0], at_last_layer[1], self.settings.max_weight)
+        scaled, factor = ratio * self.settings.weight, self.factor(iteration)
+        mean_g = torch.stack(g).mean()
+        figures = {
+            "generator_loss": mean_g,
+            "adversarial_loss": scaled * factor * mean_g,  # as used, beside nll_loss
+            "adaptive_weight": scaled,
+            "adaptive_weight_clamped": (ratio >= self.settings.max_weight).to(ratio.dtype),
+            "adversarial_factor": torch.full_like(ratio, factor),
+        }
+        return scaled * factor, torch.cat(grad_nll), torch.cat(grad_g), figures
+
+    def update(
+        self,
+        pairs: Iterable[tuple[Tensor, Tensor]],
+        groups: int,
+        factor: float,
+        bad: Tensor | None = None,
+    ) -> tuple[UpdateFlags, dict[str, Tensor]]:
+        """One step on (x, y without a graph) of each group; returns its verdict and figures.
+
+        It is left out if a gradient is not finite, or if the decoder's update was `bad`.
+        """
+        finite, terms = self._backward(pairs, groups, factor)
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        average_over_ranks([*gradients, terms["discriminator_loss"]])
+        norm = norm_of([*gradients, 0.0 * terms["discriminator_loss"]])  # its loss counts, too
+        verdict = UpdateFlags(~norm.isfinite(), finite)
+        with phase("optimizer"):
+            step_unless(verdict.bad if bad is None else verdict.bad | bad, self.adam)
+        return verdict, terms | {"discriminator_gradient_norm": norm}
+
+    @phase("discriminator")
+    def _backward(
+        self, pairs: Iterable[tuple[Tensor, Tensor]], groups: int, factor: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Adds all groups' gradients; returns which images are finite, (B,), and mean figures."""
+        terms, finite = [], []
+        for x, y in pairs:
+            real, fake = self.logits(x, y)
+            loss = discriminator_loss(real, fake)
+            (factor * loss / groups).backward()
+            finite.append(finite_images(x + y, loss.detach()))
+            terms.append(
+                {
+                    "discriminator_loss": factor * loss.detach(),
+                    "logits_real": real.detach().mean(),
+                    "logits_fake": fake.detach().mean(),
+                }
+            )
+        return torch.cat(finite), mean_of_each(terms)
+
+
+class NoAdversary(Adversary):
+    """What stands in an adversary's place where the recipe has none."""
+
+    def __init__(self) -> None: ...
+
+    @property
+    def adams(self) -> list[Adam]:
+        """None."""
+        return []
+
+    def runs(self, iteration: int) -> bool:
+        """Never."""
+        return False

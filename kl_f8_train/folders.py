@@ -1,0 +1,220 @@
+"""Which files below a folder are photographs, and their bytes.
+
+A file is a photograph by its suffix or, where the suffix says nothing, by its first bytes. What
+systems keep for themselves (hidden files, thumbnails, bins) is left out; whatever is left out is
+counted by its kind.
+"""
+
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from kl_f8_train import images
+from kl_f8_train.errors import ImageError, MissingInputError
+from kl_f8_train.units import counted, printable
+
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".apng", ".webp", ".bmp", ".dib"),
+    *(".tif", ".tiff", ".gif"),
+)
+OTHERS = {".avif": "AVIF", ".avifs": "AVIF", ".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF"}
+RAW = (
+    *(".dng", ".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".sr2", ".srf", ".orf", ".rw2"),
+    *(".raf", ".pef", ".srw", ".3fr", ".fff", ".iiq", ".rwl", ".x3f", ".erf", ".kdc", ".dcr"),
+    *(".mrw", ".mef", ".mos", ".raw"),
+)
+NO_IMAGES = (  # not worth a look inside
+    *(".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".xmp", ".html", ".md", ".yaml", ".yml"),
+    *(".caption", ".npz", ".npy", ".pt", ".safetensors", ".parquet", ".tar", ".gz", ".tgz", ".zip"),
+    *(".mov", ".mp4", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mts", ".aae", ".db", ".ini"),
+    *(".part", ".tmp", ".crdownload"),
+)
+SYSTEM = {  # folders, in lower case
+    *("__macosx", "@eadir", "#recycle", "@recycle", "@recently-snapshot", "$recycle.bin"),
+    *("system volume information", "lost+found", "thumbnails", "thumbs", "_thumbs"),
+}
+MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0(?!....CR)|MM\0\*",
+    re.DOTALL,
+)
+HEAD = 64  # bytes that say what a file is
+
+
+@dataclass
+class Listing:
+    """The photographs below a folder, and what else is there."""
+
+    files: list[str] = field(default_factory=list)  # paths relative to the folder, sorted
+    left_out: Counter[str] = field(default_factory=Counter)  # kind -> files
+
+    def describe(self) -> str:
+        """What is not used: `not used: 3 .heic (pip install pillow-heif), 1 .mov`; else empty."""
+        parts = [f"{count:,} {kind}" for kind, count in sorted(self.left_out.items())]
+        return f"not used: {', '.join(parts)}" if parts else ""
+
+
+def is_system(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or the system's own."""
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def looks_like_image(head: bytes) -> bool:
+    """Whether a file that begins so is an image that can be read here."""
+    kind = images.brand(head)
+    return images.can_read(kind) if kind else bool(MAGIC.match(head))
+
+
+def list_folder(folder: Path) -> Listing:
+    """The photographs below a folder; linked folders are followed, each folder is visited once.
+
+    Raises MissingInputError if the folder itself cannot be read.
+    """
+    found = Listing()
+    waiting: deque[str] = deque([""])  # linked folders come after those that are really there
+    visited: set[tuple[int, int]] = set()
+    while waiting:
+        for directory, files in _walk(folder, waiting.popleft(), visited, waiting, found):
+            for entry in files:
+                _sort_in(found, directory, entry)
+    found.files.sort(key=lambda file: file.split("/"))
+    found.left_out = +found.left_out  # without zeros
+    return found
+
+
+def _walk(
+    top: Path,
+    start: str,
+    visited: set[tuple[int, int]],
+    links: deque[str],
+    found: Listing,
+) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
+    """(folder relative to `top`, its files) of `start` and all below, but for linked folders."""
+    stack = [start]
+    while stack:
+        here = stack.pop()
+        try:
+            status = os.stat(top / here)
+            if (status.st_dev, status.st_ino) in visited:
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            with os.scandir(top / here) as entries:
+                inside = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            if not here:
+                raise MissingInputError(f"{top}: {error.strerror}; give a folder") from error
+            found.left_out["folders that cannot be read"] += 1
+            continue
+        prefix = f"{here}/" if here else ""
+        files: list[os.DirEntry[str]] = []
+        for entry in inside:
+            if not _is_folder(entry):
+                files.append(entry)
+            elif is_system(entry.name):
+                found.left_out["in hidden folders"] += _images_below(entry.path)
+            elif entry.is_symlink():
+                links.append(f"{prefix}{entry.name}")
+            else:
+                stack.append(f"{prefix}{entry.name}")
+        yield prefix, files
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _images_below(folder: str) -> int:
+    """Files in a folder of the system's that look like images, by their suffix."""
+    names = (name for _, _, files in os.walk(folder) for name in files)
+    return sum(_suffix(name) in (*SUFFIXES, *OTHERS) for name in names)
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _sort_in(found: Listing, prefix: str, entry: os.DirEntry[str]) -> None:
+    suffix = _suffix(entry.name)
+    try:
+        regular = entry.is_file()
+    except OSError:
+        regular = False
+    if not regular:
+        kind = "broken links" if entry.is_symlink() else "pipes, sockets or devices"
+        found.left_out[kind] += suffix in (*SUFFIXES, *OTHERS)
+    elif is_system(entry.name):
+        found.left_out["hidden files"] += suffix in (*SUFFIXES, *OTHERS)
+    elif suffix in SUFFIXES or _is_image(entry.path, suffix):
+        found.files.append(f"{prefix}{entry.name}")
+    else:
+        found.left_out[_kind(suffix)] += 1
+
+
+def _is_image(path: str, suffix: str) -> bool:
+    """By the first bytes of a file whose suffix does not say."""
+    if suffix in NO_IMAGES or suffix in RAW:
+        return False
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+    except OSError:
+        return False
+    return looks_like_image(head)
+
+
+def _kind(suffix: str) -> str:
+    """How a file that is left out is counted."""
+    kind = OTHERS.get(suffix)
+    if kind and not images.can_read(kind):
+        return f"{suffix} ({images.REMEDY[kind]})"
+    if suffix in RAW:
+        return f"{suffix} (raw: develop it first)"
+    return printable(suffix) or "without a suffix"
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of an image file. Raises ImageError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > images.MAX_BYTES:
+                raise ImageError(f"too large: more than {images.MAX_BYTES / 2**30:g} GiB")
+            return file.read()
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
+
+
+def load_folder(
+    folder: Path, side: int, count: int, report: Callable[[str], None] = print
+) -> list[Tensor]:
+    """The first `count` images below a folder as uint8 (3, side, side) centre squares.
+
+    An unreadable image is named and left out. Raises MissingInputError if none is left.
+    """
+    loaded: list[Tensor] = []
+    listing = list_folder(folder) if folder.is_dir() else Listing()
+    for file in listing.files:
+        if len(loaded) == count:
+            break
+        try:
+            loaded.append(images.square(read_file(folder / file), side))
+        except ImageError as error:
+            report(f"{printable(str(folder / file))}: {error}; left out")
+    if not loaded:
+        more = f"; {listing.describe()}" if listing.left_out else ""
+        raise MissingInputError(
+            f"no images in {folder}: expected a folder of .jpg, .png or .webp{more}"
+        )
+    return loaded
+
+
+def describe_count(number: int, listing: Listing) -> str:
+    """`147 images in a folder; not used: 1 .mov`."""
+    rest = listing.describe()
+    return f"{counted(number, 'image', 's')} in a folder" + (f"; {rest}" if rest else "")

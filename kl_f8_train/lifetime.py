@@ -1,0 +1,58 @@
+"""Child processes that end with their parent, even if that is killed."""
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PARENT = "KL_F8_TRAIN_PARENT"  # pid of the process that starts the other ranks of its node
+
+# Runs a command, and kills it with all its children once the process given first has ended. For
+# `python -c`, with the pid and the command as arguments, in a session of its own.
+GUARD = """
+import ctypes, os, signal, subprocess, sys
+
+def end(*_):
+    os.killpg(0, signal.SIGKILL)
+
+signal.signal(signal.SIGTERM, end)
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    end()
+command = subprocess.Popen(sys.argv[2:])
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the output ends when the command closes it
+status = command.wait()
+sys.exit(status if status >= 0 else 128 - status)
+"""
+
+
+def end_with_parent(parent: int) -> None:
+    """Makes this process end when the one with pid `parent` does.
+
+    Linux then sends SIGKILL. A parent that ended before this call is recognised by getppid.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def announce_to_ranks() -> None:
+    """Tells the ranks that Lightning starts from here to end with this process."""
+    os.environ[PARENT] = str(os.getpid())
+
+
+def end_with_launcher() -> None:
+    """Makes a rank end with the process that started it: torchrun, or Lightning's first rank."""
+    parent = os.environ.pop(PARENT, "")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid())
+    elif parent.isdecimal() and os.environ.get("LOCAL_RANK", "0") != "0":
+        end_with_parent(int(parent))
+
+
+def guarded(command: list[str]) -> list[str]:
+    """A command that ends, with its children, when this process does."""
+    return [sys.executable, "-I", "-c", GUARD, str(os.getpid()), *command]

@@ -1,0 +1,141 @@
+"""Uploads an export to the Hugging Face hub: its own files, in one commit, after a dry run.
+
+Pictures are never uploaded unless asked for: they are made of somebody's photographs.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.files import file_sha256
+from kl_f8_train.folders import SUFFIXES
+from kl_f8_train.units import size
+
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+README = "README.md"
+NOT_UPLOADED = "export.json"  # what this program knows of the export, for `card` and `push`
+
+
+@dataclass
+class Upload:
+    """What a push would do: path in the repository -> file here, and what stays behind."""
+
+    repository: str
+    files: dict[str, Path]
+    left_out: list[str] = field(default_factory=list)
+    readme: str | None = None  # in place of the file's text, if pictures were taken out of it
+    warnings: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The plan, for people."""
+        sizes = {name: path.stat().st_size for name, path in self.files.items()}
+        return [
+            f"to https://huggingface.co/{self.repository}, {size(sum(sizes.values()))}:",
+            *(f"  {name}  {size(count)}" for name, count in sizes.items()),
+            *(f"  not uploaded: {what}" for what in self.left_out),
+            *(f"WARNING: {warning}" for warning in self.warnings),
+        ]
+
+
+def plan(export_dir: Path, repository: str, pictures: bool = False) -> Upload:
+    """What of an export goes to the hub; touches no network.
+
+    Raises UsageError for a name that is no repository's, MissingInputError if the directory is not
+    an export, or if a file is not the one that was exported.
+    """
+    if not REPOSITORY.fullmatch(repository):
+        raise UsageError(f"{repository}: expected OWNER/NAME, as on the hub")
+    record = _record(export_dir)
+    upload = Upload(repository, {})
+    for name, digest in record["files"].items():
+        path = export_dir / name
+        if not path.is_file() or file_sha256(path) != digest:
+            state = "was changed after" if path.is_file() else "is missing since"
+            raise MissingInputError(
+                f"{path} {state} the export; run `kl-f8-train export --force` and `card` again"
+            )
+        if _is_picture(path) and not pictures:
+            upload.left_out.append(f"{name} (made of photographs; --pictures uploads it)")
+        else:
+            upload.files[name] = path
+    upload.files = dict(sorted(upload.files.items()))
+    if upload.left_out and README in upload.files:
+        upload.readme = without_pictures(upload.files[README].read_text(encoding="utf-8"))
+    others = [p for p in sorted(export_dir.iterdir()) if p.is_file() and p.name != NOT_UPLOADED]
+    upload.left_out += [
+        f"{p.name} (not written by export or card)" for p in others if p.name not in record["files"]
+    ]
+    if not record.get("card", {}).get("license"):
+        upload.warnings.append(
+            f"the card states no license: kl-f8-train card {export_dir} --license ID"
+        )
+    return upload
+
+
+def push(upload: Upload, private: bool, say: Callable[[str], None]) -> str:
+    """Makes the repository if it is not there, and uploads in one commit; returns its address.
+
+    Raises MissingInputError without huggingface_hub, RunFailedError if the hub refuses.
+    """
+    try:
+        import huggingface_hub as hub
+    except ImportError as error:
+        raise MissingInputError("push needs: pip install 'kl-f8-train[hub]'") from error
+    try:
+        api = hub.HfApi()
+        api.create_repo(upload.repository, private=private, exist_ok=True)
+        operations = [hub.CommitOperationAdd(name, _content(upload, name)) for name in upload.files]
+        say(f"uploading {len(operations)} files ...")
+        commit = api.create_commit(
+            upload.repository, operations, commit_message="Upload a kl-f8 decoder (kl_f8_train)"
+        )
+    except Exception as error:  # of whichever library the hub's client uses
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise RunFailedError(
+            f"the hub did not take it: {reason}\nNothing was committed. Log in once with `hf auth "
+            "login`, or give HF_TOKEN a token that may write there; then run the same command again"
+        ) from error
+    return str(commit.commit_url)
+
+
+def without_pictures(card: str) -> str:
+    """A card without the images that are not uploaded with it."""
+    return re.sub(r"^!\[[^\n]*\]\([^)\n]+\)\n+", "", card, flags=re.MULTILINE)
+
+
+def _content(upload: Upload, name: str) -> str | bytes:
+    """What is uploaded as a file: its path, or the card's changed text."""
+    if name == README and upload.readme is not None:
+        return upload.readme.encode()
+    return str(upload.files[name])
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def _record(export_dir: Path) -> dict[str, Any]:
+    file = export_dir / NOT_UPLOADED
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        names = record["files"]
+        safe = isinstance(names, dict) and all(
+            isinstance(digest, str) and _is_inside(name) for name, digest in names.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        safe = False
+    if not safe:
+        raise MissingInputError(
+            f"{export_dir} is not an export: no usable {NOT_UPLOADED}; give a directory that "
+            "`kl-f8-train export` wrote"
+        )
+    return record
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a path leads nowhere but into the export."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts

@@ -1,0 +1,105 @@
+"""The settings page of the documentation, generated from the declarations in `config`."""
+
+import inspect
+from collections.abc import Iterator
+from itertools import groupby
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from kl_f8_train import config
+from kl_f8_train.config import SETTINGS, Setting
+from kl_f8_train.output import markdown_table
+
+HEAD = ("setting", "value", "default", "usual", "resume", "meaning")
+INTRODUCTION = """\
+# Settings
+
+<!-- printed by `kl-f8-train config schema --markdown`: edit the declarations, not this page -->
+
+Every setting of a recipe. A recipe is a YAML file that contains them; `key=value` after it on the
+command line changes one. `kl-f8-train config show RECIPE` prints a recipe in full, and
+`kl-f8-train config diff A B` compares two. Where a recipe's numbers come from:
+[recipes.md](recipes.md).
+
+- **value**: type and permitted range; a list has the range in each element.
+- **default**: a dash means that there is none, and the recipe must state the value.
+- **usual**: where to start, from the shipped recipes and our runs. It is advice, not a limit.
+- **resume**: `yes` if the setting may change when a run is resumed. Any other change needs
+  `--allow-changes`, and is recorded in the checkpoints.
+"""
+
+
+def page() -> str:
+    """The page in Markdown: one table for the top level, and one for each group of settings."""
+    parts = [INTRODUCTION]
+    for prefix, found in groupby(_leaves(), key=lambda item: item[0].rpartition(".")[0]):
+        parts.append(f"## {_title(prefix)}\n\n{_introduction(prefix)}\n")
+        parts.append(markdown_table(HEAD, (_row(key, setting) for key, setting in found)) + "\n")
+    return "\n".join(parts)
+
+
+def _leaves() -> Iterator[tuple[str, Setting]]:
+    """(key, setting) of everything that takes a value, the keys of a group together."""
+    leaves = {key: found for key, found in SETTINGS.items() if not found.is_group}
+    groups = list(dict.fromkeys(key.rpartition(".")[0] for key in leaves))
+    yield from sorted(leaves.items(), key=lambda item: groups.index(item[0].rpartition(".")[0]))
+
+
+def _title(prefix: str) -> str:
+    return f"`{prefix}`" if prefix else "The run"
+
+
+def _introduction(prefix: str) -> str:
+    """First paragraph of the docstring of a group's dataclass."""
+    kind = SETTINGS[prefix].kind if prefix else config.Config
+    return inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0]
+
+
+def _row(key: str, setting: Setting) -> tuple[str, ...]:
+    return (
+        f"`{key}`",
+        _value(setting),
+        _default(setting),
+        setting.usual,
+        "yes" if setting.machine else "",
+        setting.doc,
+    )
+
+
+def _value(setting: Setting) -> str:
+    """Type and range, such as "number above 0" or "`l1` or `mse`"."""
+    kind = setting.kind
+    if get_origin(kind) is Literal:
+        *others, last = (f"`{value}`" for value in get_args(kind))
+        text = f"{', '.join(others)} or {last}"
+    elif get_origin(kind) is list:
+        text = f"list of {_plural(get_args(kind)[0])}{_range(setting)}"
+    else:
+        text = f"{NAMES[kind]}{_range(setting)}"
+    return f"{text}, or `null`" if setting.nullable else text
+
+
+NAMES: dict[Any, str] = {int: "integer", float: "number", bool: "`true` or `false`", str: "string"}
+
+
+def _plural(kind: type) -> str:
+    return f"{NAMES[kind]}s"
+
+
+def _range(setting: Setting) -> str:
+    if setting.bounds is None:
+        return ""
+    least, most = setting.bounds
+    start = "above 0" if least == config.ABOVE_0 else f"from {least:,}"
+    end = {config.ANY: "", config.BELOW_1: ", below 1"}.get(most, f" to {most:,}")
+    return f" {start}{end}"
+
+
+def _default(setting: Setting) -> str:
+    value = setting.default
+    if value == config.MISSING:
+        return "-"
+    if get_origin(setting.kind) is list:
+        return "`[]`"
+    names: dict[Any, str] = {NoneType: "null", bool: str(value).lower()}
+    return f"`{names.get(type(value), value)}`"

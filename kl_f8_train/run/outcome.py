@@ -1,0 +1,89 @@
+"""Whether a run made its decoder better: its last validation compared with its first."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from kl_f8_train.run_dir import VALIDATION_FILE, Row, read_rows
+
+NOISE_DB, NOISE_SHARE = 0.02, 0.005  # smaller changes are not worth a word
+LOST_DB = 1.0  # healthy small runs lost up to 0.8 dB of raw PSNR, a ruined one 1.5
+LOST_SHARE = 0.25  # of perceptual distance, more than a recipe trades for PSNR
+
+
+class Change(NamedTuple):
+    """Means over the fixed photographs, at the first and at the last validation."""
+
+    weights: str  # "EMA" or "raw"
+    psnr: tuple[float, float]  # in dB
+    perceptual: tuple[float, float]
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether both measures are worse, or one of them by more than any recipe intends.
+
+        The raw weights, which a rate keeps moving, are judged by the large losses alone.
+        """
+        lost = self.psnr[0] - self.psnr[1]
+        risen = self.perceptual[1] / max(self.perceptual[0], 1e-9) - 1
+        both = self.weights != "raw" and lost > NOISE_DB and risen > NOISE_SHARE
+        return both or lost > LOST_DB or risen > LOST_SHARE
+
+    def __str__(self) -> str:
+        (psnr, last_psnr), (distance, last_distance) = self.psnr, self.perceptual
+        return (
+            f"PSNR {psnr:.2f} -> {last_psnr:.2f} dB, "
+            f"perceptual {distance:.4g} -> {last_distance:.4g}"
+        )
+
+
+class Outcome(NamedTuple):
+    """What a run has done to its fixed photographs, between two iterations."""
+
+    iterations: tuple[int, int]
+    changes: tuple[Change, ...]  # EMA, then raw
+
+    def lines(self) -> list[str]:
+        """The comparison, for people."""
+        first, last = self.iterations
+        head = f"validation, iteration {first:,} -> {last:,}"
+        return [f"{head}: {change.weights} {change}" for change in self.changes]
+
+    def warnings(self) -> list[str]:
+        """A line for each of EMA and raw weights that got worse."""
+        return [
+            f"the {change.weights} weights got worse since the start: {change}. Lower "
+            "optimizer.learning_rate; an earlier checkpoint, or the start, is better"
+            for change in self.changes
+            if change.is_worse
+        ]
+
+
+def compare(rows: Sequence[Row]) -> Outcome | None:
+    """The outcome by the rows of validation.csv; None without two validations."""
+    if len(rows) < 2:
+        return None
+    first, last = rows[0], rows[-1]
+    changes = []
+    for name, label in (("ema", "EMA"), ("raw", "raw")):
+        keys = (f"psnr_{name}", f"perceptual_{name}")
+        if all(key in row for key in keys for row in (first, last)):
+            psnr, perceptual = ((first[key], last[key]) for key in keys)
+            changes.append(Change(label, psnr, perceptual))
+    return Outcome((int(first["iteration"]), int(last["iteration"])), tuple(changes))
+
+
+def read(run_dir: Path, until: int | None = None) -> Outcome | None:
+    """The outcome of a run, up to an iteration; None if it was not validated twice."""
+    rows = read_rows(run_dir / VALIDATION_FILE)
+    return compare([row for row in rows if until is None or row["iteration"] <= until])
+
+
+def badness(row: Row) -> float:
+    """Perceptual distance times root mean square error of the EMA; smaller is better.
+
+    The unit does not matter, so neither measure needs a weight: a change of 1 % in one counts as
+    much as one of 1 % in the other.
+    """
+    error = 10 ** (-row.get("psnr_ema", 0.0) / 20)  # of images in [0, 1]
+    return row.get("perceptual_ema", float("inf")) * error

@@ -1,0 +1,53 @@
+"""The table of predicted days in docs/performance.md: both published stages on 1 to 64 GPUs.
+
+python tests/benchmarks/scaling_tables.py
+"""
+
+from kl_f8_train.check import scaling
+from kl_f8_train.config import Config, find_recipe, load
+from kl_f8_train.output import markdown_table
+
+
+def table() -> str:
+    """A row for each GPU: its data-sheet rates, and both stages on each number of GPUs."""
+    works = [published_workload(load_published(name)) for name in ("ft_ema", "ft_mse")]
+    head = ("GPU", "bf16 TFLOP/s", "memory, GB", "link, GB/s", "network, GB/s", "source")
+    stages = [f"{work.name} on {count}, days" for work in works for count in scaling.GPU_COUNTS]
+    rows = [
+        (*_rates(gpu), *(cell for work in works for cell in _days(work, gpu)))
+        for gpu in scaling.GPUS
+    ]
+    return markdown_table((*head, *stages), rows)
+
+
+def load_published(name: str) -> Config:
+    """A shipped recipe with placeholders for the user's settings."""
+    yours = ["run_dir=run", "init.weights=model.ckpt", "data.sources=images"]
+    return load(find_recipe(name), yours)
+
+
+def published_workload(config: Config) -> scaling.Workload:
+    """A shipped recipe from its first iteration to its last."""
+    assert config.init.iteration is not None
+    return scaling.workload(config, config.stop_iteration - config.init.iteration)
+
+
+def _rates(gpu: scaling.Gpu) -> tuple[str, ...]:
+    return (
+        gpu.name,
+        f"{gpu.flops / 1e12:.0f}",
+        f"{gpu.memory_bytes / 1e9:.0f}",
+        f"{gpu.link / 1e9:.0f}",
+        f"{gpu.network / 1e9:g}",
+        gpu.source,
+    )
+
+
+def _days(work: scaling.Workload, gpu: scaling.Gpu) -> list[str]:
+    seconds = scaling.seconds_per_image(work, gpu)
+    counts = scaling.GPU_COUNTS
+    return [f"{scaling.predict(work, seconds, count, gpu).days:.1f}" for count in counts]
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,241 @@
+"""The package as a library: its names, the example of its page, the finetuner in other trainers."""
+
+import hashlib
+import importlib.util
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import pytorch_lightning
+import runs
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+import kl_f8_train
+from kl_f8_train import (
+    AutoencoderKL,
+    Discriminator,
+    Finetuner,
+    load_autoencoder,
+    perceptual_network,
+    recipe,
+    save_autoencoder,
+)
+from kl_f8_train.core.batch import plain_batch
+from kl_f8_train.core.discriminator import initialize
+from kl_f8_train.errors import UsageError
+
+PAGE = Path(__file__).parents[1] / "docs/library.md"
+TINY = (
+    *("model.ch_mult=[1,1]", "model.num_res_blocks=1", "data.crop=32", "init.iteration=100"),
+    *("adversarial.n_layers=2", "compute.compile=false"),
+)
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "max_epochs": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def module(*overrides: str) -> Finetuner:
+    """A tiny adversarial finetuner, always from the same start."""
+    settings = recipe("demo", *TINY, *overrides)
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(**asdict(settings.model))
+    discriminator = Discriminator(16, 2)
+    initialize(discriminator, seed=0)
+    return Finetuner(settings, autoencoder, discriminator, perceptual_network("st_lpips_alex"))
+
+
+def loader(batches: int = 4) -> DataLoader:
+    """Images in [-1, 1], four at a time."""
+    generator = torch.Generator().manual_seed(1)
+    return DataLoader(2 * torch.rand(4 * batches, 3, 32, 32, generator=generator) - 1, batch_size=4)
+
+
+def trainer(**options) -> pytorch_lightning.Trainer:
+    return pytorch_lightning.Trainer(**{**QUIET, **options})
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+# --- names and page -------------------------------------------------------------------------
+
+
+def test_every_name_is_there_and_none_is_imported_early():
+    assert {
+        name for name in kl_f8_train.__all__ if getattr(kl_f8_train, name, None) is None
+    } == set()
+    assert set(kl_f8_train.__all__) <= set(dir(kl_f8_train))
+    with pytest.raises(AttributeError, match="no attribute 'Autoencoder'"):
+        kl_f8_train.Autoencoder  # noqa: B018
+    code = "import sys, kl_f8_train, kl_f8_train.__main__; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
+
+
+def test_the_page_names_all_of_them():
+    text = PAGE.read_text()
+    assert [name for name in kl_f8_train.__all__ if f"`{name}" not in text] == []
+
+
+@pytest.mark.slow
+def test_the_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    assert example.count("\n") <= 32
+    runs.make_weights(tmp_path / "start.ckpt", (1, 1, 1, 1))
+    save_autoencoder(load_autoencoder("start.ckpt"), "vae.safetensors")
+    names: dict = {}
+    exec(example, names)
+    assert names["reconstructions"].shape == (8, 3, 64, 64)
+    before, after = (load_autoencoder(f"{name}.safetensors") for name in ("vae", "better"))
+    assert same(after, names["better"])
+    assert same(before.encoder, after.encoder)
+    assert not same(before.decoder, after.decoder)
+
+
+def test_an_autoencoder_is_saved_by_its_suffix(tmp_path):
+    model = AutoencoderKL(32, (1, 1), 1, norm_num_groups=8)
+    for name in ("a.safetensors", "a.ckpt"):
+        save_autoencoder(model, tmp_path / name)
+        assert same(load_autoencoder(tmp_path / name).decoder, model.decoder)
+    assert load_autoencoder(tmp_path / "a.safetensors").decoder.norm_out.num_groups == 8
+    with pytest.raises(UsageError, match=r"saved as .safetensors or .ckpt"):
+        save_autoencoder(model, tmp_path / "a.pt")
+
+
+# --- plain images ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loaded", "message"),
+    [
+        (torch.zeros(3, 32, 32), r"got \(3, 32, 32\), expected a tensor \(B, 3, H, W\)"),
+        ({"image": 1}, "got dict"),
+        (torch.zeros(1, 3, 30, 32), "30 x 32 pixels: both sides must be multiples of 8"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.int64), "images are torch.int64"),
+        (torch.full((1, 3, 32, 32), 255.0), r"images reach 255; .* must be in \[-1, 1\]"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused(loaded, message):
+    with pytest.raises(ValueError, match=message):
+        plain_batch(loaded, 1, 4, 8, (0,))
+
+
+def test_noise_of_plain_images_depends_on_its_source_alone():
+    images = torch.zeros(2, 3, 32, 32)
+    first, again, other = (
+        plain_batch([images], 2, 4, 8, s).noise for s in ((0, 1), (0, 1), (0, 2))
+    )
+    assert first.shape == (2, 2, 4, 4, 4)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+# --- other trainers -------------------------------------------------------------------------
+
+
+def test_steps_are_iterations_and_loggers_get_figures(tmp_path):
+    tuner, logger = module(), CSVLogger(tmp_path)
+    fitting = trainer(max_steps=3, logger=logger, log_every_n_steps=1)
+    fitting.fit(tuner, loader())
+    assert (tuner.iteration, fitting.global_step) == (103, 3)
+    assert fitting.logged_metrics.keys() == tuner.metrics.keys() >= {"reconstruction_loss"}
+    assert "adaptive_weight" in (Path(logger.log_dir) / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("warmup", [0, 6])
+def test_lightnings_own_checkpoint_restores_everything(tmp_path, warmup):
+    def fresh() -> Finetuner:
+        tuner = module(f"adversarial.warmup_iterations={warmup}")
+        tuner.run_state.warmup_left = warmup
+        return tuner
+
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
+    first = fresh()
+    fitting = trainer(callbacks=[saving], enable_checkpointing=True)
+    fitting.fit(first, loader())
+    assert len(list(tmp_path.iterdir())) == (0 if warmup else 2)
+    fitting.save_checkpoint(tmp_path / "own.ckpt")
+    resumed, straight = fresh(), fresh()
+    trainer(max_epochs=2).fit(resumed, loader(), ckpt_path=tmp_path / "own.ckpt")
+    trainer(max_epochs=2).fit(straight, loader())
+    assert resumed.run_state == straight.run_state
+    assert resumed.iteration == 108 - warmup
+    assert resumed.ema_updates == 8 - warmup
+    assert same(resumed, straight)
+    for one, other in zip(resumed.adams, straight.adams, strict=True):
+        torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+def test_a_precision_of_the_trainers_is_refused():
+    with pytest.raises(ValueError, match="leave it at '32-true'"):
+        trainer(precision="bf16-mixed").fit(module(), loader())
+
+
+RANKS = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+import test_library as t
+from torch.utils.data import DataLoader
+
+class Digest(t.pytorch_lightning.Callback):
+    def on_train_end(self, trainer, module):
+        line = f"rank {{trainer.global_rank}} {{t.digest(module)}}"
+        print(line, flush=True)
+
+images = 2 * torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(1)) - 1
+fitting = t.trainer(devices=2, strategy={strategy!r}, callbacks=[Digest()])
+fitting.fit(t.module(), DataLoader(images, batch_size=4))
+"""
+
+
+def digest(tuner: Finetuner) -> str:
+    """Of all parameters; BatchNorm's statistics are each rank's own."""
+    tensors = [parameter.detach().numpy().tobytes() for parameter in tuner.parameters()]
+    return hashlib.sha256(b"".join(tensors)).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true"])
+def test_ddp_of_a_plain_trainer_keeps_ranks_equal(tmp_path, strategy):
+    script = tmp_path / "fit.py"
+    script.write_text(RANKS.format(tests=str(Path(__file__).parent), strategy=strategy))
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    found = dict(re.findall(r"rank (\d) ([0-9a-f]{64})", done.stdout))
+    assert found.keys() == {"0", "1"}, done.stdout + done.stderr
+    assert found["0"] == found["1"] != digest(module())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("lightning") is None, reason="the package lightning is not installed"
+)
+def test_the_lightning_package_trains_it_too():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import lightning.pytorch as pl\n"
+        "import test_library as t\n"
+        "tuner, fitting = t.module(), pl.Trainer(**{**t.QUIET, 'max_steps': 2})\n"
+        "fitting.fit(tuner, t.loader())\n"
+        "assert isinstance(tuner, t.Finetuner)\n"
+        "print(tuner.iteration, fitting.global_step)\n"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert done.stdout.endswith("102 2\n"), done.stdout + done.stderr
