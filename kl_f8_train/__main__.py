@@ -2,9 +2,12 @@
 
 import argparse
 import contextlib
+import errno
+import io
 import json
 import os
 import re
+import shlex
 import sys
 import time
 import traceback
@@ -13,17 +16,27 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tarfile import is_tarfile
+from typing import TYPE_CHECKING
 
-from kl_f8_train import __version__
+from kl_f8_train import __version__, shipped
 from kl_f8_train.errors import MissingInputError, UsageError, UserError
 from kl_f8_train.launch import end_children, launched
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import say
 
+if TYPE_CHECKING:
+    from kl_f8_train.check.doctor import Report
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a verb; returns its exit code: 0, 2 usage, 3 missing input, 4 failed run."""
+    for stream in (sys.stdout, sys.stderr):  # names may hold what the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help()
+        return UsageError.exit_code
     args, rest = parser.parse_known_args(arguments)
     if hasattr(args, "overrides") and all("=" in text for text in rest):
         args.overrides += rest  # key=value behind a flag, or written --key=value
@@ -50,6 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _told(error: OSError) -> str:
+    if "temporary directory" in str(error):
+        return f"{error.strerror or error}; set TMPDIR to a directory that can be written"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{error.strerror}; raise the limit of open files: `ulimit -n 4096`"
+    if error.errno in (errno.ENOMEM, errno.EAGAIN):
+        return f"{error.strerror}; raise the limits of memory and processes (`ulimit -v`, `-u`)"
     where = f"{error.filename}: " if error.filename else ""
     return (
         f"{where}{error.strerror or error}; check that the place is there, may be written, and has "
@@ -91,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("config", nargs="?", help="recipe: a YAML file, or a shipped one's name")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.add_argument("--all", action="store_true", help="every setting and figure")
 
     inspect = add("inspect", _inspect, "Says what a VAE file holds, without running any of it.")
     inspect.add_argument("weights", help="file, diffusers folder, run directory or hub id")
@@ -120,7 +140,23 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["sd", "sdxl", "sd3", "flux", "other"],
         help="models whose VAE it is, if the checkpoint does not know",
     )
+    export.add_argument(
+        "--fp16-safe",
+        action=argparse.BooleanOptionalAction,
+        help="rescale the decoder, exactly, so that fp16 does not overflow (where it would)",
+    )
     export.add_argument("--force", action="store_true", help="overwrite files")
+
+    safe = add("fp16-safe", _fp16_safe, "Rescales a VAE's decoder, exactly, for fp16.")
+    safe.add_argument("weights", help="file, diffusers folder, run directory or hub id")
+    safe.add_argument("--out", type=Path, help="directory to write (NAME-fp16-safe)")
+    safe.add_argument("--images", type=Path, help="photographs that try half precision")
+    safe.add_argument(
+        "--family",
+        choices=["sd", "sdxl", "sd3", "flux", "other"],
+        help="models whose VAE it is, if the file does not show it",
+    )
+    safe.add_argument("--force", action="store_true", help="overwrite files")
 
     inject = add("inject", _inject, "Writes a VAE into a copy of a Stable Diffusion checkpoint.")
     inject.add_argument("vae", type=Path, help="any VAE file, or a run directory (its EMA)")
@@ -143,6 +179,9 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--device", type=_device, help="cpu or cuda")
     score.add_argument("--batch-size", type=_positive, default=16, help="on a GPU; a CPU takes 1")
     score.add_argument("--compare", nargs=2, metavar=("A", "B"), help="is B better than A?")
+    score.add_argument(
+        "--baselines", action="store_true", help="add the rows mean colour and 8 x 8 means"
+    )
 
     card = add("card", _card, "Writes the model card of an export, with measured numbers only.")
     card.add_argument("export", type=Path, help="directory that export wrote")
@@ -200,7 +239,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo = add("demo", _demo, "Runs the whole chain in minutes on a CPU.")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
-    demo.add_argument("--training", help="shards in place of scikit-image's photographs")
+    demo.add_argument("--training", help="shards in place of the package's photographs")
     demo.add_argument("--held-out", type=Path, help="folder of photographs to score on")
     demo.add_argument("--length", type=_above_zero, default=1.0, help="multiplies the iterations")
     return parser
@@ -221,6 +260,8 @@ def _train_verb(args: argparse.Namespace) -> int:
     launched(config.compute.num_nodes)
     if not Path(config.run_dir).is_dir():
         _must_be_there(config.init.weights, "init.weights=")
+    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        print(f"{config.name} in {config.run_dir}: loading ...", flush=True)
     from kl_f8_train.run.train import train
 
     return train(config, args.allow_changes)
@@ -229,28 +270,62 @@ def _train_verb(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     if args.config is None:
         raise UsageError("doctor takes a recipe: kl-f8-train doctor CONFIG [key=value ...]")
-    return _examine(args.config, args.overrides, args.json)
+    return _examine(args.config, args.overrides, args.json, in_full=args.all)
 
 
-def _examine(recipe: str, overrides: list[str], as_json: bool, allow_changes: bool = False) -> int:
+def _examine(
+    recipe: str,
+    overrides: list[str],
+    as_json: bool,
+    allow_changes: bool = False,
+    in_full: bool = False,
+) -> int:
+    """Runs doctor: with `as_json` or `in_full` every line, otherwise one screen."""
     from kl_f8_train import config as configs
 
     path = configs.find_recipe(recipe)
     launched()
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        say("loading ...")
-        from kl_f8_train.check.doctor import examine
+        if as_json or in_full:
+            say("loading ...")
+            from kl_f8_train.check.doctor import examine
 
-        report = examine(path, overrides, say, allow_changes)
+            report = examine(path, overrides, say, allow_changes)
+        else:
+            report = _examine_briefly(recipe, path, overrides, allow_changes)
     if as_json:
         print(json.dumps(report.as_json()))
     return report.exit_code
 
 
+def _examine_briefly(
+    recipe: str, path: Path, overrides: list[str], allow_changes: bool
+) -> "Report":
+    """One line that grows while doctor works, then its screen, then the command that comes next."""
+    print("loading", end=" ", flush=True)
+    from kl_f8_train.check.doctor import examine
+
+    screen: list[str] = []
+
+    def begin(title: str) -> None:
+        print(f"... {title}", end=" ", flush=True)
+
+    report = examine(path, overrides, say, allow_changes, brief=screen.append, begin=begin)
+    print()
+    given = shlex.join([recipe, *overrides])
+    number = next(i for i, line in enumerate(screen) if line.startswith(("GO", "NO GO")))
+    lines = [*screen[:number], "all settings and figures: the same command with --all"]
+    if not report.problems:
+        lines.append(f"next: kl-f8-train train {given}")
+    print("\n".join([*lines, *screen[number:]]))
+    return report
+
+
 def _must_be_there(weights: str, key: str = "") -> None:
     from kl_f8_train.weights import hub
 
-    if not Path(weights).exists() and not hub.is_id(weights):
+    here = weights == shipped.NAME or Path(weights).exists()
+    if not here and not hub.is_id(weights):
         raise MissingInputError(
             f"{key}{weights}: no such file; expected a weight file, a diffusers folder, a run "
             "directory or a hub id OWNER/NAME"
@@ -283,9 +358,20 @@ def _export(args: argparse.Namespace) -> int:
         average=args.average,
         pictures=args.images,
         family=args.family,
+        fp16_safe=args.fp16_safe,
         force=args.force,
         say=say,
     )
+    return 0
+
+
+def _fp16_safe(args: argparse.Namespace) -> int:
+    _must_be_there(args.weights)
+    if args.images and not args.images.is_dir():
+        raise MissingInputError(f"--images {args.images}: no such folder; give photographs")
+    from kl_f8_train.publish.export import make_fp16_safe
+
+    make_fp16_safe(args.weights, args.out, args.images, args.family, args.force, say)
     return 0
 
 
@@ -320,6 +406,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             device=args.device,
             batch_size=args.batch_size,
             progress=progress,
+            with_baselines=args.baselines,
         )
     if result is not None:  # on the first rank: the files are there once
         for verdict in report.write_comparison(args.out, *args.compare) if args.compare else ():
@@ -415,10 +502,10 @@ def _pack(args: argparse.Namespace) -> int:
 def _index(args: argparse.Namespace) -> int:
     from kl_f8_train.data.index import build_index, expand, index_directory
     from kl_f8_train.data.shard_cache import ShardCache
-    from kl_f8_train.data.sources import Filter, TarSource
+    from kl_f8_train.data.sources import TarSource, parse_filters
     from kl_f8_train.files import cache_dir
 
-    filters = [Filter.parse(text) for text in args.filter]
+    filters = parse_filters(args.filter)
     locations = expand(args.source)
     directory = index_directory(locations, args.index_dir)
     root = Path(args.cache_dir) if args.cache_dir else cache_dir() / "shards"

@@ -303,6 +303,11 @@ class Compute:
         bounds=(0, MOST_LEVELS),
         usual="0; 1 to 4 when memory is short",
     )
+    deterministic: bool = setting(
+        "equal bits in every run on one kind of GPU, or an error that names the operation",
+        False,
+        machine=True,
+    )
     compile: bool | None = setting(
         "torch.compile the networks; null: on CUDA, where a C compiler is found",
         None,
@@ -380,7 +385,9 @@ class Config:
         usual="16 on one GPU; 192 as published",
     )
     seed: int = setting("seed of order, crops and noise", 0, bounds=(0, 2**63 - 1), usual="any")
-    precision: Literal["float32", "bfloat16"] = setting("autocast type; weights stay float32")
+    precision: Literal["float32", "tf32", "bfloat16"] = setting(
+        "arithmetic; tf32: float32 rounded to 10 bits in products on a GPU; weights stay float32"
+    )
     second_forward: bool = setting("the original's second pass for the discriminator", False)
     max_bad_updates: int = setting(
         "non-finite updates in a row before the run stops", 10, bounds=(1, ITERATIONS), usual="10"
@@ -478,6 +485,13 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
     Raises MissingInputError for a missing file and UsageError for anything wrong in it.
     """
+    config = parse(path, overrides)
+    check(config)
+    return config
+
+
+def parse(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Like `load`, but without `check`: every setting has a value of its type, perhaps unusable."""
     merged = _merge(Path(path), overrides)
     with _in_our_words(str(path)):
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -486,7 +500,6 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
             raise UsageError(f"{path}: these settings have no value yet:\n{lines}")
         config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
-    check(config)
     return config
 
 
@@ -626,7 +639,9 @@ def _shown(value: Any) -> str:
 
 def check(config: Config) -> None:
     """Raises UsageError naming every value that cannot be used."""
-    problems = list(_ranges(config)) or list(_batch_problems(config))
+    problems = list(_ranges(config))
+    if not any(line.startswith(("global_batch", "compute.", "data.sources")) for line in problems):
+        problems += _batch_problems(config)
     if config.loss.perceptual != "lpips_vgg" and not config.loss.allow_stand_in:
         problems.append(
             f"loss.perceptual={config.loss.perceptual} is a stand-in for LPIPS, and the result is "

@@ -1,6 +1,8 @@
 """Files written whole or not at all, their hashes, and where the user's cache is."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -55,14 +57,19 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def disk_failure(path: Path, error: Exception) -> RunFailedError:
-    """The error of a file that cannot be written, with the free space and the remedy."""
+class DiskError(RunFailedError):
+    """A file that cannot be written here; no other server or time mends that."""
+
+
+def disk_failure(path: Path, error: Exception, setting: str = "") -> RunFailedError:
+    """The error of a file that cannot be written; `setting` names its directory, if one does."""
     free = "unknown"
     with contextlib.suppress(OSError):
         free = f"{shutil.disk_usage(path if path.is_dir() else path.parent).free:,}"
-    return RunFailedError(
+    remedy = f" ({setting})" if setting else ""
+    return DiskError(
         f"cannot write {path}: {error}\n  {free} bytes are free there; earlier files are "
-        "untouched. Make room or name another directory, then run the same command again"
+        f"untouched. Make room or name another directory{remedy}, then run the same command again"
     )
 
 
@@ -91,9 +98,46 @@ def check_writable(directory: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """$KL_F8_TRAIN_CACHE, or kl_f8_train in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("KL_F8_TRAIN_CACHE") or Path(base) / "kl_f8_train")
+    """$KL_F8_TRAIN_CACHE, or kl_f8_train in the user's cache directory; nothing is made there."""
+    if given := os.environ.get("KL_F8_TRAIN_CACHE"):
+        return Path(given)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "kl_f8_train"
+    try:
+        return Path.home() / ".cache" / "kl_f8_train"
+    except RuntimeError:  # a container's user without a home
+        return temporary_dir()
+
+
+def temporary_dir() -> Path:
+    """A directory of this user's own among the temporary files; nothing is made there."""
+    return Path(tempfile.gettempdir()) / f"kl_f8_train-{os.getuid()}"
+
+
+def is_writable(directory: Path) -> bool:
+    """Whether files can be made in `directory`, which is made if it is not there."""
+    try:
+        check_writable(directory)
+    except RunFailedError:
+        return False
+    return True
+
+
+def has_no_locks(error: OSError) -> bool:
+    """Whether a lock failed because the file system has none (Lustre without -o flock, say)."""
+    return error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
+
+
+@contextlib.contextmanager
+def one_at_a_time(directory: Path) -> Iterator[None]:
+    """One process at a time works in `directory`; without locks there, all do, and all the same."""
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if not has_no_locks(error):
+                raise
+        yield
 
 
 def file_sha256(path: Path) -> str:

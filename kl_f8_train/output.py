@@ -1,9 +1,11 @@
-"""Console output that survives a closed pipe, and Markdown tables."""
+"""Console output that survives a closed pipe, Markdown tables, and pages from templates."""
 
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 Say = Callable[[str], None]  # prints a line, or keeps it
 Progress = Callable[[int, int], None]  # (done, all)
@@ -23,3 +25,17 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     cells = ([re.sub(r"(?<!\\)\|", r"\|", cell) for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def rendered(template: Path, values: Mapping[str, Any]) -> str:
+    """A jinja2 template, filled in; HTML in values is escaped, a missing value raises."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=template.suffix == ".html",
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.from_string(template.read_text(encoding="utf-8")).render(values)

@@ -25,6 +25,29 @@ def size(count: float) -> str:
     return "0 B"
 
 
+def batch(global_batch: int, processes: int, micro_batch: int) -> str:
+    """How an iteration is dealt: 96 images, 8 micro-batches of 12; or over several processes."""
+    micro_batches = global_batch // processes // micro_batch
+    if processes > 1:
+        return (
+            f"{counted(processes, 'process', 'es')} x {counted(micro_batch, 'image', 's')} x "
+            f"{counted(micro_batches, 'micro-batch', 'es')} = {global_batch:,}"
+        )
+    dealt = (
+        "at once"
+        if micro_batches == 1
+        else f"in {micro_batches:,} micro-batches of {micro_batch:,}"
+    )
+    return f"{counted(global_batch, 'image', 's')}, {dealt}"
+
+
+def speed(images_per_second: float) -> str:
+    """Three digits, without an exponent: 0.042, 3.15, 87.3, 1,810 images/s."""
+    value = images_per_second
+    number = f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}" if value >= 1e-3 else "0"
+    return f"{number} images/s"
+
+
 def counted(number: int, noun: str, ending: str) -> str:
     """1 process, 2 processes, 1,000 processes: a number with its noun."""
     return f"{number:,} {noun}{ending * (number != 1)}"

@@ -15,7 +15,11 @@ from kl_f8_train.data.pack import pack
 from kl_f8_train.weights import weight_file
 
 TINY = (
+    "model.ch=32",
     "model.ch_mult=[1,1]",
+    "model.norm_num_groups=32",
+    "adversarial.ndf=16",
+    "data.shorter_side=null",
     "data.crop=32",
     "data.workers=0",
     "compute.devices=null",

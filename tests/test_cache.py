@@ -537,7 +537,7 @@ def test_the_cache_is_pickled_without_its_thread(server, shards):
 def test_unwritable_root(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFailedError, match="cannot write"):
-        ShardCache(tmp_path / "file" / "cache", 1)
+        ShardCache(tmp_path / "file" / "cache", 1).open("https://example.org/0.tar")
 
 
 def test_a_wiped_cache(server, shards):
@@ -562,7 +562,7 @@ def test_local_files_pass_through(tmp_path, shards):
         with shards().open(location) as opened:
             assert opened.read() == BODY
         assert shards().prefetch([location]) == 1
-    assert kept(shards().root) == []
+    assert not shards().root.exists()
 
 
 def test_missing_local_file(tmp_path, shards):
@@ -645,6 +645,7 @@ def test_room_is_made_before_a_file_of_known_size_arrives(server, shards):
 def test_foreign_files_are_not_evicted(server, shards):
     one = shards(max_bytes=1)
     names = ("notes.txt", "0123-a.tar", ".0123456789abcdef-a.tar.json")
+    one.root.mkdir(parents=True, exist_ok=True)
     for name in names:
         (one.root / name).write_text("text")
         used(one.root / name, 10**6)
@@ -712,8 +713,9 @@ def test_a_killed_fetcher_leaves_nothing_under_the_final_name(server, shards):
     assert parts(one.root) == []
 
 
-def test_leftovers_are_removed_at_start_if_old_and_unlocked(server, shards):
+def test_leftovers_are_removed_if_old_and_unlocked(server, shards):
     root = shards().root
+    root.mkdir(parents=True, exist_ok=True)
     entries = [shard_cache._Entry(root, f"http://host/{number}.tar") for number in range(3)]
     leftovers = [hidden_beside(entry.path, "1-2.part") for entry in entries]
     foreign = root / ".somebody.part"
@@ -722,9 +724,9 @@ def test_leftovers_are_removed_at_start_if_old_and_unlocked(server, shards):
         used(path, 3700)
     used(leftovers[1], 3500)
     with shard_cache._locked(entries[2].lock, fcntl.LOCK_EX):
-        shards()
+        shards()._prepare()
     assert [path.exists() for path in leftovers] == [False, True, True]
-    shards()
+    shards()._prepare()
     assert [path.exists() for path in leftovers] == [False, True, False]
     assert foreign.exists()
 
@@ -805,6 +807,7 @@ def test_a_kept_error_is_forgotten_once_the_file_is_there(server, shards):
 def test_a_disk_failure_ahead_is_kept_too(server, shards):
     url = server.add("a.tar")
     one = shards()
+    one._prepare()
     shutil.rmtree(one.root)
     one.prefetch([url])
     soon(lambda: one._worker.errors)

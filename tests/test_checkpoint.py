@@ -602,3 +602,52 @@ def test_file_hash(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     digest = file_sha256(tmp_path / "x")
     assert digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+# --- the quality of the numbers -------------------------------------------------------------
+
+
+def quality(tmp_path: Path, state: dict) -> str:
+    save_file(state, tmp_path / "w.safetensors")
+    assert main(["inspect", str(tmp_path / "w.safetensors")]) == 0
+    return weight_file.describe(found(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_values_that_are_not_finite_are_named(tmp_path, value, dtype):
+    state = {k: v.to(dtype) for k, v in samples.tiny_vae().state_dict().items()}
+    state["decoder.conv_in.weight"][0] = value
+    assert "1 tensors are not finite, decoder.conv_in.weight first" in quality(tmp_path, state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_rounding_is_told_by_what_it_does_to_latents(tmp_path, dtype):
+    exact = samples.tiny_vae()
+    state = {k: v.to(dtype) for k, v in exact.state_dict().items()}
+    shown = quality(tmp_path, state)
+    (line,) = [line for line in shown.splitlines() if "rounded to" in line]
+    assert ("WARNING" in line) is (dtype.itemsize == 1)
+    share = float(line.split("about ")[1].split(" %")[0]) / 100
+    rounded = weight_file.load_autoencoder(tmp_path / "w.safetensors")
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        before, after = exact.encode(x).mean, rounded.encode(x).mean
+    true = float((after - before).square().mean().sqrt() / before.std())
+    assert 0.1 < share / true < 10
+
+
+def test_quantised_weights_are_refused_and_named(tmp_path):
+    state = dict(samples.tiny_vae().state_dict())
+    state["decoder.conv_in.weight"] = state["decoder.conv_in.weight"].to(torch.int8)
+    assert "1 tensors are whole numbers, decoder.conv_in.weight first" in quality(tmp_path, state)
+    with pytest.raises(MissingInputError, match="quantised weights cannot be trained"):
+        weight_file.load_autoencoder(tmp_path / "w.safetensors")
+
+
+def test_float8_in_a_torch_file(tmp_path):
+    state = {k: v.to(torch.float8_e4m3fn) for k, v in samples.tiny_vae().state_dict().items()}
+    path = save_zip({"state_dict": state}, tmp_path / "w.ckpt")
+    assert found(path)["dtypes"] == ["float8_e4m3fn"]
+    loaded = weight_file.load_autoencoder(path).state_dict()
+    assert all(torch.equal(loaded[key], value.float()) for key, value in state.items())

@@ -28,7 +28,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
     [
         (["--help"], 0, "evaluate"),
         (["train", "--help"], 0, "key=value"),
-        ([], 2, "VERB"),
+        ([], 2, "Starts a run; the same command again resumes it."),
         (["trian"], 2, "invalid choice"),
         (["train", "configs/ft_ema.yml"], 3, "no such file"),
         (["train", "configs/ft_ema.yaml"], 2, "init.weights=..."),

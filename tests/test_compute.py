@@ -135,6 +135,31 @@ def test_switch_is_exact(finetuner, batch, plain_gradients, switch):
     assert_equal_gradients(plain_gradients, fast)
 
 
+def test_kernels_are_set_by_precision_and_put_back():
+    products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    for precision, in_products, in_convolutions in (
+        ("float32", False, False),
+        ("tf32", True, True),
+        ("bfloat16", False, True),
+    ):
+        with machine.kernels(precision):
+            assert (products.allow_tf32, cudnn.allow_tf32) == (in_products, in_convolutions)
+            assert not torch.are_deterministic_algorithms_enabled()
+    with machine.kernels("float32", deterministic=True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert (products.allow_tf32, cudnn.allow_tf32, cudnn.benchmark) == before
+
+
+def test_what_prevents_determinism_is_named():
+    with pytest.raises(RunFailedError, match="this operation prevents it"), machine.with_remedy():
+        raise RuntimeError(
+            "reflection_pad2d_backward_cuda does not have a deterministic implementation"
+        )
+
+
 def test_channels_last_reaches_networks_and_images(finetuner, batch, standin):
     tuner = finetuner("ft_ema", "compute.compile=false", "compute.channels_last=true")
     seen = []

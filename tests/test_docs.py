@@ -33,7 +33,17 @@ DOCS["docs/README.md"] = ROOT / "docs/README.md"
 MARK = re.compile(r"#.*\b(needs (the network|GPUs|a GPU|a cluster|root)|takes (minutes|hours))\b")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MARKERS = {text.partition(":")[0] for text in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
-FOREIGN = {"fetcher/bin/img2dataset", "kubectl", "scancel", "scontrol", "ruff", "mypy"}
+FOREIGN = {
+    "fetcher/bin/img2dataset",
+    "docker",
+    "export",
+    "uv",
+    "kubectl",
+    "scancel",
+    "scontrol",
+    "ruff",
+    "mypy",
+}
 NO_SETTINGS = {"model.ckpt", "model.decode", "loss.logvar"}  # that look like some
 SHELL = {"mkdir", "find", "sort", "awk", "tr", "xargs", "mv", "ls", "wc", "tail", "cp"}
 
@@ -132,7 +142,7 @@ def check_words(line: list[str]) -> None:
         check_settings("ft_ema", [word for word in rest[rest.index(name) + 1 :]])
     elif program == "pytest":
         check_pytest(rest)
-    elif program in ("pip", "fetcher/bin/pip"):
+    elif program in ("pip", "fetcher/bin/pip", "/shared/kl-f8-train/bin/pip"):
         extras = re.findall(r"\[(.*)\]", " ".join(rest))
         known = PROJECT["project"]["optional-dependencies"]
         assert set(",".join(extras).split(",")) <= {"", *known}, rest

@@ -61,7 +61,7 @@ def test_go(examined, folder):
     assert found["weights"]["sha256"] == file_sha256(folder / "model.ckpt")
     assert found["settings"]["data.crop"] == {"value": 32, "origin": "yours"}
     assert found["settings"]["adversarial.weight"]["origin"] == "recipe"
-    assert "1 process x 4 images x 1 micro-batch = 4" in told
+    assert "  4 images, at once" in told
     assert "1 x 4 x 1 x 4.5e-06 = 1.8e-05" in told
     assert "with discriminator" in told
     assert not found["cold_iteration"]
@@ -109,7 +109,7 @@ def test_a_run_that_would_resume_is_left_as_it_is(examined, folder):
     )
     assert code == 0
     assert "holds 2 checkpoints: this run would resume" in told
-    assert "1 process x 2 images x 2 micro-batches = 4" in told
+    assert "  4 images, in 2 micro-batches of 2" in told
     assert found["images_total"] == 0
     assert set(found["gradient_audit"]) == {"pixel", "perceptual"}
     assert listing(folder / "resumed") == before
@@ -234,7 +234,7 @@ def test_a_batch_beyond_this_machine_is_no_go(examined):
     fits = found["per_device_batch_that_fits"]["this machine"]
     assert f"give compute.per_device_batch={fits}," in found["problems"][0]
     assert "  memory that this takes, computed: " in told
-    settings = config.load(config.find_recipe("demo"), ["data.crop=256", *runs.TINY[:1], *huge])
+    settings = config.load(config.find_recipe("demo"), ["data.crop=256", *runs.TINY[:3], *huge])
     assert cost.peak_bytes(settings, fits) <= 1.5 * machine.available_memory()
 
 
@@ -356,7 +356,7 @@ def test_batch_and_bill_are_told_without_the_inputs(capsys):
 
 
 def test_speed_is_predicted_where_the_start_is_not_known(capsys):
-    assert main(["doctor", "ft_ema", "init.iteration=null"]) == 2
+    assert main(["doctor", "ft_ema", "init.iteration=null", "--all"]) == 2
     told = capsys.readouterr().out
     assert "the bill:\n  not known: weights that tell their iteration" in told
     if not torch.cuda.is_available():
@@ -410,7 +410,7 @@ def test_unusable_images_and_filters_are_told(examined, folder, tmp_path):
     code, found, _ = examined("bad", f"data.sources={photos}", "stop_iteration=110")
     assert code == 0
     assert found["data"]["photos"]["unusable"] > 0
-    assert "sampled images cannot be used, as photos/3.jpg" in found["remarks"][0]
+    assert "1 of all 8 images cannot be used, as photos/3.jpg" in (found["remarks"][0])
     strict = ("data.sources.shards.filters=width >= 4000", "stop_iteration=110")
     code, found, _ = examined("filtered", *strict)
     assert code == 3
@@ -452,3 +452,62 @@ def test_a_folder_of_validation_without_photographs_is_told(examined, folder, tm
 def test_doctor_without_a_recipe(capsys):
     assert main(["doctor"]) == 2
     assert "doctor takes a recipe" in capsys.readouterr().err
+
+
+# --- the screen -----------------------------------------------------------------------------
+
+
+def test_without_all_it_is_one_screen_with_the_next_command(folder, capsys):
+    arguments = runs.overrides(folder, "brief", "stop_iteration=110", *runs.NO_ADVERSARIAL)
+    assert main(["doctor", "demo", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 14
+    assert lines[0].startswith("loading ... settings ... batch and learning rate ... weights")
+    assert [line.split()[0] for line in lines[1:9]] == [
+        *("run", "batch", "weights", "loss", "data", "speed", "bill", "disk")
+    ]
+    assert lines[-3] == "all settings and figures: the same command with --all"
+    assert lines[-2].startswith("next: kl-f8-train train demo model.ch=32 'model.ch_mult=[1,1]' ")
+    assert lines[-1] == "GO"
+    assert main(["doctor", "demo", *arguments, "--all"]) == 0
+    told = capsys.readouterr().out
+    assert "gradient norm at decoder.conv_out.weight" in told
+    assert "data.crop=32" in told
+
+
+def test_each_problem_is_printed_once(folder, tmp_path, capsys):
+    wrong = ("init.weights=absent.ckpt", "data.sources=nowhere/else")
+    for flags in ([], ["--all"]):
+        assert main(["doctor", "demo", *runs.overrides(tmp_path, "new", *wrong), *flags]) == 3
+        told = capsys.readouterr().out
+        assert told.count("absent.ckpt: no such file") == 1
+        assert told.count("NO GO, 2 problems:") == 1
+        assert "next: kl-f8-train train" not in told
+
+
+def test_a_wrong_setting_hides_no_missing_input_and_no_other_setting(tmp_path, capsys):
+    assert main(["doctor", "single_gpu", "data.crop=512", "data.shorter_side=384"]) == 2
+    told = capsys.readouterr().out
+    assert "NO GO, 2 problems:" in told
+    assert "init.weights=..." in told
+    assert "data.shorter_side=384 is smaller than data.crop=512" in told
+    wrong = ("init.weights=absent.ckpt", "data.crop=512", "data.shorter_side=384")
+    assert main(["doctor", "demo", *runs.overrides(tmp_path, "new", *wrong)]) == 2
+    told = capsys.readouterr().out
+    assert "data.shorter_side=384 is smaller than data.crop=512" in told
+    assert "absent.ckpt: no such file" in told
+    assert "data.sources.shards.shards" in told
+
+
+def test_every_image_of_a_small_folder_is_read(examined, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(40):
+        (photos / f"{number:02}.jpg").write_bytes(samples.encode(samples.noise_picture(number)))
+    for number in (5, 17, 39):
+        (photos / f"{number:02}.jpg").write_bytes(b"no image")
+    found = examined("all", f"data.sources={photos}", "init.weights=absent")[1]
+    entry = found["data"]["photos"]
+    assert (entry["sampled"], entry["unusable"]) == (40, 3)
+    assert "photos: 3 of all 40 images cannot be used, as photos/05.jpg: " in found["remarks"][0]
+    assert found["remarks"][0].endswith(", and 2 more")

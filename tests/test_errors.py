@@ -410,7 +410,9 @@ MACHINE = {
         "pip install torch-fidelity",
         "torch_fidelity torch_fidelity.feature_extractor_inceptionv3",
     ),
-    "skimage": Case("demo --run-dir d2", MISSING, "pip install scikit-image", "skimage"),
+    "demo stlpips": Case(
+        "demo --run-dir d2", MISSING, "pip install stlpips-pytorch", "stlpips_pytorch"
+    ),
     "hub": Case("inspect owner/name", MISSING, "pip install huggingface_hub", "huggingface_hub"),
     "fsspec": Case(
         "index gs://b/0.tar --index-dir i", MISSING, "nothing here reads gs://|pip", "gcsfs fsspec"

@@ -529,8 +529,15 @@ def test_bfloat16_autocast_keeps_float32_weights(finetuner, batch, standin):
     computed = {}
     for name, module in (("y", tuner.autoencoder.decoder), ("logits", tuner.discriminator)):
         module.register_forward_hook(lambda m, i, out, name=name: computed.update({name: out}))
+    exact = []  # moments, and what the decoder makes of the latents first
+    for module in (tuner.autoencoder.quant_conv, tuner.autoencoder.post_quant_conv):
+        module.register_forward_hook(lambda m, i, out: exact.extend([i[0].dtype, out.dtype]))
+    tuner.autoencoder.decoder.conv_in.register_forward_hook(
+        lambda m, i, o: exact.append(i[0].dtype)
+    )
     before = tuner.autoencoder.last_layer.detach().clone()
     iterate(tuner, batch(side=32))
+    assert set(exact) == {torch.float32}
     assert {out.dtype for out in computed.values()} == {torch.bfloat16}
     modules = (tuner.autoencoder, tuner.discriminator, tuner.ema)
     states = [v for m in modules for v in m.state_dict().values() if v.is_floating_point()]

@@ -7,13 +7,15 @@ import shutil
 
 import pytest
 import runs
+import samples
 import torch
 from safetensors.torch import load_file, save_file
 
 from kl_f8_train.__main__ import main
 from kl_f8_train.core import step
 from kl_f8_train.core.hashes import tensors_sha256
-from kl_f8_train.data import identity
+from kl_f8_train.data import identity, sources
+from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import UsageError
 from kl_f8_train.publish.export import export
 from kl_f8_train.run.train import train
@@ -65,6 +67,41 @@ def test_other_data_is_refused_or_recorded(folder, tmp_path):
         train(later)
     train(later, allow_changes=True)
     assert [line for line in changes(folder, "data") if "data.photos: " in line]
+
+
+def test_the_identity_of_data_is_of_names_sizes_and_counts(folder, tmp_path):
+    shutil.copytree(folder / "tiles", tmp_path / "a")
+    shutil.copytree(folder / "tiles", tmp_path / "b")
+
+    def of(place):
+        return identity.of_data({"x": sources.FolderSource(place)})["data.x"]
+
+    assert of(tmp_path / "a") == of(tmp_path / "b")  # a copy elsewhere is the same data
+    first, *_, last = sorted((tmp_path / "b").iterdir())
+    last.write_bytes(last.read_bytes() + b"0")
+    longer = of(tmp_path / "b")
+    last.write_bytes(last.read_bytes()[:-1])
+    first.rename(first.with_name("zzz.png"))
+    assert len({of(tmp_path / "a"), longer, of(tmp_path / "b")}) == 3
+
+
+def test_a_changed_shard_is_other_data(tmp_path):
+    cache = ShardCache(tmp_path / "cache", 2**30)
+
+    def of(*bodies):
+        members = {f"{number}.jpg": body for number, body in enumerate(bodies)}
+        samples.write_tar(tmp_path / "shards" / "0.tar", members)
+        source = sources.open_source("x", str(tmp_path / "shards"), [], cache)
+        return identity.of_data({"x": source})["data.x"]
+
+    assert of(b"one", b"two") == of(b"one", b"two")
+    assert of(b"one", b"two") != of(b"one", b"three")
+
+
+def test_another_name_of_a_source_changes_the_order(tmp_path):
+    (line,) = identity.differences({"data.a": "12 images"}, {"data.b": "12 images"})
+    assert line.startswith("data.a -> data.b: the same images under another name")
+    assert identity.differences({"torch": "1"}, {"data.b": "12 images"}) == []
 
 
 def test_a_checkpoint_without_an_identity_resumes(folder):

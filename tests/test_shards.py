@@ -1,3 +1,4 @@
+import errno
 import itertools
 import json
 import pickle
@@ -13,9 +14,10 @@ import samples
 from PIL import Image
 from pyarrow import parquet
 
+from kl_f8_train import files
 from kl_f8_train.data import index, sources
 from kl_f8_train.data.shard_cache import ShardCache
-from kl_f8_train.errors import MissingInputError, UsageError
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 
 # --- indexing -------------------------------------------------------------------------------
 
@@ -175,6 +177,127 @@ def test_expand_names_what_is_missing(folder, pattern, named):
     with pytest.raises(MissingInputError) as caught:
         index.expand(pattern)
     assert named in str(caught.value)
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(folder):
+    (folder / "list.txt").write_bytes(b"\xef\xbb\xbfshards/002.tar\r\nshards/000.tar\r\n")
+    assert index.expand("list.txt") == ["shards/002.tar", "shards/000.tar"]
+
+
+def test_upper_case_shards(folder):
+    (folder / "shards/000.tar").rename(folder / "shards/000.TAR")
+    assert index.expand("shards")[0] == "shards/000.TAR"
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        ("photos/a/0.tar", "in its folders a: name them, as '"),
+        ("photos/0.tar.gz", "photos, but 0.tar.gz: compressed shards cannot be read in places"),
+        ("photos/0.tgz", "unpack them, as `gunzip x.tar.gz`"),
+    ],
+)
+def test_shards_elsewhere_or_compressed_are_explained(folder, make, named):
+    (folder / make).parent.mkdir(parents=True)
+    (folder / make).write_bytes((folder / "shards/000.tar").read_bytes())
+    with pytest.raises(MissingInputError) as caught:
+        open_source(folder / "photos")
+    assert named in str(caught.value)
+    (folder / "x.tar.gz").write_bytes(b"packed")
+    with pytest.raises(MissingInputError, match="compressed shards"):
+        index.expand(str(folder / "x.tar.gz"))
+
+
+def test_a_stray_tar_does_not_make_photographs_shards(tmp_path):
+    samples.write_tar(tmp_path / "photos" / "backup.tar", {"1.jpg": b"x"})
+    for name in "abc":
+        (tmp_path / "photos" / f"{name}.jpg").write_bytes(b"x")
+    source = open_source(tmp_path / "photos")
+    assert source.files == ["a.jpg", "b.jpg", "c.jpg"]
+    assert source.describe() == ["3 images in a folder; not used: 1 .tar"]
+    samples.write_tar(tmp_path / "shards" / "0.tar", {"1.jpg": b"x"})
+    (tmp_path / "shards" / "preview.jpg").write_bytes(b"x")
+    assert open_source(tmp_path / "shards").describe() == ["1 image in 1 shard"]
+
+
+JPEG = samples.encode(samples.noise_picture(0), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("members", "found"),
+    [
+        ({"IMG.1.jpg": b"1", "IMG.2.jpg": b"2", "IMG.2.json": b"{}"}, [b"1", b"2"]),
+        (
+            {"0.seg.png": b"s", "0.image.png": b"0", "1.seg.png": b"s", "1.image.png": b"1"},
+            [b"0", b"1"],
+        ),
+        ({"0.pixels": JPEG, "0.json": b"{}", "1.pixels": JPEG}, [JPEG, JPEG]),
+        ({"0": JPEG, "1": b"text"}, [JPEG]),
+        ({"0.jpg": b"0", "._0.jpg": b"apple", "__MACOSX/0.jpg": b"apple"}, [b"0"]),
+        ({"./0.jpg": b"0", "./1.jpg": b"1"}, [b"0", b"1"]),
+        ({"0.jfif": b"0", "1.JPE": b"1"}, [b"0", b"1"]),
+    ],
+)
+def test_fields_and_dotted_names(tmp_path, members, found):
+    samples.write_tar(tmp_path / "x.tar", members)
+    assert read_all(open_source(tmp_path / "x.tar")) == found
+
+
+def test_several_conditions_in_one_filter():
+    assert [str(f) for f in sources.parse_filters(["a >= 1, b < 2", "c == 3"])] == [
+        *("a >= 1", "b < 2", "c == 3")
+    ]
+
+
+def test_what_could_not_be_fetched_is_tried_again(tmp_path, monkeypatch):
+    """Neither credentials, 403, 404 nor a silent server are properties of the data."""
+    samples.write_tar(tmp_path / "0.tar", {"1.jpg": b"x"})
+    cache, place = ShardCache(tmp_path / "cache", 2**30), "https://example.org/0.tar"
+    answers = [MissingInputError("answers 403"), RunFailedError("stalled"), tmp_path / "0.tar"]
+
+    def path(url):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(cache, "path", path)
+    messages = []
+    for _ in range(3):
+        index.build_index([place], tmp_path / "index", cache)
+        source = sources.TarSource(tmp_path / "index", [], cache)
+        messages.append(list(source.broken.values()))
+    assert messages == [["answers 403"], ["stalled"], []]
+    assert source.counts.tolist() == [1]
+    assert source.changed() == []
+    assert answers == []
+
+
+def test_local_shards_touch_no_cache(tmp_path, monkeypatch):
+    samples.packed(tmp_path / "photos", count=1, per_shard=1)
+    cache = ShardCache(tmp_path / "cache", 2**30)
+    source = sources.open_source("photos", str(tmp_path / "photos"), [], cache)
+    source.read(0, 0)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_without_locks_the_index_is_built_all_the_same(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", none)
+    samples.packed(tmp_path / "photos", count=1, per_shard=1)
+    assert open_source(tmp_path / "photos").counts.tolist() == [1]
+    cache = ShardCache(tmp_path / "cache", 2**30)
+    with pytest.raises(RunFailedError, match=r"no file locks; give data\.cache_dir"):
+        cache.open("https://example.org/0.tar")
+
+
+def test_an_index_that_can_be_written_nowhere_names_the_setting(tmp_path, monkeypatch):
+    samples.packed(tmp_path / "photos", count=1, per_shard=1)
+    monkeypatch.setattr(index, "is_writable", lambda place: False)
+    with pytest.raises(RunFailedError, match=r"give data\.index_dir"):
+        open_source(tmp_path / "photos")
 
 
 def test_folder_without_shards(tmp_path):
@@ -345,7 +468,8 @@ def test_indexing_resumes_at_the_part_that_is_missing(tmp_path, monkeypatch):
 
 def test_a_read_only_source_is_indexed_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("KL_F8_TRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(index.os, "access", lambda path, mode: False)  # root may write anywhere
+    writable = index.is_writable  # root may write anywhere
+    monkeypatch.setattr(index, "is_writable", lambda p: "photos" not in p.parts and writable(p))
     samples.packed(tmp_path / "photos", count=1, per_shard=1)
     source = open_source(tmp_path / "photos")
     assert source.directory.is_relative_to(tmp_path / "cache" / "index")

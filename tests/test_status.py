@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kl_f8_train import units
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError, RunFailedError
 from kl_f8_train.run import curves, status
@@ -381,3 +382,30 @@ def test_a_page_needs_a_file(tmp_path, monkeypatch, capsys, place):
     monkeypatch.chdir(make_run(tmp_path, [row(1010)]))
     assert main(["status", ".", "--html", place]) == 2
     assert "--html .: names no file; expected one" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_latest_photographs_newest_first(tmp_path):
+    run = make_run(tmp_path, [row(i) for i in range(1001, 1101)], (1100,))
+    (run / "pictures").mkdir()
+    for iteration in (1000, 1025, 1050, 1075, 1100):
+        (run / "pictures" / f"iteration-{iteration:09d}.jpg").write_bytes(b"jpeg")
+    page = status.html(run, status.read_status(run, NOW), NOW)
+    titles = re.findall(r"<figcaption>Iteration ([\d,]+): input, reconstruction", page)
+    assert titles == ["1,100", "1,075", "1,050"]
+    assert page.count('src="data:image/jpeg;base64,anBlZw=="') == 3
+
+
+def test_the_page_has_the_numbers_of_the_lines(tmp_path):
+    rows = [row(1000 + i, reconstruction_loss=1 / i) for i in range(1, 101)]
+    run = make_run(tmp_path, rows, (1100,))
+    found = status.read_status(run, NOW)
+    lately = f"{found.losses['reconstruction_loss']['recent']:.4g}"
+    assert f"reconstruction_loss: {lately} lately" in "\n".join(status.describe(found))
+    assert f"reconstruction_loss <b>{lately}</b>" in status.html(run, found, NOW)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1813.4, "1,813"), (99.94, "99.9"), (3.149, "3.15"), (0.042, "0.042")]
+)
+def test_speeds_have_three_digits_and_no_exponent(value, text):
+    assert units.speed(value) == f"{text} images/s"

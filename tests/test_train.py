@@ -3,7 +3,6 @@
 import csv
 import functools
 import os
-import re
 import shutil
 import signal
 import socket
@@ -21,7 +20,6 @@ import runs
 import samples
 import torch
 
-from kl_f8_train import demo
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.run.train import train
@@ -46,31 +44,6 @@ def wait_for(process: "subprocess.Popen[str]", text: str) -> str:
         if text in line:
             return seen
     raise AssertionError(f"{text!r} never came:\n{seen}")
-
-
-def test_the_demo_tells_early_how_long_its_base_takes(folder, tmp_path, capsys):
-    path = tmp_path / "base.ckpt"
-    short = ("init.iteration=null", "stop_iteration=24", f"init.weights={path}")
-    demo.train_base(runs.recipe(folder, "base", *short), path)
-    told = capsys.readouterr().out
-    for line in ("iteration 5 of 18", "iteration 23 of 24"):
-        assert re.search(rf"^{line} \| L1 \d\.\d+ \| \d+ s left of this part$", told, re.MULTILINE)
-    assert weight_file.read(path).iteration == 24
-
-
-@pytest.mark.slow
-def test_after_the_demo_its_recipe_is_at_its_end(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    small = ["model.ch_mult=[1,1]", "data.crop=32", "log.pictures_every=0"]
-    photographs = Path("runs/demo/photographs")
-    photographs.mkdir(parents=True)
-    shutil.copy(folder / "tiles" / "astr-000-000.png", photographs)
-    short = ("--length", "0.004", "--held-out", str(photographs))  # 3 + 1 + 1 iterations
-    assert main(["demo", *short, *small]) == 0
-    assert main(["train", "demo", *small, "stop_iteration=4"]) == 0
-    assert "runs/demo/ft_ema is at iteration 4, its end; nothing to do" in capsys.readouterr().out
-    assert main(["doctor", "demo", *small, "stop_iteration=4"]) == 0
-    assert capsys.readouterr().out.rstrip().endswith("GO")
 
 
 def test_iterations_count_on_from_the_imported_number(undisturbed):
@@ -326,7 +299,7 @@ def test_a_bad_image_is_skipped_counted_and_named(folder, capsys):
     train(settings)
     output = capsys.readouterr().out
     assert "skipped an image: one_bad/00000.tar/2.png: not a readable image" in output
-    assert "replaced on this rank: not a readable image" in output
+    assert "replaced: not a readable image" in output
     with (folder / "bad" / "metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
     assert float(last["skipped_images"]) >= 1

@@ -32,7 +32,7 @@ from kl_f8_train.core.phases import timed_by
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data.loading import IterationSampler, PositionDataset, loader, open_data
 from kl_f8_train.errors import MissingInputError, UsageError
-from kl_f8_train.units import counted, duration
+from kl_f8_train.units import counted, duration, speed
 from kl_f8_train.weights import pretrained
 
 WARM_UP = 3  # iterations before the clock starts: kernels are chosen, and compiled
@@ -98,6 +98,9 @@ def benchmark(
     timed_here = Variant("ours", ours)
     phases = measure([timed_here], batches, device, iterations)
     rates = {name: matmul_rate(device, kind) for name, kind in PRECISIONS.items()}
+    if config.precision == "tf32":
+        with machine.kernels("tf32"):
+            rates["tf32"] = matmul_rate(device, torch.float32)
     cpu_seconds = statistics.median(timed_here.cpu_seconds)
     if device.type == "cpu" and is_busy(timed_here.median, cpu_seconds, torch.get_num_threads()):
         notes.append(
@@ -150,7 +153,7 @@ def describe(result: Mapping[str, Any]) -> str:
     first, median, third = result["seconds_quartiles"]
     giga = 1e9
     lines = [
-        f"{result['images_per_second']:.3g} images/s, {result['batch']} at a time; "
+        f"{speed(result['images_per_second'])}, {result['batch']} at a time; "
         f"{counted(result['iterations'], 'iteration', 's')} of {median:.3g} s (median; quartiles "
         f"{first:.3g} and {third:.3g} s), the first one after "
         f"{result['first_iteration_seconds']:.0f} s",
@@ -225,7 +228,7 @@ def iteration_of(finetuner: Finetuner, device: torch.device) -> Iteration:
     finetuner.perceptual.to(device)
 
     def run(batch: Batch) -> None:
-        with machine.kernels(finetuner.config.precision):
+        with machine.kernels(finetuner.config.precision, finetuner.config.compute.deterministic):
             finetuner.run_iteration(batch)
 
     return run

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from kl_f8_train import config as configs
-from kl_f8_train import facts, images
-from kl_f8_train.check import benchmark, cost, origins, scaling
+from kl_f8_train import facts, images, units
+from kl_f8_train.check import benchmark, cost, origins, scaling, screen
 from kl_f8_train.config import Config
 from kl_f8_train.core import machine, perceptual
 from kl_f8_train.core.batch import Batch
@@ -31,8 +31,9 @@ from kl_f8_train.core.losses import generator_loss, reconstruction_loss
 from kl_f8_train.core.model import FROZEN
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data import identity
-from kl_f8_train.data.loading import PositionDataset, collate, open_data
-from kl_f8_train.data.sources import ImageSource
+from kl_f8_train.data.handover import FEW_FILES, raise_open_files, shared_memory_note
+from kl_f8_train.data.loading import PositionDataset, collate, open_data, shard_cache
+from kl_f8_train.data.sources import FolderSource, ImageSource, open_source
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError, UserError
 from kl_f8_train.files import check_writable
 from kl_f8_train.output import Say
@@ -41,10 +42,12 @@ from kl_f8_train.run.train import adopt, check_model, fixed_photographs, start_o
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted, duration, size
+from kl_f8_train.units import speed as rate
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
 from kl_f8_train.weights.names import Weights
 
 BASE_RATE = 4.5e-6  # the original's base learning rate
+SMALL_FOLDER = 500  # photographs; all of them are decoded
 SAMPLE = 32  # images of each local source that are decoded; of a remote one, REMOTE_SAMPLE
 REMOTE_SAMPLE = 2
 THIS_MACHINE = "this machine"  # where a run on its CPU gets its memory
@@ -52,11 +55,16 @@ FEW_IMAGES = 2  # of the gradient audit, and of the trial iteration without a GP
 PATIENCE_SECONDS = 8.0  # a trial iteration that took longer is not run a second time
 
 
+def _silent(line: str) -> None:
+    """Says nothing."""
+
+
 @dataclass
 class Report:
     """What was found: facts for machines, problems, and remarks that forbid nothing."""
 
-    say: Say
+    say: Say  # takes every line, in full
+    begin: Say = _silent  # takes the title of each section
     facts: dict[str, Any] = field(default_factory=dict)
     problems: list[UserError] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -64,21 +72,23 @@ class Report:
     @contextlib.contextmanager
     def section(self, title: str) -> Iterator[None]:
         """A part of the examination; an error of the user's in it becomes a problem."""
+        self.begin(title)
         self.say(f"{title}:")
         try:
             yield
         except UserError as error:
-            self.problems.append(error)
-            self.say(textwrap.indent(f"PROBLEM: {error}", "  "))
+            if str(error) not in map(str, self.problems):
+                self.problems.append(error)
+            number = [str(problem) for problem in self.problems].index(str(error)) + 1
+            self.say(f"  PROBLEM {number}, below")
 
     def tell(self, text: str) -> None:
         """A line of the current section."""
         self.say(f"  {text}")
 
     def remark(self, text: str) -> None:
-        """A line that is repeated at the end."""
+        """A note, for the end."""
         self.remarks.append(text)
-        self.tell(f"note: {text}")
 
     @property
     def exit_code(self) -> int:
@@ -104,31 +114,64 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def examine(path: Path, overrides: list[str], say: Say, allow_changes: bool = False) -> Report:
-    """Goes through a run's settings and inputs, and tries one iteration."""
-    report = Report(say)
+def examine(
+    path: Path,
+    overrides: list[str],
+    say: Say,
+    allow_changes: bool = False,
+    brief: Say | None = None,
+    begin: Say = _silent,
+) -> Report:
+    """Goes through a run's settings and inputs, and tries one iteration.
+
+    `say` gets every line; with `brief`, a screen of about a dozen lines goes there instead.
+    `begin` gets the title of each section as it begins.
+    """
+    report = Report(_silent if brief else say, begin)
     config = None
     with report.section("settings"):
         config = configs.load(path, overrides)
         _tell_settings(report, config, path, overrides)
     if config is not None:
         _examine_run(report, config, allow_changes)
-    elif (plan := _plan_without_inputs(path, overrides)) is not None:
-        world = planned_processes(plan)
+    elif (plan := _plan_without_inputs(report, path, overrides)) is not None:
+        config, world = plan, planned_processes(plan)
         with report.section("batch and learning rate"):
             _check_batch(report, plan, world)
         _tell_bill(report, plan, world)
-    _verdict(report)
+    else:
+        _examine_inputs(report, path, overrides)
+    if brief and config is not None:
+        for line in screen.lines(report.facts, config):
+            brief(line)
+    _verdict(report, brief or say)
     return report
 
 
-def _plan_without_inputs(path: Path, overrides: list[str]) -> Config | None:
-    """The settings with a name in the place of each without a value; None if more is wrong."""
-    with contextlib.suppress(UserError):
+def _plan_without_inputs(report: Report, path: Path, overrides: list[str]) -> Config | None:
+    """The settings with a name in the place of each without a value; None if more is wrong.
+
+    What else is wrong becomes a problem, too: a missing value would hide it.
+    """
+    with contextlib.suppress(UserError):  # was told already
         values = dict(configs.leaves(configs.resolve(path, overrides)))
         absent = [f"{key}=absent" for key, value in values.items() if value == "???"]
-        return configs.load(path, [*overrides, *absent])
+        if absent:
+            with report.section("the other settings"):
+                return configs.load(path, [*overrides, *absent])
     return None
+
+
+def _examine_inputs(report: Report, path: Path, overrides: list[str]) -> None:
+    """Looks at weights and data although a setting is wrong: all problems in one go."""
+    with contextlib.suppress(Exception):  # whatever a wrong setting does here
+        config = configs.parse(path, overrides)
+        with report.section("weights"):
+            _check_weights(report, config)
+        cache = shard_cache(config)
+        for name, source in config.data.sources.items():
+            with report.section(f"data: {name}"):
+                open_source(name, source.shards, source.filters, cache, warn=report.tell)
 
 
 def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
@@ -206,10 +249,12 @@ def _check_batch(report: Report, config: Config, world: int) -> None:
     report.facts["batch"] = {
         "processes": world, "per_device": micro, "accumulation": parts, "global": batch
     }  # fmt: skip
-    report.tell(
-        f"{counted(world, 'process', 'es')} x {counted(micro, 'image', 's')} x "
-        f"{counted(parts, 'micro-batch', 'es')} = {batch}"
-    )
+    report.tell(units.batch(batch, world, micro))
+    processes = world // (config.compute.num_nodes or 1)
+    if note := shared_memory_note(config, batch // world, processes):
+        report.remark(note)
+    if (files := raise_open_files()) < FEW_FILES:
+        report.remark(f"only {files} files may be open; raise it (`ulimit -n 4096`)")
     here = _memory_here(config)
     _tell_memory(report, config, micro, batch // world, here)
     report.tell(
@@ -362,10 +407,17 @@ def _check_source(report: Report, config: Config, name: str) -> None:
         "colour_profiles": dict(profiles),
         "images_per_second_per_worker": speed,
     }
-    report.tell(f"sample of {count}: {bad} unusable; {speed:.0f} images/s in one process")
-    if bad:
-        line = next(sample.skipped[0] for sample in samples if sample.skipped)
-        report.remark(f"{name}: {bad} of {count} sampled images cannot be used, as {line}")
+    lines = [line for sample in samples for line in sample.skipped]
+    of = f"{count} sampled images"
+    if isinstance(source, FolderSource) and len(source.files) <= SMALL_FOLDER:
+        lines = _unusable(name, source)
+        of, bad = f"all {len(source.files)} images", len(lines)
+        report.facts["data"][name] |= {"sampled": len(source.files), "unusable": bad}
+    report.facts["data"][name] |= {"checked": of, "about": "; ".join(source.describe())}
+    report.tell(f"{bad} of {of} cannot be used; {rate(speed)} in one process")
+    if lines:
+        more = f", and {len(lines) - 1} more" if len(lines) > 1 else ""
+        report.remark(f"{name}: {bad} of {of} cannot be used, as {lines[0]}{more}")
     if profiles:
         named = ", ".join(f"{number} {profile}" for profile, number in profiles.most_common(3))
         report.tell(f"{profiles.total()} of {count} are converted to sRGB from: {named}")
@@ -375,6 +427,17 @@ def _check_source(report: Report, config: Config, name: str) -> None:
             f"and would be enlarged; leave such out (in shards: data.sources.{name}.filters="
             f"'width >= {side}, height >= {side}'), or lower data.shorter_side"
         )
+
+
+def _unusable(name: str, source: FolderSource) -> list[str]:
+    """A line for each image of a folder that cannot be decoded."""
+    found = []
+    for number in range(len(source.files)):
+        try:
+            images.decode(source.read(0, number)[1])
+        except ImageError as error:
+            found.append(f"{name}/{source.name(0, number)}: {error}")
+    return found
 
 
 def _describe_image(source: ImageSource, shard: int, sample: int) -> str:
@@ -426,7 +489,7 @@ def _try_iteration(
     micro = configs.micro_batch(config, world)
     count = micro if cuda else min(micro, FEW_IMAGES)
     plan, sources = open_data(config, report.tell)
-    adopt(finetuner, identity.of_data(plan), config.run_dir, allow_changes)
+    adopt(finetuner, identity.of_data(sources), config.run_dir, allow_changes)
     dataset = PositionDataset(plan, sources, config)
     first = finetuner.iteration * config.global_batch
     batch = collate([dataset[first + slot] for slot in range(count)]).to(device)
@@ -465,7 +528,7 @@ def _try_iteration(
     tried = f"{count} of {micro} images" if count < micro else counted(count, "image", "s")
     report.tell(
         f"{tried} in {seconds:.2f} s{note} on {_device_name(cuda)}: "
-        f"{count / seconds:.3g} images/s; memory at most {size(memory)}"
+        f"{rate(count / seconds)}; memory at most {size(memory)}"
     )
     if not cuda:
         report.remark("time and memory were measured on this machine's CPU, not on a GPU")
@@ -678,11 +741,13 @@ def _tell_scaling(report: Report, config: Config, world: int) -> None:
         for kind in scaling.GPUS:
             found = scaling.predict(work, scaling.seconds_per_image(work, kind), world, kind)
             report.tell(f"{kind.name:<14} {_predicted(found, work)}")
+            if found.days:
+                report.facts.setdefault("predicted", {})[kind.name] = found.days
 
 
 def _predicted(found: scaling.Prediction, work: scaling.Workload) -> str:
     parts = [
-        f"{found.images_per_second:.3g} images/s",
+        rate(found.images_per_second),
         *([duration(found.days * 86400)] if found.days else []),
         f"data {size(found.images_per_second * scaling.IMAGE_BYTES)}/s",
     ]
@@ -692,12 +757,12 @@ def _predicted(found: scaling.Prediction, work: scaling.Workload) -> str:
     return ", ".join(parts)
 
 
-def _verdict(report: Report) -> None:
+def _verdict(report: Report, say: Say) -> None:
     for remark in report.remarks:
-        report.say(f"note: {remark}")
+        say(f"note: {remark}")
     if not report.problems:
-        report.say("GO")
+        say("GO")
         return
-    report.say(f"NO GO, {counted(len(report.problems), 'problem', 's')}:")
+    say(f"NO GO, {counted(len(report.problems), 'problem', 's')}:")
     for number, problem in enumerate(report.problems, 1):
-        report.say(textwrap.indent(f"{number}. {problem}", "  "))
+        say(textwrap.indent(f"{number}. {problem}", "  "))

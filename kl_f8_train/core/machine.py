@@ -4,6 +4,7 @@ None changes what is computed but for rounding, and none changes a state dict's 
 which of them to change when memory or the compiler fails.
 """
 
+import errno
 import os
 import shutil
 import sysconfig
@@ -29,7 +30,27 @@ OUT_OF_MEMORY = (
     "unable to find an engine",
     "Unable to find a valid cuDNN algorithm",
     "STATUS_ALLOC_FAILED",
+    "Cannot allocate memory",
+    "can't allocate memory",
 )
+MORE_MEMORY = "lower data.workers, or give the job more memory"
+MORE_SHARED = (
+    "shared memory is full: give Docker --shm-size=8g or --ipc=host, or lower data.workers"
+)
+MORE_FILES = "the limit of open files: raise it (`ulimit -n 4096`), or lower data.workers"
+MORE_PROCESSES = "the limit of processes: raise it (`ulimit -u`), or lower data.workers"
+LIMITS = {  # what a failure's message holds -> what helps
+    "killed by signal: Killed": f"most likely for memory: {MORE_MEMORY}",
+    "exited unexpectedly": f"most likely for memory: {MORE_MEMORY}",
+    "killed by signal: Bus error": MORE_SHARED,
+    "shared memory": MORE_SHARED,
+    "open files": MORE_FILES,
+    "ancdata": MORE_FILES,
+    "start new thread": MORE_PROCESSES,
+    "Resource temporarily unavailable": MORE_PROCESSES,
+    "temporary directory": "name a directory that can be written: TMPDIR=/some/where",
+    "AF_UNIX path too long": "give TMPDIR a shorter name, such as TMPDIR=/tmp",
+}
 
 
 def apply(
@@ -149,28 +170,42 @@ def _bfloat16_convolutions() -> Iterator[None]:
 
 
 @contextmanager
-def kernels(precision: str) -> Iterator[None]:
-    """Sets how cuDNN convolves in iterations: the fastest kernels by trial, TF32 by precision.
+def kernels(precision: str, deterministic: bool = False) -> Iterator[None]:
+    """Sets how CUDA computes in iterations: the fastest kernels by trial, TF32 by precision.
 
-    Precision "float32" means float32, while torch's default for convolutions is TF32; it stays for
-    what "bfloat16" leaves in float32, the perceptual network. Nothing on a CPU.
+    "float32" means float32, while torch's default for convolutions is TF32; "tf32" has it in
+    convolutions and matrix products; "bfloat16" has it in the convolutions that it leaves in
+    float32, the perceptual network's. Nothing of it changes a CPU's arithmetic.
+
+    `deterministic` takes kernels that give the same bits in every run on one kind of GPU; torch
+    raises RuntimeError, named by `with_remedy`, where an operation has none.
     """
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(
-        enabled=cudnn.enabled,
-        benchmark=True,  # an iteration's shapes are those of the iteration before
-        deterministic=cudnn.deterministic,
-        allow_tf32=precision != "float32",
-    ):
-        yield
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = products.allow_tf32, torch.are_deterministic_algorithms_enabled()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS' first use
+        torch.use_deterministic_algorithms(True)
+    products.allow_tf32 = precision == "tf32"
+    try:
+        with cudnn.flags(
+            enabled=cudnn.enabled,
+            benchmark=not deterministic,  # an iteration's shapes are those of the one before
+            deterministic=deterministic or cudnn.deterministic,
+            allow_tf32=precision != "float32",
+        ):
+            yield
+    finally:
+        products.allow_tf32 = before[0]
+        if deterministic:
+            torch.use_deterministic_algorithms(before[1])
 
 
 @contextmanager
 def with_remedy() -> Iterator[None]:
-    """Raises RunFailedError with the remedy for a failure of memory or of the compiler."""
+    """Raises RunFailedError with the remedy for a machine's limit or the compiler's failure."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         remedy = _remedy_for(error)
         if remedy is None:
             raise
@@ -184,7 +219,15 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _remedy_for(error: Exception) -> str | None:
-    """What helps against a failure of memory or of the compiler; None for any other."""
+    """What helps against a machine's limit or the compiler's failure; None for any other."""
+    for sign, remedy in LIMITS.items():
+        if sign in str(error):
+            return remedy
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+        return (
+            "a temporary file or shared memory is full: make room in the directory for temporary "
+            "files (TMPDIR names another) and in /dev/shm (Docker: --shm-size)"
+        )
     if is_out_of_memory(error):
         return (
             "out of memory: halve compute.per_device_batch (the global batch stays, by "
@@ -193,4 +236,10 @@ def _remedy_for(error: Exception) -> str | None:
         )
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return "torch.compile failed: give compute.compile=false"
+    if "does not have a deterministic implementation" in str(error):
+        return (
+            "compute.deterministic=true: this operation prevents it on this device; give "
+            "compute.deterministic=false, or, where it is upsampling, compute.subpixel_upsample="
+            "true, and where it is padding, loss.perceptual=lpips_vgg"
+        )
     return None

@@ -248,7 +248,7 @@ class Finetuner(_Base):
 
     def training_step(self, batch: Batch, batch_index: int) -> None:
         """One iteration; before the first, those of the discriminator's warm-up."""
-        with machine.kernels(self.config.precision):
+        with machine.kernels(self.config.precision, self.config.compute.deterministic):
             if self.warmup_left:
                 self.run_warm_up(batch)
             else:

@@ -8,13 +8,13 @@ inputs, and at the start of a run between the ranks.
 import hashlib
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 
-from kl_f8_train import __version__
+from kl_f8_train import __version__, units
 from kl_f8_train.core.hashes import tensors_sha256
 from kl_f8_train.core.perceptual import PerceptualDistance
-from kl_f8_train.data.plan import Plan
+from kl_f8_train.data.sources import ImageSource
+from kl_f8_train.units import counted
 
 Identity = dict[str, str]
 
@@ -35,20 +35,37 @@ def network_label(identity: Mapping[str, str]) -> str:
     return identity.get("perceptual", "").partition(", SHA-256")[0]
 
 
-def of_data(plan: Plan) -> Identity:
-    """One entry for each source: its images, in which shards or folders they lie."""
-    return {f"data.{name}": _of_counts(source.counts) for name, source in plan.plans.items()}
+def of_data(sources: Mapping[str, ImageSource]) -> Identity:
+    """One entry for each source, of the names, sizes and numbers of images of all its files.
+
+    Neither where they lie nor when they were written: a copy elsewhere is the same data.
+    """
+    return {f"data.{name}": _of_source(source) for name, source in sources.items()}
 
 
-def _of_counts(counts: np.ndarray) -> str:
-    digest = hashlib.sha256(counts.tobytes()).hexdigest()
-    return f"{int(counts.sum()):,} images in {len(counts):,} parts, SHA-256 {digest[:16]}"
+def _of_source(source: ImageSource) -> str:
+    digest, files, total = hashlib.sha256(), 0, 0
+    for name, size, count in source.files_held():
+        digest.update(f"{name}\0{size}\0{count}\n".encode(errors="surrogateescape"))
+        files, total = files + 1, total + size
+    return (
+        f"{int(source.counts.sum()):,} images in {counted(files, 'file', 's')} of "
+        f"{units.size(total)}, SHA-256 {digest.hexdigest()[:16]}"
+    )
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Lines `name: before -> now`; what an older checkpoint does not hold is not compared."""
-    return [
+    lines = [
         f"{name}: {before[name]} -> {value}"
         for name, value in now.items()
         if before.get(name, value) != value
     ]
+    former = {value: name for name, value in before.items() if name not in now}
+    for name, value in now.items():
+        if name.startswith("data.") and name not in before and value in former:
+            lines.append(
+                f"{former[value]} -> {name}: the same images under another name of the source, by "
+                "which their order is drawn: it changes"
+            )
+    return lines

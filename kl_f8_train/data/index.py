@@ -8,24 +8,35 @@ that 100,000 shards of 1,000 images open in seconds.
 import glob
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from webdataset.shardlists import expand_urls
 
 from kl_f8_train.data.shard_cache import ShardCache
-from kl_f8_train.errors import MissingInputError
-from kl_f8_train.files import atomic_path, cache_dir, check_writable, write_json
-from kl_f8_train.folders import SUFFIXES
+from kl_f8_train.errors import MissingInputError, RunFailedError
+from kl_f8_train.files import (
+    DiskError,
+    atomic_path,
+    cache_dir,
+    check_writable,
+    is_writable,
+    temporary_dir,
+    write_json,
+)
+from kl_f8_train.folders import HEAD, NO_IMAGES, SUFFIXES, is_system, looks_like_image
+from kl_f8_train.images import MAX_BYTES
 from kl_f8_train.lifetime import end_with_parent
 from kl_f8_train.output import Progress
 from kl_f8_train.transfer import is_remote
@@ -35,6 +46,12 @@ TAR_BLOCK = 512  # bytes; everything in a tar starts at a multiple of it
 PART_SHARDS = 64  # shards indexed as one resumable part
 MOST = 1_000_000  # shards of one pattern
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)  # of an index
+
+UNFETCHED = [-2, 0]  # in place of a fingerprint: not what any shard has, so it is tried again
+GIVE_UP = 3  # shards of a chunk that a server does not give after all attempts
+PHOTOGRAPH_FIELDS = ("image", "img", "photo", "picture", "rgb", "input", "input_image", "original")
+UNPACK = "compressed shards cannot be read in places; unpack them, as `gunzip x.tar.gz`"
+COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 
 
 # --- finding --------------------------------------------------------------------------------
@@ -47,13 +64,11 @@ def expand(pattern: str) -> list[str]:
     """
     path = Path(pattern)
     if path.is_dir():
-        found = sorted(str(tar) for tar in path.glob("*.tar"))
+        found = tars_in(path)
         if not found:
-            raise MissingInputError(
-                f"no shards and no images in {path}; expected .tar files or {', '.join(SUFFIXES)}"
-            )
+            raise MissingInputError(f"no shards and no images in {path}{_other_shards(path)}")
         return found
-    if path.suffix == ".txt" and path.is_file():
+    if path.suffix.lower() == ".txt" and path.is_file():
         return _existing(_list_file(path), pattern)
     if pattern.startswith("pipe:"):
         return [pattern]
@@ -70,10 +85,32 @@ def expand(pattern: str) -> list[str]:
     return _existing(parts, pattern)
 
 
+def tars_in(folder: Path) -> list[str]:
+    """The shards of a folder itself, sorted."""
+    names = (entry.name for entry in os.scandir(folder) if entry.is_file())
+    tars = sorted(n for n in names if n.lower().endswith(".tar") and not n.startswith("."))
+    return [str(folder / name) for name in tars]
+
+
+def _other_shards(folder: Path) -> str:
+    """What may be meant where a folder itself holds no .tar."""
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    packed = [entry.name for entry in entries if COMPRESSED.search(entry.name)]
+    if packed:
+        return f", but {packed[0]}: {UNPACK}"
+    below = [entry.name for entry in entries if entry.is_dir() and tars_in(Path(entry.path))]
+    if below:
+        return (
+            f", but in its folders {', '.join(below[:3])}{', ...' * (len(below) > 3)}: name them, "
+            f"as '{folder}/*/*.tar'"
+        )
+    return "; expected .tar files or photographs"
+
+
 def _list_file(path: Path) -> list[str]:
     """The lines of a list file that are neither empty nor comments."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise MissingInputError(
             f"{path} is no list of shards: byte {error.start} is not UTF-8; expected a text with a "
@@ -109,6 +146,8 @@ def _existing(locations: list[str], pattern: str) -> list[str]:
             "path; expected .tar files by brace pattern, glob, directory or list, or a folder of "
             "images"
         )
+    if packed := next((place for place in locations if COMPRESSED.search(place)), None):
+        raise MissingInputError(f"{packed}: {UNPACK}")
     return locations
 
 
@@ -126,49 +165,109 @@ class TarIndex:
     without_image: int = 0
 
 
+@dataclass
+class _Member:
+    """A file of a tar that may matter: an image, or numbers about one."""
+
+    folder: str
+    name: str
+    offset: int  # bytes
+    size: int  # bytes
+    is_image: bool
+    numbers: dict[str, float]
+
+    def key(self, dotted: bool) -> tuple[str, str]:
+        """What the files of one sample share: the name up to its first dot, or its last."""
+        return self.folder, self.name.rpartition(".")[0] if dotted else self.name.partition(".")[0]
+
+    @property
+    def field(self) -> str:
+        """The part of the name that tells a sample's files apart, as WebDataset reads names."""
+        return self.name.partition(".")[2].lower()
+
+
 def index_tar(path: Path) -> TarIndex:
     """Reads the headers and JSON members of one tar.
 
     Raises MissingInputError if it is cut short (also at a header boundary) or is no tar.
     """
-    found = TarIndex()
-    previous: tuple[str, str] | None = None
-    pending: dict[str, float] = {}
-    has_image = True
+    members: list[_Member] = []
     try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                base, _, extension = name.partition(".")
-                if (folder, base) != previous:
-                    found.without_image += not has_image
-                    previous, pending, has_image = (folder, base), {}, False
-                if extension.lower() == "json":
-                    handle = archive.extractfile(member)
-                    pending.update(_json_numbers(handle.read() if handle else b""))
-                elif f".{extension.lower()}" in SUFFIXES and not has_image:
-                    has_image = True
-                    found.blocks.append(member.offset_data // TAR_BLOCK)
-                    found.sizes.append(member.size)
-                    found.keys.append(base)
-                    found.numbers.append(pending)
-            end = archive.offset
         with path.open("rb") as file:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                members += filter(None, (_member(archive, entry, file) for entry in archive))
+                end = archive.offset
             file.seek(end)
             block = file.read(TAR_BLOCK)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise MissingInputError(
-            f"shard {path} is broken: {error} after {counted(len(found.sizes), 'image', 's')}"
+            f"shard {path} is broken: {error} after {_images(members)}"
         ) from error
-    found.without_image += not has_image
     if len(block) != TAR_BLOCK or block.strip(b"\0"):
-        raise MissingInputError(
-            f"shard {path} is cut short: no end mark after "
-            f"{counted(len(found.sizes), 'image', 's')}"
-        )
+        raise MissingInputError(f"shard {path} is cut short: no end mark after {_images(members)}")
+    return _index(members)
+
+
+def _images(members: list[_Member]) -> str:
+    return counted(sum(member.is_image for member in members), "image", "s")
+
+
+def _member(archive: tarfile.TarFile, entry: tarfile.TarInfo, file: BinaryIO) -> _Member | None:
+    """What a file in a tar is; None for folders, links, and what a system keeps for itself."""
+    folder, _, name = entry.name.rpartition("/")
+    parts = [part for part in entry.name.split("/") if part.strip(".")]
+    if not entry.isfile() or entry.issparse() or any(map(is_system, parts)):
+        return None
+    suffix = os.path.splitext(name)[1].lower()
+    numbers: dict[str, float] = {}
+    if suffix == ".json":
+        handle = archive.extractfile(entry)
+        numbers = _json_numbers(handle.read() if handle else b"")
+    is_image = suffix in SUFFIXES
+    if not is_image and suffix not in NO_IMAGES:
+        head = os.pread(file.fileno(), min(HEAD, entry.size), entry.offset_data)
+        is_image = looks_like_image(head)
+    is_image = is_image and entry.size <= MAX_BYTES
+    return _Member(folder, name, entry.offset_data, entry.size, is_image, numbers)
+
+
+def _index(members: list[_Member]) -> TarIndex:
+    """One image of each sample, with the sample's numbers.
+
+    A sample's files are neighbours that share the name up to its first dot, as WebDataset has it:
+    `0.image.jpg`, `0.mask.png`. Where several images share it, but no field is there twice, the
+    dots are the names' own (`IMG.1.jpg`, `IMG.2.jpg`), and the name ends at its last dot.
+    """
+    dotted = False
+    groups = _groups(members, dotted)
+    images = [[member for member in group if member.is_image] for group in groups]
+    rivals = [member.field for group in images if len(group) > 1 for member in group]
+    if rivals and all("." in field for field in rivals):
+        fields = Counter(member.field for group in images for member in group)
+        dotted = max(fields.values()) == 1
+        groups = _groups(members, dotted)
+    found = TarIndex()
+    for group in groups:
+        candidates = [member for member in group if member.is_image]
+        if not candidates:
+            found.without_image += 1
+            continue
+        chosen = candidates[0] if dotted else min(candidates, key=_field_rank)
+        found.blocks.append(chosen.offset // TAR_BLOCK)
+        found.sizes.append(chosen.size)
+        found.keys.append(chosen.key(dotted)[1])
+        found.numbers.append({k: v for member in group for k, v in member.numbers.items()})
     return found
+
+
+def _groups(members: list[_Member], dotted: bool) -> list[list[_Member]]:
+    return [list(group) for _, group in itertools.groupby(members, lambda m: m.key(dotted))]
+
+
+def _field_rank(member: _Member) -> int:
+    """Which of a sample's images is the photograph: `jpg`, then `image.png`, then any other."""
+    plain = f".{member.field}" in SUFFIXES
+    return 0 if plain else 1 if member.field.partition(".")[0] in PHOTOGRAPH_FIELDS else 2
 
 
 def add_neighbours(found: TarIndex, path: Path) -> TarIndex:
@@ -222,15 +321,30 @@ def _numeric(values: dict[Any, Any]) -> dict[str, float]:
 # --- the index of a source ------------------------------------------------------------------
 
 
-def index_directory(locations: Sequence[str], given: str | None = None) -> Path:
-    """Where the index of these shards is kept: as given, beside them, or in the user's cache."""
-    name = hashlib.sha256("\n".join(locations).encode()).hexdigest()[:16]
+def index_directories(locations: Sequence[str], given: str | None = None) -> list[Path]:
+    """Where the index of these shards may be kept, the best place first.
+
+    As given, or beside them, in the user's cache, and among the temporary files.
+    """
+    name = hashlib.sha256("\n".join(locations).encode(errors="surrogateescape")).hexdigest()[:16]
     if given:
-        return Path(given) / name
-    parent = Path(locations[0]).parent
-    if not is_remote(locations[0]) and os.access(parent, os.W_OK):
-        return parent / ".kl_f8_index" / name
-    return cache_dir() / "index" / name
+        return [Path(given) / name]
+    elsewhere = [cache_dir() / "index" / name, temporary_dir() / "index" / name]
+    beside = Path(locations[0]).parent / ".kl_f8_index" / name
+    return elsewhere if is_remote(locations[0]) else [beside, *elsewhere]
+
+
+def index_directory(locations: Sequence[str], given: str | None = None) -> Path:
+    """The first of `index_directories` that can be written; RunFailedError if there is none."""
+    places = index_directories(locations, given)
+    for place in places:
+        if is_writable(place):
+            return place
+    tried = ", ".join(str(place.parent) for place in places)
+    raise RunFailedError(
+        f"the index of the shards cannot be written in {tried}: give data.index_dir "
+        "(`index --index-dir`) a directory that can be written and has room"
+    )
 
 
 def build_index(
@@ -272,13 +386,27 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
     sizes: list[int] = []
     numbers: list[dict[str, float]] = []
     counts, without, broken = [], 0, {}
-    for place in chunk:
+    unreachable = 0
+    for number, place in enumerate(chunk):
+        one = TarIndex()
         try:
             path = cache.path(place)
-            one = index_tar(path)
-            one = one if is_remote(place) else add_neighbours(one, path)
-        except MissingInputError as error:
-            one, broken[place] = TarIndex(), str(error)
+        except DiskError:
+            raise
+        except (MissingInputError, RunFailedError) as error:  # today's: the next call tries again
+            fingerprints[number], broken[place] = UNFETCHED, str(error)
+            unreachable += isinstance(error, RunFailedError)
+            if unreachable == GIVE_UP:
+                raise
+            path = None
+        if path is not None:
+            try:
+                one = index_tar(path)
+                one = one if is_remote(place) else add_neighbours(one, path)
+            except MissingInputError as error:
+                one, broken[place] = TarIndex(), str(error)
+                if isinstance(error.__cause__, OSError):  # not the shard's fault
+                    fingerprints[number] = UNFETCHED
         blocks += one.blocks
         sizes += one.sizes
         numbers += one.numbers

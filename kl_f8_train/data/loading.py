@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from kl_f8_train import images
 from kl_f8_train.config import Config, source_shares
 from kl_f8_train.core.batch import Batch
+from kl_f8_train.data.handover import FEW_FILES, Handover, Parcel, raise_open_files
 from kl_f8_train.data.plan import Plan, random_state
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.data.sources import FolderSource, ImageSource, TarSource, open_source
@@ -206,17 +207,30 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
+class Collate:
+    """`collate` in a loader process, which then hands the batch over."""
+
+    def __init__(self, by_pipe: bool) -> None:
+        self.handover = Handover()
+        self.handover.by_pipe = by_pipe
+
+    def __call__(self, samples: list[Sample]) -> Parcel:
+        """Arrives in the main process as a Batch."""
+        return self.handover(collate(samples))
+
+
 def loader(
     dataset: PositionDataset, sampler: IterationSampler, workers: int, pin_memory: bool = False
 ) -> DataLoader[Sample]:
     """Loads whole iterations in worker processes, for a GPU into page-locked memory."""
     dataset.watch(workers)
+    few_files = raise_open_files() < FEW_FILES
     # torch would say it twice at each start; workers that wait cost little
     warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=collate,
+        collate_fn=Collate(few_files) if workers else collate,
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=functools.partial(start_worker, os.getpid()),

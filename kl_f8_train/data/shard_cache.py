@@ -20,7 +20,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kl_f8_train.errors import RunFailedError
-from kl_f8_train.files import atomic_path, disk_failure, hidden_beside, write_json
+from kl_f8_train.files import (
+    atomic_path,
+    disk_failure,
+    has_no_locks,
+    hidden_beside,
+    write_json,
+)
 from kl_f8_train.transfer import (
     PATIENCE,
     Patience,
@@ -32,6 +38,7 @@ from kl_f8_train.transfer import (
     shown,
 )
 
+CACHE_SETTINGS = "data.cache_dir, or KL_F8_TRAIN_CACHE"  # what names the directory
 LEFTOVER_SECONDS = 3600.0  # a temporary file as old as this belongs to nobody
 CACHED_NAME = re.compile(r"[0-9a-f]{16}-.*")
 PART_NAME = re.compile(r"\.+([0-9a-f]{16}-.*?)(?:\.json)?\.\d+-[0-9a-f]+\.part")
@@ -54,17 +61,29 @@ class ShardCache:
         queue_size: int = 16,
         patience: Patience = PATIENCE,
     ) -> None:
-        """Raises RunFailedError if `root` cannot be written."""
+        """Touches no file: `root` is made when the first remote file is asked for."""
         self.root, self.max_bytes = root, max_bytes
+        self._is_ready = False
         self.grace_seconds, self.queue_size, self.patience = grace_seconds, queue_size, patience
         self._worker = _Worker(self._fill_ahead, queue_size)
+
+    def _prepare(self) -> None:
+        """Makes the directory. Raises RunFailedError if it cannot be written, or has no locks."""
+        if self._is_ready:
+            return
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(root)
-            with _locked(root / ".evict.lock", fcntl.LOCK_EX):
+            self.root.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(self.root)
+            with _locked(self.root / ".evict.lock", fcntl.LOCK_EX):
                 pass
         except OSError as error:
-            raise disk_failure(root, error) from error
+            if has_no_locks(error):
+                raise RunFailedError(
+                    f"{self.root}: its file system has no file locks; give data.cache_dir, or "
+                    "KL_F8_TRAIN_CACHE, a directory on a local disk"
+                ) from error
+            raise disk_failure(self.root, error, CACHE_SETTINGS) from error
+        self._is_ready = True
 
     def __reduce__(self) -> tuple[Callable[..., "ShardCache"], tuple[object, ...]]:
         """Pickles the settings only; the copy has its own background thread."""
@@ -83,10 +102,11 @@ class ShardCache:
         """
         if not is_remote(url):
             return open_local(url)
+        self._prepare()
         try:
             return self._take(url, size, sha256)
         except OSError as error:
-            raise disk_failure(self.root, error) from error
+            raise disk_failure(self.root, error, CACHE_SETTINGS) from error
 
     def path(self, url: str, size: int | None = None, sha256: str | None = None) -> Path:
         """Like `open`, but its path: whoever opens it within `grace_seconds` finds it there."""
@@ -101,6 +121,9 @@ class ShardCache:
         It stops at the first that does not fit in the queue; those that wait there already count
         as taken. An error is kept and raised when that url is asked for.
         """
+        urls = list(urls)
+        if any(map(is_remote, urls)):
+            self._prepare()
         taken = 0
         for url in urls:
             if is_remote(url) and not self._own_worker().offer(url):

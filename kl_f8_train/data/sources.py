@@ -1,10 +1,10 @@
 """The images of a source by shard and number: indexed tar shards, after filters, or a folder."""
 
-import fcntl
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,18 +14,22 @@ from typing import Any, Protocol
 import numpy as np
 
 from kl_f8_train.data.index import (
+    COMPRESSED,
     PART_SHARDS,
     TAR_BLOCK,
+    UNFETCHED,
     UNREADABLE,
     build_index,
     expand,
     fingerprint,
+    index_directories,
     index_directory,
+    tars_in,
 )
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, UsageError
-from kl_f8_train.files import check_writable
-from kl_f8_train.folders import describe_count, list_folder, read_file
+from kl_f8_train.files import one_at_a_time
+from kl_f8_train.folders import Listing, describe_count, list_folder, read_file
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted, printable
 
@@ -48,6 +52,9 @@ class ImageSource(Protocol):
 
     def describe(self) -> list[str]:
         """Lines on what is in it, and what the filters dropped."""
+
+    def files_held(self) -> Iterable[tuple[str, int, int]]:
+        """(name, bytes, images after filters) of each of its files, in their order."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,11 @@ class Filter:
         return passed & ~np.isnan(values)
 
 
+def parse_filters(texts: Iterable[str]) -> list[Filter]:
+    """Conditions, also several in one string: "width >= 256, aesthetic > 5"."""
+    return [Filter.parse(part) for text in texts for part in text.split(",") if part.strip()]
+
+
 class TarSource:
     """Indexed shards, after filters."""
 
@@ -118,7 +130,11 @@ class TarSource:
         with ThreadPoolExecutor(16) as pool:
             now = list(pool.map(fingerprint, self.locations))
         pairs = zip(self.locations, self.fingerprints, now, strict=True)
-        return [place for place, before, after in pairs if before != after]
+        return [
+            place
+            for place, before, after in pairs
+            if before != after and not (before == UNFETCHED and is_remote(place))
+        ]
 
     def read(self, shard: int, sample: int) -> tuple[str, bytes]:
         """Name, from the header in front of the data, and encoded image."""
@@ -151,6 +167,13 @@ class TarSource:
         if self.without_image:
             lines.append(f"{self.without_image:,} samples have no image")
         return lines
+
+    def files_held(self) -> Iterable[tuple[str, int, int]]:
+        """(name, bytes of its images, images after filters) of each shard."""
+        for shard, place in enumerate(self.locations):
+            rows = slice(int(self.starts[shard]), int(self.starts[shard + 1]))
+            held = int(self.sizes[rows].sum(dtype=np.int64))
+            yield os.path.basename(place), held, int(self.counts[shard])
 
     def _filtered_counts(self) -> np.ndarray:
         """Images of each shard that pass, a stretch of shards at a time to bound the memory."""
@@ -195,9 +218,9 @@ class TarSource:
 class FolderSource:
     """A folder of image files, as one shard."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, listing: Listing | None = None) -> None:
         self.folder = folder
-        self.listing = list_folder(folder)
+        self.listing = listing or list_folder(folder)
         self.files = self.listing.files
         self.counts = np.array([len(self.files)], np.int64)
 
@@ -219,6 +242,13 @@ class FolderSource:
     def location(self, shard: int) -> str:
         """The folder."""
         return str(self.folder)
+
+    def files_held(self) -> Iterable[tuple[str, int, int]]:
+        """(path below the folder, bytes, 1) of each file; one that is gone has -1 bytes."""
+        places = [self.folder / file for file in self.files]
+        with ThreadPoolExecutor(16) as pool:
+            sizes = list(pool.map(lambda place: fingerprint(str(place))[0], places))
+        return zip(self.files, sizes, itertools.repeat(1))
 
     def describe(self) -> list[str]:
         """How many files are used, and how many of which kind are not."""
@@ -244,16 +274,16 @@ def open_source(
     """
     where = label or f"data.sources.{name}.shards={pattern}"
     try:
-        parsed = [Filter.parse(text) for text in filters]
+        parsed = parse_filters(filters)
         folder = Path(pattern)
-        if folder.is_dir() and not any(folder.glob("*.tar")):
-            return _open_folder(folder, parsed)
+        if folder.is_dir() and (listing := _photographs(folder)):
+            return _open_folder(folder, listing, parsed)
         locations = expand(pattern)
-        directory = index_directory(locations, index_dir)
-        if not _fresh(directory, cache):
-            check_writable(directory)
-            with (directory / ".lock").open("w") as lock:  # one rank builds, the others wait
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        places = index_directories(locations, index_dir)
+        directory = next((place for place in places if _fresh(place, cache)), None)
+        if directory is None:
+            directory = index_directory(locations, index_dir)
+            with one_at_a_time(directory):  # one rank builds, the others wait
                 if not _fresh(directory, cache):
                     _build_here(pattern, locations, directory, cache)
         source = TarSource(directory, parsed, cache)
@@ -264,7 +294,8 @@ def open_source(
         raise MissingInputError(
             "\n".join(broken[:10])
             + f"\n{len(broken)} of {len(locations)} shards of {name} are broken; mend them, or "
-            "leave them out with data.bad_shards=skip"
+            "leave them out with data.bad_shards=skip; `kl-f8-train index` tries those anew that "
+            "could not be fetched"
         )
     for message in broken[:20]:
         warn(f"{message}; left out")
@@ -275,13 +306,27 @@ def open_source(
     return source
 
 
-def _open_folder(folder: Path, filters: Sequence[Filter]) -> FolderSource:
+def _photographs(folder: Path) -> Listing | None:
+    """The photographs of a folder; None if it is one of shards, with few photographs beside."""
+    tars = tars_in(folder)
+    listing = list_folder(folder)
+    if not listing.files and (tars or _has_shards(folder)):
+        return None
+    return listing if len(listing.files) > len(tars) or not tars else None
+
+
+def _has_shards(folder: Path) -> bool:
+    """Whether shards lie in its folders, or compressed: `expand` says what to do then."""
+    return any(folder.glob("*/*.[tT][aA][rR]")) or any(map(COMPRESSED.search, os.listdir(folder)))
+
+
+def _open_folder(folder: Path, listing: Listing, filters: Sequence[Filter]) -> FolderSource:
     if filters:
         raise UsageError(
             "filters need shards with metadata; this is a plain folder: `kl-f8-train pack` it, or "
             "leave them out"
         )
-    source = FolderSource(folder)
+    source = FolderSource(folder, listing)
     if not source.files:
         raise MissingInputError(
             f"no shards and no images in {folder}; expected .tar files or photographs as .jpg, "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from kl_f8_train import __version__, images
 from kl_f8_train import config as configs
@@ -18,7 +19,7 @@ from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import ENTRY, FAMILIES, Facts, combined, settled
 from kl_f8_train.files import check_writable, file_sha256, write_json, write_text
-from kl_f8_train.publish import card, half_precision
+from kl_f8_train.publish import card, half_precision, rescale
 from kl_f8_train.run import outcome
 from kl_f8_train.run_dir import best_checkpoint, is_run
 from kl_f8_train.weights import checkpoint, names, weight_file
@@ -48,6 +49,7 @@ def export(
     average: Sequence[Path] = (),
     pictures: Path | None = None,
     family: str | None = None,
+    fp16_safe: bool | None = None,
     force: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
@@ -57,11 +59,12 @@ def export(
     validation. Its EMA is averaged with those of
     `average`, or with `raw` its raw weights are taken. `dtype` is that of the single files;
     diffusers/ always holds float32 and the fp16 variant. `family` says whose VAE it is where the
-    checkpoint does not know, as those of older versions. With `force` the weight files of an
-    earlier export that this one does not have are removed. Returns the directory. Raises UsageError
-    if a file exists and not `force`, or if `out` is a run directory; MissingInputError if there is
-    no training checkpoint; RunFailedError if a written file does not read back as what was
-    exported.
+    checkpoint does not know, as those of older versions. With `fp16_safe` the decoder is rescaled
+    so that it does not overflow in half precision; None: where it would. With `force` the weight
+    files of an earlier export that this one does not have are removed. Returns the directory.
+    Raises UsageError if a file exists and not `force`, or if `out` is a run directory;
+    MissingInputError if there is no training checkpoint; RunFailedError if a written file does not
+    read back as what was exported.
     """
     if raw and average:
         raise UsageError(
@@ -104,7 +107,6 @@ def export(
         "source_sha256": file_sha256(header.path),
         "averaged": averaged,
         **checkpoint.stored_base(header.metadata),
-        "facts": stated.stated(),
         "changes": checkpoint.stored_changes(header.metadata),
         "perceptual": checkpoint.stored_identity(header.metadata).get("perceptual"),
         "ema_decay": config.ema.decay,
@@ -112,7 +114,9 @@ def export(
         "frozen_sha256": frozen,
         "config": configs.to_dict(config),
     }
-    record["half_precision"] = {"images": named, **half_precision.measure(model, tried)}
+    model, stated, measured = _fp16_safe(model, stated, tried, fp16_safe, say)
+    weights = model.state_dict()
+    record |= {"facts": stated.stated(), "half_precision": {"images": named, **measured}}
     for path, layout, stored in files:
         tensors = {key: value.to(stored) for key, value in weights.items()}
         if layout == "ckpt":
@@ -150,6 +154,58 @@ def export(
     for line in (*_summary(out, record), *_remove_old(out, before, record["files"]), *warnings):
         say(line)
     return out
+
+
+def _fp16_safe(
+    model: AutoencoderKL,
+    stated: Facts,
+    tried: list[Tensor],
+    wanted: bool | None,
+    say: Callable[[str], None],
+) -> tuple[AutoencoderKL, Facts, dict[str, Any]]:
+    """The model, what it states and half precision's measurement, rescaled if that is wanted.
+
+    Rescaled, `force_upcast` becomes false if the encoder does not overflow either.
+    """
+    before = half_precision.measure(model, tried)
+    if wanted is False or (wanted is None and not half_precision.overflows(before)):
+        return model, stated, before
+    with half_precision.largest_outputs(model, FROZEN) as encoder:
+        latents = [model.encode(images.to_float(picture[None])).mean for picture in tried]
+    probes = rescale.probes(latents)
+    rescaling = rescale.plan(model, probes)
+    if not rescaling.changes:
+        say(
+            "fp16-safe: nothing to rescale, all activations are below "
+            f"1/{rescale.HEADROOM} of fp16's limit"
+        )
+        return model, stated, before
+    try:
+        safe = _autoencoder_of(rescaling.apply(model.state_dict()), stated)
+        rescale.prove(rescaling, model, safe, probes)
+    except RunFailedError as error:
+        if wanted:
+            raise
+        say(f"WARNING: not rescaled: {error}")
+        return model, stated, before
+    after = half_precision.measure(safe, tried)
+    after["rescaled"] = {**rescaling.proof, "before": before}
+    if half_precision.overflows(after):
+        say("fp16-safe: rescaled, but it still overflows in fp16, inside attention or at the end")
+    elif max(encoder.values()) * rescale.HEADROOM < half_precision.LIMIT:
+        stated = replace(stated, force_upcast=False)
+    inner = f", {len(rescaling.inner)} blocks inside" * bool(rescaling.inner)
+    same = (
+        "bit for bit the same"
+        if rescaling.proof["float32_bit_equal"]
+        else (f"within {rescaling.proof['float32_largest_difference_in_levels']:.1g} of 255 levels")
+    )
+    say(
+        f"fp16-safe: the decoder's residual stream x {rescaling.proof['stream']}{inner}; largest "
+        f"activation {before['largest_activation']:,.4g} -> {after['largest_activation']:,.4g}; in "
+        f"float32 {len(probes)} probes decode {same}; the encoder is untouched"
+    )
+    return safe, stated, after
 
 
 def _summary(out: Path, record: dict[str, Any]) -> list[str]:
@@ -203,6 +259,82 @@ def _ruined(run: Path, record: Mapping[str, Any]) -> list[str]:
         f"from: {change}; evaluate them before you use them"
         for change in worse
     ]
+
+
+def make_fp16_safe(
+    source: str,
+    out: Path | None,
+    pictures: Path | None,
+    family: str | None,
+    force: bool,
+    say: Callable[[str], None],
+) -> Path:
+    """Writes any VAE file's autoencoder with a rescaled decoder, and the proof, to `out`.
+
+    Raises MissingInputError if there is no autoencoder in it, or one that is not finite;
+    RunFailedError if rescaling is not exact, or a file does not read back.
+    """
+    contents, found = weight_file.read_weights(source)
+    weight_file.check_finite(contents, found.autoencoder)
+    model = weight_file.build_autoencoder(contents, found)
+    given = weight_file.facts_of(contents, found)
+    shape = names.architecture(found.autoencoder, given)
+    channels, published = shape["embed_dim"], weight_file.published_shape(found) is not None
+    try:
+        stated = settled(given, channels, family, published)
+    except UsageError as error:
+        message = str(error).replace("init.family=", "--family ")
+        raise UsageError(f"{contents.path}: {message}") from error
+    quant_conv = shape.get("quant_conv", True)
+    stated = replace(stated, use_quant_conv=quant_conv)
+    stem = f"{_stem(contents.path)}-fp16-safe"
+    out = out or Path(stem)
+    files = _weight_files(out, stem, ("safetensors", "diffusers"), "float32")
+    summary, described = out / "export.json", out / "diffusers" / "config.json"
+    written = [*(file.path for file in files), described]
+    _refuse_to_overwrite(out, [*written, summary], force)
+    check_writable(out)
+
+    named, tried = half_precision.choose_images(pictures, SIZE)
+    frozen = frozen_sha256(model.state_dict())
+    model, stated, measured = _fp16_safe(model, stated, tried, True, say)
+    record: dict[str, Any] = {
+        "source": contents.path.name,
+        "source_sha256": weight_file.sha256(contents.path),
+        "facts": stated.stated(),
+        "frozen_sha256": frozen,
+        "half_precision": {"images": named, **measured},
+    }
+    for path, layout, stored in files:
+        tensors = {key: value.to(stored) for key, value in model.state_dict().items()}
+        if layout == "diffusers":
+            weight_file.write_safetensors(path, names.to_diffusers(tensors), {})
+        else:
+            texts = {"kl_f8_train.source_sha256": record["source_sha256"], **stated.metadata()}
+            weight_file.write_safetensors(path, tensors, texts)
+    widths, blocks = list(shape["ch_mult"]), shape["num_res_blocks"]
+    values = names.diffusers_config(
+        shape["ch"], widths, blocks, shape["z_channels"], stated.sample_size or 256, stated
+    )
+    write_json(described, values)
+    record["checks"] = _verify(out, files, model, stated)
+    if frozen_sha256(model.state_dict()) != frozen:
+        raise RunFailedError(
+            f"{source}: its encoder changed; the files in {out} are not to be used"
+        )
+    record["files"] = {str(path.relative_to(out)): file_sha256(path) for path in written}
+    write_json(summary, record)
+    for line in _summary(out, {"dtype": "float32", **record}):
+        say(line)
+    return out
+
+
+def _stem(path: Path) -> str:
+    """The name of a file, or of the folder it lies in where its own says nothing."""
+    if path.name.startswith("diffusion_pytorch_model"):
+        folder = path.resolve().parent
+        return folder.parent.name if folder.name in ("vae", "diffusers") else folder.name
+    return path.name.split(".")[0]
 
 
 def _home(source: Path) -> Path:

@@ -23,6 +23,7 @@ from kl_f8_train.units import counted
 
 LIMIT = torch.finfo(torch.float16).max  # 65504
 COUNT = 3
+DECODES = ("decoder", "post_quant_conv")
 EXAMPLES = ("astronaut.png", "chelsea.png", "coffee.png")
 
 
@@ -34,7 +35,7 @@ def measure(model: AutoencoderKL, pictures: list[Tensor]) -> dict[str, Any]:
     Raises RunFailedError if float32 does.
     """
     latents = [model.encode(images.to_float(picture[None])).mean for picture in pictures]
-    with _largest(model) as largest:
+    with largest_outputs(model) as largest:
         exact = [model.decode(z) for z in latents]
     if not all(bool(y.isfinite().all()) for y in exact):
         raise RunFailedError("the decoder makes infinities or no numbers in float32; not exported")
@@ -59,6 +60,13 @@ def describe(result: dict[str, Any]) -> list[str]:
         f"half precision, on {result['images']}: largest activation "
         f"{result['largest_activation']:,.4g} ({result['layer']}), fp16 holds {LIMIT:,.0f}"
     ]
+    if "rescaled" in result:
+        proof = result["rescaled"]
+        lines.append(
+            f"rescaled by powers of two (the residual stream x {proof['stream']}); the largest "
+            f"activation was {proof['before']['largest_activation']:,.4g}; in float32 the same"
+            + (" to the bit" if proof["float32_bit_equal"] else "")
+        )
     for name in ("float16", "bfloat16"):
         error = result[name]
         if error["mean"] is None:
@@ -67,12 +75,20 @@ def describe(result: dict[str, Any]) -> list[str]:
             lines.append(
                 f"{name}: mean {error['mean']:.3f}, max {error['max']:.2f} of 255 levels from fp32"
             )
-    if result["float16"]["black"] or result["largest_activation"] > LIMIT:
+    if overflows(result):
         lines.append(
-            "WARNING: images turn black in fp16; run this VAE in fp32 or bf16 "
-            "(AUTOMATIC1111: --no-half-vae, ComfyUI: --fp32-vae or --bf16-vae)"
+            "WARNING: images turn black in fp16; export it with --fp16-safe (a lone file: "
+            "kl-f8-train fp16-safe FILE), or run it in fp32 or bf16 (AUTOMATIC1111: "
+            "--no-half-vae, ComfyUI: --fp32-vae or --bf16-vae)"
         )
+    else:
+        lines.append("half precision: safe")
     return lines
+
+
+def overflows(result: dict[str, Any]) -> bool:
+    """Whether fp16 turns images black, or is about to."""
+    return bool(result["float16"]["black"] or result["largest_activation"] > LIMIT)
 
 
 def levels(one: Tensor, other: Tensor) -> tuple[float, float]:
@@ -112,8 +128,10 @@ def pattern(size: int) -> Tensor:
 
 
 @contextmanager
-def _largest(model: AutoencoderKL) -> Iterator[dict[str, float]]:
-    """Inside, every module of the decoder notes its largest output, by name."""
+def largest_outputs(
+    model: AutoencoderKL, parts: tuple[str, ...] = DECODES
+) -> Iterator[dict[str, float]]:
+    """Inside, every module of these parts notes its largest output, by name."""
     seen: dict[str, float] = {}
 
     def note(name: str) -> Any:
@@ -123,7 +141,7 @@ def _largest(model: AutoencoderKL) -> Iterator[dict[str, float]]:
 
         return hook
 
-    handles = [m.register_forward_hook(note(name)) for name, m in _decoder(model)]
+    handles = [m.register_forward_hook(note(name)) for name, m in _modules(model, parts)]
     try:
         yield seen
     finally:
@@ -159,11 +177,11 @@ def _rounded(model: AutoencoderKL, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _decoder(model: AutoencoderKL) -> list[tuple[str, nn.Module]]:
-    return [(name, m) for name, m in model.named_modules() if _decodes(name)]
+    return _modules(model, DECODES)
 
 
-def _decodes(name: str) -> bool:
-    return name.split(".")[0] in ("decoder", "post_quant_conv")
+def _modules(model: AutoencoderKL, parts: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
+    return [(name, m) for name, m in model.named_modules() if name.split(".")[0] in parts]
 
 
 def _or_none(value: float) -> float | None:

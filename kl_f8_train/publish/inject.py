@@ -55,6 +55,7 @@ def inject(vae: Path, into: Path, out: Path, force: bool = False) -> list[str]:
     if out.exists() and not force:
         raise UsageError(f"{out} exists; nothing was written. Give --force, or another --out")
     source, weights = weight_file.read_weights(vae)
+    weight_file.check_finite(source, weights.autoencoder)
     is_zip = into.is_file() and zipfile.is_zipfile(into)
     places = _zip_places(into) if is_zip else _safetensors_places(into)
     parts = tuple(f"{names.FIRST_STAGE}{part}" for part in names.AUTOENCODER_PARTS)
@@ -86,6 +87,7 @@ def inject(vae: Path, into: Path, out: Path, force: bool = False) -> list[str]:
                 raise RunFailedError(f"{key} does not read back as written")
     types = sorted({str(place.dtype).removeprefix("torch.") for place in places.values()})
     return [
+        *weight_file.quality(source, weights),
         *lines,
         f"{len(tensors)} tensors of {source.path} written as {', '.join(types)}, read back equal; "
         "everything else is copied as it was",

@@ -24,7 +24,9 @@ from kl_f8_train.output import say
 from kl_f8_train.run.callback import finetuner_of, tolerated
 from kl_f8_train.run.tracking import Trackers
 from kl_f8_train.run_dir import METRICS_FILE, MetricsFile, skipped_images
-from kl_f8_train.units import duration
+from kl_f8_train.units import duration, speed
+
+SHOWN_SKIPPED = 20  # images named in the log; all are in the run's skipped-RANK.txt
 
 
 class RunLog(Callback):
@@ -158,9 +160,7 @@ class RunLog(Callback):
             if key in row
         ]
         rest = duration((stop - finetuner.iteration + finetuner.warmup_left) * seconds)
-        return " | ".join(
-            [head, *shown, f"{row['images_per_second']:.1f} images/s", f"{rest} left"]
-        )
+        return " | ".join([head, *shown, speed(row["images_per_second"]), f"{rest} left"])
 
     def _note_skipped(self, batch: Batch, trainer: Trainer) -> None:
         """Counts bad images at each of their positions; names and files each of them once."""
@@ -172,8 +172,11 @@ class RunLog(Callback):
             if name in self.named:
                 continue
             self.named.add(name)
-            if len(self.named) <= 20:
+            if len(self.named) <= SHOWN_SKIPPED:
                 self._say(f"skipped an image: {message}")
+            elif len(self.named) == SHOWN_SKIPPED + 1:
+                rest = self._skipped_file(trainer)
+                self._say(f"skipped more images: from here on they are only written to {rest}")
             with tolerated(), self._skipped_file(trainer).open("a", encoding="utf-8") as file:
                 file.write(f"{message}\n")
 
@@ -210,11 +213,16 @@ class RunLog(Callback):
             replaced = self._reasons(name) or "none"
             self._say(
                 f"data: {name}: {source.share * done:,} images ({share:.4g} %), "
-                f"{source.passes(done):.2f} passes; replaced on this rank: {replaced}"
+                f"{source.passes(done):.2f} passes; replaced{self._here}: {replaced}"
             )
         if self.converted:
             named = ", ".join(f"{name} {count:,}" for name, count in self.converted.most_common(5))
-            self._say(f"data: converted to sRGB on this rank, by colour profile: {named}")
+            self._say(f"data: converted to sRGB{self._here}, by colour profile: {named}")
+
+    @property
+    def _here(self) -> str:
+        """What counts are of, where there are several processes."""
+        return " on this rank" if dist.is_initialized() and dist.get_world_size() > 1 else ""
 
     def _say(self, line: str) -> None:
         if self.bar is not None:

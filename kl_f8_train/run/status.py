@@ -3,6 +3,8 @@
 Nothing heavy is imported, nothing of the run is touched, and what is half written is left out.
 """
 
+import base64
+import contextlib
 import datetime
 import math
 import os
@@ -16,7 +18,7 @@ import yaml
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import write_text
 from kl_f8_train.run import outcome
-from kl_f8_train.run.curves import Chart, Points, page
+from kl_f8_train.run.curves import RECENT, Chart, Points, page
 from kl_f8_train.run.outcome import LOST_DB
 from kl_f8_train.run_dir import (
     CONFIG_FILE,
@@ -28,10 +30,10 @@ from kl_f8_train.run_dir import (
     read_rows,
     skipped_images,
 )
-from kl_f8_train.units import counted, duration
+from kl_f8_train.units import counted, duration, speed
 
 SPEED = "images_per_second"
-RECENT = 0.1  # share of the rows that "lately" means
+SHOWN_PICTURES = 3  # validations on the page
 ENOUGH_ROWS = 20  # for a judgement on speed and the loss: the start is slow
 SILENT_INTERVALS, SILENT_SECONDS = 5, 120.0  # no news for longer than both: silent
 LOSSES = ("reconstruction_loss", "pixel_loss", "perceptual_loss", "discriminator_loss")
@@ -353,7 +355,7 @@ def facts(status: Status) -> dict[str, str]:
     if status.done_share is not None:
         told["done"] = f"{100 * status.done_share:.1f} %"
     if status.images_per_second:
-        told["speed lately"] = f"{status.images_per_second:.1f} images/s"
+        told["speed lately"] = speed(status.images_per_second)
     if status.seconds_left:
         told["time left"] = duration(status.seconds_left)
         word = "end" if status.state.startswith(("running", "seems")) else "end, if it went on now"
@@ -400,8 +402,22 @@ def html(run: Path, status: Status, now: float) -> str:
         charts,
         marks,
         f"Written {_date(now)} by kl-f8-train status. A row is a mean over log.every iterations; "
-        "curves of more than 500 rows are averaged.",
+        "curves of more than 500 rows are averaged; numbers are means over the last tenth.",
+        _pictures(run),
     )
+
+
+def _pictures(run: Path) -> dict[str, str]:
+    """The latest validations' strips, newest first: title -> data URI."""
+    found = sorted((run / "pictures").glob("iteration-*.jpg"), reverse=True)[:SHOWN_PICTURES]
+    pictures = {}
+    for path in found:
+        with contextlib.suppress(OSError, ValueError):
+            iteration = int(path.stem.removeprefix("iteration-"))
+            data = base64.b64encode(path.read_bytes()).decode()
+            title = f"Iteration {iteration:,}: input, reconstruction by the EMA"
+            pictures[title] = f"data:image/jpeg;base64,{data}"
+    return pictures
 
 
 def write_html(run: Path, status: Status, now: float, path: Path) -> None:

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from kl_f8_train import config as configs
-from kl_f8_train import facts, images, output
+from kl_f8_train import facts, images, output, units
 from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
@@ -38,6 +38,7 @@ from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.run_state import RunState
 from kl_f8_train.core.step import Finetuner, bound_to
 from kl_f8_train.data import identity
+from kl_f8_train.data.handover import shared_memory_note
 from kl_f8_train.data.loading import (
     IterationSampler,
     PositionDataset,
@@ -68,7 +69,6 @@ from kl_f8_train.run_dir import (
     remove_leftovers,
 )
 from kl_f8_train.transfer import is_remote
-from kl_f8_train.units import counted
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
 from kl_f8_train.weights.names import State, check_like
 
@@ -101,7 +101,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             say_once(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
             return 0
         plan, sources = open_data(config, say_once)
-        adopt(finetuner, identity.of_data(plan), f"{run_dir}", allow_changes)
+        adopt(finetuner, identity.of_data(sources), f"{run_dir}", allow_changes)
         _describe(config, finetuner, plan, sources)
         run_log = RunLog(run_dir, config, finetuner.iteration, plan)
         saving = Checkpoints(run_dir, config.checkpoint, frozen)
@@ -121,7 +121,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
         if trainer.is_global_zero:
             remove_leftovers(run_dir)
             write_text(run_dir / CONFIG_FILE, configs.to_yaml(config))
-        with kernels(config.precision):
+        with kernels(config.precision, config.compute.deterministic):
             _fit(trainer, Iterations(config, finetuner, plan, sources), run_log)
     finally:
         signals.restore()
@@ -207,12 +207,7 @@ class Iterations(LightningDataModule):
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
         size = micro_batch(self.config, world)
-        accumulation = self.config.global_batch // world // size
-        say_once(
-            f"batch: {counted(world, 'process', 'es')} x "
-            f"{counted(size, 'image', 's')} x "
-            f"{counted(accumulation, 'micro-batch', 'es')} = {self.config.global_batch}"
-        )
+        say_once(f"batch: {units.batch(self.config.global_batch, world, size)}")
         sampler = IterationSampler(
             self.finetuner.iteration,
             self.config.stop_iteration,
@@ -221,6 +216,9 @@ class Iterations(LightningDataModule):
             rank,
             world,
         )
+        share = self.config.global_batch // world
+        if note := shared_memory_note(self.config, share, self.trainer.num_devices):
+            say_once(f"note: {note}")
         dataset = PositionDataset(self.plan, self.sources, self.config)
         return loader(dataset, sampler, self.config.data.workers, on_cuda(self.config.compute))
 
@@ -305,11 +303,7 @@ def _import(config: Config) -> tuple[Finetuner, str]:
     check_model(config, contents, weights.autoencoder)
     stated = checkpoint.base_facts(contents, weights, config)
     say_once(f"  family: {facts.described(stated.family, stated)}")
-    bad = [key for key, value in weights.autoencoder.items() if not value.isfinite().all()]
-    if bad:
-        raise MissingInputError(
-            f"{contents.path}: {len(bad)} tensors are not finite, {bad[0]} first; get another copy"
-        )
+    weight_file.check_finite(contents, weights.autoencoder)
     autoencoder = AutoencoderKL(**asdict(config.model))
     autoencoder.load_state_dict(weights.autoencoder)
     run_state = RunState(

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from kl_f8_train import images as pixels
 from kl_f8_train.core import metrics, perceptual
@@ -155,13 +156,42 @@ class ImageSet:
 # --- VAEs -----------------------------------------------------------------------------------
 
 
+class Means(nn.Module):
+    """What stands beside VAEs as a yardstick: the mean colour of every block of an image.
+
+    `block` is its side in pixels; None takes the whole image as one block.
+    """
+
+    def __init__(self, block: int | None) -> None:
+        super().__init__()
+        self.block = block
+        self.downsampling = block or 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> the same shape, constant in each block."""
+        if self.block is None:
+            return x.mean((2, 3), keepdim=True).expand_as(x)
+        means = F.avg_pool2d(x, self.block)
+        return F.interpolate(means, scale_factor=float(self.block), mode="nearest")
+
+
+BASELINES = {"mean colour": None, "8 x 8 means": 8}  # name -> block
+
+
 @dataclass
 class Candidate:
-    """A VAE with its name in the table, and where it came from."""
+    """A VAE (or a baseline) with its name in the table, and where it came from."""
 
     name: str
-    model: AutoencoderKL
+    model: AutoencoderKL | Means
     record: dict[str, Any]
+
+
+def baselines() -> list[Candidate]:
+    """Rows of the table that every VAE worth its name is far above."""
+    absent = ("iteration", "frozen_sha256", "layout", "select")
+    record = {"path": "", "sha256": "", "base": False, "baseline": True, **dict.fromkeys(absent)}
+    return [Candidate(name, Means(block), dict(record)) for name, block in BASELINES.items()]
 
 
 def load_candidates(named: Sequence[tuple[str, Path, str]], device: str) -> list[Candidate]:
@@ -205,6 +235,9 @@ def _outputs(
     """What each decoder puts out, float [-1, 1] but for overshoot."""
     latents: dict[str, Tensor] = {}
     for candidate in candidates:
+        if isinstance(candidate.model, Means):
+            yield candidate.model(pixels.to_float(images))
+            continue
         encoder = candidate.record["frozen_sha256"]
         if encoder not in latents:
             posterior = candidate.model.encode(pixels.to_float(images))
@@ -463,9 +496,11 @@ def evaluate(
     device: str | None = None,
     batch_size: int = 16,
     progress: Progress | None = None,
+    with_baselines: bool = False,
 ) -> dict[str, Any] | None:
     """Scores weights (name, file, "ema" or "raw") on a folder or shards; writes them to `out`.
 
+    `with_baselines` adds the rows of BASELINES.
     Returns what scores.json holds, on the first process, and None on the others. Raises
     MissingInputError for files that are not there, UsageError for a size that does not divide,
     RunFailedError if no image can be used or a VAE puts out what is not finite.
@@ -475,6 +510,8 @@ def evaluate(
         device = _own_device(device)
         batch_size = batch_size if device.startswith("cuda") else 1
         candidates = load_candidates(named, device)
+        if with_baselines:
+            candidates += baselines()
         _check_size(candidates, size)
         image_set = ImageSet(where, size, limit, say, out)
         networks = find_networks(perceptual_name, vgg, inception, device, say)
@@ -589,6 +626,7 @@ def _write_pictures(
     batch_size: int,
 ) -> None:
     """Makes the chosen images and reconstructions again, exactly, and writes them as PNG."""
+    candidates = [c for c in candidates if not isinstance(c.model, Means)]
     names = [candidate.name for candidate in candidates]
     chosen = choose_pictures(tally.rows, names, tally.measured)
     former = _pictures(out)

@@ -5,11 +5,9 @@ with its PNGs, and comparison.json if there is one. The page is report.html besi
 filled in; it refers to its PNGs by relative links and needs no network.
 """
 
-import html
 import itertools
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,9 @@ from kl_f8_train.core import metrics
 from kl_f8_train.core.metrics import METRICS, SCORES
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.files import atomic_path, file_sha256, write_json, write_text
+from kl_f8_train.output import rendered
 from kl_f8_train.score import compare
+from kl_f8_train.units import counted
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 ERROR_SCALE = 48.0  # levels of 255 at the top of every error map
@@ -55,8 +55,9 @@ class Evaluation:
 
     @property
     def models(self) -> list[str]:
-        """Names, in the order given."""
-        return list(self.scores["models"])
+        """Names of the VAEs, in the order given; baselines stand in the table only."""
+        weights = self.scores.get("weights", {})
+        return [n for n in self.scores["models"] if not weights.get(n, {}).get("baseline")]
 
     @property
     def base(self) -> str:
@@ -222,43 +223,34 @@ def _sharpness(picture: Tensor) -> float:
 
 
 def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
-    """The template with every <!--part--> filled in, once: inserted texts are not searched."""
+    """The template, filled in."""
     scores, models = evaluation.scores, evaluation.models
-    comparison, wins = _comparison(evaluation), _wins(evaluation)
-    shifts = _shifts(evaluation, pictures)
-    sections = (
-        ("scores", "Scores", True),
-        ("comparison", "Comparison", comparison),
-        ("pictures", "Pictures", pictures),
-        ("extremes", "Worst and best", pictures),
-        ("images", "Every image", True),
-        ("wins", "Wins", wins),
-        ("shifts", "Colour and sharpness", shifts),
-        ("protocol", "Protocol", True),
+    rows = scores["models"]
+    columns = ["rfid", *ALWAYS, *["st_lpips"] * any(r.get("st_lpips") for r in rows.values())]
+    pairs = [_pair(evaluation, a, b) for a, b in itertools.combinations(models, 2)]
+    return rendered(
+        TEMPLATE,
+        {
+            "title": f"{counted(len(models), 'VAE', 's')} on "
+            f"{counted(scores['images'], 'image', 's')}",
+            "subtitle": _subtitle(evaluation),
+            "base": evaluation.base,
+            "ramp": f"linear-gradient(90deg, {', '.join(f'rgb{colour}' for colour in RAMP)})",
+            "warnings": scores.get("warnings", []),
+            "columns": [SCORES[column] for column in columns],
+            "scores": _scores(evaluation, columns),
+            "unmeasured": compare.not_measured(scores.get("unmeasured", {})),
+            "comparison": evaluation.comparison,
+            "pictures": pictures,
+            "pairs": [pair for pair in pairs if pair["bars"]],
+            "shifts": _shifts(evaluation, pictures),
+            "protocol": _protocol(evaluation),
+            "weights": _weights(evaluation),
+            "one_encoder": _is_one_encoder(evaluation),
+            "version": __version__,
+            "data": _data(evaluation, pictures),
+        },
     )
-    count = f"{len(models)} VAE" + "s" * (len(models) != 1)
-    parts = {
-        "title": f"{count} on {scores['images']:,} image" + "s" * (scores["images"] != 1),
-        "subtitle": _subtitle(evaluation),
-        "ramp": f"linear-gradient(90deg, {', '.join(f'rgb{colour}' for colour in RAMP)})",
-        "sections": "".join(f'<a href="#{key}">{title}</a>' for key, title, on in sections if on),
-        "warnings": _warnings(scores.get("warnings", [])),
-        "scores": _scores(evaluation),
-        "unmeasured": _unmeasured(scores.get("unmeasured", {})),
-        "comparison": comparison,
-        "wins": wins,
-        "shifts": shifts,
-        "protocol": _protocol(evaluation),
-        "footer": f"kl_f8_train {__version__}. The numbers: <a href='scores.json'>scores.json</a>, "
-        "<a href='per_image.csv'>per_image.csv</a>. All pictures are PNG, without loss.",
-        "data": _data(evaluation, pictures),
-    }
-    template = TEMPLATE.read_text(encoding="utf-8")
-    return re.sub(r"<!--(\w+)-->", lambda match: parts[match[1]], template)
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
 
 
 def _subtitle(evaluation: Evaluation) -> str:
@@ -266,43 +258,22 @@ def _subtitle(evaluation: Evaluation) -> str:
     parts = [f"Protocol {scores['protocol']['name']}", f"seen against {evaluation.base}"]
     if scores.get("source"):
         parts.insert(1, f"images from {scores['source']}")
-    return _text(" \u00b7 ".join(parts))
+    return " \u00b7 ".join(parts)
 
 
-def _warnings(texts: Sequence[str]) -> str:
-    items = "".join(f"<li>{_text(text)}</li>" for text in texts)
-    return f'<section class="warnings"><ul>{items}</ul></section>' if items else ""
-
-
-def _unmeasured(reasons: Mapping[str, str]) -> str:
-    lines = compare.not_measured(reasons)
-    return "".join(f'<p class="note" style="margin:12px 0 0">{_text(line)}</p>' for line in lines)
-
-
-def _scores(evaluation: Evaluation) -> str:
-    """The card's table: rFID, PSNR, SSIM, PSIM, LPIPS; a stand-in under its own name."""
+def _scores(evaluation: Evaluation, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each model: name, iteration, and a cell for each column."""
     rows = evaluation.scores["models"]
-    columns = [
-        "rfid",
-        *ALWAYS,
-        *(["st_lpips"] if any(r.get("st_lpips") for r in rows.values()) else []),
-    ]
-    arrows: dict[str | None, str] = {"higher": "\u2191", "lower": "\u2193"}
-    heads = "".join(
-        f"<th scope='col'>{_text(SCORES[c].label)} {arrows[SCORES[c].better]}</th>" for c in columns
-    )
     best = {column: _best_models(column, rows) for column in columns}
-    lines = []
-    for name in rows:
-        iteration = evaluation.scores.get("weights", {}).get(name, {}).get("iteration")
-        step = f"<small>iteration {iteration:,}</small>" if iteration is not None else ""
-        tag = ' <span class="tag">base</span>' if name == evaluation.base else ""
-        cells = [f'<td class="name">{_text(name)}{tag}<br>{step}</td>']
-        cells += [_score_cell(evaluation, name, c, name in best[c]) for c in columns]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return (
-        f"<thead><tr><th scope='col'>model</th>{heads}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    )
+    weights = evaluation.scores.get("weights", {})
+    return [
+        {
+            "name": name,
+            "iteration": weights.get(name, {}).get("iteration"),
+            "cells": [_score_cell(evaluation, name, c, name in best[c]) for c in columns],
+        }
+        for name in rows
+    ]
 
 
 def _mean_of(value: Any) -> float | None:
@@ -320,103 +291,65 @@ def _best_models(metric: str, rows: Mapping[str, Mapping[str, Any]]) -> set[str]
     return {name for name, mean in known.items() if mean == top}
 
 
-def _score_cell(evaluation: Evaluation, name: str, metric: str, best: bool) -> str:
+def _score_cell(evaluation: Evaluation, name: str, metric: str, best: bool) -> dict[str, Any]:
+    """Label, mean and spread as text; without a mean, what is shown instead and why."""
     value = evaluation.scores["models"][name].get(metric)
-    label = f"data-label='{_text(SCORES[metric].label)}'"
+    digits, cell = SCORES[metric].digits, {"label": SCORES[metric].label}
     if value is None:
         infinite = bool(evaluation.values.get(metric, {}).get(name))
         reason = evaluation.scores.get("unmeasured", {}).get(metric, "")
-        shown = "infinite" if infinite else "not measured"
-        return f"<td class='none' {label} title='{_text(reason)}'>{shown}</td>"
-    mean = _mean_of(value)
-    digits = SCORES[metric].digits
-    text = f"<span{' class=best' if best else ''}>{mean:.{digits}f}</span>"
-    if isinstance(value, Mapping):
-        text += f" <small>\u00b1 {value['std']:.{digits}f}</small>"
-    return f"<td {label}><span>{text}</span></td>"
+        return cell | {"missing": "infinite" if infinite else "not measured", "reason": reason}
+    spread = f"{value['std']:.{digits}f}" if isinstance(value, Mapping) else ""
+    return cell | {"mean": f"{_mean_of(value):.{digits}f}", "spread": spread, "best": best}
 
 
-def _comparison(evaluation: Evaluation) -> str:
-    comparison = evaluation.comparison
-    if not comparison:
-        return ""
-    items = "".join(
-        f"<li class='{_text(v['verdict'])}'>{_text(v['text'])}</li>" for v in comparison["verdicts"]
-    )
-    a, b, interval = (_text(comparison[key]) for key in ("a", "b", "interval"))
-    return (
-        f"<section id='comparison'><h2>Is {b} better than {a}?</h2>"
-        f"<p class='note'>In brackets: {interval}. "
-        "A difference is called clear if zero lies outside.</p>"
-        f"<ul class='verdicts'>{items}</ul></section>"
-    )
-
-
-def _wins(evaluation: Evaluation) -> str:
-    """For every two models, the share of images on which each is better, by metric."""
-    blocks = [_pair(evaluation, a, b) for a, b in itertools.combinations(evaluation.models, 2)]
-    if not any(blocks):
-        return ""
-    return (
-        "<section id='wins'><h2>Pairwise wins</h2><p class='note'>Share of the images on which one "
-        "model is better than the other. Grey: alike.</p>"
-        f"<div class='pairs'>{''.join(blocks)}</div></section>"
-    )
-
-
-def _pair(evaluation: Evaluation, a: str, b: str) -> str:
+def _pair(evaluation: Evaluation, a: str, b: str) -> dict[str, Any]:
+    """For each metric the share of images, in percent, on which a and b are better."""
     bars = []
     for metric, description in METRICS.items():
         left, right = compare.paired(evaluation.values[metric], a, b)
         if description.better and len(left):
             of_b, of_a = (100.0 * wins / len(left) for wins in compare.wins(left, right, metric))
-            bars.append(
-                f"<div class='bar'><b>{_text(description.label)}</b><span>{of_a:.0f} %</span>"
-                f"<i><u style='width:{of_a:.2f}%'></u><s style='width:{of_b:.2f}%'></s></i>"
-                f"<span>{of_b:.0f} %</span></div>"
-            )
-    title = f"<h3><span>{_text(a)}</span><span>{_text(b)}</span></h3>"
-    return f"<div class='pair'>{title}{''.join(bars)}</div>" if bars else ""
+            bars.append({"label": description.label, "a": of_a, "b": of_b})
+    return {"a": a, "b": b, "bars": bars}
 
 
-def _shifts(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> str:
-    """Colour and saturation against the input and the base, and sharpness."""
+def _shifts(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Colour and saturation against the input and the base, and sharpness; {} if not measured."""
     measured = [metric for metric in SHIFTS if any(evaluation.values[metric].values())]
     sharp = any(evaluation.values["sharpness"].values())
     if not measured and not sharp:
-        return ""
+        return {}
     rows = evaluation.scores["models"]
     means = [abs(_mean_of(row.get(m)) or 0.0) for row in rows.values() for m in measured]
     limit = max([1.0, *means])
-    heads = [METRICS[m].label.removesuffix(" shift") for m in measured] + ["sharpness"] * sharp
-    lines = []
+    models = []
     for name in evaluation.models:
         cells = [_shift_cell(evaluation, name, metric, limit) for metric in measured]
         cells += [_sharpness_cell(evaluation, name, pictures)] * sharp
-        lines.append(f"<tr><td class='name'>{_text(name)}</td>{''.join(cells)}</tr>")
-    head = "".join(f"<th scope='col'>{title}</th>" for title in heads)
-    return (
-        "<section id='shifts'><h2>Colour and sharpness</h2><p class='note'>Shifts: mean of the "
-        "reconstruction minus that of the input, in levels of 255; a bar to the right is more. "
-        "Sharpness: variance of the Laplacian; less is smoother. Small: against the base, "
-        f"{_text(evaluation.base)}.</p><table class='cards'><thead><tr><th scope='col'>model</th>"
-        f"{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></section>"
-    )
+        models.append({"name": name, "cells": cells})
+    titles = [METRICS[m].label.removesuffix(" shift") for m in measured] + ["sharpness"] * sharp
+    return {"titles": titles, "models": models}
 
 
-def _shift_cell(evaluation: Evaluation, name: str, metric: str, limit: float) -> str:
-    title = METRICS[metric].label.removesuffix(" shift")
+def _shift_cell(evaluation: Evaluation, name: str, metric: str, limit: float) -> dict[str, Any]:
+    cell = {"label": METRICS[metric].label.removesuffix(" shift")}
     score = evaluation.scores["models"][name].get(metric)
     if score is None:
-        return f"<td class='none' data-label='{title}'>not measured</td>"
+        return cell
     share = 50.0 * score["mean"] / limit
-    place = f"left:{min(50.0, 50.0 + share):.2f}%;width:{abs(share):.2f}%"
-    bar = f"<span class='shift' style='--colour:{SHIFTS[metric]}'><i style='{place}'></i></span>"
-    text = f"{_signed(score['mean'])} <small>\u00b1 {score['std']:.2f}</small>{bar}"
+    notes = []
     if name != evaluation.base:
         base, own = compare.paired(evaluation.values[metric], evaluation.base, name)
-        text += f"<small>{_signed(float((own - base).mean()))} to base</small>" if len(base) else ""
-    return f"<td data-label='{title}'><span>{text}</span></td>"
+        notes = [f"{_signed(float((own - base).mean()))} to base"] * bool(len(base))
+    return cell | {
+        "text": _signed(score["mean"]),
+        "spread": f"{score['std']:.2f}",
+        "colour": SHIFTS[metric],
+        "left": min(50.0, 50.0 + share),
+        "width": abs(share),
+        "notes": notes,
+    }
 
 
 def _signed(value: float) -> str:
@@ -425,52 +358,59 @@ def _signed(value: float) -> str:
 
 def _sharpness_cell(
     evaluation: Evaluation, name: str, pictures: Sequence[Mapping[str, Any]]
-) -> str:
+) -> dict[str, Any]:
     score = evaluation.scores["models"][name].get("sharpness")
     if score is None:
-        return "<td class='none' data-label='sharpness'>not measured</td>"
-    text = f"{score['mean']:,.0f} <small>\u00b1 {score['std']:,.0f}</small>"
-    against = []
+        return {"label": "sharpness"}
+    notes = []
     base = _mean_of(evaluation.scores["models"][evaluation.base].get("sharpness"))
     if name != evaluation.base and base:
-        against.append(f"{score['mean'] / base:.0%} of the base")
+        notes.append(f"{score['mean'] / base:.0%} of the base")
     column = evaluation.models.index(name) + 1
     own = math.fsum(item["sides"][column]["sharpness"] for item in pictures)
     inputs = math.fsum(item["sides"][0]["sharpness"] for item in pictures)
     if inputs:
-        against.append(f"{own / inputs:.0%} of the input ({len(pictures)} pictured)")
-    text += f"<br><small>{'<br>'.join(against)}</small>"
-    return f"<td data-label='sharpness'><span>{text}</span></td>"
+        notes.append(f"{own / inputs:.0%} of the input ({len(pictures)} pictured)")
+    text, spread = (f"{score[key]:,.0f}" for key in ("mean", "std"))
+    return {"label": "sharpness", "text": text, "spread": spread, "colour": None, "notes": notes}
 
 
-def _protocol(evaluation: Evaluation) -> str:
+def _protocol(evaluation: Evaluation) -> dict[str, str]:
     scores = evaluation.scores
-    facts = dict(scores["protocol"])
-    facts |= {"images": f"{scores['images']:,}", "image list SHA-256": scores.get("images_sha256")}
-    facts |= {"images from": scores.get("source")}
-    weights = scores.get("weights", {})
-    blocks = "".join(
-        f"<div><h3>{_text(name)}</h3>{_facts({**weights[name], 'base': None})}</div>"
+    return _facts(
+        {
+            **scores["protocol"],
+            "images": scores["images"],
+            "image list SHA-256": scores.get("images_sha256"),
+            "images from": scores.get("source"),
+        }
+    )
+
+
+def _weights(evaluation: Evaluation) -> dict[str, dict[str, str]]:
+    weights = evaluation.scores.get("weights", {})
+    return {
+        name: _facts({**weights[name], "base": None})
         for name in evaluation.models
         if name in weights
-    )
-    encoders = {entry.get("frozen_sha256") for entry in weights.values()}
-    shared = len(weights) > 1 and len(encoders) == 1 and None not in encoders
-    note = "<p class='note'>All models share one encoder, bit for bit.</p>" if shared else ""
-    return f"{_facts(facts)}<h2>Weights</h2>{note}<div class='weights'>{blocks}</div>"
+    }
 
 
-def _facts(values: Mapping[str, Any]) -> str:
-    """A definition list; hashes in fixed width, what is not known left out."""
-    items = []
+def _is_one_encoder(evaluation: Evaluation) -> bool:
+    """Whether several models share one encoder."""
+    weights = evaluation.scores.get("weights", {})
+    encoders = {weights[name].get("frozen_sha256") for name in evaluation.models if name in weights}
+    return len(evaluation.models) > 1 and len(encoders) == 1 and None not in encoders
+
+
+def _facts(values: Mapping[str, Any]) -> dict[str, str]:
+    """Names and values as text; what is not known is left out."""
+    facts = {}
     for key, value in values.items():
-        if value is None or value == "":
-            continue
-        counted = isinstance(value, int) and not isinstance(value, bool)
-        text = _text(f"{value:,}" if counted else _listed(value))
-        text = f"<code>{text}</code>" if key.lower().endswith(("sha256", "sha-256")) else text
-        items.append(f"<dt>{_text(key.replace('_', ' '))}</dt><dd>{text}</dd>")
-    return f"<dl>{''.join(items)}</dl>"
+        if value is not None and value != "":
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            facts[key.replace("_", " ")] = f"{value:,}" if whole else str(_listed(value))
+    return facts
 
 
 def _listed(value: Any) -> Any:
@@ -502,6 +442,7 @@ def _data(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> str:
     }
     data = {
         "models": evaluation.models,
+        "compared": _compared(evaluation),
         "images": list(index),
         "values": values,
         "metrics": [
@@ -519,6 +460,13 @@ def _data(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> str:
         "pictures": [_shown_picture(evaluation, item, index) for item in pictures],
     }
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _compared(evaluation: Evaluation) -> list[int] | None:
+    """Positions of the two compared models: the page opens on them."""
+    if not evaluation.comparison:
+        return None
+    return [evaluation.models.index(evaluation.comparison[side]) for side in ("a", "b")]
 
 
 def _json_number(value: float | None) -> float | str | None:

@@ -184,7 +184,11 @@ def footer(result: Mapping[str, Any]) -> str:
         f"{protocol['crop']} crop; posterior {posterior}{seed}; {protocol['quantize']}; SSIM "
         f"{protocol['ssim']}; +/- {protocol['std']}."
     ]
-    hashes = [f"{name} {w['path']} {w['sha256'][:12]}" for name, w in result["weights"].items()]
+    hashes = [
+        f"{name} {w['path']} {w['sha256'][:12]}"
+        for name, w in result["weights"].items()
+        if w["sha256"]
+    ]
     hashes += [f"{n} {protocol[n][:12]}" for n in ("vgg", "inception") if protocol[n]]
     lines.append(f"Weights (sha256): {'; '.join(hashes)}.")
     lines += not_measured(result["unmeasured"])

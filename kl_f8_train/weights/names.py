@@ -334,7 +334,10 @@ def differences(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, .
         elif tuple(state[key].shape) != tuple(shape):
             problems.append(f"{key} is {tuple(state[key].shape)}, expected {tuple(shape)}")
         elif not key.endswith(COUNTERS) and not state[key].is_floating_point():
-            problems.append(f"{key} is {state[key].dtype}, expected floating point")
+            problems.append(
+                f"{key} is {state[key].dtype}, expected floating point (quantised weights "
+                "cannot be trained or written; give the file from before)"
+            )
     return problems + [f"unexpected {key}" for key in state if key not in expected]
 
 

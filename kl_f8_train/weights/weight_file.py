@@ -7,6 +7,7 @@ A training checkpoint is a safetensors file: tensors named `autoencoder.*`, `ema
 `discriminator.*`, `optimizer.*`, and texts (iteration, configuration, hashes) in its metadata.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kl_f8_train import facts
+from kl_f8_train import facts, shipped
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError, UsageError
@@ -175,7 +176,7 @@ def report(contents: Contents, weights: Weights) -> dict[str, Any]:
         "optimizer": contents.optimizer,
         "ema": weights.ema_scalars,
         "logvar": None if weights.logvar is None else float(weights.logvar),
-        "notes": weights.notes,
+        "notes": [*weights.notes, *quality(contents, weights)],
         "dropped": dict(groups),
         "stubbed": contents.stubbed,
         "frozen_sha256": frozen_sha256(
@@ -189,6 +190,60 @@ PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
     "kl-f8": {},
     "16-channel kl-f8": {"z_channels": 16, "embed_dim": 16, "quant_conv": False},
 }
+
+
+def check_finite(contents: Contents, state: Mapping[str, Tensor]) -> None:
+    """Raises MissingInputError if a tensor of a file holds NaN or infinity."""
+    bad = [key for key, value in state.items() if not bool(value.float().isfinite().all())]
+    if bad:
+        raise MissingInputError(
+            f"{contents.path}: {len(bad)} tensors are not finite, {bad[0]} first: NaN or infinity, "
+            "as a failed merge or conversion leaves it; get another copy"
+        )
+
+
+def quality(contents: Contents, weights: Weights) -> list[str]:
+    """What is wrong with the numbers of a file, and what it means."""
+    state, lines = weights.autoencoder, []
+    try:
+        check_finite(contents, state)
+    except MissingInputError as error:
+        lines.append(f"WARNING: {str(error).removeprefix(f'{contents.path}: ')}")
+    types = {value.dtype for value in state.values()}
+    whole = [key for key, value in state.items() if not value.is_floating_point()]
+    if whole:
+        lines.append(
+            f"WARNING: {len(whole)} tensors are whole numbers, {whole[0]} first: quantised weights "
+            "cannot be trained or written; give the file from before"
+        )
+    steps = {dtype: torch.finfo(dtype).eps for dtype in types if dtype.is_floating_point}
+    coarsest = max(steps, key=lambda dtype: steps[dtype], default=torch.float32)
+    if not lines and steps.get(coarsest, 0) > 1e-6:
+        name = str(coarsest).removeprefix("torch.")
+        with contextlib.suppress(MissingInputError):
+            share = _latents_moved(build_autoencoder(contents, weights), coarsest)
+            mark = "WARNING: " if coarsest.itemsize == 1 else ""
+            lines.append(
+                f"{mark}rounded to {name}: its latents are off by about {100 * share:.2g} % of "
+                "their spread from those of the float32 weights, for good; prefer a float32 file"
+            )
+    return lines
+
+
+@torch.no_grad()
+def _latents_moved(model: AutoencoderKL, dtype: torch.dtype) -> float:
+    """How far rounding of this size moves latents, as a share of their standard deviation.
+
+    Estimated: the weights are rounded already, so they are moved once more, by as much, at random.
+    """
+    waves = torch.arange(64.0)
+    image = torch.stack([torch.sin(0.1 * (c + 1) * (waves + 2 * waves[:, None])) for c in range(3)])
+    before = model.encode(image[None]).mean
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.encoder.parameters():
+        noise = torch.rand(parameter.shape, generator=generator) - 0.5
+        parameter.data = parameter.data * (1 + 0.75 * torch.finfo(dtype).eps * noise)
+    return float((model.encode(image[None]).mean - before).square().mean().sqrt() / before.std())
 
 
 def published_shape(weights: Weights) -> str | None:
@@ -266,7 +321,12 @@ def latent_channels(weights: Weights) -> int:
 
 
 def find(path: Path) -> Path:
-    """The file meant by a path: itself, a folder's weights, a run's newest checkpoint, a hub's."""
+    """The file meant by a path: itself, a folder's weights, a run's newest checkpoint, a hub's.
+
+    "kl_f8_mini" is the small base that ships with the package.
+    """
+    if str(path) == shipped.NAME:
+        return shipped.WEIGHTS
     if path.is_dir():
         newest = list_checkpoints(path)
         if newest:

@@ -2,9 +2,8 @@
 
     python tests/benchmarks/healthy_runs.py RUN_DIR [PICTURE_DIR]
 
-Trains the demo's stand-in for kl-f8, unless RUN_DIR/base/model.ckpt is there, then finetunes it
-five times. Writes an SVG of each, and prints what the tables hold and what `kl-f8-train status`
-says.
+Finetunes kl_f8_mini, the small base that ships with the package, five times. Writes an SVG of each,
+and prints what the tables hold and what `kl-f8-train status` says.
 """
 
 import sys
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from kl_f8_train import config, demo
+from kl_f8_train import config, demo, shipped
 from kl_f8_train.files import write_text
 from kl_f8_train.run import curves, status
 from kl_f8_train.run.curves import Chart
@@ -81,8 +80,8 @@ def main(root: Path, pictures: Path = Path("docs/healthy-run")) -> None:
                 f"run_dir={run_dir}",
                 f"name={name}",
                 f"init.weights={pruned if case.new else base}",
-                f"stop_iteration={demo.BASE + LENGTH}",
-                f"log.pictures={root}/held_out",
+                f"stop_iteration={demo.base_iteration() + LENGTH}",
+                f"log.pictures={shipped.HELD_OUT}",
                 *COMMON,
                 *case.overrides,
             )
@@ -104,17 +103,18 @@ def recipe(root: Path, *overrides: str) -> config.Config:
 
 
 def prepare(root: Path) -> tuple[Path, Path]:
-    """The stand-in for kl-f8, and the same without its discriminator."""
-    demo._pack_photographs(root)
-    base, pruned = root / "base" / "model.ckpt", root / "pruned.ckpt"
-    if not base.is_file():
-        settings = recipe(root, f"init.weights={base}", f"stop_iteration={demo.BASE}")
-        demo.train_base(settings, base)
+    """The base, and the same without its discriminator."""
+    demo.pack_photographs(root)
+    pruned = root / "pruned.ckpt"
     if not pruned.is_file():
-        state = weight_file.read(base).tensors
+        state = weight_file.read(shipped.WEIGHTS).tensors
         kept = {k: v for k, v in state.items() if not k.startswith("loss.discriminator.")}
-        weight_file.write_torch(pruned, {"state_dict": kept, "global_step": demo.BASE})
-    return base, pruned
+        architecture = {"norm_num_groups": 4}
+        iteration = demo.base_iteration()
+        weight_file.write_torch(
+            pruned, {"state_dict": kept, "global_step": iteration, "architecture": architecture}
+        )
+    return shipped.WEIGHTS, pruned
 
 
 def rows_of(run_dir: Path) -> list[Row]:
@@ -143,11 +143,17 @@ def picture(title: str, run_dir: Path, healthy: Path) -> str:
     width, height = 2 * across, 40 + down * len(charts) // 2
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" font-family="sans-serif">\n<style>{curves.STYLE}{STYLE}</style>\n'
+        f'height="{height}" font-family="sans-serif">\n<style>{page_style()}{STYLE}</style>\n'
         f'<rect width="{width}" height="{height}"/>\n'
         f'<text class="head" x="12" y="24">{escape(title)}</text>\n'
         f'<text class="key" x="{width - 12}" y="24">{key}</text>\n{panels}</svg>\n'
     )
+
+
+def page_style() -> str:
+    """The style of the status page."""
+    page = curves.TEMPLATE.read_text(encoding="utf-8")
+    return page.partition("<style>")[2].partition("</style>")[0]
 
 
 def lines_of(run_dir: Path, names: Sequence[str], prefix: str = "") -> dict[str, curves.Points]:

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/warmup.py RUN_DIR [SEED ...]
 
-Trains the demo's stand-in for kl-f8, finetunes its decoder with L1 + perceptual until the held-out
-scores stand still, then goes on from the EMA in four ways on the same images: without an
-adversarial term, to compare; with the stand-in's own discriminator; with a new one that trained
-alone first; with a new one that did not. Scores are means over the demo's held-out tiles.
+Finetunes the decoder of kl_f8_mini, the small base of the package, with L1 + perceptual until the
+held-out scores stand still, then goes on from the EMA in four ways on the same images: without an
+adversarial term, to compare; with the base's own discriminator; with a new one that trained alone
+first; with a new one that did not. Scores are means over the demo's held-out photographs.
 """
 
 import sys
@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
-from kl_f8_train import config, demo, images
+from kl_f8_train import config, demo, images, shipped
 from kl_f8_train.core import metrics
 from kl_f8_train.run.train import train
 from kl_f8_train.run_dir import checkpoint_path
 from kl_f8_train.weights import pretrained, weight_file
 
-SETTLED = 1400  # iteration; the stand-in's own end at demo.BASE
+BASE = demo.base_iteration()
+SETTLED = BASE + 600  # iteration
 RATE = 1e-4
 WARMUP = 200
 SHOWN = (0, 5, 10, 25, 50)
@@ -36,19 +37,17 @@ HEAD = "L1 raw | PSNR raw | ST-LPIPS raw | L1 EMA | PSNR EMA | ST-LPIPS EMA |\n"
 def main(root: Path, seeds: list[int]) -> None:
     """Runs all and prints their scores by iterations after the adversarial term sets in."""
     began = time.process_time()
-    demo._pack_photographs(root)
-    base, settled = root / "base" / "model.ckpt", root / "settle"
-    if not base.is_file():
-        demo.train_base(recipe(root, f"init.weights={base}", f"stop_iteration={demo.BASE}"), base)
+    demo.pack_photographs(root)
+    base, settled = shipped.WEIGHTS, root / "settle"
     settling = ("adversarial=null", f"init.weights={base}", f"stop_iteration={SETTLED}")
     train(recipe(root, *settling, f"run_dir={settled}", "checkpoint.every=100"))
-    tiles = held_out(root, base)
+    tiles = held_out()
     print(f"| settling | iteration | {HEAD}")
-    for iteration in range(demo.BASE + 200, SETTLED + 1, 200):
+    for iteration in range(BASE + 200, SETTLED + 1, 200):
         path = checkpoint_path(settled, iteration)
         print(f"| | {iteration:,} | {scores(path, *tiles)} |", flush=True)
 
-    own, none = write_starts(root, base, settled)
+    own, none = write_starts(root, settled)
     print(f"| discriminator | iterations after | {HEAD}")
     for seed in seeds:
         for number, (name, extra) in enumerate(WAYS.items()):
@@ -81,24 +80,27 @@ def recipe(root: Path, *overrides: str) -> config.Config:
     return config.load(config.find_recipe("demo"), [*common, *overrides])
 
 
-def write_starts(root: Path, base: Path, settled: Path) -> tuple[Path, Path]:
-    """The settled EMA with the stand-in's discriminator, and without any."""
+def write_starts(root: Path, settled: Path) -> tuple[Path, Path]:
+    """The settled EMA with the base's discriminator, and without any."""
     decoder = weight_file.load_autoencoder(settled).state_dict()
-    theirs = weight_file.read(base).tensors
+    theirs = weight_file.read(shipped.WEIGHTS).tensors
     discriminator = {k: v for k, v in theirs.items() if k.startswith("loss.")}
     own, none = root / "own.ckpt", root / "none.ckpt"
     for path, extra in ((own, discriminator), (none, {})):
         state = {**decoder, **extra}
-        weight_file.write_torch(path, {"state_dict": state, "global_step": SETTLED})
+        architecture = {"norm_num_groups": 4}
+        weight_file.write_torch(
+            path, {"state_dict": state, "global_step": SETTLED, "architecture": architecture}
+        )
     return own, none
 
 
 @torch.no_grad()
-def held_out(root: Path, base: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The held-out tiles in [-1, 1], and their latents, which no finetune changes."""
-    files = sorted((root / "held_out").glob("*.png"))
+def held_out() -> tuple[torch.Tensor, torch.Tensor]:
+    """Held-out photographs in [-1, 1], and their latents, which no finetune changes."""
+    files = sorted(shipped.HELD_OUT.glob("*.jpg"))
     x = images.to_float(torch.stack([images.decode(file.read_bytes()) for file in files]))
-    return x, weight_file.load_autoencoder(base).encode(x).mean
+    return x, weight_file.load_autoencoder(shipped.WEIGHTS).encode(x).mean
 
 
 @torch.no_grad()

@@ -1,0 +1,55 @@
+"""What `doctor` shows of its findings: a line for each question, the details behind --all."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kl_f8_train import units
+from kl_f8_train.config import Config
+from kl_f8_train.core.perceptual import LABELS
+from kl_f8_train.units import counted, duration, size
+
+
+def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
+    """The run, its inputs, its speed and its bill; what was not found out is left out."""
+    loss, adversarial = config.loss, config.adversarial
+    start = facts.get("start_iteration", config.init.iteration)
+    begin = "?" if start is None else f"{start:,}"
+    yield f"  run      {config.name}, iteration {begin} -> {config.stop_iteration:,}"
+    if batch := facts.get("batch"):
+        dealt = units.batch(batch["global"], batch["processes"], batch["per_device"])
+        yield f"  batch    {dealt}; learning rate {config.optimizer.learning_rate:g}, absolute"
+    if weights := facts.get("weights"):
+        critic = "with" if weights["discriminator"] else "no"
+        shape = (weights["not_kl_f8"] and "not kl-f8's shape") or "kl-f8's shape"
+        name = Path(weights["file"]).name
+        yield f"  weights  {name}: {weights['layout']}, {shape}, {critic} discriminator"
+    against = " + adversarial" if adversarial else ""
+    yield (
+        f"  loss     {loss.pixel} + {loss.perceptual_weight:g} {LABELS[loss.perceptual]}{against}"
+    )
+    for name, found in facts.get("data", {}).items():
+        unusable = f"{found['unusable']} of {found['checked']} unusable"
+        yield f"  data     {name}: {found['about']}; {unusable}"
+    if seconds := facts.get("seconds_per_image"):
+        cold = ", measured on a first, cold iteration" if facts["cold_iteration"] else ""
+        memory = size(facts["memory_bytes"])
+        yield f"  speed    {units.speed(1 / seconds)} on {facts['device']}, {memory}{cold}"
+    if (total := facts.get("images_total")) is not None:
+        yield f"  bill     {_bill(facts, config, total)}"
+    if predicted := facts.get("predicted"):
+        times = ", ".join(f"{name} {duration(days * 86400)}" for name, days in predicted.items())
+        yield f"           predicted for {facts['batch']['processes']} of each: {times}"
+    if kept := facts.get("checkpoints"):
+        needed, free = size(facts["checkpoint_bytes"]), size(facts["free_bytes"])
+        yield f"  disk     {needed} for {counted(kept, 'checkpoint', 's')}; {free} free"
+
+
+def _bill(facts: Mapping[str, Any], config: Config, images: int) -> str:
+    iterations = images // config.global_batch
+    text = f"{counted(iterations, 'iteration', 's')} x {config.global_batch} = {images:,} images"
+    if facts.get("days") is None:
+        return text
+    end = str(facts["end_date"] or "after the year 9999").replace("T", " ")[:16]
+    took = duration(facts["days"] * 86400)
+    return f"{text}: {facts['gpu_hours']:,.3g} device-hours, {took}, until {end} if started now"
