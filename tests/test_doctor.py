@@ -219,7 +219,7 @@ def test_kinds_of_gpu_are_told_for_the_full_size(folder, capsys):
 )
 def test_a_micro_batch_that_does_not_fit_is_refused(memory, problem):
     settings = samples.recipe()
-    with pytest.raises(RunFailedError, match=r"batch=12 takes 8\.6 GB") as caught:
+    with pytest.raises(RunFailedError, match=r"batch=12 takes 8\.63 GB") as caught:
         doctor.check_fits(settings, 12, 96, {"this one": memory - cost.HEADROOM_BYTES})
     assert problem in str(caught.value)
     doctor.check_fits(settings, 12, 96, {"this one": 12e9 - cost.HEADROOM_BYTES})

@@ -393,7 +393,7 @@ class NormSwish(Norm):
         if not self.lean:
             input = input if added is None else input + _column(added)
             return F.silu(super().forward(input))
-        settings = self.num_groups, self.eps, _autocast_dtype(input)
+        settings = self.num_groups, self.eps, _autocast_dtype(input) or input.dtype
         output: Tensor
         if torch.compiler.is_compiling():
             output = _FusedNormSwish.apply(input, added, self.weight, self.bias, *settings)
@@ -401,14 +401,6 @@ class NormSwish(Norm):
             input = input if added is None else input + _column(added)
             output = _LeanNormSwish.apply(input, self.weight, self.bias, *settings)
         return output
-
-
-def _autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """Autocast's type, where it is on, or the tensor's own; the meta device has no autocast."""
-    kind = tensor.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return tensor.dtype
-    return torch.get_autocast_dtype(kind)
 
 
 class _LeanNormSwish(torch.autograd.Function):
