@@ -206,7 +206,9 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_argument("--workers", type=_positive, help="processes (all cores)")
     pack.add_argument("--reencode", action="store_true", help="write JPEGs anew")
 
-    index = add("index", _index, "Indexes shards once: where the images are, and their metadata.")
+    index = add(
+        "index", _index_verb, "Indexes shards once: where the images are, and their metadata."
+    )
     index.add_argument("source", help="brace pattern, glob, directory, list file or address")
     index.add_argument("--filter", action="append", default=[], help="such as 'width >= 256'")
     index.add_argument("--index-dir", help="where to keep it (beside the shards)")
@@ -324,7 +326,7 @@ def _examine_briefly(
 def _must_be_there(weights: str, key: str = "") -> None:
     from kl_f8_train.weights import hub
 
-    here = weights == shipped.NAME or Path(weights).exists()
+    here = weights == shipped.BASE_NAME or Path(weights).exists()
     if not here and not hub.is_id(weights):
         raise MissingInputError(
             f"{key}{weights}: no such file; expected a weight file, a diffusers folder, a run "
@@ -499,7 +501,7 @@ def _pack(args: argparse.Namespace) -> int:
     return 0
 
 
-def _index(args: argparse.Namespace) -> int:
+def _index_verb(args: argparse.Namespace) -> int:
     from kl_f8_train.data.index import build_index, expand, index_directory
     from kl_f8_train.data.shard_cache import ShardCache
     from kl_f8_train.data.sources import TarSource, parse_filters
@@ -574,7 +576,7 @@ def _config(args: argparse.Namespace) -> int:
             )
         from kl_f8_train import reference
 
-        print(reference.page(), end="")
+        print(reference.settings_page(), end="")
         return 0
     if args.action == "schema":
         for key, kind, default, doc in configs.schema():

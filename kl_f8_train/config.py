@@ -126,11 +126,36 @@ class Loss:
         bounds=(0, ANY),
         usual="1 with `l1`; 0.1 with `mse`",
     )
+    l1_weight: float | None = setting(
+        "weight of |x - y|; null: 1 if loss.pixel is l1, else 0", None, bounds=(0, ANY)
+    )
+    mse_weight: float | None = setting(
+        "weight of (x - y)^2; null: 1 if loss.pixel is mse, else 0", None, bounds=(0, ANY)
+    )
+    gradient_weight: float = setting(
+        "weight of |Sobel(x - y)|, rows and columns; 0: none", 0.0, bounds=(0, ANY)
+    )
     learn_logvar: bool = setting("train the loss's log variance (the original's stays 0)", False)
     perceptual_weights: str | None = setting(
         "VGG16 features file; null: where `kl-f8-train fetch` put it", None, machine=True
     )
     allow_stand_in: bool = setting("accept ST-LPIPS in LPIPS' place (demo and tests)", False)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each term: l1, mse, gradient, perceptual."""
+        l1, mse = (
+            float(self.pixel == name) if given is None else given
+            for name, given in (("l1", self.l1_weight), ("mse", self.mse_weight))
+        )
+        of_rest = {"gradient": self.gradient_weight, "perceptual": self.perceptual_weight}
+        return {"l1": l1, "mse": mse, **of_rest}
+
+    @property
+    def formula(self) -> str:
+        """The terms before the perceptual one, such as `l1` or `0.5 l1 + 2 mse`."""
+        terms = [(name, w) for name, w in self.weights.items() if w and name != "perceptual"]
+        return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in terms)
 
 
 @dataclass(kw_only=True)
@@ -173,6 +198,30 @@ class Optimizer:
     )
     betas: list[float] = setting("Adam's two decays", bounds=(0, BELOW_1), usual="0.5, 0.9")
     eps: float = setting("Adam's epsilon", bounds=(ABOVE_0, ANY), usual="1e-8")
+    warmup_iterations: int = setting(
+        "iterations over which the rate rises to its whole; 0: none", 0, bounds=(0, ITERATIONS)
+    )
+    decay: Literal["constant", "linear", "cosine"] = setting(
+        "how the rate falls over decay_iterations", "constant"
+    )
+    decay_iterations: int | None = setting(
+        "iterations from the run's start to the final rate", None, bounds=(1, ITERATIONS)
+    )
+    final_learning_rate: float = setting("rate after the decay", 0.0, bounds=(0, ANY))
+    clip_norm: float | None = setting(
+        "largest norm of a network's gradient; null: not clipped", None, bounds=(ABOVE_0, ANY)
+    )
+
+
+@dataclass(kw_only=True)
+class Latents:
+    """What the decoder is given beside latents of the encoder."""
+
+    noise: float = setting(
+        "tau: trains on z + u tau std(z) e, u uniform in [0, 1] and e normal, of each image",
+        0.0,
+        bounds=(0, 10),
+    )
 
 
 @dataclass(kw_only=True)
@@ -208,8 +257,9 @@ class Data:
     """What the images are and how they are cut."""
 
     sources: dict[str, Source] = setting("name -> source")
-    shorter_side: int | None = setting(
-        "bicubic resize of the shorter side, in pixels; null: none",
+    shorter_side: int | list[int] | None = setting(
+        "bicubic resize of the shorter side, in pixels, or a range [a, b] to draw it from; "
+        "null: none",
         bounds=(1, PIXELS),
         usual="1 to 1.5 x `data.crop`",
     )
@@ -397,6 +447,7 @@ class Config:
     loss: Loss = setting("reconstruction loss", Loss)
     adversarial: Adversarial | None = setting("adversarial term; null: none")
     optimizer: Optimizer = setting("optimizers", Optimizer)
+    latents: Latents = setting("latents", Latents)
     ema: Ema = setting("moving average", Ema)
     data: Data = setting("data", Data)
     compute: Compute = setting("machine", Compute)
@@ -441,8 +492,8 @@ def _settings(kind: Any, prefix: str = "") -> Iterator[tuple[str, Setting]]:
     for item in fields(kind):
         declared, nullable = hints[item.name], False
         if get_origin(declared) in (Union, UnionType):
-            declared = next(arg for arg in get_args(declared) if arg is not NoneType)
-            nullable = True
+            kinds = tuple(arg for arg in get_args(declared) if arg is not NoneType)
+            declared, nullable = Union[kinds], True  # noqa: UP007, of one is that one
         default = "" if item.default is NO_DEFAULT else item.default
         found = Setting(declared, nullable, default, **item.metadata)
         yield f"{prefix}{item.name}", found
@@ -647,6 +698,13 @@ def check(config: Config) -> None:
             f"loss.perceptual={config.loss.perceptual} is a stand-in for LPIPS, and the result is "
             "not the published recipe's; loss.allow_stand_in=true accepts that"
         )
+    if config.optimizer.decay != "constant" and config.optimizer.decay_iterations is None:
+        problems.append(
+            f"optimizer.decay={config.optimizer.decay} needs optimizer.decay_iterations, the "
+            "iterations from the run's start to optimizer.final_learning_rate"
+        )
+    if not any(config.loss.weights.values()):
+        problems.append("loss: every term has weight 0; give one of them more")
     if config.checkpoint.keep_best and not config.log.pictures_every:
         problems.append(
             "checkpoint.keep_best=true needs validations, and log.pictures_every=0 has none; give "
@@ -674,9 +732,29 @@ def source_shares(config: Config) -> dict[str, int]:
         text = ", ".join(f"{name} {share:g}" for name, share in shares.items())
         raise UsageError(
             f"global_batch={config.global_batch} does not divide by the weights of data.sources: "
-            f"{text} images a batch; change the weights or the batch"
+            f"{text} images a batch; change the weights or the batch. The nearest split: "
+            + " ".join(f"data.sources.{n}.weight={count}" for n, count in nearest(shares).items())
         )
     return {name: round(share) for name, share in shares.items()}
+
+
+def nearest(shares: Mapping[str, float]) -> dict[str, int]:
+    """Whole numbers of the same sum, at least 1 if there are enough, as near as can be."""
+    left = {name: max(1, math.floor(share + 1e-9)) for name, share in shares.items()}
+    missing = round(sum(shares.values())) - sum(left.values())
+    for name in sorted(shares, key=lambda name: left[name] - shares[name])[: max(0, missing)]:
+        left[name] += 1
+    largest = max(left, key=lambda name: left[name])
+    left[largest] += min(0, missing)
+    return left
+
+
+def side_range(data: Data) -> tuple[int, int] | None:
+    """The least and the largest shorter side that images are resized to; None: they are not."""
+    side = data.shorter_side
+    if side is None:
+        return None
+    return (side[0], side[-1]) if isinstance(side, list) else (side, side)
 
 
 def micro_batch(config: Config, world_size: int) -> int:
@@ -759,7 +837,10 @@ def _ranges(config: Config) -> Iterator[str]:
         yield f"model.ch_mult={config.model.ch_mult}: expected 1 to {MOST_LEVELS} numbers"
     elif config.data.crop % 2 ** (levels - 1):
         yield f"data.crop={config.data.crop}: expected a multiple of {2 ** (levels - 1)}"
-    if config.data.shorter_side is not None and config.data.shorter_side < config.data.crop:
+    sides = config.data.shorter_side
+    if isinstance(sides, list) and (len(sides) != 2 or sides[0] > sides[1]):
+        yield f"data.shorter_side={sides}: expected a number, or a range [least, most]"
+    elif (ends := side_range(config.data)) and ends[0] < config.data.crop:
         yield (
             f"data.shorter_side={config.data.shorter_side} is smaller than "
             f"data.crop={config.data.crop}; give at least that, or null for no resize"
@@ -923,6 +1004,11 @@ def _parse(key: str, text: str, where: str = "") -> Any:
         names = ", ".join(f"{key}.{name}" for name in _below(key))
         raise UsageError(f"{shown}={text}: this is a group of settings; set {names}")
     values = [p.strip() for p in text.strip().strip("[]").split(",") if p.strip()]
+    if origin is Union:
+        if not values or not all(value.lstrip("-").isdecimal() for value in values):
+            raise UsageError(f"{shown}={text}: expected a whole number, or a range as [384,512]")
+        numbers = [int(value) for value in values]
+        return numbers if "[" in text or len(numbers) > 1 else numbers[0]
     inner = get_args(kind)[0] if origin is list else kind
     try:
         return [READERS[inner](v) for v in values] if origin is list else READERS[inner](text)

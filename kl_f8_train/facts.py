@@ -83,7 +83,7 @@ FAMILIES = {
     ),
 }
 OTHER = "other"  # none of them: what the file states is taken, and nothing else
-NAMES = tuple(field.name for field in fields(Facts))
+FACT_NAMES = tuple(field.name for field in fields(Facts))
 
 
 def from_values(values: Mapping[str, Any]) -> Facts:
@@ -92,7 +92,7 @@ def from_values(values: Mapping[str, Any]) -> Facts:
     Raises MissingInputError if one has another type or is out of bounds.
     """
     found: dict[str, Any] = {}
-    for name in NAMES:
+    for name in FACT_NAMES:
         value = values.get(name)
         if value is None:
             continue
@@ -108,7 +108,9 @@ def from_metadata(metadata: Mapping[str, str]) -> Facts:
 
     Raises MissingInputError if one is not what it should be.
     """
-    texts = {name: metadata.get(f"{METADATA_PREFIX}{name}", metadata.get(name)) for name in NAMES}
+    texts = {
+        name: metadata.get(f"{METADATA_PREFIX}{name}", metadata.get(name)) for name in FACT_NAMES
+    }
     texts["family"] = metadata.get(f"{METADATA_PREFIX}family")  # a plain "family" may mean anything
     return from_values({name: _parsed(text) for name, text in texts.items() if text is not None})
 

@@ -22,7 +22,13 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".apng", ".webp", ".bmp", ".dib"),
     *(".tif", ".tiff", ".gif"),
 )
-OTHERS = {".avif": "AVIF", ".avifs": "AVIF", ".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF"}
+OTHER_SUFFIXES = {
+    ".avif": "AVIF",
+    ".avifs": "AVIF",
+    ".heic": "HEIF",
+    ".heif": "HEIF",
+    ".hif": "HEIF",
+}
 RAW = (
     *(".dng", ".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".sr2", ".srf", ".orf", ".rw2"),
     *(".raf", ".pef", ".srw", ".3fr", ".fff", ".iiq", ".rwl", ".x3f", ".erf", ".kdc", ".dcr"),
@@ -42,7 +48,7 @@ MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0(?!....CR)|MM\0\*",
     re.DOTALL,
 )
-HEAD = 64  # bytes that say what a file is
+FIRST_BYTES = 64  # bytes that say what a file is
 
 
 @dataclass
@@ -133,7 +139,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _images_below(folder: str) -> int:
     """Files in a folder of the system's that look like images, by their suffix."""
     names = (name for _, _, files in os.walk(folder) for name in files)
-    return sum(_suffix(name) in (*SUFFIXES, *OTHERS) for name in names)
+    return sum(_suffix(name) in (*SUFFIXES, *OTHER_SUFFIXES) for name in names)
 
 
 def _suffix(name: str) -> str:
@@ -148,9 +154,9 @@ def _sort_in(found: Listing, prefix: str, entry: os.DirEntry[str]) -> None:
         regular = False
     if not regular:
         kind = "broken links" if entry.is_symlink() else "pipes, sockets or devices"
-        found.left_out[kind] += suffix in (*SUFFIXES, *OTHERS)
+        found.left_out[kind] += suffix in (*SUFFIXES, *OTHER_SUFFIXES)
     elif is_system(entry.name):
-        found.left_out["hidden files"] += suffix in (*SUFFIXES, *OTHERS)
+        found.left_out["hidden files"] += suffix in (*SUFFIXES, *OTHER_SUFFIXES)
     elif suffix in SUFFIXES or _is_image(entry.path, suffix):
         found.files.append(f"{prefix}{entry.name}")
     else:
@@ -163,7 +169,7 @@ def _is_image(path: str, suffix: str) -> bool:
         return False
     try:
         with open(path, "rb") as file:
-            head = file.read(HEAD)
+            head = file.read(FIRST_BYTES)
     except OSError:
         return False
     return looks_like_image(head)
@@ -171,7 +177,7 @@ def _is_image(path: str, suffix: str) -> bool:
 
 def _kind(suffix: str) -> str:
     """How a file that is left out is counted."""
-    kind = OTHERS.get(suffix)
+    kind = OTHER_SUFFIXES.get(suffix)
     if kind and not images.can_read(kind):
         return f"{suffix} ({images.REMEDY[kind]})"
     if suffix in RAW:

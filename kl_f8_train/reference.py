@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterator
 from itertools import groupby
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from kl_f8_train import config
 from kl_f8_train.config import SETTINGS, Setting
@@ -29,11 +29,11 @@ command line changes one. `kl-f8-train config show RECIPE` prints a recipe in fu
 """
 
 
-def page() -> str:
+def settings_page() -> str:
     """The page in Markdown: one table for the top level, and one for each group of settings."""
     parts = [INTRODUCTION]
     for prefix, found in groupby(_leaves(), key=lambda item: item[0].rpartition(".")[0]):
-        parts.append(f"## {_title(prefix)}\n\n{_introduction(prefix)}\n")
+        parts.append(f"## {_title(prefix)}\n\n{_preface(prefix)}\n")
         parts.append(markdown_table(HEAD, (_row(key, setting) for key, setting in found)) + "\n")
     return "\n".join(parts)
 
@@ -49,7 +49,7 @@ def _title(prefix: str) -> str:
     return f"`{prefix}`" if prefix else "The run"
 
 
-def _introduction(prefix: str) -> str:
+def _preface(prefix: str) -> str:
     """First paragraph of the docstring of a group's dataclass."""
     kind = SETTINGS[prefix].kind if prefix else config.Config
     return inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0]
@@ -74,6 +74,9 @@ def _value(setting: Setting) -> str:
         text = f"{', '.join(others)} or {last}"
     elif get_origin(kind) is list:
         text = f"list of {_plural(get_args(kind)[0])}{_range(setting)}"
+    elif get_origin(kind) is Union:  # a number, or a range of them
+        number = get_args(kind)[0]
+        text = f"{NAMES[number]}{_range(setting)}, or two of them"
     else:
         text = f"{NAMES[kind]}{_range(setting)}"
     return f"{text}, or `null`" if setting.nullable else text

@@ -150,11 +150,11 @@ def read_rows(path: Path) -> list[Row]:
     except FileNotFoundError:
         return []
     whole = text[: text.rfind("\n") + 1].replace("\0", "")  # a last line may be half written
-    rows = (_parsed(row) for row in csv.DictReader(whole.splitlines()))
+    rows = (_parsed_row(row) for row in csv.DictReader(whole.splitlines()))
     return [row for row in rows if "iteration" in row]
 
 
-def _parsed(row: Mapping[str | Any, str | Any]) -> Row:
+def _parsed_row(row: Mapping[str | Any, str | Any]) -> Row:
     found: Row = {}
     for key, value in row.items():
         try:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import subprocess
@@ -142,7 +143,8 @@ def test_unknown_key_on_the_command_line(override, meant):
 
 
 def test_nothing_is_meant_by_a_key_that_is_like_none():
-    assert refused("optimizer.foo=1").endswith("; optimizer has learning_rate, betas, eps")
+    message = refused("optimizer.foo=1")
+    assert "unknown key 'optimizer.foo'; optimizer has learning_rate, betas, eps, " in message
     assert refused("seed.x=1").endswith("; seed has no keys below it")
 
 
@@ -621,3 +623,26 @@ def test_a_name_has_no_control_characters(name):
 @pytest.mark.parametrize("name", ["ft_ema", "mine v1.5 (b)", "größer", "..a"])
 def test_other_names_are_taken(name):
     assert samples.recipe("ft_ema", f"name={name}").name == name
+
+
+def test_a_split_that_does_not_divide_names_the_nearest():
+    pair = {"a": config.Source(shards="a", weight=0.7), "b": config.Source(shards="b", weight=0.3)}
+    recipe = samples.recipe()
+    uneven = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=pair))
+    with pytest.raises(UsageError, match=r"data.sources.a.weight=134 data.sources.b.weight=58"):
+        config.source_shares(uneven)
+    assert config.nearest({"a": 0.2, "b": 7.8}) == {"a": 1, "b": 7}
+
+
+@pytest.mark.parametrize("side", ["[512,384]", "[384]", "[100,300]", "[384,400,512]", "x,y"])
+def test_ranges_of_sides_that_cannot_be(side):
+    with pytest.raises(UsageError, match=r"data\.shorter_side"):
+        samples.recipe("ft_ema", "data.crop=256", f"data.shorter_side={side}")
+
+
+@pytest.mark.parametrize("side", [384, [384, 512]])
+def test_a_range_of_sides_is_read_from_both_places(tmp_path, side):
+    shown = str(side).replace(" ", "")
+    assert samples.recipe("ft_ema", f"data.shorter_side={shown}").data.shorter_side == side
+    file = edited(tmp_path, "shorter_side: 384", f"shorter_side: {side}")
+    assert config.load(file, samples.YOURS).data.shorter_side == side

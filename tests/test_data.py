@@ -144,6 +144,19 @@ def test_resizing_comes_before_the_crop(folders):
     assert any(torch.equal(resized[:, :, i : i + 48], sample.image) for i in range(8))
 
 
+def test_a_range_of_sides_leaves_crops_and_noise_alone(folders):
+    one = dataset_of(folders, "data.shorter_side=60")
+    same = dataset_of(folders, "data.shorter_side=[60,60]")
+    ranged = dataset_of(folders, "data.shorter_side=[50,90]")
+    sides = {ranged._side(position) for position in range(400)}
+    assert (min(sides), max(sides)) == (50, 90)
+    for position in range(4):
+        assert torch.equal(one[position].image, same[position].image)
+        assert torch.equal(one[position].noise, ranged[position].noise)
+        assert one[position].key == ranged[position].key
+        assert torch.equal(ranged[position].image, ranged[position].image)
+
+
 def test_two_noises_for_the_second_forward(folders):
     batch = batches(dataset_of(folders, "second_forward=true"), stop=1)[0]
     assert batch.noise.shape == (2, 8, 4, 6, 6)

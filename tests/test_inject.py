@@ -209,3 +209,24 @@ def test_modes_follow_the_umask(tmp_path, vae):
     (tmp_path / "sd.safetensors").chmod(0o600)
     inject(vae, tmp_path / "sd.safetensors", tmp_path / "new.safetensors")
     assert (tmp_path / "new.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_an_all_in_one_file_keeps_its_vae_elsewhere(tmp_path, vae):
+    """Below vae., as such files for FLUX do."""
+    before = {k.replace("first_stage_model.", "vae."): v for k, v in full_checkpoint().items()}
+    save_file(before, tmp_path / "flux.safetensors")
+    inject(vae, tmp_path / "flux.safetensors", tmp_path / "new.safetensors")
+    after = weight_file.read(tmp_path / "new.safetensors").tensors
+    wanted = weight_file.load_autoencoder(vae).state_dict()
+    key = "decoder.conv_in.weight"
+    assert torch.equal(after[f"vae.{key}"], wanted[key].to(after[f"vae.{key}"].dtype))
+
+
+def test_a_vae_that_is_not_finite_is_refused_because_of_that(tmp_path):
+    state = {k: v.clone() for k, v in samples.tiny_vae().state_dict().items()}
+    state["decoder.conv_in.weight"][0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    save_file(full_checkpoint(), tmp_path / "sd.safetensors")
+    with pytest.raises(MissingInputError, match="not finite"):
+        inject(tmp_path / "nan.safetensors", tmp_path / "sd.safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -25,7 +25,7 @@ from kl_f8_train import config as configs
 from kl_f8_train import facts, images, units
 from kl_f8_train.check import benchmark, cost, origins, scaling, screen
 from kl_f8_train.config import Config
-from kl_f8_train.core import machine, perceptual
+from kl_f8_train.core import machine, perceptual, schedule
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.losses import generator_loss, reconstruction_loss
 from kl_f8_train.core.model import FROZEN
@@ -55,7 +55,7 @@ FEW_IMAGES = 2  # of the gradient audit, and of the trial iteration without a GP
 PATIENCE_SECONDS = 8.0  # a trial iteration that took longer is not run a second time
 
 
-def _silent(line: str) -> None:
+def _ignored(line: str) -> None:
     """Says nothing."""
 
 
@@ -64,7 +64,7 @@ class Report:
     """What was found: facts for machines, problems, and remarks that forbid nothing."""
 
     say: Say  # takes every line, in full
-    begin: Say = _silent  # takes the title of each section
+    begin: Say = _ignored  # takes the title of each section
     facts: dict[str, Any] = field(default_factory=dict)
     problems: list[UserError] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -120,14 +120,14 @@ def examine(
     say: Say,
     allow_changes: bool = False,
     brief: Say | None = None,
-    begin: Say = _silent,
+    begin: Say = _ignored,
 ) -> Report:
     """Goes through a run's settings and inputs, and tries one iteration.
 
     `say` gets every line; with `brief`, a screen of about a dozen lines goes there instead.
     `begin` gets the title of each section as it begins.
     """
-    report = Report(_silent if brief else say, begin)
+    report = Report(_ignored if brief else say, begin)
     config = None
     with report.section("settings"):
         config = configs.load(path, overrides)
@@ -246,6 +246,7 @@ def _check_batch(report: Report, config: Config, world: int) -> None:
     micro = configs.micro_batch(config, world)
     batch, rate = config.global_batch, config.optimizer.learning_rate
     parts = batch // world // micro
+    updates = config.stop_iteration - (config.init.iteration or 0)
     report.facts["batch"] = {
         "processes": world, "per_device": micro, "accumulation": parts, "global": batch
     }  # fmt: skip
@@ -258,7 +259,8 @@ def _check_batch(report: Report, config: Config, world: int) -> None:
     here = _memory_here(config)
     _tell_memory(report, config, micro, batch // world, here)
     report.tell(
-        f"learning rate {rate:g}, absolute: nothing scales it. The original's rule would give "
+        f"learning rate {schedule.describe(config.optimizer, updates)}: nothing scales it. The "
+        "original's rule would give "
         f"{parts} x {micro} x {world} x {BASE_RATE:g} = {batch * BASE_RATE:g}; this is "
         f"{rate / BASE_RATE:.3g} x its base rate"
     )
@@ -396,7 +398,8 @@ def _check_source(report: Report, config: Config, name: str) -> None:
     speed = count / (time.perf_counter() - began)
     bad = sum(len(sample.skipped) for sample in samples)
     profiles = Counter(sample.profile for sample in samples if sample.profile)
-    side = config.data.shorter_side
+    sides = configs.side_range(config.data)
+    side = sides[1] if sides else None
     small = 0 if side is None else _count_smaller(side, dataset, range(count))
     report.facts.setdefault("data", {})[name] = {
         "images": int(source.counts.sum()),
@@ -551,19 +554,18 @@ def gradient_audit(finetuner: Finetuner, batch: Batch) -> dict[str, float]:
         y = model.decode(latents).to(dtype)
         logits = None if finetuner.discriminator is None else finetuner.discriminator(y)
 
-    def nll(reconstruction: Tensor, distance: Tensor) -> Tensor:
-        return reconstruction_loss(
-            x,
-            reconstruction,
-            distance.to(dtype),
-            pixel=config.loss.pixel,
-            perceptual_weight=config.loss.perceptual_weight,
-            logvar=finetuner.logvar.detach(),
-        )[0]
+    def nll(name: str, weight: float) -> Tensor:
+        alone = {f"{key}_weight": weight * (key == name) for key in config.loss.weights}
+        distance = finetuner.perceptual(x, y) if name == "perceptual" else y.new_zeros(1)
+        logvar = finetuner.logvar.detach()
+        return reconstruction_loss(x, y, distance.to(dtype), pixel="l1", logvar=logvar, **alone)[0]
 
-    terms = {"pixel": nll(y, torch.zeros_like(y[:, :1, :1, :1]))}
-    if config.loss.perceptual_weight:
-        terms["perceptual"] = nll(x, finetuner.perceptual(x, y))  # x - x leaves this term alone
+    weights = {name: weight for name, weight in config.loss.weights.items() if weight}
+    both = {"l1", "mse"} <= weights.keys()
+    terms = {
+        "pixel" if name in ("l1", "mse") and not both else name: nll(name, weight)
+        for name, weight in weights.items()
+    }
     if logits is not None:
         terms["adversarial"] = generator_loss(logits.to(dtype))
     return {

@@ -36,7 +36,7 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
         memory = size(facts["memory_bytes"])
         yield f"  speed    {units.speed(1 / seconds)} on {facts['device']}, {memory}{cold}"
     if (total := facts.get("images_total")) is not None:
-        yield f"  bill     {_bill(facts, config, total)}"
+        yield f"  bill     {_screened_bill(facts, config, total)}"
     if predicted := facts.get("predicted"):
         times = ", ".join(f"{name} {duration(days * 86400)}" for name, days in predicted.items())
         yield f"           predicted for {facts['batch']['processes']} of each: {times}"
@@ -45,7 +45,7 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
         yield f"  disk     {needed} for {counted(kept, 'checkpoint', 's')}; {free} free"
 
 
-def _bill(facts: Mapping[str, Any], config: Config, images: int) -> str:
+def _screened_bill(facts: Mapping[str, Any], config: Config, images: int) -> str:
     iterations = images // config.global_batch
     text = f"{counted(iterations, 'iteration', 's')} x {config.global_batch} = {images:,} images"
     if facts.get("days") is None:

@@ -19,7 +19,14 @@ from kl_f8_train.config import Config, divisor_up_to
 from kl_f8_train.core import machine
 from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.finite import UpdateFlags, finite_images, step_unless
-from kl_f8_train.core.gradients import average_over_ranks, build_adam, frozen, mean_of_each, norm_of
+from kl_f8_train.core.gradients import (
+    average_over_ranks,
+    build_adam,
+    clip,
+    frozen,
+    mean_of_each,
+    norm_of,
+)
 from kl_f8_train.core.losses import (
     adaptive_weight,
     adversarial_factor,
@@ -146,6 +153,9 @@ class Adversary:
         average_over_ranks([*gradients, terms["discriminator_loss"]])
         norm = norm_of([*gradients, 0.0 * terms["discriminator_loss"]])  # its loss counts, too
         verdict = UpdateFlags(~norm.isfinite(), finite)
+        if self.optimizer_settings.clip_norm is not None:
+            most = self.optimizer_settings.clip_norm
+            terms["discriminator_clipped"] = clip(gradients, norm, most)
         with phase("optimizer"):
             step_unless(verdict.bad if bad is None else verdict.bad | bad, self.adam)
         return verdict, terms | {"discriminator_gradient_norm": norm}

@@ -23,6 +23,14 @@ class Batch:
         """Its first images alone."""
         return Batch(self.images[:count], self.noise[:, :count], self.keys[:count], [])
 
+    def with_perturbation(self, source: tuple[int, ...]) -> "Batch":
+        """With one more draw, u e: u uniform in [0, 1] and e normal, of each image."""
+        state = _random_state(*source, "latents")
+        shape = tuple(self.noise.shape[1:])
+        draw = state.random_sample((shape[0], 1, 1, 1)) * state.standard_normal(shape)
+        more = torch.from_numpy(draw)[None].to(self.noise)
+        return replace(self, noise=torch.cat([self.noise, more]))
+
     def pin_memory(self) -> "Batch":
         """Page-locked tensors, for the copy to the GPU."""
         return replace(self, images=self.images.pin_memory(), noise=self.noise.pin_memory())
@@ -51,15 +59,19 @@ def plain_batch(
             f"images of {height} x {width} pixels: both sides must be multiples of {downsampling}"
         )
     if images.dtype != torch.uint8:
-        _check_range(images)
+        _check_values(images)
     shape = (draws, len(images), channels, height // downsampling, width // downsampling)
-    digest = hashlib.sha256("/".join(map(str, source)).encode()).digest()
-    noise = np.random.RandomState(np.frombuffer(digest, np.uint32)).standard_normal(shape)
+    noise = _random_state(*source).standard_normal(shape)
     keys = [f"image {number} of its batch" for number in range(len(images))]
     return Batch(images, torch.from_numpy(noise).float(), keys, [])
 
 
-def _check_range(images: Tensor) -> None:
+def _random_state(*parts: int | str) -> np.random.RandomState:
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return np.random.RandomState(np.frombuffer(digest, np.uint32))
+
+
+def _check_values(images: Tensor) -> None:
     """Raises ValueError for integers, and for images that cannot be in [-1, 1]."""
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}; expected uint8, or float in [-1, 1]")

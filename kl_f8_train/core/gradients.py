@@ -38,6 +38,18 @@ def frozen(module: nn.Module) -> Iterator[None]:
         module.requires_grad_(True)
 
 
+def set_rate(adam: Adam, rate: float) -> None:
+    """Sets the learning rate."""
+    for group in adam.param_groups:
+        group["lr"] = rate
+
+
+def clip(gradients: list[Tensor], norm: Tensor, most: float) -> Tensor:
+    """Scales gradients of this norm down to `most` in place; returns 1 if it acted, else 0, ()."""
+    torch._foreach_mul_(gradients, (most / norm).clamp(max=1.0))
+    return (norm > most).to(norm.dtype)
+
+
 def norm_of(tensors: list[Tensor]) -> Tensor:
     """The norm of all tensors together, ()."""
     return torch.stack(torch._foreach_norm(tensors)).norm()

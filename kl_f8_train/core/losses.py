@@ -25,16 +25,27 @@ def reconstruction_loss(
     pixel: str,
     perceptual_weight: float,
     logvar: Tensor,
+    l1_weight: float | None = None,
+    mse_weight: float | None = None,
+    gradient_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """nll, summed over pixels and averaged over images, and its terms.
 
     Terms named `_loss` are means per pixel, those named `_nll` their shares of nll as used.
 
-    `pixel` is "l1" or "mse"; `perceptual` is (B, 1, 1, 1); `logvar` is a scalar.
+    `pixel` is "l1" or "mse"; `perceptual` is (B, 1, 1, 1); `logvar` is a scalar. The pixel term is
+    l1_weight |x - y| + mse_weight (x - y)^2 where one of these two weights is given.
     """
     error = images - reconstructions
     pixel_term = error.abs() if pixel == "l1" else error.square()
+    if l1_weight is not None or mse_weight is not None:
+        l1 = float(pixel == "l1") if l1_weight is None else l1_weight
+        mse = float(pixel == "mse") if mse_weight is None else mse_weight
+        pixel_term = l1 * error.abs() + mse * error.square()
     rec = pixel_term + perceptual_weight * perceptual  # (B, 3, H, W)
+    gradient = sobel(error) if gradient_weight else None
+    if gradient is not None:
+        rec = rec + gradient_weight * gradient
     nll = torch.sum(rec / logvar.exp() + logvar) / images.shape[0]
     scale = images[0].numel() / logvar.exp()  # from a mean per pixel to the share of nll
     terms = {
@@ -45,7 +56,21 @@ def reconstruction_loss(
         "perceptual_nll": scale * perceptual_weight * perceptual.mean(),
         "nll_loss": nll,
     }
+    if l1_weight and mse_weight:
+        terms |= {"l1_loss": error.abs().mean(), "mse_loss": error.square().mean()}
+    if gradient is not None:
+        terms["gradient_loss"] = gradient.mean()
+        terms["gradient_nll"] = scale * gradient_weight * gradient.mean()
     return nll, {name: value.detach() for name, value in terms.items()}
+
+
+def sobel(error: Tensor) -> Tensor:
+    """(B, 3, H, W) -> |d / d row| + |d / d column| by Sobel's kernels / 8, 0 at the border."""
+    smooth, slope = error.new_tensor([1.0, 2.0, 1.0]) / 4, error.new_tensor([-1.0, 0.0, 1.0]) / 2
+    kernels = torch.stack([torch.outer(slope, smooth), torch.outer(smooth, slope)])  # (2, 3, 3)
+    channels = error.flatten(0, 1)[:, None]  # (3 B, 1, H, W)
+    edges = F.conv2d(channels, kernels[:, None]).abs().sum(1)
+    return F.pad(edges, (1, 1, 1, 1)).view_as(error)
 
 
 def generator_loss(logits_fake: Tensor) -> Tensor:

@@ -38,9 +38,11 @@ from kl_f8_train.core.finite import (
 from kl_f8_train.core.gradients import (
     average_over_ranks,
     build_adam,
+    clip,
     mean_of_each,
     norm_of,
     parameters_of,
+    set_rate,
 )
 from kl_f8_train.core.hashes import tensors_sha256
 from kl_f8_train.core.losses import reconstruction_loss
@@ -48,6 +50,7 @@ from kl_f8_train.core.model import TRAINED, AutoencoderKL
 from kl_f8_train.core.perceptual import distance_in_parts
 from kl_f8_train.core.phases import phase
 from kl_f8_train.core.run_state import RunState
+from kl_f8_train.core.schedule import learning_rate
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.images import to_float
 
@@ -159,6 +162,13 @@ class Finetuner(_Base):
         return build_adam(trained, self.config.optimizer)
 
     @property
+    def learning_rate(self) -> float:
+        """The rate of the next update; in a warm-up, the discriminator's."""
+        run = self.run_state
+        done = self.warmup_done if run.warmup_left else run.iteration - run.first_iteration
+        return learning_rate(self.config.optimizer, done)
+
+    @property
     def adams(self) -> list[Adam]:
         """The decoder's optimizer, and the discriminator's, if there is one."""
         return [self.decoder_adam, *self.adversary.adams]
@@ -238,7 +248,8 @@ class Finetuner(_Base):
         draws = 2 if self.config.second_forward else 1
         source = (self.config.seed, self.iteration - self.warmup_left, self.global_rank)
         model = self.autoencoder
-        return plain_batch(batch, draws, model.embed_dim, model.downsampling, source)
+        made = plain_batch(batch, draws, model.embed_dim, model.downsampling, source)
+        return made.with_perturbation(source) if self.config.latents.noise else made
 
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
@@ -248,6 +259,7 @@ class Finetuner(_Base):
 
     def training_step(self, batch: Batch, batch_index: int) -> None:
         """One iteration; before the first, those of the discriminator's warm-up."""
+        rate = self.learning_rate
         with machine.kernels(self.config.precision, self.config.compute.deterministic):
             if self.warmup_left:
                 self.run_warm_up(batch)
@@ -256,6 +268,7 @@ class Finetuner(_Base):
                 self.run_iteration(batch, loop)
         if self.log_metrics:
             self.log_dict(self.metrics, batch_size=len(batch.images))
+            self.log("learning_rate", rate, batch_size=len(batch.images))
 
     def _step_counted(self, adam: Adam) -> None:
         """The decoder's step, which Lightning counts: its global_step grows by 1 an iteration."""
@@ -342,6 +355,7 @@ class Finetuner(_Base):
         self.train()
         for adam in self.adams:
             adam.zero_grad(set_to_none=True)
+            set_rate(adam, self.learning_rate)
         return Remembered(self.discriminator)
 
     def micro_batches(self, count: int) -> list[slice]:
@@ -367,7 +381,11 @@ class Finetuner(_Base):
             x = self.images(batch, part)
             with self._autocast(x):
                 posterior = self.autoencoder.encode(x)
-            latents.append(posterior.sample(batch.noise[draw, part].to(x.dtype)))
+            z = posterior.sample(batch.noise[draw, part].to(x.dtype))
+            if self.config.latents.noise:  # z + u tau std(z) e; the last draw is u e
+                deviation = z.std(dim=(1, 2, 3), keepdim=True)
+                z = z + self.config.latents.noise * deviation * batch.noise[-1, part].to(x.dtype)
+            latents.append(z)
             divergences.append(posterior.kl().mean())
         return torch.cat(latents), torch.stack(divergences).mean()
 
@@ -395,14 +413,17 @@ class Finetuner(_Base):
 
         Where nll itself is not finite, neither is the gradient: that of all ranks is not, then.
         """
-        y = y.detach().requires_grad_()
+        y, loss = y.detach().requires_grad_(), self.config.loss
         parts = self.config.compute.perceptual_parts
         nll, terms = reconstruction_loss(
             x,
             y,
             distance_in_parts(self.perceptual, x, y, parts).to(x.dtype),
-            pixel=self.config.loss.pixel,
-            perceptual_weight=self.config.loss.perceptual_weight,
+            pixel=loss.pixel,
+            perceptual_weight=loss.perceptual_weight,
+            l1_weight=loss.l1_weight,
+            mse_weight=loss.mse_weight,
+            gradient_weight=loss.gradient_weight,
             logvar=self.logvar,
         )
         if self.logvar.requires_grad:
@@ -429,6 +450,9 @@ class Finetuner(_Base):
         norm = norm_of(gradients)
         self.metrics["decoder_gradient_norm"] = norm
         verdict = UpdateFlags(~norm.isfinite(), finite)
+        if self.config.optimizer.clip_norm is not None:
+            most = self.config.optimizer.clip_norm
+            self.metrics["decoder_clipped"] = clip(gradients, norm, most)
         step_unless(verdict.bad, self.decoder_adam, loop.step)
         return verdict
 

@@ -35,7 +35,7 @@ from kl_f8_train.files import (
     temporary_dir,
     write_json,
 )
-from kl_f8_train.folders import HEAD, NO_IMAGES, SUFFIXES, is_system, looks_like_image
+from kl_f8_train.folders import FIRST_BYTES, NO_IMAGES, SUFFIXES, is_system, looks_like_image
 from kl_f8_train.images import MAX_BYTES
 from kl_f8_train.lifetime import end_with_parent
 from kl_f8_train.output import Progress
@@ -225,7 +225,7 @@ def _member(archive: tarfile.TarFile, entry: tarfile.TarInfo, file: BinaryIO) ->
         numbers = _json_numbers(handle.read() if handle else b"")
     is_image = suffix in SUFFIXES
     if not is_image and suffix not in NO_IMAGES:
-        head = os.pread(file.fileno(), min(HEAD, entry.size), entry.offset_data)
+        head = os.pread(file.fileno(), min(FIRST_BYTES, entry.size), entry.offset_data)
         is_image = looks_like_image(head)
     is_image = is_image and entry.size <= MAX_BYTES
     return _Member(folder, name, entry.offset_data, entry.size, is_image, numbers)

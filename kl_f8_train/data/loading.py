@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from kl_f8_train import images
-from kl_f8_train.config import Config, source_shares
+from kl_f8_train.config import Config, side_range, source_shares
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.data.handover import FEW_FILES, Handover, Parcel, raise_open_files
 from kl_f8_train.data.plan import Plan, random_state
@@ -53,15 +54,13 @@ class PositionDataset(Dataset[Sample]):
     def __init__(self, plan: Plan, sources: Mapping[str, ImageSource], config: Config) -> None:
         self.plan, self.sources = plan, dict(sources)
         self.seed = config.seed
-        self.shorter_side, self.crop, self.flip = (
-            config.data.shorter_side,
-            config.data.crop,
-            config.data.flip,
-        )
-        self.draft_side = config.data.shorter_side if config.data.draft else None
+        self.sides = side_range(config.data)
+        self.shown_side = "null" if self.sides is None else str(config.data.shorter_side)
+        self.crop, self.flip, self.draft = config.data.crop, config.data.flip, config.data.draft
         self.factor = 2 ** (len(config.model.ch_mult) - 1)
         side = config.data.crop // self.factor
         self.watch(workers=0)
+        self.perturbs = config.latents.noise > 0
         self.noise_shape = (2 if config.second_forward else 1, config.model.embed_dim, side, side)
 
     def watch(self, workers: int) -> None:
@@ -100,7 +99,7 @@ class PositionDataset(Dataset[Sample]):
                 noise = self._noise(position)
                 return Sample(image, noise, f"{name}/{key}", bad[:1], profile)
         remedy = (
-            f"check {source.location(shard)} and data.shorter_side={self.shorter_side or 'null'}, "
+            f"check {source.location(shard)} and data.shorter_side={self.shown_side}, "
             f"data.crop={self.crop}"
         )
         raise MissingInputError(
@@ -117,14 +116,26 @@ class PositionDataset(Dataset[Sample]):
     def _load(self, data: bytes, position: int) -> tuple[Tensor, str]:
         """The crop, and the colour profile that the image was converted from."""
         top, left, mirror = random_state(self.seed, "crop", position).random_sample(3)
-        image, profile = images.picture(data, self.draft_side)
-        if self.shorter_side is not None:
-            image = images.resize_shorter(image, self.shorter_side)
+        side = self._side(position)
+        image, profile = images.picture(data, side if self.draft else None)
+        if side is not None:
+            image = images.resize_shorter(image, side)
         image = images.crop(image, self.crop, float(top), float(left))
         return (images.flip(image) if self.flip and mirror < 0.5 else image), profile
 
+    def _side(self, position: int) -> int | None:
+        """The shorter side after resizing, from a stream of its own: crops stay as they are."""
+        if self.sides is None or self.sides[0] == self.sides[1]:
+            return self.sides[0] if self.sides else None
+        least, most = self.sides
+        return int(random_state(self.seed, "scale", position).randint(least, most + 1))
+
     def _noise(self, position: int) -> Tensor:
         draw = random_state(self.seed, "noise", position).standard_normal(self.noise_shape)
+        if self.perturbs:  # a stream of its own: the noise before stays as it is
+            state = random_state(self.seed, "latents", position)
+            more = state.random_sample() * state.standard_normal(self.noise_shape[1:])
+            draw = np.concatenate([draw, more[None]])
         return torch.from_numpy(draw).float()
 
 

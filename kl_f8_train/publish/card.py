@@ -458,6 +458,12 @@ def _programs(record: Mapping[str, Any]) -> str:
 """
 
 
+def _shown_side(side: int | list[int] | None) -> str:
+    """`shorter side to 384`, `shorter side to 384 to 512`, or `none`."""
+    shown = " to ".join(map(str, side)) if isinstance(side, list) else str(side)
+    return "none" if side is None else f"shorter side to {shown}"
+
+
 def _training(config: Config, record: Mapping[str, Any]) -> str:
     loss, adversarial, data = config.loss, config.adversarial, config.data
     start, iteration = record["init_iteration"], record["iteration"]
@@ -468,9 +474,9 @@ def _training(config: Config, record: Mapping[str, Any]) -> str:
         "base weights": name if digest == "unknown" else f"{name}, SHA-256 {digest}",
         "iterations": f"{'?' if start is None else f'{start:,}'} -> {iteration:,}",
         "global batch, crop": f"{config.global_batch}, {data.crop} x {data.crop}",
-        "resize": f"shorter side to {data.shorter_side}" if data.shorter_side else "none",
+        "resize": _shown_side(data.shorter_side),
         "trained": "decoder and post_quant_conv",
-        "reconstruction loss": f"{loss.pixel} + {loss.perceptual_weight:g} "
+        "reconstruction loss": f"{loss.formula} + {loss.perceptual_weight:g} "
         f"{record.get('perceptual') or LABELS[loss.perceptual]}",
         "adversarial loss": "none"
         if adversarial is None

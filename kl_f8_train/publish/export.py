@@ -90,7 +90,7 @@ def export(
     named, tried = half_precision.choose_images(pictures, min(SIZE, config.data.crop))
     weights = _stored_weights(header.path, raw)
     averaged = _average(weights, header, average)
-    stated = _stated(header, config, family)
+    stated = _stated_facts(header, config, family)
     model = _autoencoder_of(weights, stated)
     frozen = header.metadata["frozen_sha256"]
     if frozen_sha256(weights) != frozen:
@@ -226,7 +226,7 @@ def _summary(out: Path, record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _stated(header: weight_file.Contents, config: Config, family: str | None) -> Facts:
+def _stated_facts(header: weight_file.Contents, config: Config, family: str | None) -> Facts:
     """What the run's base stated; UsageError if a family must be given, or another is."""
     published = config.model in (configs.KL_F8, configs.KL_F8_16)
     stated = checkpoint.stored_facts(header, config)

@@ -22,6 +22,7 @@ from kl_f8_train.files import atomic_path, file_sha256
 from kl_f8_train.weights import names, torch_file, weight_file
 
 COPIED_BYTES = 1 << 24
+PREFIXES = (names.FIRST_STAGE, "vae.")  # Stable Diffusion's; of all-in-one files for FLUX
 SAFETENSORS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -58,16 +59,13 @@ def inject(vae: Path, into: Path, out: Path, force: bool = False) -> list[str]:
     weight_file.check_finite(source, weights.autoencoder)
     is_zip = into.is_file() and zipfile.is_zipfile(into)
     places = _zip_places(into) if is_zip else _safetensors_places(into)
-    parts = tuple(f"{names.FIRST_STAGE}{part}" for part in names.AUTOENCODER_PARTS)
-    places = {
-        k.removeprefix(names.FIRST_STAGE): place
-        for k, place in places.items()
-        if k.startswith(parts)
-    }
+    prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in places)), PREFIXES[0])
+    parts = tuple(f"{prefix}{part}" for part in names.AUTOENCODER_PARTS)
+    places = {k.removeprefix(prefix): place for k, place in places.items() if k.startswith(parts)}
     if not places:
         raise MissingInputError(
-            f"{into} holds no {names.FIRST_STAGE}*, so it is no full checkpoint; give one of "
-            "Stable Diffusion"
+            f"{into} holds no {names.FIRST_STAGE}*, nor vae.*, so it is no full checkpoint; give "
+            "one of Stable Diffusion or FLUX"
         )
     try:
         shapes = {key: place.shape for key, place in places.items()}
@@ -150,7 +148,7 @@ def _safetensors_places(path: Path) -> dict[str, Place]:
     return {
         key: Place("", start + entry["data_offsets"][0], SAFETENSORS[entry["dtype"]], shape, ())
         for key, entry in header.items()
-        if key.startswith(names.FIRST_STAGE) and entry["dtype"] in SAFETENSORS
+        if key.startswith(PREFIXES) and entry["dtype"] in SAFETENSORS
         for shape in [tuple(entry["shape"])]
     }
 

@@ -13,10 +13,11 @@ from typing import Any
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import file_sha256
 from kl_f8_train.folders import SUFFIXES
+from kl_f8_train.publish.card import README
 from kl_f8_train.units import size
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-README = "README.md"
+
 NOT_UPLOADED = "export.json"  # what this program knows of the export, for `card` and `push`
 
 
@@ -49,7 +50,7 @@ def plan(export_dir: Path, repository: str, pictures: bool = False) -> Upload:
     """
     if not REPOSITORY.fullmatch(repository):
         raise UsageError(f"{repository}: expected OWNER/NAME, as on the hub")
-    record = _record(export_dir)
+    record = _read_record(export_dir)
     upload = Upload(repository, {})
     for name, digest in record["files"].items():
         path = export_dir / name
@@ -118,7 +119,7 @@ def _is_picture(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def _record(export_dir: Path) -> dict[str, Any]:
+def _read_record(export_dir: Path) -> dict[str, Any]:
     file = export_dir / NOT_UPLOADED
     try:
         record = json.loads(file.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kl_f8_train.output import rendered
 
-TEMPLATE = Path(__file__).with_name("status.html")
+STATUS_PAGE = Path(__file__).with_name("status.html")
 Points = Sequence[tuple[float, float]]
 MAX_POINTS = 500  # of a line; more are averaged
 RECENT = 0.1  # share of the rows that "lately" means
@@ -108,7 +108,7 @@ def _short(number: float) -> str:
     return f"{number:.0e}".replace("e-0", "e-") if 0 < abs(number) < 1e-3 else f"{number:,.6g}"
 
 
-def _lately(line: Points) -> float:
+def _mean_lately(line: Points) -> float:
     """As `status` says it in words: the mean of the last tenth."""
     last = line[-max(1, round(RECENT * len(line))) :]
     return sum(y for _, y in last) / len(last)
@@ -136,14 +136,14 @@ def page(
     figures = [
         {
             "title": chart.title,
-            "legend": {name: _lately(line) for name, line in chart.lines.items()},
+            "legend": {name: _mean_lately(line) for name, line in chart.lines.items()},
             "svg": svg(chart, marks, span),
         }
         for chart in shown
         if chart.lines
     ]
     return rendered(
-        TEMPLATE,
+        STATUS_PAGE,
         {
             "title": title,
             "facts": facts,

@@ -125,6 +125,7 @@ class RunLog(Callback):
         row["images_per_second"] = self.count * self.config.global_batch / seconds
         row["data_wait_share"] = self.waited / seconds
         row["skipped_images"] = self._judge_skipped(finetuner)
+        row["learning_rate"] = finetuner.learning_rate
         row["bad_updates"] = finetuner.guard.in_all
         for name, source in self.plan.plans.items():
             row[f"images_{name}"] = source.share * (finetuner.iteration - self.first)

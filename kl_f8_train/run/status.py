@@ -403,11 +403,11 @@ def html(run: Path, status: Status, now: float) -> str:
         marks,
         f"Written {_date(now)} by kl-f8-train status. A row is a mean over log.every iterations; "
         "curves of more than 500 rows are averaged; numbers are means over the last tenth.",
-        _pictures(run),
+        _strips(run),
     )
 
 
-def _pictures(run: Path) -> dict[str, str]:
+def _strips(run: Path) -> dict[str, str]:
     """The latest validations' strips, newest first: title -> data URI."""
     found = sorted((run / "pictures").glob("iteration-*.jpg"), reverse=True)[:SHOWN_PICTURES]
     pictures = {}

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from kl_f8_train import config as configs
 from kl_f8_train import facts, images, output, units
 from kl_f8_train.config import Config, micro_batch
+from kl_f8_train.core import schedule
 from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_remedy
@@ -113,7 +114,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             saving.save_best if config.checkpoint.keep_best else None,
         )
         callbacks = [run_log, validation, signals, saving]
-        if any(is_remote(place) for place in _places(sources)):
+        if any(is_remote(place) for place in _locations(sources)):
             callbacks.append(Prefetch(plan, sources, shard_cache(config)))
         # the last: sees all others
         callbacks.append(Watchdog(config.compute.timeout_minutes, run_log.await_data))
@@ -513,21 +514,22 @@ def _describe(
     for name, source in sources.items():
         say_once(f"data: {name}: {'; '.join(source.describe())}; {plan.plans[name].share} a batch")
     loss = config.loss
+    updates = config.stop_iteration - finetuner.run_state.first_iteration
     label = identity.network_label(finetuner.run_state.identity)
     adversarial = (
         ""
         if config.adversarial is None
         else f" + {config.adversarial.weight:g} x adaptive x adversarial"
     )
-    say_once(f"loss: {loss.pixel} + {loss.perceptual_weight:g} {label}{adversarial}")
+    say_once(f"loss: {loss.formula} + {loss.perceptual_weight:g} {label}{adversarial}")
     say_once(
         f"iterations: {finetuner.iteration:,} -> {config.stop_iteration:,}; learning rate "
-        f"{config.optimizer.learning_rate:g}, absolute; EMA decay {config.ema.decay:g}; "
+        f"{schedule.describe(config.optimizer, updates)}; EMA decay {config.ema.decay:g}; "
         f"{config.precision}"
     )
 
 
-def _places(sources: Mapping[str, ImageSource]) -> list[str]:
+def _locations(sources: Mapping[str, ImageSource]) -> list[str]:
     return [source.location(0) for source in sources.values()]
 
 

@@ -29,7 +29,7 @@ from kl_f8_train.output import rendered
 from kl_f8_train.score import compare
 from kl_f8_train.units import counted
 
-TEMPLATE = Path(__file__).with_suffix(".html")
+REPORT_PAGE = Path(__file__).with_suffix(".html")
 ERROR_SCALE = 48.0  # levels of 255 at the top of every error map
 RAMP = ((8, 8, 20), (72, 20, 104), (190, 50, 84), (248, 140, 40), (252, 250, 190))
 STRIP_ROWS = 6
@@ -229,7 +229,7 @@ def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
     columns = ["rfid", *ALWAYS, *["st_lpips"] * any(r.get("st_lpips") for r in rows.values())]
     pairs = [_pair(evaluation, a, b) for a, b in itertools.combinations(models, 2)]
     return rendered(
-        TEMPLATE,
+        REPORT_PAGE,
         {
             "title": f"{counted(len(models), 'VAE', 's')} on "
             f"{counted(scores['images'], 'image', 's')}",

@@ -56,6 +56,7 @@ def save(
         "iteration": str(run.iteration),
         "warmup_left": str(run.warmup_left),
         "ema_updates": str(run.ema_updates),
+        "first_iteration": str(run.first_iteration),
         "frozen_sha256": frozen,
         **run.base,
         **run.facts.metadata(),
@@ -97,7 +98,7 @@ def stored_base(metadata: dict[str, str]) -> dict[str, str]:
 
 def stored_facts(contents: weight_file.Contents, config: Config) -> Facts:
     """What the base of a run stated; of older checkpoints only what their configuration shows."""
-    return facts.combined(contents.facts, _shown(config))
+    return facts.combined(contents.facts, _shown_value(config))
 
 
 def base_facts(contents: weight_file.Contents, weights: Weights, config: Config) -> Facts:
@@ -113,10 +114,10 @@ def base_facts(contents: weight_file.Contents, weights: Weights, config: Config)
         known = facts.settled(stated, channels, config.init.family, published)
     except UsageError as error:
         raise UsageError(f"{contents.path}: {error}") from error
-    return facts.combined(known, _shown(config))
+    return facts.combined(known, _shown_value(config))
 
 
-def _shown(config: Config) -> Facts:
+def _shown_value(config: Config) -> Facts:
     model = config.model
     return Facts(norm_num_groups=model.norm_num_groups, use_quant_conv=model.quant_conv)
 
@@ -188,6 +189,8 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: weight_file.
     run.iteration = int(metadata["iteration"])
     run.warmup_left = int(metadata["warmup_left"])
     run.ema_updates = int(metadata["ema_updates"])
+    first = finetuner.config.init.iteration  # older checkpoints do not state it
+    run.first_iteration = int(metadata.get("first_iteration", first or 0))
     run.base = stored_base(metadata)
     run.facts = stored_facts(contents, stored_config(contents))
     run.changes = stored_changes(metadata)

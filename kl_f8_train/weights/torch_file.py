@@ -335,12 +335,12 @@ def _views(loaded: Any) -> dict[str, View]:
     found: dict[str, View] = {}
     state = loaded.get("state_dict")
     if isinstance(state, dict):
-        _walk(state, "", found, set())
-    _walk(loaded, "", found, {id(state)})
+        _walk_state(state, "", found, set())
+    _walk_state(loaded, "", found, {id(state)})
     return found
 
 
-def _walk(value: Any, path: str, found: dict[str, View], seen: set[int]) -> None:
+def _walk_state(value: Any, path: str, found: dict[str, View], seen: set[int]) -> None:
     """Notes the tensors in nested dicts and lists, by their path; each of them once."""
     if isinstance(value, View):
         found.setdefault(path, value)
@@ -349,7 +349,7 @@ def _walk(value: Any, path: str, found: dict[str, View], seen: set[int]) -> None
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for name, inner in items:
             if isinstance(inner, View) or not OPTIMIZER.search(str(name)):
-                _walk(inner, f"{path}.{name}" if path else str(name), found, seen)
+                _walk_state(inner, f"{path}.{name}" if path else str(name), found, seen)
 
 
 def _collect(
@@ -594,5 +594,5 @@ def _later_view(arguments: tuple[Any, ...]) -> View | _Stub:
     return View(typed, *arguments[1:4])
 
 
-REFUSED = {*b"iPoIJLFSVgp", 0x82, 0x83, 0x84, 0x8B, 0x97, 0x98} - {*b"J"}
-READ = {code: f for code, f in _Interpreter.dispatch.items() if code not in REFUSED}
+REFUSED_CODES = {*b"iPoIJLFSVgp", 0x82, 0x83, 0x84, 0x8B, 0x97, 0x98} - {*b"J"}
+READ = {code: f for code, f in _Interpreter.dispatch.items() if code not in REFUSED_CODES}

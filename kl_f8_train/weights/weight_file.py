@@ -325,7 +325,7 @@ def find(path: Path) -> Path:
 
     "kl_f8_mini" is the small base that ships with the package.
     """
-    if str(path) == shipped.NAME:
+    if str(path) == shipped.BASE_NAME:
         return shipped.WEIGHTS
     if path.is_dir():
         newest = list_checkpoints(path)
@@ -468,7 +468,7 @@ def save_autoencoder(model: AutoencoderKL, path: str | Path) -> None:
     if path.suffix == ".safetensors":
         write_safetensors(path, state, groups.metadata())
     elif path.suffix == ".ckpt":
-        write_torch(path, {"state_dict": state})
+        write_torch(path, {"state_dict": state, facts.ENTRY: groups.stated()})
     else:
         raise UsageError(f"{path}: an autoencoder is saved as .safetensors or .ckpt")
 

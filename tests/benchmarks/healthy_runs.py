@@ -152,7 +152,7 @@ def picture(title: str, run_dir: Path, healthy: Path) -> str:
 
 def page_style() -> str:
     """The style of the status page."""
-    page = curves.TEMPLATE.read_text(encoding="utf-8")
+    page = curves.STATUS_PAGE.read_text(encoding="utf-8")
     return page.partition("<style>")[2].partition("</style>")[0]
 
 
