@@ -333,6 +333,18 @@ class Compute:
         True,
         machine=True,
     )
+    lean_norm: bool = setting(
+        "GroupNorm and swish keep their input only for the backward pass; equal but for rounding",
+        True,
+        machine=True,
+    )
+    perceptual_parts: int = setting(
+        "parts of a micro-batch that go through the perceptual network one after another, if it "
+        "divides; 1: all at once",
+        2,
+        machine=True,
+        bounds=(1, IMAGES),
+    )
     checkpoint_levels: int = setting(
         "decoder levels, from full resolution down, whose activations are computed twice "
         "instead of kept",
