@@ -23,6 +23,7 @@ from kl_f8_train.errors import MissingInputError, UsageError, UserError
 from kl_f8_train.launch import end_children, launched
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import say
+from kl_f8_train.units import counted, duration
 
 if TYPE_CHECKING:
     from kl_f8_train.check.doctor import Report
@@ -422,12 +423,25 @@ def _evaluate(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             progress=progress,
             with_baselines=args.baselines,
+            compared=args.compare or (),
         )
     if result is not None:  # on the first rank: the files are there once
-        for verdict in report.write_comparison(args.out, *args.compare) if args.compare else ():
-            print(verdict.text)
         print(f"report: {report.write(args.out)}")
+        chosen = args.compare[1] if args.compare else named[-1][0]
+        print(f"next: {_after_scores(args.out, *next(n for n in named if n[0] == chosen))}")
     return 0
+
+
+def _after_scores(out: Path, name: str, path: Path, select: str) -> str:
+    """What comes next for scored weights: export, the card of their export, or a training."""
+    from kl_f8_train.run_dir import is_run
+
+    if (path.parent / "export.json").is_file():
+        return _card_command(path.parent, str(out / "scores.json"))
+    if is_run(path) or is_run(path.parent.parent):
+        return shlex.join(["kl-f8-train", "export", str(path), *["--raw"] * (select == "raw")])
+    weights = shlex.quote(f"init.weights={path}")
+    return f"kl-f8-train doctor single_gpu {weights} data.sources=PHOTOS"
 
 
 def _check_places(images: str, out: Path) -> None:
@@ -548,9 +562,12 @@ def _index_verb(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar as a function (done, total), silent where there is no terminal."""
+    """Progress as a function (done, total): a bar on a terminal, elsewhere a line now and then."""
     from tqdm import tqdm
 
+    if not sys.stderr.isatty():
+        yield partial(_progress_line, unit, time.monotonic(), [0.0])
+        return
     with tqdm(unit=unit, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -558,6 +575,16 @@ def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield progress
+
+
+def _progress_line(unit: str, began: float, due: list[float], done: int, total: int) -> None:
+    """A line to standard error at the start, after 5, 10, 20, ... seconds, and at the end."""
+    passed = time.monotonic() - began
+    if passed < due[0] and done < total:
+        return
+    due[0] = max(5.0, min(2 * passed, passed + 300))
+    left = f", {duration(passed / done * (total - done))} left" if 0 < done < total else ""
+    say(f"{done:,} of {counted(total, unit, 's')}, {duration(passed)}{left}", aside=True)
 
 
 def _fetch(args: argparse.Namespace) -> int:

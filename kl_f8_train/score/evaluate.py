@@ -39,16 +39,19 @@ from kl_f8_train.files import atomic_path, cache_dir, check_writable, write_json
 from kl_f8_train.launch import meeting, world_size
 from kl_f8_train.output import Progress
 from kl_f8_train.output import say as say_aloud
+from kl_f8_train.score import report
 from kl_f8_train.score.inception import FEATURES, Inception
 from kl_f8_train.score.scores import (
     SHIFT_METRICS,
     ImageScores,
     Tally,
     choose_pictures,
+    screen,
     slugs,
     summarise,
     write_scores,
 )
+from kl_f8_train.units import counted
 from kl_f8_train.weights import pretrained, weight_file
 
 SEED = 0
@@ -268,7 +271,7 @@ class Networks:
     unmeasured: dict[str, str] = field(default_factory=dict)
 
     def leave_out(
-        self, metrics: Sequence[str], error: MissingInputError, say: Callable[[str], None]
+        self, metrics: Sequence[str], error: MissingInputError | str, say: Callable[[str], None]
     ) -> None:
         """Says what is missing and which metrics it costs; the first clause is kept for each."""
         say(f"not measured: {', '.join(SCORES[metric].label for metric in metrics)}: {error}")
@@ -294,7 +297,7 @@ def find_networks(
     missing: tuple[str, ...] = ("psim", "lpips")
     if name != "lpips_vgg":
         why = "the stand-in ST-LPIPS was asked for in place of VGG16"
-        found.unmeasured |= dict.fromkeys(missing, why)
+        found.leave_out(missing, why, say)
         missing = ("st_lpips",)
     try:
         found.perceptual = pretrained.build(name, vgg, pretrained.VGG16.flag).to(device)
@@ -497,10 +500,12 @@ def evaluate(
     batch_size: int = 16,
     progress: Progress | None = None,
     with_baselines: bool = False,
+    compared: Sequence[str] = (),
 ) -> dict[str, Any] | None:
     """Scores weights (name, file, "ema" or "raw") on a folder or shards; writes them to `out`.
 
-    `with_baselines` adds the rows of BASELINES.
+    `with_baselines` adds the rows of BASELINES. Prints the table, and before it how the second of
+    the `compared` models does against the first.
     Returns what scores.json holds, on the first process, and None on the others. Raises
     MissingInputError for files that are not there, UsageError for a size that does not divide,
     RunFailedError if no image can be used or a VAE puts out what is not finite.
@@ -516,6 +521,7 @@ def evaluate(
         image_set = ImageSet(where, size, limit, say, out)
         networks = find_networks(perceptual_name, vgg, inception, device, say)
         check_writable(out)
+        say(f"{counted(len(candidates), 'model', 's')}, {counted(image_set.count, 'image', 's')}")
         _agree(
             {
                 "weights": [c.record["sha256"] for c in candidates],
@@ -551,9 +557,9 @@ def evaluate(
         result = summarise(tally, weights, conditions, networks.unmeasured, where)
         write_scores(out, result, tally)
         _write_pictures(out, image_set, candidates, protocol, tally, device, batch_size)
-        for warning in result["warnings"]:
-            say(f"warning: {warning}")
-        say((out / "table.md").read_text(encoding="utf-8"))
+        for verdict in report.write_comparison(out, *compared) if compared else ():
+            say(verdict.text)
+        say(screen(result, said=networks.unmeasured))
         return result
 
 

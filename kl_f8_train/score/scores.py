@@ -10,7 +10,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from kl_f8_train.score.compare import not_measured
 
 BIASED_BELOW = 2048  # images; the width of Inception's features
 PICTURES = 24  # images shown, at most
+WARNINGS = 20  # below a table, at most
 FIRST = 4  # of them, whatever their scores
 LONGEST = 60  # letters of a model in a file name
 SHIFT_METRICS = ("red_shift", "green_shift", "blue_shift", "saturation_shift")
@@ -154,8 +155,18 @@ def write_scores(out: Path, result: Mapping[str, Any], tally: Tally) -> None:
     write_text(out / "per_image.csv", text.getvalue())
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """The card's table in Markdown, of what scores.json holds."""
+def screen(result: Mapping[str, Any], said: Collection[str] = ()) -> str:
+    """Table and footer for a terminal: no column that no model has a score in.
+
+    Reasons of the metrics in `said`, which were printed before, are left out.
+    """
+    reasons = {name: why for name, why in result["unmeasured"].items() if name not in said}
+    shown = {**result, "unmeasured": reasons}
+    return f"{table(result, measured_only=True)}\n\n{footer(shown)}"
+
+
+def table(result: Mapping[str, Any], measured_only: bool = False) -> str:
+    """The card's table in Markdown, of what scores.json holds; `measured_only`: its columns."""
     models: Mapping[str, Mapping[str, Any]] = result["models"]
     hidden = (
         SHIFT_METRICS
@@ -164,6 +175,8 @@ def table(result: Mapping[str, Any]) -> str:
     )
     shown = [name for name in METRICS if name not in hidden]
     columns = ["rfid", *shown]
+    if measured_only:
+        columns = [c for c in columns if c == "psnr" or any(m.get(c) for m in models.values())]
     rows = []
     for name, scores in models.items():
         step = result["weights"][name]["iteration"]
@@ -192,7 +205,9 @@ def footer(result: Mapping[str, Any]) -> str:
     hashes += [f"{n} {protocol[n][:12]}" for n in ("vgg", "inception") if protocol[n]]
     lines.append(f"Weights (sha256): {'; '.join(hashes)}.")
     lines += not_measured(result["unmeasured"])
-    lines += [f"Warning: {warning}." for warning in result["warnings"][:20]]
+    lines += [f"Warning: {warning}." for warning in result["warnings"][:WARNINGS]]
+    if len(result["warnings"]) > WARNINGS:
+        lines.append(f"{len(result['warnings']) - WARNINGS:,} more warnings are in scores.json.")
     return "\n\n".join(lines)
 
 
