@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(str(error), error.exit_code, args.debug)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `... | head` has seen enough
+    except BrokenPipeError:  # `... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:  # a full, closed or vanished disk, where nothing said it better
@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="only look it over, as doctor does")
     train.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object")
 
-    doctor = add("doctor", _doctor, "Looks a run over before it costs anything: go, or no go.")
+    doctor = add("doctor", _doctor, "Checks a run before it costs anything: go, or no go.")
     doctor.add_argument("config", nargs="?", help="recipe: a YAML file, or a shipped one's name")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
@@ -213,7 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument("--filter", action="append", default=[], help="such as 'width >= 256'")
     index.add_argument("--index-dir", help="where to keep it (beside the shards)")
     index.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes")
-    index.add_argument("--cache-dir", help="where remote shards are brought")
+    index.add_argument("--cache-dir", help="where remote shards are cached")
     index.add_argument("--cache-gib", type=_above_zero, default=100.0, help="its size, at most")
 
     fetch = add("fetch", _fetch, "Downloads VGG16's features and Inception, once.")
@@ -222,7 +222,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     fetch.add_argument("--url", help="another place of the same file, of one network")
 
-    state = add("status", _status, "Tells where a run is, from its files: running, ended or dead.")
+    state = add(
+        "status", _status, "Reports the state of a run from its files: running, ended or dead."
+    )
     state.add_argument("run", type=Path, help="run directory")
     state.add_argument("--json", action="store_true", help="print one JSON object")
     state.add_argument("--html", type=Path, help="write a page with curves to this file")
@@ -418,7 +420,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _check_places(images: str, out: Path) -> None:
-    """Raises UsageError or MissingInputError for what a look at the two tells."""
+    """Raises UsageError or MissingInputError for what the two paths alone show."""
     source = Path(images)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file; expected a directory: name another place")
@@ -521,8 +523,8 @@ def _index_verb(args: argparse.Namespace) -> int:
         print(message)
     if source.broken:
         raise MissingInputError(
-            f"{len(source.broken)} of {len(locations)} shards are broken, as said above; bring "
-            "them again and run this again, or train with data.bad_shards=skip"
+            f"{len(source.broken)} of {len(locations)} shards are broken, as said above; download "
+            "them again, then rerun this command, or train with data.bad_shards=skip"
         )
     return 0
 
@@ -585,8 +587,8 @@ def _config(args: argparse.Namespace) -> int:
     count = 2 if args.action == "diff" else 1
     if len(args.arguments) < count:
         raise UsageError(
-            f"config {args.action}: got {len(args.arguments)} recipes, expected {count}; give a "
-            "YAML file or a shipped name such as ft_ema for each"
+            f"config {args.action}: expected {count} recipe{'s' * (count > 1)}, got "
+            f"{len(args.arguments)}; give a YAML file or a shipped name such as ft_ema for each"
         )
     overrides = args.arguments[count:]
     names = args.arguments[:count]

@@ -256,7 +256,7 @@ class Source:
 class Data:
     """What the images are and how they are cut."""
 
-    sources: dict[str, Source] = setting("name -> source")
+    sources: dict[str, Source] = setting("one entry per source: data.sources.NAME=SHARDS_OR_FOLDER")
     shorter_side: int | list[int] | None = setting(
         "bicubic resize of the shorter side, in pixels, or a range [a, b] to draw it from; "
         "null: none",
@@ -332,6 +332,18 @@ class Compute:
         "double and convolve in one step: 4/9 of the arithmetic, equal but for rounding",
         True,
         machine=True,
+    )
+    lean_norm: bool = setting(
+        "GroupNorm and swish keep their input only for the backward pass; equal but for rounding",
+        True,
+        machine=True,
+    )
+    perceptual_parts: int = setting(
+        "parts of a micro-batch that go through the perceptual network one after another, if it "
+        "divides; 1: all at once",
+        2,
+        machine=True,
+        bounds=(1, IMAGES),
     )
     checkpoint_levels: int = setting(
         "decoder levels, from full resolution down, whose activations are computed twice "
@@ -622,7 +634,7 @@ def recipe(name: str, *overrides: str) -> Config:
 def from_dict(values: Mapping[str, Any]) -> Config:
     """The configuration stored in a checkpoint.
 
-    Raises UsageError if this version does not know a key, or if `name` is no file name.
+    Raises UsageError if this version does not know a key, or if `name` is not a file name.
     """
     with _in_our_words("stored configuration"):
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), dict(values)))
@@ -948,7 +960,7 @@ def _override(merged: DictConfig, text: str) -> None:
 
 
 def _known(key: str, where: str = "command line") -> Setting:
-    """What is known of a key; UsageError with the nearest key if it is none."""
+    """What is known of a key; UsageError with the nearest key if it is unknown."""
     if found := setting_of(key):
         return found
     source = re.match(r"data\.sources\.([^.]+)\.", key)

@@ -57,10 +57,11 @@ def picture(data: bytes, draft_side: int | None = None) -> Picture:
     """Encoded image -> pixels in sRGB, turned upright by its EXIF orientation.
 
     An embedded ICC profile is applied (relative colorimetric). 16-bit grey is scaled, transparency
-    is laid on white, a film is its first frame. `draft_side` lets a JPEG be decoded at 1/2, 1/4 or
-    1/8 of its size while both sides stay that long: faster for large photographs, but other pixels
-    and so other targets of the training. Raises ImageError for anything broken, for values of
-    unknown meaning (float, 32-bit, CMYK without a profile, raw), and for more than MAX_PIXELS.
+    is composited over white, animations contribute their first frame. `draft_side` lets a JPEG be
+    decoded at 1/2, 1/4 or 1/8 of its size while both sides stay that long: faster for large
+    photographs, but other pixels and so other targets of the training. Raises ImageError for
+    anything broken, for values of unknown meaning (float, 32-bit, CMYK without a profile, raw),
+    and for more than MAX_PIXELS.
     """
     try:
         with Image.open(io.BytesIO(data), formats=_formats(data)) as opened:

@@ -16,7 +16,7 @@ SIGNS = ("LOCAL_WORLD_SIZE", "WORLD_SIZE", *RANKS, "MASTER_PORT", "SLURM_STEP_ID
 
 
 class Launch(NamedTuple):
-    """Who started the processes, how many on this node, and on how many; nobody: zeros."""
+    """Who started the processes, how many of them on this node, and on how many nodes."""
 
     launcher: str = ""
     local: int = 0
@@ -57,7 +57,7 @@ def launched(nodes: int | None = None) -> Launch:
 def world_size() -> int:
     """Processes that torchrun's variables say of; 1 without them.
 
-    Raises UsageError for variables that are no numbers, or do not let the processes meet.
+    Raises UsageError for variables that are not numbers, or with which the processes cannot meet.
     """
     _check_present()
     tasks = os.environ.get("SLURM_NTASKS", "1")
@@ -122,7 +122,7 @@ def _remedy(launcher: str) -> str:
 
 
 def end_children() -> None:
-    """Kills and reaps the daemonic children that are left; loaders are deaf to SIGTERM.
+    """Kills and reaps the daemonic children that are left; loaders ignore SIGTERM.
 
     torch watches its loaders by SIGCHLD and would raise an error for each of them.
     """

@@ -40,7 +40,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def announce_to_ranks() -> None:
-    """Tells the ranks that Lightning starts from here to end with this process."""
+    """Makes the ranks that Lightning starts from here end with this process."""
     os.environ[PARENT] = str(os.getpid())
 
 

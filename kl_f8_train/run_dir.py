@@ -54,7 +54,7 @@ def best_checkpoint(run_dir: Path) -> Path | None:
 def remove_old_checkpoints(saved: Path, keep_last: int, keep_every: int) -> None:
     """Keeps `saved`, the newest before it, `keep_last` in all, and every multiple of `keep_every`.
 
-    Files newer than `saved` are of a try that was given up, and do not count.
+    Checkpoints newer than `saved` belong to an abandoned attempt and are ignored.
     """
     older = [path for path in list_checkpoints(saved.parents[1]) if path <= saved]
     for path in older[keep_last:]:
@@ -88,7 +88,9 @@ def claimed(run_dir: Path) -> Iterator[None]:
     """
     with (run_dir / CLAIM).open("a+", encoding="utf-8") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process's own: loaders have none
+            fcntl.lockf(
+                file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # held by the process; forks do not inherit it
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
             owner = file.read().strip() or "another process"

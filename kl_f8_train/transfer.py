@@ -36,7 +36,7 @@ from kl_f8_train.lifetime import guarded
 BLOCK_BYTES = 1 << 20  # bytes
 MAX_PAUSE_SECONDS = 30.0  # between two attempts
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}  # what fsspec needs
-FINAL = re.compile(  # what clients print when trying again is of no use
+FINAL = re.compile(  # messages of clients for errors that a retry cannot fix
     r"NoSuchKey|NoSuchBucket|AccessDenied|FileNotFoundError|PermissionError|NoCredentialsError|"
     r"Unable to locate credentials|\(40[34]\)|error:? 40[34]\b|\b40[34]:? (?:Not Found|Forbidden)"
 )
@@ -82,7 +82,7 @@ def fetch(
     stall_bytes: int = PATIENCE.stall_bytes,
     backoff_seconds: float = PATIENCE.backoff_seconds,
 ) -> None:
-    """Brings a remote file to `target`: to a temporary name beside it, then renamed.
+    """Fetches a remote file to `target`: to a temporary name beside it, then renamed.
 
     An attempt fails on `timeout_seconds` of silence, on fewer than `stall_bytes` in that time, on a
     body shorter than announced, on a client's or command's failure; the next starts from the first

@@ -301,7 +301,7 @@ def test_report_of_a_pruned_half_precision_file(tmp_path):
     loaded = weight_file.load_autoencoder(tmp_path / "w").state_dict()
     assert result["frozen_sha256"] == frozen_sha256(loaded)
     shown = weight_file.describe(result)
-    assert "no discriminator; no optimizer; iteration not told" in shown
+    assert "no discriminator; no optimizer; iteration not stated" in shown
     for absent in ("EMA scalars", "logvar", "left out", "not loaded", "SDXL"):
         assert absent not in shown
 

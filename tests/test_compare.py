@@ -122,7 +122,9 @@ def test_infinite_values_count_as_wins_and_not_in_the_mean():
 def test_few_images_get_no_interval():
     found = psnr(LEVELS[:9], [value + 1 for value in LEVELS[:9]])
     assert (found.verdict, found.low) == ("few", None)
-    assert found.text.startswith("Fewer than 10 images cannot tell b from a in PSNR: +1.00 dB")
+    assert found.text.startswith(
+        "Fewer than 10 images: no verdict on b against a in PSNR: +1.00 dB"
+    )
 
 
 def test_what_was_not_measured_is_said_or_left_out():

@@ -84,7 +84,7 @@ CONFIG = {
     "recipe section": Case("train section.yaml", USAGE, "section.yaml: optimizer=3|group|.betas"),
     "recipe brace": Case("train brace.yaml", USAGE, "brace.yaml|line 3|quote|braces"),
     "recipe interpolation": Case("train interpolation.yaml", USAGE, "'nowhere' not found|name"),
-    "recipe sources": Case("train sources.yaml", USAGE, "data.sources: got 3|name -> source"),
+    "recipe sources": Case("train sources.yaml", USAGE, "data.sources: got 3|one entry per source"),
     "recipe latin": Case("train latin.yaml", USAGE, "latin.yaml|byte 7 is not UTF-8; save it as"),
     "recipe optional": Case("train optional.yaml", USAGE, "seed: got null; expected int: seed of"),
     "recipe null": Case("train null.yaml", USAGE, "null.yaml|Incompatible key type"),
@@ -151,7 +151,7 @@ CONFIG = {
     "flag": train("--fast", USAGE, "unrecognized arguments: --fast"),
     "verb": Case("finetune", USAGE, "invalid choice: 'finetune'|'train'"),
     "diff": Case(
-        "config diff ft_ema", USAGE, "config diff: got 1 recipes, expected 2|such as ft_ema"
+        "config diff ft_ema", USAGE, "config diff: expected 2 recipes, got 1|such as ft_ema"
     ),
     "config": Case("config explain", USAGE, "'explain'|schema"),
     "demo length": Case("demo --length -1", USAGE, "--length: got -1, expected a number above 0"),
@@ -205,7 +205,7 @@ WEIGHTS = {
     "lora": Case(
         "inspect lora.safetensors", MISSING, "holds lora_up.weight|expected encoder.*|give"
     ),
-    "hub id": Case("inspect owner/name", MISSING, "owner/name|no answer|by other means"),
+    "hub id": Case("inspect owner/name", MISSING, "owner/name|no answer|Download its"),
     "export nowhere": Case("export nowhere.ckpt", MISSING, "nowhere.ckpt: no such file; check"),
     "export lora": Case(
         "export lora.safetensors", MISSING, "not a training checkpoint|expected a run"
@@ -257,13 +257,17 @@ WEIGHTS = {
         "evaluate part.safetensors --images tiles", MISSING, "missing decoder.up"
     ),
     "vgg nowhere": Case(
-        "evaluate model.ckpt --images tiles --vgg no.pth", MISSING, "no file of VGG16|no.pth|fetch"
+        "evaluate model.ckpt --images tiles --vgg no.pth",
+        MISSING,
+        "VGG16's features not found|no.pth|fetch",
     ),
     "vgg wrong": Case(
         "evaluate model.ckpt --images tiles --vgg plain.safetensors", MISSING, "VGG16|fetch vgg"
     ),
     "vgg absent": train(
-        "loss.perceptual=lpips_vgg", MISSING, "no file of VGG16|fetch|loss.perceptual_weights=FILE"
+        "loss.perceptual=lpips_vgg",
+        MISSING,
+        "VGG16's features not found|fetch|loss.perceptual_weights=FILE",
     ),
     "inception wrong": Case(
         f"{EVALUATE} --images tiles --inception plain.safetensors", MISSING, "does not hold|fetch"
@@ -323,7 +327,7 @@ DATA = {
     ),
     "index nowhere": Case("index nowhere", MISSING, "(nowhere)|check the path"),
     "index cut": Case(
-        "index cut_shards --index-dir i", MISSING, "1 of 1 shards are broken|bring them"
+        "index cut_shards --index-dir i", MISSING, "1 of 1 shards are broken|download them"
     ),
     "evaluate nowhere": Case(
         "evaluate model.ckpt --images no", MISSING, "--images no: no such folder"
@@ -346,7 +350,7 @@ DATA = {
         "card export --scores other.json", MISSING, "no hashes of weights|run that again"
     ),
     "card old": Case("card bad_export", MISSING, "export.json is of an older version|again"),
-    "status": Case("status directory", MISSING, "no run directory yet|config.yaml"),
+    "status": Case("status directory", MISSING, "not a run directory yet|config.yaml"),
     "status nowhere": Case("status nowhere", MISSING, "nowhere: no such directory; give"),
     "status junk": Case(
         "status bad_config", MISSING, "not a run's configuration|no keys and values"

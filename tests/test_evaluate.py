@@ -603,7 +603,7 @@ def test_without_networks_the_rest_is_measured(folder, capsys, monkeypatch):
     result = run(folder, "without", perceptual_name="lpips_vgg", limit=2)
     assert result["models"]["a"]["lpips"] is result["models"]["a"]["psim"] is None
     assert result["models"]["a"]["psnr"]["mean"] > 0
-    vgg, inception = "no file of VGG16's features", "no file of Inception of 2015-12-05"
+    vgg, inception = "VGG16's features not found", "Inception of 2015-12-05 not found"
     assert result["unmeasured"] == {"psim": vgg, "lpips": vgg, "rfid": inception}
     assert "st_lpips" not in result["models"]["a"]
     output = capsys.readouterr().out

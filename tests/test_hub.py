@@ -107,7 +107,7 @@ def test_a_repository_that_is_not_there(tmp_path, server):
 def test_no_network_is_told_at_once(tmp_path, endpoint):
     answer, seconds = fetch("someone/vae", endpoint, tmp_path)
     assert "there is no answer" in answer
-    assert "Bring its diffusion_pytorch_model.safetensors here by other means" in answer
+    assert "Download its diffusion_pytorch_model.safetensors yourself" in answer
     assert seconds < 20
 
 

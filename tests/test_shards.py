@@ -167,7 +167,7 @@ def test_expand(folder, pattern, expected):
         ("x/{0..999..3}{a..c}.tar", "1002 of 1002 files are missing"),
         ("x/{{0..999},b}{0..99999}.tar", "200,000,000 shards, expected 1,000,000 at most"),
         ("x/" + 30 * "{a,b}", "1,073,741,824 shards"),
-        ("binary.txt", "binary.txt is no list of shards: byte 3 is not UTF-8"),
+        ("binary.txt", "binary.txt is not a list of shards: byte 3 is not UTF-8"),
         ("empty.txt", "empty.txt lists no shards: expected a shard on each line"),
     ],
 )

@@ -170,7 +170,7 @@ def test_warm_up_rows_count_apart(tmp_path):
     [
         ({"adaptive_weight_clamped": 0.5}, "clamped in 50 %"),
         ({"discriminator_loss": 0.01, "logits_real": 3, "logits_fake": -3}, "has won"),
-        ({"discriminator_loss": 1.0, "logits_real": 0.001, "logits_fake": 0}, "cannot tell"),
+        ({"discriminator_loss": 1.0, "logits_real": 0.001, "logits_fake": 0}, "does not separate"),
         ({"bad_updates": 2}, "2 updates left out as not finite, the last by iteration 1,010"),
         ({"skipped_images": 7}, "7 images could not be used"),
         ({"data_wait_share": 0.4}, "40 % of the time is spent waiting for data"),

@@ -474,7 +474,7 @@ def test_storage_keys_of_tuples(tmp_path):
     path = as_legacy(named(tensor()), tmp_path / "model.ckpt")
     keys = b"\x80\x02]" + nested(300) + b"a."
     path.write_bytes(path.read_bytes().replace(pickle.dumps(["0"], 2), keys))
-    with pytest.raises(MissingInputError, match="whose key is no text"):
+    with pytest.raises(MissingInputError, match="whose key is not a string"):
         weight_file.read(path)
 
 

@@ -1,14 +1,27 @@
 """Words around the code: version, changelog, settings page."""
 
+import ast
+import io
 import re
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import yaml
 
 from kl_f8_train import __version__, config
 from kl_f8_train.__main__ import main
 
 ROOT = Path(__file__).parents[1]
+# The project's old dialect, and what to write: "logged", "reports", "strings", "ignores", "X not
+# found", "is not a X".
+DIALECT = re.compile(
+    r"\b(told|tells?|telling|texts|deaf|luckier|nobody|no file of|brings?|bringing|brought)\b"
+    r"|(?<!here )\b(is|are|was|were) (no|none)\b(?! (longer|more)\b)",
+    re.IGNORECASE,
+)
+NOT_YET_CLEAN: set[str] = set()  # modules that still speak it; only to become smaller
 
 
 def test_the_version_is_the_same_everywhere():
@@ -30,3 +43,34 @@ def test_the_settings_page_is_what_the_command_prints(capsys):
 def test_the_settings_page_is_one_page(capsys):
     assert main(["config", "show", "ft_ema", "--markdown"]) == 2
     assert "config show has no such page" in capsys.readouterr().err
+
+
+def prose(path: Path) -> Iterator[str]:
+    """Comments, docstrings and messages of a module."""
+    source = path.read_text(encoding="utf-8")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.string
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+            yield node.value
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((ROOT / "kl_f8_train").rglob("*.py")),
+    ids=lambda path: f"{path.parent.stem}.{path.stem}",
+)
+def test_messages_and_docstrings_are_plain_english(path):
+    found = [" ".join(text.split()) for text in prose(path) if DIALECT.search(text)]
+    assert found == [] or path.relative_to(ROOT / "kl_f8_train").as_posix() in NOT_YET_CLEAN
+
+
+@pytest.mark.parametrize("text", ["what was told", "a dict of what are no pairs", "its texts"])
+def test_the_dialect_is_recognized(text):
+    assert DIALECT.search(text)
+
+
+@pytest.mark.parametrize("text", ["there are no images", "it is no longer there", "untold"])
+def test_plain_english_passes(text):
+    assert not DIALECT.search(text)

@@ -20,8 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from kl_f8_train import __version__
 from kl_f8_train.check import cost
@@ -128,7 +126,7 @@ def benchmark(
         "share_of_matmul": share,
         "phases_ms": phases,
         "peak_memory_bytes": memory,
-        "computed_memory_bytes": cost.peak_bytes(config, size, element_bytes(config, device)),
+        "computed_memory_bytes": cost.peak_bytes(config, size),
         "limited_by": limit(phases, share),
         "first_iteration_seconds": first_iteration,
         "compiled": machine.compiles(config.compute),
@@ -341,36 +339,15 @@ class Clock:
         return totals
 
 
-class FlopCounter(TorchDispatchMode):
-    """Adds up the operations of matrix products, convolutions and attention, as torch counts them.
-
-    torch's own FlopCounterMode hooks modules, which does not go with gradients at a leaf.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=result)
-        return result
-
-
 def count_flops(run: Iteration, batch: Batch) -> int:
     """Operations of one iteration, compiled parts run eagerly."""
-    with torch.compiler.set_stance("force_eager"), FlopCounter() as counter:
+    with torch.compiler.set_stance("force_eager"), cost.FlopCounter() as counter:
         run(batch)
     return counter.total
 
 
 def matmul_rate(device: torch.device, kind: torch.dtype, repeats: int = 5) -> float:
-    """Operations a second of a square matrix product, the best of some; TF32 stays off."""
+    """FLOP/s of a square matrix product, best of `repeats` runs; TF32 stays off."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
     seconds = []
@@ -467,17 +444,10 @@ def _status_bytes(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def element_bytes(config: Config, device: torch.device) -> float | None:
-    """Bytes a kept number: the CPU's autocast keeps bfloat16 throughout."""
-    return 2.0 if config.precision == "bfloat16" and device.type == "cpu" else None
-
-
 def largest_batch(config: Config, device: torch.device, size: int) -> int:
     """The largest micro-batch that fits: tried on CUDA, uncompiled; computed on a CPU."""
     if device.type == "cpu":
-        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        room = pages - cost.HEADROOM_BYTES
-        return cost.batch_that_fits(config, room, element_bytes(config, device))
+        return cost.batch_that_fits(config, machine.available_memory())
     one_pass = replace(config.compute, compile=False, per_device_batch=2**30)  # whatever is tried
     eager = replace(config, compute=one_pass)
     gc.collect()

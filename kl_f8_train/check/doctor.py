@@ -1,4 +1,4 @@
-"""Looks a run over before it costs anything: settings, weights, data, disk, an iteration, the bill.
+"""Pre-flight check: settings, weights, data, disk, one iteration, and the estimated cost.
 
 Every section is gone through, whatever was found before it, as far as it can be; nothing is
 written but the indexes of shards, which `train` would write, too.
@@ -8,7 +8,6 @@ import contextlib
 import datetime
 import io
 import math
-import os
 import resource
 import shutil
 import textwrap
@@ -72,7 +71,7 @@ class Report:
 
     @contextlib.contextmanager
     def section(self, title: str) -> Iterator[None]:
-        """A part of the examination; an error of the user's in it becomes a problem."""
+        """A part of the examination; a UserError raised in it is recorded as a problem."""
         self.begin(title)
         self.say(f"{title}:")
         try:
@@ -154,7 +153,7 @@ def _plan_without_inputs(report: Report, path: Path, overrides: list[str]) -> Co
 
     What else is wrong becomes a problem, too: a missing value would hide it.
     """
-    with contextlib.suppress(UserError):  # was told already
+    with contextlib.suppress(UserError):  # already reported
         values = dict(configs.leaves(configs.resolve(path, overrides)))
         absent = [f"{key}=absent" for key, value in values.items() if value == "???"]
         if absent:
@@ -284,12 +283,11 @@ def _tell_memory(
     report: Report, config: Config, micro: int, share: int, here: Mapping[str, float]
 ) -> None:
     """What micro-batches of `micro` take, and the largest that would fit here or on known GPUs."""
-    kept = _element_bytes(config)
     report.tell(
         f"{'memory' if _on_cpu(config) else 'GPU memory'} that this takes, computed: "
-        f"{size(cost.peak_bytes(config, micro, kept))}"
+        f"{size(cost.peak_bytes(config, micro))}"
     )
-    fits = {name: cost.largest_divisor(config, share, here[name], kept) for name in here}
+    fits = {name: cost.largest_divisor(config, share, here[name]) for name in here}
     if _is_full_size(config) and not machine.on_cuda(config.compute):
         fits |= {
             kind.name: cost.largest_divisor(config, share, kind.room_bytes) for kind in scaling.GPUS
@@ -309,36 +307,21 @@ def _memory_here(config: Config) -> dict[str, float]:
         return {found.name: found.total_memory - cost.HEADROOM_BYTES}
     if not _on_cpu(config):
         return {}
-    return {THIS_MACHINE: available_memory() / (config.compute.devices or 1)}
-
-
-def available_memory() -> int:
-    """Bytes that processes can still have: Linux's estimate, elsewhere all of the memory."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return {THIS_MACHINE: machine.available_memory() / (config.compute.devices or 1)}
 
 
 def check_fits(config: Config, micro: int, share: int, rooms: Mapping[str, float]) -> None:
     """Raises RunFailedError if a micro-batch of `micro` images needs more than there is room."""
-    kept = _element_bytes(config)
     for name, room in rooms.items():
-        largest = cost.largest_divisor(config, share, room, kept)
+        largest = cost.largest_divisor(config, share, room)
         if micro > largest:
             smaller = f"give compute.per_device_batch={largest}, or " if largest else ""
             raise RunFailedError(
                 f"compute.per_device_batch={micro} takes "
-                f"{size(cost.peak_bytes(config, micro, kept))}, computed, but {name} has "
+                f"{size(cost.peak_bytes(config, micro))}, computed, but {name} has "
                 f"{size(room)} for it; {smaller}"
                 "raise compute.checkpoint_levels, or lower data.crop"
             )
-
-
-def _element_bytes(config: Config) -> float | None:
-    """Bytes a kept number where the run will be: on a GPU unless it is for this CPU."""
-    return benchmark.element_bytes(config, torch.device("cpu" if _on_cpu(config) else "cuda"))
 
 
 def _on_cpu(config: Config) -> bool:
@@ -698,7 +681,7 @@ def _tell_bill(report: Report, config: Config, world: int) -> None:
 def _bill(report: Report, config: Config, world: int) -> None:
     start, seconds = _start_iteration(report, config), report.facts.get("seconds_per_image")
     if start is None:
-        report.tell("not known: weights that tell their iteration, or init.iteration, are missing")
+        report.tell("not known: weights that state their iteration, or init.iteration, are missing")
         return
     warmup = report.facts.get("warmup", 0)
     iterations = max(0, config.stop_iteration - start) + warmup

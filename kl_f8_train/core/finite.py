@@ -1,4 +1,4 @@
-"""Updates that are not finite: left out on the device, told to the host an iteration later.
+"""Updates that are not finite: skipped on the device, reported to the host an iteration later.
 
 The host never waits for the device inside an iteration: a fused Adam looks at a flag of its own
 (`found_inf`, made for torch's GradScaler), and the flags travel to the host while it queues on.
@@ -22,7 +22,7 @@ def step_plainly(adam: Adam) -> None:
 
 
 class HostCopy:
-    """A small tensor on its way to the host."""
+    """A small tensor that is being copied to the host."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor, self._arrived = tensor, None

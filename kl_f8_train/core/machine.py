@@ -9,18 +9,21 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from kl_f8_train.config import Compute
-from kl_f8_train.core.model import AutoencoderKL, UpLevel, Upsample
+from kl_f8_train.core.model import AutoencoderKL, NormSwish, UpLevel, Upsample
 from kl_f8_train.errors import RunFailedError
 
 GRAPHS_PER_CLASS = 64  # four levels, with and without gradients, of a few networks in a process
-# How memory's end reads where torch has no class for it: its CPU allocator, CUDA, cuDNN, cuBLAS.
+# Out-of-memory messages for which torch has no exception class: CPU allocator, CUDA, cuDNN, cuBLAS.
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator",
     "out of memory",
@@ -69,6 +72,8 @@ def apply(
     for part in autoencoder.modules():
         if isinstance(part, Upsample):
             part.subpixel = settings.subpixel_upsample
+        elif isinstance(part, NormSwish):
+            part.lean = settings.lean_norm
 
 
 def channels_last(settings: Compute) -> bool:
@@ -88,6 +93,15 @@ def compiles(settings: Compute) -> bool:
 def on_cuda(settings: Compute) -> bool:
     """Whether networks will run on a GPU of this machine."""
     return settings.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def available_memory() -> int:
+    """Bytes that processes can still have: Linux's estimate, elsewhere all of the memory."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def compile_networks(
@@ -115,14 +129,44 @@ def compile_each(parts: Iterable[nn.Module | None], backend: str = "inductor") -
     # DDP's own splitting of graphs fails on recomputed levels in torch 2.6. Without it the hooks
     # that reduce gradients run after each part's backward pass, while the next part's is computed.
     dynamo.optimize_ddp = False
+    options = inductor_options() if backend == "inductor" else None
     for part in parts:
         if part is not None:
-            part.compile(backend=backend, dynamic=False)
+            part.compile(backend=backend, dynamic=False, options=options)
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
+def inductor_options() -> dict[str, Any]:
+    """How inductor fuses.
+
+    Within its own limits on what a kernel may read and compute it writes the images between
+    GroupNorm and swish to memory, and reads them again. Small kernels that do not depend on each
+    other, mostly casts of weights and sums for biases, become one; a CPU has no such kernels.
+    """
+    fusion: dict[str, Any] = {"realize_reads_threshold": 64, "realize_opcount_threshold": 1000}
+    return fusion | ({"combo_kernels": True} if torch.cuda.is_available() else {})
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """Convolutions and products in bfloat16, if the precision says so; weights stay as they are."""
+    if device.type == "meta":
+        return _bfloat16_convolutions() if precision == "bfloat16" else nullcontext()
     return torch.autocast(device.type, torch.bfloat16, precision == "bfloat16")
+
+
+@contextmanager
+def _bfloat16_convolutions() -> Iterator[None]:
+    """What autocast does to these networks, for the meta device, which has none."""
+    convolve = F.conv2d
+
+    def rounded(*tensors: Tensor | None, **options: Any) -> Tensor:
+        args, options = tree_map_only(Tensor, Tensor.bfloat16, (tensors, options))
+        return convolve(*args, **options)
+
+    F.conv2d = rounded  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.conv2d = convolve
 
 
 @contextmanager

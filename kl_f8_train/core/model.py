@@ -6,6 +6,7 @@ Images are (B, 3, H, W) in [-1, 1]; latents are (B, 4, h, w), unscaled (no 0.182
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -246,7 +247,12 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        h = self.norm1(x)
+        if torch.compiler.is_compiling() and self.norm2.lean:  # the norm adds the bias: no pass
+            h = self.norm2(F.conv2d(h, self.conv1.weight, padding=1), self.conv1.bias)
+        else:
+            h = self.norm2(self.conv1(h))
+        h = self.conv2(h)
         shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
         return shortcut + h
 
@@ -329,22 +335,38 @@ def interleave(parts: Tensor) -> Tensor:
     A part of even rows begins one pixel early, as its window reaches up; so do even columns. The
     layout in memory, NCHW or NHWC, stays.
     """
-    height, width = parts.shape[2] - 1, parts.shape[3] - 1
-    nhwc = parts.is_contiguous(memory_format=torch.channels_last)
-    parts = parts.unflatten(1, (2, 2, -1))  # (B, 2, 2, C, H + 1, W + 1)
-    if nhwc:
-        parts = parts.permute(0, 1, 2, 4, 5, 3)
-    rows, columns = (2, 3) if nhwc else (3, 4)  # axes behind which the parity goes
+    whole: Tensor = _Interleave.apply(parts)
+    return whole
 
-    def part(p: int, q: int) -> Tensor:
-        one = parts[:, p, q].narrow(rows - 1, p, height)
-        return one.narrow(rows, q, width)
 
-    whole = torch.stack(
-        [torch.stack([part(p, q) for q in (0, 1)], dim=columns) for p in (0, 1)], dim=rows
-    ).flatten(columns, columns + 1)
-    whole = whole.flatten(rows - 1, rows)
-    return whole.permute(0, 3, 1, 2) if nhwc else whole
+class _Interleave(torch.autograd.Function):
+    """With its gradient as one copy: autograd's own adds four padded images, part by part."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor) -> Tensor:
+        height, width = parts.shape[2] - 1, parts.shape[3] - 1
+        nhwc = parts.is_contiguous(memory_format=torch.channels_last)
+        parts = parts.unflatten(1, (2, 2, -1))  # (B, 2, 2, C, H + 1, W + 1)
+        if nhwc:
+            parts = parts.permute(0, 1, 2, 4, 5, 3)
+        rows, columns = (2, 3) if nhwc else (3, 4)  # axes behind which the parity goes
+
+        def part(p: int, q: int) -> Tensor:
+            one = parts[:, p, q].narrow(rows - 1, p, height)
+            return one.narrow(rows, q, width)
+
+        whole = torch.stack(
+            [torch.stack([part(p, q) for q in (0, 1)], dim=columns) for p in (0, 1)], dim=rows
+        ).flatten(columns, columns + 1)
+        whole = whole.flatten(rows - 1, rows)
+        return whole.permute(0, 3, 1, 2) if nhwc else whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        parts = [
+            F.pad(gradient[:, :, p::2, q::2], (q, 1 - q, p, 1 - p)) for p in (0, 1) for q in (0, 1)
+        ]
+        return torch.cat(parts, dim=1)
 
 
 class Norm(nn.GroupNorm):
@@ -355,7 +377,159 @@ class Norm(nn.GroupNorm):
 
 
 class NormSwish(Norm):
-    """x * sigmoid(x) of the normalised input; one kernel where the module is compiled."""
+    """x * sigmoid(x) of the normalised input.
 
-    def forward(self, input: Tensor) -> Tensor:
-        return F.silu(super().forward(input))
+    With `lean` the backward pass computes the normalised input again, from the input and the
+    groups' statistics, instead of keeping it; and under autocast the output has autocast's type,
+    to which the convolution behind it would round it anyway. The values are the same.
+    """
+
+    def __init__(self, groups: int, channels: int) -> None:
+        super().__init__(groups, channels)
+        self.lean = True
+
+    def forward(self, input: Tensor, added: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> the same; `added`, (C,), is a convolution's bias, still to be added."""
+        if not self.lean:
+            input = input if added is None else input + _column(added)
+            return F.silu(super().forward(input))
+        settings = self.num_groups, self.eps, _autocast_dtype(input) or input.dtype
+        output: Tensor
+        if torch.compiler.is_compiling():
+            output = _FusedNormSwish.apply(input, added, self.weight, self.bias, *settings)
+        else:
+            input = input if added is None else input + _column(added)
+            output = _LeanNormSwish.apply(input, self.weight, self.bias, *settings)
+        return output
+
+
+class _LeanNormSwish(torch.autograd.Function):
+    """silu(group_norm(x)) by torch's own kernels; keeps x, the mean and 1 / std of each group."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (B, C, H, W)
+        weight: Tensor,  # (C,)
+        bias: Tensor,  # (C,)
+        groups: int,
+        eps: float,
+        dtype: torch.dtype,  # of the output
+    ) -> Tensor:
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        y, mean, rstd = torch.native_group_norm(
+            x.to(exact), weight.to(exact), bias.to(exact), *_shape(x), groups, eps
+        )
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return F.silu(y).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        groups, exact = mean.shape[1], mean.dtype
+        scale = _of_channels(rstd, x) * _column(weight)
+        shift = _column(bias) - _of_channels(mean, x) * scale
+        x_exact = x.to(exact)
+        through_swish = torch.ops.aten.silu_backward(
+            gradient.to(exact), torch.addcmul(shift, x_exact, scale)
+        )
+        found = torch.ops.aten.native_group_norm_backward(
+            *(through_swish, x_exact, mean, rstd, weight.to(exact), *_shape(x), groups),
+            list(ctx.needs_input_grad[:3]),
+        )
+        types = (x.dtype, weight.dtype, bias.dtype)
+        of_inputs = (g if g is None else g.to(t) for g, t in zip(found, types, strict=True))
+        return (*of_inputs, None, None, None)
+
+
+class _FusedNormSwish(torch.autograd.Function):
+    """The same in plain operations, for the compiler to fuse, from sums over each channel.
+
+    torch's statistics of a group read a few of the channels beside each other in NHWC memory, and
+    skip the rest; a channel's own sums read all of them in a row. The bias of the convolution
+    before it is added here, which saves a pass over the image, and one for its gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (B, C, H, W)
+        added: Tensor | None,  # (C,), to x
+        weight: Tensor,  # (C,)
+        bias: Tensor,  # (C,)
+        groups: int,
+        eps: float,
+        dtype: torch.dtype,  # of the output
+    ) -> Tensor:
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        mean, rstd = group_statistics(x.to(exact), added, groups, eps)
+        ctx.save_for_backward(x, added, weight, bias, mean, rstd)
+        normal = _normalized(x, added, mean, rstd)
+        return F.silu(normal * _column(weight) + _column(bias)).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, added, weight, bias, mean, rstd = ctx.saved_tensors
+        pixels = x.shape[2] * x.shape[3]
+        normal = _normalized(x, added, mean, rstd)  # (B, C, H, W)
+        y = normal * _column(weight) + _column(bias)
+        share = torch.sigmoid(y)
+        of_y = gradient.to(mean.dtype) * share * (1 + y * (1 - share))  # d silu(y) / d y
+        of_bias = of_y.sum((2, 3))  # (B, C)
+        of_weight = (of_y * normal).sum((2, 3))
+        first, second = (  # means over each group of w d y and of w d y (x - mean) / std
+            (part * weight).unflatten(1, (mean.shape[1], -1)).mean(2) / pixels
+            for part in (of_bias, of_weight)
+        )
+        first, second, scale = (_of_channels(part, x) for part in (first, second, rstd))
+        of_x = scale * (of_y * _column(weight) - first - normal * second)
+        of_added = None
+        if added is not None:  # of_x summed over pixels, from sums that are there
+            sums = of_bias * weight - pixels * first.flatten(1)
+            sums = sums - normal.sum((2, 3)) * second.flatten(1)
+            of_added = (scale.flatten(1) * sums).sum(0).to(added.dtype)
+        of_weight, of_bias = of_weight.sum(0).to(weight.dtype), of_bias.sum(0).to(bias.dtype)
+        return (of_x.to(x.dtype), of_added, of_weight, of_bias, None, None, None)
+
+
+def group_statistics(
+    x: Tensor, added: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of each group of x + added, both (B, groups).
+
+    x is (B, C, H, W), `added` (C,). Sums are of the distance from each channel's first pixel: a
+    mean that is large beside the deviation would cost the variance its digits.
+    """
+    origin = x[:, :, :1, :1]
+    distance = x - origin
+    first = distance.mean((2, 3))  # (B, C)
+    variances = distance.square().mean((2, 3)) - first.square()  # (B, C)
+    means = origin[:, :, 0, 0] + first if added is None else origin[:, :, 0, 0] + first + added
+    means = means.unflatten(1, (groups, -1))  # (B, groups, C / groups)
+    mean = means.mean(2)
+    within = variances.unflatten(1, (groups, -1)).mean(2).clamp_min(0.0)
+    between = (means - mean[:, :, None]).square().mean(2)
+    return mean, (within + between + eps).rsqrt()
+
+
+def _shape(x: Tensor) -> tuple[int, int, int]:
+    """Images, channels, pixels."""
+    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+
+
+def _column(vector: Tensor) -> Tensor:
+    """(C,) -> (1, C, 1, 1)."""
+    return vector.view(1, -1, 1, 1)
+
+
+def _of_channels(of_groups: Tensor, x: Tensor) -> Tensor:
+    """(B, groups) -> (B, C, 1, 1): each channel its group's value."""
+    size = x.shape[1] // of_groups.shape[1]
+    return of_groups[:, :, None].expand(-1, -1, size).flatten(1)[:, :, None, None]
+
+
+def _normalized(x: Tensor, added: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+    """(x + added - mean) / std of its group, in the statistics' type."""
+    offset = _of_channels(mean, x)
+    offset = offset if added is None else offset - _column(added)
+    return (x.to(mean.dtype) - offset) * _of_channels(rstd, x)

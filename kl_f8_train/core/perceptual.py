@@ -8,6 +8,8 @@ the `stlpips-pytorch` wheel. It is never called LPIPS.
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,18 +61,57 @@ class PerceptualDistance(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) in [-1, 1] -> the layers' features, of unit length over channels."""
-        with torch.autocast(images.device.type, enabled=False):
+        with no_autocast(images):
             layers = self.trunk(self.scaling(images.to(self.heads[0].dtype)))
             return [unit_length(layer) for layer in layers]
 
     def weighted(self, squared: Sequence[Tensor]) -> Tensor:
         """Squared differences of features -> the distance, (B, 1, 1, 1)."""
-        with torch.autocast(squared[0].device.type, enabled=False):
+        with no_autocast(squared[0]):
             layers = [
                 F.conv2d(part, head).mean(dim=(2, 3), keepdim=True)
                 for part, head in zip(squared, self.heads, strict=True)
             ]
         return torch.stack(layers).sum(dim=0)
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Autocast switched off on the tensor's device; the meta device has none."""
+    kind = tensor.device.type
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+
+
+def distance_in_parts(network: nn.Module, x: Tensor, y: Tensor, parts: int) -> Tensor:
+    """The distance of images and reconstructions, (B, 1, 1, 1), a part of the batch at a time.
+
+    The gradient at the reconstructions is computed with it: what the network keeps for it is freed
+    before the next part. A batch that does not divide into `parts` goes in one.
+    """
+    whole = parts == 1 or len(x) % parts
+    distance: Tensor = network(x, y) if whole else _DistanceInParts.apply(network, x, y, parts)
+    return distance
+
+
+class _DistanceInParts(torch.autograd.Function):
+    """Each image's distance depends on its own reconstruction alone, so the gradients separate."""
+
+    @staticmethod
+    def forward(ctx: Any, network: nn.Module, x: Tensor, y: Tensor, parts: int) -> Tensor:
+        distances: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for images, reconstructions in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            leaf = reconstructions.detach().requires_grad_()
+            with torch.enable_grad():
+                distance = network(images, leaf)
+                gradients += torch.autograd.grad(distance.sum(), leaf)
+            distances.append(distance.detach())
+        ctx.save_for_backward(torch.cat(gradients))  # (B, 3, H, W)
+        return torch.cat(distances)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (of_y,) = ctx.saved_tensors
+        return None, None, gradient * of_y, None
 
 
 def squared_differences(targets: Sequence[Tensor], features: Sequence[Tensor]) -> list[Tensor]:

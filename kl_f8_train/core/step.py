@@ -47,6 +47,7 @@ from kl_f8_train.core.gradients import (
 from kl_f8_train.core.hashes import tensors_sha256
 from kl_f8_train.core.losses import reconstruction_loss
 from kl_f8_train.core.model import TRAINED, AutoencoderKL
+from kl_f8_train.core.perceptual import distance_in_parts
 from kl_f8_train.core.phases import phase
 from kl_f8_train.core.run_state import RunState
 from kl_f8_train.core.schedule import learning_rate
@@ -401,7 +402,7 @@ class Finetuner(_Base):
         parts = self.micro_batches(len(z))
         return torch.cat([self.decode(z[part]).to(z.dtype) for part in parts])
 
-    def _autocast(self, tensor: Tensor) -> torch.autocast:
+    def _autocast(self, tensor: Tensor) -> AbstractContextManager[Any]:
         return machine.autocast(self.config.precision, tensor.device)
 
     @phase("losses")
@@ -413,10 +414,11 @@ class Finetuner(_Base):
         Where nll itself is not finite, neither is the gradient: that of all ranks is not, then.
         """
         y, loss = y.detach().requires_grad_(), self.config.loss
+        parts = self.config.compute.perceptual_parts
         nll, terms = reconstruction_loss(
             x,
             y,
-            self.perceptual(x, y).to(x.dtype),
+            distance_in_parts(self.perceptual, x, y, parts).to(x.dtype),
             pixel=loss.pixel,
             perceptual_weight=loss.perceptual_weight,
             l1_weight=loss.l1_weight,

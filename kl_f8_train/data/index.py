@@ -113,8 +113,8 @@ def _list_file(path: Path) -> list[str]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise MissingInputError(
-            f"{path} is no list of shards: byte {error.start} is not UTF-8; expected a text with a "
-            "shard on each line"
+            f"{path} is not a list of shards: byte {error.start} is not UTF-8; expected text with "
+            "a shard on each line"
         ) from error
     found = [line for line in lines if line and not line.startswith("#")]
     if not found:
@@ -182,14 +182,14 @@ class _Member:
 
     @property
     def field(self) -> str:
-        """The part of the name that tells a sample's files apart, as WebDataset reads names."""
+        """The part of the name that distinguishes a sample's files, as WebDataset reads names."""
         return self.name.partition(".")[2].lower()
 
 
 def index_tar(path: Path) -> TarIndex:
     """Reads the headers and JSON members of one tar.
 
-    Raises MissingInputError if it is cut short (also at a header boundary) or is no tar.
+    Raises MissingInputError if it is cut short (also at a header boundary) or is not a tar.
     """
     members: list[_Member] = []
     try:

@@ -64,13 +64,13 @@ class PositionDataset(Dataset[Sample]):
         self.noise_shape = (2 if config.second_forward else 1, config.model.embed_dim, side, side)
 
     def watch(self, workers: int) -> None:
-        """Makes room for what each of `workers` processes is reading, seen by all of them."""
+        """Allocates a shared array in which each worker records the position it is reading."""
         self.reading = multiprocessing.RawArray("q", [IDLE] * max(1, workers))
 
     def __getitem__(self, position: int) -> Sample:
         """Raises MissingInputError if MAX_NEIGHBOURS samples in a row are bad.
 
-        `reading` tells meanwhile, to the main process too, which position each worker is at.
+        Meanwhile `reading` holds the position of each worker, for the main process too.
         """
         worker = get_worker_info()
         slot = 0 if worker is None else worker.id

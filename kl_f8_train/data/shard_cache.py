@@ -39,7 +39,7 @@ from kl_f8_train.transfer import (
 )
 
 CACHE_SETTINGS = "data.cache_dir, or KL_F8_TRAIN_CACHE"  # what names the directory
-LEFTOVER_SECONDS = 3600.0  # a temporary file as old as this belongs to nobody
+LEFTOVER_SECONDS = 3600.0  # older temporary files are stale
 CACHED_NAME = re.compile(r"[0-9a-f]{16}-.*")
 PART_NAME = re.compile(r"\.+([0-9a-f]{16}-.*?)(?:\.json)?\.\d+-[0-9a-f]+\.part")
 
@@ -135,7 +135,7 @@ class ShardCache:
         entry = _Entry(self.root, url)
         with _locked(entry.lock, fcntl.LOCK_SH):
             if entry.holds(size, sha256):
-                self._own_worker().errors.pop(url, None)  # some other process was luckier
+                self._own_worker().errors.pop(url, None)  # another process has fetched it since
                 return entry.open()
         with _locked(entry.lock, fcntl.LOCK_EX):
             if not entry.holds(size, sha256):  # no other process fetched it meanwhile

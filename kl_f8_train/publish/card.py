@@ -1,7 +1,7 @@
 """The model card of an export: README.md with the hub's front matter.
 
-Only numbers measured on these very files enter its metadata, and what nobody told is left out:
-the license is asked for, the base model too.
+Its metadata hold only scores measured on these very files. License and base model are never
+guessed: the fields are absent unless they are given.
 """
 
 import json
@@ -80,7 +80,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Details:
-    """What a card needs to be told, in the hub's names; nothing of it is guessed."""
+    """Fields of a card that are never guessed, under the hub's names."""
 
     license: Mapping[str, str] = field(default_factory=dict)
     base_model: str | None = None
@@ -95,7 +95,7 @@ def write(
 ) -> Path:
     """Writes README.md, the evaluation's strip.png and LICENSE into an export directory.
 
-    What an earlier call was told, and this one is not, is kept in export.json and stays.
+    Details of an earlier call are kept in export.json and used where this call gives none.
     Raises MissingInputError if the directory is not an export, if its files are not those that
     export.json names, or if the scores are damaged or belong to other weights.
     """
@@ -124,7 +124,7 @@ def write(
 
 
 def _with_kept(details: Details, kept: Mapping[str, Any]) -> Details:
-    """What is told now, and of the rest what was told before."""
+    """`details`, with missing fields taken from the previous card."""
     return Details(
         details.license or kept.get("license", {}),
         details.base_model or kept.get("base_model"),
@@ -190,7 +190,7 @@ def model_card(
 
 - An image is kept as {latent}. Small faces, text and fine
   patterns do not survive that, and a decoder can only guess them.
-- It was trained for how reconstructions look. It is no codec: do not rely on details of its
+- It was trained for how reconstructions look. It is not a codec: do not rely on details of its
   pictures as evidence.
 - Biases of the training images are biases of the decoder.
 
@@ -280,7 +280,7 @@ def _problems(scores: Mapping[str, Any]) -> Iterator[str]:
     """What of scores.json is missing or has another form."""
     if "weights" not in scores:
         yield (
-            'it holds no hashes of weights ("weights"), so nothing tells whether its scores '
+            'it holds no hashes of weights ("weights"), so it is unknown whether its scores '
             "belong to this export"
         )
     for key in ("weights", "models"):
@@ -316,7 +316,7 @@ def _is_source(entry: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
 
 
 def _taken(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """What a card tells of scores.json: no path of one machine, and finite numbers only."""
+    """What a card keeps of scores.json: no path of one machine, and finite numbers only."""
     return {
         "models": {
             name: {metric: _finite_score(value, metric) for metric, value in row.items()}
@@ -424,7 +424,7 @@ def _scale(record: Mapping[str, Any]) -> str:
 
 
 def _encoder(record: Mapping[str, Any]) -> str:
-    """What became of the encoder, and with it of latents."""
+    """How the export's precision affects the encoder and its latents."""
     if record["dtype"] == "float32":
         return "The encoder is bit for bit the imported one, so latents stay what they were."
     exact = "; in `diffusers/` it is there in float32, too" if DIFFUSERS in record["files"] else ""

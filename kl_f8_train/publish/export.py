@@ -419,7 +419,7 @@ def _stored_weights(path: Path, raw: bool = False) -> State:
 
 
 def _nothing(names: Collection[str]) -> Collection[str]:
-    """No tensor of a file; its texts alone."""
+    """Selects no tensor of a file, only its metadata."""
     return ()
 
 
@@ -462,7 +462,7 @@ def _metadata(
     tensors: State,
     stated: Facts,
 ) -> dict[str, str]:
-    """Texts of the safetensors file: modelspec's fields and our provenance.
+    """Metadata of the safetensors file: modelspec's fields and our provenance.
 
     The date is the checkpoint's: when the weights were made, not when they were exported.
     """

@@ -31,14 +31,14 @@ EXAMPLES = ("astronaut.png", "chelsea.png", "coffee.png")
 def measure(model: AutoencoderKL, pictures: list[Tensor]) -> dict[str, Any]:
     """Largest activation and decoding errors, in 8-bit levels against float32, on uint8 images.
 
-    `black` counts the images of which fp16 makes infinities or no numbers at all.
-    Raises RunFailedError if float32 does.
+    `black` counts the images that decode to inf or NaN in fp16.
+    Raises RunFailedError if one does in float32.
     """
     latents = [model.encode(images.to_float(picture[None])).mean for picture in pictures]
     with largest_outputs(model) as largest:
         exact = [model.decode(z) for z in latents]
     if not all(bool(y.isfinite().all()) for y in exact):
-        raise RunFailedError("the decoder makes infinities or no numbers in float32; not exported")
+        raise RunFailedError("the decoder outputs inf or NaN even in float32; nothing was exported")
     layer = max(largest, key=lambda name: largest[name])
     result: dict[str, Any] = {"largest_activation": largest[layer], "layer": layer}
     for dtype in (torch.float16, torch.bfloat16):
@@ -70,7 +70,7 @@ def describe(result: dict[str, Any]) -> list[str]:
     for name in ("float16", "bfloat16"):
         error = result[name]
         if error["mean"] is None:
-            lines.append(f"{name}: infinities or no numbers in {error['black']} images")
+            lines.append(f"{name}: inf or NaN in {error['black']} images")
         else:
             lines.append(
                 f"{name}: mean {error['mean']:.3f}, max {error['max']:.2f} of 255 levels from fp32"

@@ -1,6 +1,6 @@
 """Writes a VAE into a copy of a full Stable Diffusion checkpoint, record by record.
 
-The copy keeps the file's own types, texts and everything that is not the VAE, byte for byte.
+The copy keeps the file's types, its metadata and everything that is not the VAE, byte for byte.
 """
 
 import json
@@ -64,8 +64,8 @@ def inject(vae: Path, into: Path, out: Path, force: bool = False) -> list[str]:
     places = {k.removeprefix(prefix): place for k, place in places.items() if k.startswith(parts)}
     if not places:
         raise MissingInputError(
-            f"{into} holds no {names.FIRST_STAGE}*, nor vae.*, so it is no full checkpoint; give "
-            "one of Stable Diffusion or FLUX"
+            f"{into} holds no {names.FIRST_STAGE}*, nor vae.*, so it is not a full checkpoint; "
+            "give one of Stable Diffusion or FLUX"
         )
     try:
         shapes = {key: place.shape for key, place in places.items()}
@@ -133,7 +133,7 @@ def _view(record: bytearray, place: Place) -> Tensor:
 
 
 def _safetensors_places(path: Path) -> dict[str, Place]:
-    """Where the tensors of a safetensors file lie; raises MissingInputError if it is none."""
+    """Where the tensors of a safetensors file lie; raises MissingInputError for another file."""
     with weight_file.find(path).open("rb") as file:
         head = file.read(9)
         if head[8:] != b"{":
@@ -141,7 +141,7 @@ def _safetensors_places(path: Path) -> dict[str, Place]:
                 f"{path} is neither .safetensors nor a torch zip. A .ckpt of before torch 1.6 "
                 "becomes one by torch.save(torch.load(FILE, weights_only=True), NEW)"
             )
-        weight_file.read(path, lambda names: ())  # raises if the header does not tell the truth
+        weight_file.read(path, lambda names: ())  # validates the header
         file.seek(8)
         header = json.loads(file.read(struct.unpack("<Q", head[:8])[0]))
         start = file.tell()
@@ -198,6 +198,6 @@ def _write_zip(
                     _view(data, places[key]).copy_(tensors[key])
                 target.writestr(info, data)
                 continue
-            info.file_size = entry.file_size  # tells zipfile whether it needs 64-bit sizes
+            info.file_size = entry.file_size  # lets zipfile decide whether it needs 64-bit sizes
             with source.open(entry) as old, target.open(info, "w") as new:
                 shutil.copyfileobj(old, new, COPIED_BYTES)

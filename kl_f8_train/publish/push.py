@@ -45,7 +45,7 @@ class Upload:
 def plan(export_dir: Path, repository: str, pictures: bool = False) -> Upload:
     """What of an export goes to the hub; touches no network.
 
-    Raises UsageError for a name that is no repository's, MissingInputError if the directory is not
+    Raises UsageError for a malformed repository name, MissingInputError if the directory is not
     an export, or if a file is not the one that was exported.
     """
     if not REPOSITORY.fullmatch(repository):

@@ -12,7 +12,7 @@ from kl_f8_train.output import say
 
 @contextlib.contextmanager
 def tolerated(what: str = "a report could not be written") -> Iterator[None]:
-    """What fails for a full disk, say, but is no checkpoint, is told and does not end the run."""
+    """Logs failures to write reports (a full disk, say) instead of ending the run."""
     try:
         yield
     except (OSError, RunFailedError) as error:

@@ -64,7 +64,7 @@ class RunLog(Callback):
         self.waited += time.perf_counter() - self.batch_end
 
     def await_data(self) -> None:
-        """Begins to count: the last callback tells that reports and files are done."""
+        """Marks the moment from which the loop waits for data; the last callback calls it."""
         self.batch_end = time.perf_counter()
 
     def on_train_batch_end(

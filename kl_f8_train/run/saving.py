@@ -95,7 +95,7 @@ class Checkpoints(Callback):
             )
 
     def _judge_pause(self, began: float, aloud: bool) -> None:
-        """Tells once if saving takes more than a second and 5 % of the time between saves."""
+        """Warns once if saving takes more than a second and 5 % of the time between saves."""
         pause, interval = time.perf_counter() - began, began - self.mark
         self.mark = time.perf_counter()
         if aloud and not self.told and pause > max(1.0, 0.05 * interval):

@@ -62,7 +62,7 @@ CHARTS = (  # title, columns, logarithmic
 
 @dataclass
 class Status:
-    """A run at a moment; None where the files do not tell."""
+    """A run at a moment; None where the files do not show it."""
 
     run_dir: str
     name: str
@@ -95,7 +95,7 @@ def read_settings(run: Path) -> dict[str, Any]:
         raise MissingInputError(f"run {run}: no such directory; give the run_dir of a training")
     if not file.is_file():
         raise MissingInputError(
-            f"{run} is no run directory yet: it has no config.yaml, which `train` writes once "
+            f"{run} is not a run directory yet: it has no config.yaml, which `train` writes once "
             "weights and data are open"
         )
     try:
@@ -136,7 +136,7 @@ def _age(paths: Iterable[Path], now: float) -> float | None:
 
 
 def read_status(run: Path, now: float) -> Status:
-    """Where a run is at `now`, seconds since the epoch; MissingInputError if it is none."""
+    """State of a run at `now`, seconds since the epoch; MissingInputError if there is no run."""
     config = read_settings(run)
     stop, batch = config["stop_iteration"], config.get("global_batch") or 1
     rows = read_rows(run / METRICS_FILE)
@@ -244,7 +244,7 @@ def _skipped_warnings(run: Path, rows: Sequence[Row]) -> Iterable[str]:
 
 
 def _row_warnings(config: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[str]:
-    """What the log rows tell of updates, images, speed and the loss."""
+    """Warnings from the log rows about updates, images, speed and the loss."""
     bad, last = left_out(rows)
     if bad:
         updates = counted(bad, "update", "s")
@@ -316,7 +316,7 @@ def _checkpoint_warnings(
 
 
 def _discriminator_warnings(lately: Sequence[Row]) -> Iterable[str]:
-    """Its hinge loss is 1 where it cannot tell, and 0 where it has won."""
+    """The hinge loss is 1 at chance and 0 once the discriminator separates real from fake."""
     clamped = _mean(lately, "adaptive_weight_clamped") or 0.0
     if clamped > 0.01:
         yield (
@@ -334,10 +334,10 @@ def _discriminator_warnings(lately: Sequence[Row]) -> Iterable[str]:
     if loss < 0.05:
         yield f"the discriminator has won and learns nothing more: {logits}"
     elif abs(real - fake) < 0.01:
-        yield f"the discriminator cannot tell real from fake: {logits}"
+        yield f"the discriminator does not separate real from fake: {logits}"
 
 
-# --- telling --------------------------------------------------------------------------------
+# --- screens --------------------------------------------------------------------------------
 
 
 def facts(status: Status) -> dict[str, str]:

@@ -167,7 +167,7 @@ def _fit(trainer: Trainer, iterations: "Iterations", run_log: RunLog) -> None:
         what = (
             f"{who} lost contact with the others {silent:.0f} s after iteration "
             f"{iterations.finetuner.iteration:,}: a process or node died, or the network was cut "
-            "(an earlier message of another rank may tell)."
+            "(see earlier messages of other ranks)."
             if run_log.seen
             else f"{who} did not get through to the others: a process died at its start, two share "
             "a GPU, or the network between the nodes is not open (NCCL_SOCKET_IFNAME names it)."
@@ -182,7 +182,7 @@ def _fit(trainer: Trainer, iterations: "Iterations", run_log: RunLog) -> None:
 
 
 def _leave_without_the_others(error: BaseException) -> None:
-    """Ends a failed rank when Python does; NCCL's own end would wait for ranks that still train."""
+    """Exits a failed rank with os._exit: NCCL's shutdown would wait for ranks that still train."""
     if dist.is_initialized():
         atexit.register(os._exit, getattr(error, "exit_code", RunFailedError.exit_code))
 
@@ -299,7 +299,7 @@ def _import(config: Config) -> tuple[Finetuner, str]:
         )
     if iteration is None:
         raise UsageError(
-            f"{contents.path} does not tell its iteration; give init.iteration (kl-f8: 246803)"
+            f"{contents.path} does not state its iteration; give init.iteration (kl-f8: 246803)"
         )
     check_model(config, contents, weights.autoencoder)
     stated = checkpoint.base_facts(contents, weights, config)
@@ -469,7 +469,7 @@ def _cluster(launcher: str) -> ClusterEnvironment:
         return TorchElasticEnvironment()
     if launcher == SRUN:
         return SLURMEnvironment(auto_requeue=False)
-    return LightningEnvironment()  # an installed srun alone is no cluster
+    return LightningEnvironment()  # an installed srun does not mean that this runs under SLURM
 
 
 def fixed_photographs(config: Config, report: Callable[[str], None]) -> list[torch.Tensor]:

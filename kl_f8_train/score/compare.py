@@ -32,7 +32,7 @@ VERDICTS = {  # verdict -> how a sentence says it
     "higher": "{b} is sharper than {a} by {label}",
     "lower": "{b} is smoother than {a} by {label}",
     "unclear": "No clear difference between {b} and {a} in {label}",
-    "few": f"Fewer than {FEWEST} images cannot tell {{b}} from {{a}} in {{label}}",
+    "few": f"Fewer than {FEWEST} images: no verdict on {{b}} against {{a}} in {{label}}",
     "unmeasured": "{label} was not measured for both {a} and {b}",
 }
 

@@ -1,4 +1,4 @@
-"""The state of a run as tensors and texts: what a checkpoint holds and how it comes back.
+"""The state of a run as tensors and strings: what a checkpoint holds and how it is restored.
 
 Nothing random is in it: images, crops and noise follow from the seed and the iteration.
 """

@@ -52,10 +52,10 @@ def fetch(repo: str) -> Path:
             for name in sorted(beside & names):
                 hub.hf_hub_download(repo, name)
             return Path(hub.hf_hub_download(repo, chosen))
-    except Exception as error:  # of several libraries, by version
+    except Exception as error:  # its class depends on the versions of several libraries
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise MissingInputError(
-            f"{where} there is no answer: {reason}\nBring its {FILES[0]} here by other means, and "
+            f"{where} there is no answer: {reason}\nDownload its {FILES[0]} yourself and "
             "give its path"
         ) from error
     raise MissingInputError(f"{where} it holds no {FILES[0]}, nor one in vae/")

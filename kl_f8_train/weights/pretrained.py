@@ -73,8 +73,8 @@ def find(network: Network, explicit: str | None = None, flag: str | None = None)
             return path
     looked = "\n  ".join(str(path) for path in candidates)
     raise MissingInputError(
-        f"no file of {network.title}; `kl-f8-train fetch` gets it, once\n  {looked}\n"
-        "Without network here, fetch on another machine and copy it, or name it: "
+        f"{network.title} not found; run `kl-f8-train fetch` once. Looked for:\n  {looked}\n"
+        "Without a network, fetch on another machine and copy the file, or name it: "
         f"{flag or network.flag}"
     )
 

@@ -1,6 +1,6 @@
 """Reads files of `torch.save` without `torch.load`: a pickle is data here, and nothing in it runs.
 
-The interpreter below builds numbers, texts, lists, dicts and descriptions of tensors. Names of
+The interpreter below builds numbers, strings, lists, dicts and descriptions of tensors. Names of
 classes and functions stay names: none is ever imported, looked up or called; those that only an
 attack needs are refused.
 Tensors are read afterwards, only those wanted, once their shapes are known to lie in the file.
@@ -81,7 +81,7 @@ PLAIN = {
     *(f"builtins.{name}" for name in ("set", "frozenset", "dict", "list", "tuple", "bytearray")),
     *(f"builtins.{name}" for name in ("int", "float", "str", "bool", "long", "unicode")),
 }
-# Who names these wants something to run, and is no trainer; every other name becomes a stub.
+# A file that names these wants to run something, and is not a trainer's; other names become stubs.
 HOSTILE_MODULES = {
     *("os", "posix", "nt", "sys", "subprocess", "pty", "socket", "shutil", "ctypes", "importlib"),
     *("runpy", "code", "codeop", "pdb", "bdb", "timeit", "webbrowser", "multiprocessing", "io"),
@@ -101,7 +101,7 @@ class TorchFile:
 
     container: str
     tensors: dict[str, Tensor]
-    counts: dict[str, int]  # `global_step` and `epoch`, where it tells them
+    counts: dict[str, int]  # `global_step` and `epoch`, if the file holds them
     optimizer: bool
     stubbed: list[str]
     stated: dict[str, Any]  # plain values of the entry `architecture`
@@ -235,7 +235,7 @@ def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
         place, places = pickled.position, {}
         for key in keys:
             if type(key) is not str:
-                raise ValueError("a storage whose key is no text")
+                raise ValueError("a storage whose key is not a string")
             (count,) = struct.unpack_from("<q", data, place)
             size = count * pickled.storages[key].dtype.itemsize
             if count < 0 or place + 8 + size > total:
@@ -509,7 +509,7 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
         """What a call would have made, if it is a tensor or a dict."""
         arguments, name = self.stack.pop(), self.stack.pop()
         if not isinstance(name, _Name) or not isinstance(arguments, tuple):
-            raise ValueError("its pickle calls what is no class")
+            raise ValueError("its pickle calls something that is not a class")
         if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
             made: Any = View(*arguments[:4])
         elif name == "torch._utils._rebuild_tensor_v3":
@@ -522,7 +522,7 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
             pairs = arguments[0] if arguments else []  # filled where Python 2 wrote it
             self.dispatch.left -= len(pairs)
             if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs):
-                raise ValueError("a dict of what are no pairs")
+                raise ValueError("OrderedDict arguments that are not pairs")
             made = {key: value for key, value in pairs if type(key) in (str, int)}
         elif name.endswith(("dict", "Dict")):
             made = {}  # of the kinds that behave as one; filled below, if it is
@@ -567,7 +567,7 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
         if isinstance(described, tuple) and described[:1] == ("module",):
             return described[1]  # the older format stores a module's source beside its class
         if not (isinstance(described, tuple) and described[0] == "storage"):
-            raise ValueError("it refers to something that is no storage")
+            raise ValueError("it refers to something that is not a storage")
         _, kind, key, _, count, *views = described
         if not isinstance(kind, _Name) or type(key) is not str or type(count) is not int:
             raise ValueError("a storage without a type, key and length")

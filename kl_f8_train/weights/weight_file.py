@@ -4,7 +4,7 @@ Reading never makes foreign objects. Writing goes to a temporary name in the tar
 is flushed to disk and then renamed, so a file under its final name is always whole.
 
 A training checkpoint is a safetensors file: tensors named `autoencoder.*`, `ema.*`,
-`discriminator.*`, `optimizer.*`, and texts (iteration, configuration, hashes) in its metadata.
+`discriminator.*`, `optimizer.*`, and strings (iteration, configuration, hashes) in its metadata.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ HEADER_BYTES = 16 << 20  # of a safetensors file; a whole Stable Diffusion's tak
 
 @dataclass
 class Contents:
-    """Tensors and texts of one file; tensors that were not wanted are on the meta device."""
+    """Tensors and metadata of one file; tensors that were not wanted are on the meta device."""
 
     path: Path
     tensors: State
@@ -108,7 +108,7 @@ def _beginning(head: bytes) -> str:
     if not head:
         return "an empty file; copy or download it again"
     if head.startswith(b"version "):
-        return "a pointer of git lfs; `git lfs pull` brings the file"
+        return "a pointer of git lfs; `git lfs pull` downloads the file"
     if head.lstrip().startswith(b"<"):
         return "a web page; download the file itself"
     return f"a file that begins with {head!r}; check where it came from"
@@ -262,7 +262,7 @@ def describe(found: dict[str, Any]) -> str:
     ema = ", ".join(f"{key} {value:g}" for key, value in found["ema"].items())
     held = [f"{'with' if found[part] else 'no'} {part}" for part in ("discriminator", "optimizer")]
     stated = ", ".join(f"{name} {json.dumps(value)}" for name, value in found["states"].items())
-    iteration = "not told" if found["iteration"] is None else f"{found['iteration']:,}"
+    iteration = "not stated" if found["iteration"] is None else f"{found['iteration']:,}"
     lines = [
         f"{found['file']}: {found['layout']} ({found['container']})",
         f"{found['tensors']} autoencoder tensors, {'/'.join(found['dtypes'])}; "
@@ -444,7 +444,7 @@ def _diffusers_config(weights: Path) -> dict[str, Any]:
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes tensors, each with memory of its own, and texts atomically."""
+    """Writes tensors, each with memory of its own, and metadata, atomically."""
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     seen: set[int] = set()
     for key, value in plain.items():

@@ -114,6 +114,8 @@ def plain(config: Config) -> Config:
         config.compute,
         channels_last=False,
         subpixel_upsample=False,
+        lean_norm=False,
+        perceptual_parts=1,
         checkpoint_levels=0,
         compile=False,
     )

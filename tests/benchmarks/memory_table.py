@@ -56,8 +56,7 @@ def predict(name: str, levels: int, gpu: scaling.Gpu, count: int) -> scaling.Pre
     """A recipe on `count` GPUs, the levels' second forward pass included."""
     settings = load(name, levels)
     work = scaling_tables.published_workload(settings)
-    again = cost.recomputed_flops(settings) / (gpu.flops * scaling.SHARE)
-    return scaling.predict(work, scaling.seconds_per_image(work, gpu) + again, count, gpu)
+    return scaling.predict(work, scaling.seconds_per_image(work, gpu), count, gpu)
 
 
 def load(name: str, levels: int) -> config.Config:
@@ -77,7 +76,7 @@ def computed(crop: int, precision: str, levels: int, batch: int) -> list[str]:
         config.find_recipe("ft_ema"), [*PATHS, *overrides(crop, precision, levels)]
     )
     memory = cost.peak_bytes(settings, batch)
-    flops = cost.flops_per_image(settings) + cost.recomputed_flops(settings)
+    flops = cost.flops_per_image(settings)
     speeds = [
         f"{gpu.flops * scaling.SHARE / flops:,.0f}"
         if precision == "bfloat16" and memory <= gpu.room_bytes
