@@ -513,8 +513,8 @@ def test_shares_that_do_not_divide():
 
 def test_round_trip():
     for name in ("ft_ema", "ft_mse", "demo"):
-        sources = ("data.sources=/d/x,/d/y", "data.sources.x.weight=3", "global_batch=192")
-        before = samples.recipe(name, *sources)
+        shares = ("data.sources=/d/x,/d/y", "data.sources.x.weight=3", "global_batch=192")
+        before = samples.recipe(name, *shares)
         values = json.loads(json.dumps(config.to_dict(before)))
         assert config.from_dict(values) == before
         assert config.from_dict(yaml.safe_load(config.to_yaml(before))) == before
