@@ -305,7 +305,9 @@ DATA = {
     "not indexed": train(
         "data.sources=http://127.0.0.1:9/0.tar", MISSING, "not indexed|index 'http"
     ),
-    "index dir": train("data.index_dir=model.ckpt", FAILED, "cannot be written in model.ckpt|data.index_dir"),
+    "index dir": train(
+        "data.index_dir=model.ckpt", FAILED, "cannot be written in model.ckpt|data.index_dir"
+    ),
     "filter field": train(
         "data.sources.shards.filters=wdth>=1", USAGE, "no image has|'wdth'|width"
     ),
