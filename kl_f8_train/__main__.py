@@ -19,7 +19,7 @@ from tarfile import is_tarfile
 from typing import TYPE_CHECKING
 
 from kl_f8_train import __version__, shipped
-from kl_f8_train.errors import MissingInputError, UsageError, UserError
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError
 from kl_f8_train.launch import end_children, launched
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import say
@@ -552,6 +552,8 @@ def _index_verb(args: argparse.Namespace) -> int:
     print(f"index: {directory}")
     for message in source.broken.values():
         print(message)
+    if any(message.startswith("cannot fetch") for message in source.broken.values()):
+        raise RunFailedError("some shards could not be fetched, as said above; run this again")
     if source.broken:
         raise MissingInputError(
             f"{len(source.broken)} of {len(locations)} shards are broken, as said above; download "

@@ -654,25 +654,31 @@ def to_yaml(config: Config | Mapping[str, Any]) -> str:
     return yaml.safe_dump(_plain(config), sort_keys=False)
 
 
+ABSENT = "(none)"  # how a change names a setting that one side does not have
+
+
 def differences(
     before: Config | Mapping[str, Any], after: Config | Mapping[str, Any], *, machine: bool = False
 ) -> list[str]:
     """Lines `key: before -> after` of what differs; machine settings only on request.
 
-    A group that one side does not have is one line.
+    A group that one side does not have is one line. A setting that `before` does not have, as it
+    was written by an older version, differs only if it is not at its default.
     """
-    return [
-        f"{key}: {_shown(old)} -> {_shown(new)}"
-        for key, old, new in _changes(_plain(before), _plain(after))
-        if machine or not ((found := setting_of(key)) and found.machine)
-    ]
+    lines = []
+    for key, old, new in _changes(_plain(before), _plain(after)):
+        found = setting_of(key)
+        unknown_then = old == ABSENT and found is not None and new == found.default
+        if not unknown_then and (machine or not (found and found.machine)):
+            lines.append(f"{key}: {_shown(old)} -> {_shown(new)}")
+    return lines
 
 
 def _changes(
     old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
     for name in dict.fromkeys((*old, *new)):
-        key, before, after = f"{prefix}{name}", old.get(name, "(none)"), new.get(name, "(none)")
+        key, before, after = f"{prefix}{name}", old.get(name, ABSENT), new.get(name, ABSENT)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             yield from _changes(before, after, f"{key}.")
         elif before != after:

@@ -210,7 +210,7 @@ def test_compiled_is_exact_without_breaks_or_recompiles(finetuner, batch, plain_
 def test_levels_stay_compiled_with_and_without_gradients_and_for_other_batches():
     """All have one `forward`, for which torch would compile eight graphs in all."""
     torch._dynamo.reset()
-    levels = [UpLevel(width, 32, 1, upsample=False) for width in (32, 64, 96, 128)]
+    levels = [UpLevel(width, 32, 1, 32, upsample=False) for width in (32, 64, 96, 128)]
     machine.compile_each(levels, backend="eager")
     before = benchmark.compiled_graphs()
     for batch, gradients in ((1, False), (2, False), (2, True)):

@@ -520,6 +520,15 @@ def test_round_trip():
         assert config.from_dict(yaml.safe_load(config.to_yaml(before))) == before
 
 
+def test_a_setting_that_an_older_version_did_not_have_is_no_change():
+    config_now = samples.recipe("ft_mse")
+    before = config.to_dict(config_now)
+    del before["model"]["norm_num_groups"]
+    assert config.differences(before, config_now) == []
+    del before["model"]["ch"]  # it has no default
+    assert config.differences(before, config_now) == ["model.ch: (none) -> 128"]
+
+
 def test_saved_yaml_is_a_recipe(tmp_path):
     before = samples.recipe("ft_mse")
     file = tmp_path / "config.yaml"

@@ -317,7 +317,7 @@ def test_frechet_is_that_of_torch_fidelity(folder, inception_file, tmp_path):
     """On the same features; see the slow test for the whole way."""
     network = evaluate.Inception(inception_file)
     features = network(stack(loaded(folder)[1:3]))
-    assert features.shape == (2, evaluate.WIDTH)
+    assert features.shape == (2, evaluate.FEATURES)
     theirs = network.network(stack(loaded(folder)[1:3]))[0]
     assert torch.equal(features, theirs)
     assert features.std() > 0

@@ -285,7 +285,7 @@ def test_the_slider_moves_by_mouse_touch_and_keys(page, plain):
 @needs_chromium
 @pytest.mark.browser
 def test_the_slider_shows_both_pictures(page, plain, tmp_path):
-    """Left of the boundary are the input's pixels, right of it the model's."""
+    """Left of the boundary are one compared model's pixels, right of it the other's."""
     page.open(plain / "report.html", 1400)
     page.value("document.querySelectorAll('#box, #line, .label').forEach((e) => e.remove())")
     page.wait("[...document.querySelectorAll('#stage img')].every((i) => i.complete)")
@@ -296,7 +296,7 @@ def test_the_slider_shows_both_pictures(page, plain, tmp_path):
     item = json.loads((plain / "pictures.json").read_text())[0]
     doubled = [
         read(plain / path).repeat_interleave(2, 1).repeat_interleave(2, 2)
-        for path in (item["input"], item["models"]["ft-MSE"])
+        for path in (item["models"]["kl-f8"], item["models"]["ft-MSE"])
     ]
     assert torch.equal(shot[:, 100:400, 20:250], doubled[0][:, 100:400, 20:250])
     assert torch.equal(shot[:, 100:400, 262:490], doubled[1][:, 100:400, 262:490])

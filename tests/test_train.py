@@ -85,7 +85,7 @@ def test_another_recipe_is_refused_or_remembered(folder, capsys):
     train(runs.recipe(folder, "changed", *runs.NO_ADVERSARIAL, "stop_iteration=101"))
     extra = (*runs.NO_ADVERSARIAL, "optimizer.learning_rate=1e-5")
     settings = runs.recipe(folder, "changed", *extra, "stop_iteration=102")
-    change = "optimizer.learning_rate: 0.0002 -> 1e-05"
+    change = "optimizer.learning_rate: 0.0001 -> 1e-05"
     with pytest.raises(UsageError, match=change):
         train(settings)
     train(settings, allow_changes=True)
