@@ -280,7 +280,7 @@ def test_the_metadata_tell_where_the_weights_come_from(folder):
     record = json.loads((out / "export.json").read_text())
     assert set(record["files"]) >= {*WEIGHT_FILES, "diffusers/config.json", "README.md"}
     assert set(record["checks"]) == {*WEIGHT_FILES, "strict loader"}
-    assert record["half_precision"]["images"].startswith("3 photographs of scikit-image")
+    assert record["half_precision"]["images"].startswith("3 photographs of the package")
 
 
 def test_a_resumed_run_still_knows_its_base_and_what_was_changed(folder):

@@ -5,26 +5,24 @@ type, while sums run in float32, as on GPUs. So the answer is the same on any ma
 where the CPU has no half-precision convolutions. What happens inside attention is not rounded.
 """
 
-import importlib.util
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kl_f8_train import images
+from kl_f8_train import images, shipped
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.errors import ImageError, RunFailedError
-from kl_f8_train.folders import load_folder, read_file
+from kl_f8_train.errors import RunFailedError
+from kl_f8_train.folders import load_folder
 from kl_f8_train.units import counted
 
 LIMIT = torch.finfo(torch.float16).max  # 65504
 COUNT = 3
 DECODES = ("decoder", "post_quant_conv")
-EXAMPLES = ("astronaut.png", "chelsea.png", "coffee.png")
 
 
 @torch.no_grad()
@@ -98,26 +96,13 @@ def levels(one: Tensor, other: Tensor) -> tuple[float, float]:
 
 
 def choose_images(folder: Path | None, size: int) -> tuple[str, list[Tensor]]:
-    """What they are, and uint8 (3, size, size) images of `folder`, of scikit-image, or generated.
+    """What they are, and uint8 (3, size, size) images of `folder`, or of the package's photographs.
 
     Raises MissingInputError if there is none in `folder`.
     """
-    if folder is not None:
-        chosen = load_folder(folder, size, COUNT)
-        return f"{counted(len(chosen), 'image', 's')} of {folder.name} at {size} x {size}", chosen
-    package = importlib.util.find_spec("skimage")
-    places = list(package.submodule_search_locations or []) if package else []
-    files = [Path(place) / "data" / name for place in places for name in EXAMPLES]
-    chosen = []
-    for file in filter(Path.is_file, files):
-        with suppress(ImageError):
-            chosen.append(images.square(read_file(file), size))
-    if chosen:
-        return (
-            f"{counted(len(chosen), 'photograph', 's')} of scikit-image at {size} x {size}",
-            chosen,
-        )
-    return f"a generated pattern of {size} x {size} (no photographs at hand)", [pattern(size)]
+    chosen = load_folder(folder or shipped.HELD_OUT, size, COUNT)
+    kind, source = ("image", folder.name) if folder else ("photograph", "the package")
+    return f"{counted(len(chosen), kind, 's')} of {source} at {size} x {size}", chosen
 
 
 def pattern(size: int) -> Tensor:
