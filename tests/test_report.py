@@ -246,6 +246,8 @@ def test_nothing_overflows(page, request, kind, width, tmp_path):
         ".map((e) => e.outerHTML.slice(0, 90))"
     )
     assert outside == []
+    cut = "[...document.querySelectorAll('.scroll')].filter((e) => e.scrollWidth > e.clientWidth)"
+    assert (kind, width) != ("plain", 400) or page.value(f"{cut}.length") == 0
     broken = "[...document.images].filter((i) => i.src && i.complete && !i.naturalWidth).length"
     assert page.value(broken) == 0
     assert page.value("document.title").startswith("Evaluation: 3 VAEs on")

@@ -487,7 +487,16 @@ def _shown_picture(
         }
         for number, side in enumerate(item["sides"])
     ]
-    return {**item, "image": index[item["image"]], "sides": sides}
+    why = [_labelled(reason) for reason in item["why"]]
+    return {**item, "image": index[item["image"]], "why": why, "sides": sides}
+
+
+def _labelled(reason: str) -> str:
+    """`worst psnr of a` of pictures.json as `worst PSNR of a`: metrics as in the table."""
+    rank, *rest = reason.split(" ", 2)
+    if len(rest) == 2 and rest[0] in METRICS:
+        return " ".join([rank, METRICS[rest[0]].label, rest[1]])
+    return reason
 
 
 def _extremes(
