@@ -20,6 +20,7 @@ TINY = (
     "model.norm_num_groups=32",
     "adversarial.ndf=16",
     "data.shorter_side=null",
+    "optimizer.learning_rate=2e-4",
     "data.crop=32",
     "data.workers=0",
     "compute.devices=null",

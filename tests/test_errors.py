@@ -296,7 +296,7 @@ DATA = {
     "small images": train(
         "data.crop=64", MISSING, "48 x 48 pixels, smaller|data.crop to 48 or|data.shorter_side=64"
     ),
-    "binary list": train("data.sources=binary.txt", MISSING, "binary.txt is no list|expected"),
+    "binary list": train("data.sources=binary.txt", MISSING, "binary.txt is not a list|expected"),
     "empty list": train("data.sources=empty.txt", MISSING, "empty.txt lists no shards: expected"),
     "many shards": train(
         "data.sources=x/{000000000..999999999}.tar", MISSING, "1,000,000,000 shards, expected 1,0"

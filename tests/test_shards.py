@@ -538,8 +538,8 @@ for name, kind in (("blocks", np.uint32), ("sizes", np.uint32), ("column-0", np.
     read = f"""
 import json, time
 from pathlib import Path
-from kl_f8_train.cache import ShardCache
-from kl_f8_train.shards import Filter, TarSource
+from kl_f8_train.data.shard_cache import ShardCache
+from kl_f8_train.data.sources import Filter, TarSource
 root = Path({str(tmp_path)!r})
 began = time.perf_counter()
 source = TarSource(root, [], ShardCache(root / "cache", 2**30))

@@ -14,7 +14,7 @@ import runs
 from kl_f8_train.run_dir import list_checkpoints
 
 pytestmark = pytest.mark.slow
-STOPS, LENGTH = 50, 100
+STOPS, LENGTH = 50, 200
 EXTRA = (f"stop_iteration={100 + LENGTH}", "checkpoint.every=2", "data.workers=1", "global_batch=2")
 LINE = f" of {100 + LENGTH} |"  # after each iteration
 KINDS = {  # signals, and the exit codes they may lead to: by our handler, or before there is one
