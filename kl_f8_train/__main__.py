@@ -23,7 +23,7 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, Us
 from kl_f8_train.launch import end_children, launched
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import say
-from kl_f8_train.units import counted, duration
+from kl_f8_train.units import counted, duration, shortest
 
 if TYPE_CHECKING:
     from kl_f8_train.check.doctor import Report
@@ -115,13 +115,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect = add("inspect", _inspect, "Says what a VAE file holds, without running any of it.")
     inspect.add_argument("weights", help="file, diffusers folder, run directory or hub id")
-    inspect.add_argument("--raw", action="store_true", help="a run's raw weights, not its EMA")
+    taken = inspect.add_mutually_exclusive_group()
+    taken.add_argument("--raw", action="store_true", help="a run's raw weights, not its EMA")
+    taken.add_argument("--ema", type=_decay, metavar="DECAY", help="its EMA of this decay")
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
     export = add("export", _export, "Writes a run's EMA weights for every consumer.")
     export.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
     export.add_argument("--out", type=Path, help="directory to write (RUN/export)")
-    export.add_argument("--raw", action="store_true", help="the raw weights in place of the EMA")
+    taken = export.add_mutually_exclusive_group()
+    taken.add_argument("--raw", action="store_true", help="the raw weights in place of the EMA")
+    taken.add_argument("--ema", type=_decay, metavar="DECAY", help="the EMA of this decay")
     export.add_argument("--best", action="store_true", help="of the best validation, if it is kept")
     export.add_argument(
         "--average", nargs="+", type=Path, default=[], metavar="CKPT", help="mean EMA; after RUN"
@@ -167,7 +171,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     score = add("evaluate", _evaluate, "Scores VAEs on the same images, as the model card does.")
     score.add_argument(
-        "weights", nargs="+", metavar="[NAME=]WEIGHTS[@raw]", help="file or run; @raw: not its EMA"
+        "weights",
+        nargs="+",
+        metavar="[NAME=]WEIGHTS[@raw]",
+        help="file or run; @raw: not its EMA; @0.9999: its EMA of this decay",
     )
     score.add_argument("--images", required=True, help="folder of photographs, or shards")
     score.add_argument("--out", type=Path, default=Path("evaluation"), help="directory to write")
@@ -346,9 +353,8 @@ def _inspect(args: argparse.Namespace) -> int:
     _must_be_there(args.weights)
     from kl_f8_train.weights import weight_file
 
-    found = weight_file.report(
-        *weight_file.read_weights(args.weights, "raw" if args.raw else "ema")
-    )
+    select = "raw" if args.raw else "ema" if args.ema is None else _selection(args.ema)
+    found = weight_file.report(*weight_file.read_weights(args.weights, select))
     print(json.dumps(found, indent=2) if args.json else weight_file.describe(found))
     return 0
 
@@ -362,6 +368,7 @@ def _export(args: argparse.Namespace) -> int:
         args.run,
         args.out,
         raw=args.raw,
+        ema=args.ema,
         best=args.best,
         dtype=args.dtype,
         layouts=args.format or LAYOUTS,
@@ -439,7 +446,8 @@ def _after_scores(out: Path, name: str, path: Path, select: str) -> str:
     if (path.parent / "export.json").is_file():
         return _card_command(path.parent, str(out / "scores.json"))
     if is_run(path) or is_run(path.parent.parent):
-        return shlex.join(["kl-f8-train", "export", str(path), *["--raw"] * (select == "raw")])
+        taken = ["--raw"] if select == "raw" else ["--ema", select[4:]] * (select != "ema")
+        return shlex.join(["kl-f8-train", "export", str(path), *taken])
     weights = shlex.quote(f"init.weights={path}")
     return f"kl-f8-train doctor single_gpu {weights} data.sources=PHOTOS"
 
@@ -667,16 +675,31 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _name_path_select(text: str) -> tuple[str, Path, str]:
-    """[NAME=]WEIGHTS[@raw] -> name, path, and which weights of a training checkpoint."""
+    """[NAME=]WEIGHTS[@raw|@DECAY] -> name, path, and which weights of a training checkpoint."""
     name, equals, path = text.partition("=")
     if not equals or os.sep in name:
         name, path = "", text
-    raw = path.endswith("@raw")
-    place = Path(path.removesuffix("@raw"))
+    mark = re.search(r"@(raw|[0-9]*\.?[0-9]+(e-[0-9]+)?)$", path)
+    if mark and mark[1] != "raw" and Path(path).exists():
+        mark = None  # a name that ends so
+    place = Path(path[: mark.start()] if mark else path)
     if not name:
         ending = "" if place.is_dir() else r"(\.vae)?\.(safetensors|ckpt|pth?|bin|zip)$"
-        name = re.sub(ending, "", place.absolute().name) + "@raw" * raw
-    return name, place, "raw" if raw else "ema"
+        name = re.sub(ending, "", place.absolute().name) + (mark[0] if mark else "")
+    if mark is None or mark[1] == "raw":
+        return name, place, mark[1] if mark else "ema"
+    return name, place, _selection(float(mark[1]))
+
+
+def _selection(decay: float) -> str:
+    return f"ema-{shortest(decay)}"
+
+
+def _decay(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"got {text}, expected a decay from 0, below 1, as 0.9999")
 
 
 def _above_zero(text: str) -> float:

@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from kl_f8_train import __version__, images
 from kl_f8_train import config as configs
 from kl_f8_train.config import Config
+from kl_f8_train.core.ema import label, module_name, selection
 from kl_f8_train.core.hashes import data_sha256, frozen_sha256
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
@@ -43,6 +45,7 @@ def export(
     out: Path | None = None,
     *,
     raw: bool = False,
+    ema: float | None = None,
     best: bool = False,
     dtype: str = "float32",
     layouts: Sequence[str] = LAYOUTS,
@@ -56,25 +59,28 @@ def export(
     """Writes NAME-ema-pruned.safetensors and .ckpt, diffusers/, the configuration and the card.
 
     `source` is a run directory or one of its checkpoints; with `best` the one with the run's best
-    validation. Its EMA is averaged with those of
-    `average`, or with `raw` its raw weights are taken. `dtype` is that of the single files;
+    validation. Its EMA, or with `ema` the one of that decay, is averaged with those of `average`;
+    with `raw` its raw weights are taken. `dtype` is that of the single files;
     diffusers/ always holds float32 and the fp16 variant. `family` says whose VAE it is where the
     checkpoint does not know, as those of older versions. With `fp16_safe` the decoder is rescaled
     so that it does not overflow in half precision; None: where it would. With `force` the weight
     files of an earlier export that this one does not have are removed. Returns the directory.
     Raises UsageError if a file exists and not `force`, or if `out` is a run directory;
-    MissingInputError if there is no training checkpoint; RunFailedError if a written file does not
-    read back as what was exported.
+    MissingInputError if there is no training checkpoint, or no such EMA in it; RunFailedError if a
+    written file does not read back as what was exported.
     """
     if raw and average:
         raise UsageError(
             "--average takes the EMAs of checkpoints, --raw no EMA; leave out one of them"
         )
+    if raw and ema is not None:
+        raise UsageError("--ema takes an EMA, --raw none; leave out one of them")
     source = _best(source) if best else source
     _refuse_the_same_twice([source, *average])
     header = weight_file.read(source, _nothing)
     config = checkpoint.stored_config(header)
-    kind = "raw" if raw else "ema-average" if average else "ema"
+    select = "raw" if raw else "ema" if ema is None else selection(ema)
+    kind = f"{select}-average" if average else select
     marks = ["best"] * best + [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
     out = out or _home(source) / "-".join(["export", *marks])
     stem = "-".join([config.name, kind, "pruned", *(m for m in marks if m != kind)])
@@ -88,8 +94,8 @@ def export(
     before = _listed_files(summary)
 
     named, tried = half_precision.choose_images(pictures, min(SIZE, config.data.crop))
-    weights = _stored_weights(header.path, raw)
-    averaged = _average(weights, header, average)
+    weights = _stored_weights(header, select)
+    averaged = _average(weights, header, average, select)
     stated = _stated_facts(header, config, family)
     model = _autoencoder_of(weights, stated)
     frozen = header.metadata["frozen_sha256"]
@@ -109,7 +115,7 @@ def export(
         **checkpoint.stored_base(header.metadata),
         "changes": checkpoint.stored_changes(header.metadata),
         "perceptual": checkpoint.stored_identity(header.metadata).get("perceptual"),
-        "ema_decay": config.ema.decay,
+        "ema_decay": config.ema.decays[0] if ema is None else ema,
         "config_sha256": hashlib.sha256(header.metadata["config"].encode()).hexdigest(),
         "frozen_sha256": frozen,
         "config": configs.to_dict(config),
@@ -150,7 +156,8 @@ def export(
     write_text(readme, card.model_card(config, record))
     record["files"]["README.md"] = file_sha256(readme)
     write_json(summary, record)
-    warnings = [] if average else _ruined(_home(source), record)
+    exported = label(weight_file.kept_selection(header, select))
+    warnings = [] if average else _ruined(_home(source), record["iteration"], exported)
     for line in (*_summary(out, record), *_remove_old(out, before, record["files"]), *warnings):
         say(line)
     return out
@@ -249,11 +256,10 @@ def _best(source: Path) -> Path:
     return found
 
 
-def _ruined(run: Path, record: Mapping[str, Any]) -> list[str]:
+def _ruined(run: Path, iteration: int, weights: str) -> list[str]:
     """A warning if the exported weights were validated as worse than those of the start."""
-    found = outcome.read(run, record["iteration"])
-    label = "raw" if record["weights"] == "raw" else "EMA"
-    worse = [c for c in (found.changes if found else ()) if c.weights == label and c.is_worse]
+    found = outcome.read(run, iteration)
+    worse = [c for c in (found.changes if found else ()) if c.weights == weights and c.is_worse]
     return [
         f"WARNING: on the run's fixed photographs these weights are worse than those it started "
         f"from: {change}; evaluate them before you use them"
@@ -334,7 +340,7 @@ def _stem(path: Path) -> str:
     if path.name.startswith("diffusion_pytorch_model"):
         folder = path.resolve().parent
         return folder.parent.name if folder.name in ("vae", "diffusers") else folder.name
-    return path.name.split(".")[0]
+    return re.sub(r"(\.vae)?\.[a-z]\w*(\.index\.json)?$", "", path.name)
 
 
 def _home(source: Path) -> Path:
@@ -402,15 +408,22 @@ def _remove_old(out: Path, before: Mapping[str, str], now: Mapping[str, str]) ->
     return lines
 
 
-def _stored_weights(path: Path, raw: bool = False) -> State:
-    """The raw or the EMA weights of a training checkpoint, and nothing else of it.
+def _stored_weights(header: weight_file.Contents, select: str) -> State:
+    """The raw weights of a training checkpoint, or an EMA of it, and nothing else.
 
-    Raises MissingInputError if the disk has changed them.
+    Raises MissingInputError if the disk has changed them, or if there is no such EMA.
     """
     frozen = tuple(f"autoencoder.{name}." for name in FROZEN)
-    parts = ("autoencoder.",) if raw else (*frozen, "ema.")
-    contents = weight_file.read(path, lambda names: [n for n in names if n.startswith(parts)])
-    checkpoint.check_content(contents, "autoencoder" if raw else "ema")
+    try:
+        kept = weight_file.kept_selection(header, select)
+    except MissingInputError as error:
+        raise MissingInputError(f"{header.path}: {error}") from error
+    part = "autoencoder" if kept == "raw" else module_name(kept)
+    parts = (f"{part}.",) if kept == "raw" else (*frozen, f"{part}.")
+    contents = weight_file.read(
+        header.path, lambda names: [n for n in names if n.startswith(parts)]
+    )
+    checkpoint.check_content(contents, part)
     return {
         key.split(".", 1)[1]: value.float().contiguous()
         for key, value in contents.tensors.items()
@@ -423,7 +436,9 @@ def _nothing(names: Collection[str]) -> Collection[str]:
     return ()
 
 
-def _average(weights: State, first: weight_file.Contents, others: Sequence[Path]) -> list[str]:
+def _average(
+    weights: State, first: weight_file.Contents, others: Sequence[Path], select: str
+) -> list[str]:
     """Makes the trained part of `weights` the mean, in float64, over it and other checkpoints.
 
     Returns their names. Raises UsageError if another has other shapes or another encoder.
@@ -436,7 +451,7 @@ def _average(weights: State, first: weight_file.Contents, others: Sequence[Path]
     for path in others:
         header = weight_file.read(path, _nothing)
         checkpoint.stored_config(header)
-        other = _stored_weights(header.path)
+        other = _stored_weights(header, select)
         try:
             names.check_shapes(other, names.shapes_of(weights))
         except MissingInputError as error:

@@ -198,7 +198,7 @@ def baselines() -> list[Candidate]:
 
 
 def load_candidates(named: Sequence[tuple[str, Path, str]], device: str) -> list[Candidate]:
-    """(name, weights, "ema" or "raw") -> VAEs; equal encoders are one and the same module."""
+    """(name, weights, "ema", "ema-0.9999" or "raw") -> VAEs; equal encoders are one module."""
     candidates: list[Candidate] = []
     shared: dict[str, AutoencoderKL] = {}
     for name, path, select in named:
@@ -503,6 +503,8 @@ def evaluate(
     compared: Sequence[str] = (),
 ) -> dict[str, Any] | None:
     """Scores weights (name, file, "ema" or "raw") on a folder or shards; writes them to `out`.
+
+    "ema-0.9999" in place of "ema": the EMA of that decay, of several in a training checkpoint.
 
     `with_baselines` adds the rows of BASELINES. Prints the table, and before it how the second of
     the `compared` models does against the first.
