@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from kl_f8_train import config as configs
 from kl_f8_train import facts, images, output, units
 from kl_f8_train.config import Config, micro_batch
-from kl_f8_train.core import schedule
+from kl_f8_train.core import machine, schedule
 from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_remedy
@@ -56,6 +56,7 @@ from kl_f8_train.folders import load_folder
 from kl_f8_train.launch import SRUN, TORCHRUN, launched
 from kl_f8_train.lifetime import announce_to_ranks
 from kl_f8_train.run import outcome
+from kl_f8_train.run.compiling import Compiling
 from kl_f8_train.run.log import RunLog
 from kl_f8_train.run.prefetch import Prefetch
 from kl_f8_train.run.saving import Checkpoints, Signals
@@ -86,6 +87,7 @@ def train(config: Config, allow_changes: bool = False) -> int:
     if config.log.tensorboard:
         check_tensorboard()
     check_writable(run_dir)
+    machine.check_compile_cache(config.compute)
     first = getattr(rank_zero_only, "rank", 0) == 0  # as the launcher's variables say
     with claimed(run_dir) if first else nullcontext():
         return _train(config, run_dir, allow_changes)
@@ -114,6 +116,8 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             saving.save_best if config.checkpoint.keep_best else None,
         )
         callbacks = [run_log, validation, signals, saving]
+        if machine.compiles(config.compute):
+            callbacks.insert(0, Compiling())  # it announces an iteration before others report it
         if any(is_remote(place) for place in _locations(sources)):
             callbacks.append(Prefetch(plan, sources, shard_cache(config)))
         # the last: sees all others
@@ -527,6 +531,7 @@ def _describe(
         f"{schedule.describe(config.optimizer, updates)}; EMA decay {config.ema.decay:g}; "
         f"{config.precision}"
     )
+    say_once(f"networks: {machine.describe(config.compute)}")
 
 
 def _locations(sources: Mapping[str, ImageSource]) -> list[str]:
