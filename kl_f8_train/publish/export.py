@@ -444,17 +444,17 @@ def _average(weights: State, first: weight_file.Contents, others: Sequence[Path]
     for path in others:
         header = weight_file.read(path, _nothing)
         checkpoint.stored_config(header)
-        other = _stored_weights(header.path)
-        try:
-            names.check_shapes(other, names.shapes_of(weights))
-        except MissingInputError as error:
-            raise UsageError(f"--average {header.path}: {error}") from error
         if header.metadata["frozen_sha256"] != first.metadata["frozen_sha256"]:
             raise UsageError(
                 f"--average {header.path} has another encoder (SHA-256 "
                 f"{header.metadata['frozen_sha256'][:12]}, {first.path.name} has "
                 f"{first.metadata['frozen_sha256'][:12]}); average checkpoints of one base"
             )
+        other = _stored_weights(header.path)
+        try:
+            names.check_shapes(other, names.shapes_of(weights))
+        except MissingInputError as error:
+            raise UsageError(f"--average {header.path}: {error}") from error
         for key in trained:
             total[key] += other[key]
         averaged.append(header.path.name)
