@@ -212,6 +212,17 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_argument("--workers", type=_positive, help="processes (all cores)")
     pack.add_argument("--reencode", action="store_true", help="write JPEGs anew")
 
+    split = add("split", _split, "Splits photographs into training and held-out, by content.")
+    split.add_argument("images", type=Path, help="folder, searched recursively; only read")
+    split.add_argument("out", type=Path, help="new directory: training/ and held_out/ in it")
+    split.add_argument(
+        "--held-out",
+        type=_count_or_share,
+        metavar="N|SHARE",
+        help="how many, or which share such as 0.05 or 5%% (5%%, but 10 to 500)",
+    )
+    split.add_argument("--seed", type=int, default=0, help="another seed, another choice (0)")
+
     index = add(
         "index", _index_verb, "Indexes shards once: where the images are, and their metadata."
     )
@@ -534,6 +545,17 @@ def _pack(args: argparse.Namespace) -> int:
     return 0
 
 
+def _split(args: argparse.Namespace) -> int:
+    from kl_f8_train.data.split import HELD_OUT, TRAINING, split
+
+    with _bar("image") as progress:
+        result = split(args.images, args.out, args.held_out, args.seed, progress)
+    print(result)
+    settings = [f"data.sources={args.out / TRAINING}", f"log.pictures={args.out / HELD_OUT}"]
+    print(f"next: kl-f8-train doctor single_gpu init.weights=VAE {shlex.join(settings)}")
+    return 0
+
+
 def _index_verb(args: argparse.Namespace) -> int:
     from kl_f8_train.data.index import build_index, expand, index_directory
     from kl_f8_train.data.shard_cache import ShardCache
@@ -684,6 +706,17 @@ def _above_zero(text: str) -> float:
         if 0 < float(text) < float("inf"):
             return float(text)
     raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0")
+
+
+def _count_or_share(text: str) -> float:
+    """50 -> 50, 0.05 and 5% -> 0.05."""
+    with contextlib.suppress(ValueError):
+        found = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        if 0 < found < 1 or (found.is_integer() and found >= 1 and not text.endswith("%")):
+            return found
+    raise argparse.ArgumentTypeError(
+        f"got {text}, expected a whole number, or a share above 0 and below 1 such as 0.05 or 5%"
+    )
 
 
 def _device(text: str) -> str:

@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,6 +55,9 @@ class ImageSource(Protocol):
 
     def files_held(self) -> Iterable[tuple[str, int, int]]:
         """(name, bytes, images after filters) of each of its files, in their order."""
+
+    def of_sizes(self, sizes: set[int]) -> Iterator[tuple[int, int]]:
+        """(shard, sample) of each image, after filters, that has one of these sizes in bytes."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,13 @@ class TarSource:
             held = int(self.sizes[rows].sum(dtype=np.int64))
             yield os.path.basename(place), held, int(self.counts[shard])
 
+    def of_sizes(self, sizes: set[int]) -> Iterator[tuple[int, int]]:
+        """By the index, without opening a shard."""
+        wanted = np.array(sorted(sizes), np.int64)
+        for shard in range(len(self.locations)):
+            for sample in np.flatnonzero(np.isin(self.sizes[self._kept(shard)], wanted)):
+                yield shard, int(sample)
+
     def _filtered_counts(self) -> np.ndarray:
         """Images of each shard that pass, a stretch of shards at a time to bound the memory."""
         counts = np.diff(self.starts)
@@ -249,6 +259,12 @@ class FolderSource:
         with ThreadPoolExecutor(16) as pool:
             sizes = list(pool.map(lambda place: fingerprint(str(place))[0], places))
         return zip(self.files, sizes, itertools.repeat(1))
+
+    def of_sizes(self, sizes: set[int]) -> Iterator[tuple[int, int]]:
+        """As the file system says now."""
+        for sample, (_, held, _) in enumerate(self.files_held()):
+            if held in sizes:
+                yield 0, sample
 
     def describe(self) -> list[str]:
         """How many files are used, and how many of which kind are not."""
