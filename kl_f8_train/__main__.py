@@ -365,6 +365,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    if not args.run.exists():
+        raise MissingInputError(f"run {args.run}: no such directory or checkpoint; check the path")
     if args.images and not args.images.is_dir():
         raise MissingInputError(f"--images {args.images}: no such folder; give photographs")
     from kl_f8_train.publish.export import LAYOUTS, export

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from kl_f8_train.data.index import (
 )
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, UsageError
-from kl_f8_train.files import one_at_a_time
+from kl_f8_train.files import cache_dir, one_at_a_time
 from kl_f8_train.folders import Listing, describe_count, list_folder, read_file
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted, printable
@@ -301,7 +302,8 @@ def open_source(
             directory = index_directory(locations, index_dir)
             with one_at_a_time(directory):  # one rank builds, the others wait
                 if not _fresh(directory, cache):
-                    _build_here(pattern, locations, directory, cache)
+                    command = _index_command(pattern, index_dir, cache)
+                    _build_here(locations, directory, cache, command)
         source = TarSource(directory, parsed, cache)
     except (MissingInputError, UsageError) as error:
         raise type(error)(f"{where}: {error}") from error
@@ -362,12 +364,21 @@ def _fresh(directory: Path, cache: ShardCache) -> bool:
         return False
 
 
-def _build_here(pattern: str, locations: Sequence[str], directory: Path, cache: ShardCache) -> None:
+def _index_command(pattern: str, index_dir: str | None, cache: ShardCache) -> str:
+    """How the user indexes shards beforehand, at the places where the run will look."""
+    flags = ["--index-dir", index_dir] if index_dir else []
+    if cache.root != cache_dir() / "shards":
+        flags += ["--cache-dir", str(cache.root)]
+    return shlex.join(["kl-f8-train", "index", pattern, *flags])
+
+
+def _build_here(locations: Sequence[str], directory: Path, cache: ShardCache, command: str) -> None:
+    """Indexes a small local source; raises MissingInputError with `command` for another."""
     remote = sum(is_remote(place) for place in locations)
     if remote or len(locations) > AUTOMATIC:
         raise MissingInputError(
             f"{counted(len(locations), 'shard', 's')} ({remote:,} remote) not indexed yet; run "
-            f"`kl-f8-train index '{pattern}'` once"
+            f"once, which reads every shard: {command}"
         )
     build_index(
         locations, directory, cache, workers=_cores() if len(locations) > PART_SHARDS else 1
