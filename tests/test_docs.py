@@ -303,7 +303,7 @@ def test_the_quickstart_runs_as_it_stands(tmp_path, monkeypatch, capfd):
     runs.make_weights(tmp_path / "vae.safetensors", discriminator=False)
     (tmp_path / "ComfyUI/models/vae").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    told = {}
+    printed = {}
     for command in commands("quickstart.md"):
         if command.marked:
             continue
@@ -312,15 +312,15 @@ def test_the_quickstart_runs_as_it_stands(tmp_path, monkeypatch, capfd):
             assert 5 <= stopped < STEPS["single_gpu"]
         perform(command)
         verb = command.text.removeprefix("kl-f8-train ").split()[0]
-        told[verb] = told.get(verb, "") + capfd.readouterr().out
-    assert "30 photographs to train on" in told["split"]
-    assert "10 photographs held out" in told["split"]
-    assert "10 pictures, none of them among the 30 training images" in told["doctor"]
-    assert "GO" in told["doctor"].splitlines()
-    assert f"iterations: {stopped} -> {STEPS['single_gpu']}" in told["train"]
-    assert "state: ended" in told["status"]
-    assert re.search("(mine|base).* (base|mine) in PSNR", told["evaluate"])
-    assert list(told)[-4:] == ["export", "python", "cp", "card"]
+        printed[verb] = printed.get(verb, "") + capfd.readouterr().out
+    assert "30 photographs to train on" in printed["split"]
+    assert "10 photographs held out" in printed["split"]
+    assert "10 pictures, none of them among the 30 training images" in printed["doctor"]
+    assert "GO" in printed["doctor"].splitlines()
+    assert f"iterations: {stopped} -> {STEPS['single_gpu']}" in printed["train"]
+    assert "state: ended" in printed["status"]
+    assert re.search("(mine|base).* (base|mine) in PSNR", printed["evaluate"])
+    assert list(printed)[-4:] == ["export", "python", "cp", "card"]
     (file,) = Path("ComfyUI/models/vae").iterdir()
     assert weight_file.read(file).tensors
 
