@@ -11,14 +11,17 @@ and contrast; both programs blend the difference over an overlap. Restated here,
 Shapes: latents (B, C, h, w), images (B, 3, H, W) with H = f h, f the decoder's downsampling.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kl_f8_train.core import metrics
+from kl_f8_train.output import Progress, markdown_table
 
 TILE = 512  # pixels, ComfyUI's; diffusers takes its config.json's sample_size, such as 512
 OVERLAP = 64  # pixels, ComfyUI's; a quarter of tiles smaller than four of them
@@ -139,8 +142,81 @@ def seams(image: Tensor, decodes: dict[str, Tensor]) -> dict[str, Seams]:
         name: Seams(
             psnr=float(metrics.psnr(whole, tiled)),
             largest=float(255 * (whole - tiled).abs().max()),
-            loss=float(before - metrics.psnr(image, tiled)),
+            loss=0.0 if torch.equal(whole, tiled) else float(before - metrics.psnr(image, tiled)),
         )
         for name, tiled in decodes.items()
         if name != "whole"
     }
+
+
+# --- over a set of images -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decodable:
+    """An image, and a VAE with its latents of it."""
+
+    key: str
+    image: Tensor  # uint8 (1, 3, H, W)
+    name: str  # of the VAE
+    decode: Decode
+    z: Tensor  # (1, C, h, w)
+    factor: int  # H / h
+
+
+Measured = list[tuple[str, str, dict[str, Seams]]]  # image, VAE, way -> seams
+
+
+def measure(
+    decodables: Iterable[Decodable], tile: int, progress: Progress | None, images: int
+) -> Measured:
+    """Decodes at once and in tiles of `tile` pixels, one image and VAE after the other."""
+    found: Measured = []
+    keys: dict[str, None] = {}
+    for one in decodables:
+        decodes = tiled_decodes(one.decode, one.z, tile, one.factor)
+        found.append((one.key, one.name, seams(one.image.double() / 255.0, decodes)))
+        keys[one.key] = None
+        if progress is not None:
+            progress(len(keys), images)
+    return found
+
+
+def summarise(found: Measured, tile: int) -> dict[str, Any]:
+    """For scores.json: of each VAE and way the mean PSNR, the lowest, the largest difference."""
+    models: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for _, name, _ in found):
+        models[name] = {
+            way: _summary([(key, ways[way]) for key, own, ways in found if own == name])
+            for way in WAYS
+        }
+    return {"tile": tile, "models": models}
+
+
+def _summary(rows: Sequence[tuple[str, Seams]]) -> dict[str, Any]:
+    finite = [seam.psnr for _, seam in rows if math.isfinite(seam.psnr)]
+    worst, lowest = min(rows, key=lambda row: row[1].psnr)
+    return {
+        "psnr": math.fsum(finite) / len(finite) if finite else None,  # None: nothing was tiled
+        "lowest_psnr": lowest.psnr if finite else None,
+        "worst_image": worst if finite else None,
+        "largest_difference": max(seam.largest for _, seam in rows),
+        "psnr_loss": math.fsum(seam.loss for _, seam in rows) / len(rows),
+    }
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Tiled against whole decoding in Markdown, of what `summarise` gives."""
+    head = ["tiles against whole", "way", "PSNR", "lowest", "largest difference", "PSNR lost"]
+    rows = []
+    for name, ways in summary["models"].items():
+        for way, row in ways.items():
+            apart = row["psnr"] is not None
+            psnr, lowest = (f"{row[k]:.2f}" if apart else "equal" for k in ("psnr", "lowest_psnr"))
+            levels = f"{row['largest_difference']:.1f} levels"
+            rows.append([name, way, psnr, lowest, levels, f"{row['psnr_loss']:+.3f} dB"])
+    return (
+        f"{markdown_table(head, rows)}\n\nTiles of {summary['tile']} pixels. PSNR in dB: of the "
+        "tiled image against the whole one, mean and lowest over the images; lost: of that against "
+        "the photograph."
+    )
