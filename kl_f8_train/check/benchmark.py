@@ -286,14 +286,14 @@ def measure(
         clock("data")
         for variant in variants:
             synchronize(device)
-            graphs = compiled_graphs()
+            graphs = machine.compiled_graphs()
             began, cpu_began = time.perf_counter(), time.process_time()
             with timed_by(clock) if variant is variants[0] else nullcontext():
                 variant.run(batch)
             synchronize(device)
             variant.seconds.append(time.perf_counter() - began)
             variant.cpu_seconds.append(time.process_time() - cpu_began)
-            variant.graphs += compiled_graphs() - graphs
+            variant.graphs += machine.compiled_graphs() - graphs
             if variant is variants[0]:
                 for name, value in clock.read().items():
                     milliseconds[name].append(value)
@@ -360,6 +360,10 @@ def matmul_rate(device: torch.device, kind: torch.dtype, repeats: int = 5) -> fl
     return 2 * side**3 / min(seconds[1:])
 
 
+# torch's warning of each. In the same mode it also warns once that the mode is a prototype.
+HOST_WAIT = "called a synchronizing CUDA operation"
+
+
 def synchronizations(run: Iteration, batch: Batch, device: torch.device) -> int | None:
     """How often the host waits for the device in an iteration, as torch reports it; CUDA only."""
     if device.type != "cuda":
@@ -371,14 +375,7 @@ def synchronizations(run: Iteration, batch: Batch, device: torch.device) -> int 
             run(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(item.message) for item in caught)
-
-
-def compiled_graphs() -> int:
-    """Graphs that torch.compile has made so far in this process."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
+    return sum(HOST_WAIT in str(item.message) for item in caught)
 
 
 def graph_breaks() -> int:

@@ -178,6 +178,11 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
     world = planned_processes(config)
     with report.section("batch and learning rate"):
         _check_batch(report, config, world)
+    with report.section("networks"):
+        report.tell(machine.describe(config.compute))
+        if machine.compiles(config.compute):
+            report.tell(machine.compile_cache())
+            machine.check_compile_cache(config.compute)
     with report.section("weights"):
         _check_weights(report, config)
     with report.section(f"perceptual network: {perceptual.LABELS[config.loss.perceptual]}"):

@@ -81,7 +81,7 @@ def evaluate_latents(
     shards for FID, cut to squares of `size` pixels (None: the shorter side of the first decoded
     image). Writes latents.json, per_latent.csv, table.md, strip.png and pictures to `out`, prints
     the table, and returns what latents.json holds. Raises MissingInputError for files that are not
-    there or are no latents, UsageError if their scale is not known or they do not fit a VAE.
+    there or hold something else, UsageError if their scale is not known or they do not fit a VAE.
     """
     if world_size() > 1:
         raise UsageError("--latents takes one process; start it without torchrun")

@@ -1,4 +1,4 @@
-"""Latents that other programs saved: found, checked, and brought to the decoder's own scale.
+"""Latents that other programs saved: found, checked, and put into the decoder's own scale.
 
 A decoder takes z as its encoder makes it. Diffusion models work on (z - shift) * scale, and which
 of the two a file holds depends on the program that wrote it:
