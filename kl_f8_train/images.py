@@ -122,7 +122,7 @@ def can_read(kind: str) -> bool:
         Image.init()
         return "avif" in features.get_supported()
     try:
-        from pillow_heif import register_heif_opener  # type: ignore[import-not-found]
+        from pillow_heif import register_heif_opener
     except ImportError:
         return False
     register_heif_opener()
