@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:  # a full, closed or vanished disk, where nothing said it better
-        return _complain(_told(error), UserError.exit_code, args.debug)
+        return _complain(_remedy(error), UserError.exit_code, args.debug)
     except Exception as error:
         text = f"unexpected {type(error).__name__}: {error}\n--debug shows where"
         return _complain(text, UserError.exit_code, args.debug)
@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         end_children()  # loaders, after a failure; torch would wait five seconds for them
 
 
-def _told(error: OSError) -> str:
+def _remedy(error: OSError) -> str:
+    """What failed, and what to do about it."""
     if "temporary directory" in str(error):
         return f"{error.strerror or error}; set TMPDIR to a directory that can be written"
     if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -552,7 +553,7 @@ def _index_verb(args: argparse.Namespace) -> int:
     print(f"index: {directory}")
     for message in source.broken.values():
         print(message)
-    if any(message.startswith("cannot fetch") for message in source.broken.values()):
+    if source.unfetched():
         raise RunFailedError("some shards could not be fetched, as said above; run this again")
     if source.broken:
         raise MissingInputError(

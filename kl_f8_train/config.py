@@ -326,7 +326,9 @@ class Compute:
         usual="5 to 30",
     )
     channels_last: bool | None = setting(
-        "networks and images as NHWC in memory; null: on CUDA", None, machine=True
+        "networks and images as NHWC in memory; null: on CUDA, if GroupNorm keeps it",
+        None,
+        machine=True,
     )
     subpixel_upsample: bool = setting(
         "double and convolve in one step: 4/9 of the arithmetic, equal but for rounding",
@@ -359,7 +361,7 @@ class Compute:
         machine=True,
     )
     compile: bool | None = setting(
-        "torch.compile the networks; null: on CUDA, where a C compiler is found",
+        "torch.compile the networks; null: on CUDA, with a C compiler and Python.h",
         None,
         machine=True,
     )

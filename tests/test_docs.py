@@ -300,7 +300,7 @@ def test_the_quickstart_runs_as_it_stands(tmp_path, monkeypatch, capfd):
     runs.make_weights(tmp_path / "vae.safetensors", discriminator=False)
     (tmp_path / "ComfyUI/models/vae").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    told = {}
+    printed = {}
     for command in commands("quickstart.md"):
         if command.marked:
             continue
@@ -309,13 +309,13 @@ def test_the_quickstart_runs_as_it_stands(tmp_path, monkeypatch, capfd):
             assert 5 <= stopped < STEPS["single_gpu"]
         perform(command)
         verb = command.text.removeprefix("kl-f8-train ").split()[0]
-        told[verb] = told.get(verb, "") + capfd.readouterr().out
-    assert told["ls"].split() == ["2"]
-    assert "GO" in told["doctor"].splitlines()
-    assert f"iterations: {stopped} -> {STEPS['single_gpu']}" in told["train"]
-    assert "state: ended" in told["status"]
-    assert "no verdict on mine against base in PSNR" in told["evaluate"]  # from two photographs
-    assert list(told)[-4:] == ["export", "python", "cp", "card"]
+        printed[verb] = printed.get(verb, "") + capfd.readouterr().out
+    assert printed["ls"].split() == ["2"]
+    assert "GO" in printed["doctor"].splitlines()
+    assert f"iterations: {stopped} -> {STEPS['single_gpu']}" in printed["train"]
+    assert "state: ended" in printed["status"]
+    assert "no verdict on mine against base in PSNR" in printed["evaluate"]  # from two photographs
+    assert list(printed)[-4:] == ["export", "python", "cp", "card"]
     (file,) = Path("ComfyUI/models/vae").iterdir()
     assert weight_file.read(file).tensors
 

@@ -178,6 +178,11 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
     world = planned_processes(config)
     with report.section("batch and learning rate"):
         _check_batch(report, config, world)
+    with report.section("networks"):
+        report.tell(machine.describe(config.compute))
+        if machine.compiles(config.compute):
+            report.tell(machine.compile_cache())
+            machine.check_compile_cache(config.compute)
     with report.section("weights"):
         _check_weights(report, config)
     with report.section(f"perceptual network: {perceptual.LABELS[config.loss.perceptual]}"):
@@ -203,9 +208,9 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
         report.say("one iteration: not tried before these are mended")
     else:
         with report.section("one iteration"):
-            with contextlib.redirect_stdout(io.StringIO()) as told:
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
                 finetuner, _ = start_or_resume(config, Path(config.run_dir), allow_changes)
-            for line in told.getvalue().splitlines():
+            for line in printed.getvalue().splitlines():
                 report.tell(line.strip())
             _try_iteration(report, config, finetuner, world, allow_changes)
     with report.section("disk"):
@@ -294,10 +299,10 @@ def _tell_memory(
         }
     report.facts["per_device_batch_that_fits"] = fits
     if fits:
-        told = ", ".join(f"{count or 'none'} on {name}" for name, count in fits.items())
+        named = ", ".join(f"{count or 'none'} on {name}" for name, count in fits.items())
         gpus = fits.keys() != {THIS_MACHINE}
         left = f", with {size(cost.HEADROOM_BYTES)} for CUDA and its allocator" if gpus else ""
-        report.tell(f"the largest compute.per_device_batch that fits, computed{left}: {told}")
+        report.tell(f"the largest compute.per_device_batch that fits, computed{left}: {named}")
 
 
 def _memory_here(config: Config) -> dict[str, float]:
@@ -352,9 +357,9 @@ def _check_weights(report: Report, config: Config) -> None:
         start = config.init.iteration
     report.facts["start_iteration"] = start
     digest = weight_file.sha256(contents.path)
-    told = weight_file.report(contents, weights)
-    report.facts["weights"] = {"sha256": digest, **told}
-    report.tell(weight_file.describe(told))
+    shown = weight_file.report(contents, weights)
+    report.facts["weights"] = {"sha256": digest, **shown}
+    report.tell(weight_file.describe(shown))
     report.tell(f"{size(contents.path.stat().st_size)}, SHA-256 {digest}")
     if not found and contents.iteration not in (None, start):
         report.remark(

@@ -113,6 +113,7 @@ class Finetuner(_Base):
         self.log_metrics = log_metrics
         self.automatic_optimization = False
         self.config = config
+        self.nhwc = machine.channels_last(config.compute)  # layout of networks and images
         machine.apply(config.compute, autoencoder, discriminator, perceptual)
         self.autoencoder = autoencoder.freeze_encoder()
         for name in TRAINED:  # a loaded autoencoder is frozen as a whole
@@ -368,8 +369,7 @@ class Finetuner(_Base):
         images = batch.images[part]
         if images.dtype == torch.uint8:
             images = to_float(images)
-        nhwc = machine.channels_last(self.config.compute)
-        layout = torch.channels_last if nhwc else torch.preserve_format
+        layout = torch.channels_last if self.nhwc else torch.preserve_format
         return images.to(self.autoencoder.last_layer.dtype, memory_format=layout)
 
     @phase("encode")

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kl_f8_train.data.index import (
+    ABSENT,
     COMPRESSED,
     PART_SHARDS,
     TAR_BLOCK,
@@ -133,8 +134,12 @@ class TarSource:
         return [
             place
             for place, before, after in pairs
-            if before != after and not (before == UNFETCHED and is_remote(place))
+            if before != after and not (before in (UNFETCHED, ABSENT) and is_remote(place))
         ]
+
+    def unfetched(self) -> int:
+        """How many of its shards could not be fetched; those that are broken do not count."""
+        return self.fingerprints.count(UNFETCHED)
 
     def read(self, shard: int, sample: int) -> tuple[str, bytes]:
         """Name, from the header in front of the data, and encoded image."""

@@ -342,34 +342,34 @@ def _discriminator_warnings(lately: Sequence[Row]) -> Iterable[str]:
 
 def facts(status: Status) -> dict[str, str]:
     """Label -> text, what is known of it."""
-    told = {"state": status.state}
+    shown = {"state": status.state}
     if status.iteration is not None:
-        told["iteration"] = f"{status.iteration:,} of {status.stop_iteration:,}"
+        shown["iteration"] = f"{status.iteration:,} of {status.stop_iteration:,}"
     for weights in ("ema", "raw"):
         if weights in status.validation:
             change = outcome.Change(weights, **status.validation[weights])
             first, last = status.validation["iterations"]
-            told[f"validation, {'EMA' if weights == 'ema' else 'raw'}"] = (
+            shown[f"validation, {'EMA' if weights == 'ema' else 'raw'}"] = (
                 f"{change} (iteration {first:,} -> {last:,})"
             )
     if status.done_share is not None:
-        told["done"] = f"{100 * status.done_share:.1f} %"
+        shown["done"] = f"{100 * status.done_share:.1f} %"
     if status.images_per_second:
-        told["speed lately"] = speed(status.images_per_second)
+        shown["speed lately"] = speed(status.images_per_second)
     if status.seconds_left:
-        told["time left"] = duration(status.seconds_left)
+        shown["time left"] = duration(status.seconds_left)
         word = "end" if status.state.startswith(("running", "seems")) else "end, if it went on now"
-        told[word] = str(status.end_date)
+        shown[word] = str(status.end_date)
     if status.last_log_age_seconds is not None:
-        told["last log"] = f"{duration(status.last_log_age_seconds)} ago"
+        shown["last log"] = f"{duration(status.last_log_age_seconds)} ago"
     if status.checkpoint_iteration is not None and status.checkpoint_age_seconds is not None:
         age = duration(status.checkpoint_age_seconds)
-        told["last checkpoint"] = f"{status.checkpoint_iteration:,}, {age} ago"
+        shown["last checkpoint"] = f"{status.checkpoint_iteration:,}, {age} ago"
     else:
-        told["last checkpoint"] = "none yet"
+        shown["last checkpoint"] = "none yet"
     if status.warmup_rows:
-        told["discriminator warm-up"] = f"{status.warmup_rows} log rows"
-    return told
+        shown["discriminator warm-up"] = f"{status.warmup_rows} log rows"
+    return shown
 
 
 def describe(status: Status) -> list[str]:

@@ -9,14 +9,15 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from kl_f8_train import images
+from kl_f8_train.config import Config
 from kl_f8_train.core import metrics
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.files import atomic_path
 from kl_f8_train.run.callback import finetuner_of, tolerated
-from kl_f8_train.run.log import RunLog
 from kl_f8_train.run.outcome import badness
 from kl_f8_train.run_dir import VALIDATION_FILE, MetricsFile
 
+Report = Callable[[int, dict[str, float], Path], None]  # of an iteration's row and its strip
 KeepBest = Callable[[Trainer, Finetuner], None]  # saves the best checkpoint so far
 COLOURS = ("red", "green", "blue", "saturation")
 
@@ -31,15 +32,16 @@ class Validation(Callback):
     def __init__(
         self,
         run_dir: Path,
-        every: int,
+        config: Config,
+        start: int,
         fixed: list[Tensor],
-        run_log: RunLog,
+        report: Report,
         keep_best: KeepBest | None = None,
     ) -> None:
-        self.folder, self.every, self.fixed = run_dir / "pictures", every, fixed
-        self.run_log, self.keep_best = run_log, keep_best
-        self.stop = run_log.config.stop_iteration
-        self.table = MetricsFile(run_dir / VALIDATION_FILE, run_log.start - 1)
+        self.folder, self.every, self.fixed = run_dir / "pictures", config.log.pictures_every, fixed
+        self.report, self.keep_best = report, keep_best
+        self.stop = config.stop_iteration
+        self.table = MetricsFile(run_dir / VALIDATION_FILE, start - 1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates the start."""
@@ -72,7 +74,7 @@ class Validation(Callback):
             self.table.write(iteration, row)
             with atomic_path(path) as temporary:
                 images.to_pil(images.vstack(strip)).save(temporary, format="JPEG", quality=92)
-            self.run_log.validated(iteration, row, path)
+            self.report(iteration, row, path)
 
 
 def _numbers(row: Mapping[str, str]) -> dict[str, float]:

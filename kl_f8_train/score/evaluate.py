@@ -13,7 +13,7 @@ import importlib.metadata
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -342,6 +342,16 @@ def score(
     return scores
 
 
+@contextlib.contextmanager
+def _memory_remedy() -> Iterator[None]:
+    """Raises RunFailedError with the remedy if a GPU's memory runs out."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise RunFailedError(f"out of GPU memory: {error}\nHalve --batch-size") from error
+
+
+@_memory_remedy()
 def measure(
     candidates: Sequence[Candidate],
     networks: Networks,
@@ -353,7 +363,10 @@ def measure(
     progress: Progress | None = None,
     total: int = 0,
 ) -> Tally:
-    """Streams images through the VAEs and the metrics, `batch_size` of them at a time."""
+    """Streams images through the VAEs and the metrics, `batch_size` of them at a time.
+
+    Raises RunFailedError if a GPU's memory runs out.
+    """
     tally = Tally(networks.measured)
     if networks.inception is not None:
         count = len(candidates) + 1
@@ -443,11 +456,16 @@ def processes() -> Iterator[tuple[int, int]]:
         dist.destroy_process_group()
 
 
-def _agree(what: Mapping[str, Any], rank: int, world: int) -> None:
+def _agree(candidates: Sequence[Candidate], images: int, networks: Networks, world: int) -> None:
     """Raises RunFailedError on every rank if they see other files."""
+    what = {
+        "weights": [c.record["sha256"] for c in candidates],
+        "numbers of images": images,
+        "metrics": [*networks.measured, "rfid" if networks.inception else ""],
+    }
     seen: list[Any] = [None] * world
     if world > 1:
-        dist.all_gather_object(seen, dict(what))
+        dist.all_gather_object(seen, what)
         for key in what:
             values = [str(other[key]) for other in seen]
             if len(set(values)) > 1:
@@ -505,53 +523,37 @@ def evaluate(
     """Scores weights (name, file, "ema" or "raw") on a folder or shards; writes them to `out`.
 
     `with_baselines` adds the rows of BASELINES. Prints the table, and before it how the second of
-    the `compared` models does against the first.
-    Returns what scores.json holds, on the first process, and None on the others. Raises
-    MissingInputError for files that are not there, UsageError for a size that does not divide,
-    RunFailedError if no image can be used or a VAE puts out what is not finite.
+    the `compared` models does against the first. Returns what scores.json holds, on the
+    first process, and None on the others. Raises MissingInputError for files that are not there,
+    UsageError for a size that does not divide, RunFailedError if no image can be used or a VAE puts
+    out what is not finite.
     """
     with processes() as (rank, world), _exact_float32():
         say = say_aloud if rank == 0 else _silent
         device = _own_device(device)
         batch_size = batch_size if device.startswith("cuda") else 1
-        candidates = load_candidates(named, device)
-        if with_baselines:
-            candidates += baselines()
+        candidates = load_candidates(named, device) + (baselines() if with_baselines else [])
         _check_size(candidates, size)
         image_set = ImageSet(where, size, limit, say, out)
         networks = find_networks(perceptual_name, vgg, inception, device, say)
         check_writable(out)
         say(f"{counted(len(candidates), 'model', 's')}, {counted(image_set.count, 'image', 's')}")
-        _agree(
-            {
-                "weights": [c.record["sha256"] for c in candidates],
-                "numbers of images": image_set.count,
-                "metrics": [*networks.measured, "rfid" if networks.inception else ""],
-            },
-            rank,
-            world,
-        )
+        _agree(candidates, image_set.count, networks, world)
         own = range(rank, image_set.count, world)
-        try:
-            tally = measure(
-                candidates,
-                networks,
-                protocol,
-                image_set.stream(own, threads=max(1, min(8, (os.cpu_count() or 1) // world))),
-                device=device,
-                batch_size=batch_size,
-                progress=progress if rank == 0 else None,
-                total=len(own),
-            )
-        except torch.cuda.OutOfMemoryError as error:
-            raise RunFailedError(f"out of GPU memory: {error}\nHalve --batch-size") from error
+        stream = image_set.stream(own, threads=max(1, min(8, (os.cpu_count() or 1) // world)))
+        tally = measure(
+            candidates,
+            networks,
+            protocol,
+            stream,
+            device=device,
+            batch_size=batch_size,
+            progress=progress if rank == 0 else None,
+            total=len(own),
+        )
         tally = _gather(tally, rank, world)
         if rank > 0:
             return None
-        if not tally.rows:
-            raise RunFailedError(
-                f"no image of {where} can be used: {tally.problems[0]}; give others"
-            )
         conditions = {**protocol.describe(), "size": size, **_describe_networks(networks)}
         weights = {candidate.name: candidate.record for candidate in candidates}
         result = summarise(tally, weights, conditions, networks.unmeasured, where)

@@ -20,6 +20,7 @@ import numpy as np
 from kl_f8_train.core import metrics
 from kl_f8_train.core.metrics import METRICS, SCORES, FeatureStatistics
 from kl_f8_train.core.perceptual import OTHER_VGG
+from kl_f8_train.errors import RunFailedError
 from kl_f8_train.files import write_json, write_text
 from kl_f8_train.output import markdown_table
 from kl_f8_train.score.compare import not_measured
@@ -63,7 +64,10 @@ def summarise(
     """What scores.json holds: means and deviations, and all that they depend on.
 
     `weights`: name of each VAE -> what is known of its file, in the order of the rows' scores.
+    Raises RunFailedError if no image could be used.
     """
+    if not tally.rows:
+        raise RunFailedError(f"no image of {where} can be used: {tally.problems[0]}; give others")
     warnings = list(tally.problems)
     unmeasured = dict(unmeasured)
     models: dict[str, dict[str, Any]] = {}
@@ -92,22 +96,10 @@ def summarise(
     elif tally.statistics:
         for model, own in zip(weights, tally.statistics[1:], strict=True):
             models[model]["rfid"] = metrics.frechet_distance(tally.statistics[0], own)
-        if len(tally.rows) < BIASED_BELOW:
-            warnings.append(
-                f"rFID on {len(tally.rows):,} images is biased: fewer than {BIASED_BELOW:,}; "
-                "compare only with rFID on the same images"
-            )
-    if "st_lpips" in tally.measured:
-        warnings.append("ST-LPIPS is a stand-in: it is neither LPIPS nor PSIM")
-    if str(protocol.get("perceptual")).endswith(OTHER_VGG):
-        warnings.append(
-            "LPIPS and PSIM are measured on a VGG16 that is not the published one, and cannot be "
-            "compared with published scores"
-        )
     return {
         "models": models,
         "unmeasured": unmeasured,
-        "warnings": warnings,
+        "warnings": warnings + _caveats(tally, protocol),
         "protocol": dict(protocol),
         "weights": {name: dict(record) for name, record in weights.items()},
         "images": len(tally.rows),
@@ -115,6 +107,24 @@ def summarise(
         "input": {"sharpness": mean_std([row.sharpness for row in tally.rows])},
         "source": where,
     }
+
+
+def _caveats(tally: Tally, protocol: Mapping[str, Any]) -> list[str]:
+    """What keeps scores from being compared with others."""
+    caveats = []
+    if tally.statistics and 2 <= len(tally.rows) < BIASED_BELOW:
+        caveats.append(
+            f"rFID on {len(tally.rows):,} images is biased: fewer than {BIASED_BELOW:,}; "
+            "compare only with rFID on the same images"
+        )
+    if "st_lpips" in tally.measured:
+        caveats.append("ST-LPIPS is a stand-in: it is neither LPIPS nor PSIM")
+    if str(protocol.get("perceptual")).endswith(OTHER_VGG):
+        caveats.append(
+            "LPIPS and PSIM are measured on a VGG16 that is not the published one, and cannot be "
+            "compared with published scores"
+        )
+    return caveats
 
 
 def mean_std(values: Sequence[float]) -> dict[str, float] | None:
