@@ -527,9 +527,11 @@ def _describe(
         else f" + {config.adversarial.weight:g} x adaptive x adversarial"
     )
     say_once(f"loss: {loss.formula} + {loss.perceptual_weight:g} {label}{adversarial}")
+    first, *further = map(units.shortest, config.ema.decays)
+    decays = first + f" (beside it {', '.join(further)})" * bool(further)
     say_once(
         f"iterations: {finetuner.iteration:,} -> {config.stop_iteration:,}; learning rate "
-        f"{describe_rate(config.optimizer, updates)}; EMA decay {config.ema.decay:g}; "
+        f"{describe_rate(config.optimizer, updates)}; EMA decay {decays}; "
         f"{config.precision}"
     )
     say_once(f"networks: {machine.describe(config.compute)}")
