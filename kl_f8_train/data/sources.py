@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from kl_f8_train.data.index import (
-    ABSENT,
     COMPRESSED,
+    GONE,
     PART_SHARDS,
     TAR_BLOCK,
     UNFETCHED,
@@ -139,7 +139,7 @@ class TarSource:
         return [
             place
             for place, before, after in pairs
-            if before != after and not (before in (UNFETCHED, ABSENT) and is_remote(place))
+            if before != after and not (before in (UNFETCHED, GONE) and is_remote(place))
         ]
 
     def unfetched(self) -> int:
