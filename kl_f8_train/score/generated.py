@@ -87,9 +87,10 @@ def evaluate_latents(
         raise UsageError("--latents takes one process; start it without torchrun")
     latents = saved_latents.survey(Path(where), limit)
     candidates = evaluate.load_candidates(named, "cpu")
-    for vae in candidates:
-        saved_latents.check_channels(latents, vae.name, evaluate.autoencoder(vae).embed_dim)
     vaes = [(c.name, c.facts, evaluate.autoencoder(c).embed_dim) for c in candidates]
+    for vae in candidates:
+        model = evaluate.autoencoder(vae)
+        saved_latents.check_fit(latents, vae.name, model.embed_dim, model.downsampling)
     scales = saved_latents.scales(latents, scaled, vaes)
     check_writable(out)
     with evaluate.exact_float32():
