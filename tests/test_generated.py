@@ -51,7 +51,7 @@ def found(folder):
 
 def test_pictures_are_what_the_decoder_makes_of_the_unscaled_latents(folder, found):
     place, z = folder
-    entries = json.loads((place / "out" / "latents.json").read_text())["pictures"]
+    entries = json.loads((place / "out" / "decoded.json").read_text())["pictures"]
     assert [entry["latent"] for entry in entries] == list(dict(sorted(z.items())))
     for entry in entries:
         for name in "ab":

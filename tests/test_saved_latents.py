@@ -44,9 +44,8 @@ def test_comfyui_s_files_are_undone_as_its_loader_does(tmp_path, z):
 def test_all_formats_and_types(tmp_path, z, dtype):
     values = z.to(dtype)
     save_file({"latents": values}, tmp_path / "a.safetensors")
-    torch.save(values, tmp_path / "b.pt")
     torch.save({"samples": values}, tmp_path / "c.pt")
-    torch.save(values[0], tmp_path / "d.pt", _use_new_zipfile_serialization=False)
+    torch.save({"z": values[0]}, tmp_path / "d.pt", _use_new_zipfile_serialization=False)
     if dtype != torch.bfloat16:
         np.save(tmp_path / "e.npy", values.numpy())
         np.save(
@@ -54,7 +53,7 @@ def test_all_formats_and_types(tmp_path, z, dtype):
         )
         (tmp_path / "f.NPY.npy").rename(tmp_path / "f.NPY")
     found = saved_latents.survey(tmp_path)
-    assert len(found) == (7 if dtype == torch.bfloat16 else 10)
+    assert len(found) == (5 if dtype == torch.bfloat16 else 8)
     for latent in found:
         loaded = saved_latents.load(latent)
         single = {"d.pt": 0, "f.NPY": 1}.get(latent.name, latent.index)
@@ -105,6 +104,10 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
                 {f"layer.{i}": torch.zeros(4, 4, 1, 1) for i in range(17)}, p / "x.safetensors"
             ),
             "17 tensors, as a model does",
+        ),
+        (
+            lambda p: torch.save(torch.zeros(4, 5, 5), p / "x.pt"),
+            "holds a tensor, not a state dict; save latents as .safetensors or .npy",
         ),
         (lambda p: (p / "x.txt").write_text("z"), "holds no latents; expected .latent, "),
     ],

@@ -152,7 +152,13 @@ def _read_tensors(path: Path) -> tuple[Tensor, str]:
             )
         return names
 
-    tensors = weight_file.read(path, few).tensors
+    try:
+        tensors = weight_file.read(path, few).tensors
+    except MissingInputError as error:
+        if path.suffix.lower() != ".pt":
+            raise
+        text = f"{error}; save latents as .safetensors or .npy, or in a dict of tensors"
+        raise MissingInputError(text) from error
     if COMFYUI in tensors:
         return tensors[COMFYUI], OURS if MARKER in tensors else LEGACY
     fitting = {name: t for name, t in tensors.items() if t.is_floating_point() and t.ndim in (3, 4)}
