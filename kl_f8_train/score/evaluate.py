@@ -216,7 +216,7 @@ def autoencoder(candidate: Candidate) -> AutoencoderKL:
 
 
 def load_candidates(named: Sequence[tuple[str, Path, str]], device: str) -> list[Candidate]:
-    """(name, weights, "ema" or "raw") -> VAEs; equal encoders are one and the same module."""
+    """(name, weights, "ema", "ema-0.9999" or "raw") -> VAEs; equal encoders are one module."""
     candidates: list[Candidate] = []
     shared: dict[str, AutoencoderKL] = {}
     for name, path, select in named:
@@ -624,6 +624,8 @@ def evaluate(
     tile: int | None = None,
 ) -> dict[str, Any] | None:
     """Scores weights (name, file, "ema" or "raw") on a folder or shards; writes them to `out`.
+
+    "ema-0.9999" in place of "ema": the EMA of that decay, of several in a training checkpoint.
 
     `with_baselines` adds the rows of BASELINES, `latent_noise` a row for each VAE and sigma
     (`with_noise`); `tile`, in pixels, measures tiled decoding, too. Of several sizes each is an
