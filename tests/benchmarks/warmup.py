@@ -85,7 +85,6 @@ def rates(root: Path, warmups: list[int]) -> None:
         settings = (
             "data.crop=96",
             f"run_dir={run_dir}",
-            f"init.weights={shipped.NAME}",
             f"stop_iteration={BASE + RATE_ITERATIONS}",
             f"optimizer.warmup_iterations={iterations}",
         )
