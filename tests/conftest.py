@@ -38,6 +38,19 @@ TINY = [
 ]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides the GPUs unless `-m` selects tests for them alone; CUDA has not been started yet."""
+    words = config.option.markexpr.split(" and ")
+    if "gpu" not in words or " or " in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a test for GPUs where none can be seen."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU, and `pytest -m gpu`")
+
+
 class Golden:
     """Tensors (`tensor`), their tolerances (`check`) and plain facts (`facts`)."""
 
