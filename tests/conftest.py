@@ -1,6 +1,9 @@
 """Reference results of the original code, the tiny networks they belong to, and a tiny recipe.
 
 Parity is checked in float64: in float32 one sign flip of a LeakyReLU moves a gradient by 1 %.
+
+Tests are for CPUs: GPUs are hidden from them and from the processes they start. Tests marked `gpu`
+are for GPUs; `pytest -m gpu` runs them alone, and skips them where there is none.
 """
 
 import os
@@ -40,9 +43,13 @@ TINY = [
 
 def pytest_configure(config: pytest.Config) -> None:
     """Hides the GPUs unless `-m` selects tests for them alone; CUDA has not been started yet."""
-    words = config.option.markexpr.split(" and ")
-    if "gpu" not in words or " or " in config.option.markexpr:
+    if not for_gpus_alone(config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def for_gpus_alone(expression: str) -> bool:
+    """Whether a mark expression selects only tests marked `gpu`, by its words."""
+    return " or " not in expression and "gpu" in expression.split(" and ")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

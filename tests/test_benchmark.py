@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -214,6 +215,27 @@ def test_cuda_without_a_gpu_is_refused(tiny):
         pytest.skip("there is a GPU")
     with pytest.raises(UsageError, match="torch sees no GPU"):
         benchmark.find_device(tiny("ft_ema", "compute.accelerator=cuda"))
+
+
+def test_only_waits_are_counted_as_waits(monkeypatch):
+    """Not that the mode which warns of them is a prototype, of which torch warns with it."""
+
+    def set_mode(mode: str) -> None:
+        if mode == "warn":
+            warnings.warn(
+                "Synchronization debug mode is a prototype feature and does not yet detect all "
+                "synchronizing operations (Triggered internally at c10/cuda/CUDAFunctions.cpp:1.)",
+                stacklevel=2,
+            )
+
+    def run(batch: int) -> None:
+        for _ in range(batch):
+            warnings.warn("called a synchronizing CUDA operation (Triggered ...)", stacklevel=2)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    for waits in (0, 3):
+        assert benchmark.synchronizations(run, waits, torch.device("cuda")) == waits
+    assert benchmark.synchronizations(run, 3, torch.device("cpu")) is None
 
 
 def test_flops_are_counted_as_torch_does(tiny):

@@ -4,8 +4,10 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +19,14 @@ import runs
 import torch
 from torch import Tensor
 
+from kl_f8_train import config
 from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.hashes import tensors_sha256
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.step import Finetuner
-from kl_f8_train.run.train import Iterations
+from kl_f8_train.run import saving
+from kl_f8_train.run.train import Iterations, _DecoderDDP
+from kl_f8_train.run.watchdog import FIRST, longest_wait
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.weights import weight_file
 
@@ -392,6 +397,39 @@ def stop_rank_1() -> None:
         yield
 
     around_iterations(watch)
+
+
+def stop_rank_1_and_hurry(answer: float) -> None:
+    """The same, and a signal must be answered soon."""
+    stop_rank_1()
+    saving.ANSWER = answer
+
+
+def test_a_rank_that_waits_for_a_dead_one_ends_after_a_signal(folder):
+    """In a collective, where no handler of Python's runs; torchrun would wait 120 s."""
+    extra = (*BATCH, "stop_iteration=9000", "log.every=1", "checkpoint.every=3")
+    given = {"prepare": stop_rank_1_and_hurry, "given": (2.0,)}
+    started = ranks.start(folder, "waiting", *extra, world=2, **given)
+    try:
+        started[0].wait_for("iteration 103 of")
+        time.sleep(1)  # it is in the reduction of the next
+        started[0].send(signal.SIGTERM)
+        assert started[0].end(30) == 143, started[0].output
+    finally:
+        started[1].send(signal.SIGKILL)
+        started[1].end()
+    output = started[0].output
+    assert re.search(r"signal 15, and no iteration ended for \d+ s: ended unsaved", output), output
+    assert "all_reduce" in output  # where it stands
+    assert runs.final_state(folder, "waiting").iteration == 102
+
+
+def test_torch_waits_longer_than_the_watchdog():
+    """In each iteration, and in the first, for which the watchdog waits longer."""
+    for minutes in (0.1, 10, 10**6):
+        assert longest_wait(minutes).total_seconds() > 60 * FIRST * minutes
+    settings = config.load(config.find_recipe("demo"), [*runs.TINY, "data.sources=x"])
+    assert _DecoderDDP(settings)._timeout == longest_wait(10)
 
 
 def test_a_stopped_rank_is_named(folder):

@@ -1,8 +1,10 @@
 """Whole runs as real processes: resume, kill, signals, several ranks, broken input."""
 
 import csv
+import ctypes
 import functools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,7 +23,9 @@ import samples
 import torch
 
 from kl_f8_train.__main__ import main
+from kl_f8_train.core.step import Finetuner
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.run import saving
 from kl_f8_train.run.train import train
 from kl_f8_train.run.validation import Validation
 from kl_f8_train.run_dir import MetricsFile, list_checkpoints
@@ -543,6 +547,63 @@ def test_a_signal_before_the_first_iteration_is_not_lost(folder):
     assert run.end(60) == 143, run.output
     assert "stopped by signal 15 at iteration 101, saved" in run.output
     assert runs.final_state(folder, "early").iteration == 101
+
+
+def hang_in_c(at: int, answer: float) -> None:
+    """An iteration hangs in a C function, as in a collective whose other ranks are dead."""
+    original = Finetuner.run_iteration
+
+    def run_iteration(self, *arguments):
+        if self.iteration == at:
+            print("now in C", flush=True)
+            mutex = (ctypes.c_byte * 64)()  # as big as any pthread_mutex_t
+            for _ in range(2):  # no signal ends the second wait
+                ctypes.CDLL(None).pthread_mutex_lock(mutex)
+        original(self, *arguments)
+
+    Finetuner.run_iteration = run_iteration
+    saving.ANSWER = answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_process_that_hangs_in_c_ends_after_a_signal(folder, number):
+    extra = ("stop_iteration=9000", "checkpoint.every=2", "data.workers=1")
+    name = f"hangs-{number}"
+    (run,) = ranks.start(folder, name, *extra, prepare=hang_in_c, given=(103, 2.0))
+    run.wait_for("now in C")
+    run.send(number)
+    began = time.monotonic()
+    assert run.end(60) == 128 + number, run.output
+    assert time.monotonic() - began > 1.5
+    said = rf"signal {number}, and no iteration ended for \d+ s: ended unsaved"
+    assert re.search(said, run.output), run.output
+    assert "in run_iteration" in run.output  # where it hung
+    assert runs.final_state(folder, name).iteration == 102
+
+
+@pytest.mark.slow
+def test_a_signal_is_given_the_time_of_slow_iterations(folder):
+    """A second each, more than is allowed for quick ones; they end, and the last is saved."""
+    extra = ("stop_iteration=9000", "checkpoint.every=100")
+    (run,) = ranks.start(folder, "slow", *extra, prepare=slow_iterations, given=(1.0, 0.1))
+    run.wait_for("iteration 102 of")
+    run.send(signal.SIGTERM)
+    assert run.end(30) == 143, run.output
+    assert "stopped by signal 15 at iteration 103, saved" in run.output
+
+
+def slow_iterations(seconds: float, answer: float) -> None:
+    """Each takes so long."""
+    original = Finetuner.run_iteration
+
+    def run_iteration(self, *arguments):
+        for _ in range(10):
+            time.sleep(seconds / 10)
+        original(self, *arguments)
+
+    Finetuner.run_iteration = run_iteration
+    saving.ANSWER = answer
 
 
 def slow_disk(seconds: float) -> None:

@@ -360,6 +360,10 @@ def matmul_rate(device: torch.device, kind: torch.dtype, repeats: int = 5) -> fl
     return 2 * side**3 / min(seconds[1:])
 
 
+# torch's warning of each. In the same mode it also warns once that the mode is a prototype.
+HOST_WAIT = "called a synchronizing CUDA operation"
+
+
 def synchronizations(run: Iteration, batch: Batch, device: torch.device) -> int | None:
     """How often the host waits for the device in an iteration, as torch reports it; CUDA only."""
     if device.type != "cuda":
@@ -371,7 +375,7 @@ def synchronizations(run: Iteration, batch: Batch, device: torch.device) -> int 
             run(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(item.message) for item in caught)
+    return sum(HOST_WAIT in str(item.message) for item in caught)
 
 
 def compiled_graphs() -> int:

@@ -1,6 +1,9 @@
 """Checkpoints at intervals, and the signals that end a run."""
 
+import contextlib
+import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,12 @@ from kl_f8_train.errors import RunFailedError
 from kl_f8_train.launch import SIGNALS
 from kl_f8_train.output import say
 from kl_f8_train.run.callback import finetuner_of, tolerated
+from kl_f8_train.run.watchdog import end_process, show_stacks
 from kl_f8_train.run_dir import best_checkpoint, best_path, remove_old_checkpoints
 from kl_f8_train.weights import checkpoint
+
+ANSWER = 60.0  # seconds for an iteration to end after a signal; launchers wait 120 (torchrun)
+TICK = 0.5  # seconds
 
 
 class Checkpoints(Callback):
@@ -112,32 +119,81 @@ class Signals(Callback):
 
     What they agreed on is read after one iteration more, so that no host waits for its device.
     The last state is then saved by `Checkpoints`. A second SIGINT ends the program at once.
+
+    Python's handlers run between instructions of the main thread. One that hangs in C (in a
+    collective whose other rank is dead, say) never runs them, so a thread also hears of signals,
+    and ends the process if no iteration ends in time.
     """
 
     def __init__(self) -> None:
         self.received = 0
+        self.done = 0  # iterations
+        self.seconds = 0.0  # that the last iteration took, with its reports
+        self.mark = 0.0  # its end, or the start
+        self.stopping = False  # the loop has answered
         self._agreed: HostCopy | None = None
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
         """Takes the signals over."""
+        self._heard, self._heard_by = os.pipe()
+        os.set_blocking(self._heard_by, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._heard_by, warn_on_full_buffer=False)
         for number in SIGNALS:
             self._before[number] = signal.getsignal(number)
             if (number, self._before[number]) != (signal.SIGHUP, signal.SIG_IGN):  # nohup's
                 signal.signal(number, self._note)
+        self._restored = threading.Event()
+        self._listener = threading.Thread(target=self._await_answer, daemon=True)
+        self._listener.start()
 
     def restore(self) -> None:
         """Gives the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        self._restored.set()
+        with contextlib.suppress(BlockingIOError):  # full: the listener is past reading
+            os.write(self._heard_by, b"\0")
+        self._listener.join()
+        os.close(self._heard_by)
+        os.close(self._heard)
+
+    def _await_answer(self) -> None:
+        """In a thread: ends the process if a signal is not answered in time."""
+        while (number := os.read(self._heard, 1)[0]) not in SIGNALS:  # others have handlers, too
+            if self._restored.is_set():
+                return
+        waited, before = 0.0, self.done
+        while waited < max(ANSWER, 3 * self.seconds):  # for slow iterations
+            if self._restored.wait(TICK) or self.stopping:
+                return
+            waited = waited + TICK if self.done == before else 0.0
+            before = self.done
+
+        def report() -> None:
+            say(
+                f"kl-f8-train: signal {number}, and no iteration ended for {waited:.0f} s: ended "
+                "unsaved; the same command goes on from the newest checkpoint",
+                aside=True,
+            )
+            show_stacks()
+
+        end_process(128 + number, report)
 
     def _note(self, number: int, frame: Any) -> None:
         self.received = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first iteration begins."""
+        self.mark = time.perf_counter()
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stops all ranks if one of them got a signal."""
+        now = time.perf_counter()
+        self.done, self.seconds, self.mark = self.done + 1, now - self.mark, now
         if trainer.world_size > 1:
             flag = torch.full((), self.received, device=pl_module.device)  # filled there
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -146,7 +202,7 @@ class Signals(Callback):
         else:
             stop = self.received
         if stop:
-            self.received = stop
+            self.received, self.stopping = stop, True
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,7 +1,6 @@
 """Builds the parts of a run and hands them to Lightning. To resume, run the same command again."""
 
 import atexit
-import datetime
 import inspect
 import logging
 import os
@@ -61,7 +60,7 @@ from kl_f8_train.run.prefetch import Prefetch
 from kl_f8_train.run.saving import Checkpoints, Signals
 from kl_f8_train.run.tracking import check_tensorboard
 from kl_f8_train.run.validation import Validation
-from kl_f8_train.run.watchdog import Watchdog
+from kl_f8_train.run.watchdog import FIRST, Watchdog, longest_wait
 from kl_f8_train.run_dir import (
     CONFIG_FILE,
     best_checkpoint,
@@ -174,10 +173,10 @@ def _fit(trainer: Trainer, iterations: "Iterations", run_log: RunLog) -> None:
         )
         found = list_checkpoints(run_log.run_dir)
         last = f"goes on from {found[0].name}" if found else "starts anew (no checkpoint yet)"
+        minutes = iterations.config.compute.timeout_minutes
         raise RunFailedError(
-            f"{what} The same command {last}; compute.timeout_minutes="
-            f"{iterations.config.compute.timeout_minutes:g} bounds the wait\n"
-            f"  torch: {error}"
+            f"{what} The same command {last}; compute.timeout_minutes={minutes:g} bounds the wait, "
+            f"{FIRST} times that until the first iteration has ended\n  torch: {error}"
         ) from error
 
 
@@ -451,8 +450,7 @@ class _DecoderDDP(DDPStrategy):
 
     def __init__(self, config: Config) -> None:
         super().__init__(
-            # half a minute later than the watchdog, which can name the rank
-            timeout=datetime.timedelta(minutes=config.compute.timeout_minutes + 0.5),
+            timeout=longest_wait(config.compute.timeout_minutes),
             gradient_as_bucket_view=True,
             **NO_BUFFERS,
         )

@@ -18,13 +18,40 @@ from kl_f8_train.errors import RunFailedError
 from kl_f8_train.output import say
 
 GRACE = 5.0  # seconds that the ranks give each other to say where they are
+FIRST = 3  # the first iteration may take so many times as long: it compiles
+
+
+def longest_wait(timeout_minutes: float) -> datetime.timedelta:
+    """How long a process group may wait: half a minute longer than the watchdog ever does.
+
+    The watchdog names the rank that is waited for; torch's own timeout does not.
+    """
+    return datetime.timedelta(minutes=FIRST * timeout_minutes + 0.5)
+
+
+def end_process(code: int, report: Callable[[], None]) -> None:
+    """Reports in a thread, for a bounded time, and ends the process whatever its threads wait for.
+
+    Loaders end with it.
+    """
+    reporter = threading.Thread(target=report, daemon=True)  # a full pipe may hold it up
+    reporter.start()
+    reporter.join(4 * GRACE)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
+
+
+def show_stacks() -> None:
+    """Prints every thread's stack to standard error."""
+    if sys.__stderr__ is not None:
+        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
 
 
 class Watchdog(Callback):
     """Ends the process if no iteration, with its reports and files, ends within the time.
 
-    The first may take three times as long: it compiles. A thread counts its own ticks, so that time
-    in which the whole process slept does not count.
+    A thread counts its own ticks, so that time in which the whole process slept does not count.
     """
 
     def __init__(self, timeout_minutes: float, await_data: Callable[[], None]) -> None:
@@ -60,15 +87,19 @@ class Watchdog(Callback):
     def _watch(self, trainer: Trainer, finetuner: Finetuner) -> None:
         tick = min(1.0, self.seconds / 20)
         silent, before = 0.0, 0
-        while silent < (self.seconds if self.done else 3 * self.seconds):
+        while silent < (self.seconds if self.done else FIRST * self.seconds):
             if self.stopped.wait(tick):
                 return
             silent = silent + tick if self.done == before else 0.0
             before = self.done
-        mine = f"rank {trainer.global_rank} {self._phase(trainer, finetuner.iteration + 1)}"
+        end_process(
+            RunFailedError.exit_code, lambda: self._report(trainer, finetuner.iteration + 1, silent)
+        )
+
+    def _report(self, trainer: Trainer, iteration: int, silent: float) -> None:
+        mine = f"rank {trainer.global_rank} {self._phase(trainer, iteration)}"
         say(f"kl-f8-train: no iteration ended for {silent:.0f} s; {mine}", aside=True)
-        if sys.__stderr__ is not None:
-            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        show_stacks()
         if trainer.world_size > 1:  # in a thread: the store itself may not answer
             teller = threading.Thread(target=_tell_silent, args=(trainer, mine), daemon=True)
             teller.start()
@@ -77,9 +108,6 @@ class Watchdog(Callback):
                 host = "rank 0, or torchrun on the first node"
                 say(f"the ranks' meeting point ({host}) did not answer", aside=True)
         say("the same command goes on from the newest checkpoint", aside=True)
-        for child in multiprocessing.active_children():
-            child.kill()
-        os._exit(RunFailedError.exit_code)
 
     def _phase(self, trainer: Trainer, iteration: int) -> str:
         if not self.waiting:
