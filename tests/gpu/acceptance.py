@@ -59,15 +59,17 @@ class Line:
     seen: str
 
 
-def our_steps() -> list[Step]:
-    """A file of tests each."""
+def our_steps(folder: Path) -> list[Step]:
+    """A file of tests each; what it writes stays in the folder, with the logs of its runs."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     pytest += ["--override-ini=addopts=--strict-markers -ra", "--rootdir", str(ROOT)]
     pytest += ["-m", "gpu"] if os.environ["DEVICE"] == "cuda" else []  # else no test sees a GPU
-    return [
-        Step(name, seconds, [*pytest, str(HERE / f"test_gpu_{name}.py")])
-        for name, seconds in FILES.items()
-    ]
+
+    def command(name: str) -> list[str]:
+        temporary = str(folder / "runs" / name)
+        return [*pytest, "--basetemp", temporary, str(HERE / f"test_gpu_{name}.py")]
+
+    return [Step(name, seconds, command(name)) for name, seconds in FILES.items()]
 
 
 def run(step: Step, folder: Path, seconds: float) -> list[Line]:
@@ -224,10 +226,11 @@ def main() -> int:
     """Runs the steps; returns 1 if one failed, 2 if nothing could be checked."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "gpu_acceptance").resolve()
     prepare_environment(folder)
-    steps = read_steps(Path(sys.argv[2])) if len(sys.argv) > 2 else our_steps()
+    steps = read_steps(Path(sys.argv[2])) if len(sys.argv) > 2 else our_steps(folder)
     deadline = float(os.environ.get("DEADLINE", "600"))
-    shutil.rmtree(folder / "logs", ignore_errors=True)
-    (folder / "logs").mkdir(parents=True)
+    for name in ("logs", "runs"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir(parents=True)
     machine = describe_machine(folder)
     lines = run_all(steps, folder, deadline)
     text = table(lines, machine)

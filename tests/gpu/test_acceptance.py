@@ -112,7 +112,7 @@ def test_exit_code(tmp_path, monkeypatch, scripts, code):
     monkeypatch.setattr(sys, "argv", ["acceptance.py", str(tmp_path / "out")])
     monkeypatch.setattr(os, "environ", dict(os.environ, DEVICE="cpu"))
     monkeypatch.setattr(acceptance, "describe_machine", lambda folder: ["- here"])
-    monkeypatch.setattr(acceptance, "our_steps", lambda: steps)
+    monkeypatch.setattr(acceptance, "our_steps", lambda folder: steps)
     assert acceptance.main() == code
     assert f"{scripts.count('PASS')} PASS" in (tmp_path / "out/table.md").read_text()
 
