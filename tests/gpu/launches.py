@@ -1,6 +1,7 @@
 """Real runs on all GPUs, as torchrun starts them, with their output in a file."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from kl_f8_train.weights import weight_file
 
 SECONDS = 240.0  # for anything to happen
+BUFFER = re.compile(r"\.(running_mean|running_var|num_batches_tracked)$")
 WEIGHTS = ("autoencoder.", "ema.", "discriminator.")
 
 
@@ -86,10 +88,11 @@ def different(a: weight_file.Contents, b: weight_file.Contents) -> list[str]:
 
 
 def worst_difference(a: weight_file.Contents, b: weight_file.Contents) -> float:
-    """Largest difference of a weight, its average or a buffer, relative to its norm.
+    """Largest difference of a weight or its average, relative to its norm.
 
-    Adam's moments are left out: those of a bias in front of a norm are nothing but rounding.
+    Left out are Adam's moments, as those of a bias in front of a norm are nothing but rounding, and
+    BatchNorm's running statistics, which are those of the first process's images.
     """
-    keys = [key for key in different(a, b) if key.startswith(WEIGHTS)]
+    keys = [key for key in different(a, b) if key.startswith(WEIGHTS) and not BUFFER.search(key)]
     pairs = [(a.tensors[key].double(), b.tensors[key].double()) for key in keys]
     return max((float((x - y).norm() / x.norm().clamp_min(1e-12)) for x, y in pairs), default=0.0)
