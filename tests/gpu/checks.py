@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kl_f8_train import config as configs
-from kl_f8_train.check import benchmark
+from kl_f8_train.check import benchmark, cost
 from kl_f8_train.config import Config
 
 REHEARSING = os.environ.get("ACCEPTANCE") == "cpu"
@@ -63,6 +63,13 @@ def ready(*given: object, **options: object) -> Iterator[Ready]:
     finally:
         del made
         give_back_memory()
+
+
+def skip_if_too_large(config: Config, images: int) -> None:
+    """Skips a test whose micro-batch does not fit, by computation."""
+    computed, room = cost.peak_bytes(config, images), torch.cuda.mem_get_info()[0]
+    if computed + cost.HEADROOM_BYTES > room:
+        pytest.skip(f"takes {computed / cost.GIB:.1f} GiB, computed; free {room / cost.GIB:.1f}")
 
 
 def give_back_memory() -> None:

@@ -16,6 +16,7 @@ import torch
 
 from kl_f8_train import config as configs
 from kl_f8_train.check import benchmark, cost
+from kl_f8_train.core import machine
 from kl_f8_train.core.phases import timed_by
 
 WARM_UP = 2
@@ -32,7 +33,7 @@ def count(recipe: str, overrides: list[str]) -> dict[str, object]:
     batch = next(benchmark.open_batches(config, size, [])).to(device)
     for _ in range(WARM_UP):
         run(batch)
-    graphs, phases = benchmark.compiled_graphs(), {}
+    graphs, phases = machine.compiled_graphs(), {}
     benchmark.reset_peak(device)
     before = start = pretended.counts()
 
@@ -54,7 +55,7 @@ def count(recipe: str, overrides: list[str]) -> dict[str, object]:
         "host waits": benchmark.synchronizations(run, batch, device),
         "graphs": graphs,
         "graph breaks": benchmark.graph_breaks(),
-        "recompiles": benchmark.compiled_graphs() - graphs,
+        "recompiles": machine.compiled_graphs() - graphs,
     }
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import COUNTED, EAGER, ready, recipe
+from checks import COUNTED, EAGER, ready, recipe, skip_if_too_large
 
 from kl_f8_train.check import benchmark, cost
 from kl_f8_train.core import machine
@@ -17,10 +17,8 @@ LEAST = 0.8  # below it `doctor` refuses what would fit
 def test_memory_is_as_computed(device, see, name, images, levels):
     size = f"compute.per_device_batch={images}"
     config = recipe(name, device, EAGER, f"compute.checkpoint_levels={levels}", size)
+    skip_if_too_large(config, images)
     computed = cost.peak_bytes(config, images)
-    room = torch.cuda.mem_get_info()[0]
-    if computed + cost.HEADROOM_BYTES > room:
-        pytest.skip(f"computed {computed / cost.GIB:.1f} GiB, free {room / cost.GIB:.1f}")
     before = benchmark.memory_in_use(device)
     with ready(config, device) as made:
         made.iterate()

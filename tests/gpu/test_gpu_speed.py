@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 import torch
-from checks import EAGER, ON_GPU, ready, recipe
+from checks import EAGER, ON_GPU, ready, recipe, skip_if_too_large
 
 from kl_f8_train.check import benchmark, cost
 
@@ -26,13 +26,11 @@ OTHERS = [
 def seconds(device: torch.device, *switches: str) -> float:
     """Median of an iteration of ft_ema's micro-batch; skips if it does not fit."""
     config = recipe("ft_ema", device, EAGER, *switches)
-    try:
-        with ready(config, device) as made:
-            made.iterate(benchmark.WARM_UP)
-            times = [benchmark.timed(made.run, made.batch, device) for _ in range(ITERATIONS)]
-            return statistics.median(times)
-    except torch.cuda.OutOfMemoryError:
-        pytest.skip("does not fit into this card's memory")
+    skip_if_too_large(config, benchmark.batch_size(config, device))
+    with ready(config, device) as made:
+        made.iterate(benchmark.WARM_UP)
+        times = [benchmark.timed(made.run, made.batch, device) for _ in range(ITERATIONS)]
+    return statistics.median(times)
 
 
 @pytest.fixture(scope="module")
