@@ -17,7 +17,6 @@ import torch
 from kl_f8_train import config as configs
 from kl_f8_train.check import benchmark, cost
 from kl_f8_train.core import machine
-from kl_f8_train.core.phases import timed_by
 
 WARM_UP = 2
 
@@ -33,22 +32,13 @@ def count(recipe: str, overrides: list[str]) -> dict[str, object]:
     batch = next(benchmark.open_batches(config, size, [])).to(device)
     for _ in range(WARM_UP):
         run(batch)
-    graphs, phases = machine.compiled_graphs(), {}
+    graphs = machine.compiled_graphs()
     benchmark.reset_peak(device)
-    before = start = pretended.counts()
-
-    def ended(phase: str) -> None:
-        nonlocal before
-        now = pretended.counts()
-        phases[phase] = phases.get(phase, 0) + pretended.kernels(now - before)
-        before = now
-
-    with timed_by(ended):
-        run(batch)
-    done = pretended.counts() - start
+    before = pretended.counts()
+    run(batch)
+    done = pretended.counts() - before
     return {
         "kernels": pretended.kernels(done),
-        "kernels by phase": phases,
         **done,
         "peak bytes": benchmark.peak_memory(device),
         "computed bytes": cost.peak_bytes(config, size),
