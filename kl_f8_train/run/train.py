@@ -104,7 +104,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
         adopt(finetuner, identity.of_data(sources), f"{run_dir}", allow_changes)
         _describe(config, finetuner, plan, sources)
         run_log = RunLog(run_dir, config, finetuner.iteration, plan)
-        saving = Checkpoints(run_dir, config.checkpoint, frozen)
+        saving = Checkpoints(run_dir, config.checkpoint, frozen, signals)
         validation = Validation(
             run_dir,
             config.log.pictures_every,
