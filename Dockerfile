@@ -6,7 +6,7 @@ COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY configs configs
 COPY kl_f8_train kl_f8_train
 RUN pip install --no-cache-dir -c constraints.txt ".[demo,eval,hub,s3,tensorboard]"
-ENV KL_F8_TRAIN_CACHE=/cache
+ENV KL_F8_TRAIN_CACHE=/cache TORCHINDUCTOR_CACHE_DIR=/cache/compiled
 VOLUME /cache
 WORKDIR /work
 ENTRYPOINT ["kl-f8-train"]

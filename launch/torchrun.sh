@@ -30,6 +30,11 @@ if [ "${GPUS_PER_NODE:-0}" = 0 ]; then
     exit 2
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+# Compiled kernels, beside run_dir, which all nodes see: a restart has them in seconds.
+for setting in "${settings[@]}"; do
+    case $setting in run_dir=*) run_dir=${setting#run_dir=} ;; esac
+done
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$(dirname "$run_dir")/compiled}
 # A store for each start of the processes: torchrun's shared one mixes up restarts of two nodes
 # (pytorch issue 135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

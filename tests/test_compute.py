@@ -1,6 +1,7 @@
 """Every switch of `compute.*` against the plain path, and torch.compile's own books."""
 
 import copy
+import re
 import shutil
 import sysconfig
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from kl_f8_train.core.gradients import build_adam, parameters_of
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL, NormSwish, UpLevel, Upsample
 from kl_f8_train.core.step import Finetuner
-from kl_f8_train.errors import RunFailedError
+from kl_f8_train.errors import RunFailedError, UsageError
 from kl_f8_train.run.train import train
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
 
@@ -198,11 +199,11 @@ def test_compiled_is_exact_without_breaks_or_recompiles(finetuner, batch, plain_
     plain = gradients_of_an_iteration(reference, batch(side=32))
     assert_equal_gradients(plain, gradients_of_an_iteration(tuner, batch(side=32)))
     tuner.run_iteration(batch(1, side=32))
-    graphs = benchmark.compiled_graphs()
+    graphs = machine.compiled_graphs()
     assert graphs >= 10  # encoder, four levels, middle, norm, discriminator, perceptual
     for step in (2, 3):
         tuner.run_iteration(batch(step, side=32))
-    assert benchmark.compiled_graphs() == graphs
+    assert machine.compiled_graphs() == graphs
     assert benchmark.graph_breaks() == 0
     torch._dynamo.reset()
 
@@ -212,16 +213,18 @@ def test_levels_stay_compiled_with_and_without_gradients_and_for_other_batches()
     torch._dynamo.reset()
     levels = [UpLevel(width, 32, 1, 32, upsample=False) for width in (32, 64, 96, 128)]
     machine.compile_each(levels, backend="eager")
-    before = benchmark.compiled_graphs()
+    before = machine.compiled_graphs()
     for batch, gradients in ((1, False), (2, False), (2, True)):
         with torch.set_grad_enabled(gradients):
             for level in levels:
                 level(torch.zeros(batch, level.block[0].conv1.in_channels, 4, 4))
-    assert benchmark.compiled_graphs() - before == 12
+    assert machine.compiled_graphs() - before == 12
     torch._dynamo.reset()
 
 
-def test_training_compiles_for_its_micro_batches_alone_and_sets_its_kernels(folder, monkeypatch):
+def test_training_compiles_for_its_micro_batches_alone_and_sets_its_kernels(
+    folder, monkeypatch, capsys
+):
     """Validation, one photograph at a time and before the first iteration, runs eagerly."""
     cudnn = torch.backends.cudnn
     seen = set()
@@ -238,6 +241,37 @@ def test_training_compiles_for_its_micro_batches_alone_and_sets_its_kernels(fold
     switches = "compute.compile=true", "log.pictures_every=1", "stop_iteration=101"
     assert train(runs.recipe(folder, "compiled", *switches, *runs.NO_ADVERSARIAL)) == 0
     assert seen == {(4, False, True), (2, False, True)}  # the perceptual network takes two parts
+    lines = capsys.readouterr().out.splitlines()
+    assert "networks: compiled by torch.compile (compute.compile=true); NCHW in memory" in lines
+    (began,) = [i for i, line in enumerate(lines) if line.startswith("compiling the networks:")]
+    (ended,) = [i for i, line in enumerate(lines) if re.match(r"compiled \d+ graphs; ", line)]
+    assert began < ended
+
+
+def test_each_kind_of_iteration_says_that_it_compiles_and_a_surprise_is_said(
+    folder, monkeypatch, capsys
+):
+    """Warm-up, without the adversarial term, with it; then for another reason."""
+    torch._dynamo.reset()
+    compile_networks = partial(machine.compile_networks, backend="eager")
+    monkeypatch.setattr(machine, "compile_networks", compile_networks)
+    switches = (
+        *("compute.compile=true", "stop_iteration=105", "init.discriminator=new"),
+        *("adversarial.warmup_iterations=2", "adversarial.start_iteration=102"),
+    )
+    step = Finetuner.training_step
+
+    def surprised(self, batch, index):
+        if self.iteration == 104:
+            torch._dynamo.reset()
+        return step(self, batch, index)
+
+    monkeypatch.setattr(Finetuner, "training_step", surprised)
+    assert train(runs.recipe(folder, "kinds", *switches)) == 0
+    out = capsys.readouterr().out
+    assert out.count("compiling the networks: ") == 3
+    assert len(re.findall(r"compiled \d+ graphs; the iteration took", out)) == 3
+    assert len(re.findall(r"compiled [1-9]\d* graphs once more; the iteration took", out)) == 1
     torch._dynamo.reset()
 
 
@@ -267,28 +301,83 @@ def test_the_end_of_memory_is_known_by_its_words(message, known):
         raise RuntimeError(message)
 
 
-@pytest.mark.parametrize(
-    ("setting", "found", "expected"),
-    [("true", None, True), ("false", "gcc", False), ("null", "gcc", False)],
-)
-def test_compilation_is_off_on_a_cpu_unless_asked_for(tiny, monkeypatch, setting, found, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(shutil, "which", lambda name: found)
-    assert machine.compiles(tiny("ft_ema", f"compute.compile={setting}").compute) is expected
+@pytest.fixture
+def gpu_machine(monkeypatch, tmp_path):
+    """gpu_machine(cuda, compiler, header, version): what a machine with that would find."""
 
-
-def test_compilation_by_default_needs_cuda_a_compiler_and_pythons_header(
-    tiny, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
-    for compiler, header in (("/usr/bin/gcc", False), (None, True), ("/usr/bin/gcc", True)):
-        monkeypatch.setattr(shutil, "which", lambda name, compiler=compiler: compiler)
+    def build(cuda=True, compiler="/usr/bin/gcc", header=True, version="2.15.0+cu132"):
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch, "__version__", version)
+        monkeypatch.setattr(shutil, "which", lambda name: compiler)
+        monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
         (tmp_path / "Python.h").unlink(missing_ok=True)
         if header:
             (tmp_path / "Python.h").touch()
-        assert machine.compiles(tiny("ft_ema").compute) is (compiler is not None and header)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("there", "setting", "expected", "line"),
+    [
+        ({}, "null", True, "compiled by torch.compile (the default on a GPU); NHWC"),
+        ({}, "false", False, "not compiled (compute.compile=false); NHWC"),
+        ({"compiler": None}, "null", False, "not compiled (no C compiler found: install gcc"),
+        ({"header": False}, "null", False, "Python.h is missing: install"),
+        ({"compiler": None}, "true", True, "compiled by torch.compile (compute.compile=true)"),
+        ({"cuda": False}, "null", False, "not compiled (on a CPU, unless compute.compile=true)"),
+        ({"cuda": False}, "true", True, "compiled by torch.compile (compute.compile=true); NCHW"),
+        ({"cuda": False}, "false", False, "not compiled (compute.compile=false); NCHW"),
+    ],
+)
+def test_whether_networks_compile_is_said_with_its_reason(
+    tiny, gpu_machine, there, setting, expected, line
+):
+    gpu_machine(**there)
+    settings = tiny("ft_ema", f"compute.compile={setting}").compute
+    assert machine.compiles(settings) is expected
+    assert line in machine.describe(settings)
+
+
+@pytest.mark.parametrize(
+    ("version", "settings", "expected"),
+    [
+        ("2.15.0", (), True),
+        ("2.15.0", ("compute.compile=false",), True),
+        ("3.0.1", ("compute.compile=false",), True),
+        ("2.9.1", (), True),  # compiled, with our own norm
+        ("2.9.1", ("compute.compile=false",), False),
+        ("2.9.1", ("compute.lean_norm=false",), False),
+        ("2.14.0a0+git1", ("compute.compile=false",), False),
+        ("2.9.1", ("compute.compile=false", "compute.channels_last=true"), True),
+        ("2.15.0", ("compute.channels_last=false",), False),
+        ("2.15.0", ("compute.accelerator=cpu",), False),
+    ],
+)
+def test_nhwc_is_for_cuda_with_a_norm_that_keeps_it(tiny, gpu_machine, version, settings, expected):
+    gpu_machine(version=version)
+    compute = tiny("ft_ema", *settings).compute
+    assert machine.channels_last(compute) is expected
+    if not expected and compute.channels_last is None and compute.accelerator != "cpu":
+        assert f"NCHW, as GroupNorm of torch {version} does not keep NHWC" in machine.describe(
+            compute
+        )
+
+
+def test_a_cache_of_compiled_kernels_that_cannot_be_written_is_refused(
+    tiny, monkeypatch, tmp_path, folder
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(machine.COMPILE_CACHE, str(tmp_path / "file/inside"))
+    machine.check_compile_cache(tiny("ft_ema", "compute.compile=false").compute)
+    with pytest.raises(UsageError, match=r"TORCHINDUCTOR_CACHE_DIR: cannot write in .*unset it"):
+        train(runs.recipe(folder, "unwritable", "compute.compile=true"))
+    monkeypatch.setenv(machine.COMPILE_CACHE, str(tmp_path / "folder"))
+    machine.check_compile_cache(tiny("ft_ema", "compute.compile=true").compute)
+    assert str(tmp_path / "folder") in machine.compile_cache()
+    monkeypatch.delenv(machine.COMPILE_CACHE)
+    assert "temporary files" in machine.compile_cache()
 
 
 # --- arithmetic -------------------------------------------------------------------------------

@@ -39,6 +39,10 @@ WARM_UP = 3  # iterations before the clock starts: kernels are chosen, and compi
 PHASES = ("data", "encode", "decode", "losses", "backward", "discriminator", "optimizer", "ema")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Iteration = Callable[[Batch], None]
+BUSY = (
+    "the threads waited for a fifth of the time or more: the machine is busy, or the "
+    "images too few for so many threads; the figures are rough"
+)
 
 
 @dataclass
@@ -73,6 +77,15 @@ def benchmark(
     """
     device = find_device(config)
     size = batch_size(config, device)
+    figures = _measure_training(config, device, size, iterations, say)
+    # Its networks' memory is room for the largest batch.
+    return figures | {"largest_batch": largest_batch(config, device, size)}
+
+
+def _measure_training(
+    config: Config, device: torch.device, size: int, iterations: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The figures of iterations with `size` images."""
     before = memory_in_use(device)
     began = time.perf_counter()
     notes: list[str] = []
@@ -97,52 +110,51 @@ def benchmark(
     memory, breaks = peak_memory(device) - before, graph_breaks()
     timed_here = Variant("ours", ours)
     phases = measure([timed_here], batches, device, iterations)
-    rates = {name: matmul_rate(device, kind) for name, kind in PRECISIONS.items()}
-    if config.precision == "tf32":
-        with machine.kernels("tf32"):
-            rates["tf32"] = matmul_rate(device, torch.float32)
+    rates = _matmul_rates(config.precision, device)
     cpu_seconds = statistics.median(timed_here.cpu_seconds)
     if device.type == "cpu" and is_busy(timed_here.median, cpu_seconds, torch.get_num_threads()):
-        notes.append(
-            "the threads waited for a fifth of the time or more: the machine is busy, or the "
-            "images too few for so many threads; the figures are rough"
-        )
+        notes.append(BUSY)
     images_per_second = size / (timed_here.median + 1e-3 * phases["data"])
     achieved = flops_per_image * images_per_second
     share = achieved / rates[config.precision]
-    result = {
-        "device": device_name(device),
-        "precision": config.precision,
-        "batch": size,
-        "crop": config.data.crop,
+    return {
+        **_conditions(config, device, size),
         "iterations": iterations,
         "images_per_second": images_per_second,
         "seconds_quartiles": quartiles(timed_here.seconds),
         "cpu_seconds": cpu_seconds,
         "flops_per_image": flops_per_image,
-        "flops_floor": cost.flops_per_image(config),
         "flops_per_second": achieved,
         "matmul_flops_per_second": rates,
         "share_of_matmul": share,
         "phases_ms": phases,
         "peak_memory_bytes": memory,
-        "computed_memory_bytes": cost.peak_bytes(config, size),
         "limited_by": limit(phases, share),
         "first_iteration_seconds": first_iteration,
-        "compiled": machine.compiles(config.compute),
         "graph_breaks": breaks,
         "recompiles_after_warm_up": timed_here.graphs,
         "synchronizations": synchronizations(ours, batch, device),
+        "notes": notes,
+    }
+
+
+def _conditions(config: Config, device: torch.device, size: int) -> dict[str, Any]:
+    """What is measured, and what is known of it beforehand."""
+    return {
+        "device": device_name(device),
+        "precision": config.precision,
+        "batch": size,
+        "crop": config.data.crop,
+        "flops_floor": cost.flops_per_image(config),
+        "computed_memory_bytes": cost.peak_bytes(config, size),
+        "compiled": machine.compiles(config.compute),
         "settings": {
             "name": config.name,
             "model": asdict(config.model),
             "compute": asdict(config.compute),
         },
         "versions": {"kl_f8_train": __version__, "torch": str(torch.__version__)},
-        "notes": notes,
     }
-    del finetuner, ours, timed_here  # their memory is room for the largest batch
-    return result | {"largest_batch": largest_batch(config, device, size)}
 
 
 def describe(result: Mapping[str, Any]) -> str:
@@ -286,14 +298,14 @@ def measure(
         clock("data")
         for variant in variants:
             synchronize(device)
-            graphs = compiled_graphs()
+            graphs = machine.compiled_graphs()
             began, cpu_began = time.perf_counter(), time.process_time()
             with timed_by(clock) if variant is variants[0] else nullcontext():
                 variant.run(batch)
             synchronize(device)
             variant.seconds.append(time.perf_counter() - began)
             variant.cpu_seconds.append(time.process_time() - cpu_began)
-            variant.graphs += compiled_graphs() - graphs
+            variant.graphs += machine.compiled_graphs() - graphs
             if variant is variants[0]:
                 for name, value in clock.read().items():
                     milliseconds[name].append(value)
@@ -360,6 +372,15 @@ def matmul_rate(device: torch.device, kind: torch.dtype, repeats: int = 5) -> fl
     return 2 * side**3 / min(seconds[1:])
 
 
+def _matmul_rates(precision: str, device: torch.device) -> dict[str, float]:
+    """Precision -> FLOP/s; that of TF32 only where the run uses it."""
+    rates = {name: matmul_rate(device, kind) for name, kind in PRECISIONS.items()}
+    if precision == "tf32":
+        with machine.kernels("tf32"):
+            rates["tf32"] = matmul_rate(device, torch.float32)
+    return rates
+
+
 # torch's warning of each. In the same mode it also warns once that the mode is a prototype.
 HOST_WAIT = "called a synchronizing CUDA operation"
 
@@ -376,13 +397,6 @@ def synchronizations(run: Iteration, batch: Batch, device: torch.device) -> int 
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum(HOST_WAIT in str(item.message) for item in caught)
-
-
-def compiled_graphs() -> int:
-    """Graphs that torch.compile has made so far in this process."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
 
 
 def graph_breaks() -> int:

@@ -14,7 +14,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kl_f8_train import config as configs
 from kl_f8_train import facts, images, units
-from kl_f8_train.check import benchmark, cost, origins, scaling, screen
+from kl_f8_train.check import benchmark, cost, origins, overlap, scaling, screen
 from kl_f8_train.config import Config
 from kl_f8_train.core import machine, perceptual, schedule
 from kl_f8_train.core.batch import Batch
@@ -178,6 +178,11 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
     world = planned_processes(config)
     with report.section("batch and learning rate"):
         _check_batch(report, config, world)
+    with report.section("networks"):
+        report.tell(machine.describe(config.compute))
+        if machine.compiles(config.compute):
+            report.tell(machine.compile_cache())
+            machine.check_compile_cache(config.compute)
     with report.section("weights"):
         _check_weights(report, config)
     with report.section(f"perceptual network: {perceptual.LABELS[config.loss.perceptual]}"):
@@ -193,6 +198,12 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
         with report.section("photographs of validation"):
             found = fixed_photographs(config, report.tell)
             report.tell(f"{counted(len(found), 'photograph', 's')} of {config.log.pictures}")
+            _check_overlap(report, config, Path(config.log.pictures))
+    elif config.log.pictures_every:
+        report.remark(
+            "validation shows training images, so its scores say nothing about others: set "
+            "log.pictures to a folder of held-out photographs (`kl-f8-train split` makes one)"
+        )
     with report.section("wandb"):
         _check_wandb(report, config)
     if config.log.tensorboard:
@@ -203,9 +214,9 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
         report.say("one iteration: not tried before these are mended")
     else:
         with report.section("one iteration"):
-            with contextlib.redirect_stdout(io.StringIO()) as told:
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
                 finetuner, _ = start_or_resume(config, Path(config.run_dir), allow_changes)
-            for line in told.getvalue().splitlines():
+            for line in printed.getvalue().splitlines():
                 report.tell(line.strip())
             _try_iteration(report, config, finetuner, world, allow_changes)
     with report.section("disk"):
@@ -294,10 +305,10 @@ def _tell_memory(
         }
     report.facts["per_device_batch_that_fits"] = fits
     if fits:
-        told = ", ".join(f"{count or 'none'} on {name}" for name, count in fits.items())
+        named = ", ".join(f"{count or 'none'} on {name}" for name, count in fits.items())
         gpus = fits.keys() != {THIS_MACHINE}
         left = f", with {size(cost.HEADROOM_BYTES)} for CUDA and its allocator" if gpus else ""
-        report.tell(f"the largest compute.per_device_batch that fits, computed{left}: {told}")
+        report.tell(f"the largest compute.per_device_batch that fits, computed{left}: {named}")
 
 
 def _memory_here(config: Config) -> dict[str, float]:
@@ -353,9 +364,9 @@ def _check_weights(report: Report, config: Config) -> None:
         start = config.init.iteration
     report.facts["start_iteration"] = start
     digest = weight_file.sha256(contents.path)
-    told = weight_file.report(contents, weights)
-    report.facts["weights"] = {"sha256": digest, **told}
-    report.tell(weight_file.describe(told))
+    shown = weight_file.report(contents, weights)
+    report.facts["weights"] = {"sha256": digest, **shown}
+    report.tell(weight_file.describe(shown))
     report.tell(f"{size(contents.path.stat().st_size)}, SHA-256 {digest}")
     if not found and contents.iteration not in (None, start):
         report.remark(
@@ -465,6 +476,21 @@ def _count_smaller(side: int, dataset: PositionDataset, positions: range) -> int
             image = images.decode(dataset.sources[name].read(shard, number)[1])
             smaller += min(image.shape[1:]) < side
     return smaller
+
+
+def _check_overlap(report: Report, config: Config, pictures: Path) -> None:
+    """Notes validation pictures that are trained on, too, as they are or nearly so."""
+    found = overlap.find(pictures, open_data(config, _ignored)[1])
+    report.facts["validation"] = asdict(found)
+    report.tell(str(found))
+    if found.common:
+        one, other = next(iter(found.common.items()))
+        verb = "is a training image" if len(found.common) == 1 else "are training images"
+        report.remark(
+            f"{len(found.common)} of {counted(found.pictures, 'validation picture', 's')} {verb}, "
+            f"as {one} = {other}: the scores say less about others; `kl-f8-train split` separates "
+            "them, near-duplicates included"
+        )
 
 
 def _check_wandb(report: Report, config: Config) -> None:

@@ -20,8 +20,11 @@ from torch.utils._pytree import tree_map_only
 
 from kl_f8_train.config import Compute
 from kl_f8_train.core.model import AutoencoderKL, NormSwish, UpLevel, Upsample
-from kl_f8_train.errors import RunFailedError
+from kl_f8_train.errors import RunFailedError, UsageError
+from kl_f8_train.files import check_writable
 
+COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's name for the folder of compiled kernels
+NORM_KEEPS_NHWC = (2, 15)  # torch's GroupNorm on CUDA; before, its output was NCHW
 GRAPHS_PER_CLASS = 64  # four levels, with and without gradients, of a few networks in a process
 # Out-of-memory messages for which torch has no exception class: CPU allocator, CUDA, cuDNN, cuBLAS.
 OUT_OF_MEMORY = (
@@ -77,17 +80,80 @@ def apply(
 
 
 def channels_last(settings: Compute) -> bool:
-    """Whether networks and images lie as NHWC: as set, or on CUDA (a CPU is slower with it)."""
-    return on_cuda(settings) if settings.channels_last is None else settings.channels_last
+    """Whether networks and images lie as NHWC: as set, or on CUDA (a CPU is slower with it).
+
+    On CUDA only where GroupNorm keeps that layout: torch's own did not before 2.15, and every
+    convolution behind it would copy its input. The compiled lean norm keeps it with any torch.
+    """
+    if settings.channels_last is not None:
+        return settings.channels_last
+    kept = torch_version() >= NORM_KEEPS_NHWC or (settings.lean_norm and compiles(settings))
+    return on_cuda(settings) and kept
+
+
+def torch_version() -> tuple[int, ...]:
+    """Major and minor version of torch."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def compiles(settings: Compute) -> bool:
-    """Whether to compile: as set, or on CUDA where Triton will find a C compiler and Python.h."""
+    """Whether the networks are compiled."""
+    return compilation(settings)[0]
+
+
+def compilation(settings: Compute) -> tuple[bool, str]:
+    """Whether to compile, and why: as set, or on CUDA if there are a C compiler and Python.h."""
     if settings.compile is not None:
-        return settings.compile
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        return settings.compile, f"compute.compile={str(settings.compile).lower()}"
+    if not on_cuda(settings):
+        return False, "on a CPU, unless compute.compile=true"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return False, "no C compiler found: install gcc, or name one in CC"
     header = Path(sysconfig.get_path("include"), "Python.h")
-    return on_cuda(settings) and compiler is not None and header.is_file()
+    if not header.is_file():
+        return False, f"{header} is missing: install Python's headers, such as python3-dev"
+    return True, "the default on a GPU"
+
+
+def describe(settings: Compute) -> str:
+    """One line: whether the networks are compiled, and why; their layout in memory."""
+    chosen, why = compilation(settings)
+    how = "compiled by torch.compile" if chosen else "not compiled"
+    if channels_last(settings):
+        layout = "NHWC"
+    elif on_cuda(settings) and settings.channels_last is None:
+        layout = f"NCHW, as GroupNorm of torch {torch.__version__} does not keep NHWC"
+    else:
+        layout = "NCHW"
+    return f"{how} ({why}); {layout} in memory"
+
+
+def compile_cache() -> str:
+    """Where compiled kernels are kept, and how to keep them longer, in words."""
+    if folder := os.environ.get(COMPILE_CACHE):
+        return f"kernels are kept in {folder}"
+    return (
+        "kernels are kept among the temporary files of this machine; "
+        f"{COMPILE_CACHE}=FOLDER keeps them elsewhere"
+    )
+
+
+def check_compile_cache(settings: Compute) -> None:
+    """Raises UsageError if compiled kernels cannot be written where the variable says."""
+    folder = os.environ.get(COMPILE_CACHE)
+    if not folder or not compiles(settings):
+        return
+    try:
+        check_writable(Path(folder))
+    except RunFailedError as error:
+        raise UsageError(f"{COMPILE_CACHE}: {error}, or unset it") from error
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made so far in this process."""
+    from torch._dynamo.utils import counters  # seconds to import
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 def on_cuda(settings: Compute) -> bool:

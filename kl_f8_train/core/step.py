@@ -25,7 +25,7 @@ from kl_f8_train.core import machine
 from kl_f8_train.core.adversary import Adversary, NoAdversary
 from kl_f8_train.core.batch import Batch, plain_batch
 from kl_f8_train.core.discriminator import Discriminator
-from kl_f8_train.core.ema import ema_decay, ema_update
+from kl_f8_train.core.ema import ema_decay, ema_update, module_names
 from kl_f8_train.core.finite import (
     Guard,
     Judgement,
@@ -113,11 +113,14 @@ class Finetuner(_Base):
         self.log_metrics = log_metrics
         self.automatic_optimization = False
         self.config = config
+        self.nhwc = machine.channels_last(config.compute)  # layout of networks and images
         machine.apply(config.compute, autoencoder, discriminator, perceptual)
         self.autoencoder = autoencoder.freeze_encoder()
         for name in TRAINED:  # a loaded autoencoder is frozen as a whole
             getattr(autoencoder, name).requires_grad_(True)
         self.ema = trained_copy(autoencoder)
+        for name in list(module_names(config.ema.decays).values())[1:]:  # further averages
+            self.add_module(name, trained_copy(autoencoder))
         self.discriminator = discriminator
         self.adversary = Adversary(discriminator, config) if discriminator else NoAdversary()
         self.logvar = nn.Parameter(torch.zeros(()), requires_grad=config.loss.learn_logvar)
@@ -173,10 +176,19 @@ class Finetuner(_Base):
         """The decoder's optimizer, and the discriminator's, if there is one."""
         return [self.decoder_adam, *self.adversary.adams]
 
-    def averaged(self) -> AutoencoderKL:
-        """A copy of the autoencoder with the averaged decoder, frozen and in eval mode."""
+    @property
+    def averages(self) -> dict[float, nn.ModuleDict]:
+        """The averaged decoder and post_quant_conv of each decay, the run's own first."""
+        names = module_names(self.config.ema.decays)
+        return {decay: getattr(self, name) for decay, name in names.items()}
+
+    def averaged(self, decay: float | None = None) -> AutoencoderKL:
+        """A copy of the autoencoder with the averaged decoder, frozen and in eval mode.
+
+        `decay` is one of `ema.decay`; None: the first. Raises KeyError for any other.
+        """
         model = copy.deepcopy(self.autoencoder)
-        for name, part in self.ema.items():
+        for name, part in (self.ema if decay is None else self.averages[decay]).items():
             getattr(model, name).load_state_dict(part.state_dict())
         return model.requires_grad_(False).eval()
 
@@ -286,7 +298,7 @@ class Finetuner(_Base):
     # --- one iteration ----------------------------------------------------------------------
 
     def run_iteration(self, batch: Batch, loop: Loop = ALONE) -> None:
-        """One iteration: decoder, its moving average, discriminator.
+        """One iteration: decoder, its moving averages, discriminator.
 
         x: images, y: reconstructions, both (B, 3, H, W) in [-1, 1]; z: latents, (B, 4, h, w).
         A loss or gradient that is not finite, on any rank, leaves an update out on all ranks. That
@@ -323,7 +335,7 @@ class Finetuner(_Base):
                 gradient = grad_nll[part] + weight * grad_g[part]
                 self.backpropagate(y, gradient, loop, last=part is parts[-1])
 
-        # Decoder, then its moving average.
+        # Decoder, then its moving averages.
         verdicts = {"decoder": self._step_decoder(torch.cat(finite), loop)}
         self._average_decoder()
 
@@ -368,8 +380,7 @@ class Finetuner(_Base):
         images = batch.images[part]
         if images.dtype == torch.uint8:
             images = to_float(images)
-        nhwc = machine.channels_last(self.config.compute)
-        layout = torch.channels_last if nhwc else torch.preserve_format
+        layout = torch.channels_last if self.nhwc else torch.preserve_format
         return images.to(self.autoencoder.last_layer.dtype, memory_format=layout)
 
     @phase("encode")
@@ -459,9 +470,10 @@ class Finetuner(_Base):
     @phase("ema")
     def _average_decoder(self) -> None:
         self.run_state.ema_updates += 1
-        settings = self.config.ema
-        decay = ema_decay(self.run_state.ema_updates, settings.decay, settings.warmup)
-        ema_update(self.ema, trained_part(self.autoencoder), decay)
+        trained, warmup = trained_part(self.autoencoder), self.config.ema.warmup
+        for decay, average in self.averages.items():
+            kept = ema_decay(self.run_state.ema_updates, decay, warmup)
+            ema_update(average, trained, kept)
 
     def _step_discriminator(
         self, batch: Batch, y: Tensor, factor: float, bad: Tensor | None = None

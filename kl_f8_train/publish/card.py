@@ -27,6 +27,7 @@ from kl_f8_train.output import Say, markdown_table
 from kl_f8_train.publish import half_precision
 from kl_f8_train.score.compare import not_measured
 from kl_f8_train.score.scores import BIASED_BELOW, score_text
+from kl_f8_train.units import shortest
 
 README, STRIP, LICENSE = "README.md", "strip.png", "LICENSE"  # written here, and may be edited
 DIFFUSERS = "diffusers/diffusion_pytorch_model.safetensors"
@@ -484,8 +485,13 @@ def _shown_side(side: int | list[int] | None) -> str:
 def _training(config: Config, record: Mapping[str, Any]) -> str:
     loss, adversarial, data = config.loss, config.adversarial, config.data
     start, iteration = record["init_iteration"], record["iteration"]
-    taken = {"raw": "raw weights, not the EMA", "ema": "EMA weights"}
-    weights = taken.get(record["weights"]) or f"mean EMA of {', '.join(record['averaged'])}"
+    kept = [shortest(decay) for decay in config.ema.decays]
+    chosen = shortest(
+        record.get("ema_decay", config.ema.decays[0])
+    ) + f", of {', '.join(kept)} kept" * (len(kept) > 1)
+    weights = "raw weights, not the EMA" if record["weights"] == "raw" else "EMA weights"
+    if record["averaged"]:
+        weights = f"mean EMA of {', '.join(record['averaged'])}"
     name, digest = (record.get(key, "unknown") for key in ("base_name", "base_sha256"))
     rows = {
         "base weights": name if digest == "unknown" else f"{name}, SHA-256 {digest}",
@@ -500,7 +506,7 @@ def _training(config: Config, record: Mapping[str, Any]) -> str:
         else f"hinge PatchGAN, {adversarial.weight:g} x adaptive weight, from iteration "
         f"{adversarial.start_iteration:,}",
         "learning rate": f"{config.optimizer.learning_rate:g}, Adam {config.optimizer.betas}",
-        "EMA decay": f"{config.ema.decay:g}; these are the {weights}",
+        "EMA decay": f"{chosen}; these are the {weights}",
         "precision": config.precision,
         "data, shares": ", ".join(f"{key} ({s.weight:g})" for key, s in data.sources.items()),
     }

@@ -57,7 +57,7 @@ class Checkpoints(Callback):
         self.failures = 0  # in a row
         self.failure = ""  # the last one
         self.mark = 0.0  # end of the last save, or the start
-        self.told = False  # that saving takes long
+        self.warned = False  # that saving takes long
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the first interval."""
@@ -135,7 +135,7 @@ class Checkpoints(Callback):
 
     def _look(self, wait: bool) -> None:
         """Raises what went wrong in the thread unforeseen; with `wait`, once all is written."""
-        self.signals.excused = wait  # a slow disk is no hanging
+        self.signals.excused = wait  # a slow disk does not hang
         try:
             while self.writing and (wait or self.writing[0].done()):
                 self.writing.pop(0).result()
@@ -170,8 +170,8 @@ class Checkpoints(Callback):
         """Warns once if training waits more than a second and 5 % of the time between saves."""
         pause, interval = time.perf_counter() - began, began - self.mark
         self.mark = time.perf_counter()
-        if not self.told and pause > max(1.0, 0.05 * interval):
-            self.told = True
+        if not self.warned and pause > max(1.0, 0.05 * interval):
+            self.warned = True
             say(
                 f"saving took {pause:.1f} s of training, {100 * pause / interval:.0f} % of the "
                 f"{interval:.0f} s since the last, most of them for that to be written; raise "

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,14 +47,20 @@ def main() -> None:
         optimizer.step()
     frozen = frozen_sha256(finetuner.autoencoder.state_dict())
 
-    alone = SimpleNamespace(is_global_zero=True, optimizers=optimizers)
+    alone: Any = SimpleNamespace(is_global_zero=True, optimizers=optimizers)
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
         keep = replace(recipe.checkpoint, every=1, keep_last=1)
         saving = Checkpoints(Path(folder), keep, frozen, Signals())
         saving.on_train_start(alone, finetuner)
         saving.on_train_batch_start(alone, finetuner, None, 0)
         saving._look(wait=True)  # the thread has its memory, as after a minute of training
-        pauses, computing, writing, gaps, plain = [], [], [], [], []
+        pauses: list[float] = []
+        computing: list[float] = []
+        writing: list[float] = []
+        gaps: list[float] = []
+        plain: list[float] = []
+        before: list[float] = []
+        reading: list[float] = []
         for _ in range(args.saves):
             finetuner.run_state.iteration += 1
             with timed(pauses), timed(computing, time.thread_time):
@@ -64,16 +71,17 @@ def main() -> None:
             size = path.stat().st_size
             with timed(plain):
                 (Path(folder) / "plain").write_bytes(path.read_bytes())
-        with timed(before := []):
+        with timed(before):
             checkpoint.save(finetuner, optimizers, Path(folder), frozen)
-        with timed(reading := []):
+        with timed(reading):
             checkpoint.check_content(weight_file.read(path))
         parts = {
             "SHA-256 of the frozen part": lambda: frozen_sha256(finetuner.autoencoder.state_dict()),
             "SHA-256 of all tensors": lambda: tensors_sha256(weight_file.read(path).tensors),
         }
         for name, part in parts.items():
-            with timed(seconds := []):
+            seconds: list[float] = []
+            with timed(seconds):
                 part()
             print(f"  {name}: {seconds[0]:.2f} s")
 

@@ -94,6 +94,38 @@ def test_kubernetes_job_has_what_the_operator_reads():
     assert nodes * int(variables["GPUS_PER_NODE"]) * 12 == 192
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "/shared/runs/compiled"), ({"TORCHINDUCTOR_CACHE_DIR": "/elsewhere"}, "/elsewhere")],
+)
+@pytest.mark.parametrize(
+    ("script", "starter"), [("torchrun.sh", "torchrun"), ("slurm.sbatch", "srun")]
+)
+def test_compiled_kernels_are_kept_beside_the_runs(tmp_path, script, starter, given, expected):
+    """Each starter is replaced by one that prints the variable."""
+    stand_in = tmp_path / starter
+    stand_in.write_text('#!/usr/bin/env bash\necho "cache: $TORCHINDUCTOR_CACHE_DIR"\n')
+    stand_in.chmod(0o755)
+    variables = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        **{"GPUS_PER_NODE": "1", "RUN_DIR": "/shared/runs/mine", **given},
+    }
+    command = ["bash", f"launch/{script}", "run_dir=/shared/runs/mine"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == f"cache: {expected}"
+
+
+def test_a_pod_keeps_compiled_kernels_on_a_volume_that_lasts():
+    spec = job()["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    (container,) = spec["containers"]
+    folders = {entry["name"]: entry["value"] for entry in container["env"]}
+    claims = {v["name"] for v in spec["volumes"] if "persistentVolumeClaim" in v}
+    lasting = [m["mountPath"] for m in container["volumeMounts"] if m["name"] in claims]
+    assert str(Path(folders["TORCHINDUCTOR_CACHE_DIR"]).parent) in lasting
+
+
 @pytest.mark.slow
 def test_the_pod_s_command_trains(folder):
     (container,) = job()["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
