@@ -19,6 +19,7 @@ from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.host_memory import HostMemory
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.errors import RunFailedError
+from kl_f8_train.run.callback import Course
 from kl_f8_train.run.saving import Checkpoints, Signals
 from kl_f8_train.run.train import train
 from kl_f8_train.run_dir import best_checkpoint, list_checkpoints
@@ -118,8 +119,9 @@ class Alone:
         self.tuner = tuner
         settings = replace(tuner.config.checkpoint, every=1, keep_last=2, keep_every=0)
         frozen = frozen_sha256(tuner.autoencoder.state_dict())
-        self.signals = Signals()
-        self.saving = Checkpoints(folder, settings, frozen, self.signals)
+        self.course = Course()
+        self.signals = Signals(self.course)
+        self.saving = Checkpoints(folder, settings, frozen, self.course)
         strategy = SimpleNamespace(broadcast=lambda value: value)
         self.trainer = SimpleNamespace(
             is_global_zero=True,
@@ -297,10 +299,10 @@ def test_a_frozen_part_that_moved_is_not_written(alone, tmp_path):
 def test_waiting_for_a_slow_disk_is_no_hanging(alone, gate):
     alone.turn()
     seen: list[bool] = []
-    threading.Timer(0.2, lambda: (seen.append(alone.signals.excused), gate.set())).start()
+    threading.Timer(0.2, lambda: (seen.append(alone.course.at_disk), gate.set())).start()
     alone.turn()
     assert seen == [True]
-    assert not alone.signals.excused
+    assert not alone.course.at_disk
     alone.end()
 
 

@@ -21,7 +21,7 @@ from kl_f8_train.core.step import Finetuner
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.launch import SIGNALS
 from kl_f8_train.output import say
-from kl_f8_train.run.callback import finetuner_of, tolerated
+from kl_f8_train.run.callback import Course, finetuner_of, tolerated
 from kl_f8_train.run.watchdog import end_process, show_stacks
 from kl_f8_train.run_dir import (
     best_checkpoint,
@@ -45,10 +45,10 @@ class Checkpoints(Callback):
     """
 
     def __init__(
-        self, run_dir: Path, config: configs.Checkpoint, frozen_sha256: str, signals: "Signals"
+        self, run_dir: Path, config: configs.Checkpoint, frozen_sha256: str, course: Course
     ) -> None:
         self.run_dir, self.config, self.frozen = run_dir, config, frozen_sha256
-        self.signals = signals
+        self.course = course
         self.memory = HostMemory()
         self.snapshot: checkpoint.Snapshot | None = None  # the last one
         self.thread = ThreadPoolExecutor(1, "checkpoint")
@@ -74,7 +74,7 @@ class Checkpoints(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Saves when it is time; ends the run when saving has failed twice, on all ranks."""
-        if self.signals.ends_failed:
+        if self.course.ends_unsaved:
             raise RunFailedError(trainer.strategy.broadcast(self.failure))
         self._look(wait=False)
         done = finetuner_of(pl_module).warmup_done or finetuner_of(pl_module).iteration
@@ -122,7 +122,7 @@ class Checkpoints(Callback):
     def _save(self, trainer: Trainer, finetuner: Finetuner) -> None:
         snapshot = self._copy(trainer, finetuner)
         path = checkpoint_path(self.run_dir, finetuner.iteration, finetuner.warmup_done)
-        if not self.signals.failed:
+        if not self.course.cannot_save:
             self.writing.append(self.thread.submit(self._write, snapshot, path))
 
     def _copy(self, trainer: Trainer, finetuner: Finetuner) -> checkpoint.Snapshot:
@@ -135,13 +135,13 @@ class Checkpoints(Callback):
 
     def _look(self, wait: bool) -> None:
         """Raises what went wrong in the thread unforeseen; with `wait`, once all is written."""
-        self.signals.excused = wait  # a slow disk does not hang
+        self.course.at_disk = wait
         try:
             while self.writing and (wait or self.writing[0].done()):
                 self.writing.pop(0).result()
         finally:
-            self.signals.excused = False
-        self.signals.failed = self.failures > 1
+            self.course.at_disk = False
+        self.course.cannot_save = self.failures > 1
 
     def _write(self, snapshot: checkpoint.Snapshot, path: Path) -> None:
         """In the thread."""
@@ -201,15 +201,10 @@ class Signals(Callback):
     and ends the process if no iteration ends in time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, course: Course) -> None:
+        self.course = course
         self.received = 0
-        self.done = 0  # iterations
-        self.seconds = 0.0  # that the last iteration took, with its reports
-        self.mark = 0.0  # its end, or the start
         self.stopping = False  # the loop has answered
-        self.excused = False  # the main thread waits for something slow that will end
-        self.failed = False  # this rank cannot save
-        self.ends_failed = False  # one rank cannot save, and all know it
         self._agreed: HostCopy | None = None
         self._before: dict[int, Any] = {}
 
@@ -243,12 +238,12 @@ class Signals(Callback):
         while (number := os.read(self._heard, 1)[0]) not in SIGNALS:  # others have handlers, too
             if self._restored.is_set():
                 return
-        waited, before = 0.0, self.done
-        while waited < max(ANSWER, 3 * self.seconds):  # for slow iterations
+        course, waited, before = self.course, 0.0, self.course.done
+        while waited < max(ANSWER, 3 * course.seconds):  # for slow iterations
             if self._restored.wait(TICK) or self.stopping:
                 return
-            waited = waited + TICK if self.done == before and not self.excused else 0.0
-            before = self.done
+            waited = waited + TICK if course.done == before and not course.at_disk else 0.0
+            before = course.done
 
         def report() -> None:
             say(
@@ -265,15 +260,9 @@ class Signals(Callback):
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first iteration begins."""
-        self.mark = time.perf_counter()
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stops all ranks if one of them got a signal."""
-        now = time.perf_counter()
-        self.done, self.seconds, self.mark = self.done + 1, now - self.mark, now
-        mine = FAILED if self.failed else self.received
+        mine = FAILED if self.course.cannot_save else self.received
         if trainer.world_size > 1:
             flag = torch.full((), mine, device=pl_module.device)  # filled there
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -293,6 +282,6 @@ class Signals(Callback):
 
     def _take(self, agreed: int) -> None:
         if agreed == FAILED:
-            self.ends_failed = True
+            self.course.ends_unsaved = True
         else:
             self.received = agreed

@@ -25,7 +25,8 @@ from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.hashes import frozen_sha256, tensors_sha256
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.step import Finetuner
-from kl_f8_train.run.saving import Checkpoints, Signals
+from kl_f8_train.run.callback import Course
+from kl_f8_train.run.saving import Checkpoints
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.weights import checkpoint, weight_file
 
@@ -50,7 +51,7 @@ def main() -> None:
     alone: Any = SimpleNamespace(is_global_zero=True, optimizers=optimizers)
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
         keep = replace(recipe.checkpoint, every=1, keep_last=1)
-        saving = Checkpoints(Path(folder), keep, frozen, Signals())
+        saving = Checkpoints(Path(folder), keep, frozen, Course())
         saving.on_train_start(alone, finetuner)
         saving.on_train_batch_start(alone, finetuner, None, 0)
         saving._look(wait=True)  # the thread has its memory, as after a minute of training
