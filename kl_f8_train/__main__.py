@@ -508,7 +508,9 @@ def _evaluate_latents(args: argparse.Namespace, named: list[tuple[str, Path, str
         raise UsageError("--size: latents have their own; one size of --images, for FID")
     if not args.latents.exists():
         raise MissingInputError(f"--latents {args.latents}: no such folder or file; check the path")
-    _check_places(args.images or str(args.latents), args.out)
+    _check_out(args.out)
+    if args.images:
+        _check_places(args.images, args.out)
     from kl_f8_train.score import generated
     from kl_f8_train.score.evaluate import PROTOCOLS
 
@@ -545,11 +547,15 @@ def _after_scores(out: Path, name: str, path: Path, select: str) -> str:
     return f"kl-f8-train doctor single_gpu {weights} data.sources=PHOTOS"
 
 
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is a file; expected a directory: name another place")
+
+
 def _check_places(images: str, out: Path) -> None:
     """Raises UsageError or MissingInputError for what the two paths alone show."""
     source = Path(images)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out}: is a file; expected a directory: name another place")
+    _check_out(out)
     if not any(sign in images for sign in "{*?[:") and not source.exists():
         raise MissingInputError(
             f"--images {images}: no such folder, shard or list of shards; check the path"
