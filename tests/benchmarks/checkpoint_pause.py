@@ -89,7 +89,7 @@ def main() -> None:
     pause = statistics.median(pauses)
     print(f"checkpoint of {size / 1e9:.2f} GB: a pause of {pause:.2f} s, median of {len(pauses)}")
     print(f"  all: {', '.join(f'{p:.2f}' for p in pauses)} s")
-    print(f"  of it computing, which others on this CPU do not lengthen: {max(computing):.2f} s")
+    print(f"  of it computing, which others on this CPU do not lengthen: {statistics.median(computing):.2f} s")
     print(
         f"  checked and written meanwhile: {statistics.median(writing):.2f} s, of which the thread"
     )
