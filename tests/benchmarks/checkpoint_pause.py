@@ -89,11 +89,10 @@ def main() -> None:
     pause = statistics.median(pauses)
     print(f"checkpoint of {size / 1e9:.2f} GB: a pause of {pause:.2f} s, median of {len(pauses)}")
     print(f"  all: {', '.join(f'{p:.2f}' for p in pauses)} s")
-    print(f"  of it computing, which others on this CPU do not lengthen: {statistics.median(computing):.2f} s")
-    print(
-        f"  checked and written meanwhile: {statistics.median(writing):.2f} s, of which the thread"
-    )
-    print(f"  that trains could not run for at most {max(gaps):.3f} s at a time")
+    busy = statistics.median(computing)
+    print(f"  of it computing, which others on this CPU do not lengthen: {busy:.2f} s")
+    print(f"  checked and written while training goes on: {statistics.median(writing):.2f} s;")
+    print(f"  the longest time for which it could not run: {max(gaps):.3f} s")
     print(f"  copied, checked and written while training waits: {before[0]:.2f} s")
     print(f"  read and write a plain copy, unflushed: {statistics.median(plain):.2f} s")
     print(f"  reading it back, with its check: {reading[0]:.2f} s")
