@@ -13,10 +13,13 @@ def learning_rate(settings: Optimizer, done: int) -> float:
     """
     rate, final = settings.learning_rate, settings.final_learning_rate
     if settings.decay != "constant" and settings.decay_iterations is not None:
+        # rate(n) = rate + (final - rate) p, p = n / N, or (1 - cos(pi n / N)) / 2: SGDR's half
+        # period (Loshchilov and Hutter 2017), without restarts.
         progress = min(1.0, done / settings.decay_iterations)
         if settings.decay == "cosine":
             progress = 0.5 - 0.5 * math.cos(math.pi * progress)
         rate += (final - rate) * progress
+    # done + 1: the first update already moves, by one part in warmup_iterations
     return rate * min(1.0, (done + 1) / max(1, settings.warmup_iterations))
 
 
