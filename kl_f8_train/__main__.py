@@ -242,8 +242,13 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--private", action="store_true", help="make a new repository private")
     push.add_argument("--pictures", action="store_true", help="upload strip.png, of photographs")
 
-    pack = add("pack", _pack, "Packs a folder of images into WebDataset shards.")
-    pack.add_argument("images", type=Path, help="folder, searched recursively")
+    pack = add("pack", _pack, "Packs images into WebDataset shards.")
+    pack.add_argument(
+        "images",
+        type=Path,
+        nargs="+",
+        help="folder, searched recursively; or parquet files of the Hugging Face hub, or a glob",
+    )
     pack.add_argument("out", type=Path, help="directory of the shards")
     pack.add_argument("--per-shard", type=int, default=1000, help="images in each shard")
     pack.add_argument("--workers", type=_positive, help="processes (all cores)")
@@ -622,8 +627,13 @@ def _push(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    if not args.images.is_dir():
-        raise MissingInputError(f"{args.images}: no such folder; expected one of photographs")
+    absent = [
+        place for place in args.images if not (place.exists() or set("*?[") & set(f"{place}"))
+    ]
+    if absent:
+        raise MissingInputError(
+            f"{absent[0]}: no such folder; expected one of photographs, or .parquet files"
+        )
     from kl_f8_train.data.pack import pack
 
     with _bar("image") as progress:

@@ -20,8 +20,8 @@ from kl_f8_train.config import Config
 from kl_f8_train.core import machine, perceptual
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.discriminator import Discriminator
+from kl_f8_train.core.machine import timed_by
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
-from kl_f8_train.core.phases import timed_by
 from kl_f8_train.core.step import Finetuner, Loop
 from kl_f8_train.weights import pretrained
 

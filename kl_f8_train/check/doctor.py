@@ -25,11 +25,12 @@ from kl_f8_train import config as configs
 from kl_f8_train import facts, images, units
 from kl_f8_train.check import benchmark, cost, origins, overlap, scaling, screen
 from kl_f8_train.config import Config
-from kl_f8_train.core import machine, perceptual, schedule
+from kl_f8_train.core import machine, perceptual
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.losses import generator_loss, reconstruction_loss
 from kl_f8_train.core.model import FROZEN
 from kl_f8_train.core.step import Finetuner
+from kl_f8_train.core.updates import describe_rate
 from kl_f8_train.data import identity
 from kl_f8_train.data.handover import FEW_FILES, raise_open_files, shared_memory_note
 from kl_f8_train.data.loading import PositionDataset, collate, open_data, shard_cache
@@ -270,7 +271,7 @@ def _check_batch(report: Report, config: Config, world: int) -> None:
     here = _memory_here(config)
     _tell_memory(report, config, micro, batch // world, here)
     report.tell(
-        f"learning rate {schedule.describe(config.optimizer, updates)}: nothing scales it. The "
+        f"learning rate {describe_rate(config.optimizer, updates)}: nothing scales it. The "
         "original's rule would give "
         f"{parts} x {micro} x {world} x {BASE_RATE:g} = {batch * BASE_RATE:g}; this is "
         f"{rate / BASE_RATE:.3g} x its base rate"
@@ -318,7 +319,8 @@ def _memory_here(config: Config) -> dict[str, float]:
         return {found.name: found.total_memory - cost.HEADROOM_BYTES}
     if not _on_cpu(config):
         return {}
-    return {THIS_MACHINE: machine.available_memory() / (config.compute.devices or 1)}
+    copy = scaling.checkpoint_bytes(config)  # of the first process, while a checkpoint is written
+    return {THIS_MACHINE: (machine.available_memory() - copy) / (config.compute.devices or 1)}
 
 
 def check_fits(config: Config, micro: int, share: int, rooms: Mapping[str, float]) -> None:

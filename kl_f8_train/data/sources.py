@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from kl_f8_train.data.index import (
-    ABSENT,
     COMPRESSED,
+    GONE,
     PART_SHARDS,
     TAR_BLOCK,
     UNFETCHED,
@@ -113,6 +113,7 @@ class TarSource:
         header = json.loads((directory / "index.json").read_text(encoding="utf-8"))
         self.directory, self.cache, self.filters = directory, cache, list(filters)
         self.locations: list[str] = header["locations"]
+        self.remote = [is_remote(place) for place in self.locations]
         self.fingerprints: list[list[int]] = header["fingerprints"]
         self.broken: dict[str, str] = header["broken"]
         self.without_image: int = header["without_image"]
@@ -138,7 +139,7 @@ class TarSource:
         return [
             place
             for place, before, after in pairs
-            if before != after and not (before in (UNFETCHED, ABSENT) and is_remote(place))
+            if before != after and not (before in (UNFETCHED, GONE) and is_remote(place))
         ]
 
     def unfetched(self) -> int:
@@ -151,7 +152,7 @@ class TarSource:
         offset, size = (int(self.blocks[row]) - 1) * TAR_BLOCK, int(self.sizes[row])
         place = self.locations[shard]
         try:
-            with self.cache.open(place) if is_remote(place) else open(place, "rb") as file:
+            with self.cache.open(place) if self.remote[shard] else open(place, "rb") as file:
                 data = os.pread(file.fileno(), TAR_BLOCK + size, offset)
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error

@@ -69,10 +69,8 @@ def export(
     if `out` is a run directory; MissingInputError if there is no training checkpoint, or no such
     EMA in it; RunFailedError if a written file does not read back as what was exported.
     """
-    if raw and ema is not None:
-        raise UsageError("--ema takes an EMA, --raw none; leave out one of them")
     source = _best(source) if best else source
-    _check_average(source, average, raw)
+    _check_choice(source, average, raw, ema)
     header = weight_file.read(source, _nothing)
     config = checkpoint.stored_config(header)
     select = "raw" if raw else "ema" if ema is None else selection(ema)
@@ -88,8 +86,8 @@ def export(
     named, tried = half_precision.choose_images(pictures, min(SIZE, config.data.crop))
     weights = _stored_weights(header, select)
     record: dict[str, Any] = {"name": config.name, "stem": stem, "weights": kind, "dtype": dtype}
-    record |= _provenance(header, config) | {"averaged": _average(weights, header, average, select)}
-    record["ema_decay"] = config.ema.decays[0] if ema is None else ema
+    record |= _provenance(header, config, ema)
+    record["averaged"] = _average(weights, header, average, select)
     stated = _stated_facts(header, config, family)
     model = _autoencoder_of(weights, stated)
     model, stated, measured = _fp16_safe(model, stated, tried, fp16_safe, say)
@@ -97,17 +95,15 @@ def export(
 
     about = {**_metadata(config, header, record), **stated.metadata()}
     _write_weights(files, model, stated, about, config.data.crop, record["iteration"])
-    write_text(out / "config.yaml", configs.to_yaml(config))
     record["checks"] = _verify(out, files, model, stated)
     _describe(out, written, record, config)
-    removed = _remove_old(out, before, record["files"])
     warnings = _ruined(_home(source), record, weight_file.kept_selection(header, select))
-    for line in (*_summary(out, record), *removed, *warnings):
+    for line in (*_summary(out, record), *_remove_old(out, before, record["files"]), *warnings):
         say(line)
     return out
 
 
-def _provenance(header: weight_file.Contents, config: Config) -> dict[str, Any]:
+def _provenance(header: weight_file.Contents, config: Config, ema: float | None) -> dict[str, Any]:
     """What a training checkpoint says of where its weights come from."""
     return {
         "iteration": int(header.metadata["iteration"]),
@@ -117,6 +113,7 @@ def _provenance(header: weight_file.Contents, config: Config) -> dict[str, Any]:
         **checkpoint.stored_base(header.metadata),
         "changes": checkpoint.stored_changes(header.metadata),
         "perceptual": checkpoint.stored_identity(header.metadata).get("perceptual"),
+        "ema_decay": config.ema.decays[0] if ema is None else ema,
         "config_sha256": hashlib.sha256(header.metadata["config"].encode()).hexdigest(),
         "frozen_sha256": header.metadata["frozen_sha256"],
         "config": configs.to_dict(config),
@@ -157,7 +154,8 @@ def _write_weights(
 
 
 def _describe(out: Path, written: Sequence[Path], record: dict[str, Any], config: Config) -> None:
-    """Writes the card and the summary, which has the hashes of all other files."""
+    """Writes the configuration, the card and the summary, which has all other files' hashes."""
+    write_text(out / "config.yaml", configs.to_yaml(config))
     record["files"] = {str(path.relative_to(out)): file_sha256(path) for path in written}
     write_text(out / "README.md", card.model_card(config, record))
     record["files"]["README.md"] = file_sha256(out / "README.md")
@@ -366,8 +364,10 @@ def _paths(files: Sequence[WeightFile]) -> list[Path]:
     return [*(file.path for file in files), *(folder / "config.json" for folder in folders)]
 
 
-def _check_average(source: Path, average: Sequence[Path], raw: bool) -> None:
-    """Raises UsageError for raw weights, which have none, and for a checkpoint given twice."""
+def _check_choice(source: Path, average: Sequence[Path], raw: bool, ema: float | None) -> None:
+    """Raises UsageError for EMAs and raw weights together, and for a checkpoint given twice."""
+    if raw and ema is not None:
+        raise UsageError("--ema takes an EMA, --raw none; leave out one of them")
     if raw and average:
         raise UsageError(
             "--average takes the EMAs of checkpoints, --raw no EMA; leave out one of them"

@@ -30,13 +30,14 @@ from torch.utils.data import DataLoader
 from kl_f8_train import config as configs
 from kl_f8_train import facts, images, output, units
 from kl_f8_train.config import Config, micro_batch
-from kl_f8_train.core import machine, schedule
+from kl_f8_train.core import machine
 from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_remedy
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.run_state import RunState
 from kl_f8_train.core.step import Finetuner, bound_to
+from kl_f8_train.core.updates import describe_rate
 from kl_f8_train.data import identity
 from kl_f8_train.data.handover import shared_memory_note
 from kl_f8_train.data.loading import (
@@ -96,7 +97,8 @@ def train(config: Config, allow_changes: bool = False) -> int:
 @with_remedy()
 def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
     _quiet_lightning()
-    signals = Signals()
+    course = Course()
+    signals = Signals(course)
     signals.install()
     try:
         finetuner, frozen = start_or_resume(config, run_dir, allow_changes)
@@ -106,9 +108,9 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
         plan, sources = open_data(config, say_once)
         adopt(finetuner, identity.of_data(sources), f"{run_dir}", allow_changes)
         _describe(config, finetuner, plan, sources)
-        start, course = finetuner.iteration, Course()
+        start = finetuner.iteration
         run_log = RunLog(run_dir, config, start, plan, course)
-        saving = Checkpoints(run_dir, config.checkpoint, frozen)
+        saving = Checkpoints(run_dir, config.checkpoint, frozen, course)
         validation = Validation(
             run_dir,
             config,
@@ -530,7 +532,7 @@ def _describe(
     decays = first + f" (beside it {', '.join(further)})" * bool(further)
     say_once(
         f"iterations: {finetuner.iteration:,} -> {config.stop_iteration:,}; learning rate "
-        f"{schedule.describe(config.optimizer, updates)}; EMA decay {decays}; "
+        f"{describe_rate(config.optimizer, updates)}; EMA decay {decays}; "
         f"{config.precision}"
     )
     say_once(f"networks: {machine.describe(config.compute)}")

@@ -18,7 +18,7 @@ from kl_f8_train.run.outcome import badness
 from kl_f8_train.run_dir import VALIDATION_FILE, MetricsFile
 from kl_f8_train.units import shortest
 
-Report = Callable[[int, dict[str, float], Path], None]  # of an iteration's row and its strip
+ReportScores = Callable[[int, dict[str, float], Path], None]  # of an iteration's row and its strip
 KeepBest = Callable[[Trainer, Finetuner], None]  # saves the best checkpoint so far
 COLOURS = ("red", "green", "blue", "saturation")
 
@@ -36,7 +36,7 @@ class Validation(Callback):
         config: Config,
         start: int,
         fixed: list[Tensor],
-        report: Report,
+        report: ReportScores,
         keep_best: KeepBest | None = None,
     ) -> None:
         self.folder, self.every, self.fixed = run_dir / "pictures", config.log.pictures_every, fixed

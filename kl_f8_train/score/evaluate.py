@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import hashlib
 import importlib.metadata
+import itertools
 import os
 import re
 from collections import Counter, deque
@@ -623,28 +624,23 @@ def evaluate(
     latent_noise: Sequence[float] = (),
     tile: int | None = None,
 ) -> dict[str, Any] | None:
-    """Scores weights (name, file, "ema" or "raw") on a folder or shards; writes them to `out`.
+    """Scores weights (name, file, selection) on a folder or shards; writes them to `out`.
 
-    "ema-0.9999" in place of "ema": the EMA of that decay, of several in a training checkpoint.
-
-    `with_baselines` adds the rows of BASELINES, `latent_noise` a row for each VAE and sigma
-    (`with_noise`); `tile`, in pixels, measures tiled decoding, too. Of several sizes each is an
-    evaluation of its own, in a folder of `out` that is called as the size. Prints the table, and
-    before it how the second of the `compared` models does against the first. Returns what
-    scores.json holds, or of several sizes the same by size ("512"), on the first process, and None
-    on the others. Raises MissingInputError for files that are not there, UsageError for a size
-    that does not divide, RunFailedError if no image can be used or a VAE puts out what is not
-    finite.
+    A selection is "ema", "raw", or as "ema-0.9999" one EMA of several. `with_baselines` adds the
+    rows of BASELINES, `latent_noise` a row for each VAE and sigma; `tile`, in pixels, measures
+    tiled decoding. Of several sizes each is an evaluation of its own, in a folder of `out` of that
+    name. Prints how the second of the `compared` models does against the first, and the table.
+    Returns what scores.json holds, or of several sizes the same by size ("512"), on the first
+    process, and None on the others. Raises MissingInputError for missing files, UsageError for a
+    size that does not divide, RunFailedError if no image can be used or an output is not finite.
     """
-    sizes = [size] if isinstance(size, int) else list(size)
+    sizes = [size] if isinstance(size, int) else size
     with processes() as (rank, world), exact_float32():
         say = say_aloud if rank == 0 else _silent
         device = own_device(device)
         vaes = load_candidates(named, device)
         candidates = vaes + perturbed(vaes, latent_noise) + (baselines() if with_baselines else [])
-        for one in sizes:
-            _check_size(candidates, one)
-        _check_tile(vaes, tile, max(sizes))
+        _check_sizes(candidates, sizes, tile)
         networks = find_networks(perceptual_name, vgg, inception, device, say)
         check_writable(out)
         session = Session(
@@ -663,9 +659,9 @@ def evaluate(
         )
         results = {}
         for one in sizes:
-            image_set = ImageSet(where, one, limit, say, out)
-            own_out = out if isinstance(size, int) else out / str(one)
-            results[str(one)] = _evaluate_size(session, image_set, where, own_out)
+            images = ImageSet(where, one, limit, say, out)
+            own = out if isinstance(size, int) else out / str(one)
+            results[str(one)] = _evaluate_size(session, images, where, own)
     if rank > 0:
         return None
     return results[str(size)] if isinstance(size, int) else results
@@ -792,24 +788,27 @@ def own_device(asked: str | None) -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
-def _check_size(candidates: Sequence[Candidate], size: int) -> None:
-    for candidate in candidates:
+def _check_sizes(candidates: Sequence[Candidate], sizes: Sequence[int], tile: int | None) -> None:
+    """Raises UsageError for a size that a VAE's downsampling or SSIM's window does not allow.
+
+    Or for tiles that do not divide, or are so large that nothing is tiled.
+    """
+    for size, candidate in itertools.product(sizes, candidates):
         if size % candidate.model.downsampling or size < 11:
             raise UsageError(
                 f"--size {size}: expected at least 11 pixels (SSIM's window) and a multiple of "
                 f"{candidate.model.downsampling}, the downsampling of {candidate.name}"
             )
-
-
-def _check_tile(vaes: Sequence[Candidate], tile: int | None, largest: int) -> None:
-    """Raises UsageError for a tile that does not divide, or is so large that nothing is tiled."""
-    for vae in vaes if tile is not None else ():
+    if tile is None:
+        return
+    largest = max(sizes)
+    for vae in (one for one in candidates if not isinstance(one.model, Means)):
         step = 4 * vae.model.downsampling
-        if tile is not None and (tile < step or tile % step):
+        if tile < step or tile % step:
             raise UsageError(
                 f"--tiled {tile}: expected a multiple of {step} pixels, four latents of {vae.name}"
             )
-    if tile is not None and largest <= tile // 2:
+    if largest <= tile // 2:
         raise UsageError(
             f"--tiled {tile}: images of {largest} x {largest} fit in one tile; give a larger "
             f"--size, such as {2 * tile}, or smaller tiles"
