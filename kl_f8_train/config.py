@@ -135,6 +135,11 @@ class Loss:
     gradient_weight: float = setting(
         "weight of |Sobel(x - y)|, rows and columns; 0: none", 0.0, bounds=(0, ANY)
     )
+    perceptual_precision: Literal["float32", "bfloat16"] = setting(
+        "of the perceptual network's convolutions in training; its lengths and distances stay "
+        "float32, and so does validation",
+        "float32",
+    )
     learn_logvar: bool = setting("train the loss's log variance (the original's stays 0)", False)
     perceptual_weights: str | None = setting(
         "VGG16 features file; null: where `kl-f8-train fetch` put it", None, machine=True

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -414,11 +414,13 @@ class Finetuner(_Base):
         Where nll itself is not finite, neither is the gradient: that of all ranks is not, then.
         """
         y, loss = y.detach().requires_grad_(), self.config.loss
-        parts = self.config.compute.perceptual_parts
+        parts, network = self.config.compute.perceptual_parts, self.perceptual
+        if loss.perceptual_precision != "float32":
+            network = partial(network, precision=loss.perceptual_precision)
         nll, terms = reconstruction_loss(
             x,
             y,
-            distance_in_parts(self.perceptual, x, y, parts).to(x.dtype),
+            distance_in_parts(network, x, y, parts).to(x.dtype),
             pixel=loss.pixel,
             perceptual_weight=loss.perceptual_weight,
             l1_weight=loss.l1_weight,
