@@ -18,7 +18,7 @@ from torch.optim import Adam
 from kl_f8_train.config import Config, divisor_up_to
 from kl_f8_train.core import machine
 from kl_f8_train.core.discriminator import Discriminator
-from kl_f8_train.core.finite import UpdateFlags, finite_images, step_unless
+from kl_f8_train.core.finite import UpdateFlags, finite_images, is_bad, step_unless
 from kl_f8_train.core.gradients import (
     average_over_ranks,
     build_adam,
@@ -30,9 +30,10 @@ from kl_f8_train.core.gradients import (
 from kl_f8_train.core.losses import (
     adaptive_weight,
     adversarial_factor,
-    discriminator_loss,
     generator_loss,
+    judged,
 )
+from kl_f8_train.core.machine import Compiled
 from kl_f8_train.core.phases import phase
 
 GROUP = 12  # images; the original: 16 GPUs x 12
@@ -56,6 +57,11 @@ class Adversary:
         assert config.adversarial is not None, "a discriminator without its settings"
         self.network, self.settings = network, config.adversarial
         self.precision, self.optimizer_settings = config.precision, config.optimizer
+        self.judged, self.finite_images = judged, finite_images
+
+    def compile_functions(self, compiled: Compiled) -> None:
+        """Compiles what is computed beside the network."""
+        self.judged, self.finite_images = compiled(judged), compiled(finite_images)
 
     @cached_property
     def adam(self) -> Adam:
@@ -152,7 +158,7 @@ class Adversary:
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         average_over_ranks([*gradients, terms["discriminator_loss"]])
         norm = norm_of([*gradients, 0.0 * terms["discriminator_loss"]])  # its loss counts, too
-        verdict = UpdateFlags(~norm.isfinite(), finite)
+        verdict = UpdateFlags(is_bad(norm), finite)
         if self.optimizer_settings.clip_norm is not None:
             most = self.optimizer_settings.clip_norm
             terms["discriminator_clipped"] = clip(gradients, norm, most)
@@ -168,16 +174,10 @@ class Adversary:
         terms, finite = [], []
         for x, y in pairs:
             real, fake = self.logits(x, y)
-            loss = discriminator_loss(real, fake)
+            loss, figures = self.judged(real, fake)
             (factor * loss / groups).backward()
-            finite.append(finite_images(x + y, loss.detach()))
-            terms.append(
-                {
-                    "discriminator_loss": factor * loss.detach(),
-                    "logits_real": real.detach().mean(),
-                    "logits_fake": fake.detach().mean(),
-                }
-            )
+            finite.append(self.finite_images(x + y, loss.detach()))
+            terms.append({"discriminator_loss": factor * loss.detach(), **figures})
         return torch.cat(finite), mean_of_each(terms)
 
 
@@ -190,6 +190,9 @@ class NoAdversary(Adversary):
     def adams(self) -> list[Adam]:
         """None."""
         return []
+
+    def compile_functions(self, compiled: Compiled) -> None:
+        """None."""
 
     def runs(self, iteration: int) -> bool:
         """Never."""

@@ -4,6 +4,7 @@ The host never waits for the device inside an iteration: a fused Adam looks at a
 (`found_inf`, made for torch's GradScaler), and the flags travel to the host while it queues on.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,12 +75,25 @@ class Remembered:
     """A network's buffers as they are now: a bad batch goes through BatchNorm, too."""
 
     def __init__(self, module: nn.Module | None) -> None:
-        self.pairs = [(b, b.clone()) for b in module.buffers()] if module is not None else []
+        kinds: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)  # in one tensor each
+        for buffer in module.buffers() if module is not None else ():
+            kinds[buffer.dtype].append(buffer)
+        self.kinds = [(buffers, _joined(buffers)) for buffers in kinds.values()]
 
+    @torch.no_grad()
     def restore(self, bad: Tensor) -> None:
         """Puts them back where `bad`, a bool, is true."""
-        for buffer, before in self.pairs:
-            buffer.copy_(torch.where(bad, before, buffer))
+        for buffers, before in self.kinds:
+            kept = torch.where(bad, before, _joined(buffers))
+            parts = kept.split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(
+                buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)]
+            )
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """All elements in a row."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 class Guard:
@@ -135,6 +149,11 @@ def finite_images(tensor: Tensor, loss: Tensor) -> Tensor:
     """Which images are finite in a (B, ...) tensor; none if only their common loss is not: (B,)."""
     finite = tensor.isfinite().flatten(1).all(1)
     return finite & (loss.isfinite() | ~finite.all())
+
+
+def is_bad(norm: Tensor) -> Tensor:
+    """Whether it is infinite or NaN, in two kernels: torch's `~norm.isfinite()` takes five."""
+    return norm - norm != 0.0
 
 
 def suspects(keys: list[str], finite: list[bool]) -> str:

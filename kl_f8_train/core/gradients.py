@@ -57,7 +57,10 @@ def norm_of(tensors: list[Tensor]) -> Tensor:
 
 def mean_of_each(terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Means over several passes, by name."""
-    return {key: torch.stack([t[key] for t in terms]).mean() for key in (terms or [{}])[0]}
+    if len(terms) < 2:
+        return dict(*terms)
+    means = torch.stack([torch.stack(list(term.values())) for term in terms]).mean(0)
+    return dict(zip(terms[0], means.unbind(), strict=True))
 
 
 def average_over_ranks(tensors: list[Tensor]) -> None:

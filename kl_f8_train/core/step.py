@@ -32,6 +32,7 @@ from kl_f8_train.core.finite import (
     Remembered,
     UpdateFlags,
     finite_images,
+    is_bad,
     step_plainly,
     step_unless,
 )
@@ -46,7 +47,7 @@ from kl_f8_train.core.gradients import (
 )
 from kl_f8_train.core.hashes import tensors_sha256
 from kl_f8_train.core.losses import reconstruction_loss
-from kl_f8_train.core.model import TRAINED, AutoencoderKL
+from kl_f8_train.core.model import TRAINED, AutoencoderKL, Posterior
 from kl_f8_train.core.perceptual import distance_in_parts
 from kl_f8_train.core.phases import phase
 from kl_f8_train.core.run_state import RunState
@@ -126,8 +127,13 @@ class Finetuner(_Base):
         self.run_state = run_state or RunState(iteration=config.init.iteration or 0)
         self.guard = Guard(config.max_bad_updates)
         self.metrics: dict[str, Tensor] = {}  # of the last iteration
+        self.reconstruction_loss, self.finite_images = reconstruction_loss, finite_images
+        self.sampled = sampled
         if machine.compiles(config.compute):
-            machine.compile_networks(autoencoder, discriminator, perceptual)
+            compiled = machine.compile_networks(autoencoder, discriminator, perceptual)
+            self.reconstruction_loss = compiled(reconstruction_loss)
+            self.finite_images, self.sampled = compiled(finite_images), compiled(sampled)
+            self.adversary.compile_functions(compiled)
 
     @property
     def perceptual(self) -> nn.Module:
@@ -367,9 +373,9 @@ class Finetuner(_Base):
     def images(self, batch: Batch, part: slice) -> Tensor:
         """(B, 3, H, W) in [-1, 1], in the weights' precision and layout."""
         images = batch.images[part]
-        if images.dtype == torch.uint8:
-            images = to_float(images)
         layout = torch.channels_last if self.nhwc else torch.preserve_format
+        if images.dtype == torch.uint8:
+            images = to_float(images.to(torch.float32, memory_format=layout))
         return images.to(self.autoencoder.last_layer.dtype, memory_format=layout)
 
     @phase("encode")
@@ -381,13 +387,13 @@ class Finetuner(_Base):
             x = self.images(batch, part)
             with self._autocast(x):
                 posterior = self.autoencoder.encode(x)
-            z = posterior.sample(batch.noise[draw, part].to(x.dtype))
+            z, kl = self.sampled(posterior, batch.noise[draw, part].to(x.dtype))
             if self.config.latents.noise:  # z + u tau std(z) e; the last draw is u e
                 deviation = z.std(dim=(1, 2, 3), keepdim=True)
                 z = z + self.config.latents.noise * deviation * batch.noise[-1, part].to(x.dtype)
             latents.append(z)
-            divergences.append(posterior.kl().mean())
-        return torch.cat(latents), torch.stack(divergences).mean()
+            divergences.append({"kl": kl})
+        return torch.cat(latents), mean_of_each(divergences)["kl"]
 
     @phase("decode")
     def decode(self, z: Tensor, last_layer_only: bool = False) -> Tensor:
@@ -417,7 +423,7 @@ class Finetuner(_Base):
         parts, network = self.config.compute.perceptual_parts, self.perceptual
         if loss.perceptual_precision != "float32":
             network = partial(network, precision=loss.perceptual_precision)
-        nll, terms = reconstruction_loss(
+        nll, terms = self.reconstruction_loss(
             x,
             y,
             distance_in_parts(network, x, y, parts).to(x.dtype),
@@ -434,7 +440,7 @@ class Finetuner(_Base):
             self.logvar.grad = accumulated + of_logvar
         else:
             (gradient,) = torch.autograd.grad(nll / pieces, y)
-        finite = finite_images(gradient, nll.detach())
+        finite = self.finite_images(gradient, nll.detach())
         return gradient + 0.0 * nll.detach(), terms, finite
 
     @phase("backward")
@@ -451,7 +457,7 @@ class Finetuner(_Base):
         gradients = [p.grad for p in parameters_of(self.decoder_adam) if p.grad is not None]
         norm = norm_of(gradients)
         self.metrics["decoder_gradient_norm"] = norm
-        verdict = UpdateFlags(~norm.isfinite(), finite)
+        verdict = UpdateFlags(is_bad(norm), finite)
         if self.config.optimizer.clip_norm is not None:
             most = self.config.optimizer.clip_norm
             self.metrics["decoder_clipped"] = clip(gradients, norm, most)
@@ -476,6 +482,11 @@ class Finetuner(_Base):
         verdict, figures = self.adversary.update(pairs, len(groups), factor, bad)
         self.metrics |= figures
         return verdict
+
+
+def sampled(posterior: Posterior, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents, (B, 4, h, w), and the mean KL divergence."""
+    return posterior.sample(noise), posterior.kl().mean()
 
 
 def disagreements(seen: list[dict[str, Any]]) -> list[str]:
