@@ -31,6 +31,7 @@ STAGE_B_RECIPE = (  # what ft_mse.yaml changes in ft_ema.yaml
     "adversarial=null",
 )
 STRIP_ROWS = 6
+# Which are compared image by image; the last two open the report.
 COMPARED = (("base", "ft-EMA"), ("ft-EMA", "ft-MSE"), ("base", "ft-MSE"))
 
 
@@ -78,19 +79,13 @@ def demo(
     _run(stage_b)
 
     say("3 of 3: export, and scores of five models and two baselines on held-out photographs")
-    exports = {s.name: export.export(Path(s.run_dir), force=True) for s in (stage_a, stage_b)}
-    rows = _score(
-        {
-            "base": (Path(stage_a.init.weights), "ema"),
-            "ft-EMA": (exports["demo_ft_ema"] / "demo_ft_ema-ema-pruned.safetensors", "ema"),
-            "ft-EMA raw weights": (run_dir / "ft_ema", "raw"),
-            "ft-MSE": (exports["demo_ft_mse"] / "demo_ft_mse-ema-pruned.safetensors", "ema"),
-            "ft-MSE raw weights": (run_dir / "ft_mse", "raw"),
-        },
-        held_out,
-        run_dir,
-    )
-    report.write_comparison(run_dir / "evaluation", "base", "ft-MSE")
+    models = {"base": (Path(stage_a.init.weights), "ema")}
+    for label, stage in (("ft-EMA", stage_a), ("ft-MSE", stage_b)):
+        out = export.export(Path(stage.run_dir), force=True)
+        models[label] = (out / f"{stage.name}-ema-pruned.safetensors", "ema")
+        models[f"{label} raw weights"] = (Path(stage.run_dir), "raw")
+    rows = _score(models, held_out, run_dir)
+    report.write_comparison(run_dir / "evaluation", *COMPARED[-1])
     page = report.write(run_dir / "evaluation")
     say(
         f"\ndone in {time.perf_counter() - began:.0f} s; pictures: {run_dir}/strip.png, {page}\n"

@@ -1,4 +1,4 @@
-"""The model card: only what was measured on these files and what was told, and it is valid."""
+"""The model card: only what was measured on these files and what was given, and it is valid."""
 
 import json
 import re
@@ -232,7 +232,7 @@ def test_scores_of_the_exported_checkpoint_are_taken(folder, exported, scores):
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "named"),
     [
         (lambda v: v.pop("weights"), "no hashes of weights"),
         (lambda v: v.update(weights={"a": {}}), '"models" has no scores of a'),
@@ -247,11 +247,11 @@ def test_scores_of_the_exported_checkpoint_are_taken(folder, exported, scores):
         (lambda v: v.update(warnings=3), '"warnings" is not a list'),
     ],
 )
-def test_damaged_scores_are_refused(folder, scores, damage, told):
+def test_damaged_scores_are_refused(folder, scores, damage, named):
     values = json.loads(scores.read_text())
     damage(values)
     scores.write_text(json.dumps(values))
-    with pytest.raises(MissingInputError, match=f"{re.escape(told)}.*kl-f8-train evaluate"):
+    with pytest.raises(MissingInputError, match=f"{re.escape(named)}.*kl-f8-train evaluate"):
         card.write(folder, scores)
 
 

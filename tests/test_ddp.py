@@ -316,7 +316,7 @@ def test_all_ranks_leave_out_what_is_not_finite_on_one(folder):
     first, second = ranks.finish(
         ranks.start(folder, "guards", *extra, world=2, prepare=break_rank_1, given=given)
     )
-    assert "left out" not in second  # told once
+    assert "left out" not in second  # said once
     seen = [notes(folder / "guards", rank) for rank in (0, 1)]
     for iteration in range(101, 109):
         how = broken.get(iteration - 1)

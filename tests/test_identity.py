@@ -166,10 +166,10 @@ def test_the_published_vgg16_is_known_by_its_hashes(tmp_path):
 
 def test_contradictions_of_the_imported_file_are_said(folder, capsys):
     train(runs.recipe(folder, "said", "init.iteration=90", "stop_iteration=91"))
-    told = capsys.readouterr().out
-    assert "init.iteration=90 is taken, although the file says 100" in told
-    assert "its discriminator is taken over" in told
+    printed = capsys.readouterr().out
+    assert "init.iteration=90 is taken, although the file says 100" in printed
+    assert "its discriminator is taken over" in printed
     train(runs.recipe(folder, "silent", *ONE))
-    told = capsys.readouterr().out
-    assert "although the file says" not in told
-    assert "its discriminator is not used: the recipe has no adversarial term" in told
+    printed = capsys.readouterr().out
+    assert "although the file says" not in printed
+    assert "its discriminator is not used: the recipe has no adversarial term" in printed

@@ -15,6 +15,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from kl_f8_train import files
+from kl_f8_train.__main__ import main
 from kl_f8_train.data import index, sources
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
@@ -273,6 +274,30 @@ def test_what_could_not_be_fetched_is_tried_again(tmp_path, monkeypatch):
     assert answers == []
 
 
+@pytest.mark.parametrize(
+    ("answer", "code", "said"),
+    [
+        (RunFailedError("cannot fetch it: stalled"), 4, "could not be fetched"),
+        (RunFailedError("no room for it in the cache"), 4, "could not be fetched"),
+        (MissingInputError("cannot fetch it: 404"), 3, "1 of 1 shards are broken"),
+        (None, 3, "1 of 1 shards are broken"),  # it is there, and cut short
+    ],
+)
+def test_a_failed_fetch_is_not_a_broken_shard(tmp_path, monkeypatch, capsys, answer, code, said):
+    """By what the index holds, whatever the words of the message."""
+    (tmp_path / "0.tar").write_bytes(b"cannot fetch")
+
+    def path(cache, url):
+        if answer is not None:
+            raise answer
+        return tmp_path / "0.tar"
+
+    monkeypatch.setattr(ShardCache, "path", path)
+    there = ["--index-dir", str(tmp_path / "index"), "--cache-dir", str(tmp_path / "cache")]
+    assert main(["index", "https://example.org/0.tar", *there]) == code
+    assert said in capsys.readouterr().err
+
+
 def test_local_shards_touch_no_cache(tmp_path, monkeypatch):
     samples.packed(tmp_path / "photos", count=1, per_shard=1)
     cache = ShardCache(tmp_path / "cache", 2**30)
@@ -459,11 +484,11 @@ def test_indexing_resumes_at_the_part_that_is_missing(tmp_path, monkeypatch):
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "index").glob("part-*")}
     assert len(before) == 3
     (tmp_path / "index" / "part-000001.npz").unlink()
-    told: list[tuple[int, int]] = []
-    index.build_index(locations, tmp_path / "index", cache, 2, lambda *n: told.append(n))
+    reported: list[tuple[int, int]] = []
+    index.build_index(locations, tmp_path / "index", cache, 2, lambda *n: reported.append(n))
     after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "index").glob("part-*")}
     assert {name for name in before if before[name] != after[name]} == {"part-000001.npz"}
-    assert told[-1] == (5, 5)
+    assert reported[-1] == (5, 5)
 
 
 def test_a_read_only_source_is_indexed_elsewhere(tmp_path, monkeypatch):

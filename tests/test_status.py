@@ -1,4 +1,4 @@
-"""Where a run is, told from made-up files: whole, half written, dead, and from a real run."""
+"""Where a run is, by made-up files: whole, half written, dead, and from a real run."""
 
 import json
 import os

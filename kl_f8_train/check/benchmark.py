@@ -27,8 +27,8 @@ from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.core import machine, perceptual
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.discriminator import Discriminator, initialize
+from kl_f8_train.core.machine import timed_by
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.core.phases import timed_by
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data.loading import IterationSampler, PositionDataset, loader, open_data
 from kl_f8_train.errors import MissingInputError, UsageError
@@ -39,6 +39,10 @@ WARM_UP = 3  # iterations before the clock starts: kernels are chosen, and compi
 PHASES = ("data", "encode", "decode", "losses", "backward", "discriminator", "optimizer", "ema")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Iteration = Callable[[Batch], None]
+BUSY = (
+    "the threads waited for a fifth of the time or more: the machine is busy, or the "
+    "images too few for so many threads; the figures are rough"
+)
 
 
 @dataclass
@@ -73,6 +77,15 @@ def benchmark(
     """
     device = find_device(config)
     size = batch_size(config, device)
+    figures = _measure_training(config, device, size, iterations, say)
+    # Its networks' memory is room for the largest batch.
+    return figures | {"largest_batch": largest_batch(config, device, size)}
+
+
+def _measure_training(
+    config: Config, device: torch.device, size: int, iterations: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The figures of iterations with `size` images."""
     before = memory_in_use(device)
     began = time.perf_counter()
     notes: list[str] = []
@@ -97,52 +110,51 @@ def benchmark(
     memory, breaks = peak_memory(device) - before, graph_breaks()
     timed_here = Variant("ours", ours)
     phases = measure([timed_here], batches, device, iterations)
-    rates = {name: matmul_rate(device, kind) for name, kind in PRECISIONS.items()}
-    if config.precision == "tf32":
-        with machine.kernels("tf32"):
-            rates["tf32"] = matmul_rate(device, torch.float32)
+    rates = _matmul_rates(config.precision, device)
     cpu_seconds = statistics.median(timed_here.cpu_seconds)
     if device.type == "cpu" and is_busy(timed_here.median, cpu_seconds, torch.get_num_threads()):
-        notes.append(
-            "the threads waited for a fifth of the time or more: the machine is busy, or the "
-            "images too few for so many threads; the figures are rough"
-        )
+        notes.append(BUSY)
     images_per_second = size / (timed_here.median + 1e-3 * phases["data"])
     achieved = flops_per_image * images_per_second
     share = achieved / rates[config.precision]
-    result = {
-        "device": device_name(device),
-        "precision": config.precision,
-        "batch": size,
-        "crop": config.data.crop,
+    return {
+        **_conditions(config, device, size),
         "iterations": iterations,
         "images_per_second": images_per_second,
         "seconds_quartiles": quartiles(timed_here.seconds),
         "cpu_seconds": cpu_seconds,
         "flops_per_image": flops_per_image,
-        "flops_floor": cost.flops_per_image(config),
         "flops_per_second": achieved,
         "matmul_flops_per_second": rates,
         "share_of_matmul": share,
         "phases_ms": phases,
         "peak_memory_bytes": memory,
-        "computed_memory_bytes": cost.peak_bytes(config, size),
         "limited_by": limit(phases, share),
         "first_iteration_seconds": first_iteration,
-        "compiled": machine.compiles(config.compute),
         "graph_breaks": breaks,
         "recompiles_after_warm_up": timed_here.graphs,
         "synchronizations": synchronizations(ours, batch, device),
+        "notes": notes,
+    }
+
+
+def _conditions(config: Config, device: torch.device, size: int) -> dict[str, Any]:
+    """What is measured, and what is known of it beforehand."""
+    return {
+        "device": device_name(device),
+        "precision": config.precision,
+        "batch": size,
+        "crop": config.data.crop,
+        "flops_floor": cost.flops_per_image(config),
+        "computed_memory_bytes": cost.peak_bytes(config, size),
+        "compiled": machine.compiles(config.compute),
         "settings": {
             "name": config.name,
             "model": asdict(config.model),
             "compute": asdict(config.compute),
         },
         "versions": {"kl_f8_train": __version__, "torch": str(torch.__version__)},
-        "notes": notes,
     }
-    del finetuner, ours, timed_here  # their memory is room for the largest batch
-    return result | {"largest_batch": largest_batch(config, device, size)}
 
 
 def describe(result: Mapping[str, Any]) -> str:
@@ -239,9 +251,9 @@ def open_batches(config: Config, size: int, notes: list[str]) -> Iterator[Batch]
     if not config.data.sources:
         notes.append("random images: no data.sources given")
         return _random_batches(config, size)
-    settings = replace(config, global_batch=size)
+    config = replace(config, global_batch=size)
     try:
-        dataset = PositionDataset(*open_data(settings, notes.append), settings)
+        dataset = PositionDataset(*open_data(config, notes.append), config)
     except (MissingInputError, UsageError) as error:
         notes.append(f"random images: {str(error).splitlines()[0]}")
         return _random_batches(config, size)
@@ -358,6 +370,15 @@ def matmul_rate(device: torch.device, kind: torch.dtype, repeats: int = 5) -> fl
         synchronize(device)
         seconds.append(time.perf_counter() - began)
     return 2 * side**3 / min(seconds[1:])
+
+
+def _matmul_rates(precision: str, device: torch.device) -> dict[str, float]:
+    """Precision -> FLOP/s; that of TF32 only where the run uses it."""
+    rates = {name: matmul_rate(device, kind) for name, kind in PRECISIONS.items()}
+    if precision == "tf32":
+        with machine.kernels("tf32"):
+            rates["tf32"] = matmul_rate(device, torch.float32)
+    return rates
 
 
 # torch's warning of each. In the same mode it also warns once that the mode is a prototype.

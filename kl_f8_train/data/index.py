@@ -47,7 +47,9 @@ PART_SHARDS = 64  # shards indexed as one resumable part
 MOST = 1_000_000  # shards of one pattern
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)  # of an index
 
-UNFETCHED = [-2, 0]  # in place of a fingerprint: not what any shard has, so it is tried again
+# In place of a fingerprint, and not what any shard has, so that the next call tries it again.
+UNFETCHED = [-2, 0]  # could not be fetched
+GONE = [-3, 0]  # not there, or not readable
 GIVE_UP = 3  # shards of a chunk that a server does not give after all attempts
 PHOTOGRAPH_FIELDS = ("image", "img", "photo", "picture", "rgb", "input", "input_image", "original")
 UNPACK = "compressed shards cannot be read in places; unpack them, as `gunzip x.tar.gz`"
@@ -394,8 +396,9 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
         except DiskError:
             raise
         except (MissingInputError, RunFailedError) as error:  # today's: the next call tries again
-            fingerprints[number], broken[place] = UNFETCHED, str(error)
-            unreachable += isinstance(error, RunFailedError)
+            failed = isinstance(error, RunFailedError)
+            fingerprints[number], broken[place] = UNFETCHED if failed else GONE, str(error)
+            unreachable += failed
             if unreachable == GIVE_UP:
                 raise
             path = None
@@ -406,7 +409,7 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
             except MissingInputError as error:
                 one, broken[place] = TarIndex(), str(error)
                 if isinstance(error.__cause__, OSError):  # not the shard's fault
-                    fingerprints[number] = UNFETCHED
+                    fingerprints[number] = GONE
         blocks += one.blocks
         sizes += one.sizes
         numbers += one.numbers

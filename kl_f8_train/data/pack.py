@@ -26,6 +26,7 @@ import torch
 
 from kl_f8_train import images
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
+from kl_f8_train.files import atomic_path, write_text
 from kl_f8_train.folders import SUFFIXES, list_folder, read_file
 from kl_f8_train.lifetime import end_with_parent
 from kl_f8_train.units import counted, printable
@@ -167,7 +168,7 @@ def _claim(out: Path, manifest: dict[str, Any]) -> None:
                 f"{out} already holds shards of something else; name an empty directory"
             )
         else:
-            _write_text(path, json.dumps(manifest, indent=0) + "\n")
+            write_text(path, json.dumps(manifest, indent=0) + "\n")
     except (ValueError, KeyError, TypeError) as error:
         text = f"{path} is not the list of a pack; name another directory"
         raise UsageError(text) from error
@@ -252,43 +253,37 @@ def write_shard(job: Job) -> dict[str, Any]:
 
     Raises RunFailedError if the disk is full or the directory cannot be written.
     """
-    try:
-        bad = _write_tar(job)
-        good = len(job.files) - len(bad)
-        stats = {
-            "count": len(job.files),
-            "successes": good,
-            "failed_to_download": 0,
-            "failed_to_resize": len(bad),
-            "status_dict": {"success": good, **Counter(bad.values())},
-            "skipped": [f"{printable(name)}: {why}" for name, why in bad.items()],
-        }
-        _write_text(job.stats, json.dumps(stats, indent=4) + "\n")
-    except OSError as error:
-        text = f"cannot write {job.tar}: {error}; the same command goes on"
-        raise RunFailedError(text) from error
+    bad = _write_tar(job)
+    good = len(job.files) - len(bad)
+    stats = {
+        "count": len(job.files),
+        "successes": good,
+        "failed_to_download": 0,
+        "failed_to_resize": len(bad),
+        "status_dict": {"success": good, **Counter(bad.values())},
+        "skipped": [f"{printable(name)}: {why}" for name, why in bad.items()],
+    }
+    write_text(job.stats, json.dumps(stats, indent=4) + "\n")
     return stats
 
 
 def _write_tar(job: Job) -> dict[str, str]:
-    """Writes the tar, under another name until it is whole; file -> why it is left out."""
+    """Writes the tar; file -> why it is left out."""
     bad: dict[str, str] = {}
-    part = job.tar.with_suffix(".tar.part")
-    with part.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for index, name in enumerate(job.files):
-                try:
-                    members = _sample(job, f"{job.number:05d}{index:04d}", name)
-                except ImageError as error:
-                    bad[name] = str(error)
-                    continue
-                for member, data in members.items():
-                    entry = tarfile.TarInfo(member)
-                    entry.size = len(data)
-                    archive.addfile(entry, io.BytesIO(data))
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(job.tar)
+    with (
+        atomic_path(job.tar, job.tar.with_suffix(".tar.part")) as part,
+        tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as archive,
+    ):
+        for index, name in enumerate(job.files):
+            try:
+                members = _sample(job, f"{job.number:05d}{index:04d}", name)
+            except ImageError as error:
+                bad[name] = str(error)
+                continue
+            for member, data in members.items():
+                entry = tarfile.TarInfo(member)
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
     return bad
 
 
@@ -334,9 +329,3 @@ def _to_jpeg(image: torch.Tensor, converted: bool) -> bytes:
     named = {"icc_profile": images.srgb_profile()} if converted else {}
     images.to_pil(image).save(buffer, "JPEG", quality=QUALITY, subsampling="4:4:4", **named)
     return buffer.getvalue()
-
-
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)

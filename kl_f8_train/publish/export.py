@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from kl_f8_train import __version__, images
 from kl_f8_train import config as configs
 from kl_f8_train.config import Config
+from kl_f8_train.core.ema import label, module_name, selection
 from kl_f8_train.core.hashes import data_sha256, frozen_sha256
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
@@ -27,6 +29,7 @@ from kl_f8_train.weights.names import State
 
 LAYOUTS = ("safetensors", "ckpt", "diffusers")
 DTYPES = {"float32": "", "float16": "fp16", "bfloat16": "bf16"}  # and their short names
+SUMMARY = "export.json"
 SIZE = 128  # of the images that try half precision, in pixels
 
 
@@ -43,6 +46,7 @@ def export(
     out: Path | None = None,
     *,
     raw: bool = False,
+    ema: float | None = None,
     best: bool = False,
     dtype: str = "float32",
     layouts: Sequence[str] = LAYOUTS,
@@ -56,104 +60,106 @@ def export(
     """Writes NAME-ema-pruned.safetensors and .ckpt, diffusers/, the configuration and the card.
 
     `source` is a run directory or one of its checkpoints; with `best` the one with the run's best
-    validation. Its EMA is averaged with those of
-    `average`, or with `raw` its raw weights are taken. `dtype` is that of the single files;
-    diffusers/ always holds float32 and the fp16 variant. `family` says whose VAE it is where the
-    checkpoint does not know, as those of older versions. With `fp16_safe` the decoder is rescaled
-    so that it does not overflow in half precision; None: where it would. With `force` the weight
-    files of an earlier export that this one does not have are removed. Returns the directory.
-    Raises UsageError if a file exists and not `force`, or if `out` is a run directory;
-    MissingInputError if there is no training checkpoint; RunFailedError if a written file does not
-    read back as what was exported.
+    validation. Its EMA, or with `ema` the one of that decay, is averaged with those of `average`;
+    with `raw` its raw weights are taken. `dtype` is that of the single files; diffusers/ always
+    holds float32 and the fp16 variant. `family` says whose VAE it is where an older checkpoint does
+    not. With `fp16_safe` the decoder is rescaled so that it does not overflow in half precision;
+    None: where it would. With `force` the weight files of an earlier export that this one does not
+    have are removed. Returns the directory. Raises UsageError if a file exists and not `force`, or
+    if `out` is a run directory; MissingInputError if there is no training checkpoint, or no such
+    EMA in it; RunFailedError if a written file does not read back as what was exported.
     """
-    if raw and average:
-        raise UsageError(
-            "--average takes the EMAs of checkpoints, --raw no EMA; leave out one of them"
-        )
     source = _best(source) if best else source
-    _refuse_the_same_twice([source, *average])
+    _check_choice(source, average, raw, ema)
     header = weight_file.read(source, _nothing)
     config = checkpoint.stored_config(header)
-    kind = "raw" if raw else "ema-average" if average else "ema"
+    select = "raw" if raw else "ema" if ema is None else selection(ema)
+    kind = f"{select}-average" if average else select
     marks = ["best"] * best + [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
     out = out or _home(source) / "-".join(["export", *marks])
     stem = "-".join([config.name, kind, "pruned", *(m for m in marks if m != kind)])
     files = _weight_files(out, stem, layouts, dtype)
-    diffusers_config = out / "diffusers" / "config.json"
-    described = [diffusers_config] * ("diffusers" in layouts) + [out / "config.yaml"]
-    readme, summary = out / "README.md", out / "export.json"
-    written = [*(file.path for file in files), *described]
-    _refuse_to_overwrite(out, [*written, readme, summary], force)
-    check_writable(out)
-    before = _listed_files(summary)
+    written = [*_paths(files), out / "config.yaml"]
+    _refuse_to_overwrite(out, [*written, out / "README.md", out / SUMMARY], force)
+    before = _listed_files(out / SUMMARY)
 
     named, tried = half_precision.choose_images(pictures, min(SIZE, config.data.crop))
-    weights = _stored_weights(header.path, raw)
-    averaged = _average(weights, header, average)
+    weights = _stored_weights(header, select)
+    record: dict[str, Any] = {"name": config.name, "stem": stem, "weights": kind, "dtype": dtype}
+    record |= _provenance(header, config, ema)
+    record["averaged"] = _average(weights, header, average, select)
     stated = _stated_facts(header, config, family)
     model = _autoencoder_of(weights, stated)
-    frozen = header.metadata["frozen_sha256"]
-    if frozen_sha256(weights) != frozen:
-        raise MissingInputError(f"{header.path}: its encoder does not match its own hash")
+    model, stated, measured = _fp16_safe(model, stated, tried, fp16_safe, say)
+    record |= {"facts": stated.stated(), "half_precision": {"images": named, **measured}}
 
-    record: dict[str, Any] = {
-        "name": config.name,
-        "stem": stem,
-        "weights": kind,
-        "dtype": dtype,
+    about = {**_metadata(config, header, record), **stated.metadata()}
+    _write_weights(files, model, stated, about, config.data.crop, record["iteration"])
+    record["checks"] = _verify(out, files, model, stated)
+    _describe(out, written, record, config)
+    warnings = _ruined(_home(source), record, weight_file.kept_selection(header, select))
+    for line in (*_summary(out, record), *_remove_old(out, before, record["files"]), *warnings):
+        say(line)
+    return out
+
+
+def _provenance(header: weight_file.Contents, config: Config, ema: float | None) -> dict[str, Any]:
+    """What a training checkpoint says of where its weights come from."""
+    return {
         "iteration": int(header.metadata["iteration"]),
         "init_iteration": config.init.iteration,
         "source": header.path.name,
         "source_sha256": file_sha256(header.path),
-        "averaged": averaged,
         **checkpoint.stored_base(header.metadata),
         "changes": checkpoint.stored_changes(header.metadata),
         "perceptual": checkpoint.stored_identity(header.metadata).get("perceptual"),
-        "ema_decay": config.ema.decay,
+        "ema_decay": config.ema.decays[0] if ema is None else ema,
         "config_sha256": hashlib.sha256(header.metadata["config"].encode()).hexdigest(),
-        "frozen_sha256": frozen,
+        "frozen_sha256": header.metadata["frozen_sha256"],
         "config": configs.to_dict(config),
     }
-    model, stated, measured = _fp16_safe(model, stated, tried, fp16_safe, say)
-    weights = model.state_dict()
-    record |= {"facts": stated.stated(), "half_precision": {"images": named, **measured}}
+
+
+def _write_weights(
+    files: Sequence[WeightFile],
+    model: AutoencoderKL,
+    stated: Facts,
+    metadata: Mapping[str, str],
+    size: int,
+    iteration: int = 0,
+) -> None:
+    """Writes the weight files, each in its layout, and diffusers' configuration beside its own.
+
+    `metadata` goes into the .safetensors file; with modelspec's fields, its tensors' hash, too.
+    """
+    weights, spec = model.state_dict(), "modelspec.title" in metadata
     for path, layout, stored in files:
         tensors = {key: value.to(stored) for key, value in weights.items()}
         if layout == "ckpt":
-            contents = {
-                "state_dict": tensors,
-                "global_step": record["iteration"],
-                ENTRY: stated.stated(),
-            }
-            weight_file.write_torch(path, contents)
+            state = {"state_dict": tensors, "global_step": iteration, ENTRY: stated.stated()}
+            weight_file.write_torch(path, state)
         elif layout == "safetensors":
-            texts = _metadata(config, header, record, tensors, stated)
-            weight_file.write_safetensors(path, tensors, texts)
+            hashed = {"modelspec.hash_sha256": f"0x{data_sha256(tensors)}"} if spec else {}
+            weight_file.write_safetensors(path, tensors, {**metadata, **hashed})
         else:
             weight_file.write_safetensors(path, names.to_diffusers(tensors), {})
         del tensors
-    if "diffusers" in layouts:
-        shape = config.model
+    shape = names.architecture(weights, stated)
+    widths, blocks = list(shape["ch_mult"]), shape["num_res_blocks"]
+    for path in _paths(files)[len(files) :]:
         values = names.diffusers_config(
-            shape.ch,
-            shape.ch_mult,
-            shape.num_res_blocks,
-            shape.z_channels,
-            config.data.crop,
-            stated,
+            shape["ch"], widths, blocks, shape["z_channels"], size, stated
         )
-        write_json(diffusers_config, values)
-    write_text(out / "config.yaml", configs.to_yaml(config))
+        write_json(path, values)
 
-    record["checks"] = _verify(out, files, model, stated)
+
+def _describe(out: Path, written: Sequence[Path], record: dict[str, Any], config: Config) -> None:
+    """Writes the configuration, the card and the summary, which has all other files' hashes."""
+    write_text(out / "config.yaml", configs.to_yaml(config))
     record["files"] = {str(path.relative_to(out)): file_sha256(path) for path in written}
-    write_text(readme, card.model_card(config, record))
-    record["files"]["README.md"] = file_sha256(readme)
-    write_json(summary, record)
-    warnings = [] if average else _ruined(_home(source), record)
-    for line in (*_summary(out, record), *_remove_old(out, before, record["files"]), *warnings):
-        say(line)
-    return out
+    write_text(out / "README.md", card.model_card(config, record))
+    record["files"]["README.md"] = file_sha256(out / "README.md")
+    write_json(out / SUMMARY, record)
 
 
 def _fp16_safe(
@@ -230,12 +236,19 @@ def _stated_facts(header: weight_file.Contents, config: Config, family: str | No
     """What the run's base stated; UsageError if a family must be given, or another is."""
     published = config.model in (configs.KL_F8, configs.KL_F8_16)
     stated = checkpoint.stored_facts(header, config)
+    given = family or config.init.family
+    return _settled(header.path, stated, config.model.embed_dim, given, published)
+
+
+def _settled(
+    path: Path, stated: Facts, channels: int, family: str | None, published: bool
+) -> Facts:
+    """`facts.settled` for a file, with the verbs' name of the family in its errors."""
     try:
-        given = family or config.init.family
-        return settled(stated, config.model.embed_dim, given, published)
+        return settled(stated, channels, family, published)
     except UsageError as error:
         message = str(error).replace("init.family=", "--family ")
-        raise UsageError(f"{header.path}: {message}") from error
+        raise UsageError(f"{path}: {message}") from error
 
 
 def _best(source: Path) -> Path:
@@ -249,11 +262,13 @@ def _best(source: Path) -> Path:
     return found
 
 
-def _ruined(run: Path, record: Mapping[str, Any]) -> list[str]:
+def _ruined(run: Path, record: Mapping[str, Any], select: str) -> list[str]:
     """A warning if the exported weights were validated as worse than those of the start."""
+    if record["averaged"]:  # of other iterations, too: not validated
+        return []
     found = outcome.read(run, record["iteration"])
-    label = "raw" if record["weights"] == "raw" else "EMA"
-    worse = [c for c in (found.changes if found else ()) if c.weights == label and c.is_worse]
+    changes = found.changes if found else ()
+    worse = [change for change in changes if change.weights == label(select) and change.is_worse]
     return [
         f"WARNING: on the run's fixed photographs these weights are worse than those it started "
         f"from: {change}; evaluate them before you use them"
@@ -279,21 +294,14 @@ def make_fp16_safe(
     model = weight_file.build_autoencoder(contents, found)
     given = weight_file.facts_of(contents, found)
     shape = names.architecture(found.autoencoder, given)
-    channels, published = shape["embed_dim"], weight_file.published_shape(found) is not None
-    try:
-        stated = settled(given, channels, family, published)
-    except UsageError as error:
-        message = str(error).replace("init.family=", "--family ")
-        raise UsageError(f"{contents.path}: {message}") from error
-    quant_conv = shape.get("quant_conv", True)
-    stated = replace(stated, use_quant_conv=quant_conv)
+    published = weight_file.published_shape(found) is not None
+    stated = _settled(contents.path, given, shape["embed_dim"], family, published)
+    stated = replace(stated, use_quant_conv=shape.get("quant_conv", True))
     stem = f"{_stem(contents.path)}-fp16-safe"
     out = out or Path(stem)
     files = _weight_files(out, stem, ("safetensors", "diffusers"), "float32")
-    summary, described = out / "export.json", out / "diffusers" / "config.json"
-    written = [*(file.path for file in files), described]
-    _refuse_to_overwrite(out, [*written, summary], force)
-    check_writable(out)
+    written = _paths(files)
+    _refuse_to_overwrite(out, [*written, out / SUMMARY], force)
 
     named, tried = half_precision.choose_images(pictures, SIZE)
     frozen = frozen_sha256(model.state_dict())
@@ -305,25 +313,15 @@ def make_fp16_safe(
         "frozen_sha256": frozen,
         "half_precision": {"images": named, **measured},
     }
-    for path, layout, stored in files:
-        tensors = {key: value.to(stored) for key, value in model.state_dict().items()}
-        if layout == "diffusers":
-            weight_file.write_safetensors(path, names.to_diffusers(tensors), {})
-        else:
-            texts = {"kl_f8_train.source_sha256": record["source_sha256"], **stated.metadata()}
-            weight_file.write_safetensors(path, tensors, texts)
-    widths, blocks = list(shape["ch_mult"]), shape["num_res_blocks"]
-    values = names.diffusers_config(
-        shape["ch"], widths, blocks, shape["z_channels"], stated.sample_size or 256, stated
-    )
-    write_json(described, values)
+    about = {"kl_f8_train.source_sha256": record["source_sha256"], **stated.metadata()}
+    _write_weights(files, model, stated, about, stated.sample_size or 256)
     record["checks"] = _verify(out, files, model, stated)
     if frozen_sha256(model.state_dict()) != frozen:
         raise RunFailedError(
             f"{source}: its encoder changed; the files in {out} are not to be used"
         )
     record["files"] = {str(path.relative_to(out)): file_sha256(path) for path in written}
-    write_json(summary, record)
+    write_json(out / SUMMARY, record)
     for line in _summary(out, {"dtype": "float32", **record}):
         say(line)
     return out
@@ -334,7 +332,7 @@ def _stem(path: Path) -> str:
     if path.name.startswith("diffusion_pytorch_model"):
         folder = path.resolve().parent
         return folder.parent.name if folder.name in ("vae", "diffusers") else folder.name
-    return path.name.split(".")[0]
+    return re.sub(r"(\.vae)?\.[a-z]\w*(\.index\.json)?$", "", path.name)
 
 
 def _home(source: Path) -> Path:
@@ -360,16 +358,29 @@ def _weight_files(out: Path, stem: str, layouts: Sequence[str], dtype: str) -> l
     return files
 
 
-def _refuse_the_same_twice(sources: Sequence[Path]) -> None:
-    """An average would count it twice."""
+def _paths(files: Sequence[WeightFile]) -> list[Path]:
+    """The weight files, and the configuration that diffusers expects beside its own."""
+    folders = dict.fromkeys(file.path.parent for file in files if file.layout == "diffusers")
+    return [*(file.path for file in files), *(folder / "config.json" for folder in folders)]
+
+
+def _check_choice(source: Path, average: Sequence[Path], raw: bool, ema: float | None) -> None:
+    """Raises UsageError for EMAs and raw weights together, and for a checkpoint given twice."""
+    if raw and ema is not None:
+        raise UsageError("--ema takes an EMA, --raw none; leave out one of them")
+    if raw and average:
+        raise UsageError(
+            "--average takes the EMAs of checkpoints, --raw no EMA; leave out one of them"
+        )
     seen: set[Path] = set()
-    for path in (weight_file.find(source).resolve() for source in sources):
+    for path in (weight_file.find(one).resolve() for one in (source, *average)):
         if path in seen:
             raise UsageError(f"--average: {path} is given twice; give each checkpoint once")
         seen.add(path)
 
 
 def _refuse_to_overwrite(out: Path, files: list[Path], force: bool) -> None:
+    """Raises UsageError for files that are there, RunFailedError if none can be written."""
     if is_run(out):
         raise UsageError(
             f"--out {out} is a run directory, and its config.yaml would be replaced; nothing was "
@@ -380,6 +391,7 @@ def _refuse_to_overwrite(out: Path, files: list[Path], force: bool) -> None:
         raise UsageError(
             f"{existing[0]} exists; nothing was written. Give --force, or another --out"
         )
+    check_writable(out)
 
 
 def _listed_files(summary: Path) -> dict[str, str]:
@@ -402,20 +414,29 @@ def _remove_old(out: Path, before: Mapping[str, str], now: Mapping[str, str]) ->
     return lines
 
 
-def _stored_weights(path: Path, raw: bool = False) -> State:
-    """The raw or the EMA weights of a training checkpoint, and nothing else of it.
+def _stored_weights(header: weight_file.Contents, select: str) -> State:
+    """The raw weights of a training checkpoint, or an EMA of it, and nothing else.
 
-    Raises MissingInputError if the disk has changed them.
+    Raises MissingInputError if there is no such EMA, if the disk has changed the weights, or if the
+    encoder is not the stated one.
     """
-    frozen = tuple(f"autoencoder.{name}." for name in FROZEN)
-    parts = ("autoencoder.",) if raw else (*frozen, "ema.")
+    path = header.path
+    try:
+        kept = weight_file.kept_selection(header, select)
+    except MissingInputError as error:
+        raise MissingInputError(f"{path}: {error}") from error
+    part = "autoencoder" if kept == "raw" else module_name(kept)
+    parts = (f"{part}.", *(f"autoencoder.{name}." for name in FROZEN))
     contents = weight_file.read(path, lambda names: [n for n in names if n.startswith(parts)])
-    checkpoint.check_content(contents, "autoencoder" if raw else "ema")
-    return {
+    checkpoint.check_content(contents, part)
+    weights = {
         key.split(".", 1)[1]: value.float().contiguous()
         for key, value in contents.tensors.items()
         if key.startswith(parts)
     }
+    if frozen_sha256(weights) != contents.metadata["frozen_sha256"]:
+        raise MissingInputError(f"{path}: its encoder does not match its own hash")
+    return weights
 
 
 def _nothing(names: Collection[str]) -> Collection[str]:
@@ -423,7 +444,9 @@ def _nothing(names: Collection[str]) -> Collection[str]:
     return ()
 
 
-def _average(weights: State, first: weight_file.Contents, others: Sequence[Path]) -> list[str]:
+def _average(
+    weights: State, first: weight_file.Contents, others: Sequence[Path], select: str
+) -> list[str]:
     """Makes the trained part of `weights` the mean, in float64, over it and other checkpoints.
 
     Returns their names. Raises UsageError if another has other shapes or another encoder.
@@ -436,17 +459,17 @@ def _average(weights: State, first: weight_file.Contents, others: Sequence[Path]
     for path in others:
         header = weight_file.read(path, _nothing)
         checkpoint.stored_config(header)
-        other = _stored_weights(header.path)
-        try:
-            names.check_shapes(other, names.shapes_of(weights))
-        except MissingInputError as error:
-            raise UsageError(f"--average {header.path}: {error}") from error
         if header.metadata["frozen_sha256"] != first.metadata["frozen_sha256"]:
             raise UsageError(
                 f"--average {header.path} has another encoder (SHA-256 "
                 f"{header.metadata['frozen_sha256'][:12]}, {first.path.name} has "
                 f"{first.metadata['frozen_sha256'][:12]}); average checkpoints of one base"
             )
+        other = _stored_weights(header, select)
+        try:
+            names.check_shapes(other, names.shapes_of(weights))
+        except MissingInputError as error:
+            raise UsageError(f"--average {header.path}: {error}") from error
         for key in trained:
             total[key] += other[key]
         averaged.append(header.path.name)
@@ -456,17 +479,13 @@ def _average(weights: State, first: weight_file.Contents, others: Sequence[Path]
 
 
 def _metadata(
-    config: Config,
-    header: weight_file.Contents,
-    record: dict[str, Any],
-    tensors: State,
-    stated: Facts,
+    config: Config, header: weight_file.Contents, record: Mapping[str, Any]
 ) -> dict[str, str]:
     """Metadata of the safetensors file: modelspec's fields and our provenance.
 
     The date is the checkpoint's: when the weights were made, not when they were exported.
     """
-    known = FAMILIES.get(stated.family or "")
+    known = FAMILIES.get(record["facts"].get("family") or "")
     written = datetime.datetime.fromtimestamp(header.path.stat().st_mtime, datetime.UTC)
     ours = ("iteration", "base_name", "base_sha256", "ema_decay", "config_sha256", "frozen_sha256")
     return {
@@ -476,9 +495,7 @@ def _metadata(
         "modelspec.title": f"{config.name} ({record['weights']}, pruned)",
         "modelspec.date": written.isoformat(timespec="seconds"),
         "modelspec.resolution": f"{config.data.crop}x{config.data.crop}",
-        "modelspec.hash_sha256": f"0x{data_sha256(tensors)}",
         "kl_f8_train.version": __version__,
-        **stated.metadata(),
         "kl_f8_train.recipe": config.name,
         "kl_f8_train.weights": record["weights"],
         **{f"kl_f8_train.{key}": str(record[key]) for key in ours},

@@ -14,8 +14,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.optim import Adam
 
 from kl_f8_train import config as configs
-from kl_f8_train.core.finite import HostCopy
 from kl_f8_train.core.step import Finetuner
+from kl_f8_train.core.updates import HostCopy
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.launch import SIGNALS
 from kl_f8_train.output import say
@@ -39,7 +39,7 @@ class Checkpoints(Callback):
         self.saved: tuple[int, int] | None = None
         self.failures = 0
         self.mark = 0.0  # end of the last save, or the start
-        self.told = False  # that saving takes long
+        self.warned = False  # that saving takes long
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the first interval."""
@@ -105,8 +105,8 @@ class Checkpoints(Callback):
         """Warns once if saving takes more than a second and 5 % of the time between saves."""
         pause, interval = time.perf_counter() - began, began - self.mark
         self.mark = time.perf_counter()
-        if aloud and not self.told and pause > max(1.0, 0.05 * interval):
-            self.told = True
+        if aloud and not self.warned and pause > max(1.0, 0.05 * interval):
+            self.warned = True
             say(
                 f"saving took {pause:.1f} s, {100 * pause / interval:.0f} % of the "
                 f"{interval:.0f} s since the last; raise checkpoint.every, or give run_dir a "

@@ -30,13 +30,14 @@ from torch.utils.data import DataLoader
 from kl_f8_train import config as configs
 from kl_f8_train import facts, images, output, units
 from kl_f8_train.config import Config, micro_batch
-from kl_f8_train.core import machine, schedule
+from kl_f8_train.core import machine
 from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_remedy
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.run_state import RunState
 from kl_f8_train.core.step import Finetuner, bound_to
+from kl_f8_train.core.updates import describe_rate
 from kl_f8_train.data import identity
 from kl_f8_train.data.handover import shared_memory_note
 from kl_f8_train.data.loading import (
@@ -55,6 +56,7 @@ from kl_f8_train.folders import load_folder
 from kl_f8_train.launch import SRUN, TORCHRUN, launched
 from kl_f8_train.lifetime import announce_to_ranks
 from kl_f8_train.run import outcome
+from kl_f8_train.run.callback import Course
 from kl_f8_train.run.compiling import Compiling
 from kl_f8_train.run.log import RunLog
 from kl_f8_train.run.prefetch import Prefetch
@@ -105,13 +107,15 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
         plan, sources = open_data(config, say_once)
         adopt(finetuner, identity.of_data(sources), f"{run_dir}", allow_changes)
         _describe(config, finetuner, plan, sources)
-        run_log = RunLog(run_dir, config, finetuner.iteration, plan)
+        start, course = finetuner.iteration, Course()
+        run_log = RunLog(run_dir, config, start, plan, course)
         saving = Checkpoints(run_dir, config.checkpoint, frozen)
         validation = Validation(
             run_dir,
-            config.log.pictures_every,
+            config,
+            start,
             _fixed_images(config, plan, sources),
-            run_log,
+            run_log.validated,
             saving.save_best if config.checkpoint.keep_best else None,
         )
         callbacks = [run_log, validation, signals, saving]
@@ -119,14 +123,13 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             callbacks.insert(0, Compiling())  # it announces an iteration before others report it
         if any(is_remote(place) for place in _locations(sources)):
             callbacks.append(Prefetch(plan, sources, shard_cache(config)))
-        # the last: sees all others
-        callbacks.append(Watchdog(config.compute.timeout_minutes, run_log.await_data))
+        callbacks.append(Watchdog(config.compute.timeout_minutes, course))  # keeps it: the last
         trainer = _trainer(config, callbacks)
         if trainer.is_global_zero:
             remove_leftovers(run_dir)
             write_text(run_dir / CONFIG_FILE, configs.to_yaml(config))
         with kernels(config.precision, config.compute.deterministic):
-            _fit(trainer, Iterations(config, finetuner, plan, sources), run_log)
+            _fit(trainer, Iterations(config, finetuner, plan, sources), course)
     finally:
         signals.restore()
     ended = finetuner.iteration >= config.stop_iteration and not finetuner.warmup_left
@@ -157,7 +160,7 @@ def _tell_end(run_dir: Path, iteration: int) -> None:
     say_once(f"done: iteration {iteration:,}; {then}")
 
 
-def _fit(trainer: Trainer, iterations: "Iterations", run_log: RunLog) -> None:
+def _fit(trainer: Trainer, iterations: "Iterations", course: Course) -> None:
     """Trains; when another rank fell silent, says so, with torch.distributed's words below."""
     try:
         trainer.fit(iterations.finetuner, datamodule=iterations)
@@ -166,16 +169,16 @@ def _fit(trainer: Trainer, iterations: "Iterations", run_log: RunLog) -> None:
         if not isinstance(error, RuntimeError) or not _is_lost_contact(error):
             raise
         who = f"rank {trainer.global_rank} of {trainer.world_size}"
-        silent = time.perf_counter() - run_log.batch_end
+        silent = time.perf_counter() - course.since
         what = (
             f"{who} lost contact with the others {silent:.0f} s after iteration "
             f"{iterations.finetuner.iteration:,}: a process or node died, or the network was cut "
             "(see earlier messages of other ranks)."
-            if run_log.seen
+            if course.done
             else f"{who} did not get through to the others: a process died at its start, two share "
             "a GPU, or the network between the nodes is not open (NCCL_SOCKET_IFNAME names it)."
         )
-        found = list_checkpoints(run_log.run_dir)
+        found = list_checkpoints(Path(iterations.config.run_dir))
         last = f"goes on from {found[0].name}" if found else "starts anew (no checkpoint yet)"
         minutes = iterations.config.compute.timeout_minutes
         raise RunFailedError(
@@ -524,9 +527,11 @@ def _describe(
         else f" + {config.adversarial.weight:g} x adaptive x adversarial"
     )
     say_once(f"loss: {loss.formula} + {loss.perceptual_weight:g} {label}{adversarial}")
+    first, *further = map(units.shortest, config.ema.decays)
+    decays = first + f" (beside it {', '.join(further)})" * bool(further)
     say_once(
         f"iterations: {finetuner.iteration:,} -> {config.stop_iteration:,}; learning rate "
-        f"{schedule.describe(config.optimizer, updates)}; EMA decay {config.ema.decay:g}; "
+        f"{describe_rate(config.optimizer, updates)}; EMA decay {decays}; "
         f"{config.precision}"
     )
     say_once(f"networks: {machine.describe(config.compute)}")

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data.loading import IDLE, PositionDataset
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.output import say
+from kl_f8_train.run.callback import Course
 
 GRACE = 5.0  # seconds that the ranks give each other to say where they are
 FIRST = 3  # the first iteration may take so many times as long: it compiles
@@ -54,16 +56,15 @@ class Watchdog(Callback):
     A thread counts its own ticks, so that time in which the whole process slept does not count.
     """
 
-    def __init__(self, timeout_minutes: float, await_data: Callable[[], None]) -> None:
+    def __init__(self, timeout_minutes: float, course: Course) -> None:
         self.seconds = 60 * timeout_minutes
-        self.await_data = await_data  # called when an iteration with its reports is done
-        self.done = 0  # phases that have ended
+        self.course = course  # kept here, by the last callback
         self.waiting = True  # for data
         self.stopped = threading.Event()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts watching."""
-        self.await_data()
+        self.course.since = time.perf_counter()
         threading.Thread(target=self._watch, args=(trainer, pl_module), daemon=True).start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -72,9 +73,8 @@ class Watchdog(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Iteration, reports and files are done."""
-        self.done += 1
         self.waiting = True
-        self.await_data()
+        self.course.end_iteration()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops watching."""
@@ -87,11 +87,11 @@ class Watchdog(Callback):
     def _watch(self, trainer: Trainer, finetuner: Finetuner) -> None:
         tick = min(1.0, self.seconds / 20)
         silent, before = 0.0, 0
-        while silent < (self.seconds if self.done else FIRST * self.seconds):
+        while silent < (self.seconds if self.course.done else FIRST * self.seconds):
             if self.stopped.wait(tick):
                 return
-            silent = silent + tick if self.done == before else 0.0
-            before = self.done
+            silent = silent + tick if self.course.done == before else 0.0
+            before = self.course.done
         end_process(
             RunFailedError.exit_code, lambda: self._report(trainer, finetuner.iteration + 1, silent)
         )

@@ -360,7 +360,9 @@ def _collect(
     total: int,
     wanted: Wanted,
 ) -> TorchFile:
-    """Reads the tensors that are wanted, each storage once."""
+    """Reads the tensors that are wanted, each storage once; one by itself is called `tensor`."""
+    if isinstance(loaded, View):
+        loaded = {"tensor": loaded}
     views = _views(loaded)
     chosen = {key: views[key] for key in wanted(views)}
     needed = {view.storage for view in chosen.values()}

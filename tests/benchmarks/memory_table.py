@@ -39,7 +39,7 @@ def _row(gpu: scaling.Gpu) -> list[str]:
     return [
         *(gpu.name, str(batch), str(levels), f"{memory / cost.GIB:.1f} GiB"),
         *(f"{found['ft_ema', count].images_per_second:,.0f}" for count in (1, 8)),
-        *(told(prediction.days) for prediction in found.values()),
+        *(in_words(prediction.days) for prediction in found.values()),
     ]
 
 
@@ -65,7 +65,7 @@ def load(name: str, levels: int) -> config.Config:
     return replace(settings, compute=replace(settings.compute, checkpoint_levels=levels))
 
 
-def told(days: float) -> str:
+def in_words(days: float) -> str:
     """In hours below a day."""
     return f"{days:.2g} d" if days >= 1 else f"{24 * days:.2g} h"
 
