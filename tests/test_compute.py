@@ -249,7 +249,7 @@ def test_compiled_is_exact_without_breaks_or_recompiles(finetuner, tiny, batch, 
         assert float(tuner.metrics[name]) == pytest.approx(float(value), rel=1e-9, abs=1e-12), name
     tuner.run_iteration(batch(1, side=32))
     graphs = machine.compiled_graphs()
-    # encoder, middle, four levels, norm, discriminator, perceptual, and five functions
+    # encoder, middle, four levels, norm, discriminator, perceptual, and four functions
     assert graphs >= 14
     for step in (2, 3):
         tuner.run_iteration(batch(step, side=32))

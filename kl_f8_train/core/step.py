@@ -30,7 +30,7 @@ from kl_f8_train.core.hashes import tensors_sha256
 from kl_f8_train.core.losses import reconstruction_loss
 from kl_f8_train.core.machine import phase
 from kl_f8_train.core.model import TRAINED, AutoencoderKL, Posterior
-from kl_f8_train.core.perceptual import distance_in_parts
+from kl_f8_train.core.perceptual import Distance, distance_in_parts
 from kl_f8_train.core.run_state import RunState
 from kl_f8_train.core.updates import (
     PLAINLY,
@@ -408,8 +408,8 @@ class Finetuner(_Base):
         Where nll itself is not finite, neither is the gradient: that of all ranks is not, then.
         """
         y, parts = y.detach().requires_grad_(), self.config.compute.perceptual_parts
-        network, precision = self.perceptual, self.config.loss.perceptual_precision
-        if precision != "float32":
+        network: Distance = self.perceptual
+        if (precision := self.config.loss.perceptual_precision) != "float32":
             network = partial(network, precision=precision)
         p = distance_in_parts(network, x, y, parts).to(x.dtype)  # (B, 1, 1, 1)
         nll, terms = self.reconstruction_loss(x, y, p, logvar=self.logvar, **self.terms)

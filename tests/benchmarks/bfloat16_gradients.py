@@ -11,7 +11,6 @@ place of L1.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,11 +34,11 @@ def main(count: str = "4", side: str = "128") -> None:
     """Prints a line for each loss."""
     batch = photographs(int(count), int(side))
     for name, changes in LOSSES.items():
-        settings = config.load(
-            config.find_recipe("demo"),
-            [f"data.crop={side}", "data.shorter_side=null", f"global_batch={count}", *changes],
+        size = f"data.crop={side}", "data.shorter_side=null", f"global_batch={count}"
+        exact, rough = (
+            gradient(config.load(config.find_recipe("demo"), [*size, *changes, precision]), batch)
+            for precision in ("precision=float32", "precision=bfloat16")
         )
-        exact, rough = (gradient(settings, kind, batch) for kind in ("float32", "bfloat16"))
         apart = float((rough - exact).norm() / exact.norm())
         cosine = float(rough @ exact / (rough.norm() * exact.norm()))
         print(f"{name}: {apart:.1%} apart, cosine {cosine:.4f}", flush=True)
@@ -54,9 +53,9 @@ def photographs(count: int, side: int) -> Batch:
     return Batch(pixels, noise, [path.stem for path in paths], [])
 
 
-def gradient(settings: Config, precision: str, batch: Batch) -> Tensor:
+def gradient(settings: Config, batch: Batch) -> Tensor:
     """Of one iteration at the decoder's parameters, as one vector in float64."""
-    tuner = from_base(replace(settings, precision=precision))
+    tuner = from_base(settings)
     benchmark.iteration_of(tuner, torch.device("cpu"))(batch)
     found = [p.grad for p in trained(tuner) if p.grad is not None]
     return torch.cat([g.flatten() for g in found]).double()
