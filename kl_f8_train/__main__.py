@@ -242,8 +242,13 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--private", action="store_true", help="make a new repository private")
     push.add_argument("--pictures", action="store_true", help="upload strip.png, of photographs")
 
-    pack = add("pack", _pack, "Packs a folder of images into WebDataset shards.")
-    pack.add_argument("images", type=Path, help="folder, searched recursively")
+    pack = add("pack", _pack, "Packs images into WebDataset shards.")
+    pack.add_argument(
+        "images",
+        type=Path,
+        nargs="+",
+        help="folder, searched recursively; or parquet files of the Hugging Face hub, or a glob",
+    )
     pack.add_argument("out", type=Path, help="directory of the shards")
     pack.add_argument("--per-shard", type=int, default=1000, help="images in each shard")
     pack.add_argument("--workers", type=_positive, help="processes (all cores)")
@@ -508,7 +513,9 @@ def _evaluate_latents(args: argparse.Namespace, named: list[tuple[str, Path, str
         raise UsageError("--size: latents have their own; one size of --images, for FID")
     if not args.latents.exists():
         raise MissingInputError(f"--latents {args.latents}: no such folder or file; check the path")
-    _check_places(args.images or str(args.latents), args.out)
+    _check_out(args.out)
+    if args.images:
+        _check_places(args.images, args.out)
     from kl_f8_train.score import generated
     from kl_f8_train.score.evaluate import PROTOCOLS
 
@@ -545,11 +552,15 @@ def _after_scores(out: Path, name: str, path: Path, select: str) -> str:
     return f"kl-f8-train doctor single_gpu {weights} data.sources=PHOTOS"
 
 
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is a file; expected a directory: name another place")
+
+
 def _check_places(images: str, out: Path) -> None:
     """Raises UsageError or MissingInputError for what the two paths alone show."""
     source = Path(images)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out}: is a file; expected a directory: name another place")
+    _check_out(out)
     if not any(sign in images for sign in "{*?[:") and not source.exists():
         raise MissingInputError(
             f"--images {images}: no such folder, shard or list of shards; check the path"
@@ -616,8 +627,13 @@ def _push(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    if not args.images.is_dir():
-        raise MissingInputError(f"{args.images}: no such folder; expected one of photographs")
+    absent = [
+        place for place in args.images if not (place.exists() or set("*?[") & set(f"{place}"))
+    ]
+    if absent:
+        raise MissingInputError(
+            f"{absent[0]}: no such folder; expected one of photographs, or .parquet files"
+        )
     from kl_f8_train.data.pack import pack
 
     with _bar("image") as progress:

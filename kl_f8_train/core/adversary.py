@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from kl_f8_train.config import Config, divisor_up_to
+from kl_f8_train.config import Config
 from kl_f8_train.core import machine
+from kl_f8_train.core.batch import parts
 from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.losses import (
     adaptive_weight,
@@ -75,11 +76,6 @@ class Adversary:
         """0 before its start, 1 from there on."""
         return adversarial_factor(iteration, self.config.start_iteration)
 
-    def groups(self, count: int) -> list[slice]:
-        """`count` images as groups that are seen together."""
-        size = divisor_up_to(count, GROUP)
-        return [slice(start, start + size) for start in range(0, count, size)]
-
     def logits(self, *batches: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> (B, 1, h, w), each, in the images' precision."""
         with machine.autocast(self.precision, batches[0].device):  # casts weights once for all
@@ -102,7 +98,7 @@ class Adversary:
 
     def _generator(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """g and d g / d y, group by group."""
-        groups = self.groups(len(y))
+        groups = parts(len(y), GROUP)
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
         for group in groups:

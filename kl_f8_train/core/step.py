@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 
-from kl_f8_train.config import Config, divisor_up_to
+from kl_f8_train.config import Config
 from kl_f8_train.core import machine
-from kl_f8_train.core.adversary import Adversary, NoAdversary
-from kl_f8_train.core.batch import Batch, plain_batch
+from kl_f8_train.core.adversary import GROUP, Adversary, NoAdversary
+from kl_f8_train.core.batch import Batch, parts, plain_batch
 from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.ema import ema_decay, ema_update, module_names
 from kl_f8_train.core.hashes import tensors_sha256
@@ -290,10 +290,10 @@ class Finetuner(_Base):
         """
         run, adversary, layer = self.run_state, self.adversary, self.autoencoder.last_layer
         buffers = self._prepare()
-        parts = self.micro_batches(len(batch.images))
+        micro = self.micro_batches(len(batch.images))
         adversarial = adversary.runs(run.iteration)
-        twice = adversarial and len(parts) > 1  # decoded ahead, for the weight of all images
-        pieces = adversary.groups(len(batch.images)) if twice else parts
+        twice = adversarial and len(micro) > 1  # decoded ahead, for the weight of all images
+        pieces = parts(len(batch.images), GROUP) if twice else micro
         looks, terms, finite = [], [], []
 
         # Each loss's gradient at y: d nll / d y and d g / d y, of their means over all images.
@@ -314,10 +314,10 @@ class Finetuner(_Base):
         if adversarial:
             weight, grad_nll, grad_g, figures = adversary.weigh(looks, run.iteration)
             self.metrics |= figures
-            for part in parts:
+            for part in micro:
                 y = self.decode(z[part]) if twice else y
                 gradient = grad_nll[part] + weight * grad_g[part]
-                self.backpropagate(y, gradient, loop, last=part is parts[-1])
+                self.backpropagate(y, gradient, loop, last=part is micro[-1])
 
         # Decoder, then its moving averages.
         updates = {"decoder": self._step_decoder(torch.cat(finite), loop)}
@@ -353,10 +353,9 @@ class Finetuner(_Base):
             begin(adam, self.learning_rate)
         return Remembered(self.discriminator)
 
-    def micro_batches(self, count: int) -> list[slice]:
+    def micro_batches(self, count: int) -> tuple[slice, ...]:
         """`count` images as micro-batches, of `compute.per_device_batch` or at most 12 images."""
-        size = divisor_up_to(count, self.config.compute.per_device_batch or 12)
-        return [slice(start, start + size) for start in range(0, count, size)]
+        return parts(count, self.config.compute.per_device_batch or 12)
 
     def images(self, batch: Batch, part: slice) -> Tensor:
         """(B, 3, H, W) in [-1, 1], in the weights' precision and layout."""
@@ -393,8 +392,8 @@ class Finetuner(_Base):
 
     @torch.no_grad()
     def _decode_without_graph(self, z: Tensor) -> Tensor:
-        parts = self.micro_batches(len(z))
-        return torch.cat([self.decode(z[part]).to(z.dtype) for part in parts])
+        micro = self.micro_batches(len(z))
+        return torch.cat([self.decode(z[part]).to(z.dtype) for part in micro])
 
     def _autocast(self, tensor: Tensor) -> AbstractContextManager[Any]:
         return machine.autocast(self.config.precision, tensor.device)
@@ -407,11 +406,11 @@ class Finetuner(_Base):
 
         Where nll itself is not finite, neither is the gradient: that of all ranks is not, then.
         """
-        y, parts = y.detach().requires_grad_(), self.config.compute.perceptual_parts
+        y, chunks = y.detach().requires_grad_(), self.config.compute.perceptual_parts
         network: Distance = self.perceptual
         if (precision := self.config.loss.perceptual_precision) != "float32":
             network = partial(network, precision=precision)
-        p = distance_in_parts(network, x, y, parts).to(x.dtype)  # (B, 1, 1, 1)
+        p = distance_in_parts(network, x, y, chunks).to(x.dtype)  # (B, 1, 1, 1)
         nll, terms = self.reconstruction_loss(x, y, p, logvar=self.logvar, **self.terms)
         if self.logvar.requires_grad:
             gradient, of_logvar = torch.autograd.grad(nll / pieces, (y, self.logvar))
@@ -453,7 +452,7 @@ class Finetuner(_Base):
         """Steps the discriminator on each group of images and reconstructions y."""
         if self.config.second_forward:  # the original: new noise, updated decoder
             y = self._decode_without_graph(self.encode(batch, draw=1)[0])
-        groups = self.adversary.groups(len(y))
+        groups = parts(len(y), GROUP)
         pairs = ((self.images(batch, group), y[group]) for group in groups)
         update, figures = self.adversary.update(pairs, len(groups), factor, bad)
         self.metrics |= figures

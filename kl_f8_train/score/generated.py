@@ -79,17 +79,18 @@ def evaluate_latents(
 
     `scaled` is one of saved_latents.SCALED, for files that do not say; `photographs` a folder or
     shards for FID, cut to squares of `size` pixels (None: the shorter side of the first decoded
-    image). Writes latents.json, per_latent.csv, table.md, strip.png and pictures to `out`, prints
-    the table, and returns what latents.json holds. Raises MissingInputError for files that are not
+    image). Writes decoded.json, per_latent.csv, table.md, strip.png and pictures to `out`, prints
+    the table, and returns what decoded.json holds. Raises MissingInputError for files that are not
     there or hold something else, UsageError if their scale is not known or they do not fit a VAE.
     """
     if world_size() > 1:
         raise UsageError("--latents takes one process; start it without torchrun")
     latents = saved_latents.survey(Path(where), limit)
     candidates = evaluate.load_candidates(named, "cpu")
-    for vae in candidates:
-        saved_latents.check_channels(latents, vae.name, evaluate.autoencoder(vae).embed_dim)
     vaes = [(c.name, c.facts, evaluate.autoencoder(c).embed_dim) for c in candidates]
+    for vae in candidates:
+        model = evaluate.autoencoder(vae)
+        saved_latents.check_fit(latents, vae.name, model.embed_dim, model.downsampling)
     scales = saved_latents.scales(latents, scaled, vaes)
     check_writable(out)
     with evaluate.exact_float32():
@@ -261,7 +262,7 @@ def _summarise(
     reference: FeatureStatistics | None,
     where: str,
 ) -> dict[str, Any]:
-    """What latents.json holds; means and population deviations over the latents."""
+    """What decoded.json holds; means and population deviations over the latents."""
     warnings = []
     models: dict[str, dict[str, Any]] = {}
     for name, rows in found.own.items():
@@ -328,7 +329,7 @@ def _write(
 ) -> None:
     files = sorted({latent.path for latent in latents})
     kept = {**result, "sha256": {path.name: file_sha256(path) for path in files[:1000]}}
-    write_json(out / "latents.json", kept)
+    write_json(out / "decoded.json", kept)
     write_text(out / "table.md", screen(result) + "\n")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -436,7 +437,7 @@ def _paths(entries: Sequence[Mapping[str, Any]]) -> set[str]:
 
 def _former_pictures(out: Path) -> set[str]:
     """Pictures that an earlier call has written to `out`."""
-    listed = out / "latents.json"
+    listed = out / "decoded.json"
     text = listed.read_text(encoding="utf-8", errors="replace") if listed.is_file() else ""
     return set(re.findall(r'"((?:pictures|errors)/\d{4}-[a-z0-9-]+\.png)"', text))
 

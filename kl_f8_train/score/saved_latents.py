@@ -32,6 +32,7 @@ SUFFIXES = (".latent", ".safetensors", ".npy", ".pt")
 COMFYUI, MARKER = "latent_tensor", "latent_format_version_0"
 LEGACY_FACTOR = 0.18215  # of ComfyUI's files without the marker, whatever model they are of
 NAMES = ("latents", "latent", "samples", "z")  # which tensor is meant, where a file has several
+SMALLEST = 32  # pixels of a decoded image that every metric can take
 MOST_TENSORS = 16  # of a file of latents; a model has hundreds
 OURS, LEGACY, UNSAID = "z", "legacy", "unsaid"  # what a file says of its scale
 SCALED = ("no", "yes", *FAMILIES)  # what the user may say
@@ -151,7 +152,13 @@ def _read_tensors(path: Path) -> tuple[Tensor, str]:
             )
         return names
 
-    tensors = weight_file.read(path, few).tensors
+    try:
+        tensors = weight_file.read(path, few).tensors
+    except MissingInputError as error:
+        if path.suffix.lower() != ".pt":
+            raise
+        text = f"{error}; save latents as .safetensors or .npy, or in a dict of tensors"
+        raise MissingInputError(text) from error
     if COMFYUI in tensors:
         return tensors[COMFYUI], OURS if MARKER in tensors else LEGACY
     fitting = {name: t for name, t in tensors.items() if t.is_floating_point() and t.ndim in (3, 4)}
@@ -168,9 +175,14 @@ def _read_tensors(path: Path) -> tuple[Tensor, str]:
 # --- scale ----------------------------------------------------------------------------------
 
 
-def check_channels(latents: Sequence[SavedLatent], name: str, channels: int) -> None:
+def check_fit(latents: Sequence[SavedLatent], name: str, channels: int, downsampling: int) -> None:
     """Raises UsageError for the first latent that the VAE called `name` cannot decode."""
     for latent in latents:
+        if min(latent.shape[1:]) * downsampling < SMALLEST and latent.shape[0] == channels:
+            raise UsageError(
+                f"{latent.path}: its latents decode to {latent.shape[2] * downsampling} x "
+                f"{latent.shape[1] * downsampling} pixels; expected at least {SMALLEST} either way"
+            )
         if latent.shape[0] != channels:
             last = latent.shape[-1] == channels
             raise UsageError(

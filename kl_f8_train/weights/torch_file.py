@@ -331,7 +331,8 @@ class View:
 def _views(loaded: Any) -> dict[str, View]:
     """The tensors of a state dict, or of all those in a checkpoint; `state_dict.` is left out."""
     if not isinstance(loaded, dict):
-        raise MissingInputError(f"holds a {type(loaded).__name__.strip('_')}, not a state dict")
+        kind = "tensor" if isinstance(loaded, View) else type(loaded).__name__.strip("_")
+        raise MissingInputError(f"holds a {kind}, not a state dict")
     found: dict[str, View] = {}
     state = loaded.get("state_dict")
     if isinstance(state, dict):
@@ -360,9 +361,7 @@ def _collect(
     total: int,
     wanted: Wanted,
 ) -> TorchFile:
-    """Reads the tensors that are wanted, each storage once; one by itself is called `tensor`."""
-    if isinstance(loaded, View):
-        loaded = {"tensor": loaded}
+    """Reads the tensors that are wanted, each storage once."""
     views = _views(loaded)
     chosen = {key: views[key] for key in wanted(views)}
     needed = {view.storage for view in chosen.values()}
