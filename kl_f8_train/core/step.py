@@ -409,7 +409,7 @@ class Finetuner(_Base):
         y, chunks = y.detach().requires_grad_(), self.config.compute.perceptual_parts
         network: Distance = self.perceptual
         if (precision := self.config.loss.perceptual_precision) != "float32":
-            network = partial(network, precision=precision)
+            network = partial(self.perceptual, precision=precision)
         p = distance_in_parts(network, x, y, chunks).to(x.dtype)  # (B, 1, 1, 1)
         nll, terms = self.reconstruction_loss(x, y, p, logvar=self.logvar, **self.terms)
         if self.logvar.requires_grad:
