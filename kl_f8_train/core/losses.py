@@ -36,7 +36,7 @@ def reconstruction_loss(
     `pixel` is "l1" or "mse"; `perceptual` is (B, 1, 1, 1); `logvar` is a scalar. The pixel term is
     l1_weight |x - y| + mse_weight (x - y)^2 where one of these two weights is given.
     """
-    error = images - reconstructions
+    error = images - reconstructions  # (B, 3, H, W)
     pixel_term = error.abs() if pixel == "l1" else error.square()
     if l1_weight is not None or mse_weight is not None:
         l1 = float(pixel == "l1") if l1_weight is None else l1_weight
@@ -93,6 +93,7 @@ def discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
 
 def adaptive_weight(grad_nll: Tensor, grad_g: Tensor, maximum: float = 1e4) -> Tensor:
     """Ratio of the last layer's two gradient norms, clamped to [0, maximum], detached."""
+    # detached: it is a weight of this iteration, not a term to minimise
     return (grad_nll.norm() / (grad_g.norm() + 1e-4)).clamp(0.0, maximum).detach()
 
 

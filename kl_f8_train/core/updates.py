@@ -35,7 +35,7 @@ def build_adam(parameters: Iterable[nn.Parameter], config: Optimizer) -> Adam:
         "lr": config.learning_rate,
         "betas": (config.betas[0], config.betas[1]),
         "eps": config.eps,
-        "fused": True,
+        "fused": True,  # looks at `found_inf` on the device, which skips a bad update
     }
     return Adam(parameters, **options)
 
@@ -91,6 +91,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 def clip(gradients: list[Tensor], norm: Tensor, most: float) -> Tensor:
     """Scales gradients of this norm down to `most` in place; returns 1 if it acted, else 0, ()."""
+    # A norm that is not finite makes them NaN or 0; such an update is skipped anyway.
     torch._foreach_mul_(gradients, (most / norm).clamp(max=1.0))
     return (norm > most).to(norm.dtype)
 
@@ -112,8 +113,9 @@ def average_over_ranks(tensors: list[Tensor]) -> None:
     """Replaces tensors by their mean over all ranks, in one call; nothing on one process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
+    # One buffer, one message: hundreds of small ones would each cost the network's latency.
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat)  # the sum; gloo has no average
     flat /= dist.get_world_size()
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
