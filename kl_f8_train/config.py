@@ -147,6 +147,12 @@ class Loss:
     learn_logvar: bool = setting(
         "train the loss's log variance (the original's stays 0)", False, usual="false"
     )
+    perceptual_precision: Literal["float32", "bfloat16"] = setting(
+        "of the perceptual network's convolutions in training; its lengths and distances stay "
+        "float32, and so does validation",
+        "float32",
+        usual="float32",
+    )
     perceptual_weights: str | None = setting(
         "VGG16 features file; null: where `kl-f8-train fetch` put it", None, machine=True
     )

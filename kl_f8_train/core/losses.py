@@ -46,14 +46,16 @@ def reconstruction_loss(
     gradient = sobel(error) if gradient_weight else None
     if gradient is not None:
         rec = rec + gradient_weight * gradient
-    nll = torch.sum(rec / logvar.exp() + logvar) / images.shape[0]
-    scale = images[0].numel() / logvar.exp()  # from a mean per pixel to the share of nll
+    variance = logvar.exp()
+    nll = torch.sum(rec / variance + logvar) / images.shape[0]
+    scale = images[0].numel() / variance  # from a mean per pixel to the share of nll
+    pixel_mean, perceptual_mean = pixel_term.mean(), perceptual.mean()
     terms = {
-        "pixel_loss": pixel_term.mean(),
-        "perceptual_loss": perceptual.mean(),
+        "pixel_loss": pixel_mean,
+        "perceptual_loss": perceptual_mean,
         "reconstruction_loss": rec.mean(),
-        "pixel_nll": scale * pixel_term.mean(),
-        "perceptual_nll": scale * perceptual_weight * perceptual.mean(),
+        "pixel_nll": scale * pixel_mean,
+        "perceptual_nll": scale * perceptual_weight * perceptual_mean,
         "nll_loss": nll,
     }
     if l1_weight and mse_weight:
@@ -76,6 +78,12 @@ def sobel(error: Tensor) -> Tensor:
 def generator_loss(logits_fake: Tensor) -> Tensor:
     """g: minus the mean logit of the reconstructions."""
     return -logits_fake.mean()
+
+
+def judged(logits_real: Tensor, logits_fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The discriminator's loss, and the mean logits."""
+    figures = {"logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
+    return discriminator_loss(logits_real, logits_fake), {k: v.detach() for k, v in figures.items()}
 
 
 def discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:

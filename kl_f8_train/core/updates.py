@@ -6,6 +6,7 @@ reads and reports them an iteration later.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,7 +103,10 @@ def norm_of(tensors: list[Tensor]) -> Tensor:
 
 def mean_of_each(terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Means over several passes, by name."""
-    return {key: torch.stack([t[key] for t in terms]).mean() for key in (terms or [{}])[0]}
+    if len(terms) < 2:
+        return dict(*terms)
+    means = torch.stack([torch.stack(list(term.values())) for term in terms]).mean(0)
+    return dict(zip(terms[0], means.unbind(), strict=True))
 
 
 def average_over_ranks(tensors: list[Tensor]) -> None:
@@ -151,7 +155,7 @@ def step_if_finite(
     `unless` is true.
     """
     norm = norm_of([*gradients, *(0.0 * loss for loss in losses)])
-    bad = ~norm.isfinite()
+    bad = norm - norm != 0.0  # infinite or NaN, in two kernels: isfinite takes four
     clipped = None if clip_norm is None else clip(gradients, norm, clip_norm)
     adam.found_inf = (bad if unless is None else bad | unless).float()  # type: ignore[attr-defined]
     step(adam)
@@ -168,12 +172,25 @@ class Remembered:
     """A network's buffers as they are now: a bad batch goes through BatchNorm, too."""
 
     def __init__(self, module: nn.Module | None) -> None:
-        self.pairs = [(b, b.clone()) for b in module.buffers()] if module is not None else []
+        kinds: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)  # in one tensor each
+        for buffer in module.buffers() if module is not None else ():
+            kinds[buffer.dtype].append(buffer)
+        self.kinds = [(buffers, _joined(buffers)) for buffers in kinds.values()]
 
+    @torch.no_grad()
     def restore(self, bad: Tensor) -> None:
         """Puts them back where `bad`, a bool, is true."""
-        for buffer, before in self.pairs:
-            buffer.copy_(torch.where(bad, before, buffer))
+        for buffers, before in self.kinds:
+            kept = torch.where(bad, before, _joined(buffers))
+            parts = kept.split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(
+                buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)]
+            )
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """All elements in a row."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 class HostCopy:
