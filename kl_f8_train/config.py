@@ -464,6 +464,14 @@ class Log:
         machine=True,
         usual="the held-out folder of `split`",
     )
+    pictures_size: int | list[int] | None = setting(
+        "side of the validation's squares, in pixels, or a list of sides; pictures are of the "
+        "first; null: data.crop",
+        None,
+        machine=True,
+        bounds=(1, PIXELS),
+        usual="null; [256, 512] for a decoder of large images",
+    )
     wandb: Literal["off", "auto", "offline"] = setting(
         "auto: online, or offline without a network",
         "off",
@@ -861,6 +869,14 @@ def side_range(data: Data) -> tuple[int, int] | None:
     return (side[0], side[-1]) if isinstance(side, list) else (side, side)
 
 
+def validation_sizes(config: Config) -> list[int]:
+    """Sides of the squares that validation scores, the pictures' own first."""
+    sizes = config.log.pictures_size
+    if sizes is None:
+        return [config.data.crop]
+    return sizes if isinstance(sizes, list) else [sizes]
+
+
 def micro_batch(config: Config, world_size: int) -> int:
     """Images per GPU and micro-batch: as given, or the largest divisor up to 12.
 
@@ -942,8 +958,18 @@ def _ranges(config: Config) -> Iterator[str]:
         yield f"optimizer.betas={config.optimizer.betas}: expected two numbers in [0, 1)"
     if not 1 <= levels <= MOST_LEVELS:
         yield f"model.ch_mult={config.model.ch_mult}: expected 1 to {MOST_LEVELS} numbers"
-    elif config.data.crop % 2 ** (levels - 1):
-        yield f"data.crop={config.data.crop}: expected a multiple of {2 ** (levels - 1)}"
+    else:
+        multiple = 2 ** (levels - 1)
+        if config.data.crop % multiple:
+            yield f"data.crop={config.data.crop}: expected a multiple of {multiple}"
+        sizes = validation_sizes(config)
+        if config.log.pictures_size is not None and (
+            not sizes or len(set(sizes)) < len(sizes) or any(size % multiple for size in sizes)
+        ):
+            yield (
+                f"log.pictures_size={config.log.pictures_size}: expected multiples of "
+                f"{multiple}, each once"
+            )
     sides = config.data.shorter_side
     if isinstance(sides, list) and (len(sides) != 2 or sides[0] > sides[1]):
         yield f"data.shorter_side={sides}: expected a number, or a range [least, most]"

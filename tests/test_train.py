@@ -22,11 +22,12 @@ import ranks
 import runs
 import samples
 import torch
+from PIL import Image
 
 from kl_f8_train.__main__ import main
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
-from kl_f8_train.run import saving
+from kl_f8_train.run import outcome, saving
 from kl_f8_train.run.train import train
 from kl_f8_train.run.validation import Validation
 from kl_f8_train.run_dir import MetricsFile, list_checkpoints
@@ -234,6 +235,23 @@ def test_validation_and_config_are_written(folder):
         assert as_used == pytest.approx(float(row["nll_loss"]), rel=1e-5)
         used = float(row["adaptive_weight"]) * float(row["generator_loss"])
         assert float(row["adversarial_loss"]) == pytest.approx(used, rel=1e-4)
+
+
+def test_validation_scores_each_of_several_sizes(folder):
+    """A strip of the first; columns of the others end in their side."""
+    several = "stop_iteration=101", "log.pictures_every=1", "log.pictures_size=[32,64]"
+    train(runs.recipe(folder, "sizes", *several))
+    train(runs.recipe(folder, "one-size", *several[:2], "log.pictures_size=64"))
+    end = read_table(folder / "sizes" / "validation.csv")[-1]
+    alone = read_table(folder / "one-size" / "validation.csv")[-1]
+    assert {f"{key}_64px": value for key, value in alone.items() if key != "iteration"} == {
+        key: value for key, value in end.items() if key.endswith("_64px")
+    }
+    assert end["psnr_ema"] != end["psnr_ema_64px"]
+    strip = Image.open(folder / "sizes" / "pictures" / "iteration-000000101.jpg")
+    assert strip.width < 2 * 64
+    labels = [change.weights for change in outcome.read(folder / "sizes").changes]
+    assert labels == ["EMA", "raw", "EMA 64px"]
 
 
 def test_saving_is_no_waiting_for_data(folder, monkeypatch):

@@ -196,7 +196,7 @@ def _examine_inputs(report: Report, path: Path, overrides: list[str]) -> None:
             pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
         if config.log.pictures_every and config.log.pictures is not None:
             with report.section("photographs of validation"):
-                fixed_photographs(config, report.tell)
+                fixed_photographs(config, config.data.crop, report.tell)
 
 
 def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
@@ -221,7 +221,7 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
             _check_source(report, config, name)
     if config.log.pictures_every and config.log.pictures is not None:
         with report.section("photographs of validation"):
-            found = fixed_photographs(config, report.tell)
+            found = fixed_photographs(config, config.data.crop, report.tell)
             report.tell(f"{counted(len(found), 'photograph', 's')} of {config.log.pictures}")
             _check_overlap(report, config, Path(config.log.pictures))
     elif config.log.pictures_every:

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from kl_f8_train import config as configs
 from kl_f8_train import facts, images, output, units
-from kl_f8_train.config import Config, micro_batch
+from kl_f8_train.config import Config, micro_batch, validation_sizes
 from kl_f8_train.core import machine
 from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
@@ -115,7 +115,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             run_dir,
             config,
             start,
-            _fixed_images(config, plan, sources),
+            {size: _fixed_images(config, plan, sources, size) for size in validation_sizes(config)},
             run_log.validated,
             saving.save_best if config.checkpoint.keep_best else None,
         )
@@ -478,25 +478,26 @@ def _cluster(launcher: str) -> ClusterEnvironment:
     return LightningEnvironment()  # an installed srun does not mean that this runs under SLURM
 
 
-def fixed_photographs(config: Config, report: Callable[[str], None]) -> list[torch.Tensor]:
+def fixed_photographs(
+    config: Config, size: int, report: Callable[[str], None]
+) -> list[torch.Tensor]:
     """Up to eight photographs of `log.pictures`; MissingInputError if there is none."""
     assert config.log.pictures is not None
     folder = Path(config.log.pictures)
     try:
-        return load_folder(folder, config.data.crop, 8, report)
+        return load_folder(folder, size, 8, report)
     except MissingInputError as error:
         raise MissingInputError(f"log.pictures: {error}") from error
 
 
 def _fixed_images(
-    config: Config, plan: Plan, sources: Mapping[str, ImageSource]
+    config: Config, plan: Plan, sources: Mapping[str, ImageSource], size: int
 ) -> list[torch.Tensor]:
     """Those of `log.pictures`, or the first four of the data that can be used, centre-cropped."""
     if not config.log.pictures_every:
         return []
     if config.log.pictures is not None:
-        return fixed_photographs(config, say_once)
-    size = config.data.crop
+        return fixed_photographs(config, size, say_once)
     chosen: list[torch.Tensor] = []
     for position in range(min(MOST_TRIED, plan.batch)):
         if len(chosen) == 4:

@@ -27,7 +27,8 @@ class Validation(Callback):
     """Fixed photographs at intervals: a strip from the EMA, and scores of EMAs and raw weights.
 
     Posterior mean, 8-bit reconstructions; a mean over the photographs in each column of
-    `validation.csv`. The strips are JPEGs, input beside the EMA's reconstruction.
+    `validation.csv`. The strips are JPEGs, input beside the EMA's reconstruction. `fixed` is
+    side -> uint8 (3, side, side); columns of sides after the first end in it: `psnr_ema_512px`.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Validation(Callback):
         run_dir: Path,
         config: Config,
         start: int,
-        fixed: list[Tensor],
+        fixed: dict[int, list[Tensor]],
         report: ReportScores,
         keep_best: KeepBest | None = None,
     ) -> None:
@@ -58,16 +59,19 @@ class Validation(Callback):
 
     def validate(self, trainer: Trainer, finetuner: Finetuner) -> None:
         """Writes a row of `validation.csv` and `pictures/iteration-NNNNNNNNN.jpg`."""
-        if not (self.every and self.fixed and trainer.is_global_zero):
+        if not (self.every and all(self.fixed.values()) and trainer.is_global_zero):
             return
+        row: dict[str, float] = {}
+        strip: list[Tensor] = []
         with torch.compiler.set_stance("force_eager"):  # too few images to compile graphs for
-            outputs = [reconstruct_fixed(finetuner, image) for image in self.fixed]
-            row = validation_scores(finetuner, self.fixed, outputs)
+            for size, originals in self.fixed.items():
+                outputs = [reconstruct_fixed(finetuner, image) for image in originals]
+                scores = validation_scores(finetuner, originals, outputs)
+                row |= {f"{key}_{size}px" if strip else key: score for key, score in scores.items()}
+                pairs = zip(originals, outputs, strict=True)
+                strip = strip or [images.hstack([image, by["ema"]]) for image, by in pairs]
         iteration = finetuner.iteration
         path = self.folder / f"iteration-{iteration:09d}.jpg"
-        strip = [
-            images.hstack([image, by["ema"]]) for image, by in zip(self.fixed, outputs, strict=True)
-        ]
         before = min((badness(_numbers(old)) for old in self.table.rows), default=None)
         if self.keep_best and before is not None and badness(row) < before:
             self.keep_best(trainer, finetuner)
