@@ -112,7 +112,6 @@ def _measure_training(
     phases = measure([timed_here], batches, device, iterations)
     rates = _matmul_rates(config.precision, device)
     cpu_seconds = statistics.median(timed_here.cpu_seconds)
-    settled = as_it_runs(config)
     if device.type == "cpu" and is_busy(timed_here.median, cpu_seconds, torch.get_num_threads()):
         notes.append(BUSY)
     images_per_second = size / (timed_here.median + 1e-3 * phases["data"])
@@ -146,8 +145,8 @@ def _conditions(config: Config, device: torch.device, size: int) -> dict[str, An
         "precision": config.precision,
         "batch": size,
         "crop": config.data.crop,
-        "flops_floor": cost.flops_per_image(settled),
-        "computed_memory_bytes": cost.peak_bytes(settled, size),
+        "flops_floor": cost.flops_per_image(as_it_runs(config)),
+        "computed_memory_bytes": cost.peak_bytes(as_it_runs(config), size),
         "compiled": machine.compiles(config.compute),
         "settings": {
             "name": config.name,

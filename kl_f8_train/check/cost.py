@@ -404,19 +404,20 @@ def peak_bytes(config: Config, batch: int, share: int | None = None) -> float:
         below, above = _peaks(counts(config, few)), _peaks(counts(config, more))
         slopes = {phase: (above[phase] - below[phase]) / (more - few) for phase in below}
         return max(below[phase] + (batch - few) * slope for phase, slope in slopes.items())
+    if share <= 2 * more:
+        return max(_peaks(counts(config, batch, share)).values())
     group = configs.divisor_up_to(share, adversary.GROUP) if config.adversarial else None
-    images, others = (max(2 * size, group or 0) for size in (few, more))
-    below, above = (
+    images = 2 * max(more, group or 0)
+    below, above, longer = (
         _peaks(counts(config, size, count, group))
-        for size, count in ((few, images), (more, others))
+        for size, count in ((few, images), (more, images), (more, images + more))
     )
-    longer = _peaks(counts(config, few, images + few, group))
-    peaks = []
-    for phase, least in below.items():
-        kept = (longer[phase] - least) / few  # of each image, over the iteration
-        slope = (above[phase] - least - kept * (others - images)) / (more - few)
-        peaks.append(least + slope * (batch - few) + kept * (share - images))
-    return max(peaks)
+    return max(
+        least
+        + (batch - few) * (above[phase] - least) / (more - few)
+        + (share - images) * (longer[phase] - above[phase]) / more  # kept of each image
+        for phase, least in below.items()
+    )
 
 
 def _peaks(found: Counts) -> dict[str, int]:

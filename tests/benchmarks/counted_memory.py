@@ -3,11 +3,10 @@
     python tests/benchmarks/counted_memory.py [--import MODULE] counted.csv
     python tests/benchmarks/counted_memory.py more.csv ft_ema --compiled 1 --batches 12x12
 
-A row has the peak of torch's allocator in a third iteration, its phase, and what the allocator
-reserved. Compiled, inductor makes its graphs and allocates their buffers, but its Triton kernels
-are neither compiled nor launched: values are meaningless, sizes true. A first row of a batch takes
-a minute or two of a CPU, most others seconds. MODULE, where it stands in for a GPU, is imported
-first.
+A row has the peak of torch's allocator in a third iteration, and its phase. Compiled, inductor
+makes its graphs and allocates their buffers, but its Triton kernels are neither compiled nor
+launched: values are meaningless, sizes true. The first row of a batch takes a minute or two of a
+CPU, most others seconds. MODULE is imported first, where it stands in for a GPU.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from kl_f8_train.core.phases import timed_by
 RECIPES = ("ft_ema", "ft_mse", "flux_vae")
 LEVELS = (0, 2, 4)
 BATCHES = ("1x1", "4x4", "12x12", "24x24", "4x24", "12x48")  # images of a micro-batch x in all
-HEAD = ("recipe", "compiled", "levels", "micro_batch", "images", "bytes", "phase", "reserved")
+HEAD = ("recipe", "compiled", "levels", "micro_batch", "images", "bytes", "phase")
 PATHS = ("run_dir=none", "init.weights=none", "data.sources=none")
 
 
@@ -82,12 +81,10 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[Any, ...]]:
     for batch, compiled, recipe, levels in combinations:
         micro, images = map(int, batch.split("x"))
         gc.collect()
-        torch.cuda.empty_cache()
         setup = settings(recipe, bool(compiled), levels, micro, images)
         found = peaks(setup, images)
         phase = max(found, key=lambda name: found[name])
-        reserved = torch.cuda.max_memory_reserved()
-        yield recipe, compiled, levels, micro, images, found[phase], phase, reserved
+        yield recipe, compiled, levels, micro, images, found[phase], phase
 
 
 def main() -> None:
