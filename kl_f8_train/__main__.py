@@ -23,7 +23,7 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, Us
 from kl_f8_train.launch import end_children, launched
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import say
-from kl_f8_train.units import counted, duration
+from kl_f8_train.units import counted, duration, shortest
 
 if TYPE_CHECKING:
     from kl_f8_train.check.doctor import Report
@@ -116,13 +116,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect = add("inspect", _inspect, "Says what a VAE file holds, without running any of it.")
     inspect.add_argument("weights", help="file, diffusers folder, run directory or hub id")
-    inspect.add_argument("--raw", action="store_true", help="a run's raw weights, not its EMA")
+    taken = inspect.add_mutually_exclusive_group()
+    taken.add_argument("--raw", action="store_true", help="a run's raw weights, not its EMA")
+    taken.add_argument("--ema", type=_decay, metavar="DECAY", help="its EMA of this decay")
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
     export = add("export", _export, "Writes a run's EMA weights for every consumer.")
     export.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
     export.add_argument("--out", type=Path, help="directory to write (RUN/export)")
-    export.add_argument("--raw", action="store_true", help="the raw weights in place of the EMA")
+    taken = export.add_mutually_exclusive_group()
+    taken.add_argument("--raw", action="store_true", help="the raw weights in place of the EMA")
+    taken.add_argument("--ema", type=_decay, metavar="DECAY", help="the EMA of this decay")
     export.add_argument("--best", action="store_true", help="of the best validation, if it is kept")
     export.add_argument(
         "--average", nargs="+", type=Path, default=[], metavar="CKPT", help="mean EMA; after RUN"
@@ -168,21 +172,53 @@ def build_parser() -> argparse.ArgumentParser:
 
     score = add("evaluate", _evaluate, "Scores VAEs on the same images, as the model card does.")
     score.add_argument(
-        "weights", nargs="+", metavar="[NAME=]WEIGHTS[@raw]", help="file or run; @raw: not its EMA"
+        "weights",
+        nargs="+",
+        metavar="[NAME=]WEIGHTS[@raw]",
+        help="file or run; @raw: not its EMA; @0.9999: its EMA of this decay",
     )
-    score.add_argument("--images", required=True, help="folder of photographs, or shards")
+    inputs = score.add_argument_group("what they are scored on, one of").add_argument
+    inputs("--images", help="folder of photographs, or shards; with --latents: for FID")
+    inputs("--latents", type=Path, metavar="DIR", help="saved latents, to decode and compare")
     score.add_argument("--out", type=Path, default=Path("evaluation"), help="directory to write")
     score.add_argument("--protocol", default="card", choices=["card", "standard"])
-    score.add_argument("--size", type=int, default=256, help="resize and centre crop, in pixels")
+    score.add_argument(
+        "--size", type=_sizes, help="resize and centre crop, in pixels; several: 256,512 (256)"
+    )
     score.add_argument("--limit", type=_positive, help="only the first images")
     score.add_argument("--perceptual", default="lpips_vgg", choices=["lpips_vgg", "st_lpips_alex"])
     score.add_argument("--vgg", help="VGG16 features file")
     score.add_argument("--inception", help="Inception file, for rFID")
     score.add_argument("--device", type=_device, help="cpu or cuda")
-    score.add_argument("--batch-size", type=_positive, default=16, help="on a GPU; a CPU takes 1")
+    score.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=16,
+        help="on a GPU, at 256 pixels; fewer at larger sizes; a CPU takes 1",
+    )
     score.add_argument("--compare", nargs=2, metavar=("A", "B"), help="is B better than A?")
     score.add_argument(
         "--baselines", action="store_true", help="add the rows mean colour and 8 x 8 means"
+    )
+    score.add_argument(
+        "--latent-noise",
+        type=_sigmas,
+        default=[],
+        metavar="SIGMA,...",
+        help="add rows decoded from z + sigma std(z) e, such as 0.1,0.2,0.4",
+    )
+    score.add_argument(
+        "--tiled",
+        type=_positive,
+        nargs="?",
+        const=512,
+        metavar="PIXELS",
+        help="measure the seams of decoding in tiles as diffusers and ComfyUI do (512)",
+    )
+    score.add_argument(
+        "--latents-scaled",
+        choices=["no", "yes", "sd", "sdxl", "sd3", "flux"],
+        help="whether --latents are a sampler's: by the scale the VAE states, or that of a family",
     )
 
     card = add("card", _card, "Writes the model card of an export, with measured numbers only.")
@@ -206,12 +242,28 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--private", action="store_true", help="make a new repository private")
     push.add_argument("--pictures", action="store_true", help="upload strip.png, of photographs")
 
-    pack = add("pack", _pack, "Packs a folder of images into WebDataset shards.")
-    pack.add_argument("images", type=Path, help="folder, searched recursively")
+    pack = add("pack", _pack, "Packs images into WebDataset shards.")
+    pack.add_argument(
+        "images",
+        type=Path,
+        nargs="+",
+        help="folder, searched recursively; or parquet files of the Hugging Face hub, or a glob",
+    )
     pack.add_argument("out", type=Path, help="directory of the shards")
     pack.add_argument("--per-shard", type=int, default=1000, help="images in each shard")
     pack.add_argument("--workers", type=_positive, help="processes (all cores)")
     pack.add_argument("--reencode", action="store_true", help="write JPEGs anew")
+
+    split = add("split", _split, "Splits photographs into training and held-out, by content.")
+    split.add_argument("images", type=Path, help="folder, searched recursively; only read")
+    split.add_argument("out", type=Path, help="new directory: training/ and held_out/ in it")
+    split.add_argument(
+        "--held-out",
+        type=_count_or_share,
+        metavar="N|SHARE",
+        help="how many, or which share such as 0.05 or 5%% (5%%, but 10 to 500)",
+    )
+    split.add_argument("--seed", type=int, default=0, help="another seed, another choice (0)")
 
     index = add(
         "index", _index_verb, "Indexes shards once: where the images are, and their metadata."
@@ -347,14 +399,15 @@ def _inspect(args: argparse.Namespace) -> int:
     _must_be_there(args.weights)
     from kl_f8_train.weights import weight_file
 
-    found = weight_file.report(
-        *weight_file.read_weights(args.weights, "raw" if args.raw else "ema")
-    )
+    select = "raw" if args.raw else "ema" if args.ema is None else _selection(args.ema)
+    found = weight_file.report(*weight_file.read_weights(args.weights, select))
     print(json.dumps(found, indent=2) if args.json else weight_file.describe(found))
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
+    if not args.run.exists():
+        raise MissingInputError(f"run {args.run}: no such directory or checkpoint; check the path")
     if args.images and not args.images.is_dir():
         raise MissingInputError(f"--images {args.images}: no such folder; give photographs")
     from kl_f8_train.publish.export import LAYOUTS, export
@@ -363,6 +416,7 @@ def _export(args: argparse.Namespace) -> int:
         args.run,
         args.out,
         raw=args.raw,
+        ema=args.ema,
         best=args.best,
         dtype=args.dtype,
         layouts=args.format or LAYOUTS,
@@ -405,17 +459,24 @@ def _evaluate(args: argparse.Namespace) -> int:
     if len({name for name, *_ in named}) < len(named):
         raise UsageError("two weights have the same name; give NAME=WEIGHTS")
     _check_compared(args.compare, [name for name, *_ in named])
+    if args.latents is not None:
+        return _evaluate_latents(args, named)
+    if args.images is None:
+        args.parser.error("the following arguments are required: --images, or --latents")
+    if args.latents_scaled:
+        raise UsageError("--latents-scaled is of saved latents; give --latents with it")
     _check_places(args.images, args.out)
     from kl_f8_train.score import report
     from kl_f8_train.score.evaluate import PROTOCOLS, evaluate
 
+    sizes = args.size or [256]
     with _bar("image") as progress:
         result = evaluate(
             named,
             args.images,
             args.out,
             protocol=PROTOCOLS[args.protocol],
-            size=args.size,
+            size=sizes[0] if len(sizes) == 1 else sizes,
             limit=args.limit,
             perceptual_name=args.perceptual,
             vgg=args.vgg,
@@ -425,11 +486,56 @@ def _evaluate(args: argparse.Namespace) -> int:
             progress=progress,
             with_baselines=args.baselines,
             compared=args.compare or (),
+            latent_noise=args.latent_noise,
+            tile=args.tiled,
         )
     if result is not None:  # on the first rank: the files are there once
-        print(f"report: {report.write(args.out)}")
+        places = [args.out] if len(sizes) == 1 else [args.out / str(size) for size in sizes]
+        for place in places:
+            print(f"report: {report.write(place)}")
         chosen = args.compare[1] if args.compare else named[-1][0]
-        print(f"next: {_after_scores(args.out, *next(n for n in named if n[0] == chosen))}")
+        print(f"next: {_after_scores(places[0], *next(n for n in named if n[0] == chosen))}")
+    return 0
+
+
+def _evaluate_latents(args: argparse.Namespace, named: list[tuple[str, Path, str]]) -> int:
+    """evaluate --latents: no photographs, so nothing that is measured against them."""
+    given = {
+        "--compare": args.compare,
+        "--baselines": args.baselines,
+        "--latent-noise": args.latent_noise,
+        "--tiled": args.tiled,
+    }
+    for flag, value in given.items():
+        if value:
+            raise UsageError(f"{flag} needs photographs to measure against; leave out --latents")
+    if len(args.size or ()) > 1:
+        raise UsageError("--size: latents have their own; one size of --images, for FID")
+    if not args.latents.exists():
+        raise MissingInputError(f"--latents {args.latents}: no such folder or file; check the path")
+    _check_out(args.out)
+    if args.images:
+        _check_places(args.images, args.out)
+    from kl_f8_train.score import generated
+    from kl_f8_train.score.evaluate import PROTOCOLS
+
+    with _bar("latent") as progress:
+        generated.evaluate_latents(
+            named,
+            str(args.latents),
+            args.out,
+            scaled=args.latents_scaled,
+            photographs=args.images,
+            size=args.size[0] if args.size else None,
+            limit=args.limit,
+            protocol=PROTOCOLS[args.protocol],
+            perceptual_name=args.perceptual,
+            vgg=args.vgg,
+            inception=args.inception,
+            device=args.device,
+            progress=progress,
+        )
+    print(f"pictures: {args.out / 'strip.png'}, {args.out / 'pictures'}")
     return 0
 
 
@@ -440,16 +546,21 @@ def _after_scores(out: Path, name: str, path: Path, select: str) -> str:
     if (path.parent / "export.json").is_file():
         return _card_command(path.parent, str(out / "scores.json"))
     if is_run(path) or is_run(path.parent.parent):
-        return shlex.join(["kl-f8-train", "export", str(path), *["--raw"] * (select == "raw")])
+        taken = ["--raw"] if select == "raw" else ["--ema", select[4:]] * (select != "ema")
+        return shlex.join(["kl-f8-train", "export", str(path), *taken])
     weights = shlex.quote(f"init.weights={path}")
     return f"kl-f8-train doctor single_gpu {weights} data.sources=PHOTOS"
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is a file; expected a directory: name another place")
 
 
 def _check_places(images: str, out: Path) -> None:
     """Raises UsageError or MissingInputError for what the two paths alone show."""
     source = Path(images)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out}: is a file; expected a directory: name another place")
+    _check_out(out)
     if not any(sign in images for sign in "{*?[:") and not source.exists():
         raise MissingInputError(
             f"--images {images}: no such folder, shard or list of shards; check the path"
@@ -516,8 +627,13 @@ def _push(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    if not args.images.is_dir():
-        raise MissingInputError(f"{args.images}: no such folder; expected one of photographs")
+    absent = [
+        place for place in args.images if not (place.exists() or set("*?[") & set(f"{place}"))
+    ]
+    if absent:
+        raise MissingInputError(
+            f"{absent[0]}: no such folder; expected one of photographs, or .parquet files"
+        )
     from kl_f8_train.data.pack import pack
 
     with _bar("image") as progress:
@@ -532,6 +648,17 @@ def _pack(args: argparse.Namespace) -> int:
     print(result)
     source = shlex.quote(f"data.sources={args.out}")
     print(f"next: kl-f8-train doctor single_gpu init.weights=VAE {source}")
+    return 0
+
+
+def _split(args: argparse.Namespace) -> int:
+    from kl_f8_train.data.split import HELD_OUT, TRAINING, split
+
+    with _bar("image") as progress:
+        result = split(args.images, args.out, args.held_out, args.seed, progress)
+    print(result)
+    settings = [f"data.sources={args.out / TRAINING}", f"log.pictures={args.out / HELD_OUT}"]
+    print(f"next: kl-f8-train doctor single_gpu init.weights=VAE {shlex.join(settings)}")
     return 0
 
 
@@ -668,16 +795,31 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _name_path_select(text: str) -> tuple[str, Path, str]:
-    """[NAME=]WEIGHTS[@raw] -> name, path, and which weights of a training checkpoint."""
+    """[NAME=]WEIGHTS[@raw|@DECAY] -> name, path, and which weights of a training checkpoint."""
     name, equals, path = text.partition("=")
     if not equals or os.sep in name:
         name, path = "", text
-    raw = path.endswith("@raw")
-    place = Path(path.removesuffix("@raw"))
+    mark = re.search(r"@(raw|[0-9]*\.?[0-9]+(e-[0-9]+)?)$", path)
+    if mark and mark[1] != "raw" and Path(path).exists():
+        mark = None  # a name that ends so
+    place = Path(path[: mark.start()] if mark else path)
     if not name:
         ending = "" if place.is_dir() else r"(\.vae)?\.(safetensors|ckpt|pth?|bin|zip)$"
-        name = re.sub(ending, "", place.absolute().name) + "@raw" * raw
-    return name, place, "raw" if raw else "ema"
+        name = re.sub(ending, "", place.absolute().name) + (mark[0] if mark else "")
+    if mark is None or mark[1] == "raw":
+        return name, place, mark[1] if mark else "ema"
+    return name, place, _selection(float(mark[1]))
+
+
+def _selection(decay: float) -> str:
+    return f"ema-{shortest(decay)}"
+
+
+def _decay(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"got {text}, expected a decay from 0, below 1, as 0.9999")
 
 
 def _above_zero(text: str) -> float:
@@ -687,10 +829,37 @@ def _above_zero(text: str) -> float:
     raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0")
 
 
+def _count_or_share(text: str) -> float:
+    """50 -> 50, 0.05 and 5% -> 0.05."""
+    with contextlib.suppress(ValueError):
+        found = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        if 0 < found < 1 or (found.is_integer() and found >= 1 and not text.endswith("%")):
+            return found
+    raise argparse.ArgumentTypeError(
+        f"got {text}, expected a whole number, or a share above 0 and below 1 such as 0.05 or 5%"
+    )
+
+
 def _device(text: str) -> str:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"got {text}, expected cpu, cuda or cuda:NUMBER")
     return text
+
+
+def _sizes(text: str) -> list[int]:
+    """256,512 -> those sizes, each once."""
+    return list(dict.fromkeys(_positive(part.strip()) for part in text.split(",")))
+
+
+def _sigmas(text: str) -> list[float]:
+    """0,0.1,0.4 -> those sigmas, each once; 0 is always measured."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [-1.0]
+    if not all(0 <= sigma <= 10 for sigma in found):
+        raise argparse.ArgumentTypeError(f"got {text}, expected numbers from 0 to 10: 0.1,0.2,0.4")
+    return list(dict.fromkeys(found))
 
 
 def _positive(text: str) -> int:

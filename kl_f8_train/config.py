@@ -226,14 +226,24 @@ class Latents:
 
 @dataclass(kw_only=True)
 class Ema:
-    """Moving average of the decoder and post_quant_conv."""
+    """Moving average of the decoder and post_quant_conv, or several at once."""
 
-    decay: float = setting(
-        "share kept at each update",
+    decay: float | list[float] = setting(
+        "share kept at each update; of several the first is the run's, the others are kept beside",
         bounds=(0, BELOW_1),
         usual="0.999 to 0.9999: 1 - 10 / iterations",
     )
     warmup: bool = setting("decay grows as (1 + n) / (10 + n); forgets the start", False)
+
+    def __post_init__(self) -> None:
+        match self.decay:
+            case [float() as only]:  # the same run, whichever way it is written
+                self.decay = only
+
+    @property
+    def decays(self) -> list[float]:
+        """All decays, the run's own first."""
+        return self.decay if isinstance(self.decay, list) else [self.decay]
 
 
 @dataclass(kw_only=True)
@@ -482,6 +492,9 @@ class Setting:
         """For people."""
         if get_origin(self.kind) is Literal:
             name = " | ".join(get_args(self.kind))
+        elif get_origin(self.kind) is Union:
+            number = get_args(self.kind)[0].__name__
+            name = f"{number} | list[{number}]"
         else:
             name = self.kind.__name__ if isinstance(self.kind, type) else str(self.kind)
         name = str(self.kind) if get_origin(self.kind) is list else name
@@ -494,8 +507,9 @@ def _settings(kind: Any, prefix: str = "") -> Iterator[tuple[str, Setting]]:
     for item in fields(kind):
         declared, nullable = hints[item.name], False
         if get_origin(declared) in (Union, UnionType):
+            nullable = NoneType in get_args(declared)
             kinds = tuple(arg for arg in get_args(declared) if arg is not NoneType)
-            declared, nullable = Union[kinds], True  # noqa: UP007, of one is that one
+            declared = Union[kinds]  # noqa: UP007, of one is that one
         default = "" if item.default is NO_DEFAULT else item.default
         found = Setting(declared, nullable, default, **item.metadata)
         yield f"{prefix}{item.name}", found
@@ -585,7 +599,7 @@ def _merge(path: Path, overrides: list[str] | tuple[str, ...]) -> DictConfig:
         if _known(key, str(path)).is_group and isinstance(value, bool | int | float | str | list):
             _parse(key, str(value), str(path))
     with _in_our_words(str(path)):
-        merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), _exactly_typed(raw))
         assert isinstance(merged, DictConfig)
         for text in overrides:
             _override(merged, text)
@@ -639,7 +653,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises UsageError if this version does not know a key, or if `name` is not a file name.
     """
     with _in_our_words("stored configuration"):
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), dict(values)))
+        typed = _exactly_typed(values)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), typed))
     assert isinstance(config, Config)
     for problem in _name_problems(config.name):  # it comes from elsewhere, and becomes a path
         raise UsageError(problem)
@@ -839,6 +854,9 @@ def _ranges(config: Config) -> Iterator[str]:
     for key, text in texts.items():
         if not text.strip():
             yield f"{key} is empty: expected {_doc(key)}"
+    decays = config.ema.decays
+    if not decays or len(set(decays)) < len(decays):
+        yield f"ema.decay={decays}: expected {SEVERAL[float]}, each once"
     if len(config.optimizer.betas) != 2:
         yield f"optimizer.betas={config.optimizer.betas}: expected two numbers in [0, 1)"
     if not 1 <= levels <= MOST_LEVELS:
@@ -1013,9 +1031,9 @@ def _parse(key: str, text: str, where: str = "") -> Any:
         raise UsageError(f"{shown}={text}: this is a group of settings; set {names}")
     values = [p.strip() for p in text.strip().strip("[]").split(",") if p.strip()]
     if origin is Union:
-        if not values or not all(value.lstrip("-").isdecimal() for value in values):
-            raise UsageError(f"{shown}={text}: expected a whole number, or a range as [384,512]")
-        numbers = [int(value) for value in values]
+        numbers = [_typed(value, get_args(kind)[0]) for value in values]
+        if not values or any(isinstance(number, str) for number in numbers):
+            raise UsageError(f"{shown}={text}: expected {SEVERAL[get_args(kind)[0]]}")
         return numbers if "[" in text or len(numbers) > 1 else numbers[0]
     inner = get_args(kind)[0] if origin is list else kind
     try:
@@ -1037,6 +1055,38 @@ def _bool(text: str) -> bool:
 
 READERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, bool: _bool}
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
+SEVERAL = {  # of a setting that takes one number or several
+    int: "a whole number, or a range as [384,512]",
+    float: "a number, or a list as [0.999,0.9999]",
+}
+
+
+def _exactly_typed(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values, where one number or several are taken in exactly the declared type.
+
+    Elsewhere omegaconf converts, as 0 or "1e-3" to a float; of a union it wants the type itself.
+    """
+    typed = {}
+    for name, value in values.items():
+        found = setting_of(f"{prefix}{name}")
+        if isinstance(value, Mapping):
+            value = _exactly_typed(value, f"{prefix}{name}.")
+        elif found and get_origin(found.kind) is Union:
+            value = _typed(value, get_args(found.kind)[0])
+        typed[name] = value
+    return typed
+
+
+def _typed(value: Any, kind: type) -> Any:
+    """A number, or a text that reads as one, in a type; anything else unchanged, to be refused."""
+    if isinstance(value, list):
+        return [_typed(item, kind) for item in value]
+    if not isinstance(value, int | str) or isinstance(value, bool):
+        return value
+    try:
+        return READERS[kind](str(value))
+    except ValueError:
+        return value
 
 
 def _plain(config: Config | Mapping[str, Any]) -> dict[str, Any]:

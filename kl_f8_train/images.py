@@ -122,7 +122,7 @@ def can_read(kind: str) -> bool:
         Image.init()
         return "avif" in features.get_supported()
     try:
-        from pillow_heif import register_heif_opener  # type: ignore[import-not-found]
+        from pillow_heif import register_heif_opener
     except ImportError:
         return False
     register_heif_opener()
@@ -148,10 +148,7 @@ def _decode_jpeg(data: bytes, size: tuple[int, int]) -> Tensor | None:
 def _jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
     """torchvision's decoder, which takes 2 s to import; None once a release has dropped it."""
     try:
-        from torchvision.io import (  # type: ignore[import-untyped]
-            ImageReadMode,
-            decode_jpeg,
-        )
+        from torchvision.io import ImageReadMode, decode_jpeg
     except Exception:
         return None
     return partial(decode_jpeg, mode=ImageReadMode.RGB)

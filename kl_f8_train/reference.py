@@ -74,9 +74,9 @@ def _value(setting: Setting) -> str:
         text = f"{', '.join(others)} or {last}"
     elif get_origin(kind) is list:
         text = f"list of {_plural(get_args(kind)[0])}{_range(setting)}"
-    elif get_origin(kind) is Union:  # a number, or a range of them
+    elif get_origin(kind) is Union:  # a number, or several
         number = get_args(kind)[0]
-        text = f"{NAMES[number]}{_range(setting)}, or two of them"
+        text = f"{NAMES[number]}{_range(setting)}, or a list of them"
     else:
         text = f"{NAMES[kind]}{_range(setting)}"
     return f"{text}, or `null`" if setting.nullable else text

@@ -41,6 +41,11 @@ def batch(global_batch: int, processes: int, micro_batch: int) -> str:
     return f"{counted(global_batch, 'image', 's')}, {dealt}"
 
 
+def shortest(value: float) -> str:
+    """The shortest digits that read as this very number: 0.9999, 0, 1e-05."""
+    return repr(value).removesuffix(".0")
+
+
 def speed(images_per_second: float) -> str:
     """Three digits, without an exponent: 0.042, 3.15, 87.3, 1,810 images/s."""
     value = images_per_second

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import skimage.data
 import torch
@@ -49,7 +50,7 @@ def make_shards(folder: Path, size: int = 48) -> Path:
 
 
 def make_weights(
-    path: Path, ch_mult: tuple[int, ...] = (1, 1), *, discriminator: bool = True, **shape: int
+    path: Path, ch_mult: tuple[int, ...] = (1, 1), *, discriminator: bool = True, **shape: Any
 ) -> Path:
     """Seeded random weights in the original's checkpoint layout."""
     torch.manual_seed(0)

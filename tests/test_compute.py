@@ -17,10 +17,10 @@ from kl_f8_train.check import benchmark, cost
 from kl_f8_train.core import machine, model, perceptual
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.discriminator import Discriminator
-from kl_f8_train.core.gradients import build_adam, parameters_of
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL, NormSwish, UpLevel, Upsample
 from kl_f8_train.core.step import Finetuner
+from kl_f8_train.core.updates import build_adam, parameters_of
 from kl_f8_train.errors import RunFailedError, UsageError
 from kl_f8_train.run.train import train
 from kl_f8_train.weights import checkpoint, pretrained, weight_file

@@ -656,3 +656,44 @@ def test_a_range_of_sides_is_read_from_both_places(tmp_path, side):
     assert samples.recipe("ft_ema", f"data.shorter_side={shown}").data.shorter_side == side
     file = edited(tmp_path, "shorter_side: 384", f"shorter_side: {side}")
     assert config.load(file, samples.YOURS).data.shorter_side == side
+
+
+@pytest.mark.parametrize(
+    ("given", "decay"),
+    [
+        ("0.999", 0.999),
+        ("0", 0.0),
+        ("1e-3", 0.001),  # to YAML this is a string
+        ("[0.999]", 0.999),
+        ("[0.999,0.9999]", [0.999, 0.9999]),
+        ("[0, 1e-3, 0.5]", [0.0, 0.001, 0.5]),
+    ],
+)
+def test_a_decay_or_several_are_read_from_both_places(tmp_path, given, decay):
+    file = edited(tmp_path, "decay: 0.9999", f"decay: {given}")
+    for found in (
+        samples.recipe("ft_ema", f"ema.decay={given}"),
+        config.load(file, samples.YOURS),
+        config.from_dict(config.to_dict(samples.recipe("ft_ema", f"ema.decay={given}"))),
+    ):
+        assert found.ema.decay == decay
+        kinds = {type(value) for value in found.ema.decays}
+        assert kinds == {float}
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["[]", "[0.9,0.9]", "[0.9,1]", "[-0.1,0.9]", "[0.9,x]", "[0.9,null]", "[[0.9,0.99]]", "null"],
+)
+def test_decays_that_cannot_be(tmp_path, given):
+    with pytest.raises(UsageError, match=r"ema\.decay"):
+        config.load(edited(tmp_path, "decay: 0.9999", f"decay: {given}"), samples.YOURS)
+    if "[[" not in given:  # the command line has no nesting
+        with pytest.raises(UsageError, match=r"ema\.decay"):
+            samples.recipe("ft_ema", f"ema.decay={given}")
+
+
+def test_the_types_of_unions_are_shown():
+    shown = {key: kind for key, kind, _, _ in config.schema()}
+    assert shown["ema.decay"] == "float | list[float]"
+    assert shown["data.shorter_side"] == "int | list[int] | null"

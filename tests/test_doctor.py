@@ -48,7 +48,7 @@ def examined(folder, capsys):
 
 
 def test_go(examined, folder):
-    code, found, told = examined("new", "stop_iteration=350", "checkpoint.every=100")
+    code, found, printed = examined("new", "stop_iteration=350", "checkpoint.every=100")
     assert (code, found["go"], found["problems"]) == (0, True, [])
     assert set(found["gradient_audit"]) == {"pixel", "perceptual", "adversarial"}
     assert all(norm > 0 for norm in found["gradient_audit"].values())
@@ -61,15 +61,15 @@ def test_go(examined, folder):
     assert found["weights"]["sha256"] == file_sha256(folder / "model.ckpt")
     assert found["settings"]["data.crop"] == {"value": 32, "origin": "yours"}
     assert found["settings"]["adversarial.weight"]["origin"] == "recipe"
-    assert "  4 images, at once" in told
-    assert "1 x 4 x 1 x 4.5e-06 = 1.8e-05" in told
-    assert "with discriminator" in told
+    assert "  4 images, at once" in printed
+    assert "1 x 4 x 1 x 4.5e-06 = 1.8e-05" in printed
+    assert "with discriminator" in printed
     assert not found["cold_iteration"]
-    assert "cold" not in told
-    assert "1 loader process can keep it busy" in told
+    assert "cold" not in printed
+    assert "1 loader process can keep it busy" in printed
     if not torch.cuda.is_available():
-        assert "  2 of 4 images in " in told
-    assert told.rstrip().endswith("GO")
+        assert "  2 of 4 images in " in printed
+    assert printed.rstrip().endswith("GO")
     assert not (folder / "new").exists()
 
 
@@ -104,12 +104,12 @@ def test_a_run_that_would_resume_is_left_as_it_is(examined, folder):
     extra = ("stop_iteration=104", "checkpoint.every=2", *runs.NO_ADVERSARIAL)
     train(runs.recipe(folder, "resumed", *extra))
     before = listing(folder / "resumed")
-    code, found, told = examined(
+    code, found, printed = examined(
         "resumed", "stop_iteration=104", "compute.per_device_batch=2", *runs.NO_ADVERSARIAL
     )
     assert code == 0
-    assert "holds 2 checkpoints: this run would resume" in told
-    assert "  4 images, in 2 micro-batches of 2" in told
+    assert "holds 2 checkpoints: this run would resume" in printed
+    assert "  4 images, in 2 micro-batches of 2" in printed
     assert found["images_total"] == 0
     assert set(found["gradient_audit"]) == {"pixel", "perceptual"}
     assert listing(folder / "resumed") == before
@@ -125,10 +125,10 @@ def test_a_run_that_would_resume_is_left_as_it_is(examined, folder):
 
 def test_a_cold_iteration_is_called_one(examined, monkeypatch):
     monkeypatch.setattr(doctor, "PATIENCE_SECONDS", 0.0)
-    _, found, told = examined("cold", "stop_iteration=110", *runs.NO_ADVERSARIAL)
+    _, found, printed = examined("cold", "stop_iteration=110", *runs.NO_ADVERSARIAL)
     assert found["cold_iteration"]
-    assert "s (the first, cold iteration; later ones are quicker) on " in told
-    assert "at the speed of the one, cold iteration here" in told
+    assert "s (the first, cold iteration; later ones are quicker) on " in printed
+    assert "at the speed of the one, cold iteration here" in printed
 
 
 def test_an_iteration_that_compiled_is_run_again(examined, monkeypatch):
@@ -146,9 +146,9 @@ def test_an_iteration_that_compiled_is_run_again(examined, monkeypatch):
     eager = partial(machine.compile_networks, backend="eager")
     monkeypatch.setattr(machine, "compile_networks", eager)
     switches = "compute.compile=true", "stop_iteration=110", *runs.NO_ADVERSARIAL
-    _, found, told = examined("compiled", *switches)
+    _, found, printed = examined("compiled", *switches)
     assert found["cold_iteration"] is False
-    assert "cold iteration" not in told
+    assert "cold iteration" not in printed
     assert graphs == [0]
 
 
@@ -167,9 +167,9 @@ def test_dry_run_is_the_same_and_trains_nothing(folder, capsys):
 def test_a_warm_up_is_announced_and_paid(examined, folder, tmp_path):
     weights = runs.make_weights(tmp_path / "bare.ckpt", discriminator=False)
     extra = (f"init.weights={weights}", "adversarial.warmup_iterations=50", "stop_iteration=110")
-    code, found, told = examined("warm", *extra)
+    code, found, printed = examined("warm", *extra)
     assert code == 0
-    assert "trains alone for 50 iterations" in told
+    assert "trains alone for 50 iterations" in printed
     assert found["images_total"] == (10 + 50) * 4
     assert found["gradient_audit"]["adversarial"] > 0
 
@@ -188,9 +188,9 @@ def test_the_one_gpu_recipe_is_fit_to_start(folder, capsys):
     )
     kept = [text for text in tiny if not text.startswith(("adversarial", "init.iteration"))]
     assert main(["doctor", "single_gpu", *kept]) == 0, capsys.readouterr().out
-    told = capsys.readouterr().out
-    assert "10,000 iterations x 4 = 40,000 images" in told
-    assert "RTX 4090" not in told  # figures of the full size say nothing about this network
+    printed = capsys.readouterr().out
+    assert "10,000 iterations x 4 = 40,000 images" in printed
+    assert "RTX 4090" not in printed  # figures of the full size say nothing about this network
 
 
 def test_kinds_of_gpu_are_told_for_the_full_size(folder, capsys):
@@ -228,12 +228,12 @@ def test_a_micro_batch_that_does_not_fit_is_refused(memory, problem):
 def test_a_batch_beyond_this_machine_is_no_go(examined):
     huge = ("global_batch=65536", "compute.per_device_batch=65536", "data.crop=256")
     wanted = (*huge, "init.weights=absent", "compute.accelerator=cpu")
-    code, found, told = examined("huge", *wanted)
+    code, found, printed = examined("huge", *wanted)
     assert code == 3  # of the weights; this alone would be 4
     assert "=65536 takes" in found["problems"][0]
     fits = found["per_device_batch_that_fits"]["this machine"]
     assert f"give compute.per_device_batch={fits}," in found["problems"][0]
-    assert "  memory that this takes, computed: " in told
+    assert "  memory that this takes, computed: " in printed
     settings = config.load(config.find_recipe("demo"), ["data.crop=256", *runs.TINY[:3], *huge])
     assert cost.peak_bytes(settings, fits) <= 1.5 * machine.available_memory()
 
@@ -317,7 +317,7 @@ def test_wandb_is_asked(examined, monkeypatch):
 
 
 def test_all_problems_are_told_at_once(examined, folder):
-    code, found, told = examined(
+    code, found, printed = examined(
         "many",
         "init.weights=absent.ckpt",
         f"data.sources={folder / 'shards'},nowhere/{{0..3}}.tar,nowhere/else",
@@ -337,30 +337,30 @@ def test_all_problems_are_told_at_once(examined, folder):
     assert found["data"]["shards"]["images"] == 36
     assert found["images_total"] == 10 * 6
     assert found["end_date"] is None
-    assert f"NO GO, {3 + no_gpu} problems" in told
+    assert f"NO GO, {3 + no_gpu} problems" in printed
 
 
 def test_batch_and_bill_are_told_without_the_inputs(capsys):
     assert main(["doctor", "ft_ema", "compute.devices=8", "data.sources=photos", "--json"]) == 2
     output = capsys.readouterr()
-    found, told = json.loads(output.out), output.err
+    found, printed = json.loads(output.out), output.err
     (problem,) = found["problems"]
     assert "run_dir=..." in problem
     assert "data.sources" not in problem
-    assert "8 processes x 12 images x 2 micro-batches = 192" in told
+    assert "8 processes x 12 images x 2 micro-batches = 192" in printed
     assert found["images_total"] == (560001 - 246803) * 192
     if not torch.cuda.is_available():
         assert re.search(
-            r"predicted, not measured: 8 of each(.|\n)*H100 SXM .* images/s, \d+ h", told
+            r"predicted, not measured: 8 of each(.|\n)*H100 SXM .* images/s, \d+ h", printed
         )
 
 
 def test_speed_is_predicted_where_the_start_is_not_known(capsys):
     assert main(["doctor", "ft_ema", "init.iteration=null", "--all"]) == 2
-    told = capsys.readouterr().out
-    assert "the bill:\n  not known: weights that state their iteration" in told
+    printed = capsys.readouterr().out
+    assert "the bill:\n  not known: weights that state their iteration" in printed
     if not torch.cuda.is_available():
-        assert re.search(r"H100 SXM +\d+ images/s, data", told)
+        assert re.search(r"H100 SXM +\d+ images/s, data", printed)
 
 
 def test_another_shape_is_told_beside_a_missing_network(examined, monkeypatch, tmp_path):
@@ -379,10 +379,10 @@ def test_another_shape_is_told_beside_a_missing_network(examined, monkeypatch, t
     [("seeed=1", "Did you mean 'seed'"), ("global_batch=0", "expected a number above 0")],
 )
 def test_wrong_settings_are_one_problem(examined, override, text):
-    code, found, told = examined("wrong", override)
+    code, found, printed = examined("wrong", override)
     assert code == 2
     assert text in found["problems"][0]
-    assert "NO GO, 1 problem:" in told
+    assert "NO GO, 1 problem:" in printed
 
 
 def test_a_disk_that_is_too_small_is_told(examined):
@@ -416,9 +416,9 @@ def test_unusable_images_and_filters_are_told(examined, folder, tmp_path):
     assert code == 3
     assert "no image is left" in found["problems"][0]
     loose = ("data.sources.shards.filters=width >= 40", "stop_iteration=110")
-    code, found, told = examined("filtered", *loose)
+    code, found, printed = examined("filtered", *loose)
     assert code == 0
-    assert "width >= 40 dropped 0 (0.0 %)" in told
+    assert "width >= 40 dropped 0 (0.0 %)" in printed
 
 
 def test_no_more_images_are_sampled_than_there_are(examined):
@@ -444,9 +444,9 @@ def test_a_folder_of_validation_without_photographs_is_told(examined, folder, tm
     assert code == 3
     assert f"log.pictures: no images in {tmp_path}" in found["problems"][1]
     assert len(examined("pictures", *wanted, "log.pictures_every=0")[1]["problems"]) == 1
-    code, found, told = examined("pictures", *wanted, f"log.pictures={folder / 'tiles'}")
+    code, found, printed = examined("pictures", *wanted, f"log.pictures={folder / 'tiles'}")
     assert len(found["problems"]) == 1
-    assert f"8 photographs of {folder / 'tiles'}" in told
+    assert f"8 photographs of {folder / 'tiles'}" in printed
 
 
 def test_doctor_without_a_recipe(capsys):
@@ -470,33 +470,33 @@ def test_without_all_it_is_one_screen_with_the_next_command(folder, capsys):
     assert lines[-2].startswith("next: kl-f8-train train demo model.ch=32 'model.ch_mult=[1,1]' ")
     assert lines[-1] == "GO"
     assert main(["doctor", "demo", *arguments, "--all"]) == 0
-    told = capsys.readouterr().out
-    assert "gradient norm at decoder.conv_out.weight" in told
-    assert "data.crop=32" in told
+    printed = capsys.readouterr().out
+    assert "gradient norm at decoder.conv_out.weight" in printed
+    assert "data.crop=32" in printed
 
 
 def test_each_problem_is_printed_once(folder, tmp_path, capsys):
     wrong = ("init.weights=absent.ckpt", "data.sources=nowhere/else")
     for flags in ([], ["--all"]):
         assert main(["doctor", "demo", *runs.overrides(tmp_path, "new", *wrong), *flags]) == 3
-        told = capsys.readouterr().out
-        assert told.count("absent.ckpt: no such file") == 1
-        assert told.count("NO GO, 2 problems:") == 1
-        assert "next: kl-f8-train train" not in told
+        printed = capsys.readouterr().out
+        assert printed.count("absent.ckpt: no such file") == 1
+        assert printed.count("NO GO, 2 problems:") == 1
+        assert "next: kl-f8-train train" not in printed
 
 
 def test_a_wrong_setting_hides_no_missing_input_and_no_other_setting(tmp_path, capsys):
     assert main(["doctor", "single_gpu", "data.crop=512", "data.shorter_side=384"]) == 2
-    told = capsys.readouterr().out
-    assert "NO GO, 2 problems:" in told
-    assert "init.weights=..." in told
-    assert "data.shorter_side=384 is smaller than data.crop=512" in told
+    printed = capsys.readouterr().out
+    assert "NO GO, 2 problems:" in printed
+    assert "init.weights=..." in printed
+    assert "data.shorter_side=384 is smaller than data.crop=512" in printed
     wrong = ("init.weights=absent.ckpt", "data.crop=512", "data.shorter_side=384")
     assert main(["doctor", "demo", *runs.overrides(tmp_path, "new", *wrong)]) == 2
-    told = capsys.readouterr().out
-    assert "data.shorter_side=384 is smaller than data.crop=512" in told
-    assert "absent.ckpt: no such file" in told
-    assert "data.sources.shards.shards" in told
+    printed = capsys.readouterr().out
+    assert "data.shorter_side=384 is smaller than data.crop=512" in printed
+    assert "absent.ckpt: no such file" in printed
+    assert "data.sources.shards.shards" in printed
 
 
 def test_every_image_of_a_small_folder_is_read(examined, tmp_path):

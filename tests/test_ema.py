@@ -2,7 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from kl_f8_train.core.ema import ema_decay, ema_distance, ema_update
+from kl_f8_train.core.ema import (
+    ema_decay,
+    ema_distance,
+    ema_update,
+    label,
+    module_name,
+    module_names,
+    selection,
+)
 
 
 @pytest.mark.parametrize(
@@ -84,3 +92,13 @@ def test_distance_is_relative_to_the_weights():
     assert ema_distance(averaged, Owner()) == pytest.approx(expected, rel=1e-12)
     averaged["decoder"].load_state_dict(whole["decoder"].state_dict())
     assert ema_distance(averaged, Owner()) == 0.0
+
+
+def test_a_decay_is_found_again_in_every_name():
+    decays = [0.9999, 0.0, 1e-5, 0.5, 0.1 + 0.2]
+    assert [float(selection(d).removeprefix("ema-")) for d in decays] == decays
+    names = module_names(decays)
+    assert list(names.values())[:3] == ["ema", "ema_0", "ema_1e-05"]
+    assert all("." not in name for name in names.values())  # a module's name has none
+    assert module_name("ema") == "ema"
+    assert [label(s) for s in ("ema", "raw", "ema-0.9999")] == ["EMA", "raw", "EMA 0.9999"]

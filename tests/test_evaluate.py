@@ -24,7 +24,7 @@ from kl_f8_train.core.model import TRAINED
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import file_sha256
 from kl_f8_train.run_dir import checkpoint_path
-from kl_f8_train.score import evaluate, report, scores
+from kl_f8_train.score import evaluate, report, scores, tiled
 from kl_f8_train.score.evaluate import CARD, STANDARD, Candidate, EvaluatedImage, ImageSet, Networks
 from kl_f8_train.score.scores import SHIFT_METRICS, ImageScores, Tally
 from kl_f8_train.weights import pretrained, weight_file
@@ -415,13 +415,13 @@ def test_batch_size_means_nothing_on_a_cpu(folder, single):
         assert (folder / "batches" / file).read_bytes() == (folder / "single" / file).read_bytes()
 
 
-def start(folder: Path, out: str, *arguments: str, launcher=(), **environment: str):
+def start(folder: Path, out: str, *arguments: str, launcher=(), more=(), **environment: str):
     """`kl-f8-train evaluate` as a real process."""
     return subprocess.Popen(
         [
             *(launcher or (sys.executable,)),
             *("-m", "kl_f8_train", "evaluate", *arguments, "--out", str(folder / out)),
-            *("--size", str(SIZE), "--perceptual", "st_lpips_alex"),
+            *("--size", str(SIZE), "--perceptual", "st_lpips_alex", *more),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -675,3 +675,183 @@ def test_a_run_has_ema_and_raw_weights(folder):
         assert torch.equal(candidate.model.last_layer, model.last_layer)
     assert (ema.record["select"], other.record["select"]) == ("ema", "raw")
     assert ema.record["frozen_sha256"] == other.record["frozen_sha256"]
+
+
+# --- noise on the latents -------------------------------------------------------------------
+
+
+def test_noise_follows_from_image_and_sigma_and_is_shared_by_all_vaes():
+    z = torch.randn(3, 4, 5, 7, generator=torch.Generator().manual_seed(0))
+    scales = torch.tensor([1.0, 3.0, 0.2]).view(3, 1, 1, 1)
+    keys = ["a", "b", "c"]
+
+    def draw(latents: Tensor, names: list[str], sigma: float) -> Tensor:
+        noisy = evaluate.with_noise(latents, names, sigma)
+        return (noisy - latents) / (sigma * latents.std(dim=(1, 2, 3), keepdim=True))
+
+    first = draw(z, keys, 0.4)
+    assert torch.equal(evaluate.with_noise(z, keys, 0.0), z)
+    torch.testing.assert_close(draw(2 * z * scales + 5, keys, 0.4), first, atol=1e-4, rtol=0)
+    torch.testing.assert_close(draw(z.flip(0), keys[::-1], 0.4).flip(0), first, atol=1e-5, rtol=0)
+    assert (draw(z, keys, 0.2) - first).abs().max() > 1  # another draw, not a part of this one
+    assert (first[0] - first[1]).abs().max() > 1
+    assert abs(first.mean().item()) < 0.2
+    assert abs(first.std().item() - 1) < 0.15
+
+
+def test_a_row_for_each_vae_and_sigma(folder, single):
+    result = run(folder, "noisy", latent_noise=(0, 0.1, 0.4), compared=("a", "b"))
+    noisy = [f"{name}, sigma {sigma}" for sigma in ("0.1", "0.4") for name in "ab"]
+    assert list(result["models"]) == ["a", "b", *noisy]
+    for name in "ab":
+        assert result["models"][name] == single["models"][name]
+        assert result["weights"][name] == single["weights"][name]
+        means = [result["models"][n]["psnr"]["mean"] for n in result["models"] if n[0] == name]
+        assert means[0] != means[1] != means[2]
+    record = result["weights"]["b, sigma 0.4"]
+    assert (record["vae"], record["latent_noise"], record["base"]) == ("b", 0.4, False)
+    assert record["sha256"] == result["weights"]["b"]["sha256"]
+    table = (folder / "noisy" / "table.md").read_text()
+    assert table.startswith("| model | iteration | sigma | rFID |")
+    assert "\n| b | 7 | 0.4 | not measured |" in table
+    assert "sigma std(z) e" in table
+    assert table.count("b.safetensors") == 1
+
+
+def test_what_is_scored_at_a_sigma_is_what_it_decodes(folder):
+    run(folder, "noisy-mode", latent_noise=(0.3,), protocol=STANDARD, where="seven")
+    sample = loaded(folder, "seven")[2]
+    model = candidates(folder, "b")[0].model
+    with torch.no_grad():
+        z = model.encode(images.to_float(sample.image[None])).mean
+        noisy = evaluate.with_noise(z, [sample.key], 0.3)
+        again = evaluate.score(
+            sample.image[None], images.to_uint8(model.decode(noisy)), STANDARD.border
+        )
+    rows = table_rows(folder / "noisy-mode" / "per_image.csv")
+    (row,) = [r for r in rows if (r["model"], r["image"]) == ("b, sigma 0.3", sample.key)]
+    assert float(row["psnr"]) == pytest.approx(again["psnr"].item(), abs=1e-3)
+    entries = json.loads((folder / "noisy-mode" / "pictures.json").read_text())
+    assert not any("sigma" in why for entry in entries for why in entry["why"])
+    assert {"b, sigma 0.3"} < set(entries[0]["models"])
+    assert report.write(folder / "noisy-mode").is_file()
+
+
+def test_verdicts_are_paired_at_the_same_sigma(folder, capsys):
+    run(folder, "noisy-compared", latent_noise=(0.4,), compared=("a", "b"))
+    found = json.loads((folder / "noisy-compared" / "comparison.json").read_text())
+    assert {v["sigma"] for v in found["verdicts"]} == {0.0}
+    assert {v["sigma"] for v in found["latent_noise"]} == {0.4}
+    rows = table_rows(folder / "noisy-compared" / "per_image.csv")
+    values = {
+        name: np.array([float(r["psnr"]) for r in rows if r["model"] == name])
+        for name in ("a, sigma 0.4", "b, sigma 0.4")
+    }
+    (psnr,) = [v for v in found["latent_noise"] if v["metric"] == "psnr"]
+    expected = (values["b, sigma 0.4"] - values["a, sigma 0.4"]).mean()
+    assert psnr["difference"] == pytest.approx(expected, abs=1e-4)
+    assert psnr["text"] in capsys.readouterr().out
+    assert psnr["text"].startswith("At sigma 0.4: ")
+
+
+def test_a_name_that_a_sigma_takes_is_refused(folder):
+    named = [
+        ("a", folder / "a.safetensors", "ema"),
+        ("a, sigma 1", folder / "b.safetensors", "ema"),
+    ]
+    loaded_ = evaluate.load_candidates(named, "cpu")
+    with pytest.raises(UsageError, match="a, sigma 1 is the name of a row of --latent-noise"):
+        evaluate.perturbed(loaded_, [1.0])
+
+
+# --- sizes ----------------------------------------------------------------------------------
+
+
+def test_each_size_is_an_evaluation_of_its_own(folder, single):
+    results = run(folder, "sizes", size=[SIZE, 64])
+    assert results[str(SIZE)] == single
+    for file in FILES:
+        assert (folder / f"sizes/{SIZE}" / file).read_bytes() == (
+            folder / "single" / file
+        ).read_bytes()
+    assert results["64"]["protocol"]["size"] == 64
+    assert results["64"]["images_sha256"] != single["images_sha256"]
+    with Image.open(folder / "sizes/64/pictures/0000-a.png") as picture:
+        assert picture.size == (64, 64)
+    said = "13 images of 13 had fewer than 64 pixels and were enlarged"
+    assert any(said in warning for warning in results["64"]["warnings"])
+    assert not any("enlarged" in warning for warning in single["warnings"])
+
+
+def test_a_size_that_does_not_divide_is_refused_before_any_is_scored(folder):
+    with pytest.raises(UsageError, match="--size 33"):
+        run(folder, "odd-sizes", size=[SIZE, 33])
+    assert not (folder / "odd-sizes").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "batch"), [(64, 16), (256, 16), (512, 4), (768, 1), (1024, 1), (2048, 1)]
+)
+def test_larger_images_come_fewer_at_a_time(size, batch):
+    assert evaluate.batch_of(16, size) == batch
+
+
+def test_tall_and_wide_pictures_are_cut_to_squares(folder):
+    (folder / "shapes").mkdir()
+    for number, (height, width) in enumerate([(16, 900), (900, 16), (70, 200), (200, 70)]):
+        data = samples.encode(samples.noise_picture(number, height, width), "PNG")
+        (folder / "shapes" / f"{number}.png").write_bytes(data)
+    results = run(folder, "of-shapes", where="shapes", size=[SIZE, 64], latent_noise=(0.2,))
+    for size, enlarged in ((str(SIZE), 2), ("64", 2)):
+        assert results[size]["images"] == 4
+        (warning,) = [w for w in results[size]["warnings"] if "enlarged" in w]
+        assert warning.startswith(f"{enlarged} images of 4")
+
+
+# --- tiles ----------------------------------------------------------------------------------
+
+
+def test_tiled_decoding_is_measured_beside_the_scores(folder):
+    result = run(folder, "tiled", where="seven", tile=16, with_baselines=True, latent_noise=(0.2,))
+    assert result["tiled"]["tile"] == 16
+    assert set(result["tiled"]["models"]) == {"a", "b"}
+    model, some = candidates(folder, "b")[0].model, loaded(folder, "seven")
+    values = []
+    for sample in some:
+        with torch.no_grad():
+            posterior = model.encode(images.to_float(sample.image[None]))
+            z = posterior.sample(evaluate.posterior_noise([sample.key], posterior.mean))
+        decodes = tiled.tiled_decodes(model.decode, z, 16, 2)
+        values.append(tiled.seams(sample.image[None].double() / 255, decodes)["diffusers"])
+    found = result["tiled"]["models"]["b"]["diffusers"]
+    assert found["psnr"] == pytest.approx(np.mean([v.psnr for v in values]), abs=1e-3)
+    assert found["lowest_psnr"] == pytest.approx(min(v.psnr for v in values), abs=1e-3)
+    assert found["largest_difference"] == pytest.approx(max(v.largest for v in values), abs=1e-2)
+    assert found["worst_image"] == some[int(np.argmin([v.psnr for v in values]))].key
+    text = (folder / "tiled" / "table.md").read_text()
+    assert f"| b | diffusers | {found['psnr']:.2f} | {found['lowest_psnr']:.2f} |" in text
+    assert json.loads((folder / "tiled" / "scores.json").read_text()) == result
+
+
+@pytest.mark.parametrize(
+    ("tile", "said"), [(12, "multiple of 8 pixels"), (4, "multiple of 8"), (64, "fit in one tile")]
+)
+def test_tiles_that_make_no_sense_are_refused(folder, tile, said):
+    with pytest.raises(UsageError, match=f"--tiled {tile}: .*{said}"):
+        run(folder, "no-tiles", tile=tile)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_noise_sizes_and_tiles_as_one(folder):
+    arguments = ["--latent-noise", "0.2", "--tiled", "16", "--size", f"{SIZE},64"]
+    weights = [f"{name}={folder / name}.safetensors" for name in "ab"]
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    images_ = ["--images", str(folder / "seven")]
+    for out, launcher in (("one-more", ()), ("two-more", torchrun)):
+        process = start(folder, out, *weights, *images_, launcher=launcher, more=arguments)
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+    for size in (str(SIZE), "64"):
+        for file in FILES:
+            one, two = (folder / out / size / file for out in ("one-more", "two-more"))
+            assert one.read_bytes() == two.read_bytes(), file

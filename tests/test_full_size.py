@@ -32,7 +32,7 @@ FULL = (
 
 
 @pytest.mark.slow
-def test_full_size_network_is_trained_killed_resumed_and_exported(tmp_path: Path):
+def test_full_size_network_is_trained_killed_resumed_and_exported(tmp_path: Path) -> None:
     runs.make_shards(tmp_path, size=72)
     photographs = os.environ.get("KL_F8_TRAIN_SHARDS", str(tmp_path / "shards"))
     runs.make_weights(

@@ -481,6 +481,25 @@ def test_avif_and_heic_are_read_where_pillow_can(monkeypatch):
         assert np.abs(found.astype(int) - PICTURE).mean() < 8
 
 
+def test_a_telephone_s_heic_is_read_upright_and_in_srgb():
+    pytest.importorskip("pillow_heif")
+    assert images.can_read("HEIF")
+    rows, columns = np.mgrid[0:96, 0:128]
+    smooth = np.stack([rows * 2, columns * 2 - 1, rows + columns], axis=2).clip(0, 255)
+    upright = smooth.astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to show
+    profile = wide_gamut()
+    turned = np.rot90(upright)  # as the sensor saw it
+    data = samples.encode(turned, "HEIF", quality=95, exif=exif.tobytes(), icc_profile=profile)
+    assert images.brand(data) == "HEIF"
+    found = as_array(images.decode(data)).astype(int)
+    plain = as_array(images.decode(samples.encode(upright, "PNG", icc_profile=profile)))
+    assert found.shape == upright.shape
+    assert np.abs(found - plain).mean() < 2
+    assert np.abs(found - upright).mean() > np.abs(found - plain).mean()
+
+
 # --- damage ---------------------------------------------------------------------------------
 
 

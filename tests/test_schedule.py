@@ -9,7 +9,7 @@ from kl_f8_train import config as configs
 from kl_f8_train import recipe
 from kl_f8_train.core.batch import plain_batch
 from kl_f8_train.core.losses import reconstruction_loss, sobel
-from kl_f8_train.core.schedule import describe, learning_rate
+from kl_f8_train.core.updates import describe_rate, learning_rate
 from kl_f8_train.errors import UsageError
 from kl_f8_train.weights import checkpoint, weight_file
 
@@ -39,8 +39,10 @@ def test_warm_up_rises_to_the_whole_rate():
     found = rates("optimizer.warmup_iterations=4", at=(0, 1, 3, 4, 99))
     assert found == pytest.approx([2.5e-4, 5e-4, 1e-3, 1e-3, 1e-3])
     settings = recipe("ft_mse", RATE, "optimizer.warmup_iterations=4").optimizer
-    assert "0.00025 at the start, 0.001 at the middle, 0.001 at the end" in describe(settings, 100)
-    assert describe(recipe("ft_mse", RATE).optimizer, 100) == "0.001, absolute"
+    assert "0.00025 at the start, 0.001 at the middle, 0.001 at the end" in describe_rate(
+        settings, 100
+    )
+    assert describe_rate(recipe("ft_mse", RATE).optimizer, 100) == "0.001, absolute"
 
 
 def test_a_decay_without_its_horizon_is_refused():

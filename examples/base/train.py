@@ -93,8 +93,10 @@ def photographs(folder: Path) -> list[list[np.ndarray]]:
             versions = []
             for side in SIDES:
                 if side <= shorter:
-                    size = tuple(round(length * side / shorter) for length in image.size)
-                    versions.append(np.asarray(image.resize(size, Image.Resampling.LANCZOS)))
+                    width, height = (round(length * side / shorter) for length in image.size)
+                    versions.append(
+                        np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+                    )
             found.append(versions)
     return found
 
@@ -135,8 +137,7 @@ class Training:
         torch.manual_seed(seed)
         self.seed, self.iteration, self.seconds = seed, 0, 0.0
         self.model = AutoencoderKL(**MODEL)
-        bias = self.model.quant_conv.bias
-        assert bias is not None
+        bias = self.model.get_parameter("quant_conv.bias")
         bias.data[MODEL["embed_dim"] :] = -8.0  # a sharp posterior learns sooner
         self.discriminator = Discriminator(NDF)
         initialize(self.discriminator, seed)

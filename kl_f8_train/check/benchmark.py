@@ -27,8 +27,8 @@ from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.core import machine, perceptual
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.discriminator import Discriminator, initialize
+from kl_f8_train.core.machine import timed_by
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.core.phases import timed_by
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data.loading import IterationSampler, PositionDataset, loader, open_data
 from kl_f8_train.errors import MissingInputError, UsageError
@@ -251,9 +251,9 @@ def open_batches(config: Config, size: int, notes: list[str]) -> Iterator[Batch]
     if not config.data.sources:
         notes.append("random images: no data.sources given")
         return _random_batches(config, size)
-    settings = replace(config, global_batch=size)
+    config = replace(config, global_batch=size)
     try:
-        dataset = PositionDataset(*open_data(settings, notes.append), settings)
+        dataset = PositionDataset(*open_data(config, notes.append), config)
     except (MissingInputError, UsageError) as error:
         notes.append(f"random images: {str(error).splitlines()[0]}")
         return _random_batches(config, size)

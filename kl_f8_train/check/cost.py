@@ -29,8 +29,8 @@ from kl_f8_train.config import Config
 from kl_f8_train.core import adversary, machine, perceptual
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.discriminator import Discriminator
+from kl_f8_train.core.machine import timed_by
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
-from kl_f8_train.core.phases import timed_by
 from kl_f8_train.core.step import Finetuner, Loop
 from kl_f8_train.weights import pretrained
 
@@ -228,7 +228,7 @@ def counts(
     adversarial = config.adversarial and replace(config.adversarial, start_iteration=0)
     config = replace(config, compute=compute, adversarial=adversarial)
     parts = (config.model, config.data.crop, config.loss, adversarial, compute, config.precision)
-    key = repr((*parts, config.second_forward, batch, images, group, fuse))
+    key = repr((*parts, config.second_forward, len(config.ema.decays), batch, images, group, fuse))
     if key not in _COUNTED:
         _COUNTED[key] = _count(config, images, group, fuse)
     return _COUNTED[key]
@@ -374,10 +374,11 @@ def parameters(config: Config) -> dict[str, int]:
 
 
 def state_bytes(config: Config) -> int:
-    """What stays in memory, in float32: networks, EMA, gradients and Adam's two moments."""
+    """What stays in memory, in float32: networks, EMAs, gradients and Adam's two moments."""
     count = parameters(config)
     trained = count["decoder"] + count["discriminator"]
-    return 4 * (sum(count.values()) + count["decoder"] + 3 * trained)
+    averages = len(config.ema.decays) * count["decoder"]
+    return 4 * (sum(count.values()) + averages + 3 * trained)
 
 
 def reduced_bytes(config: Config) -> int:

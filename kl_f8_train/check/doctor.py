@@ -14,7 +14,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from torch import Tensor
 
 from kl_f8_train import config as configs
 from kl_f8_train import facts, images, units
-from kl_f8_train.check import benchmark, cost, origins, scaling, screen
+from kl_f8_train.check import benchmark, cost, origins, overlap, scaling, screen
 from kl_f8_train.config import Config
-from kl_f8_train.core import machine, perceptual, schedule
+from kl_f8_train.core import machine, perceptual
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.losses import generator_loss, reconstruction_loss
 from kl_f8_train.core.model import FROZEN
 from kl_f8_train.core.step import Finetuner
+from kl_f8_train.core.updates import describe_rate
 from kl_f8_train.data import identity
 from kl_f8_train.data.handover import FEW_FILES, raise_open_files, shared_memory_note
 from kl_f8_train.data.loading import PositionDataset, collate, open_data, shard_cache
@@ -198,6 +199,12 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
         with report.section("photographs of validation"):
             found = fixed_photographs(config, report.tell)
             report.tell(f"{counted(len(found), 'photograph', 's')} of {config.log.pictures}")
+            _check_overlap(report, config, Path(config.log.pictures))
+    elif config.log.pictures_every:
+        report.remark(
+            "validation shows training images, so its scores say nothing about others: set "
+            "log.pictures to a folder of held-out photographs (`kl-f8-train split` makes one)"
+        )
     with report.section("wandb"):
         _check_wandb(report, config)
     if config.log.tensorboard:
@@ -264,7 +271,7 @@ def _check_batch(report: Report, config: Config, world: int) -> None:
     here = _memory_here(config)
     _tell_memory(report, config, micro, batch // world, here)
     report.tell(
-        f"learning rate {schedule.describe(config.optimizer, updates)}: nothing scales it. The "
+        f"learning rate {describe_rate(config.optimizer, updates)}: nothing scales it. The "
         "original's rule would give "
         f"{parts} x {micro} x {world} x {BASE_RATE:g} = {batch * BASE_RATE:g}; this is "
         f"{rate / BASE_RATE:.3g} x its base rate"
@@ -463,6 +470,21 @@ def _count_smaller(side: int, dataset: PositionDataset, positions: range) -> int
             image = images.decode(dataset.sources[name].read(shard, number)[1])
             smaller += min(image.shape[1:]) < side
     return smaller
+
+
+def _check_overlap(report: Report, config: Config, pictures: Path) -> None:
+    """Notes validation pictures that are trained on, too, as they are or nearly so."""
+    found = overlap.find(pictures, open_data(config, _ignored)[1])
+    report.facts["validation"] = asdict(found)
+    report.tell(str(found))
+    if found.common:
+        one, other = next(iter(found.common.items()))
+        verb = "is a training image" if len(found.common) == 1 else "are training images"
+        report.remark(
+            f"{len(found.common)} of {counted(found.pictures, 'validation picture', 's')} {verb}, "
+            f"as {one} = {other}: the scores say less about others; `kl-f8-train split` separates "
+            "them, near-duplicates included"
+        )
 
 
 def _check_wandb(report: Report, config: Config) -> None:

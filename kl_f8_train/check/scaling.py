@@ -142,10 +142,11 @@ def workload(config: Config, iterations: int, name: str = "") -> Workload:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """A training checkpoint: networks, EMA, and Adam's two moments, in float32."""
+    """A training checkpoint: networks, EMAs, and Adam's two moments, in float32."""
     count = cost.parameters(config)
     trained = count["decoder"] + count["discriminator"]
-    return 4 * (count["encoder"] + count["decoder"] + 3 * trained)
+    averages = len(config.ema.decays) * count["decoder"]
+    return 4 * (count["encoder"] + averages + 3 * trained)
 
 
 @dataclass(frozen=True)

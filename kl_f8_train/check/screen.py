@@ -31,6 +31,10 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
     for name, found in facts.get("data", {}).items():
         unusable = f"{found['unusable']} of {found['checked']} unusable"
         yield f"  data     {name}: {found['about']}; {unusable}"
+    if held_out := facts.get("validation"):
+        known = f"{len(held_out['common'])} of them" if held_out["common"] else "none of them"
+        pictures = counted(held_out["pictures"], "picture", "s")
+        yield f"  scored   {pictures}, {known} among the {held_out['checked']}"
     if seconds := facts.get("seconds_per_image"):
         cold = ", measured on a first, cold iteration" if facts["cold_iteration"] else ""
         memory = size(facts["memory_bytes"])

@@ -15,25 +15,26 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from kl_f8_train.config import Config, divisor_up_to
+from kl_f8_train.config import Config
 from kl_f8_train.core import machine
+from kl_f8_train.core.batch import parts
 from kl_f8_train.core.discriminator import Discriminator
-from kl_f8_train.core.finite import UpdateFlags, finite_images, step_unless
-from kl_f8_train.core.gradients import (
-    average_over_ranks,
-    build_adam,
-    clip,
-    frozen,
-    mean_of_each,
-    norm_of,
-)
 from kl_f8_train.core.losses import (
     adaptive_weight,
     adversarial_factor,
     discriminator_loss,
     generator_loss,
 )
-from kl_f8_train.core.phases import phase
+from kl_f8_train.core.machine import phase
+from kl_f8_train.core.updates import (
+    Update,
+    average_over_ranks,
+    build_adam,
+    finite_images,
+    frozen,
+    mean_of_each,
+    step_if_finite,
+)
 
 GROUP = 12  # images; the original: 16 GPUs x 12
 
@@ -54,31 +55,21 @@ class Adversary:
 
     def __init__(self, network: Discriminator, config: Config) -> None:
         assert config.adversarial is not None, "a discriminator without its settings"
-        self.network, self.settings = network, config.adversarial
-        self.precision, self.optimizer_settings = config.precision, config.optimizer
+        self.network, self.config = network, config.adversarial
+        self.precision, self.optimizer = config.precision, config.optimizer
 
     @cached_property
     def adam(self) -> Adam:
         """Its optimizer; built late, as `to(device)` may replace parameters."""
-        return build_adam(self.network.parameters(), self.optimizer_settings)
-
-    @property
-    def adams(self) -> list[Adam]:
-        """Its optimizer, in a list."""
-        return [self.adam]
+        return build_adam(self.network.parameters(), self.optimizer)
 
     def runs(self, iteration: int) -> bool:
         """Whether it takes part in an iteration."""
-        return self.settings.run_before_start or self.factor(iteration) > 0
+        return self.config.run_before_start or self.factor(iteration) > 0
 
     def factor(self, iteration: int) -> float:
         """0 before its start, 1 from there on."""
-        return adversarial_factor(iteration, self.settings.start_iteration)
-
-    def groups(self, count: int) -> list[slice]:
-        """`count` images as groups that are seen together."""
-        size = divisor_up_to(count, GROUP)
-        return [slice(start, start + size) for start in range(0, count, size)]
+        return adversarial_factor(iteration, self.config.start_iteration)
 
     def logits(self, *batches: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> (B, 1, h, w), each, in the images' precision."""
@@ -102,7 +93,7 @@ class Adversary:
 
     def _generator(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """g and d g / d y, group by group."""
-        groups = self.groups(len(y))
+        groups = parts(len(y), GROUP)
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
         for group in groups:
@@ -123,16 +114,16 @@ class Adversary:
         """
         _, g, grad_nll, grad_g, nll_at_last_layer, g_at_last_layer = zip(*looks, strict=True)
         at_last_layer = [torch.stack(nll_at_last_layer).sum(0), torch.stack(g_at_last_layer).sum(0)]
-        if not self.settings.per_gpu_weight:
+        if not self.config.per_gpu_weight:
             average_over_ranks(at_last_layer)
-        ratio = adaptive_weight(at_last_layer[0], at_last_layer[1], self.settings.max_weight)
-        scaled, factor = ratio * self.settings.weight, self.factor(iteration)
+        ratio = adaptive_weight(at_last_layer[0], at_last_layer[1], self.config.max_weight)
+        scaled, factor = ratio * self.config.weight, self.factor(iteration)
         mean_g = torch.stack(g).mean()
         figures = {
             "generator_loss": mean_g,
             "adversarial_loss": scaled * factor * mean_g,  # as used, beside nll_loss
             "adaptive_weight": scaled,
-            "adaptive_weight_clamped": (ratio >= self.settings.max_weight).to(ratio.dtype),
+            "adaptive_weight_clamped": (ratio >= self.config.max_weight).to(ratio.dtype),
             "adversarial_factor": torch.full_like(ratio, factor),
         }
         return scaled * factor, torch.cat(grad_nll), torch.cat(grad_g), figures
@@ -143,22 +134,18 @@ class Adversary:
         groups: int,
         factor: float,
         bad: Tensor | None = None,
-    ) -> tuple[UpdateFlags, dict[str, Tensor]]:
-        """One step on (x, y without a graph) of each group; returns its verdict and figures.
+    ) -> tuple[Update, dict[str, Tensor]]:
+        """One step on (x, y without a graph) of each group; returns it and its figures.
 
         It is left out if a gradient is not finite, or if the decoder's update was `bad`.
         """
         finite, terms = self._backward(pairs, groups, factor)
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        average_over_ranks([*gradients, terms["discriminator_loss"]])
-        norm = norm_of([*gradients, 0.0 * terms["discriminator_loss"]])  # its loss counts, too
-        verdict = UpdateFlags(~norm.isfinite(), finite)
-        if self.optimizer_settings.clip_norm is not None:
-            most = self.optimizer_settings.clip_norm
-            terms["discriminator_clipped"] = clip(gradients, norm, most)
+        loss, most = terms["discriminator_loss"], self.optimizer.clip_norm
+        average_over_ranks([*gradients, loss])
         with phase("optimizer"):
-            step_unless(verdict.bad if bad is None else verdict.bad | bad, self.adam)
-        return verdict, terms | {"discriminator_gradient_norm": norm}
+            update = step_if_finite(self.adam, gradients, finite, most, losses=[loss], unless=bad)
+        return update, terms | update.figures("discriminator")
 
     @phase("discriminator")
     def _backward(
@@ -185,11 +172,6 @@ class NoAdversary(Adversary):
     """What stands in an adversary's place where the recipe has none."""
 
     def __init__(self) -> None: ...
-
-    @property
-    def adams(self) -> list[Adam]:
-        """None."""
-        return []
 
     def runs(self, iteration: int) -> bool:
         """Never."""

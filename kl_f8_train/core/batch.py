@@ -1,12 +1,15 @@
-"""One iteration's images and noise."""
+"""One iteration's images and noise, and the parts that they are computed in."""
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from kl_f8_train.config import divisor_up_to
 
 
 @dataclass
@@ -39,6 +42,13 @@ class Batch:
         """The batch with its tensors on `device`."""
         images, noise = (t.to(device, non_blocking=non_blocking) for t in (self.images, self.noise))
         return replace(self, images=images, noise=noise)
+
+
+@cache
+def parts(count: int, most: int) -> tuple[slice, ...]:
+    """`count` images as slices of one size, the largest divisor that is at most `most`."""
+    size = divisor_up_to(count, most)
+    return tuple(slice(start, start + size) for start in range(0, count, size))
 
 
 def plain_batch(

@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils._pytree import tree_map_only
 
 from kl_f8_train.config import Compute
@@ -57,7 +58,7 @@ LIMITS = {  # what a failure's message holds -> what helps
 
 
 def apply(
-    settings: Compute,
+    config: Compute,
     autoencoder: AutoencoderKL,
     discriminator: nn.Module | None,
     perceptual: nn.Module,
@@ -67,28 +68,28 @@ def apply(
     The discriminator's and the perceptual network's layouts are set too.
     """
     for network in (autoencoder, discriminator, perceptual):
-        if network is not None and channels_last(settings):
+        if network is not None and channels_last(config):
             network.to(memory_format=torch.channels_last)
     levels = [part for part in autoencoder.modules() if isinstance(part, UpLevel)]
     for number, level in enumerate(levels):  # from full resolution down
-        level.recompute = number < settings.checkpoint_levels
+        level.recompute = number < config.checkpoint_levels
     for part in autoencoder.modules():
         if isinstance(part, Upsample):
-            part.subpixel = settings.subpixel_upsample
+            part.subpixel = config.subpixel_upsample
         elif isinstance(part, NormSwish):
-            part.lean = settings.lean_norm
+            part.lean = config.lean_norm
 
 
-def channels_last(settings: Compute) -> bool:
+def channels_last(config: Compute) -> bool:
     """Whether networks and images lie as NHWC: as set, or on CUDA (a CPU is slower with it).
 
     On CUDA only where GroupNorm keeps that layout: torch's own did not before 2.15, and every
     convolution behind it would copy its input. The compiled lean norm keeps it with any torch.
     """
-    if settings.channels_last is not None:
-        return settings.channels_last
-    kept = torch_version() >= NORM_KEEPS_NHWC or (settings.lean_norm and compiles(settings))
-    return on_cuda(settings) and kept
+    if config.channels_last is not None:
+        return config.channels_last
+    kept = torch_version() >= NORM_KEEPS_NHWC or (config.lean_norm and compiles(config))
+    return on_cuda(config) and kept
 
 
 def torch_version() -> tuple[int, ...]:
@@ -96,16 +97,16 @@ def torch_version() -> tuple[int, ...]:
     return tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
-def compiles(settings: Compute) -> bool:
+def compiles(config: Compute) -> bool:
     """Whether the networks are compiled."""
-    return compilation(settings)[0]
+    return compilation(config)[0]
 
 
-def compilation(settings: Compute) -> tuple[bool, str]:
+def compilation(config: Compute) -> tuple[bool, str]:
     """Whether to compile, and why: as set, or on CUDA if there are a C compiler and Python.h."""
-    if settings.compile is not None:
-        return settings.compile, f"compute.compile={str(settings.compile).lower()}"
-    if not on_cuda(settings):
+    if config.compile is not None:
+        return config.compile, f"compute.compile={str(config.compile).lower()}"
+    if not on_cuda(config):
         return False, "on a CPU, unless compute.compile=true"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return False, "no C compiler found: install gcc, or name one in CC"
@@ -115,13 +116,13 @@ def compilation(settings: Compute) -> tuple[bool, str]:
     return True, "the default on a GPU"
 
 
-def describe(settings: Compute) -> str:
+def describe(config: Compute) -> str:
     """One line: whether the networks are compiled, and why; their layout in memory."""
-    chosen, why = compilation(settings)
+    chosen, why = compilation(config)
     how = "compiled by torch.compile" if chosen else "not compiled"
-    if channels_last(settings):
+    if channels_last(config):
         layout = "NHWC"
-    elif on_cuda(settings) and settings.channels_last is None:
+    elif on_cuda(config) and config.channels_last is None:
         layout = f"NCHW, as GroupNorm of torch {torch.__version__} does not keep NHWC"
     else:
         layout = "NCHW"
@@ -138,10 +139,10 @@ def compile_cache() -> str:
     )
 
 
-def check_compile_cache(settings: Compute) -> None:
+def check_compile_cache(config: Compute) -> None:
     """Raises UsageError if compiled kernels cannot be written where the variable says."""
     folder = os.environ.get(COMPILE_CACHE)
-    if not folder or not compiles(settings):
+    if not folder or not compiles(config):
         return
     try:
         check_writable(Path(folder))
@@ -156,9 +157,9 @@ def compiled_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def on_cuda(settings: Compute) -> bool:
+def on_cuda(config: Compute) -> bool:
     """Whether networks will run on a GPU of this machine."""
-    return settings.accelerator != "cpu" and torch.cuda.is_available()
+    return config.accelerator != "cpu" and torch.cuda.is_available()
 
 
 def available_memory() -> int:
@@ -309,3 +310,27 @@ def _remedy_for(error: Exception) -> str | None:
             "true, and where it is padding, loss.perceptual=lpips_vgg"
         )
     return None
+
+
+# --- phases of an iteration: spans for torch's profiler, and marks for a benchmark's clock --------
+
+_clocks: list[Callable[[str], None]] = []  # formulas stay without one: phases are decorators
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """A phase; its end is reported to the clock, if one runs."""
+    with record_function(name):
+        yield
+    for clock in _clocks:
+        clock(name)
+
+
+@contextmanager
+def timed_by(clock: Callable[[str], None]) -> Iterator[None]:
+    """Calls `clock(name)` at the end of every phase."""
+    _clocks.append(clock)
+    try:
+        yield
+    finally:
+        _clocks.remove(clock)

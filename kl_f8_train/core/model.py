@@ -390,16 +390,15 @@ class NormSwish(Norm):
 
     def forward(self, input: Tensor, added: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> the same; `added`, (C,), is a convolution's bias, still to be added."""
-        if not self.lean:
-            input = input if added is None else input + _column(added)
-            return F.silu(super().forward(input))
-        settings = self.num_groups, self.eps, _autocast_dtype(input) or input.dtype
+        numbers = self.num_groups, self.eps, _autocast_dtype(input) or input.dtype
         output: Tensor
-        if torch.compiler.is_compiling():
-            output = _FusedNormSwish.apply(input, added, self.weight, self.bias, *settings)
-        else:
-            input = input if added is None else input + _column(added)
-            output = _LeanNormSwish.apply(input, self.weight, self.bias, *settings)
+        if self.lean and torch.compiler.is_compiling():
+            output = _FusedNormSwish.apply(input, added, self.weight, self.bias, *numbers)
+            return output
+        input = input if added is None else input + _column(added)
+        if not self.lean:
+            return F.silu(super().forward(input))
+        output = _LeanNormSwish.apply(input, self.weight, self.bias, *numbers)
         return output
 
 

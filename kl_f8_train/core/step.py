@@ -20,44 +20,35 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 
-from kl_f8_train.config import Config, divisor_up_to
+from kl_f8_train.config import Config
 from kl_f8_train.core import machine
-from kl_f8_train.core.adversary import Adversary, NoAdversary
-from kl_f8_train.core.batch import Batch, plain_batch
+from kl_f8_train.core.adversary import GROUP, Adversary, NoAdversary
+from kl_f8_train.core.batch import Batch, parts, plain_batch
 from kl_f8_train.core.discriminator import Discriminator
-from kl_f8_train.core.ema import ema_decay, ema_update
-from kl_f8_train.core.finite import (
-    Guard,
-    Judgement,
-    Remembered,
-    UpdateFlags,
-    finite_images,
-    step_plainly,
-    step_unless,
-)
-from kl_f8_train.core.gradients import (
-    average_over_ranks,
-    build_adam,
-    clip,
-    mean_of_each,
-    norm_of,
-    parameters_of,
-    set_rate,
-)
+from kl_f8_train.core.ema import ema_decay, ema_update, module_names
 from kl_f8_train.core.hashes import tensors_sha256
 from kl_f8_train.core.losses import reconstruction_loss
+from kl_f8_train.core.machine import phase
 from kl_f8_train.core.model import TRAINED, AutoencoderKL
 from kl_f8_train.core.perceptual import distance_in_parts
-from kl_f8_train.core.phases import phase
 from kl_f8_train.core.run_state import RunState
-from kl_f8_train.core.schedule import learning_rate
+from kl_f8_train.core.updates import (
+    PLAINLY,
+    Guard,
+    Remembered,
+    Step,
+    Update,
+    average_over_ranks,
+    begin,
+    build_adam,
+    finite_images,
+    learning_rate,
+    mean_of_each,
+    parameters_of,
+    step_if_finite,
+)
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.images import to_float
-
-
-def plain_backward(tensor: Tensor, gradient: Tensor) -> None:
-    """Backward without a trainer."""
-    tensor.backward(gradient)
 
 
 @dataclass(frozen=True)
@@ -67,12 +58,13 @@ class Loop:
     `no_sync` is the context in which gradients of the decoder are not reduced over ranks.
     """
 
-    backward: Callable[[Tensor, Tensor], None] = plain_backward
+    backward: Callable[..., None] = Tensor.backward  # (tensor, gradient=...)
     no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
-    step: Callable[[Adam], None] = step_plainly
+    step: Step = PLAINLY
 
 
 ALONE = Loop()
+TERMS = ("pixel", "perceptual_weight", "l1_weight", "mse_weight", "gradient_weight")  # of nll
 if TYPE_CHECKING:
     _Base = LightningModule
 else:
@@ -119,8 +111,11 @@ class Finetuner(_Base):
         for name in TRAINED:  # a loaded autoencoder is frozen as a whole
             getattr(autoencoder, name).requires_grad_(True)
         self.ema = trained_copy(autoencoder)
+        for name in list(module_names(config.ema.decays).values())[1:]:  # further averages
+            self.add_module(name, trained_copy(autoencoder))
         self.discriminator = discriminator
         self.adversary = Adversary(discriminator, config) if discriminator else NoAdversary()
+        self.terms: dict[str, Any] = {name: getattr(config.loss, name) for name in TERMS}
         self.logvar = nn.Parameter(torch.zeros(()), requires_grad=config.loss.learn_logvar)
         self._outside = [perceptual]  # a list keeps it out of the state dict and of DDP
         self.run_state = run_state or RunState(iteration=config.init.iteration or 0)
@@ -152,8 +147,8 @@ class Finetuner(_Base):
     @property
     def warmup_done(self) -> int:
         """Warm-up iterations done, while some are left; 0 otherwise."""
-        settings = self.config.adversarial
-        return settings.warmup_iterations - self.warmup_left if settings and self.warmup_left else 0
+        config = self.config.adversarial
+        return config.warmup_iterations - self.warmup_left if config and self.warmup_left else 0
 
     @cached_property
     def decoder_adam(self) -> Adam:
@@ -169,15 +164,24 @@ class Finetuner(_Base):
         done = self.warmup_done if run.warmup_left else run.iteration - run.first_iteration
         return learning_rate(self.config.optimizer, done)
 
-    @property
+    @cached_property
     def adams(self) -> list[Adam]:
         """The decoder's optimizer, and the discriminator's, if there is one."""
-        return [self.decoder_adam, *self.adversary.adams]
+        return [self.decoder_adam, *([self.adversary.adam] if self.discriminator else [])]
 
-    def averaged(self) -> AutoencoderKL:
-        """A copy of the autoencoder with the averaged decoder, frozen and in eval mode."""
+    @cached_property
+    def averages(self) -> dict[float, nn.ModuleDict]:
+        """The averaged decoder and post_quant_conv of each decay, the run's own first."""
+        names = module_names(self.config.ema.decays)
+        return {decay: getattr(self, name) for decay, name in names.items()}
+
+    def averaged(self, decay: float | None = None) -> AutoencoderKL:
+        """A copy of the autoencoder with the averaged decoder, frozen and in eval mode.
+
+        `decay` is one of `ema.decay`; None: the first. Raises KeyError for any other.
+        """
         model = copy.deepcopy(self.autoencoder)
-        for name, part in self.ema.items():
+        for name, part in (self.ema if decay is None else self.averages[decay]).items():
             getattr(model, name).load_state_dict(part.state_dict())
         return model.requires_grad_(False).eval()
 
@@ -252,21 +256,15 @@ class Finetuner(_Base):
         made = plain_batch(batch, draws, model.embed_dim, model.downsampling, source)
         return made.with_perturbation(source) if self.config.latents.noise else made
 
-    def transfer_batch_to_device(
-        self, batch: Batch, device: torch.device, dataloader_idx: int
-    ) -> Batch:
-        """Copies a batch to the device."""
-        return batch.to(device)
-
     def training_step(self, batch: Batch, batch_index: int) -> None:
         """One iteration; before the first, those of the discriminator's warm-up."""
         rate = self.learning_rate
         with machine.kernels(self.config.precision, self.config.compute.deterministic):
-            if self.warmup_left:
+            if self.run_state.warmup_left:
                 self.run_warm_up(batch)
             else:
-                loop = Loop(self._manual_backward, self._no_sync, self._step_counted)
-                self.run_iteration(batch, loop)
+                no_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+                self.run_iteration(batch, Loop(self.manual_backward, no_sync, self._step_counted))
         if self.log_metrics:
             self.log_dict(self.metrics, batch_size=len(batch.images))
             self.log("learning_rate", rate, batch_size=len(batch.images))
@@ -276,29 +274,21 @@ class Finetuner(_Base):
         wrappers = self.optimizers()
         (wrappers[0] if isinstance(wrappers, list) else wrappers).step()
 
-    def _manual_backward(self, tensor: Tensor, gradient: Tensor) -> None:
-        self.manual_backward(tensor, gradient=gradient)
-
-    def _no_sync(self) -> AbstractContextManager[Any]:
-        block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-        context: AbstractContextManager[Any] = block()
-        return context
-
     # --- one iteration ----------------------------------------------------------------------
 
     def run_iteration(self, batch: Batch, loop: Loop = ALONE) -> None:
-        """One iteration: decoder, its moving average, discriminator.
+        """One iteration: decoder, its moving averages, discriminator.
 
         x: images, y: reconstructions, both (B, 3, H, W) in [-1, 1]; z: latents, (B, 4, h, w).
         A loss or gradient that is not finite, on any rank, leaves an update out on all ranks. That
-        is decided on the device; the host reads it an iteration later (finite.py).
+        is decided on the device; the host reads it an iteration later (updates.py).
         """
         run, adversary, layer = self.run_state, self.adversary, self.autoencoder.last_layer
         buffers = self._prepare()
-        parts = self.micro_batches(len(batch.images))
+        micro = self.micro_batches(len(batch.images))
         adversarial = adversary.runs(run.iteration)
-        twice = adversarial and len(parts) > 1  # decoded ahead, for the weight of all images
-        pieces = adversary.groups(len(batch.images)) if twice else parts
+        twice = adversarial and len(micro) > 1  # decoded ahead, for the weight of all images
+        pieces = parts(len(batch.images), GROUP) if twice else micro
         looks, terms, finite = [], [], []
 
         # Each loss's gradient at y: d nll / d y and d g / d y, of their means over all images.
@@ -319,22 +309,22 @@ class Finetuner(_Base):
         if adversarial:
             weight, grad_nll, grad_g, figures = adversary.weigh(looks, run.iteration)
             self.metrics |= figures
-            for part in parts:
+            for part in micro:
                 y = self.decode(z[part]) if twice else y
                 gradient = grad_nll[part] + weight * grad_g[part]
-                self.backpropagate(y, gradient, loop, last=part is parts[-1])
+                self.backpropagate(y, gradient, loop, last=part is micro[-1])
 
-        # Decoder, then its moving average.
-        verdicts = {"decoder": self._step_decoder(torch.cat(finite), loop)}
+        # Decoder, then its moving averages.
+        updates = {"decoder": self._step_decoder(torch.cat(finite), loop)}
         self._average_decoder()
 
         # Discriminator, on images and detached reconstructions.
         if adversarial:
             y, factor = torch.cat([look.y for look in looks]), adversary.factor(run.iteration)
-            of_decoder = verdicts["decoder"].bad
-            verdicts["discriminator"] = self._step_discriminator(batch, y, factor, of_decoder)
-        buffers.restore(torch.stack([verdict.bad for verdict in verdicts.values()]).any())
-        self.guard.watch(Judgement(run.iteration, batch.keys, verdicts))
+            bad = updates["decoder"].bad
+            updates["discriminator"] = self._step_discriminator(batch, y, factor, bad)
+        buffers.restore(torch.stack([update.bad for update in updates.values()]).any())
+        self.guard.watch(run.iteration, batch.keys, updates)
         run.iteration += 1  # also after an update that was left out: the data goes on
 
     def run_warm_up(self, batch: Batch) -> None:
@@ -344,9 +334,9 @@ class Finetuner(_Base):
         y = self._decode_without_graph(z)  # (B, 3, H, W)
         self.guard.judge()
         self.metrics = {}
-        verdict = self._step_discriminator(batch, y, factor=1.0)
-        buffers.restore(verdict.bad)
-        self.guard.watch(Judgement(run.iteration, batch.keys, {"discriminator": verdict}))
+        update = self._step_discriminator(batch, y, factor=1.0)
+        buffers.restore(update.bad)
+        self.guard.watch(run.iteration, batch.keys, {"discriminator": update})
         run.warmup_left -= 1
 
     # --- its parts --------------------------------------------------------------------------
@@ -355,14 +345,12 @@ class Finetuner(_Base):
         """Clears gradients, sets the mode, and remembers BatchNorm's buffers."""
         self.train()
         for adam in self.adams:
-            adam.zero_grad(set_to_none=True)
-            set_rate(adam, self.learning_rate)
+            begin(adam, self.learning_rate)
         return Remembered(self.discriminator)
 
-    def micro_batches(self, count: int) -> list[slice]:
+    def micro_batches(self, count: int) -> tuple[slice, ...]:
         """`count` images as micro-batches, of `compute.per_device_batch` or at most 12 images."""
-        size = divisor_up_to(count, self.config.compute.per_device_batch or 12)
-        return [slice(start, start + size) for start in range(0, count, size)]
+        return parts(count, self.config.compute.per_device_batch or 12)
 
     def images(self, batch: Batch, part: slice) -> Tensor:
         """(B, 3, H, W) in [-1, 1], in the weights' precision and layout."""
@@ -399,8 +387,8 @@ class Finetuner(_Base):
 
     @torch.no_grad()
     def _decode_without_graph(self, z: Tensor) -> Tensor:
-        parts = self.micro_batches(len(z))
-        return torch.cat([self.decode(z[part]).to(z.dtype) for part in parts])
+        micro = self.micro_batches(len(z))
+        return torch.cat([self.decode(z[part]).to(z.dtype) for part in micro])
 
     def _autocast(self, tensor: Tensor) -> AbstractContextManager[Any]:
         return machine.autocast(self.config.precision, tensor.device)
@@ -413,19 +401,9 @@ class Finetuner(_Base):
 
         Where nll itself is not finite, neither is the gradient: that of all ranks is not, then.
         """
-        y, loss = y.detach().requires_grad_(), self.config.loss
-        parts = self.config.compute.perceptual_parts
-        nll, terms = reconstruction_loss(
-            x,
-            y,
-            distance_in_parts(self.perceptual, x, y, parts).to(x.dtype),
-            pixel=loss.pixel,
-            perceptual_weight=loss.perceptual_weight,
-            l1_weight=loss.l1_weight,
-            mse_weight=loss.mse_weight,
-            gradient_weight=loss.gradient_weight,
-            logvar=self.logvar,
-        )
+        y, chunks = y.detach().requires_grad_(), self.config.compute.perceptual_parts
+        p = distance_in_parts(self.perceptual, x, y, chunks).to(x.dtype)  # (B, 1, 1, 1)
+        nll, terms = reconstruction_loss(x, y, p, logvar=self.logvar, **self.terms)
         if self.logvar.requires_grad:
             gradient, of_logvar = torch.autograd.grad(nll / pieces, (y, self.logvar))
             accumulated = 0.0 if self.logvar.grad is None else self.logvar.grad
@@ -439,41 +417,38 @@ class Finetuner(_Base):
     def backpropagate(self, y: Tensor, gradient: Tensor, loop: Loop, last: bool) -> None:
         """Adds (d loss / d y) (d y / d theta) to the decoder's gradients; the last are reduced."""
         with nullcontext() if last else loop.no_sync():
-            loop.backward(y, gradient.to(y.dtype))
+            loop.backward(y, gradient=gradient.to(y.dtype))
 
     @phase("optimizer")
-    def _step_decoder(self, finite: Tensor, loop: Loop) -> UpdateFlags:
+    def _step_decoder(self, finite: Tensor, loop: Loop) -> Update:
         """Steps the decoder, unless a gradient is not finite."""
         if self.logvar.grad is not None:
             average_over_ranks([self.logvar.grad])
-        gradients = [p.grad for p in parameters_of(self.decoder_adam) if p.grad is not None]
-        norm = norm_of(gradients)
-        self.metrics["decoder_gradient_norm"] = norm
-        verdict = UpdateFlags(~norm.isfinite(), finite)
-        if self.config.optimizer.clip_norm is not None:
-            most = self.config.optimizer.clip_norm
-            self.metrics["decoder_clipped"] = clip(gradients, norm, most)
-        step_unless(verdict.bad, self.decoder_adam, loop.step)
-        return verdict
+        adam, most = self.decoder_adam, self.config.optimizer.clip_norm
+        gradients = [p.grad for p in parameters_of(adam) if p.grad is not None]
+        update = step_if_finite(adam, gradients, finite, most, step=loop.step)
+        self.metrics |= update.figures("decoder")
+        return update
 
     @phase("ema")
     def _average_decoder(self) -> None:
         self.run_state.ema_updates += 1
-        settings = self.config.ema
-        decay = ema_decay(self.run_state.ema_updates, settings.decay, settings.warmup)
-        ema_update(self.ema, trained_part(self.autoencoder), decay)
+        trained, warmup = trained_part(self.autoencoder), self.config.ema.warmup
+        for decay, average in self.averages.items():
+            kept = ema_decay(self.run_state.ema_updates, decay, warmup)
+            ema_update(average, trained, kept)
 
     def _step_discriminator(
         self, batch: Batch, y: Tensor, factor: float, bad: Tensor | None = None
-    ) -> UpdateFlags:
+    ) -> Update:
         """Steps the discriminator on each group of images and reconstructions y."""
         if self.config.second_forward:  # the original: new noise, updated decoder
             y = self._decode_without_graph(self.encode(batch, draw=1)[0])
-        groups = self.adversary.groups(len(y))
+        groups = parts(len(y), GROUP)
         pairs = ((self.images(batch, group), y[group]) for group in groups)
-        verdict, figures = self.adversary.update(pairs, len(groups), factor, bad)
+        update, figures = self.adversary.update(pairs, len(groups), factor, bad)
         self.metrics |= figures
-        return verdict
+        return update
 
 
 def disagreements(seen: list[dict[str, Any]]) -> list[str]:

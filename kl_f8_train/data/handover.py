@@ -72,15 +72,15 @@ def raise_open_files() -> int:
     return OPEN_FILES if soft == resource.RLIM_INFINITY else soft
 
 
-def batch_bytes(settings: Config, images: int) -> int:
+def batch_bytes(config: Config, images: int) -> int:
     """Bytes of a batch of that many images, with their noise."""
-    latent = settings.data.crop // 2 ** (len(settings.model.ch_mult) - 1)
-    draws = 2 if settings.second_forward else 1
-    noise = 4 * draws * settings.model.embed_dim * latent**2
-    return images * (3 * settings.data.crop**2 + noise)
+    latent = config.data.crop // 2 ** (len(config.model.ch_mult) - 1)
+    draws = 2 if config.second_forward else 1
+    noise = 4 * draws * config.model.embed_dim * latent**2
+    return images * (3 * config.data.crop**2 + noise)
 
 
-def shared_memory_note(settings: Config, images: int, processes: int) -> str:
+def shared_memory_note(config: Config, images: int, processes: int) -> str:
     """What to say if the batches under way do not fit into /dev/shm; empty if they do.
 
     `images` of each of the `processes` on this machine in every iteration.
@@ -91,8 +91,8 @@ def shared_memory_note(settings: Config, images: int, processes: int) -> str:
         free = 0
     else:
         free = status.f_bavail * status.f_frsize
-    loaders = settings.data.workers * processes
-    needed = batch_bytes(settings, images) * (PREFETCH * loaders + processes)
+    loaders = config.data.workers * processes
+    needed = batch_bytes(config, images) * (PREFETCH * loaders + processes)
     if not loaders or needed <= free:
         return ""
     wanted = -(-needed * 5 // 4 // 2**30)  # GiB, with a quarter to spare

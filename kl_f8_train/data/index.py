@@ -49,7 +49,7 @@ UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZip
 
 # In place of a fingerprint, and not what any shard has, so that the next call tries it again.
 UNFETCHED = [-2, 0]  # could not be fetched
-ABSENT = [-3, 0]  # not there, or not readable
+GONE = [-3, 0]  # not there, or not readable
 GIVE_UP = 3  # shards of a chunk that a server does not give after all attempts
 PHOTOGRAPH_FIELDS = ("image", "img", "photo", "picture", "rgb", "input", "input_image", "original")
 UNPACK = "compressed shards cannot be read in places; unpack them, as `gunzip x.tar.gz`"
@@ -397,7 +397,7 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
             raise
         except (MissingInputError, RunFailedError) as error:  # today's: the next call tries again
             failed = isinstance(error, RunFailedError)
-            fingerprints[number], broken[place] = UNFETCHED if failed else ABSENT, str(error)
+            fingerprints[number], broken[place] = UNFETCHED if failed else GONE, str(error)
             unreachable += failed
             if unreachable == GIVE_UP:
                 raise
@@ -409,7 +409,7 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
             except MissingInputError as error:
                 one, broken[place] = TarIndex(), str(error)
                 if isinstance(error.__cause__, OSError):  # not the shard's fault
-                    fingerprints[number] = ABSENT
+                    fingerprints[number] = GONE
         blocks += one.blocks
         sizes += one.sizes
         numbers += one.numbers

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,8 +84,7 @@ class PositionDataset(Dataset[Sample]):
         name, shard, first = self.plan.locate(position)
         source = self.sources[name]
         count = int(source.counts[shard])
-        bad: list[str] = []
-        small: list[int] = []
+        bad: list[tuple[str, ImageError]] = []
         for step in range(min(count, MAX_NEIGHBOURS)):
             number = (first + step) % count  # a bad sample gives way to its neighbour
             key = source.name(shard, number)
@@ -93,18 +92,22 @@ class PositionDataset(Dataset[Sample]):
                 key, data = source.read(shard, number)
                 image, profile = self._load(data, position)
             except ImageError as error:
-                bad.append(f"{name}/{key}: {error}")
-                small += [error.side] if isinstance(error, SmallImageError) else []
+                bad.append((f"{name}/{key}", error))
             else:
-                noise = self._noise(position)
-                return Sample(image, noise, f"{name}/{key}", bad[:1], profile)
-        remedy = (
-            f"check {source.location(shard)} and data.shorter_side={self.shown_side}, "
-            f"data.crop={self.crop}"
-        )
-        raise MissingInputError(
-            f"{counted(len(bad), 'image', 's')} in a row cannot be used, from {bad[0]}; "
-            + (remedy if len(small) < len(bad) else self._fitting_crop(min(small)))
+                skipped = [f"{file}: {error}" for file, error in bad[:1]]
+                return Sample(image, self._noise(position), f"{name}/{key}", skipped, profile)
+        raise self._exhausted(bad, source.location(shard))
+
+    def _exhausted(self, bad: Sequence[tuple[str, ImageError]], where: str) -> MissingInputError:
+        """The error where no image can be used; its remedy is another if all are too small."""
+        sides = [error.side for _, error in bad if isinstance(error, SmallImageError)]
+        remedy = f"check {where} and data.shorter_side={self.shown_side}, data.crop={self.crop}"
+        if len(sides) == len(bad):
+            remedy = self._fitting_crop(min(sides))
+        first, error = bad[0]
+        return MissingInputError(
+            f"{counted(len(bad), 'image', 's')} in a row cannot be used, from {first}: {error}; "
+            + remedy
         )
 
     def _fitting_crop(self, side: int) -> str:

@@ -1,4 +1,4 @@
-"""A folder of images -> WebDataset shards in img2dataset's layout.
+"""A folder of images, or parquet files -> WebDataset shards in img2dataset's layout.
 
 `00000.tar` holds three files for each image: KEY.jpg (.png, ...), the file as it is; KEY.json, its
 metadata; KEY.txt, its name as the caption. KEY is five digits of the shard and four of the image.
@@ -8,6 +8,7 @@ the same bytes with any number of processes, and a pack that was stopped goes on
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -15,7 +16,7 @@ import os
 import signal
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -25,9 +26,10 @@ from typing import Any
 import torch
 
 from kl_f8_train import images
+from kl_f8_train.data import parquet
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import atomic_path, write_text
-from kl_f8_train.folders import SUFFIXES, list_folder, read_file
+from kl_f8_train.folders import SUFFIXES, Listing, list_folder, read_file
 from kl_f8_train.lifetime import end_with_parent
 from kl_f8_train.units import counted, printable
 
@@ -36,6 +38,10 @@ MAX_SHARDS = 100_000  # five digits
 MANIFEST = "pack.json"
 QUALITY = 95  # of JPEGs that are encoded anew
 SHOWN = 10  # images left out that the command line names
+MARKS = {  # how images begin, and their suffix
+    **{b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"},
+    **{b"II*\0": ".tif", b"MM\0*": ".tif"},
+}
 PER_PROCESS = 2_000  # images that are worth the seconds a process takes to start
 
 
@@ -68,7 +74,7 @@ class Job:
 
     number: int
     folder: Path
-    files: tuple[str, ...]  # relative to the folder
+    files: tuple[str, ...] | parquet.Rows  # relative to the folder
     out: Path
     reencode: bool
 
@@ -89,7 +95,7 @@ class Job:
 
 
 def pack(
-    folder: Path,
+    source: Path | Sequence[Path],
     out: Path,
     *,
     per_shard: int = 1000,
@@ -97,7 +103,10 @@ def pack(
     reencode: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> PackResult:
-    """Packs the images below `folder` into shards of `per_shard` (1 .. 10,000) in `out`.
+    """Packs the images of `source` into shards of `per_shard` (1 .. 10,000) in `out`.
+
+    That is a folder of images, searched recursively, or parquet files of the Hugging Face hub: one
+    or several of them, of folders that hold them and no images, or of globs.
 
     Every image is decoded once; one that cannot be is left out, named and counted, and its key
     stays unused. `reencode` stores upright RGB JPEGs of quality 95 without chroma subsampling, in
@@ -108,44 +117,104 @@ def pack(
     """
     if not 1 <= per_shard <= MAX_PER_SHARD:
         raise UsageError(f"{per_shard} images in each shard: expected 1 to {MAX_PER_SHARD:,}")
-    files, not_used = _list(folder)
-    if len(files) > per_shard * MAX_SHARDS:
-        raise UsageError(f"{len(files):,} images are more than {MAX_SHARDS:,} shards hold")
-    _claim(out, {"per_shard": per_shard, "reencode": reencode, "files": files})
-    jobs = _jobs(folder, out, [name for name, _ in files], per_shard, reencode)
+    held = _list([source] if isinstance(source, Path) else source)
+    if held.count > per_shard * MAX_SHARDS:
+        raise UsageError(f"{held.count:,} images are more than {MAX_SHARDS:,} shards hold")
+    _claim(out, {"per_shard": per_shard, "reencode": reencode, "files": held.files})
+    jobs = [
+        Job(number, held.folder, files, out, reencode)
+        for number, files in enumerate(held.dealt(per_shard))
+    ]
     found = ((job.number, job.done()) for job in jobs)
     stats = {number: entry for number, entry in found if entry is not None}
     open_jobs = [job for job in jobs if job.number not in stats]
     done = sum(entry["count"] for entry in stats.values())
-    for number, entry in _write_all(open_jobs, _processes(workers, open_jobs)):
+    for number, entry in _write_all(held.chains(open_jobs), _processes(workers, open_jobs)):
         stats[number] = entry
         done += entry["count"]
         if progress:
-            progress(done, len(files))
+            progress(done, held.count)
     return PackResult(
         shards=[job.tar for job in jobs],
         images=sum(entry["successes"] for entry in stats.values()),
         skipped=[line for job in jobs for line in stats[job.number]["skipped"]],
         written=len(open_jobs),
-        not_used=not_used,
+        not_used=held.not_used,
     )
 
 
 # --- what is packed -------------------------------------------------------------------------
 
 
-def _list(folder: Path) -> tuple[list[tuple[str, int]], str]:
-    """[(path relative to the folder, size in bytes), ...], sorted; and what is not used."""
-    if not folder.is_dir():
-        raise MissingInputError(f"{folder}: no such folder")
-    listing = list_folder(folder)
-    files = [(name, size) for name in listing.files if (size := _size(folder / name)) is not None]
-    if not files:
-        raise MissingInputError(
-            f"no images in {folder}: expected {', '.join(SUFFIXES)}; "
-            f"{listing.describe() or 'it is empty'}"
+@dataclass(frozen=True)
+class Input:
+    """What is packed."""
+
+    folder: Path
+    files: list[tuple[str, int]]  # path relative to the folder, size in bytes; sorted
+    not_used: str = ""  # what else is there, by kind
+    table: parquet.Table | None = None  # if the files are parquet
+
+    @property
+    def count(self) -> int:
+        """Images, or rows."""
+        return len(self.files if self.table is None else self.table)
+
+    def dealt(self, per_shard: int) -> Iterator[tuple[str, ...] | parquet.Rows]:
+        """The images of each shard."""
+        if self.table is not None:
+            yield from self.table.dealt(per_shard)
+            return
+        for start in range(0, len(self.files), per_shard):
+            yield tuple(name for name, _ in self.files[start : start + per_shard])
+
+    def chains(self, jobs: list[Job]) -> list[list[Job]]:
+        """The jobs, together those that one process is to write one after another.
+
+        Of parquet these are the shards that begin in the same row group, which is read only once.
+        """
+        table = self.table
+        if table is None:
+            return [[job] for job in jobs]
+        places = (
+            (table.start(job.files), job) for job in jobs if isinstance(job.files, parquet.Rows)
         )
-    return files, listing.describe()
+        grouped = itertools.groupby(places, key=lambda pair: pair[0])
+        return [[job for _, job in chain] for _, chain in grouped]
+
+
+def _list(places: Sequence[Path]) -> Input:
+    """Finds the images below a folder, or parquet files. Raises MissingInputError for neither."""
+    folder = places[0] if len(places) == 1 and places[0].is_dir() else None
+    listing = list_folder(folder) if folder else Listing()
+    if folder and listing.files:
+        sizes = ((name, _size(folder / name)) for name in listing.files)
+        files = [(name, size) for name, size in sizes if size is not None]
+        return Input(folder, files, listing.describe())
+    tables = [file for place in places for file in _parquet_files(place)]
+    if not tables:
+        where = ", ".join(map(str, places))
+        several = "give one folder of images at a time" if len(places) > 1 else "it is empty"
+        raise MissingInputError(
+            f"no images in {where}: expected {', '.join(SUFFIXES)}, or {parquet.SUFFIX} files; "
+            f"{listing.describe() or several}"
+        )
+    table = parquet.read_table(sorted(set(tables)), folder)
+    return Input(table.folder, list(table.files), table=table)
+
+
+def _parquet_files(place: Path) -> list[Path]:
+    """Those that a place names; of a folder perhaps none.
+
+    Raises MissingInputError if there are none, and it is not a folder.
+    """
+    found = parquet.find(place)
+    if not found and not place.is_dir():
+        what = "is another file" if place.exists() else "no such folder, file or match"
+        raise MissingInputError(
+            f"{place}: {what}; expected a folder of photographs, or {parquet.SUFFIX} files"
+        )
+    return found
 
 
 def _size(file: Path) -> int | None:
@@ -203,14 +272,6 @@ def _compare(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         )
 
 
-def _jobs(folder: Path, out: Path, names: list[str], per_shard: int, reencode: bool) -> list[Job]:
-    starts = range(0, len(names), per_shard)
-    return [
-        Job(number, folder, tuple(names[start : start + per_shard]), out, reencode)
-        for number, start in enumerate(starts)
-    ]
-
-
 # --- writing --------------------------------------------------------------------------------
 
 
@@ -222,18 +283,18 @@ def _processes(workers: int | None, jobs: list[Job]) -> int:
     return max(1, min(workers, len(jobs)))
 
 
-def _write_all(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def _write_all(chains: list[list[Job]], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number of the shard, its statistics), as they are done."""
     if workers == 1:
-        yield from ((job.number, write_shard(job)) for job in jobs)
+        yield from itertools.chain.from_iterable(map(write_shards, chains))
         return
     context = multiprocessing.get_context("spawn")
     start, parent = _start_process, (os.getpid(),)
     with ProcessPoolExecutor(workers, context, initializer=start, initargs=parent) as pool:
-        futures = {pool.submit(write_shard, job): job.number for job in jobs}
+        futures = [pool.submit(_written, chain) for chain in chains]
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                yield from future.result()
         except BrokenProcessPool as error:
             raise RunFailedError(
                 "a packing process was killed (out of memory?); the same command goes on"
@@ -248,12 +309,36 @@ def _start_process(parent: int) -> None:
     torch.set_num_threads(1)
 
 
-def write_shard(job: Job) -> dict[str, Any]:
+def _written(chain: list[Job]) -> list[tuple[int, dict[str, Any]]]:
+    return list(write_shards(chain))
+
+
+def write_shards(chain: list[Job]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Writes shards one after another; yields the number and the statistics of each."""
+    stream = _images(chain)
+    for job in chain:
+        yield job.number, _write_shard(job, itertools.islice(stream, len(job.files)))
+
+
+def _images(chain: list[Job]) -> Iterator[parquet.Row]:
+    """The images of all the jobs in order: name, bytes, and the path that gives the suffix."""
+    pieces = [job.files for job in chain if isinstance(job.files, parquet.Rows)]
+    if pieces:
+        yield from parquet.read(chain[0].folder, pieces)
+    names = (name for job in chain if isinstance(job.files, tuple) for name in job.files)
+    for name in names:
+        try:
+            yield parquet.Row(name, read_file(chain[0].folder / name), name)
+        except ImageError as error:
+            yield parquet.Row(name, error, name)
+
+
+def _write_shard(job: Job, images_of_it: Iterator[parquet.Row]) -> dict[str, Any]:
     """Writes one shard, then its statistics, which it returns.
 
     Raises RunFailedError if the disk is full or the directory cannot be written.
     """
-    bad = _write_tar(job)
+    bad = _write_tar(job, images_of_it)
     good = len(job.files) - len(bad)
     stats = {
         "count": len(job.files),
@@ -267,18 +352,18 @@ def write_shard(job: Job) -> dict[str, Any]:
     return stats
 
 
-def _write_tar(job: Job) -> dict[str, str]:
-    """Writes the tar; file -> why it is left out."""
+def _write_tar(job: Job, images_of_it: Iterator[parquet.Row]) -> dict[str, str]:
+    """Writes the tar; image -> why it is left out."""
     bad: dict[str, str] = {}
     with (
         atomic_path(job.tar, job.tar.with_suffix(".tar.part")) as part,
         tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as archive,
     ):
-        for index, name in enumerate(job.files):
+        for index, image in enumerate(images_of_it):
             try:
-                members = _sample(job, f"{job.number:05d}{index:04d}", name)
+                members = _sample(image, f"{job.number:05d}{index:04d}", job.reencode)
             except ImageError as error:
-                bad[name] = str(error)
+                bad[image.name] = str(error)
                 continue
             for member, data in members.items():
                 entry = tarfile.TarInfo(member)
@@ -287,14 +372,15 @@ def _write_tar(job: Job) -> dict[str, str]:
     return bad
 
 
-def _sample(job: Job, key: str, name: str) -> dict[str, bytes]:
+def _sample(row: parquet.Row, key: str, reencode: bool) -> dict[str, bytes]:
     """The files of one sample. Raises ImageError if the image cannot be read."""
-    file = job.folder / name
-    data = read_file(file)
+    name, data, path = row
+    if isinstance(data, ImageError):
+        raise data
     image, profile = images.picture(data)
     height, width = image.shape[1:]
-    extension = file.suffix.lower()
-    if job.reencode:
+    extension = Path(path).suffix.lower()
+    if reencode:
         extension, data = ".jpg", _to_jpeg(image, bool(profile))
     elif extension not in SUFFIXES:
         extension = _extension(data)
@@ -313,14 +399,16 @@ def _sample(job: Job, key: str, name: str) -> dict[str, bytes]:
     return {
         f"{key}{extension}": data,
         f"{key}.json": json.dumps(metadata, indent=4).encode(),
-        f"{key}.txt": printable(file.stem).encode(),
+        f"{key}.txt": printable(Path(path or name).stem).encode(),
     }
 
 
 def _extension(data: bytes) -> str:
-    """Of a file whose own name has none that indexes know: .jpg, .heic, ..."""
+    """Of an image whose own name has none that indexes know: .jpg, .png, .heic, ..."""
     kind = images.brand(data)
-    return {"AVIF": ".avif", "HEIF": ".heic"}.get(kind or "", ".jpg")
+    if kind:
+        return {"AVIF": ".avif", "HEIF": ".heic"}[kind]
+    return next((suffix for mark, suffix in MARKS.items() if data.startswith(mark)), ".jpg")
 
 
 def _to_jpeg(image: torch.Tensor, converted: bool) -> bytes:

@@ -4,7 +4,8 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from kl_f8_train.data.index import (
-    ABSENT,
     COMPRESSED,
+    GONE,
     PART_SHARDS,
     TAR_BLOCK,
     UNFETCHED,
@@ -29,7 +30,7 @@ from kl_f8_train.data.index import (
 )
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, UsageError
-from kl_f8_train.files import one_at_a_time
+from kl_f8_train.files import cache_dir, one_at_a_time
 from kl_f8_train.folders import Listing, describe_count, list_folder, read_file
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted, printable
@@ -56,6 +57,9 @@ class ImageSource(Protocol):
 
     def files_held(self) -> Iterable[tuple[str, int, int]]:
         """(name, bytes, images after filters) of each of its files, in their order."""
+
+    def of_sizes(self, sizes: set[int]) -> Iterator[tuple[int, int]]:
+        """(shard, sample) of each image, after filters, that has one of these sizes in bytes."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ class TarSource:
         header = json.loads((directory / "index.json").read_text(encoding="utf-8"))
         self.directory, self.cache, self.filters = directory, cache, list(filters)
         self.locations: list[str] = header["locations"]
+        self.remote = [is_remote(place) for place in self.locations]
         self.fingerprints: list[list[int]] = header["fingerprints"]
         self.broken: dict[str, str] = header["broken"]
         self.without_image: int = header["without_image"]
@@ -134,7 +139,7 @@ class TarSource:
         return [
             place
             for place, before, after in pairs
-            if before != after and not (before in (UNFETCHED, ABSENT) and is_remote(place))
+            if before != after and not (before in (UNFETCHED, GONE) and is_remote(place))
         ]
 
     def unfetched(self) -> int:
@@ -147,7 +152,7 @@ class TarSource:
         offset, size = (int(self.blocks[row]) - 1) * TAR_BLOCK, int(self.sizes[row])
         place = self.locations[shard]
         try:
-            with self.cache.open(place) if is_remote(place) else open(place, "rb") as file:
+            with self.cache.open(place) if self.remote[shard] else open(place, "rb") as file:
                 data = os.pread(file.fileno(), TAR_BLOCK + size, offset)
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
@@ -179,6 +184,13 @@ class TarSource:
             rows = slice(int(self.starts[shard]), int(self.starts[shard + 1]))
             held = int(self.sizes[rows].sum(dtype=np.int64))
             yield os.path.basename(place), held, int(self.counts[shard])
+
+    def of_sizes(self, sizes: set[int]) -> Iterator[tuple[int, int]]:
+        """By the index, without opening a shard."""
+        wanted = np.array(sorted(sizes), np.int64)
+        for shard in range(len(self.locations)):
+            for sample in np.flatnonzero(np.isin(self.sizes[self._kept(shard)], wanted)):
+                yield shard, int(sample)
 
     def _filtered_counts(self) -> np.ndarray:
         """Images of each shard that pass, a stretch of shards at a time to bound the memory."""
@@ -255,6 +267,12 @@ class FolderSource:
             sizes = list(pool.map(lambda place: fingerprint(str(place))[0], places))
         return zip(self.files, sizes, itertools.repeat(1))
 
+    def of_sizes(self, sizes: set[int]) -> Iterator[tuple[int, int]]:
+        """As the file system says now."""
+        for sample, (_, held, _) in enumerate(self.files_held()):
+            if held in sizes:
+                yield 0, sample
+
     def describe(self) -> list[str]:
         """How many files are used, and how many of which kind are not."""
         return [describe_count(len(self.files), self.listing)]
@@ -290,7 +308,8 @@ def open_source(
             directory = index_directory(locations, index_dir)
             with one_at_a_time(directory):  # one rank builds, the others wait
                 if not _fresh(directory, cache):
-                    _build_here(pattern, locations, directory, cache)
+                    command = _index_command(pattern, index_dir, cache)
+                    _build_here(locations, directory, cache, command)
         source = TarSource(directory, parsed, cache)
     except (MissingInputError, UsageError) as error:
         raise type(error)(f"{where}: {error}") from error
@@ -351,12 +370,21 @@ def _fresh(directory: Path, cache: ShardCache) -> bool:
         return False
 
 
-def _build_here(pattern: str, locations: Sequence[str], directory: Path, cache: ShardCache) -> None:
+def _index_command(pattern: str, index_dir: str | None, cache: ShardCache) -> str:
+    """How the user indexes shards beforehand, at the places where the run will look."""
+    flags = ["--index-dir", index_dir] if index_dir else []
+    if cache.root != cache_dir() / "shards":
+        flags += ["--cache-dir", str(cache.root)]
+    return shlex.join(["kl-f8-train", "index", pattern, *flags])
+
+
+def _build_here(locations: Sequence[str], directory: Path, cache: ShardCache, command: str) -> None:
+    """Indexes a small local source; raises MissingInputError with `command` for another."""
     remote = sum(is_remote(place) for place in locations)
     if remote or len(locations) > AUTOMATIC:
         raise MissingInputError(
             f"{counted(len(locations), 'shard', 's')} ({remote:,} remote) not indexed yet; run "
-            f"`kl-f8-train index '{pattern}'` once"
+            f"once, which reads every shard: {command}"
         )
     build_index(
         locations, directory, cache, workers=_cores() if len(locations) > PART_SHARDS else 1

@@ -23,50 +23,17 @@ from kl_f8_train.core.perceptual import LABELS, OTHER_VGG
 from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.facts import FAMILIES
 from kl_f8_train.files import atomic_path, file_sha256, write_json, write_text
-from kl_f8_train.output import Say, markdown_table
+from kl_f8_train.output import Say, markdown_table, rendered
 from kl_f8_train.publish import half_precision
 from kl_f8_train.score.compare import not_measured
 from kl_f8_train.score.scores import BIASED_BELOW, score_text
+from kl_f8_train.units import shortest
 
 README, STRIP, LICENSE = "README.md", "strip.png", "LICENSE"  # written here, and may be edited
 DIFFUSERS = "diffusers/diffusion_pytorch_model.safetensors"
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "vae", "autoencoder", "kl-f8"]
 HUB_TYPES = {"rfid": "fid", "psnr": "psnr", "ssim": "ssim", "psim": "psim", "lpips": "lpips"}
-PUBLISHED = """
-### Published, for orientation
-
-Not measured here. As stated on the model cards of `stabilityai/sd-vae-ft-ema` and `-ft-mse` for
-COCO 2017 val, 256 x 256, 5,000 images; comparable only to scores on the same images by the same
-protocol.
-
-| model | rFID | PSNR | SSIM | PSIM |
-|---|---|---|---|---|
-| kl-f8 (published) | 4.99 | 23.4 +/- 3.8 | 0.69 +/- 0.14 | 1.01 +/- 0.28 |
-| ft-EMA (published) | 4.42 | 23.8 +/- 3.9 | 0.69 +/- 0.13 | 0.96 +/- 0.27 |
-| ft-MSE (published) | 4.70 | 24.5 +/- 3.7 | 0.71 +/- 0.13 | 0.92 +/- 0.27 |
-"""
-USE_DIFFUSERS = """
-## Use with diffusers
-
-With [diffusers](https://github.com/huggingface/diffusers); `"."` is this folder, or its name on
-the hub:
-
-```python
-from diffusers import AutoencoderKL
-
-vae = AutoencoderKL.from_pretrained(".", subfolder="diffusers")
-```
-"""
-USE_PIPELINE = """
-Give it to a pipeline: `DiffusionPipeline.from_pretrained(MODEL, vae=vae)`.
-"""
-LICENSED = (
-    "The license stands in the metadata of this card{}; whoever publishes the weights chose it."
-)
-UNLICENSED = (
-    "Not stated. It follows from the imported weights and the training data: "
-    "`kl-f8-train card FOLDER --license ID` puts it here before you publish."
-)
+TEMPLATE = Path(__file__).with_name("card.md")
 
 
 @dataclass(frozen=True)
@@ -181,50 +148,30 @@ def model_card(
 ) -> str:
     """README.md of an export: how to use it, how it was made, what was measured and checked."""
     details = details or Details()
-    front = yaml.safe_dump(
-        _front_matter(record, details, evaluated), sort_keys=False, allow_unicode=True
-    )
-    files = [(f"`{file}`", f"`{sha}`") for file, sha in record["files"].items() if file != README]
-    precision = "\n".join(f"- {line}" for line in half_precision.describe(record["half_precision"]))
-    checks = "\n".join(f"- {check}: {outcome}" for check, outcome in record["checks"].items())
-    link = " and in [LICENSE](LICENSE)" if "license_link" in details.license else ""
-    factor = 2 ** (len(config.model.ch_mult) - 1)
-    latent = f"{config.model.z_channels} numbers for each {factor} x {factor} pixels"
-    evaluation = _evaluation(evaluated) if evaluated else _not_evaluated(record)
-    return f"""---
-{front}---
-# {_cell(config.name)}
-
-{_introduction(config, record)}
-## Training
-
-{_training(config, record)}
-
-## Evaluation
-
-{evaluation}{PUBLISHED if details.published else ""}
-## Limits
-
-- An image is kept as {latent}. Small faces, text and fine
-  patterns do not survive that, and a decoder can only guess them.
-- It was trained for how reconstructions look. It is not a codec: do not rely on details of its
-  pictures as evidence.
-- Biases of the training images are biases of the decoder.
-
-## Half precision
-
-{precision}
-
-## Files
-
-{checks}
-
-{markdown_table(("file", "SHA-256"), files)}
-
-## License
-
-{LICENSED.format(link) if details.license else UNLICENSED}
-"""
+    front = _front_matter(record, details, evaluated)
+    factor, files = 2 ** (len(config.model.ch_mult) - 1), record["files"]
+    values = {
+        "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
+        "name": _cell(config.name),
+        "fits": config.model in (configs.KL_F8, configs.KL_F8_16),
+        "family": FAMILIES.get(record.get("facts", {}).get("family", "")),
+        "encoder": _encoder(record),
+        "scale": _scale(record.get("facts", {})),
+        "diffusers": DIFFUSERS in files,
+        "programs": _programs(record),
+        "training": _training(config, record),
+        "details": details,
+        "latent": f"{config.model.z_channels} numbers for each {factor} x {factor} pixels",
+        "precision": half_precision.describe(record["half_precision"]),
+        "checks": record["checks"],
+        "files": markdown_table(
+            ("file", "SHA-256"),
+            [(f"`{file}`", f"`{sha}`") for file, sha in files.items() if file != README],
+        ),
+        "evaluated": evaluated,
+        **(_evaluation(evaluated) if evaluated else {"named_file": _named_file(record)}),
+    }
+    return rendered(TEMPLATE, values)
 
 
 def _record(export_dir: Path) -> dict[str, Any]:
@@ -409,35 +356,10 @@ def _measured(evaluated: Evaluated) -> list[dict[str, Any]]:
     return found
 
 
-def _introduction(config: Config, record: Mapping[str, Any]) -> str:
-    """What it is and how to use it: where Stable Diffusion is, only with kl-f8's own shape."""
-    use = USE_DIFFUSERS if DIFFUSERS in record["files"] else ""
-    if config.model not in (configs.KL_F8, configs.KL_F8_16):
-        return f"""The decoder of an autoencoder of kl-f8's kind, finetuned with kl_f8_train.
-**It does not fit Stable Diffusion**: its shape is not kl-f8's.
-{_encoder(record)}
-{use}"""
-    family = FAMILIES.get(record.get("facts", {}).get("family", ""))
-    if family is None:
-        return f"""The decoder of an autoencoder of kl-f8's shape, finetuned with kl_f8_train.
-{_encoder(record)}
-It takes the place of the VAE that it was finetuned from, and fits no other.
-{use}{_programs(record)}"""
-    whose = "the kl-f8 autoencoder" if family.channels == 4 else "the 16-channel autoencoder"
-    return f"""The decoder of {whose} of {family.title}, finetuned with kl_f8_train.
-{_encoder(record)}
-It takes the place of the original wherever that is used: {family.title}, and models built on
-them. It fits no other family: their latents have another scale.
-{_scale(record)}
-{use and use + USE_PIPELINE}{_programs(record)}"""
-
-
-def _scale(record: Mapping[str, Any]) -> str:
+def _scale(stated: Mapping[str, Any]) -> str:
     """How a pipeline scales these latents, as their base states."""
-    stated = record["facts"]
     names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
-    shown = ", ".join(f"`{n}` {json.dumps(stated[n])}" for n in names if n in stated)
-    return f"Latents in a pipeline: {shown}."
+    return ", ".join(f"`{n}` {json.dumps(stated[n])}" for n in names if n in stated)
 
 
 def _encoder(record: Mapping[str, Any]) -> str:
@@ -467,12 +389,7 @@ def _programs(record: Mapping[str, Any]) -> str:
     ]
     if not rows:
         return ""
-    table = markdown_table(("program", "file", "where it goes", "how it is chosen"), rows)
-    return f"""
-## Use in other programs
-
-{table}
-"""
+    return markdown_table(("program", "file", "where it goes", "how it is chosen"), rows)
 
 
 def _shown_side(side: int | list[int] | None) -> str:
@@ -484,8 +401,13 @@ def _shown_side(side: int | list[int] | None) -> str:
 def _training(config: Config, record: Mapping[str, Any]) -> str:
     loss, adversarial, data = config.loss, config.adversarial, config.data
     start, iteration = record["init_iteration"], record["iteration"]
-    taken = {"raw": "raw weights, not the EMA", "ema": "EMA weights"}
-    weights = taken.get(record["weights"]) or f"mean EMA of {', '.join(record['averaged'])}"
+    kept = [shortest(decay) for decay in config.ema.decays]
+    chosen = shortest(
+        record.get("ema_decay", config.ema.decays[0])
+    ) + f", of {', '.join(kept)} kept" * (len(kept) > 1)
+    weights = "raw weights, not the EMA" if record["weights"] == "raw" else "EMA weights"
+    if record["averaged"]:
+        weights = f"mean EMA of {', '.join(record['averaged'])}"
     name, digest = (record.get(key, "unknown") for key in ("base_name", "base_sha256"))
     rows = {
         "base weights": name if digest == "unknown" else f"{name}, SHA-256 {digest}",
@@ -500,7 +422,7 @@ def _training(config: Config, record: Mapping[str, Any]) -> str:
         else f"hinge PatchGAN, {adversarial.weight:g} x adaptive weight, from iteration "
         f"{adversarial.start_iteration:,}",
         "learning rate": f"{config.optimizer.learning_rate:g}, Adam {config.optimizer.betas}",
-        "EMA decay": f"{config.ema.decay:g}; these are the {weights}",
+        "EMA decay": f"{chosen}; these are the {weights}",
         "precision": config.precision,
         "data, shares": ", ".join(f"{key} ({s.weight:g})" for key, s in data.sources.items()),
     }
@@ -509,19 +431,14 @@ def _training(config: Config, record: Mapping[str, Any]) -> str:
     return markdown_table(("setting", "value"), [(k, _cell(value)) for k, value in rows.items()])
 
 
-def _not_evaluated(record: Mapping[str, Any]) -> str:
+def _named_file(record: Mapping[str, Any]) -> str:
+    """The export as `evaluate` takes it."""
     file = next(name for name in record["files"] if not name.endswith((".yaml", ".json")))
-    return f"""Not measured here.
-
-```bash
-kl-f8-train evaluate {shlex.quote(f"{record['name']}={file}")} --images FOLDER --out evaluation
-kl-f8-train card . --scores evaluation/scores.json      # puts the table here
-```
-"""
+    return shlex.quote(f"{record['name']}={file}")
 
 
-def _evaluation(evaluated: Evaluated) -> str:
-    """Table, strip and protocol."""
+def _evaluation(evaluated: Evaluated) -> dict[str, Any]:
+    """Table, notes, the strip's description and protocol."""
     scores = evaluated.scores
     protocol = {
         **scores["protocol"],
@@ -530,17 +447,13 @@ def _evaluation(evaluated: Evaluated) -> str:
     }
     facts = [(_cell(key), _cell(value)) for key, value in protocol.items() if value is not None]
     notes = not_measured(scores["unmeasured"]) + scores["warnings"]
-    listed = "".join(f"- {_cell(note)}\n" for note in notes)
-    strip = f"\n![{_strip_text(scores)}](strip.png)\n" if evaluated.strip else ""
-    return f"""Measured by `kl-f8-train evaluate` on {_cell(_dataset(scores)["name"])}.
-Mean +/- population standard deviation over the images. **Bold**: the weights of this folder,
-recognised by their SHA-256, or by that of the checkpoint they were exported from.
-
-{_table(evaluated)}
-
-{listed}{strip}
-{markdown_table(("protocol", ""), facts)}
-"""
+    return {
+        "dataset": _cell(_dataset(scores)["name"]),
+        "scores": _table(evaluated),
+        "notes": [_cell(note) for note in notes],
+        "strip_text": _strip_text(scores),
+        "protocol": markdown_table(("protocol", ""), facts),
+    }
 
 
 def _strip_text(scores: Mapping[str, Any]) -> str:

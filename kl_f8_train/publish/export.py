@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from kl_f8_train import __version__, images
 from kl_f8_train import config as configs
 from kl_f8_train.config import Config
+from kl_f8_train.core.ema import label, module_name, selection
 from kl_f8_train.core.hashes import data_sha256, frozen_sha256
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
@@ -44,6 +46,7 @@ def export(
     out: Path | None = None,
     *,
     raw: bool = False,
+    ema: float | None = None,
     best: bool = False,
     dtype: str = "float32",
     layouts: Sequence[str] = LAYOUTS,
@@ -57,20 +60,21 @@ def export(
     """Writes NAME-ema-pruned.safetensors and .ckpt, diffusers/, the configuration and the card.
 
     `source` is a run directory or one of its checkpoints; with `best` the one with the run's best
-    validation. Its EMA is averaged with those of `average`, or with `raw` its raw weights are
-    taken. `dtype` is that of the single files; diffusers/ always holds float32 and the fp16
-    variant. `family` says whose VAE it is where an older checkpoint does not. With `fp16_safe` the
-    decoder is rescaled so that it does not overflow in half precision; None: where it would. With
-    `force` the weight files of an earlier export that this one does not have are removed. Returns
-    the directory. Raises UsageError if a file exists and not `force`, or if `out` is a run
-    directory; MissingInputError if there is no training checkpoint; RunFailedError if a written
-    file does not read back as what was exported.
+    validation. Its EMA, or with `ema` the one of that decay, is averaged with those of `average`;
+    with `raw` its raw weights are taken. `dtype` is that of the single files; diffusers/ always
+    holds float32 and the fp16 variant. `family` says whose VAE it is where an older checkpoint does
+    not. With `fp16_safe` the decoder is rescaled so that it does not overflow in half precision;
+    None: where it would. With `force` the weight files of an earlier export that this one does not
+    have are removed. Returns the directory. Raises UsageError if a file exists and not `force`, or
+    if `out` is a run directory; MissingInputError if there is no training checkpoint, or no such
+    EMA in it; RunFailedError if a written file does not read back as what was exported.
     """
     source = _best(source) if best else source
-    _check_average(source, average, raw)
+    _check_choice(source, average, raw, ema)
     header = weight_file.read(source, _nothing)
     config = checkpoint.stored_config(header)
-    kind = "raw" if raw else "ema-average" if average else "ema"
+    select = "raw" if raw else "ema" if ema is None else selection(ema)
+    kind = f"{select}-average" if average else select
     marks = ["best"] * best + [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
     out = out or _home(source) / "-".join(["export", *marks])
     stem = "-".join([config.name, kind, "pruned", *(m for m in marks if m != kind)])
@@ -80,9 +84,10 @@ def export(
     before = _listed_files(out / SUMMARY)
 
     named, tried = half_precision.choose_images(pictures, min(SIZE, config.data.crop))
-    weights = _stored_weights(header.path, raw)
+    weights = _stored_weights(header, select)
     record: dict[str, Any] = {"name": config.name, "stem": stem, "weights": kind, "dtype": dtype}
-    record |= _provenance(header, config) | {"averaged": _average(weights, header, average)}
+    record |= _provenance(header, config, ema)
+    record["averaged"] = _average(weights, header, average, select)
     stated = _stated_facts(header, config, family)
     model = _autoencoder_of(weights, stated)
     model, stated, measured = _fp16_safe(model, stated, tried, fp16_safe, say)
@@ -90,16 +95,15 @@ def export(
 
     about = {**_metadata(config, header, record), **stated.metadata()}
     _write_weights(files, model, stated, about, config.data.crop, record["iteration"])
-    write_text(out / "config.yaml", configs.to_yaml(config))
     record["checks"] = _verify(out, files, model, stated)
     _describe(out, written, record, config)
-    removed, warnings = _remove_old(out, before, record["files"]), _ruined(_home(source), record)
-    for line in (*_summary(out, record), *removed, *warnings):
+    warnings = _ruined(_home(source), record, weight_file.kept_selection(header, select))
+    for line in (*_summary(out, record), *_remove_old(out, before, record["files"]), *warnings):
         say(line)
     return out
 
 
-def _provenance(header: weight_file.Contents, config: Config) -> dict[str, Any]:
+def _provenance(header: weight_file.Contents, config: Config, ema: float | None) -> dict[str, Any]:
     """What a training checkpoint says of where its weights come from."""
     return {
         "iteration": int(header.metadata["iteration"]),
@@ -109,7 +113,7 @@ def _provenance(header: weight_file.Contents, config: Config) -> dict[str, Any]:
         **checkpoint.stored_base(header.metadata),
         "changes": checkpoint.stored_changes(header.metadata),
         "perceptual": checkpoint.stored_identity(header.metadata).get("perceptual"),
-        "ema_decay": config.ema.decay,
+        "ema_decay": config.ema.decays[0] if ema is None else ema,
         "config_sha256": hashlib.sha256(header.metadata["config"].encode()).hexdigest(),
         "frozen_sha256": header.metadata["frozen_sha256"],
         "config": configs.to_dict(config),
@@ -150,7 +154,8 @@ def _write_weights(
 
 
 def _describe(out: Path, written: Sequence[Path], record: dict[str, Any], config: Config) -> None:
-    """Writes the card and the summary, which has the hashes of all other files."""
+    """Writes the configuration, the card and the summary, which has all other files' hashes."""
+    write_text(out / "config.yaml", configs.to_yaml(config))
     record["files"] = {str(path.relative_to(out)): file_sha256(path) for path in written}
     write_text(out / "README.md", card.model_card(config, record))
     record["files"]["README.md"] = file_sha256(out / "README.md")
@@ -257,13 +262,13 @@ def _best(source: Path) -> Path:
     return found
 
 
-def _ruined(run: Path, record: Mapping[str, Any]) -> list[str]:
+def _ruined(run: Path, record: Mapping[str, Any], select: str) -> list[str]:
     """A warning if the exported weights were validated as worse than those of the start."""
     if record["averaged"]:  # of other iterations, too: not validated
         return []
     found = outcome.read(run, record["iteration"])
-    label = "raw" if record["weights"] == "raw" else "EMA"
-    worse = [c for c in (found.changes if found else ()) if c.weights == label and c.is_worse]
+    changes = found.changes if found else ()
+    worse = [change for change in changes if change.weights == label(select) and change.is_worse]
     return [
         f"WARNING: on the run's fixed photographs these weights are worse than those it started "
         f"from: {change}; evaluate them before you use them"
@@ -327,7 +332,7 @@ def _stem(path: Path) -> str:
     if path.name.startswith("diffusion_pytorch_model"):
         folder = path.resolve().parent
         return folder.parent.name if folder.name in ("vae", "diffusers") else folder.name
-    return path.name.split(".")[0]
+    return re.sub(r"(\.vae)?\.[a-z]\w*(\.index\.json)?$", "", path.name)
 
 
 def _home(source: Path) -> Path:
@@ -359,8 +364,10 @@ def _paths(files: Sequence[WeightFile]) -> list[Path]:
     return [*(file.path for file in files), *(folder / "config.json" for folder in folders)]
 
 
-def _check_average(source: Path, average: Sequence[Path], raw: bool) -> None:
-    """Raises UsageError for raw weights, which have none, and for a checkpoint given twice."""
+def _check_choice(source: Path, average: Sequence[Path], raw: bool, ema: float | None) -> None:
+    """Raises UsageError for EMAs and raw weights together, and for a checkpoint given twice."""
+    if raw and ema is not None:
+        raise UsageError("--ema takes an EMA, --raw none; leave out one of them")
     if raw and average:
         raise UsageError(
             "--average takes the EMAs of checkpoints, --raw no EMA; leave out one of them"
@@ -407,15 +414,21 @@ def _remove_old(out: Path, before: Mapping[str, str], now: Mapping[str, str]) ->
     return lines
 
 
-def _stored_weights(path: Path, raw: bool = False) -> State:
-    """The raw or the EMA weights of a training checkpoint, and nothing else of it.
+def _stored_weights(header: weight_file.Contents, select: str) -> State:
+    """The raw weights of a training checkpoint, or an EMA of it, and nothing else.
 
-    Raises MissingInputError if the disk has changed them, or the encoder is not the stated one.
+    Raises MissingInputError if there is no such EMA, if the disk has changed the weights, or if the
+    encoder is not the stated one.
     """
-    frozen = tuple(f"autoencoder.{name}." for name in FROZEN)
-    parts = ("autoencoder.",) if raw else (*frozen, "ema.")
+    path = header.path
+    try:
+        kept = weight_file.kept_selection(header, select)
+    except MissingInputError as error:
+        raise MissingInputError(f"{path}: {error}") from error
+    part = "autoencoder" if kept == "raw" else module_name(kept)
+    parts = (f"{part}.", *(f"autoencoder.{name}." for name in FROZEN))
     contents = weight_file.read(path, lambda names: [n for n in names if n.startswith(parts)])
-    checkpoint.check_content(contents, "autoencoder" if raw else "ema")
+    checkpoint.check_content(contents, part)
     weights = {
         key.split(".", 1)[1]: value.float().contiguous()
         for key, value in contents.tensors.items()
@@ -431,7 +444,9 @@ def _nothing(names: Collection[str]) -> Collection[str]:
     return ()
 
 
-def _average(weights: State, first: weight_file.Contents, others: Sequence[Path]) -> list[str]:
+def _average(
+    weights: State, first: weight_file.Contents, others: Sequence[Path], select: str
+) -> list[str]:
     """Makes the trained part of `weights` the mean, in float64, over it and other checkpoints.
 
     Returns their names. Raises UsageError if another has other shapes or another encoder.
@@ -450,7 +465,7 @@ def _average(weights: State, first: weight_file.Contents, others: Sequence[Path]
                 f"{header.metadata['frozen_sha256'][:12]}, {first.path.name} has "
                 f"{first.metadata['frozen_sha256'][:12]}); average checkpoints of one base"
             )
-        other = _stored_weights(header.path)
+        other = _stored_weights(header, select)
         try:
             names.check_shapes(other, names.shapes_of(weights))
         except MissingInputError as error:

@@ -17,14 +17,15 @@ from tqdm import tqdm
 from kl_f8_train.config import Config
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.ema import ema_distance
-from kl_f8_train.core.step import Finetuner, average_over_ranks
+from kl_f8_train.core.step import Finetuner
+from kl_f8_train.core.updates import average_over_ranks
 from kl_f8_train.data.plan import Plan
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.output import say
 from kl_f8_train.run.callback import Course, finetuner_of, tolerated
 from kl_f8_train.run.tracking import Trackers
 from kl_f8_train.run_dir import METRICS_FILE, MetricsFile, skipped_images
-from kl_f8_train.units import duration, speed
+from kl_f8_train.units import duration, shortest, speed
 
 SHOWN_SKIPPED = 20  # images named in the log; all are in the run's skipped-RANK.txt
 
@@ -101,10 +102,11 @@ class RunLog(Callback):
 
     def validated(self, iteration: int, row: dict[str, float], path: Path) -> None:
         """Logs the scores of the fixed photographs, and their strip."""
-        self._say(
-            f"validation at iteration {iteration:,}: PSNR {row['psnr_ema']:.2f} EMA, "
-            f"{row['psnr_raw']:.2f} raw; SSIM {row['ssim_ema']:.3f} EMA, {row['ssim_raw']:.3f} raw"
-        )
+        names = [key.removeprefix("psnr_") for key in row if key.startswith("psnr_")]
+        labels = {name: name.replace("ema", "EMA").replace("_", " ") for name in names}
+        psnr = ", ".join(f"{row[f'psnr_{name}']:.2f} {label}" for name, label in labels.items())
+        ssim = ", ".join(f"{row[f'ssim_{name}']:.3f} {label}" for name, label in labels.items())
+        self._say(f"validation at iteration {iteration:,}: PSNR {psnr}; SSIM {ssim}")
         if self.trackers is not None:
             scores = {f"validation/{key}": value for key, value in row.items()}
             self.trackers.log(iteration, scores, path)
@@ -128,7 +130,7 @@ class RunLog(Callback):
         for name, source in self.plan.plans.items():
             row[f"images_{name}"] = source.share * (finetuner.iteration - self.first)
             row[f"passes_{name}"] = source.passes(finetuner.iteration - self.first)
-        row["ema_distance"] = ema_distance(finetuner.ema, finetuner.autoencoder)
+        row |= self._ema_distances(finetuner)
         if finetuner.device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         else:
@@ -141,6 +143,13 @@ class RunLog(Callback):
             self._say(self._line(finetuner, row, seconds / self.count))
         self.sums, self.count, self.waited = {}, 0, 0.0
         self.mark = time.perf_counter()
+
+    def _ema_distances(self, finetuner: Finetuner) -> dict[str, float]:
+        """`ema_distance`, and `ema_distance_0.9999` of further decays."""
+        first, *further = finetuner.averages.items()
+        averages = {"ema_distance": first[1]}
+        averages |= {f"ema_distance_{shortest(decay)}": part for decay, part in further}
+        return {name: ema_distance(part, finetuner.autoencoder) for name, part in averages.items()}
 
     def _line(self, finetuner: Finetuner, row: dict[str, float], seconds: float) -> str:
         stop = self.config.stop_iteration

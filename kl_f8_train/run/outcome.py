@@ -14,7 +14,7 @@ LOST_SHARE = 0.25  # of perceptual distance, more than a recipe trades for PSNR
 class Change(NamedTuple):
     """Means over the fixed photographs, at the first and at the last validation."""
 
-    weights: str  # "EMA" or "raw"
+    weights: str  # "EMA", "raw", or "EMA 0.9999" of a further decay
     psnr: tuple[float, float]  # in dB
     perceptual: tuple[float, float]
 
@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
     """What a run has done to its fixed photographs, between two iterations."""
 
     iterations: tuple[int, int]
-    changes: tuple[Change, ...]  # EMA, then raw
+    changes: tuple[Change, ...]  # EMA, then raw, then further EMAs
 
     def lines(self) -> list[str]:
         """The comparison, for people."""
@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
         return [f"{head}: {change.weights} {change}" for change in self.changes]
 
     def warnings(self) -> list[str]:
-        """A line for each of EMA and raw weights that got worse."""
+        """A line for each of the weights that got worse."""
         return [
             f"the {change.weights} weights got worse since the start: {change}. Lower "
             "optimizer.learning_rate; an earlier checkpoint, or the start, is better"
@@ -65,10 +65,12 @@ def compare(rows: Sequence[Row]) -> Outcome | None:
         return None
     first, last = rows[0], rows[-1]
     changes = []
-    for name, label in (("ema", "EMA"), ("raw", "raw")):
+    further = [key.removeprefix("psnr_") for key in last if key.startswith("psnr_ema_")]
+    for name in ("ema", "raw", *further):
         keys = (f"psnr_{name}", f"perceptual_{name}")
         if all(key in row for key in keys for row in (first, last)):
             psnr, perceptual = ((first[key], last[key]) for key in keys)
+            label = name.replace("ema", "EMA").replace("_", " ")
             changes.append(Change(label, psnr, perceptual))
     return Outcome((int(first["iteration"]), int(last["iteration"])), tuple(changes))
 

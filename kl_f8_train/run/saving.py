@@ -14,8 +14,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.optim import Adam
 
 from kl_f8_train import config as configs
-from kl_f8_train.core.finite import HostCopy
 from kl_f8_train.core.step import Finetuner
+from kl_f8_train.core.updates import HostCopy
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.launch import SIGNALS
 from kl_f8_train.output import say

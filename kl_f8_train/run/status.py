@@ -80,7 +80,7 @@ class Status:
     checkpoint: str | None
     checkpoint_iteration: int | None
     checkpoint_age_seconds: float | None
-    validation: dict[str, Any]  # "iterations", and "ema" and "raw": first and last scores
+    validation: dict[str, Any]  # "iterations", and first and last scores of "ema", "raw", ...
     losses: dict[str, dict[str, float]]  # name -> first, before and recent mean
     warnings: list[str]
 
@@ -345,11 +345,11 @@ def facts(status: Status) -> dict[str, str]:
     shown = {"state": status.state}
     if status.iteration is not None:
         shown["iteration"] = f"{status.iteration:,} of {status.stop_iteration:,}"
-    for weights in ("ema", "raw"):
-        if weights in status.validation:
-            change = outcome.Change(weights, **status.validation[weights])
+    for weights, scores in status.validation.items():
+        if weights != "iterations":
+            change = outcome.Change(weights, **scores)
             first, last = status.validation["iterations"]
-            shown[f"validation, {'EMA' if weights == 'ema' else 'raw'}"] = (
+            shown[f"validation, {weights.replace('ema', 'EMA')}"] = (
                 f"{change} (iteration {first:,} -> {last:,})"
             )
     if status.done_share is not None:
@@ -387,9 +387,11 @@ def describe(status: Status) -> list[str]:
 def html(run: Path, status: Status, now: float) -> str:
     """The page: facts, warnings, and a curve for everything that the tables hold."""
     rows = [r for r in read_rows(run / METRICS_FILE) if "decoder_gradient_norm" in r]
-    rows += read_rows(run / VALIDATION_FILE)
+    validated = read_rows(run / VALIDATION_FILE)
+    held = [key for row in (*rows[-1:], *validated[-1:]) for key in row]
+    rows += validated
     charts = [
-        Chart(title, {name: _points(rows, name) for name in columns}, log)
+        Chart(title, {name: _points(rows, name) for name in _with_further(columns, held)}, log)
         for title, columns, log in CHARTS
     ]
     begins = _group(read_settings(run), "adversarial").get("start_iteration")
@@ -405,6 +407,12 @@ def html(run: Path, status: Status, now: float) -> str:
         "curves of more than 500 rows are averaged; numbers are means over the last tenth.",
         _strips(run),
     )
+
+
+def _with_further(columns: Sequence[str], held: Sequence[str]) -> list[str]:
+    """The columns, and those of the same figures for EMAs of other decays: `psnr_ema_0.9999`."""
+    beginnings = tuple(f"{column}_" for column in columns if "ema" in column)
+    return [*columns, *(name for name in held if name.startswith(beginnings))]
 
 
 def _strips(run: Path) -> dict[str, str]:

@@ -30,13 +30,14 @@ from torch.utils.data import DataLoader
 from kl_f8_train import config as configs
 from kl_f8_train import facts, images, output, units
 from kl_f8_train.config import Config, micro_batch
-from kl_f8_train.core import machine, schedule
+from kl_f8_train.core import machine
 from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_remedy
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.run_state import RunState
 from kl_f8_train.core.step import Finetuner, bound_to
+from kl_f8_train.core.updates import describe_rate
 from kl_f8_train.data import identity
 from kl_f8_train.data.handover import shared_memory_note
 from kl_f8_train.data.loading import (
@@ -526,9 +527,11 @@ def _describe(
         else f" + {config.adversarial.weight:g} x adaptive x adversarial"
     )
     say_once(f"loss: {loss.formula} + {loss.perceptual_weight:g} {label}{adversarial}")
+    first, *further = map(units.shortest, config.ema.decays)
+    decays = first + f" (beside it {', '.join(further)})" * bool(further)
     say_once(
         f"iterations: {finetuner.iteration:,} -> {config.stop_iteration:,}; learning rate "
-        f"{schedule.describe(config.optimizer, updates)}; EMA decay {config.ema.decay:g}; "
+        f"{describe_rate(config.optimizer, updates)}; EMA decay {decays}; "
         f"{config.precision}"
     )
     say_once(f"networks: {machine.describe(config.compute)}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from kl_f8_train import images
 from kl_f8_train.config import Config
@@ -16,14 +16,15 @@ from kl_f8_train.files import atomic_path
 from kl_f8_train.run.callback import finetuner_of, tolerated
 from kl_f8_train.run.outcome import badness
 from kl_f8_train.run_dir import VALIDATION_FILE, MetricsFile
+from kl_f8_train.units import shortest
 
-Report = Callable[[int, dict[str, float], Path], None]  # of an iteration's row and its strip
+ReportScores = Callable[[int, dict[str, float], Path], None]  # of an iteration's row and its strip
 KeepBest = Callable[[Trainer, Finetuner], None]  # saves the best checkpoint so far
 COLOURS = ("red", "green", "blue", "saturation")
 
 
 class Validation(Callback):
-    """Fixed photographs at intervals: a strip from the EMA, and scores of EMA and raw weights.
+    """Fixed photographs at intervals: a strip from the EMA, and scores of EMAs and raw weights.
 
     Posterior mean, 8-bit reconstructions; a mean over the photographs in each column of
     `validation.csv`. The strips are JPEGs, input beside the EMA's reconstruction.
@@ -35,7 +36,7 @@ class Validation(Callback):
         config: Config,
         start: int,
         fixed: list[Tensor],
-        report: Report,
+        report: ReportScores,
         keep_best: KeepBest | None = None,
     ) -> None:
         self.folder, self.every, self.fixed = run_dir / "pictures", config.log.pictures_every, fixed
@@ -60,12 +61,12 @@ class Validation(Callback):
         if not (self.every and self.fixed and trainer.is_global_zero):
             return
         with torch.compiler.set_stance("force_eager"):  # too few images to compile graphs for
-            pairs = [reconstruct_fixed(finetuner, image) for image in self.fixed]
-            row = validation_scores(finetuner, self.fixed, pairs)
+            outputs = [reconstruct_fixed(finetuner, image) for image in self.fixed]
+            row = validation_scores(finetuner, self.fixed, outputs)
         iteration = finetuner.iteration
         path = self.folder / f"iteration-{iteration:09d}.jpg"
         strip = [
-            images.hstack([image, ema]) for image, (ema, _) in zip(self.fixed, pairs, strict=True)
+            images.hstack([image, by["ema"]]) for image, by in zip(self.fixed, outputs, strict=True)
         ]
         before = min((badness(_numbers(old)) for old in self.table.rows), default=None)
         if self.keep_best and before is not None and badness(row) < before:
@@ -82,27 +83,33 @@ def _numbers(row: Mapping[str, str]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def reconstruct_fixed(finetuner: Finetuner, image: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 (3, H, W) -> two of them, from the posterior mean: by EMA and by raw weights."""
+def reconstruct_fixed(finetuner: Finetuner, image: Tensor) -> dict[str, Tensor]:
+    """uint8 (3, H, W) -> the same from the posterior mean, by "ema", "raw" and "ema_0.9999", ..."""
     x = images.to_float(image.to(finetuner.device))[None].to(finetuner.autoencoder.last_layer.dtype)
     latents = finetuner.autoencoder.encode(x).mean
-    ema = finetuner.ema["decoder"](finetuner.ema["post_quant_conv"](latents))[0]
-    raw = finetuner.autoencoder.decode(latents)[0]
-    return images.to_uint8(ema).cpu(), images.to_uint8(raw).cpu()
+    first, *further = finetuner.averages.items()
+    outputs = {"ema": _decode(first[1], latents), "raw": finetuner.autoencoder.decode(latents)}
+    outputs |= {f"ema_{shortest(decay)}": _decode(part, latents) for decay, part in further}
+    return {name: images.to_uint8(output[0]).cpu() for name, output in outputs.items()}
+
+
+def _decode(average: nn.ModuleDict, latents: Tensor) -> Tensor:
+    decoded: Tensor = average["decoder"](average["post_quant_conv"](latents))
+    return decoded
 
 
 @torch.no_grad()
 def validation_scores(
-    finetuner: Finetuner, originals: list[Tensor], pairs: list[tuple[Tensor, Tensor]]
+    finetuner: Finetuner, originals: list[Tensor], outputs: list[dict[str, Tensor]]
 ) -> dict[str, float]:
-    """PSNR, SSIM and perceptual distance of EMA and raw weights, means over the photographs.
+    """PSNR, SSIM and perceptual distance of EMAs and raw weights, means over the photographs.
 
     And the EMA's shift of colour and saturation, reconstruction minus input, in 8-bit levels.
     """
     row: dict[str, float] = {}
     x = torch.stack(originals)
-    for name, outputs in zip(("ema", "raw"), zip(*pairs, strict=True), strict=True):
-        y = torch.stack(list(outputs))
+    for name in outputs[0]:
+        y = torch.stack([output[name] for output in outputs])
         x01, y01 = x.double() / 255.0, y.double() / 255.0
         row[f"psnr_{name}"] = float(metrics.psnr(x01, y01).mean())
         row[f"ssim_{name}"] = float(metrics.ssim(x01, y01).mean())

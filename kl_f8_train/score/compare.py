@@ -9,7 +9,7 @@ Bootstrap (1993), chapter 14.
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,14 @@ class Verdict:
     high: float | None
     wins: int  # images on which B is better; higher, where neither is better
     losses: int
+    sigma: float = 0.0  # of the noise on the latents
 
     @property
     def text(self) -> str:
         """One plain sentence."""
         metric = METRICS[self.metric]
         said = VERDICTS[self.verdict].format(a=self.a, b=self.b, label=metric.label)
+        said = f"At sigma {self.sigma:g}: {said}" if self.sigma else said
         if self.difference is None:
             return f"{said}." if self.verdict == "unmeasured" else f"{said}: {self._count()}."
         unit = f" {metric.unit}" if metric.unit else ""
@@ -76,6 +78,11 @@ class Verdict:
     def as_dict(self) -> dict[str, Any]:
         """For comparison.json."""
         return {**asdict(self), "text": self.text}
+
+
+def noisy_name(name: str, sigma: float) -> str:
+    """The row of a VAE on latents with noise of that sigma."""
+    return f"{name}, sigma {sigma:g}" if sigma else name
 
 
 def not_measured(reasons: Mapping[str, str]) -> list[str]:
@@ -123,16 +130,20 @@ def wins(a: Values, b: Values, metric: str) -> tuple[int, int]:
     return (lower, higher) if METRICS[metric].better == "lower" else (higher, lower)
 
 
-def verdicts(rows: Sequence[Mapping[str, str]], a: str, b: str) -> list[Verdict]:
+def verdicts(
+    rows: Sequence[Mapping[str, str]], a: str, b: str, sigma: float = 0.0
+) -> list[Verdict]:
     """B against A in every metric that has a direction, and in sharpness.
 
-    `rows` are per_image.csv's. A metric that no model has is left out.
+    `rows` are per_image.csv's; `sigma` picks those with that noise on the latents. A metric that no
+    model has is left out.
     """
     found = []
     for metric, description in METRICS.items():
         values = per_image(rows, metric)
         if any(values.values()) and (description.better or metric == "sharpness"):
-            found.append(verdict(metric, a, b, *paired(values, a, b)))
+            pair = paired(values, noisy_name(a, sigma), noisy_name(b, sigma))
+            found.append(replace(verdict(metric, a, b, *pair), sigma=sigma))
     return found
 
 

@@ -10,12 +10,13 @@ import contextlib
 import datetime
 import hashlib
 import importlib.metadata
+import itertools
 import os
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ from kl_f8_train.data import sources
 from kl_f8_train.data.plan import random_state
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
+from kl_f8_train.facts import Facts
 from kl_f8_train.files import atomic_path, cache_dir, check_writable, write_json
 from kl_f8_train.launch import meeting, world_size
 from kl_f8_train.output import Progress
 from kl_f8_train.output import say as say_aloud
-from kl_f8_train.score import report
+from kl_f8_train.score import report, tiled
+from kl_f8_train.score.compare import noisy_name
 from kl_f8_train.score.inception import FEATURES, Inception
 from kl_f8_train.score.scores import (
     SHIFT_METRICS,
@@ -55,6 +58,11 @@ from kl_f8_train.units import counted
 from kl_f8_train.weights import pretrained, weight_file
 
 SEED = 0
+BATCH_SIDE = 256  # pixels; the size of images that a batch size is given for
+LATENT_NOISE = (
+    "decoded from z + sigma std(z) e: std over an image's own latents, e standard normal by "
+    "(seed 0, sigma, name of the image), the same for all VAEs with latents of one shape"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +107,7 @@ class EvaluatedImage:
     key: str
     image: Tensor | None  # uint8 (3, size, size)
     problem: str = ""
+    enlarged: bool = False  # its shorter side was smaller than `size`
 
     def sha256(self) -> str:
         """Of the name and the pixels."""
@@ -140,7 +149,9 @@ class ImageSet:
         key = self.source.name(shard, index - first)
         try:
             key, data = self.source.read(shard, index - first)
-            return EvaluatedImage(index, key, pixels.square(data, self.size))
+            whole = pixels.decode(data)
+            image = pixels.crop(pixels.resize_shorter(whole, self.size), self.size)
+            return EvaluatedImage(index, key, image, enlarged=min(whole.shape[1:]) < self.size)
         except ImageError as error:
             return EvaluatedImage(index, key, None, f"{key}: {error}; left out")
 
@@ -188,6 +199,8 @@ class Candidate:
     name: str
     model: AutoencoderKL | Means
     record: dict[str, Any]
+    facts: Facts = field(default_factory=Facts)  # what its file states
+    sigma: float = 0.0  # of the noise on its latents, in standard deviations of them
 
 
 def baselines() -> list[Candidate]:
@@ -197,8 +210,14 @@ def baselines() -> list[Candidate]:
     return [Candidate(name, Means(block), dict(record)) for name, block in BASELINES.items()]
 
 
+def autoencoder(candidate: Candidate) -> AutoencoderKL:
+    """The network of a candidate that is a VAE, as all are that `load_candidates` loads."""
+    assert isinstance(candidate.model, AutoencoderKL)
+    return candidate.model
+
+
 def load_candidates(named: Sequence[tuple[str, Path, str]], device: str) -> list[Candidate]:
-    """(name, weights, "ema" or "raw") -> VAEs; equal encoders are one and the same module."""
+    """(name, weights, "ema", "ema-0.9999" or "raw") -> VAEs; equal encoders are one module."""
     candidates: list[Candidate] = []
     shared: dict[str, AutoencoderKL] = {}
     for name, path, select in named:
@@ -216,8 +235,30 @@ def load_candidates(named: Sequence[tuple[str, Path, str]], device: str) -> list
             "select": select,
             "base": not candidates,
         }
-        candidates.append(Candidate(name, model, record))
+        candidates.append(Candidate(name, model, record, weight_file.facts_of(contents, weights)))
     return candidates
+
+
+def perturbed(candidates: Sequence[Candidate], sigmas: Sequence[float]) -> list[Candidate]:
+    """The VAEs once more at each sigma but 0: rows of their own, on latents with that much noise.
+
+    Raises UsageError if one of their names is taken.
+    """
+    rows = [
+        replace(
+            vae,
+            name=noisy_name(vae.name, sigma),
+            record={**vae.record, "base": False, "vae": vae.name, "latent_noise": sigma},
+            sigma=sigma,
+        )
+        for sigma in sigmas
+        if sigma
+        for vae in candidates
+    ]
+    taken = {vae.name for vae in candidates} & {row.name for row in rows}
+    if taken:
+        raise UsageError(f"{min(taken)} is the name of a row of --latent-noise; give another NAME=")
+    return rows
 
 
 def reconstruct(
@@ -243,13 +284,35 @@ def _outputs(
             continue
         encoder = candidate.record["frozen_sha256"]
         if encoder not in latents:
-            posterior = candidate.model.encode(pixels.to_float(images))
-            latents[encoder] = (
-                posterior.sample(posterior_noise(keys, posterior.mean))
-                if protocol.sampled
-                else posterior.mean
-            )
-        yield candidate.model.decode(latents[encoder])
+            latents[encoder] = _latents(candidate.model, images, keys, protocol)
+        yield candidate.model.decode(with_noise(latents[encoder], keys, candidate.sigma))
+
+
+@torch.no_grad()
+def _latents(
+    model: AutoencoderKL, images: Tensor, keys: Sequence[str], protocol: Protocol
+) -> Tensor:
+    """uint8 (B, 3, H, W) -> (B, C, h, w), sampled or the mode as the protocol says."""
+    posterior = model.encode(pixels.to_float(images))
+    if not protocol.sampled:
+        return posterior.mean
+    return posterior.sample(posterior_noise(keys, posterior.mean))
+
+
+def with_noise(z: Tensor, keys: Sequence[str], sigma: float) -> Tensor:
+    """z + sigma std(z) e, std of each image's own latents: (B, C, h, w) -> the same.
+
+    As `latents.noise` trains, with u tau = sigma. e is standard normal by (seed 0, sigma, name of
+    the image), so VAEs whose latents have one shape are compared on the same draw.
+    """
+    if not sigma:
+        return z
+    deviation = z.std(dim=(1, 2, 3), keepdim=True)
+    shape = tuple(z.shape[1:])
+    draws = [
+        random_state(SEED, "latent-noise", f"{sigma:g}", key).standard_normal(shape) for key in keys
+    ]
+    return z + sigma * deviation * torch.from_numpy(np.stack(draws)).to(z)
 
 
 def posterior_noise(keys: Sequence[str], like: Tensor, seed: int = SEED) -> Tensor:
@@ -294,6 +357,15 @@ def find_networks(
     Raises MissingInputError if a file that was named is not there.
     """
     found = Networks()
+    find_perceptual(found, name, vgg, device, say)
+    find_inception(found, inception, device, say)
+    return found
+
+
+def find_perceptual(
+    found: Networks, name: str, vgg: str | None, device: str, say: Callable[[str], None]
+) -> None:
+    """Adds VGG16 or the stand-in, as `find_networks` does."""
     missing: tuple[str, ...] = ("psim", "lpips")
     if name != "lpips_vgg":
         why = "the stand-in ST-LPIPS was asked for in place of VGG16"
@@ -305,13 +377,18 @@ def find_networks(
         if vgg:
             raise
         found.leave_out(missing, error, say)
+
+
+def find_inception(
+    found: Networks, inception: str | None, device: str, say: Callable[[str], None]
+) -> None:
+    """Adds Inception, as `find_networks` does."""
     try:
         found.inception = Inception(pretrained.find(pretrained.INCEPTION, inception)).to(device)
     except MissingInputError as error:
         if inception:
             raise
         found.leave_out(["rfid"], error, say)
-    return found
 
 
 @torch.no_grad()
@@ -432,7 +509,14 @@ def _measure_batch(
         )
     sharpness = metrics.sharpness(images.double() / 255.0).tolist()
     return [
-        ImageScores(sample.index, sample.key, sample.sha256(), sharpness[i], values[i, :, :-1])
+        ImageScores(
+            sample.index,
+            sample.key,
+            sample.sha256(),
+            sharpness[i],
+            values[i, :, :-1],
+            sample.enlarged,
+        )
         for i, sample in enumerate(batch)
     ]
 
@@ -503,13 +587,31 @@ def _gather(tally: Tally, rank: int, world: int) -> Tally:
 # --- the verb -------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What an evaluation of one size has in common with those of the others."""
+
+    candidates: Sequence[Candidate]
+    networks: Networks
+    protocol: Protocol
+    device: str
+    batch_size: int  # at BATCH_SIDE pixels
+    rank: int
+    world: int
+    say: Callable[[str], None]
+    progress: Progress | None
+    compared: Sequence[str]
+    sigmas: Sequence[float]
+    tile: int | None
+
+
 def evaluate(
     named: Sequence[tuple[str, Path, str]],
     where: str,
     out: Path,
     *,
     protocol: Protocol = CARD,
-    size: int = 256,
+    size: int | Sequence[int] = 256,
     limit: int | None = None,
     perceptual_name: str = "lpips_vgg",
     vgg: str | None = None,
@@ -519,53 +621,131 @@ def evaluate(
     progress: Progress | None = None,
     with_baselines: bool = False,
     compared: Sequence[str] = (),
+    latent_noise: Sequence[float] = (),
+    tile: int | None = None,
 ) -> dict[str, Any] | None:
-    """Scores weights (name, file, "ema" or "raw") on a folder or shards; writes them to `out`.
+    """Scores weights (name, file, selection) on a folder or shards; writes them to `out`.
 
-    `with_baselines` adds the rows of BASELINES. Prints the table, and before it how the second of
-    the `compared` models does against the first. Returns what scores.json holds, on the
-    first process, and None on the others. Raises MissingInputError for files that are not there,
-    UsageError for a size that does not divide, RunFailedError if no image can be used or a VAE puts
-    out what is not finite.
+    A selection is "ema", "raw", or as "ema-0.9999" one EMA of several. `with_baselines` adds the
+    rows of BASELINES, `latent_noise` a row for each VAE and sigma; `tile`, in pixels, measures
+    tiled decoding. Of several sizes each is an evaluation of its own, in a folder of `out` of that
+    name. Prints how the second of the `compared` models does against the first, and the table.
+    Returns what scores.json holds, or of several sizes the same by size ("512"), on the first
+    process, and None on the others. Raises MissingInputError for missing files, UsageError for a
+    size that does not divide, RunFailedError if no image can be used or an output is not finite.
     """
-    with processes() as (rank, world), _exact_float32():
+    sizes = [size] if isinstance(size, int) else size
+    with processes() as (rank, world), exact_float32():
         say = say_aloud if rank == 0 else _silent
-        device = _own_device(device)
-        batch_size = batch_size if device.startswith("cuda") else 1
-        candidates = load_candidates(named, device) + (baselines() if with_baselines else [])
-        _check_size(candidates, size)
-        image_set = ImageSet(where, size, limit, say, out)
+        device = own_device(device)
+        vaes = load_candidates(named, device)
+        candidates = vaes + perturbed(vaes, latent_noise) + (baselines() if with_baselines else [])
+        _check_sizes(candidates, sizes, tile)
         networks = find_networks(perceptual_name, vgg, inception, device, say)
         check_writable(out)
-        say(f"{counted(len(candidates), 'model', 's')}, {counted(image_set.count, 'image', 's')}")
-        _agree(candidates, image_set.count, networks, world)
-        own = range(rank, image_set.count, world)
-        stream = image_set.stream(own, threads=max(1, min(8, (os.cpu_count() or 1) // world)))
-        tally = measure(
-            candidates,
-            networks,
-            protocol,
-            stream,
+        session = Session(
+            candidates=candidates,
+            networks=networks,
+            protocol=protocol,
             device=device,
-            batch_size=batch_size,
+            batch_size=batch_size if device.startswith("cuda") else 1,
+            rank=rank,
+            world=world,
+            say=say,
             progress=progress if rank == 0 else None,
-            total=len(own),
+            compared=compared,
+            sigmas=[sigma for sigma in latent_noise if sigma],
+            tile=tile,
         )
-        tally = _gather(tally, rank, world)
-        if rank > 0:
-            return None
-        conditions = {**protocol.describe(), "size": size, **_describe_networks(networks)}
-        weights = {candidate.name: candidate.record for candidate in candidates}
-        result = summarise(tally, weights, conditions, networks.unmeasured, where)
-        write_scores(out, result, tally)
-        _write_pictures(out, image_set, candidates, protocol, tally, device, batch_size)
-        for verdict in report.write_comparison(out, *compared) if compared else ():
-            say(verdict.text)
-        say(screen(result, said=networks.unmeasured))
-        return result
+        results = {}
+        for one in sizes:
+            images = ImageSet(where, one, limit, say, out)
+            own = out if isinstance(size, int) else out / str(one)
+            results[str(one)] = _evaluate_size(session, images, where, own)
+    if rank > 0:
+        return None
+    return results[str(size)] if isinstance(size, int) else results
 
 
-def _describe_networks(networks: Networks) -> dict[str, Any]:
+def batch_of(batch_size: int, size: int) -> int:
+    """Images of `size` pixels at once that take the memory of `batch_size` of BATCH_SIDE."""
+    return max(1, batch_size * BATCH_SIDE**2 // max(size, BATCH_SIDE) ** 2)
+
+
+def _evaluate_size(
+    session: Session, image_set: ImageSet, where: str, out: Path
+) -> dict[str, Any] | None:
+    """Scores all candidates on images of one size; what scores.json holds, on the first process."""
+    candidates, networks, size = session.candidates, session.networks, image_set.size
+    rank, world, say = session.rank, session.world, session.say
+    models, images = (
+        counted(count, noun, "s")
+        for count, noun in ((len(candidates), "model"), (image_set.count, "image"))
+    )
+    say(f"{models}, {images}, {size} x {size}")
+    _agree(candidates, image_set.count, networks, world)
+    own = range(rank, image_set.count, world)
+    threads = max(1, min(8, (os.cpu_count() or 1) // world))
+    tally = measure(
+        candidates,
+        networks,
+        session.protocol,
+        image_set.stream(own, threads),
+        device=session.device,
+        batch_size=batch_of(session.batch_size, size),
+        progress=session.progress,
+        total=len(own),
+    )
+    seams: tiled.Measured = []
+    if session.tile and size > session.tile // 2:
+        decodes = _decodes(session, image_set.stream(own, threads))
+        seams = tiled.measure(decodes, session.tile, session.progress, len(own))
+    tally, seams = _gather(tally, rank, world), _gathered(seams, rank, world)
+    if rank > 0:
+        return None
+    conditions = {**session.protocol.describe(), "size": size, **describe_networks(networks)}
+    if session.sigmas:
+        conditions["latent_noise"] = LATENT_NOISE
+    weights = {candidate.name: candidate.record for candidate in candidates}
+    result = summarise(tally, weights, conditions, networks.unmeasured, where)
+    if session.tile and seams:
+        result["tiled"] = tiled.summarise(seams, session.tile)
+    write_scores(out, result, tally)
+    _write_pictures(out, image_set, session, tally)
+    verdicts = []
+    if session.compared:
+        a, b = session.compared
+        verdicts = report.write_comparison(out, a, b, session.sigmas)
+    for verdict in verdicts:
+        say(verdict.text)
+    say(screen(result, said=networks.unmeasured))
+    return result
+
+
+def _decodes(session: Session, samples: Iterable[EvaluatedImage]) -> Iterator[tiled.Decodable]:
+    """Each image with each VAE's latents of it, for tiled decoding."""
+    for sample in samples:
+        if sample.image is None:
+            continue
+        image = sample.image[None].to(session.device)
+        for vae in session.candidates:
+            if isinstance(vae.model, AutoencoderKL) and not vae.sigma:
+                z = _latents(vae.model, image, [sample.key], session.protocol)
+                factor = vae.model.downsampling
+                yield tiled.Decodable(sample.key, image, vae.name, vae.model.decode, z, factor)
+
+
+def _gathered(found: tiled.Measured, rank: int, world: int) -> tiled.Measured:
+    """Everybody's seams, on rank 0."""
+    if world == 1:
+        return found
+    parts: list[Any] = [None] * world
+    dist.gather_object(found, parts if rank == 0 else None)
+    return [entry for part in parts if part for entry in part]
+
+
+def describe_networks(networks: Networks) -> dict[str, Any]:
+    """For scores.json: which networks measured, by hash, and the versions of the packages."""
     network, inception = networks.perceptual, networks.inception
     vgg = network.sha256 if network is not None and network.name == "lpips_vgg" else None
     packages = ("torch", "torchvision", "lpips", "torch-fidelity", "numpy", "pillow", "kl-f8-train")
@@ -590,14 +770,14 @@ def _version(package: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _exact_float32() -> Iterator[None]:
+def exact_float32() -> Iterator[None]:
     """No TF32, and algorithms that give the same bits again. Not measured on CUDA."""
     flags = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
     with torch.backends.cudnn.flags(**flags):
         yield
 
 
-def _own_device(asked: str | None) -> str:
+def own_device(asked: str | None) -> str:
     """As asked; "cuda", also by default where there is one, is this process's own GPU."""
     if (asked or "cpu").startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(
@@ -608,13 +788,31 @@ def _own_device(asked: str | None) -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
-def _check_size(candidates: Sequence[Candidate], size: int) -> None:
-    for candidate in candidates:
+def _check_sizes(candidates: Sequence[Candidate], sizes: Sequence[int], tile: int | None) -> None:
+    """Raises UsageError for a size that a VAE's downsampling or SSIM's window does not allow.
+
+    Or for tiles that do not divide, or are so large that nothing is tiled.
+    """
+    for size, candidate in itertools.product(sizes, candidates):
         if size % candidate.model.downsampling or size < 11:
             raise UsageError(
                 f"--size {size}: expected at least 11 pixels (SSIM's window) and a multiple of "
                 f"{candidate.model.downsampling}, the downsampling of {candidate.name}"
             )
+    if tile is None:
+        return
+    largest = max(sizes)
+    for vae in (one for one in candidates if not isinstance(one.model, Means)):
+        step = 4 * vae.model.downsampling
+        if tile < step or tile % step:
+            raise UsageError(
+                f"--tiled {tile}: expected a multiple of {step} pixels, four latents of {vae.name}"
+            )
+    if largest <= tile // 2:
+        raise UsageError(
+            f"--tiled {tile}: images of {largest} x {largest} fit in one tile; give a larger "
+            f"--size, such as {2 * tile}, or smaller tiles"
+        )
 
 
 def _silent(message: str) -> None:
@@ -627,16 +825,19 @@ def _silent(message: str) -> None:
 def _write_pictures(
     out: Path,
     image_set: ImageSet,
-    candidates: Sequence[Candidate],
-    protocol: Protocol,
+    session: Session,
     tally: Tally,
-    device: str,
-    batch_size: int,
 ) -> None:
-    """Makes the chosen images and reconstructions again, exactly, and writes them as PNG."""
-    candidates = [c for c in candidates if not isinstance(c.model, Means)]
+    """Makes the chosen images and reconstructions again, exactly, and writes them as PNG.
+
+    They are chosen by the VAEs without noise on their latents.
+    """
+    candidates = [c for c in session.candidates if not isinstance(c.model, Means)]
+    protocol, device = session.protocol, session.device
+    batch_size = batch_of(session.batch_size, image_set.size)
     names = [candidate.name for candidate in candidates]
-    chosen = choose_pictures(tally.rows, names, tally.measured)
+    clean = [candidate.name for candidate in candidates if not candidate.sigma]
+    chosen = choose_pictures(tally.rows, clean, tally.measured)
     former = _pictures(out)
     entries = []
     for number, (place, why) in enumerate(chosen.items()):

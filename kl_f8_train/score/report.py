@@ -96,10 +96,17 @@ def write(directory: Path) -> Path:
     return page
 
 
-def write_comparison(directory: Path, a: str, b: str) -> list[compare.Verdict]:
-    """Compares two models of an evaluation directory; writes comparison.json beside the scores."""
-    found = compare.verdicts(compare.read_image_scores(directory / "per_image.csv"), a, b)
-    values = {
+def write_comparison(
+    directory: Path, a: str, b: str, sigmas: Sequence[float] = ()
+) -> list[compare.Verdict]:
+    """Compares two models of an evaluation directory; writes comparison.json beside the scores.
+
+    At each of `sigmas` their rows with that noise on the latents, too, on the same draws.
+    """
+    rows = compare.read_image_scores(directory / "per_image.csv")
+    found = compare.verdicts(rows, a, b)
+    noisy = [verdict for sigma in sigmas for verdict in compare.verdicts(rows, a, b, sigma)]
+    values: dict[str, Any] = {
         "a": a,
         "b": b,
         "interval": f"{compare.LEVEL:.0%} BCa bootstrap of the mean of "
@@ -108,8 +115,10 @@ def write_comparison(directory: Path, a: str, b: str) -> list[compare.Verdict]:
         "per_image_sha256": _rows_sha256(directory),
         "verdicts": [verdict.as_dict() for verdict in found],
     }
+    if noisy:
+        values["latent_noise"] = [verdict.as_dict() for verdict in noisy]
     write_json(directory / "comparison.json", values)
-    return found
+    return found + noisy
 
 
 def _read_json(path: Path) -> Any:
@@ -188,10 +197,10 @@ def _write_zooms(directory: Path, evaluation: Evaluation) -> list[dict[str, Any]
         for index, path in enumerate(paths):
             name, column = columns[index]
             file = Path(path).name
-            _save(directory / "zooms" / file, zoom(pictures[index], box))
+            save(directory / "zooms" / file, zoom(pictures[index], box))
             side = {"name": name, "picture": path, "zoom": f"zooms/{file}"}
             if index:
-                _save(directory / "errors" / file, error_map(pictures[0], pictures[index]))
+                save(directory / "errors" / file, error_map(pictures[0], pictures[index]))
                 side |= {"error": f"errors/{file}"}
             column.append(pictures[index])
             sides.append({**side, "sharpness": _sharpness(pictures[index])})
@@ -199,7 +208,7 @@ def _write_zooms(directory: Path, evaluation: Evaluation) -> list[dict[str, Any]
         shown.append({"image": item["image"], "why": item["why"], "box": frame, "sides": sides})
     if shown:
         first = [(name, column[:STRIP_ROWS]) for name, column in columns]
-        _save(directory / "strip.png", strip(first))
+        save(directory / "strip.png", strip(first))
     return shown
 
 
@@ -209,7 +218,7 @@ def _load(path: Path) -> Tensor:
     return images.decode(path.read_bytes())
 
 
-def _save(path: Path, picture: Tensor) -> None:
+def save(path: Path, picture: Tensor) -> None:
     """Writes a PNG atomically but without fsync: there are hundreds, which are quickly remade."""
     with atomic_path(path, sync=False) as temporary:
         images.to_pil(picture).save(temporary, format="PNG")
@@ -227,7 +236,13 @@ def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
     scores, models = evaluation.scores, evaluation.models
     rows = scores["models"]
     columns = ["rfid", *ALWAYS, *["st_lpips"] * any(r.get("st_lpips") for r in rows.values())]
-    pairs = [_pair(evaluation, a, b) for a, b in itertools.combinations(models, 2)]
+    weights = scores.get("weights", {})
+    sigmas = {name: weights.get(name, {}).get("latent_noise") for name in models}
+    pairs = [
+        _pair(evaluation, a, b)
+        for a, b in itertools.combinations(models, 2)
+        if sigmas[a] == sigmas[b]
+    ]
     return rendered(
         REPORT_PAGE,
         {

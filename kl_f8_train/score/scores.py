@@ -23,7 +23,9 @@ from kl_f8_train.core.perceptual import OTHER_VGG
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.files import write_json, write_text
 from kl_f8_train.output import markdown_table
+from kl_f8_train.score import tiled
 from kl_f8_train.score.compare import not_measured
+from kl_f8_train.units import counted
 
 BIASED_BELOW = 2048  # images; the width of Inception's features
 PICTURES = 24  # images shown, at most
@@ -42,6 +44,7 @@ class ImageScores:
     sha256: str
     sharpness: float  # of the image itself
     scores: np.ndarray  # (VAEs, measured metrics), float64
+    enlarged: bool = False  # smaller than what it was scored at
 
 
 @dataclass
@@ -112,6 +115,12 @@ def summarise(
 def _caveats(tally: Tally, protocol: Mapping[str, Any]) -> list[str]:
     """What keeps scores from being compared with others."""
     caveats = []
+    enlarged = sum(row.enlarged for row in tally.rows)
+    if enlarged:
+        caveats.append(
+            f"{counted(enlarged, 'image', 's')} of {len(tally.rows):,} had fewer than "
+            f"{protocol['size']} pixels and were enlarged: blurred, so easy to reconstruct"
+        )
     if tally.statistics and 2 <= len(tally.rows) < BIASED_BELOW:
         caveats.append(
             f"rFID on {len(tally.rows):,} images is biased: fewer than {BIASED_BELOW:,}; "
@@ -152,7 +161,8 @@ def images_sha256(rows: Sequence[ImageScores]) -> str:
 def write_scores(out: Path, result: Mapping[str, Any], tally: Tally) -> None:
     """Writes scores.json, table.md and per_image.csv."""
     write_json(out / "scores.json", result)
-    write_text(out / "table.md", f"{table(result)}\n\n{footer(result)}\n")
+    seams = [tiled.table(result["tiled"])] if "tiled" in result else []
+    write_text(out / "table.md", "\n\n".join([table(result), *seams, f"{footer(result)}\n"]))
     names = [name for name in METRICS if name != "st_lpips" or name in tally.measured]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -172,7 +182,8 @@ def screen(result: Mapping[str, Any], said: Collection[str] = ()) -> str:
     """
     reasons = {name: why for name, why in result["unmeasured"].items() if name not in said}
     shown = {**result, "unmeasured": reasons}
-    return f"{table(result, measured_only=True)}\n\n{footer(shown)}"
+    seams = [tiled.table(result["tiled"])] if "tiled" in result else []
+    return "\n\n".join([table(result, measured_only=True), *seams, footer(shown)])
 
 
 def table(result: Mapping[str, Any], measured_only: bool = False) -> str:
@@ -187,13 +198,18 @@ def table(result: Mapping[str, Any], measured_only: bool = False) -> str:
     columns = ["rfid", *shown]
     if measured_only:
         columns = [c for c in columns if c == "psnr" or any(m.get(c) for m in models.values())]
+    with_sigma = any("latent_noise" in weights for weights in result["weights"].values())
     rows = []
     for name, scores in models.items():
-        step = result["weights"][name]["iteration"]
+        weights = result["weights"][name]
+        step = weights["iteration"]
         perfect = {"psnr": "infinite"} if scores.get("psnr") is None else {}
         cells = [perfect.get(m) or score_text(scores.get(m), m) for m in columns]
-        rows.append([name, "" if step is None else f"{step:,}", *cells])
-    return markdown_table(["model", "iteration", *(SCORES[name].label for name in columns)], rows)
+        sigma = "" if weights.get("baseline") else f"{weights.get('latent_noise', 0):g}"
+        about = [weights.get("vae", name), "" if step is None else f"{step:,}"]
+        rows.append([*about, *([sigma] if with_sigma else []), *cells])
+    head = ["model", "iteration", *(["sigma"] if with_sigma else [])]
+    return markdown_table([*head, *(SCORES[name].label for name in columns)], rows)
 
 
 def footer(result: Mapping[str, Any]) -> str:
@@ -207,10 +223,12 @@ def footer(result: Mapping[str, Any]) -> str:
         f"{protocol['crop']} crop; posterior {posterior}{seed}; {protocol['quantize']}; SSIM "
         f"{protocol['ssim']}; +/- {protocol['std']}."
     ]
+    if "latent_noise" in protocol:
+        lines.append(f"Rows with a sigma: {protocol['latent_noise']}.")
     hashes = [
         f"{name} {w['path']} {w['sha256'][:12]}"
         for name, w in result["weights"].items()
-        if w["sha256"]
+        if w["sha256"] and "latent_noise" not in w
     ]
     hashes += [f"{n} {protocol[n][:12]}" for n in ("vgg", "inception") if protocol[n]]
     lines.append(f"Weights (sha256): {'; '.join(hashes)}.")

@@ -13,13 +13,14 @@ from torch.optim import Adam
 from kl_f8_train import config as configs
 from kl_f8_train import facts
 from kl_f8_train.config import Config
+from kl_f8_train.core.ema import module_names
 from kl_f8_train.core.hashes import frozen_sha256, tensors_sha256
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import Facts
 from kl_f8_train.run_dir import checkpoint_path
 from kl_f8_train.weights import weight_file
-from kl_f8_train.weights.names import Weights, check_like
+from kl_f8_train.weights.names import State, Weights, check_like
 
 FORMAT = "kl_f8_train.checkpoint.1"
 OPTIMIZERS = ("decoder", "discriminator")
@@ -139,7 +140,7 @@ def stored_identity(metadata: dict[str, str]) -> dict[str, str]:
 
 
 def content_sha256(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Part -> SHA-256; parts are the first words: autoencoder, ema, discriminator, optimizer."""
+    """Part -> SHA-256; parts are the first words: autoencoder, ema, ema_0_9999, optimizer, ..."""
     parts = sorted({name.split(".", 1)[0] for name in tensors})
     return {f"sha256.{part}": _part_sha256(tensors, part) for part in parts}
 
@@ -168,10 +169,13 @@ def _part_sha256(tensors: dict[str, Tensor], part: str) -> str:
 def restore(finetuner: Finetuner, optimizers: list[Adam], contents: weight_file.Contents) -> str:
     """Puts a checkpoint's state back, strictly; returns the hash of the frozen part.
 
-    Raises MissingInputError if tensors are missing, or the frozen part is not what it was.
+    Averages are found by their decays (`_averages_of`). Raises MissingInputError if tensors are
+    missing, or the frozen part is not what it was.
     """
     tensors, metadata = contents.tensors, contents.metadata
     networks = {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}
+    decays = stored_config(contents).ema.decays
+    networks = _averages_of(networks, decays, finetuner.config.ema.decays)
     differ = f"{contents.path} does not fit this run's networks"
     remedy = (
         "A run keeps its networks; for others start a new run_dir, with init.weights="
@@ -199,6 +203,26 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: weight_file.
     if frozen != metadata["frozen_sha256"]:
         raise MissingInputError(f"{contents.path}: its encoder does not match its own hash")
     return frozen
+
+
+def _averages_of(networks: State, before: list[float], now: list[float]) -> State:
+    """The networks with averages of the decays `now`, out of those of the decays `before`.
+
+    A decay that was there keeps its average. A new one starts as a copy of the run's own, the
+    first; so does the run's own where its decay is new. Others are dropped.
+    """
+    if before == now:
+        return networks
+    held = {decay: f"{name}." for decay, name in module_names(before).items()}
+    taken = {k: v for k, v in networks.items() if not k.startswith(tuple(held.values()))}
+    for decay, name in module_names(now).items():
+        place = held.get(decay, "ema.")
+        taken |= {
+            f"{name}.{key.removeprefix(place)}": value
+            for key, value in networks.items()
+            if key.startswith(place)
+        }
+    return taken
 
 
 def check_groups(stated: Facts, model: configs.Model) -> None:

@@ -3,7 +3,7 @@
 Layouts: CompVis (`encoder.down.0.block.0...`, perhaps with `loss.*`), diffusers
 (`encoder.down_blocks.0.resnets.0...`, old and new attention names), each perhaps under
 `first_stage_model.` or a wrapper's `module.`; and our training checkpoints (`autoencoder.*`,
-`ema.*`, `discriminator.*`).
+`ema.*`, perhaps `ema_0_9999.*` of further decays, `discriminator.*`).
 """
 
 import re
@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kl_f8_train.core.ema import label, module_name
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.facts import GROUPS, Facts
 
@@ -65,10 +66,12 @@ MARKS = (
 )
 
 
-def relevant(keys: Collection[str], prefix: str | None = None) -> list[str]:
+def relevant(keys: Collection[str], prefix: str | None = None, select: str = "ema") -> list[str]:
     """The names in a file that `recognise` needs the values of; most of a full model's are not."""
     if _is_training(keys):
-        return [key for key in keys if not key.startswith("optimizer.")]
+        others = ("optimizer.", "ema_")
+        mine = f"{module_name(select)}."
+        return [key for key in keys if not key.startswith(others) or key.startswith(mine)]
     places = _places(keys, prefix)
     return [key for name, key in places.names.items() if _part(name, places)]
 
@@ -181,8 +184,8 @@ def recognise(
 ) -> Weights:
     """Finds the autoencoder in any of the layouts; `select` is "ema" or "raw".
 
-    `prefix` is what stands before its names, where a file has several. Raises MissingInputError if
-    there is none.
+    Of a training checkpoint also a further average, "ema-0.9999". `prefix` is what stands before
+    its names, where a file has several. Raises MissingInputError if there is none.
     """
     if _is_training(state):
         return _from_training(state, select)
@@ -284,17 +287,20 @@ def _scalar(tensor: Tensor | None) -> Tensor | None:
 
 def _from_training(state: Mapping[str, Tensor], select: str) -> Weights:
     autoencoder = _stripped(state, "autoencoder.")
-    ema = _stripped(state, "ema.")
-    if select == "ema":
+    if select != "raw":
+        place = module_name(select)
+        ema = _stripped(state, f"{place}.")
         unknown = sorted(ema.keys() - autoencoder.keys())
         if unknown or not ema:
             got = (
-                f"of other names: {', '.join(unknown[:3])}" if ema else "that is missing: no ema.*"
+                f"of other names: {', '.join(unknown[:3])}"
+                if ema
+                else f"that is missing: no {place}.*"
             )
             raise MissingInputError(f"training checkpoint with an EMA {got}; use another")
         autoencoder = {**autoencoder, **ema}
     return Weights(
-        layout=f"training checkpoint ({'EMA' if select == 'ema' else 'raw'} weights)",
+        layout=f"training checkpoint ({label(select)} weights)",
         autoencoder=autoencoder,
         discriminator=_stripped(state, "discriminator.") or None,
         logvar=_scalar(state.get("logvar")),

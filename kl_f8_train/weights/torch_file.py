@@ -331,7 +331,8 @@ class View:
 def _views(loaded: Any) -> dict[str, View]:
     """The tensors of a state dict, or of all those in a checkpoint; `state_dict.` is left out."""
     if not isinstance(loaded, dict):
-        raise MissingInputError(f"holds a {type(loaded).__name__.strip('_')}, not a state dict")
+        kind = "tensor" if isinstance(loaded, View) else type(loaded).__name__.strip("_")
+        raise MissingInputError(f"holds a {kind}, not a state dict")
     found: dict[str, View] = {}
     state = loaded.get("state_dict")
     if isinstance(state, dict):

@@ -3,8 +3,9 @@
 Reading never makes foreign objects. Writing goes to a temporary name in the target directory,
 is flushed to disk and then renamed, so a file under its final name is always whole.
 
-A training checkpoint is a safetensors file: tensors named `autoencoder.*`, `ema.*`,
-`discriminator.*`, `optimizer.*`, and strings (iteration, configuration, hashes) in its metadata.
+A training checkpoint is a safetensors file: tensors named `autoencoder.*`, `ema.*`, perhaps
+`ema_0_9999.*`, `discriminator.*`, `optimizer.*`, and strings (iteration, configuration, hashes) in
+its metadata.
 """
 
 import contextlib
@@ -26,12 +27,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kl_f8_train import facts, shipped
+from kl_f8_train.core.ema import selection
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.facts import Facts
 from kl_f8_train.files import atomic_path, file_sha256
 from kl_f8_train.run_dir import list_checkpoints
+from kl_f8_train.units import shortest
 from kl_f8_train.weights import hub, torch_file
 from kl_f8_train.weights.names import (
     State,
@@ -119,16 +122,41 @@ def read_weights(
 ) -> tuple[Contents, Weights]:
     """Reads any VAE file and finds the autoencoder in it; `select` is "ema" or "raw".
 
-    `prefix` is what stands before its names, in a file with several. Raises MissingInputError if
-    the file holds none, or is of an architecture that is not trained here.
+    Of a training checkpoint also "ema-0.9999", if it keeps an EMA of that decay. `prefix` is what
+    stands before its names, in a file with several. Raises MissingInputError if the file holds
+    none, or is of an architecture that is not trained here.
     """
-    contents = read(path, lambda names: relevant(names, prefix))
+    contents = read(path, lambda names: relevant(names, prefix, select))
     try:
         if refused := refused_class(str(_diffusers_config(contents.path).get("_class_name", ""))):
             raise MissingInputError(refused)
-        return contents, recognise(contents.tensors, select, prefix)
+        return contents, recognise(contents.tensors, kept_selection(contents, select), prefix)
     except MissingInputError as error:
         raise MissingInputError(f"{contents.path}: {error}") from error
+
+
+def stored_decays(metadata: Mapping[str, str]) -> list[float]:
+    """The decays whose EMAs a training checkpoint keeps, the run's own first; [] of other files."""
+    try:
+        decay = json.loads(metadata["config"])["ema"]["decay"]
+        return [float(value) for value in (decay if isinstance(decay, list) else [decay])]
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return []
+
+
+def kept_selection(contents: Contents, select: str) -> str:
+    """`select` as the checkpoint calls it: the run's own EMA is "ema", whatever its decay.
+
+    Raises MissingInputError if it keeps no EMA of the decay that is asked for.
+    """
+    if select in ("ema", "raw"):
+        return select
+    kept = [selection(decay) for decay in stored_decays(contents.metadata)]
+    if select not in kept:
+        named = ", ".join(name.removeprefix("ema-") for name in kept)
+        there = f"it keeps {named}" if kept else "it is not a training checkpoint of a run"
+        raise MissingInputError(f"no EMA of decay {select.removeprefix('ema-')} in it: {there}")
+    return "ema" if select == kept[0] else select
 
 
 def load_autoencoder(path: str | Path, select: str = "ema") -> AutoencoderKL:
@@ -175,6 +203,7 @@ def report(contents: Contents, weights: Weights) -> dict[str, Any]:
         "discriminator": weights.discriminator is not None,
         "optimizer": contents.optimizer,
         "ema": weights.ema_scalars,
+        "ema_decays": stored_decays(contents.metadata),
         "logvar": None if weights.logvar is None else float(weights.logvar),
         "notes": [*weights.notes, *quality(contents, weights)],
         "dropped": dict(groups),
@@ -260,6 +289,7 @@ def describe(found: dict[str, Any]) -> str:
     """A report as lines."""
     dropped = ", ".join(f"{count} {group}" for group, count in found["dropped"].items())
     ema = ", ".join(f"{key} {value:g}" for key, value in found["ema"].items())
+    decays = ", ".join(map(shortest, found["ema_decays"]))
     held = [f"{'with' if found[part] else 'no'} {part}" for part in ("discriminator", "optimizer")]
     stated = ", ".join(f"{name} {json.dumps(value)}" for name, value in found["states"].items())
     iteration = "not stated" if found["iteration"] is None else f"{found['iteration']:,}"
@@ -273,6 +303,7 @@ def describe(found: dict[str, Any]) -> str:
         _family_line(found["family"]),
         stated and f"it states: {stated}",
         ema and f"EMA scalars: {ema}",
+        "," in decays and f"EMAs of decay {decays}; the first is the run's",
         found["logvar"] and f"loss.logvar is {found['logvar']:g}; the original's is 0",
         *found["notes"],
         dropped and f"left out: {dropped}",

@@ -22,6 +22,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> the recipe it va
     "the original's order (second forward)": ("ft-EMA", ("second_forward=true",)),
     f"{NEW}, warm-up 200": ("ft-EMA", ("adversarial.warmup_iterations=200",)),
     f"{NEW}, no warm-up": ("ft-EMA", ()),
+    "adversarial weight 0.5": ("ft-EMA", ("adversarial.weight=0.5",)),
     "no adversarial term": ("ft-EMA", ("adversarial=null",)),
     "rate x 10": ("ft-EMA", ("optimizer.learning_rate=1e-3",)),
     "rate / 10": ("ft-EMA", ("optimizer.learning_rate=1e-5",)),
@@ -42,7 +43,7 @@ def main(root: Path, length: float, only: list[str]) -> None:
         settings = [
             f"name=variant-{number}",
             f"run_dir={root / name.replace('/', 'over')}",
-            f"init.weights={bare if name.startswith(NEW) else shipped.NAME}",
+            f"init.weights={bare if name.startswith(NEW) else shipped.BASE_NAME}",
             f"data.sources={shards}",
             f"stop_iteration={demo.base_iteration() + iterations}",
             "log.pictures_every=0",

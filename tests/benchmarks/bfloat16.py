@@ -17,6 +17,7 @@ from kl_f8_train import config, demo, images, shipped
 from kl_f8_train.check import benchmark
 from kl_f8_train.config import Config
 from kl_f8_train.core import metrics
+from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.weights import weight_file
 
 SMALL = ("data.crop=64", "global_batch=4", "data.workers=0", "ema.decay=0.98")
@@ -39,11 +40,13 @@ def main(iterations: int = 200) -> None:
                 print(f"seed {seed}, {precision}: {result:.3f} dB", flush=True)
 
 
-def train(settings: Config, start: Path, iterations: int) -> torch.nn.Module:
+def train(settings: Config, start: Path, iterations: int) -> AutoencoderKL:
     """The EMA after so many iterations from `start`, as an autoencoder."""
     finetuner = benchmark.build_finetuner(settings, [])
     weights = weight_file.read_weights(start, "ema")[1]
     finetuner.autoencoder.load_state_dict(weights.autoencoder)
+    assert finetuner.discriminator is not None
+    assert weights.discriminator is not None
     finetuner.discriminator.load_state_dict(weights.discriminator)
     for name, averaged in finetuner.ema.items():
         averaged.load_state_dict(getattr(finetuner.autoencoder, name).state_dict())
@@ -58,7 +61,7 @@ def train(settings: Config, start: Path, iterations: int) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def score(model: torch.nn.Module, held_out: torch.Tensor) -> float:
+def score(model: AutoencoderKL, held_out: torch.Tensor) -> float:
     """Mean PSNR over the held-out photographs, from the posterior's mean."""
     scores = []
     for x in images.to_float(held_out).split(1):

@@ -43,7 +43,9 @@ def main() -> None:
     frozen = frozen_sha256(finetuner.autoencoder.state_dict())
 
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
-        pauses, plain = [], []
+        pauses: list[float] = []
+        plain: list[float] = []
+        reading: list[float] = []
         for _ in range(args.saves):
             finetuner.run_state.iteration += 1
             with timed(pauses):
@@ -52,14 +54,15 @@ def main() -> None:
             with timed(plain):
                 (Path(folder) / "plain").write_bytes(path.read_bytes())
             remove_old_checkpoints(path, 1, 0)
-        with timed(reading := []):
+        with timed(reading):
             checkpoint.check_content(weight_file.read(path))
         parts = {
             "SHA-256 of the frozen part": lambda: frozen_sha256(finetuner.autoencoder.state_dict()),
             "SHA-256 of all tensors": lambda: tensors_sha256(weight_file.read(path).tensors),
         }
         for name, part in parts.items():
-            with timed(seconds := []):
+            seconds: list[float] = []
+            with timed(seconds):
                 part()
             print(f"  {name}: {seconds[0]:.2f} s")
 

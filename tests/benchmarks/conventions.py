@@ -21,6 +21,7 @@ from torch import Tensor
 from kl_f8_train import images
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError
+from kl_f8_train.folders import list_folder, read_file
 from kl_f8_train.score import evaluate
 from kl_f8_train.score.evaluate import CARD, STANDARD
 from kl_f8_train.weights import pretrained
@@ -58,7 +59,8 @@ class Bench:
 
     def __init__(self, weights: Path) -> None:
         ((self.candidate),) = evaluate.load_candidates([("vae", weights, "ema")], "cpu")
-        self.model: AutoencoderKL = self.candidate.model
+        assert isinstance(self.candidate.model, AutoencoderKL)
+        self.model = self.candidate.model
         try:
             self.network = pretrained.build("lpips_vgg")
         except MissingInputError:
@@ -122,10 +124,10 @@ def main() -> None:
     args = parser.parse_args()
     bench = Bench(args.weights)
     gathered: dict[str, list[Scores]] = {}
-    files = images.list_folder(args.folder)[: args.limit]
+    files = list_folder(args.folder).files[: args.limit]
     for file in files:
-        image = images.decode(file.read_bytes()).contiguous()
-        for name, scores in bench.variants(image, file.name, args.size):
+        image = images.decode(read_file(args.folder / file)).contiguous()
+        for name, scores in bench.variants(image, file, args.size):
             gathered.setdefault(name, []).append(scores)
     metrics = list(gathered["card"][0])
     means = {

@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import skimage
 import torch
@@ -31,7 +32,7 @@ CASES = (("demo", DEMO, 128, 4), ("demo", DEMO, 256, 2), ("full", FULL, 64, 1))
 REPEATS = 3
 
 
-def write_weights(folder: Path, shape: dict) -> list[tuple[str, Path, str]]:
+def write_weights(folder: Path, shape: dict[str, Any]) -> list[tuple[str, Path, str]]:
     """a and b with one encoder, c with another."""
     models = []
     for seed in range(3):
@@ -67,7 +68,7 @@ def gflop(module: nn.Module, *shape: int) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def floors(shape: dict, size: int) -> tuple[float, float, float]:
+def floors(shape: dict[str, Any], size: int) -> tuple[float, float, float]:
     """GFLOP of E, D and V for an image."""
     model = AutoencoderKL(**shape)
     low = size // model.downsampling
@@ -79,7 +80,9 @@ def floors(shape: dict, size: int) -> tuple[float, float, float]:
     )
 
 
-def seconds(named: list, photos: Path, size: int, count: int, networks: Networks) -> float:
+def seconds(
+    named: list[tuple[str, Path, str]], photos: Path, size: int, count: int, networks: Networks
+) -> float:
     """CPU seconds an image, from the file to the scores; the median of some repeats."""
     group = evaluate.load_candidates(named, "cpu")
     image_set = ImageSet(str(photos), size)

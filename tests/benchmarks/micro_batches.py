@@ -41,10 +41,10 @@ def train(size: int, iterations: int) -> tuple[float, torch.Tensor, torch.Tensor
 if __name__ == "__main__":
     torch.set_num_threads(1)
     count = int(sys.argv[1]) if sys.argv[1:] else 20
-    _, start, whole = train(12, count)
+    *_, whole = train(12, count)
     for size in (12, 4, 1):
-        weight, _, end = train(size, count)
+        mean, start, end = train(size, count)
         apart = float((end - whole).norm() / (whole - start).norm())
         print(
-            f"per_device_batch={size}: mean adaptive weight {weight:.6g}; decoder apart {apart:.2g}"
+            f"per_device_batch={size}: mean adaptive weight {mean:.6g}; decoder apart {apart:.2g}"
         )

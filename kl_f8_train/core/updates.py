@@ -1,0 +1,257 @@
+"""A network's update: its rate, gradients, and Adam's step, which is left out if not finite.
+
+The host never waits for the device inside an iteration: a fused Adam looks at a flag of its own
+(`found_inf`, made for torch's GradScaler), and the flags travel to the host while it queues on. It
+reads and reports them an iteration later.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import methodcaller
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from kl_f8_train.config import Optimizer
+from kl_f8_train.errors import RunFailedError
+from kl_f8_train.output import say
+
+Step = Callable[[Adam], None]
+PLAINLY: Step = methodcaller("step")  # without a trainer
+
+
+# --- Adam and its rate ----------------------------------------------------------------------
+
+
+def build_adam(parameters: Iterable[nn.Parameter], config: Optimizer) -> Adam:
+    """A fused Adam with the recipe's settings and no weight decay."""
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.betas[0], config.betas[1]),
+        "eps": config.eps,
+        "fused": True,
+    }
+    return Adam(parameters, **options)
+
+
+def parameters_of(adam: Adam) -> list[nn.Parameter]:
+    """All parameters that it steps."""
+    return [parameter for group in adam.param_groups for parameter in group["params"]]
+
+
+def begin(adam: Adam, rate: float) -> None:
+    """Clears the gradients of the last iteration and sets the learning rate."""
+    adam.zero_grad(set_to_none=True)
+    for group in adam.param_groups:
+        group["lr"] = rate
+
+
+def learning_rate(config: Optimizer, done: int) -> float:
+    """The rate of the update after `done` of this run: warm-up times decay.
+
+    It rises linearly to the whole rate over `warmup_iterations`, and decays from the run's start
+    over `decay_iterations` to `final_learning_rate`, where it stays.
+    """
+    rate, final = config.learning_rate, config.final_learning_rate
+    if config.decay != "constant" and config.decay_iterations is not None:
+        progress = min(1.0, done / config.decay_iterations)
+        if config.decay == "cosine":
+            progress = 0.5 - 0.5 * math.cos(math.pi * progress)
+        rate += (final - rate) * progress
+    return rate * min(1.0, (done + 1) / max(1, config.warmup_iterations))
+
+
+def describe_rate(config: Optimizer, updates: int) -> str:
+    """The rate in words; with a schedule, at the start, the middle and the end of `updates`."""
+    if config.decay == "constant" and not config.warmup_iterations:
+        return f"{config.learning_rate:g}, absolute"
+    at = {"start": 0, "middle": updates // 2, "end": max(0, updates - 1)}
+    rates = ", ".join(f"{learning_rate(config, n):.3g} at the {name}" for name, n in at.items())
+    return f"{config.learning_rate:g}, absolute, by its schedule {rates}"
+
+
+# --- gradients ------------------------------------------------------------------------------
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Without gradients of the parameters; a compiled module would compute them all."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
+
+
+def clip(gradients: list[Tensor], norm: Tensor, most: float) -> Tensor:
+    """Scales gradients of this norm down to `most` in place; returns 1 if it acted, else 0, ()."""
+    torch._foreach_mul_(gradients, (most / norm).clamp(max=1.0))
+    return (norm > most).to(norm.dtype)
+
+
+def norm_of(tensors: list[Tensor]) -> Tensor:
+    """The norm of all tensors together, ()."""
+    return torch.stack(torch._foreach_norm(tensors)).norm()
+
+
+def mean_of_each(terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Means over several passes, by name."""
+    return {key: torch.stack([t[key] for t in terms]).mean() for key in (terms or [{}])[0]}
+
+
+def average_over_ranks(tensors: list[Tensor]) -> None:
+    """Replaces tensors by their mean over all ranks, in one call; nothing on one process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+# --- steps that are left out ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Update:
+    """One network's update, on the device; `bad` is alike on all ranks."""
+
+    bad: Tensor  # (), bool: not finite, and left out
+    finite: Tensor  # (B,), bool: which images of this rank are
+    norm: Tensor  # (), of all gradients
+    clipped: Tensor | None  # (), 1 if they were scaled down, else 0
+
+    def figures(self, network: str) -> dict[str, Tensor]:
+        """For the log."""
+        clipped = {} if self.clipped is None else {f"{network}_clipped": self.clipped}
+        return {f"{network}_gradient_norm": self.norm, **clipped}
+
+
+def step_if_finite(
+    adam: Adam,
+    gradients: list[Tensor],
+    finite: Tensor,
+    clip_norm: float | None,
+    *,
+    step: Step = PLAINLY,
+    losses: Sequence[Tensor] = (),
+    unless: Tensor | None = None,
+) -> Update:
+    """Clips the gradients to `clip_norm` and steps a fused Adam.
+
+    Weights and Adam's state stay where a gradient or one of `losses` is not finite, or the bool
+    `unless` is true.
+    """
+    norm = norm_of([*gradients, *(0.0 * loss for loss in losses)])
+    bad = ~norm.isfinite()
+    clipped = None if clip_norm is None else clip(gradients, norm, clip_norm)
+    adam.found_inf = (bad if unless is None else bad | unless).float()  # type: ignore[attr-defined]
+    step(adam)
+    return Update(bad, finite, norm, clipped)
+
+
+def finite_images(tensor: Tensor, loss: Tensor) -> Tensor:
+    """Which images are finite in a (B, ...) tensor; none if only their common loss is not: (B,)."""
+    finite = tensor.isfinite().flatten(1).all(1)
+    return finite & (loss.isfinite() | ~finite.all())
+
+
+class Remembered:
+    """A network's buffers as they are now: a bad batch goes through BatchNorm, too."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.pairs = [(b, b.clone()) for b in module.buffers()] if module is not None else []
+
+    def restore(self, bad: Tensor) -> None:
+        """Puts them back where `bad`, a bool, is true."""
+        for buffer, before in self.pairs:
+            buffer.copy_(torch.where(bad, before, buffer))
+
+
+class HostCopy:
+    """A small tensor that is being copied to the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._arrived = tensor, None
+        if tensor.device.type == "cuda":
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            # blocking: a host that waits leaves its core to loaders
+            self._arrived = torch.cuda.Event(blocking=True)
+            self._arrived.record()
+
+    def read(self) -> Tensor:
+        """The values; waits for them alone, not for what was queued after them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensor
+
+
+class Guard:
+    """Counts updates that were left out, and ends a run after too many in a row.
+
+    The flags of one iteration are read one iteration later, when they have reached the host.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most  # in a row, before the run ends
+        self.in_a_row = 0
+        self.in_all = 0  # since this process started
+        self._pending: tuple[int, list[str], list[str], HostCopy] | None = None
+
+    def watch(self, iteration: int, keys: list[str], updates: dict[str, Update]) -> None:
+        """Takes an iteration's updates, by network; their flags are read later."""
+        flags = torch.stack([torch.cat([u.bad.view(1), u.finite]) for u in updates.values()])
+        self._pending = iteration, keys, list(updates), HostCopy(flags)  # (networks, 1 + B)
+
+    def judge(self) -> None:
+        """Counts and logs whether the last update was left out, once; on all ranks together.
+
+        Raises RunFailedError after `most` of them in a row.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        iteration, keys, networks, flags = pending
+        for network, (bad, *finite) in zip(networks, flags.read().tolist(), strict=True):
+            if bad:
+                named = suspects(keys, finite)
+                cause = f"loss or gradient of the {network} is not finite; {named}"
+                return self._count(iteration, cause)
+        self.in_a_row = 0
+
+    def _count(self, iteration: int, cause: str) -> None:
+        self.in_a_row += 1
+        self.in_all += 1
+        message = (
+            f"iteration {iteration}: update left out on all ranks ({self.in_a_row} in a "
+            f"row, {self.in_all} in all): {cause}"
+        )
+        if self.in_a_row >= self.most:
+            raise RunFailedError(
+                f"{message}\n{self.in_a_row} updates in a row were not finite; the last "
+                "checkpoint is untouched. Lower optimizer.learning_rate, or try precision=float32"
+            )
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            say(message)
+
+
+def suspects(keys: list[str], finite: list[bool]) -> str:
+    """Names the images that are not finite, by rank; all ranks call it together."""
+    mine = [key for key, good in zip(keys, finite, strict=True) if not good]
+    found: list[list[str]] = [mine]
+    if dist.is_initialized():
+        found = found * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+    named = [
+        f"rank {rank}: {', '.join(bad[:4])}" + (f" and {len(bad) - 4} more" if bad[4:] else "")
+        for rank, bad in enumerate(found)
+        if bad
+    ]
+    return f"caused by {'; '.join(named)}" if named else "every image's own loss is finite"
