@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,12 +33,12 @@ def atomic_path(path: Path, temporary: Path | None = None, sync: bool = True) ->
     temporary = temporary or hidden_beside(path, f"{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask, which cannot be read without changing it
         yield temporary
         if sync:
             _sync(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # safetensors writes 0600
+        temporary.chmod(stat.S_IMODE(mode))  # safetensors writes 0600
         temporary.replace(path)
         if sync:
             _sync(path.parent)

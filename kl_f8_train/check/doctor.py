@@ -326,7 +326,8 @@ def _memory_here(config: Config) -> dict[str, float]:
         return {found.name: found.total_memory - cost.HEADROOM_BYTES}
     if cost.on_gpu(config):
         return {}
-    return {THIS_MACHINE: machine.available_memory() / (config.compute.devices or 1)}
+    copy = scaling.checkpoint_bytes(config)  # of the first process, while a checkpoint is written
+    return {THIS_MACHINE: (machine.available_memory() - copy) / (config.compute.devices or 1)}
 
 
 def check_fits(config: Config, micro: int, share: int, rooms: Mapping[str, float]) -> None:

@@ -14,15 +14,19 @@ from kl_f8_train.output import say
 
 @dataclass
 class Course:
-    """Where the training loop is; the last callback keeps it, the others read it."""
+    """Where the training loop is; the last callback counts, the others read."""
 
     done: int = 0  # iterations that have ended, with their reports and files
     since: float = field(default_factory=time.perf_counter)  # when the loop began to wait for data
+    seconds: float = 0.0  # that the last iteration took
+    at_disk: bool = False  # the loop waits for the disk
+    cannot_save: bool = False  # this rank
+    ends_unsaved: bool = False  # a rank cannot save, and all have agreed to end
 
     def end_iteration(self) -> None:
         """Counts it; from now on the loop waits for data."""
-        self.done += 1
-        self.since = time.perf_counter()
+        now = time.perf_counter()
+        self.done, self.seconds, self.since = self.done + 1, now - self.since, now
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +15,47 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.optim import Adam
 
 from kl_f8_train import config as configs
+from kl_f8_train.core.host_memory import HostMemory
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.core.updates import HostCopy
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.launch import SIGNALS
 from kl_f8_train.output import say
-from kl_f8_train.run.callback import finetuner_of, tolerated
+from kl_f8_train.run.callback import Course, finetuner_of, tolerated
 from kl_f8_train.run.watchdog import end_process, show_stacks
-from kl_f8_train.run_dir import best_checkpoint, best_path, remove_old_checkpoints
+from kl_f8_train.run_dir import (
+    best_checkpoint,
+    best_path,
+    checkpoint_path,
+    remove_old_checkpoints,
+)
 from kl_f8_train.weights import checkpoint
 
 ANSWER = 60.0  # seconds for an iteration to end after a signal; launchers wait 120 (torchrun)
 TICK = 0.5  # seconds
+FAILED = 255  # agreed on as signals are, and before any of them: saving has failed
 
 
 class Checkpoints(Callback):
     """Saves every `checkpoint.every` iterations and at the end, and removes old files.
 
+    Training waits while the state is copied to host memory; a thread of the first rank checks and
+    writes it. The next save waits for that, since it takes the same memory, and so does the end.
     A save that fails is tried again at the next turn; two failures in a row end the run.
     """
 
-    def __init__(self, run_dir: Path, config: configs.Checkpoint, frozen_sha256: str) -> None:
+    def __init__(
+        self, run_dir: Path, config: configs.Checkpoint, frozen_sha256: str, course: Course
+    ) -> None:
         self.run_dir, self.config, self.frozen = run_dir, config, frozen_sha256
-        self.saved: tuple[int, int] | None = None
-        self.failures = 0
+        self.course = course
+        self.memory = HostMemory()
+        self.snapshot: checkpoint.Snapshot | None = None  # the last one
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: list[Future[None]] = []  # in the thread, in this order
+        self.saved: tuple[int, int] | None = None  # counters of what is on the disk
+        self.failures = 0  # in a row
+        self.failure = ""  # the last one
         self.mark = 0.0  # end of the last save, or the start
         self.warned = False  # that saving takes long
 
@@ -45,77 +63,135 @@ class Checkpoints(Callback):
         """Starts the first interval."""
         self.mark = time.perf_counter()
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Gets the memory for copies, once loaders have been forked: they would share its pages."""
+        if batch_idx == 0 and trainer.is_global_zero:
+            size = checkpoint.snapshot_bytes(finetuner_of(pl_module), _adams(trainer))
+            pinned = pl_module.device.type == "cuda"
+            self.writing.append(self.thread.submit(self.memory.reserve, size, pinned))
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Saves when it is time."""
+        """Saves when it is time; ends the run when saving has failed twice, on all ranks."""
+        if self.course.ends_unsaved:
+            raise RunFailedError(trainer.strategy.broadcast(self.failure))
+        self._look(wait=False)
         done = finetuner_of(pl_module).warmup_done or finetuner_of(pl_module).iteration
         if done % self.config.every == 0:
-            self.save(trainer, pl_module)
+            finetuner_of(pl_module).guard.judge()
+            if trainer.is_global_zero:
+                began = time.perf_counter()
+                self._save(trainer, finetuner_of(pl_module))
+                self._judge_pause(began)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the last state; here a failure is final."""
-        self.save(trainer, pl_module, final=True)
-
-    def save(self, trainer: Trainer, pl_module: LightningModule, final: bool = False) -> None:
-        """Writes a checkpoint of the current iteration, on the first rank."""
+        """Saves the last state, if it is not; here a failure is final."""
         finetuner = finetuner_of(pl_module)
-        now = (finetuner.iteration, finetuner.warmup_left)
-        if self.saved == now:
-            return
         finetuner.guard.judge()
-        failure: str | None = None
-        began = time.perf_counter()
+        failure = None
         if trainer.is_global_zero:
-            try:
-                optimizers = [o for o in trainer.optimizers if isinstance(o, Adam)]
-                path = checkpoint.save(finetuner, optimizers, self.run_dir, self.frozen)
-            except (RunFailedError, OSError) as error:
-                failure = str(error)
-            else:
-                with tolerated("an old checkpoint could not be removed"):
-                    keep = self.config
-                    remove_old_checkpoints(path, keep.keep_last, keep.keep_every)
-        failure = trainer.strategy.broadcast(failure)  # all ranks go on, or stop, together
-        if failure is None:
-            self.saved, self.failures = now, 0
-            self._judge_pause(began, trainer.is_global_zero and not final)
-            return
-        self.failures += 1
-        if final or self.failures > 1:
+            self._look(wait=True)
+            if self.saved != counters(finetuner):
+                self._save(trainer, finetuner)
+                self._look(wait=True)
+            if self.saved != counters(finetuner):
+                failure = self.failure
+        self.thread.shutdown()
+        failure = trainer.strategy.broadcast(failure)  # all ranks end alike
+        if failure is not None:
             raise RunFailedError(failure)
-        if trainer.is_global_zero:
-            say(f"{failure}\n  training goes on; the next checkpoint tries again")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
+        """What is being saved is written to its end."""
+        self.thread.shutdown()
+        faults: list[object] = [future.exception() for future in self.writing]
+        for fault in faults + [self.failure] * (self.failures > 1):
+            if fault is not None and str(fault) != str(exception):
+                say(f"and a checkpoint could not be saved: {fault}")
 
     def save_best(self, trainer: Trainer, finetuner: Finetuner) -> None:
         """Writes the best checkpoint so far, and then removes the one before; first rank only.
 
         A failure, of a full disk say, is logged: the regular checkpoints matter more.
         """
+        snapshot = self._copy(trainer, finetuner)
+        path = best_path(self.run_dir, finetuner.iteration)
+        self.writing.append(self.thread.submit(self._write_best, snapshot, path))
+
+    def _save(self, trainer: Trainer, finetuner: Finetuner) -> None:
+        snapshot = self._copy(trainer, finetuner)
+        path = checkpoint_path(self.run_dir, finetuner.iteration, finetuner.warmup_done)
+        if not self.course.cannot_save:
+            self.writing.append(self.thread.submit(self._write, snapshot, path))
+
+    def _copy(self, trainer: Trainer, finetuner: Finetuner) -> checkpoint.Snapshot:
+        """The state as it is; what was copied before is written first."""
+        if self.snapshot is None or self.snapshot.counters != counters(finetuner):
+            self._look(wait=True)
+            adams = _adams(trainer)
+            self.snapshot = checkpoint.snapshot(finetuner, adams, self.frozen, self.memory)
+        return self.snapshot
+
+    def _look(self, wait: bool) -> None:
+        """Raises what went wrong in the thread unforeseen; with `wait`, once all is written."""
+        self.course.at_disk = wait
+        try:
+            while self.writing and (wait or self.writing[0].done()):
+                self.writing.pop(0).result()
+        finally:
+            self.course.at_disk = False
+        self.course.cannot_save = self.failures > 1
+
+    def _write(self, snapshot: checkpoint.Snapshot, path: Path) -> None:
+        """In the thread."""
+        try:
+            checkpoint.write(snapshot, path)
+        except (RunFailedError, OSError) as error:
+            self.failures, self.failure = self.failures + 1, str(error)
+            if self.failures == 1:
+                say(f"{error}\n  training goes on; the next checkpoint tries again")
+            return
+        self.saved, self.failures = snapshot.counters, 0
+        with tolerated("an old checkpoint could not be removed"):
+            remove_old_checkpoints(path, self.config.keep_last, self.config.keep_every)
+
+    def _write_best(self, snapshot: checkpoint.Snapshot, path: Path) -> None:
+        """In the thread."""
         with tolerated("the best checkpoint could not be written"):
             before = best_checkpoint(self.run_dir)
-            optimizers = [o for o in trainer.optimizers if isinstance(o, Adam)]
-            path = best_path(self.run_dir, finetuner.iteration)
-            checkpoint.save(finetuner, optimizers, self.run_dir, self.frozen, path)
+            checkpoint.write(snapshot, path)
             if before not in (None, path):
                 before.unlink(missing_ok=True)
-            say(
-                f"best validation so far, at iteration {finetuner.iteration:,}: kept as {path.name}"
-            )
+            iteration = snapshot.counters[0]
+            say(f"best validation so far, at iteration {iteration:,}: kept as {path.name}")
 
-    def _judge_pause(self, began: float, aloud: bool) -> None:
-        """Warns once if saving takes more than a second and 5 % of the time between saves."""
+    def _judge_pause(self, began: float) -> None:
+        """Warns once if training waits more than a second and 5 % of the time between saves."""
         pause, interval = time.perf_counter() - began, began - self.mark
         self.mark = time.perf_counter()
-        if aloud and not self.warned and pause > max(1.0, 0.05 * interval):
+        if not self.warned and pause > max(1.0, 0.05 * interval):
             self.warned = True
             say(
-                f"saving took {pause:.1f} s, {100 * pause / interval:.0f} % of the "
-                f"{interval:.0f} s since the last; raise checkpoint.every, or give run_dir a "
-                "faster disk"
+                f"saving took {pause:.1f} s of training, {100 * pause / interval:.0f} % of the "
+                f"{interval:.0f} s since the last, most of them for that to be written; raise "
+                "checkpoint.every, or give run_dir a faster disk"
             )
+
+
+def counters(finetuner: Finetuner) -> tuple[int, int]:
+    """What names a state of a run: iteration, and warm-up left."""
+    return finetuner.iteration, finetuner.warmup_left
+
+
+def _adams(trainer: Trainer) -> list[Adam]:
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Adam)]
 
 
 class Signals(Callback):
     """SIGTERM, SIGINT, SIGUSR1, SIGHUP set a flag; all ranks agree on it after an iteration, stop.
+
+    They agree in the same way that the first rank cannot save.
 
     What they agreed on is read after one iteration more, so that no host waits for its device.
     The last state is then saved by `Checkpoints`. A second SIGINT ends the program at once.
@@ -125,11 +201,9 @@ class Signals(Callback):
     and ends the process if no iteration ends in time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, course: Course) -> None:
+        self.course = course
         self.received = 0
-        self.done = 0  # iterations
-        self.seconds = 0.0  # that the last iteration took, with its reports
-        self.mark = 0.0  # its end, or the start
         self.stopping = False  # the loop has answered
         self._agreed: HostCopy | None = None
         self._before: dict[int, Any] = {}
@@ -164,12 +238,12 @@ class Signals(Callback):
         while (number := os.read(self._heard, 1)[0]) not in SIGNALS:  # others have handlers, too
             if self._restored.is_set():
                 return
-        waited, before = 0.0, self.done
-        while waited < max(ANSWER, 3 * self.seconds):  # for slow iterations
+        course, waited, before = self.course, 0.0, self.course.done
+        while waited < max(ANSWER, 3 * course.seconds):  # for slow iterations
             if self._restored.wait(TICK) or self.stopping:
                 return
-            waited = waited + TICK if self.done == before else 0.0
-            before = self.done
+            waited = waited + TICK if course.done == before and not course.at_disk else 0.0
+            before = course.done
 
         def report() -> None:
             say(
@@ -186,26 +260,28 @@ class Signals(Callback):
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first iteration begins."""
-        self.mark = time.perf_counter()
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stops all ranks if one of them got a signal."""
-        now = time.perf_counter()
-        self.done, self.seconds, self.mark = self.done + 1, now - self.mark, now
+        mine = FAILED if self.course.cannot_save else self.received
         if trainer.world_size > 1:
-            flag = torch.full((), self.received, device=pl_module.device)  # filled there
+            flag = torch.full((), mine, device=pl_module.device)  # filled there
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             before, self._agreed = self._agreed, HostCopy(flag)
             stop = 0 if before is None else int(before.read())
         else:
-            stop = self.received
+            stop = mine
         if stop:
-            self.received, self.stopping = stop, True
-            trainer.should_stop = True
+            trainer.should_stop = self.stopping = True
+            self._take(stop)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All ranks end with the same code, also if a signal came in the last iteration."""
+        self.stopping = True
         if self._agreed is not None:
-            self.received = int(self._agreed.read())
+            self._take(int(self._agreed.read()))
+
+    def _take(self, agreed: int) -> None:
+        if agreed == FAILED:
+            self.course.ends_unsaved = True
+        else:
+            self.received = agreed

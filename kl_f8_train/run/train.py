@@ -97,7 +97,8 @@ def train(config: Config, allow_changes: bool = False) -> int:
 @with_remedy()
 def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
     _quiet_lightning()
-    signals = Signals()
+    course = Course()
+    signals = Signals(course)
     signals.install()
     try:
         finetuner, frozen = start_or_resume(config, run_dir, allow_changes)
@@ -107,9 +108,9 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
         plan, sources = open_data(config, say_once)
         adopt(finetuner, identity.of_data(sources), f"{run_dir}", allow_changes)
         _describe(config, finetuner, plan, sources)
-        start, course = finetuner.iteration, Course()
+        start = finetuner.iteration
         run_log = RunLog(run_dir, config, start, plan, course)
-        saving = Checkpoints(run_dir, config.checkpoint, frozen)
+        saving = Checkpoints(run_dir, config.checkpoint, frozen, course)
         validation = Validation(
             run_dir,
             config,

@@ -95,10 +95,8 @@ def evaluate_latents(
     check_writable(out)
     with evaluate.exact_float32():
         device = evaluate.own_device(device)
-        say_aloud(
-            f"{counted(len(candidates), 'model', 's')}, {counted(len(latents), 'latent', 's')}"
-        )
-        for line in saved_latents.describe(latents, scales):
+        counts = f"{counted(len(vaes), 'model', 's')}, {counted(len(latents), 'latent', 's')}"
+        for line in (counts, *saved_latents.describe(latents, scales)):
             say_aloud(line)
         networks = _networks(perceptual_name, vgg, inception, device, bool(photographs), vaes)
         for vae in candidates:

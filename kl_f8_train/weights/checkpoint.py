@@ -4,6 +4,7 @@ Nothing random is in it: images, crops and noise follow from the seed and the it
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from kl_f8_train import facts
 from kl_f8_train.config import Config
 from kl_f8_train.core.ema import module_names
 from kl_f8_train.core.hashes import frozen_sha256, tensors_sha256
+from kl_f8_train.core.host_memory import ALIGNMENT, Copies, HostMemory, room
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import Facts
@@ -26,6 +28,15 @@ FORMAT = "kl_f8_train.checkpoint.1"
 OPTIMIZERS = ("decoder", "discriminator")
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run after an iteration, in host memory of its own."""
+
+    copies: Copies
+    metadata: dict[str, str]  # all but the tensors' hashes
+    counters: tuple[int, int]  # iteration, warm-up left
+
+
 def save(
     finetuner: Finetuner,
     optimizers: list[Adam],
@@ -33,24 +44,40 @@ def save(
     frozen: str,
     path: Path | None = None,
 ) -> Path:
-    """Writes a checkpoint atomically, if all is finite and the frozen part is the imported one.
+    """Writes a checkpoint of the state as it is, and returns its path; raises as `write` does.
 
     It goes to the run's regular place for this iteration, or to `path`.
+    """
+    path = path or checkpoint_path(run_dir, finetuner.iteration, finetuner.warmup_done)
+    return write(snapshot(finetuner, optimizers, frozen, HostMemory()), path)
+
+
+def write(state: Snapshot, path: Path) -> Path:
+    """Writes a checkpoint atomically, if all is finite and the frozen part is the imported one.
 
     Raises RunFailedError if not, or if the file cannot be written.
     """
-    now = frozen_sha256(finetuner.autoencoder.state_dict())
+    tensors, frozen = state.copies.tensors(), state.metadata["frozen_sha256"]
+    parts = ((name.partition("."), tensor) for name, tensor in tensors.items())
+    now = frozen_sha256({key: tensor for (part, _, key), tensor in parts if part == "autoencoder"})
     if now != frozen:
         raise RunFailedError(
             f"the frozen encoder changed during training (SHA-256 {now[:12]}, imported "
             f"{frozen[:12]}); no checkpoint was written, the last one is untouched"
         )
+    _check_finite(tensors)
+    weight_file.write_plain(path, tensors, {**state.metadata, **content_sha256(tensors)})
+    return path
+
+
+def snapshot(
+    finetuner: Finetuner, optimizers: list[Adam], frozen: str, memory: HostMemory
+) -> Snapshot:
+    """Copies the state to `memory`, over the snapshot before; the networks may change at once."""
     run = finetuner.run_state
     tensors = dict(finetuner.state_dict())
     for name, optimizer in zip(OPTIMIZERS, optimizers, strict=False):
         tensors |= _optimizer_tensors(name, optimizer, finetuner)
-    _check_finite(tensors)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "format": "pt",
         "kl_f8_train.format": FORMAT,
@@ -63,12 +90,17 @@ def save(
         **run.facts.metadata(),
         "changes": "\n".join(run.changes),
         "identity": json.dumps(run.identity),
-        **content_sha256(tensors),
         "config": json.dumps(configs.to_dict(finetuner.config)),
     }
-    path = path or checkpoint_path(run_dir, finetuner.iteration, finetuner.warmup_done)
-    weight_file.write_safetensors(path, tensors, metadata)
-    return path
+    return Snapshot(memory.copy(tensors), metadata, (run.iteration, run.warmup_left))
+
+
+def snapshot_bytes(finetuner: Finetuner, optimizers: list[Adam]) -> int:
+    """Host memory for a snapshot, at most; of the optimizers also what they will have."""
+    groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
+    moved = [parameter for group in groups for parameter in group]
+    held = sum(room(tensor) for tensor in finetuner.state_dict().values())
+    return held + sum(2 * room(parameter) + ALIGNMENT for parameter in moved)  # moments and step
 
 
 def stored_config(contents: weight_file.Contents) -> Config:

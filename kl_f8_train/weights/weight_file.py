@@ -482,9 +482,14 @@ def write_safetensors(
         if value.untyped_storage().data_ptr() in seen:
             plain[key] = value.clone()  # safetensors refuses tensors that share memory
         seen.add(value.untyped_storage().data_ptr())
+    write_plain(path, plain, metadata)
+
+
+def write_plain(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes contiguous tensors on the host that do not overlap, and metadata, atomically."""
     with atomic_path(path) as temporary:
         try:
-            save_file(plain, temporary, metadata={"format": "pt", **metadata})
+            save_file(tensors, temporary, metadata={"format": "pt", **metadata})
         except SafetensorError as error:
             raise OSError(str(error)) from error
 

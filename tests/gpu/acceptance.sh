@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Whether this program works on your GPUs: 10 minutes, on 1 to 8 GPUs of one machine.
+#
+#   pip install -e ".[test]"                       # once, in the checkout
+#   bash tests/gpu/acceptance.sh [FOLDER]          # logs, and table.md: the file to send
+#   DEVICE=cpu bash tests/gpu/acceptance.sh        # without a GPU: a rehearsal of what can be
+#
+# Needs no weights and no images: both are made. No check stops the others. Exit code: 1 if one
+# failed, 2 if nothing could be checked, else 0.
+#
+# Edit, or give in front:
+#   DEADLINE=600    seconds; a step that cannot end before is skipped
+#   GPUS=2          how many to use; all, but at most 8, if not given
+#   PYTHON=python3  with torch and the package
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+exec "${PYTHON:-python3}" "$here/acceptance.py" "$@"

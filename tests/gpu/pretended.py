@@ -1,0 +1,195 @@
+"""A pretended GPU for the CUDA path where there is none: `build` it here, `install` it there.
+
+    python tests/gpu/pretended.py COMMAND ...     # a command that sees it
+
+torch's dispatcher, allocator and autograd, inductor, Triton and ptxas are the real ones, so
+kernels, memory, host waits and graph breaks are true. Kernels do nothing, so values and times are
+not; memory lacks the workspaces of cuDNN and cuBLAS.
+"""
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("pretended.c")
+LIBRARY = "libcuda.so.1"  # the driver's name, by which Triton finds it
+COUNTS = ("torch", "triton", "library calls", "copies to the card", "copies to the host", "waits")
+CALL = re.compile(r"cublas.*([Gg]emm|LtMatmul$|gemv)|cudnnBatchNormalization(For|Back)ward")
+REAL = re.compile(r"cudnnGet(Version|CudartVersion|ErrorString|Property)")
+_library = torch.library.Library("aten", "IMPL")
+_convolutions: Counter[str] = Counter()
+
+
+# --- in the process that has no GPU -----------------------------------------------------------
+
+
+def missing() -> str | None:
+    """What this machine lacks to pretend; None if nothing."""
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} is a build for CPUs, without the CUDA path"
+    if _headers() is None:
+        return "CUDA's headers, which Triton brings, are not installed"
+    absent = [name for name in ("gcc", "nm") if shutil.which(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else None
+
+
+def build(folder: Path) -> None:
+    """Compiles the library into `folder`."""
+    (folder / "rest.c").write_text(_functions_that_return_0(SOURCE.read_text()))
+    library = folder / LIBRARY
+    command = ["gcc", "-O1", "-w", "-shared", "-fPIC", f"-Wl,-soname,{LIBRARY}"]
+    command += [
+        f"-I{_headers()}",
+        "-o",
+        str(library),
+        str(SOURCE),
+        str(folder / "rest.c"),
+        "-ldl",
+        "-lpthread",
+    ]
+    subprocess.run(command, check=True)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What a process needs in its environment to see the GPU of `folder`."""
+    return {
+        "LD_PRELOAD": str(folder / LIBRARY),
+        "TRITON_LIBCUDA_PATH": str(folder),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "0",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _headers() -> Path | None:
+    found = importlib.util.find_spec("triton")
+    folders = list(found.submodule_search_locations or []) if found else []
+    paths = [Path(folder) / "backends/nvidia/include" for folder in folders]
+    return next((path for path in paths if (path / "cuda_runtime_api.h").is_file()), None)
+
+
+def _functions_that_return_0(source: str) -> str:
+    """Whatever else torch wants of cudart, cuBLAS and cuDNN, and Triton may want of the driver."""
+    libraries = sorted(Path(torch.__file__).parent.glob("lib/lib*.so"))
+    command = ["nm", "--dynamic", "--undefined-only", "--format=just-symbols"]
+    listed = subprocess.run([*command, *libraries], capture_output=True, text=True, check=True)
+    wanted = {name.split("@")[0] for name in listed.stdout.split()}
+    names = {name for name in wanted if re.match(r"cuda[A-Z]|cublas|cudnn", name)}
+    names = {name for name in names if not REAL.match(name)}
+    headers = _headers()
+    assert headers is not None
+    driver = re.findall(r"CUDAAPI (cu\w+)\(", (headers / "cuda.h").read_text())
+    names |= {f"{name}{version}" for name in driver for version in ("", "_v2")}
+    lines = ["#define REST(name, value) __attribute__((weak)) int name(void) { return value; }"]
+    lines.append("int pretended_call(void);")
+    for name in sorted(names):
+        if not re.search(rf"\b{name}\(", source):
+            lines.append(f"REST({name}, {'pretended_call()' if CALL.match(name) else 0})")
+    return "\n".join(lines) + "\n"
+
+
+# --- in the process that has the pretended one ------------------------------------------------
+
+
+def is_here() -> bool:
+    """Whether this process sees it."""
+    return LIBRARY in os.environ.get("LD_PRELOAD", "")
+
+
+def install() -> None:
+    """Convolutions that return what cuDNN's would, uncomputed."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # else small networks' attention is cuDNN's, too
+    _library.impl("convolution", _convolution, "CUDA")
+    _library.impl("convolution_backward", _convolution_backward, "CUDA")
+
+
+def counts() -> Counter[str]:
+    """What has happened so far in this process."""
+    found = (ctypes.c_ulong * len(COUNTS))()
+    ctypes.CDLL(os.environ["LD_PRELOAD"]).pretended_counts(found)
+    return Counter(dict(zip(COUNTS, found, strict=True))) + _convolutions
+
+
+def kernels(counted: Counter[str]) -> int:
+    """Of all kinds."""
+    kinds = ("torch", "triton", "library calls", "convolutions")
+    return sum(counted[kind] for kind in kinds)
+
+
+def _layout(*tensors: Tensor) -> torch.memory_format:
+    """NHWC if one of them is, as in cuDNN."""
+    nhwc = torch.channels_last
+    is_nhwc = any(t.is_contiguous(memory_format=nhwc) and not t.is_contiguous() for t in tensors)
+    return nhwc if is_nhwc else torch.contiguous_format
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    layout = _layout(x, weight)
+    x, weight = (t.contiguous(memory_format=layout) for t in (x, weight))
+    sides = [
+        (side + 2 * p - d * (k - 1) - 1) // s + 1
+        for side, k, s, p, d in zip(
+            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    ]
+    shape = (len(x), len(weight), *sides)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    _convolutions["convolutions"] += 1
+    return out if bias is None else out.add_(bias.view(1, -1, 1, 1))
+
+
+def _convolution_backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    layout = _layout(x, weight)
+    gradient, x, weight = (t.contiguous(memory_format=layout) for t in (gradient, x, weight))
+    of_x = torch.empty_like(x, memory_format=layout) if mask[0] else None
+    of_weight = torch.empty_like(weight, memory_format=layout) if mask[1] else None
+    _convolutions["convolutions"] += mask[0] + mask[1]
+    return of_x, of_weight, gradient.sum((0, 2, 3)) if mask[2] else None
+
+
+def main() -> int:
+    """Runs a command."""
+    with tempfile.TemporaryDirectory() as folder:
+        build(Path(folder))
+        given = os.environ | environment(Path(folder))
+        return subprocess.run(sys.argv[1:], env=given).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(missing() or main())

@@ -1,0 +1,69 @@
+"""What an iteration does on the pretended GPU: kernels, memory, host waits, graphs.
+
+    python tests/gpu/pretended.py python tests/gpu/step_counts.py ft_ema compute.compile=false
+
+Prints one JSON object on stdout.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pretended
+import torch
+
+from kl_f8_train import config as configs
+from kl_f8_train.check import benchmark, cost
+from kl_f8_train.core import machine
+
+WARM_UP = 2
+
+
+def count(recipe: str, overrides: list[str]) -> dict[str, object]:
+    """Counts the third iteration of one micro-batch, with random weights and images."""
+    pretended.install()
+    config = configs.load_without_inputs(configs.find_recipe(recipe), overrides)
+    device = torch.device("cuda:0")
+    size = benchmark.batch_size(config, device)
+    finetuner = benchmark.build_finetuner(config, [])
+    run = benchmark.iteration_of(finetuner, device)
+    batch = next(benchmark.open_batches(config, size, [])).to(device)
+    for _ in range(WARM_UP):
+        run(batch)
+    graphs = machine.compiled_graphs()
+    benchmark.reset_peak(device)
+    before = pretended.counts()
+    run(batch)
+    done = pretended.counts() - before
+    return {
+        "kernels": pretended.kernels(done),
+        **done,
+        "peak bytes": benchmark.peak_memory(device),
+        "computed bytes": cost.peak_bytes(config, size),
+        "host waits": benchmark.synchronizations(run, batch, device),
+        "graphs": graphs,
+        "graph breaks": benchmark.graph_breaks(),
+        "recompiles": machine.compiled_graphs() - graphs,
+    }
+
+
+def count_apart(folder: Path, recipe: str, *overrides: str) -> dict[str, object]:
+    """The same in a process of its own, from one that has no GPU; the library is in `folder`."""
+    environment = pretended.environment(folder)
+    command = [sys.executable, __file__, recipe, *overrides]
+    ended = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+def main() -> None:
+    """Counts here."""
+    recipe, *overrides = sys.argv[1:]
+    print(json.dumps(count(recipe, overrides), indent=1), flush=True)
+    os._exit(0)  # torch's threads would end with an error where kernels take no time
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The acceptance run's runner: limits, deadline, table, exit codes; its steps are shell scripts."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import acceptance
+import pytest
+from acceptance import Line, Step
+
+HERE = Path(__file__).parent
+
+
+def step(name, script, seconds=60.0):
+    return Step(name, seconds, ["sh", "-c", script])
+
+
+def said(result, what="a check", seen="1 ms"):
+    """A shell's command that writes a line."""
+    return rf"printf '{result}\t{what}\t{seen}\n' >> $ACCEPTANCE_LINES"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(*steps, deadline=...) -> their lines."""
+    (tmp_path / "logs").mkdir()
+    return lambda *steps, deadline=100.0: acceptance.run_all(list(steps), tmp_path, deadline)
+
+
+def test_lines_of_a_step_are_taken_over_and_its_output_is_kept(run, tmp_path):
+    lines = run(step("one", f"echo out; echo err >&2; {said('PASS')}; {said('NOTE', 'more')}"))
+    assert lines == [Line("one", "PASS", "a check", "1 ms"), Line("one", "NOTE", "more", "1 ms")]
+    assert (tmp_path / "logs/one.log").read_text() == "out\nerr\n"
+
+
+def test_a_bad_step_does_not_stop_the_others(run):
+    steps = (
+        step("missing", "no-such-program"),
+        step("silent", "true"),
+        step("odd", "echo what >> $ACCEPTANCE_LINES"),
+        step("killed", f"{said('PASS')}; kill -9 $$"),
+        step("known", f"{said('FAIL')}; exit 1"),
+        step("good", said("PASS")),
+    )
+    lines = run(*steps)
+    assert [(line.step, line.result) for line in lines] == [
+        ("missing", "FAIL"),
+        ("silent", "FAIL"),
+        ("odd", "FAIL"),
+        ("killed", "PASS"),
+        ("killed", "FAIL"),
+        ("known", "FAIL"),  # once: the exit code says the same
+        ("good", "PASS"),
+    ]
+    assert "exit code 127" in lines[0].seen
+    assert "no result" in lines[1].seen
+
+
+def test_a_program_that_cannot_be_started_is_a_failure(run):
+    lines = run(Step("none", 10.0, ["/no/such/program"]), step("good", said("PASS")))
+    assert [line.result for line in lines] == ["FAIL", "PASS"]
+
+
+def test_a_step_beyond_its_limit_is_ended_with_its_children(run, tmp_path):
+    script = f"{said('PASS')}; sleep 300 & echo $! > {tmp_path}/pid; wait"
+    began = time.monotonic()
+    lines = run(step("slow", script, seconds=1.0), step("next", said("PASS")))
+    assert time.monotonic() - began < 60
+    assert [(line.step, line.result) for line in lines] == [
+        ("slow", "PASS"),
+        ("slow", "FAIL"),
+        ("next", "PASS"),
+    ]
+    assert "not done after" in lines[1].seen
+    pid = int((tmp_path / "pid").read_text())
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_a_step_is_skipped_past_the_deadline_and_cut_off_at_it(run):
+    lines = run(
+        step("cut", f"{said('PASS')}; exec sleep 300", seconds=4.0),
+        step("late", said("PASS"), seconds=60.0),
+        deadline=2.0,
+    )
+    assert [(line.step, line.result) for line in lines] == [
+        ("cut", "PASS"),
+        ("cut", "SKIP"),
+        ("late", "SKIP"),
+    ]
+    assert "no time left" in lines[1].seen
+    assert lines[2].seen == "no time left of 2 s"
+
+
+def test_table_counts_and_lists():
+    lines = [Line("one", "PASS", "a|b", "1 ms"), Line("two", "SKIP", "all of it", "no GPU")]
+    text = acceptance.table(lines, ["- 8 x H100"])
+    assert text.startswith("- 8 x H100\n\n1 PASS, 0 FAIL, 1 SKIP, 0 NOTE\n")
+    assert "| PASS | one | a/b | 1 ms |" in text
+    assert len({row.count("|") for row in text.splitlines() if row.startswith("|")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("scripts", "code"),
+    [(["PASS", "SKIP"], 0), (["PASS", "FAIL"], 1), (["SKIP"], 2), (["NOTE"], 2)],
+)
+def test_exit_code(tmp_path, monkeypatch, scripts, code):
+    steps = [step(f"step {n}", said(result)) for n, result in enumerate(scripts)]
+    monkeypatch.setattr(sys, "argv", ["acceptance.py", str(tmp_path / "out")])
+    monkeypatch.setattr(os, "environ", dict(os.environ, DEVICE="cpu"))
+    monkeypatch.setattr(acceptance, "describe_machine", lambda folder: ["- here"])
+    monkeypatch.setattr(acceptance, "our_steps", lambda folder: steps)
+    assert acceptance.main() == code
+    assert f"{scripts.count('PASS')} PASS" in (tmp_path / "out/table.md").read_text()
+
+
+def test_every_file_of_checks_is_a_step():
+    files = {path.stem.removeprefix("test_gpu_") for path in HERE.glob("test_gpu_*.py")}
+    assert files == set(acceptance.FILES)
+
+
+@pytest.mark.slow
+def test_rehearsal_of_one_step_from_the_shell(tmp_path):
+    """As a user runs it, on the CPU: what needs a GPU is skipped, with the reason."""
+    steps = tmp_path / "steps.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    names = ("test_gpu_machine.py", "test_gpu_waits.py")
+    command += [str(HERE / name) for name in names]
+    steps.write_text(json.dumps([["both", 300, command]]))
+    outside = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    ended = subprocess.run(
+        ["bash", str(HERE / "acceptance.sh"), str(tmp_path / "out"), str(steps)],
+        env={**outside, "DEVICE": "cpu", "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| PASS | both | shared memory holds the loaders batches |" in table
+    assert "| SKIP | both | no wait in an iteration[1-ft ema] | needs a GPU" in table

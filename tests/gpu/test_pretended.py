@@ -1,0 +1,65 @@
+"""What an iteration does on a GPU, counted on a pretended one (pretended.py): limits that hold.
+
+Kernels, memory and host waits are the GPU path's own. No times, no values.
+"""
+
+import pretended
+import pytest
+import torch
+from step_counts import count_apart
+from torch.torch_version import TorchVersion
+
+pytestmark = pytest.mark.slow
+GIB = 2**30
+TRIED = "2.14"  # older releases call other functions of CUDA
+TINY = (
+    *("model.ch=32", "model.ch_mult=[1,1]", "model.num_res_blocks=1", "data.crop=64"),
+    *("adversarial.ndf=16", "adversarial.n_layers=2", "compute.per_device_batch=2"),
+    *("loss.perceptual=st_lpips_alex", "loss.allow_stand_in=true"),
+)
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory):
+    """A folder with the library."""
+    if lacking := pretended.missing():
+        pytest.skip(lacking)
+    if TorchVersion(torch.__version__) < TRIED:
+        pytest.skip(f"torch {torch.__version__}: written for {TRIED} and newer")
+    folder = tmp_path_factory.mktemp("gpu")
+    pretended.build(folder)
+    return folder
+
+
+# Kernels: 2,403 and 2,127 were counted.
+@pytest.mark.parametrize(("recipe", "kernels"), [("ft_ema", 2500), ("ft_mse", 2220)])
+def test_uncompiled_iteration(gpu, recipe, kernels):
+    """12 images of 256 px, as by default."""
+    found = count_apart(gpu, recipe, "compute.compile=false")
+    assert found["kernels"] <= kernels
+    assert 0.9 < found["peak bytes"] / found["computed bytes"] < 1.1
+    assert found["peak bytes"] < 9 * GIB
+    assert found["host waits"] == 0
+    assert found["waits"] == 1  # for the verdict on the iteration before
+
+
+def test_compiled_iteration(gpu):
+    """By inductor and Triton for this GPU, with the options that only CUDA has. A tiny network."""
+    plain, compiled = (
+        count_apart(gpu, "ft_ema", *TINY, f"compute.compile={switch}")
+        for switch in ("false", "true")
+    )
+    assert plain["graphs"] == 0
+    assert compiled["graphs"] >= 8  # encoder, two levels, middle, norm, discriminator, perceptual
+    assert (compiled["graph breaks"], compiled["recompiles"]) == (0, 0)
+    assert (compiled["host waits"], compiled["waits"]) == (0, 1)
+    assert compiled["triton"] > 100
+    assert compiled["kernels"] < 0.6 * plain["kernels"]  # 673 and 1,521 were counted
+    assert compiled["peak bytes"] < plain["peak bytes"]
+
+
+def test_deterministic_kernels_exist(gpu):
+    """For every operation of ft_ema's iteration, or torch would name the one that has none."""
+    switches = "compute.deterministic=true", "compute.compile=false"
+    small = "data.crop=64", "compute.per_device_batch=2", "model.ch=32"
+    assert count_apart(gpu, "ft_ema", *small, *switches)["kernels"] > 1000
