@@ -208,13 +208,10 @@ _COUNTED: dict[str, Counts] = {}  # by what they depend on
 AHEAD = " ahead"  # what is decoded for the adaptive weight before the micro-batches
 
 
-def counts(
-    config: Config, batch: int, images: int | None = None, group: int | None = None
-) -> Counts:
+def counts(config: Config, batch: int, images: int | None = None) -> Counts:
     """Counts an iteration of `images` in micro-batches of `batch`, recomputation included.
 
-    By default in one micro-batch. The discriminator sees `group` of them at a time, or as many as
-    it would.
+    By default in one micro-batch.
     """
     images = images or batch
     fuse = compiles(config)
@@ -228,21 +225,18 @@ def counts(
     adversarial = config.adversarial and replace(config.adversarial, start_iteration=0)
     config = replace(config, compute=compute, adversarial=adversarial)
     parts = (config.model, config.data.crop, config.loss, adversarial, compute, config.precision)
-    key = repr((*parts, config.second_forward, len(config.ema.decays), batch, images, group, fuse))
+    key = repr((*parts, config.second_forward, len(config.ema.decays), batch, images, fuse))
     if key not in _COUNTED:
-        _COUNTED[key] = _count(config, images, group, fuse)
+        _COUNTED[key] = _count(config, images, fuse)
     return _COUNTED[key]
 
 
-def _count(config: Config, images: int, group: int | None, fuse: bool) -> Counts:
+def _count(config: Config, images: int, fuse: bool) -> Counts:
     with torch.device("meta"), CostCounter(fuse) as counter:
         finetuner = _finetuner(config)
         moments = [torch.empty(2, _parameters(m)) for m in (finetuner.ema, finetuner.discriminator)]
         for adam in finetuner.adams:  # its kernel does not know the meta device
             adam.step = lambda closure=None: None  # type: ignore[method-assign]
-        if group is not None:
-            groups = [slice(start, start + group) for start in range(0, images, group)]
-            finetuner.adversary.groups = lambda count: groups[: -(-count // group)]  # type: ignore[method-assign]
         side, latents = config.data.crop, latent_side(config)
         pixels = torch.empty(images, 3, side, side, dtype=torch.uint8)
         noise = torch.empty(2, images, config.model.embed_dim, latents, latents)
@@ -347,7 +341,7 @@ def work(config: Config, accumulating: bool = False) -> Work:
 def _counts_for_work(config: Config, accumulating: bool) -> Counts:
     batch = MORE * config.compute.perceptual_parts
     if accumulating:
-        return counts(config, batch, 2 * batch, min(2 * batch, adversary.GROUP))
+        return counts(config, batch, 2 * batch)
     return counts(config, batch)
 
 
@@ -407,10 +401,9 @@ def peak_bytes(config: Config, batch: int, share: int | None = None) -> float:
         return max(below[phase] + (batch - few) * slope for phase, slope in slopes.items())
     if share <= 2 * more:
         return max(_peaks(counts(config, batch, share)).values())
-    group = configs.divisor_up_to(share, adversary.GROUP) if config.adversarial else None
-    images = 2 * max(more, group or 0)
+    images = 2 * max(more, adversary.GROUP)
     below, above, longer = (
-        _peaks(counts(config, size, count, group))
+        _peaks(counts(config, size, count))
         for size, count in ((few, images), (more, images), (more, images + more))
     )
     return max(
