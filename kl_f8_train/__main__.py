@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kl-f8-train",
         description="Finetunes the decoder of Stable Diffusion's kl-f8 autoencoder.",
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=16),
     )
     parser.add_argument("--version", action="version", version=__version__)
     shared = argparse.ArgumentParser(add_help=False)
@@ -713,7 +714,8 @@ def _progress_line(unit: str, began: float, due: list[float], done: int, total: 
     if passed < due[0] and done < total:
         return
     due[0] = max(5.0, min(2 * passed, passed + 300))
-    left = f", {duration(passed / done * (total - done))} left" if 0 < done < total else ""
+    fair = total <= 20 * done < 20 * total  # the first items take longer than the others
+    left = f", {duration(passed / done * (total - done))} left" if fair else ""
     say(f"{done:,} of {counted(total, unit, 's')}, {duration(passed)}{left}", aside=True)
 
 

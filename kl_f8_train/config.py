@@ -71,13 +71,13 @@ class Init:
         machine=True,
     )
     select: Literal["ema", "raw"] = setting(
-        "which weights, of a file that holds an EMA beside the raw ones", "ema"
+        "which weights, of a file that holds an EMA beside the raw ones", "ema", usual="ema"
     )
     prefix: str | None = setting(
         "what stands before the autoencoder's names, in a file with several", None, machine=True
     )
     discriminator: Literal["file", "new"] = setting(
-        "the file's discriminator, or a new one, which warms up", "file", machine=True
+        "the file's discriminator, or a new one, which warms up", "file", machine=True, usual="file"
     )
 
 
@@ -127,15 +127,32 @@ class Loss:
         usual="1 with `l1`; 0.1 with `mse`",
     )
     l1_weight: float | None = setting(
-        "weight of |x - y|; null: 1 if loss.pixel is l1, else 0", None, bounds=(0, ANY)
+        "weight of |x - y|; null: 1 if loss.pixel is l1, else 0",
+        None,
+        bounds=(0, ANY),
+        usual="null; both, to mix the two terms",
     )
     mse_weight: float | None = setting(
-        "weight of (x - y)^2; null: 1 if loss.pixel is mse, else 0", None, bounds=(0, ANY)
+        "weight of (x - y)^2; null: 1 if loss.pixel is mse, else 0",
+        None,
+        bounds=(0, ANY),
+        usual="null; both, to mix the two terms",
     )
     gradient_weight: float = setting(
-        "weight of |Sobel(x - y)|, rows and columns; 0: none", 0.0, bounds=(0, ANY)
+        "weight of |Sobel(x - y)|, rows and columns; 0: none",
+        0.0,
+        bounds=(0, ANY),
+        usual="0; 0.1 to 1 for edges",
     )
-    learn_logvar: bool = setting("train the loss's log variance (the original's stays 0)", False)
+    learn_logvar: bool = setting(
+        "train the loss's log variance (the original's stays 0)", False, usual="false"
+    )
+    perceptual_precision: Literal["float32", "bfloat16"] = setting(
+        "of the perceptual network's convolutions in training; its lengths and distances stay "
+        "float32, and so does validation",
+        "float32",
+        usual="float32",
+    )
     perceptual_weights: str | None = setting(
         "VGG16 features file; null: where `kl-f8-train fetch` put it", None, machine=True
     )
@@ -182,9 +199,15 @@ class Adversarial:
     max_weight: float = setting(
         "upper clamp of the adaptive weight", 1e4, bounds=(ABOVE_0, ANY), usual="10,000"
     )
-    sync_batchnorm: bool = setting("batch statistics over all GPUs (the original: per GPU)", False)
-    per_gpu_weight: bool = setting("adaptive weight per GPU as in the original", False)
-    run_before_start: bool = setting("run the discriminator before start, as the original", False)
+    sync_batchnorm: bool = setting(
+        "batch statistics over all GPUs (the original: per GPU)", False, usual="false"
+    )
+    per_gpu_weight: bool = setting(
+        "adaptive weight per GPU as in the original", False, usual="false"
+    )
+    run_before_start: bool = setting(
+        "run the discriminator before start, as the original", False, usual="false"
+    )
 
 
 @dataclass(kw_only=True)
@@ -199,17 +222,30 @@ class Optimizer:
     betas: list[float] = setting("Adam's two decays", bounds=(0, BELOW_1), usual="0.5, 0.9")
     eps: float = setting("Adam's epsilon", bounds=(ABOVE_0, ANY), usual="1e-8")
     warmup_iterations: int = setting(
-        "iterations over which the rate rises to its whole; 0: none", 0, bounds=(0, ITERATIONS)
+        "iterations over which the rate rises to its whole; 0: none",
+        0,
+        bounds=(0, ITERATIONS),
+        usual="0; 100 to 1,000",
     )
     decay: Literal["constant", "linear", "cosine"] = setting(
-        "how the rate falls over decay_iterations", "constant"
+        "how the rate falls over decay_iterations",
+        "constant",
+        usual="constant; cosine over the run",
     )
     decay_iterations: int | None = setting(
-        "iterations from the run's start to the final rate", None, bounds=(1, ITERATIONS)
+        "iterations from the run's start to the final rate",
+        None,
+        bounds=(1, ITERATIONS),
+        usual="the run's length",
     )
-    final_learning_rate: float = setting("rate after the decay", 0.0, bounds=(0, ANY))
+    final_learning_rate: float = setting(
+        "rate after the decay", 0.0, bounds=(0, ANY), usual="0 to a tenth of the rate"
+    )
     clip_norm: float | None = setting(
-        "largest norm of a network's gradient; null: not clipped", None, bounds=(ABOVE_0, ANY)
+        "largest norm of a network's gradient; null: not clipped",
+        None,
+        bounds=(ABOVE_0, ANY),
+        usual="null; 2 to 5 times the median of metrics.csv",
     )
 
 
@@ -221,6 +257,7 @@ class Latents:
         "tau: trains on z + u tau std(z) e, u uniform in [0, 1] and e normal, of each image",
         0.0,
         bounds=(0, 10),
+        usual="0; 0.1 to 0.4 for latents that a sampler made",
     )
 
 
@@ -233,7 +270,11 @@ class Ema:
         bounds=(0, BELOW_1),
         usual="0.999 to 0.9999: 1 - 10 / iterations",
     )
-    warmup: bool = setting("decay grows as (1 + n) / (10 + n); forgets the start", False)
+    warmup: bool = setting(
+        "decay grows as (1 + n) / (10 + n); forgets the start",
+        False,
+        usual="false: the average starts from a trained base",
+    )
 
     def __post_init__(self) -> None:
         match self.decay:
@@ -271,15 +312,23 @@ class Data:
         "bicubic resize of the shorter side, in pixels, or a range [a, b] to draw it from; "
         "null: none",
         bounds=(1, PIXELS),
-        usual="1 to 1.5 x `data.crop`",
+        usual="1 to 1.5 x `data.crop`; a range: up to 2.5 x",
     )
     crop: int = setting(
         "random square crop, in pixels; a multiple of 8",
         bounds=(1, PIXELS),
         usual="256; 512 for large images",
     )
-    flip: bool = setting("mirror every other image, at random (the original does not)", False)
-    draft: bool = setting("decode JPEGs at reduced size: faster, slightly other pixels", False)
+    flip: bool = setting(
+        "mirror every other image, at random (the original does not)",
+        False,
+        usual="true for some thousands of images or fewer",
+    )
+    draft: bool = setting(
+        "decode JPEGs at reduced size: faster, slightly other pixels",
+        False,
+        usual="false; true where loaders are too slow",
+    )
     lanes: int = setting("parallel lanes of the plan, at most", 48, bounds=(1, IMAGES), usual="48")
     max_bad_share: float = setting(
         "share of bad images that stops a run; from 1,000 images on exactly",
@@ -287,7 +336,11 @@ class Data:
         bounds=(ABOVE_0, 1),
         usual="0.01 to 0.1",
     )
-    bad_shards: Literal["stop", "skip"] = setting("what a truncated shard does at start", "stop")
+    bad_shards: Literal["stop", "skip"] = setting(
+        "what a truncated shard does at start",
+        "stop",
+        usual="stop; skip for downloads of thousands",
+    )
     workers: int = setting(
         "loader processes per GPU",
         4,
@@ -316,10 +369,18 @@ class Data:
 class Compute:
     """The machine. May change on resume."""
 
-    accelerator: Literal["auto", "cpu", "cuda"] = setting("device kind", "auto", machine=True)
-    devices: int | None = setting("GPUs per node; null: all", None, machine=True, bounds=(1, 1000))
+    accelerator: Literal["auto", "cpu", "cuda"] = setting(
+        "device kind", "auto", machine=True, usual="auto"
+    )
+    devices: int | None = setting(
+        "GPUs per node; null: all", None, machine=True, bounds=(1, 1000), usual="null"
+    )
     num_nodes: int | None = setting(
-        "nodes; null: as torchrun or SLURM says", None, machine=True, bounds=(1, 10_000)
+        "nodes; null: as torchrun or SLURM says",
+        None,
+        machine=True,
+        bounds=(1, 10_000),
+        usual="null",
     )
     per_device_batch: int | None = setting(
         "images per GPU and micro-batch; null: the largest divisor up to 12",
@@ -339,16 +400,19 @@ class Compute:
         "networks and images as NHWC in memory; null: on CUDA, if GroupNorm keeps it",
         None,
         machine=True,
+        usual="null",
     )
     subpixel_upsample: bool = setting(
         "double and convolve in one step: 4/9 of the arithmetic, equal but for rounding",
         True,
         machine=True,
+        usual="true",
     )
     lean_norm: bool = setting(
         "GroupNorm and swish keep their input only for the backward pass; equal but for rounding",
         True,
         machine=True,
+        usual="true",
     )
     perceptual_parts: int = setting(
         "parts of a micro-batch that go through the perceptual network one after another, if it "
@@ -356,6 +420,7 @@ class Compute:
         2,
         machine=True,
         bounds=(1, IMAGES),
+        usual="2; 4 when memory is short",
     )
     checkpoint_levels: int = setting(
         "decoder levels, from full resolution down, whose activations are computed twice "
@@ -369,11 +434,13 @@ class Compute:
         "equal bits in every run on one kind of GPU, or an error that names the operation",
         False,
         machine=True,
+        usual="false; true to compare two runs",
     )
     compile: bool | None = setting(
         "torch.compile the networks; null: on CUDA, with a C compiler and Python.h",
         None,
         machine=True,
+        usual="null",
     )
 
 
@@ -392,14 +459,20 @@ class Log:
         usual="500 to 5,000",
     )
     pictures: str | None = setting(
-        "folder of fixed photographs, held out; null: the first of the data", None, machine=True
+        "folder of fixed photographs, held out; null: the first of the data",
+        None,
+        machine=True,
+        usual="the held-out folder of `split`",
     )
     wandb: Literal["off", "auto", "offline"] = setting(
-        "auto: online, or offline without a network", "off", machine=True
+        "auto: online, or offline without a network",
+        "off",
+        machine=True,
+        usual="auto, where you have an account",
     )
     project: str = setting("wandb project", "kl-f8-train", machine=True)
     tensorboard: bool = setting(
-        "write TensorBoard event files to run_dir/tensorboard", False, machine=True
+        "write TensorBoard event files to run_dir/tensorboard", False, machine=True, usual="false"
     )
 
 
@@ -425,7 +498,10 @@ class Checkpoint:
         usual="5 to 20 in a run",
     )
     keep_best: bool = setting(
-        "keep the checkpoint with the best validation beside the others", False, machine=True
+        "keep the checkpoint with the best validation beside the others",
+        False,
+        machine=True,
+        usual="true with held-out photographs",
     )
 
 
@@ -448,9 +524,14 @@ class Config:
     )
     seed: int = setting("seed of order, crops and noise", 0, bounds=(0, 2**63 - 1), usual="any")
     precision: Literal["float32", "tf32", "bfloat16"] = setting(
-        "arithmetic; tf32: float32 rounded to 10 bits in products on a GPU; weights stay float32"
+        "arithmetic; tf32: float32 rounded to 10 bits in products on a GPU; weights stay float32",
+        usual="bfloat16 from RTX 30 on, else float32",
     )
-    second_forward: bool = setting("the original's second pass for the discriminator", False)
+    second_forward: bool = setting(
+        "the original's second pass for the discriminator",
+        False,
+        usual="false: it costs a decoding",
+    )
     max_bad_updates: int = setting(
         "non-finite updates in a row before the run stops", 10, bounds=(1, ITERATIONS), usual="10"
     )

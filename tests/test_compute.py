@@ -71,6 +71,23 @@ def test_lean_norm_is_norm_and_swish(monkeypatch, compiling, dtype, center, tole
         assert (plain - lean).norm() < tolerance * plain.norm()
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (6, 5), (8, 8), (192, 2), (256, 1)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_group_statistics_are_those_of_the_group(height, width, biased):
+    """With channels far from each other, in a group with a first pixel far from its mean."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 12, height, width, dtype=torch.float64)
+    x += 100 * torch.arange(12).view(1, -1, 1, 1)
+    x[:, :, 0, 0] += 50
+    added = torch.randn(12, dtype=torch.float64) if biased else None
+    sums = model.group_sums(x, added, 3)
+    mean, rstd = (part[:, ::4, 0, 0] for part in model.statistics(x, added, sums, 1e-6))
+    grouped = (x if added is None else x + added.view(1, -1, 1, 1)).view(2, 3, -1)
+    torch.testing.assert_close(mean, grouped.mean(2), rtol=1e-12, atol=0)
+    expected = (grouped.var(2, correction=0) + 1e-6).rsqrt()
+    torch.testing.assert_close(rstd, expected, rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize("nhwc", [False, True])
 def test_interleaving_has_autograds_gradient(nhwc):
     layout = torch.channels_last if nhwc else torch.contiguous_format
@@ -136,6 +153,29 @@ def test_switch_is_exact(finetuner, batch, plain_gradients, switch):
     assert_equal_gradients(plain_gradients, fast)
 
 
+def test_perceptual_precision_reaches_the_loss_alone(finetuner, batch, monkeypatch):
+    """Off in the recipes."""
+    network = pretrained.build("st_lpips_alex")
+    asked = []
+    forward = type(network).forward
+
+    def noted(self, x, y, precision="float32"):
+        asked.append(precision)
+        return forward(self, x, y, precision)
+
+    monkeypatch.setattr(type(network), "forward", noted)
+    bfloat16 = "loss.perceptual_precision=bfloat16"
+    for recipe, switches, expected in (
+        ("ft_ema", (), "float32"),
+        ("ft_mse", (), "float32"),
+        ("ft_mse", (bfloat16,), "bfloat16"),
+    ):
+        tuner = finetuner(recipe, *switches, perceptual=network)
+        asked.clear()
+        tuner.run_iteration(batch(side=32))
+        assert set(asked) == {expected}
+
+
 def test_kernels_are_set_by_precision_and_put_back():
     products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = products.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
@@ -188,19 +228,29 @@ def test_adams_state_comes_back_in_the_parameters_layout(tmp_path, finetuner, ba
 
 
 @pytest.mark.slow
-def test_compiled_is_exact_without_breaks_or_recompiles(finetuner, batch, plain_gradients):
+@pytest.mark.parametrize("lean", [False, True])
+def test_compiled_is_exact_without_breaks_or_recompiles(finetuner, tiny, batch, monkeypatch, lean):
     """Traced and differentiated as for inductor, but run by torch's own kernels: quicker."""
     torch._dynamo.reset()
     counters.clear()
-    tuner = finetuner("ft_ema", *PLAIN, perceptual=pretrained.build("st_lpips_alex").double())
-    reference = copy.deepcopy(tuner)
-    parts = tuner.autoencoder, tuner.discriminator, tuner.perceptual
-    machine.compile_networks(*parts, backend="aot_eager")
-    plain = gradients_of_an_iteration(reference, batch(side=32))
+    network = pretrained.build("st_lpips_alex").double()
+    plain_tuner = finetuner("ft_ema", *PLAIN, perceptual=network)
+    compile_networks = partial(machine.compile_networks, backend="aot_eager")
+    monkeypatch.setattr(machine, "compile_networks", compile_networks)
+    parts = copy.deepcopy(
+        (plain_tuner.autoencoder, plain_tuner.discriminator, plain_tuner.perceptual)
+    )
+    switches = f"compute.lean_norm={str(lean).lower()}", "compute.compile=true"
+    settings = tiny("ft_ema", *PLAIN, *switches)
+    tuner = Finetuner(settings, *parts).double()
+    plain = gradients_of_an_iteration(plain_tuner, batch(side=32))
     assert_equal_gradients(plain, gradients_of_an_iteration(tuner, batch(side=32)))
+    for name, value in plain_tuner.metrics.items():
+        assert float(tuner.metrics[name]) == pytest.approx(float(value), rel=1e-9, abs=1e-12), name
     tuner.run_iteration(batch(1, side=32))
     graphs = machine.compiled_graphs()
-    assert graphs >= 10  # encoder, four levels, middle, norm, discriminator, perceptual
+    # encoder, middle, four levels, norm, discriminator, perceptual, and four functions
+    assert graphs >= 14
     for step in (2, 3):
         tuner.run_iteration(batch(step, side=32))
     assert machine.compiled_graphs() == graphs

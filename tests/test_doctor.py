@@ -316,7 +316,20 @@ def test_wandb_is_asked(examined, monkeypatch):
 # --- no go ----------------------------------------------------------------------------------
 
 
-def test_all_problems_are_told_at_once(examined, folder):
+def test_a_wrong_key_hides_no_other_problem(examined, folder):
+    wrong = ("model.chh=3", "log.everry=2", "data.crop=64", "data.shorter_side=48")
+    missing = ("init.weights=absent.ckpt", "data.sources=absent", "log.pictures=absent")
+    found = examined("many", *wrong, *missing, "log.pictures_every=5")[1]
+    text = "\n".join(found["problems"])
+    assert "unknown key 'model.chh'" in text
+    assert "unknown key 'log.everry'" in text
+    assert "data.shorter_side=48 is smaller than data.crop=64" in text
+    assert "weights absent.ckpt: no such file" in text
+    assert "absent: no such file or folder" in text
+    assert "log.pictures: no images in absent" in text
+
+
+def test_all_problems_are_named_at_once(examined, folder):
     code, found, printed = examined(
         "many",
         "init.weights=absent.ckpt",

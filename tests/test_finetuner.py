@@ -26,6 +26,15 @@ FACTS = json.loads((Path(__file__).parent / "golden/facts.json").read_text())
 CASES, RUNS = FACTS["loss_cases"], FACTS["train"]
 DECODER_GRADIENTS = ("decoder.conv_out.weight", "decoder.conv_in.weight", "post_quant_conv.weight")
 BEFORE_START = "adversarial.run_before_start=true"
+SWITCHES = (  # each off where the recipe has it on, and the other way round
+    "compute.channels_last=true",
+    "compute.subpixel_upsample=false",
+    "compute.lean_norm=false",
+    "compute.perceptual_parts=1",
+    "compute.checkpoint_levels=4",
+    "compute.per_device_batch=1",
+)
+AS_COMPILED = "as compiled"  # the formulas that only the compiler sees, in plain torch
 NAMES = {  # ours -> the original's
     "nll_loss": "nll_loss",
     "reconstruction_loss": "rec_loss",
@@ -37,6 +46,18 @@ NAMES = {  # ours -> the original's
     "logits_fake": "logits_fake",
     "kl_loss": "kl_loss",
 }
+
+
+@pytest.fixture
+def overrides_of(monkeypatch):
+    """overrides_of(switch): a switch as overrides, or switched on here."""
+
+    def build(switch):
+        if switch == AS_COMPILED:
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        return [] if switch in (None, AS_COMPILED) else [switch]
+
+    return build
 
 
 def iterate(finetuner, *batches):
@@ -67,8 +88,17 @@ def reference_batch(golden):
 # --- gradients of one iteration ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["idx"] == 0])
-def test_gradients_of_the_adversarial_recipe(golden, finetuner, reference_batch, request, name):
+FIRST = [name for name, case in CASES.items() if case["idx"] == 0]
+ACTIVE = next(name for name in FIRST if CASES[name]["disc_factor"])
+
+
+@pytest.mark.parametrize(
+    ("name", "switch"),
+    [*((name, None) for name in FIRST), *((ACTIVE, switch) for switch in (*SWITCHES, AS_COMPILED))],
+)
+def test_gradients_of_the_adversarial_recipe(
+    golden, finetuner, reference_batch, request, overrides_of, name, switch
+):
     case, values = CASES[name], CASES[name]["values"]
     start = case["gs"] + 1 if case["disc_factor"] == 0 else 50_001
     tuner = finetuner(
@@ -76,7 +106,7 @@ def test_gradients_of_the_adversarial_recipe(golden, finetuner, reference_batch,
         f"init.iteration={case['gs']}",
         f"adversarial.start_iteration={start}",
         f"loss.perceptual_weight={case['pw']}",
-        *(BEFORE_START, "loss.learn_logvar=true"),
+        *(BEFORE_START, "loss.learn_logvar=true", *overrides_of(switch)),
         perceptual=request.getfixturevalue(case["perc"]),
     )
     tuner.logvar.data.fill_(case["logvar"])
@@ -105,9 +135,15 @@ def test_gradients_of_the_adversarial_recipe(golden, finetuner, reference_batch,
     assert clamped == float(name.endswith("dweight_clamped"))
 
 
-@pytest.mark.parametrize("net", ["standin", "vgg"])
-def test_gradients_of_the_mse_recipe(golden, finetuner, reference_batch, request, net):
-    tuner = finetuner("ft_mse", perceptual=request.getfixturevalue(net))
+@pytest.mark.parametrize(
+    ("net", "switch"),
+    [*((net, None) for net in ("standin", "vgg")), *(("vgg", s) for s in (*SWITCHES, AS_COMPILED))],
+)
+def test_gradients_of_the_mse_recipe(
+    golden, finetuner, reference_batch, request, overrides_of, net, switch
+):
+    network = request.getfixturevalue(net)
+    tuner = finetuner("ft_mse", *overrides_of(switch), perceptual=network)
     iterate(tuner, reference_batch)
     name = f"{net}.A.lavinal_sum"
     values = golden.facts["variant_b"][name]
@@ -158,9 +194,16 @@ def original_order(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(RUNS))
-def test_five_steps_are_the_originals(golden, finetuner, batch, name):
-    tuner = finetuner("ft_ema", *original_order(RUNS[name]), BEFORE_START)
+@pytest.mark.parametrize(
+    ("name", "switch"),
+    [
+        *((name, None) for name in RUNS),
+        *(("ii.active", switch) for switch in (*SWITCHES, AS_COMPILED)),
+    ],
+)
+def test_five_steps_are_the_originals(golden, finetuner, batch, overrides_of, name, switch):
+    switches = overrides_of(switch)
+    tuner = finetuner("ft_ema", *original_order(RUNS[name]), BEFORE_START, *switches)
     for step in range(5):
         tuner.run_iteration(batch(step))
         check_step(golden, tuner, name, step + 1)

@@ -94,6 +94,39 @@ def test_only_the_reconstruction_gets_a_gradient(golden, vgg):
     assert y.grad.abs().sum() > 0
 
 
+def gradient_of(network, x, y, **options):
+    y = y.clone().requires_grad_()
+    distance = network(x, y, **options)
+    assert distance.dtype == torch.float32
+    return distance.detach(), torch.autograd.grad(distance.sum(), y)[0]
+
+
+def test_bfloat16_is_in_the_convolutions_alone(golden, monkeypatch):
+    """Off unless asked for; its gradient then points the same way, but for rounding."""
+    network = pretrained.build("st_lpips_alex")
+    x, y = (golden.tensor(f"lpips/sq.{name}").float() for name in "xy")
+    exact, exact_gradient = gradient_of(network, x, y)
+    same, same_gradient = gradient_of(network, x, y, precision="float32")
+    assert torch.equal(same, exact)
+    assert torch.equal(same_gradient, exact_gradient)
+    types = []
+    for part in network.trunk.parts:
+        part.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    rough, gradient = gradient_of(network, x, y, precision="bfloat16")
+    assert set(types) == {torch.bfloat16}
+    torch.testing.assert_close(rough, exact, rtol=0.02, atol=0)
+    assert 0 < 1 - torch.cosine_similarity(gradient.flatten(), exact_gradient.flatten(), 0) < 0.05
+    assert {part.dtype for part in network.features(x, "bfloat16")} == {torch.float32}
+
+
+def test_the_compiled_sum_over_channels_is_the_convolution(golden, monkeypatch):
+    network = pretrained.build("st_lpips_alex").double()
+    x, y = (golden.tensor(f"lpips/sq.{name}") for name in "xy")
+    plain = network(x, y)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(network(x, y), plain, rtol=1e-12, atol=0)
+
+
 @torch.no_grad()
 def test_autocast_is_switched_off_inside(golden, vgg_file):
     network = lpips_vgg(*pretrained.vgg_features(vgg_file))

@@ -141,7 +141,7 @@ def examine(
             _check_batch(report, plan, world)
         _tell_bill(report, plan, world)
     else:
-        _examine_inputs(report, path, overrides)
+        _examine_inputs(report, path, _usable_settings(report, path, overrides))
     if brief and config is not None:
         for line in screen.lines(report.facts, config):
             brief(line)
@@ -163,8 +163,27 @@ def _plan_without_inputs(report: Report, path: Path, overrides: list[str]) -> Co
     return None
 
 
+def _usable_settings(report: Report, path: Path, overrides: list[str]) -> list[str]:
+    """The settings of the command line that can be read; each of the others becomes a problem.
+
+    What is wrong with the values of the rest becomes one, too.
+    """
+    usable: list[str] = []
+    with contextlib.suppress(UserError):  # of the recipe itself, already reported
+        configs.resolve(path)
+        for text in overrides:
+            with report.section(text.partition("=")[0]):
+                configs.resolve(path, [*usable, text])
+                usable.append(text)
+        if len(usable) < len(overrides):
+            with report.section("the other settings"):
+                configs.load(path, usable)
+        return usable
+    return overrides
+
+
 def _examine_inputs(report: Report, path: Path, overrides: list[str]) -> None:
-    """Looks at weights and data although a setting is wrong: all problems in one go."""
+    """Looks at weights, data and networks although a setting is wrong: all problems in one go."""
     with contextlib.suppress(Exception):  # whatever a wrong setting does here
         config = configs.parse(path, overrides)
         with report.section("weights"):
@@ -173,6 +192,11 @@ def _examine_inputs(report: Report, path: Path, overrides: list[str]) -> None:
         for name, source in config.data.sources.items():
             with report.section(f"data: {name}"):
                 open_source(name, source.shards, source.filters, cache, warn=report.tell)
+        with report.section("perceptual network"):
+            pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
+        if config.log.pictures_every and config.log.pictures is not None:
+            with report.section("photographs of validation"):
+                fixed_photographs(config, report.tell)
 
 
 def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:

@@ -22,10 +22,10 @@ from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.losses import (
     adaptive_weight,
     adversarial_factor,
-    discriminator_loss,
     generator_loss,
+    judged,
 )
-from kl_f8_train.core.machine import phase
+from kl_f8_train.core.machine import Compiled, phase
 from kl_f8_train.core.updates import (
     Update,
     average_over_ranks,
@@ -57,6 +57,11 @@ class Adversary:
         assert config.adversarial is not None, "a discriminator without its settings"
         self.network, self.config = network, config.adversarial
         self.precision, self.optimizer = config.precision, config.optimizer
+        self.judged, self.finite_images = judged, finite_images
+
+    def compile_functions(self, compiled: Compiled) -> None:
+        """Compiles what is computed beside the network."""
+        self.judged, self.finite_images = compiled(judged), compiled(finite_images)
 
     @cached_property
     def adam(self) -> Adam:
@@ -155,16 +160,10 @@ class Adversary:
         terms, finite = [], []
         for x, y in pairs:
             real, fake = self.logits(x, y)
-            loss = discriminator_loss(real, fake)
+            loss, figures = self.judged(real, fake)
             (factor * loss / groups).backward()
-            finite.append(finite_images(x + y, loss.detach()))
-            terms.append(
-                {
-                    "discriminator_loss": factor * loss.detach(),
-                    "logits_real": real.detach().mean(),
-                    "logits_fake": fake.detach().mean(),
-                }
-            )
+            finite.append(self.finite_images(x + y, loss.detach()))
+            terms.append({"discriminator_loss": factor * loss.detach(), **figures})
         return torch.cat(finite), mean_of_each(terms)
 
 
@@ -172,6 +171,9 @@ class NoAdversary(Adversary):
     """What stands in an adversary's place where the recipe has none."""
 
     def __init__(self) -> None: ...
+
+    def compile_functions(self, compiled: Compiled) -> None:
+        """Nothing."""
 
     def runs(self, iteration: int) -> bool:
         """Never."""

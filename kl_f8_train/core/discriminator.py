@@ -17,6 +17,7 @@ class Discriminator(nn.Module):
     def __init__(self, ndf: int = 64, n_layers: int = 3, sync_batchnorm: bool = False) -> None:
         super().__init__()
         norm = SyncBatchNorm2d if sync_batchnorm else nn.BatchNorm2d
+        # ndf 64, n_layers 3: 64, 128, 256, 512 channels; a logit sees 70 x 70 pixels (Isola 2017)
         widths = [ndf * min(2**level, 8) for level in range(n_layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(3, ndf, 4, 2, 1), nn.LeakyReLU(0.2)]
         for level in range(1, n_layers + 1):
@@ -39,6 +40,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
+        # Ioffe and Szegedy 2015, over all ranks: mean = sum_r mean_r / R as batches are equal, then
+        # variance = sum_r mean_r((x - mean)^2) / R. In the weights' type, as autocast's BatchNorm.
         world, dtype, x = dist.get_world_size(), x.dtype, x.to(self.weight.dtype)
         shape = (1, -1, 1, 1)
         mean: Tensor = _SumOverRanks.apply(x.mean((0, 2, 3))) / world  # (C,)
@@ -48,7 +51,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
-        with torch.no_grad():
+        with torch.no_grad():  # running statistics take the unbiased variance, as torch's do
             count = world * x[:, 0].numel()
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
@@ -77,7 +80,7 @@ def shape_of(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
     kernels = [value for key, value in state.items() if key.endswith("weight") and value.ndim == 4]
     if len(kernels) < 3:
         return None
-    ndf, n_layers = kernels[0].shape[0], len(kernels) - 2
+    ndf, n_layers = kernels[0].shape[0], len(kernels) - 2  # but for the first and the last
     with torch.device("meta"):
         expected = Discriminator(ndf, n_layers).state_dict()
     same = {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in expected.items()}

@@ -36,7 +36,7 @@ def reconstruction_loss(
     `pixel` is "l1" or "mse"; `perceptual` is (B, 1, 1, 1); `logvar` is a scalar. The pixel term is
     l1_weight |x - y| + mse_weight (x - y)^2 where one of these two weights is given.
     """
-    error = images - reconstructions
+    error = images - reconstructions  # (B, 3, H, W)
     pixel_term = error.abs() if pixel == "l1" else error.square()
     if l1_weight is not None or mse_weight is not None:
         l1 = float(pixel == "l1") if l1_weight is None else l1_weight
@@ -46,14 +46,16 @@ def reconstruction_loss(
     gradient = sobel(error) if gradient_weight else None
     if gradient is not None:
         rec = rec + gradient_weight * gradient
-    nll = torch.sum(rec / logvar.exp() + logvar) / images.shape[0]
-    scale = images[0].numel() / logvar.exp()  # from a mean per pixel to the share of nll
+    variance = logvar.exp()
+    nll = torch.sum(rec / variance + logvar) / images.shape[0]
+    scale = images[0].numel() / variance  # from a mean per pixel to the share of nll
+    pixel_mean, perceptual_mean = pixel_term.mean(), perceptual.mean()
     terms = {
-        "pixel_loss": pixel_term.mean(),
-        "perceptual_loss": perceptual.mean(),
+        "pixel_loss": pixel_mean,
+        "perceptual_loss": perceptual_mean,
         "reconstruction_loss": rec.mean(),
-        "pixel_nll": scale * pixel_term.mean(),
-        "perceptual_nll": scale * perceptual_weight * perceptual.mean(),
+        "pixel_nll": scale * pixel_mean,
+        "perceptual_nll": scale * perceptual_weight * perceptual_mean,
         "nll_loss": nll,
     }
     if l1_weight and mse_weight:
@@ -78,6 +80,12 @@ def generator_loss(logits_fake: Tensor) -> Tensor:
     return -logits_fake.mean()
 
 
+def judged(logits_real: Tensor, logits_fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The discriminator's loss, and the mean logits."""
+    figures = {"logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
+    return discriminator_loss(logits_real, logits_fake), {k: v.detach() for k, v in figures.items()}
+
+
 def discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     """Hinge loss."""
     return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
@@ -85,6 +93,7 @@ def discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
 
 def adaptive_weight(grad_nll: Tensor, grad_g: Tensor, maximum: float = 1e4) -> Tensor:
     """Ratio of the last layer's two gradient norms, clamped to [0, maximum], detached."""
+    # detached: it is a weight of this iteration, not a term to minimise
     return (grad_nll.norm() / (grad_g.norm() + 1e-4)).clamp(0.0, maximum).detach()
 
 

@@ -10,6 +10,7 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from kl_f8_train.core.model import AutoencoderKL, NormSwish, UpLevel, Upsample
 from kl_f8_train.errors import RunFailedError, UsageError
 from kl_f8_train.files import check_writable
 
+Compiled = Callable[[Callable[..., Any]], Callable[..., Any]]  # compiles a function
 COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's name for the folder of compiled kernels
 NORM_KEEPS_NHWC = (2, 15)  # torch's GroupNorm on CUDA; before, its output was NCHW
 GRAPHS_PER_CLASS = 64  # four levels, with and without gradients, of a few networks in a process
@@ -176,15 +178,17 @@ def compile_networks(
     discriminator: nn.Module | None,
     perceptual: nn.Module,
     backend: str = "inductor",
-) -> None:
+) -> Compiled:
     """Compiles encoder, decoder, discriminator and perceptual network, each in place.
 
     The decoder in parts, without its last convolution: a compiled region computes all its gradients
-    or none, and the adaptive weight needs the last layer's alone, twice.
+    or none, and the adaptive weight needs the last layer's alone, twice. Returns what compiles a
+    function in the same way.
     """
     decoder = autoencoder.decoder
     parts = [autoencoder.encoder, decoder.mid, *decoder.up, decoder.norm_out]
     compile_each([*parts, discriminator, perceptual], backend)
+    return partial(torch.compile, **_options(backend))
 
 
 def compile_each(parts: Iterable[nn.Module | None], backend: str = "inductor") -> None:
@@ -196,10 +200,15 @@ def compile_each(parts: Iterable[nn.Module | None], backend: str = "inductor") -
     # DDP's own splitting of graphs fails on recomputed levels in torch 2.6. Without it the hooks
     # that reduce gradients run after each part's backward pass, while the next part's is computed.
     dynamo.optimize_ddp = False
-    options = inductor_options() if backend == "inductor" else None
     for part in parts:
         if part is not None:
-            part.compile(backend=backend, dynamic=False, options=options)
+            part.compile(**_options(backend))
+
+
+def _options(backend: str) -> dict[str, Any]:
+    """Arguments of torch.compile."""
+    options = inductor_options() if backend == "inductor" else None
+    return {"backend": backend, "dynamic": False, "options": options}
 
 
 def inductor_options() -> dict[str, Any]:

@@ -58,6 +58,7 @@ def ssim(images: Tensor, reconstructions: Tensor, border: str = "zero") -> Tenso
         return blurred.view(*x.shape[:2], *blurred.shape[2:])
 
     mean_x, mean_y = blur(images), blur(reconstructions)
+    # E[x^2] - E[x]^2 cancels in smooth parts, which is why callers give float64
     var_x = blur(images * images) - mean_x.square()
     var_y = blur(reconstructions * reconstructions) - mean_y.square()
     covariance = blur(images * reconstructions) - mean_x * mean_y
@@ -115,7 +116,7 @@ class FeatureStatistics:
 
     def add(self, features: Tensor) -> None:
         """Counts (B, D) features in."""
-        exact = features.double()
+        exact = features.double()  # sums of squares over 50,000 images lose digits in float32
         self.count += len(exact)
         self.total += exact.sum(dim=0)
         self.products += exact.mT @ exact

@@ -7,8 +7,7 @@ the `stlpips-pytorch` wheel. It is never called LPIPS.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kl_f8_train.core.hashes import tensors_sha256
+from kl_f8_train.core.machine import autocast
 
 LABELS = {"lpips_vgg": "LPIPS", "st_lpips_alex": "ST-LPIPS (stand-in, not LPIPS)"}
+Distance = Callable[[Tensor, Tensor], Tensor]  # images, reconstructions -> (B, 1, 1, 1)
 OTHER_VGG = "on a VGG16 that is not the published one"
 
 
 class PerceptualDistance(nn.Module):
-    """Weighted distance of unit-length features; frozen, always in eval mode, never in bfloat16."""
+    """Weighted distance of unit-length features; frozen, always in eval mode."""
 
     def __init__(
         self,
@@ -53,35 +54,47 @@ class PerceptualDistance(nn.Module):
         """Stays in eval mode: dropout in the heads would change the loss."""
         return super().train(False)
 
-    def forward(self, images: Tensor, reconstructions: Tensor) -> Tensor:
+    def forward(
+        self, images: Tensor, reconstructions: Tensor, precision: str = "float32"
+    ) -> Tensor:
         """Both (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1). Only the second may need a gradient."""
         with torch.no_grad():
-            targets = self.features(images)
-        return self.weighted(squared_differences(targets, self.features(reconstructions)))
+            targets = self.features(images, precision)
+        features = self.features(reconstructions, precision)
+        return self.weighted(squared_differences(targets, features))
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> the layers' features, of unit length over channels."""
-        with no_autocast(images):
-            layers = self.trunk(self.scaling(images.to(self.heads[0].dtype)))
-            return [unit_length(layer) for layer in layers]
+    def features(self, images: Tensor, precision: str = "float32") -> list[Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> the layers' features, of unit length over channels.
+
+        With "bfloat16" the convolutions run in it; lengths and distances never do.
+        """
+        exact = self.heads[0].dtype
+        with autocast(precision, images.device):
+            layers = self.trunk(self.scaling(images.to(exact)))
+        with autocast("float32", images.device):
+            return [unit_length(layer.to(exact)) for layer in layers]
 
     def weighted(self, squared: Sequence[Tensor]) -> Tensor:
         """Squared differences of features -> the distance, (B, 1, 1, 1)."""
-        with no_autocast(squared[0]):
+        with autocast("float32", squared[0].device):
             layers = [
-                F.conv2d(part, head).mean(dim=(2, 3), keepdim=True)
+                weighted_sum(part, head).mean(dim=(2, 3), keepdim=True)
                 for part, head in zip(squared, self.heads, strict=True)
             ]
         return torch.stack(layers).sum(dim=0)
 
 
-def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Autocast switched off on the tensor's device; the meta device has none."""
-    kind = tensor.device.type
-    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+def weighted_sum(squared: Tensor, head: Tensor) -> Tensor:
+    """(B, C, H, W) and weights (1, C, 1, 1) -> (B, 1, H, W).
+
+    Compiled, a plain sum, which never writes the squares to memory.
+    """
+    if torch.compiler.is_compiling():
+        return (squared * head).sum(dim=1, keepdim=True)
+    return F.conv2d(squared, head)
 
 
-def distance_in_parts(network: nn.Module, x: Tensor, y: Tensor, parts: int) -> Tensor:
+def distance_in_parts(network: Distance, x: Tensor, y: Tensor, parts: int) -> Tensor:
     """The distance of images and reconstructions, (B, 1, 1, 1), a part of the batch at a time.
 
     The gradient at the reconstructions is computed with it: what the network keeps for it is freed
@@ -96,7 +109,7 @@ class _DistanceInParts(torch.autograd.Function):
     """Each image's distance depends on its own reconstruction alone, so the gradients separate."""
 
     @staticmethod
-    def forward(ctx: Any, network: nn.Module, x: Tensor, y: Tensor, parts: int) -> Tensor:
+    def forward(ctx: Any, network: Distance, x: Tensor, y: Tensor, parts: int) -> Tensor:
         distances: list[Tensor] = []
         gradients: list[Tensor] = []
         for images, reconstructions in zip(x.chunk(parts), y.chunk(parts), strict=True):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +29,8 @@ from kl_f8_train.core.ema import ema_decay, ema_update, module_names
 from kl_f8_train.core.hashes import tensors_sha256
 from kl_f8_train.core.losses import reconstruction_loss
 from kl_f8_train.core.machine import phase
-from kl_f8_train.core.model import TRAINED, AutoencoderKL
-from kl_f8_train.core.perceptual import distance_in_parts
+from kl_f8_train.core.model import TRAINED, AutoencoderKL, Posterior
+from kl_f8_train.core.perceptual import Distance, distance_in_parts
 from kl_f8_train.core.run_state import RunState
 from kl_f8_train.core.updates import (
     PLAINLY,
@@ -121,8 +121,13 @@ class Finetuner(_Base):
         self.run_state = run_state or RunState(iteration=config.init.iteration or 0)
         self.guard = Guard(config.max_bad_updates)
         self.metrics: dict[str, Tensor] = {}  # of the last iteration
+        self.reconstruction_loss, self.finite_images = reconstruction_loss, finite_images
+        self.sampled = sampled
         if machine.compiles(config.compute):
-            machine.compile_networks(autoencoder, discriminator, perceptual)
+            compiled = machine.compile_networks(autoencoder, discriminator, perceptual)
+            self.reconstruction_loss = compiled(reconstruction_loss)
+            self.finite_images, self.sampled = compiled(finite_images), compiled(sampled)
+            self.adversary.compile_functions(compiled)
 
     @property
     def perceptual(self) -> nn.Module:
@@ -355,9 +360,9 @@ class Finetuner(_Base):
     def images(self, batch: Batch, part: slice) -> Tensor:
         """(B, 3, H, W) in [-1, 1], in the weights' precision and layout."""
         images = batch.images[part]
-        if images.dtype == torch.uint8:
-            images = to_float(images)
         layout = torch.channels_last if self.nhwc else torch.preserve_format
+        if images.dtype == torch.uint8:
+            images = to_float(images.to(torch.float32, memory_format=layout))
         return images.to(self.autoencoder.last_layer.dtype, memory_format=layout)
 
     @phase("encode")
@@ -369,13 +374,13 @@ class Finetuner(_Base):
             x = self.images(batch, part)
             with self._autocast(x):
                 posterior = self.autoencoder.encode(x)
-            z = posterior.sample(batch.noise[draw, part].to(x.dtype))
+            z, kl = self.sampled(posterior, batch.noise[draw, part].to(x.dtype))
             if self.config.latents.noise:  # z + u tau std(z) e; the last draw is u e
                 deviation = z.std(dim=(1, 2, 3), keepdim=True)
                 z = z + self.config.latents.noise * deviation * batch.noise[-1, part].to(x.dtype)
             latents.append(z)
-            divergences.append(posterior.kl().mean())
-        return torch.cat(latents), torch.stack(divergences).mean()
+            divergences.append({"kl": kl})
+        return torch.cat(latents), mean_of_each(divergences)["kl"]
 
     @phase("decode")
     def decode(self, z: Tensor, last_layer_only: bool = False) -> Tensor:
@@ -402,15 +407,18 @@ class Finetuner(_Base):
         Where nll itself is not finite, neither is the gradient: that of all ranks is not, then.
         """
         y, chunks = y.detach().requires_grad_(), self.config.compute.perceptual_parts
-        p = distance_in_parts(self.perceptual, x, y, chunks).to(x.dtype)  # (B, 1, 1, 1)
-        nll, terms = reconstruction_loss(x, y, p, logvar=self.logvar, **self.terms)
+        network: Distance = self.perceptual
+        if (precision := self.config.loss.perceptual_precision) != "float32":
+            network = partial(self.perceptual, precision=precision)
+        p = distance_in_parts(network, x, y, chunks).to(x.dtype)  # (B, 1, 1, 1)
+        nll, terms = self.reconstruction_loss(x, y, p, logvar=self.logvar, **self.terms)
         if self.logvar.requires_grad:
             gradient, of_logvar = torch.autograd.grad(nll / pieces, (y, self.logvar))
             accumulated = 0.0 if self.logvar.grad is None else self.logvar.grad
             self.logvar.grad = accumulated + of_logvar
         else:
             (gradient,) = torch.autograd.grad(nll / pieces, y)
-        finite = finite_images(gradient, nll.detach())
+        finite = self.finite_images(gradient, nll.detach())
         return gradient + 0.0 * nll.detach(), terms, finite
 
     @phase("backward")
@@ -449,6 +457,11 @@ class Finetuner(_Base):
         update, figures = self.adversary.update(pairs, len(groups), factor, bad)
         self.metrics |= figures
         return update
+
+
+def sampled(posterior: Posterior, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents, (B, 4, h, w), and the mean KL divergence."""
+    return posterior.sample(noise), posterior.kl().mean()
 
 
 def disagreements(seen: list[dict[str, Any]]) -> list[str]:

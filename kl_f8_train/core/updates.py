@@ -6,6 +6,7 @@ reads and reports them an iteration later.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ def build_adam(parameters: Iterable[nn.Parameter], config: Optimizer) -> Adam:
         "lr": config.learning_rate,
         "betas": (config.betas[0], config.betas[1]),
         "eps": config.eps,
-        "fused": True,
+        "fused": True,  # looks at `found_inf` on the device, which skips a bad update
     }
     return Adam(parameters, **options)
 
@@ -90,6 +91,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 def clip(gradients: list[Tensor], norm: Tensor, most: float) -> Tensor:
     """Scales gradients of this norm down to `most` in place; returns 1 if it acted, else 0, ()."""
+    # A norm that is not finite makes them NaN or 0; such an update is skipped anyway.
     torch._foreach_mul_(gradients, (most / norm).clamp(max=1.0))
     return (norm > most).to(norm.dtype)
 
@@ -101,15 +103,19 @@ def norm_of(tensors: list[Tensor]) -> Tensor:
 
 def mean_of_each(terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Means over several passes, by name."""
-    return {key: torch.stack([t[key] for t in terms]).mean() for key in (terms or [{}])[0]}
+    if len(terms) < 2:
+        return dict(*terms)
+    means = torch.stack([torch.stack(list(term.values())) for term in terms]).mean(0)
+    return dict(zip(terms[0], means.unbind(), strict=True))
 
 
 def average_over_ranks(tensors: list[Tensor]) -> None:
     """Replaces tensors by their mean over all ranks, in one call; nothing on one process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
+    # One buffer, one message: hundreds of small ones would each cost the network's latency.
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat)  # the sum; gloo has no average
     flat /= dist.get_world_size()
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
@@ -149,7 +155,7 @@ def step_if_finite(
     `unless` is true.
     """
     norm = norm_of([*gradients, *(0.0 * loss for loss in losses)])
-    bad = ~norm.isfinite()
+    bad = norm - norm != 0.0  # infinite or NaN, in two kernels: isfinite takes four
     clipped = None if clip_norm is None else clip(gradients, norm, clip_norm)
     adam.found_inf = (bad if unless is None else bad | unless).float()  # type: ignore[attr-defined]
     step(adam)
@@ -166,12 +172,25 @@ class Remembered:
     """A network's buffers as they are now: a bad batch goes through BatchNorm, too."""
 
     def __init__(self, module: nn.Module | None) -> None:
-        self.pairs = [(b, b.clone()) for b in module.buffers()] if module is not None else []
+        kinds: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)  # in one tensor each
+        for buffer in module.buffers() if module is not None else ():
+            kinds[buffer.dtype].append(buffer)
+        self.kinds = [(buffers, _joined(buffers)) for buffers in kinds.values()]
 
+    @torch.no_grad()
     def restore(self, bad: Tensor) -> None:
         """Puts them back where `bad`, a bool, is true."""
-        for buffer, before in self.pairs:
-            buffer.copy_(torch.where(bad, before, buffer))
+        for buffers, before in self.kinds:
+            kept = torch.where(bad, before, _joined(buffers))
+            parts = kept.split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(
+                buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)]
+            )
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """All elements in a row."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 class HostCopy:

@@ -143,6 +143,11 @@ def _existing(locations: list[str], pattern: str) -> list[str]:
     missing = [place for place in locations if not is_remote(place) and not os.path.isfile(place)]
     if missing or not locations:
         found = f"{len(missing)} of {len(locations)} files are missing ({', '.join(missing[:3])})"
+        if locations == [pattern]:
+            raise MissingInputError(
+                f"{pattern}: no such file or folder; check the path; expected .tar files by brace "
+                "pattern, glob, directory or list, or a folder of images"
+            )
         raise MissingInputError(
             f"no shards: {found if locations else f'no file is named like {pattern}'}; check the "
             "path; expected .tar files by brace pattern, glob, directory or list, or a folder of "

@@ -30,6 +30,7 @@ def downsample(points: Points, limit: int = MAX_POINTS) -> Points:
     """Means of as many equal stretches as allowed; all points if they are few."""
     if len(points) <= limit:
         return points
+    # Stretches of iterations, not every n-th point: a mean shows the level, a sample the noise.
     edges = [round(i * len(points) / limit) for i in range(limit + 1)]
     stretches = (points[a:b] for a, b in itertools.pairwise(edges))
     return [
@@ -48,6 +49,7 @@ def ticks(low: float, high: float, log: bool = False) -> list[float]:
             if len(found) <= 6:
                 return found
         return found[:: 1 + len(found) // 6]
+    # The largest of 1, 2 and 5 times a power of ten that gives three steps or more.
     rough = (high - low) / 3
     power = 10.0 ** math.floor(math.log10(rough))
     step = max(factor * power for factor in (1, 2, 5) if factor * power <= rough * (1 + 1e-9))
@@ -61,7 +63,7 @@ def svg(chart: Chart, marks: Mapping[str, float], span: tuple[float, float]) -> 
     ys = [y for line in lines.values() for _, y in line]
     left, right = _widened(*span)
     low, high = _widened(min(ys), max(ys))
-    log = chart.log and low > 0 and high > 20 * low
+    log = chart.log and low > 0 and high > 20 * low  # a smaller range reads better linearly
 
     def across(x: float) -> float:
         return LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT)

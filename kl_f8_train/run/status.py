@@ -146,6 +146,7 @@ def read_status(run: Path, now: float) -> Status:
     logged = int(rows[-1]["iteration"]) if rows else None
     iteration = max((i for i in (logged, saved) if i is not None), default=None)
     speed = _median(row[SPEED] for row in _lately(rows) if SPEED in row)
+    # a median: one slow row, as after a validation, says nothing about the rest of the run
     left = max(0, stop - iteration) * batch / speed if speed and iteration is not None else None
     interval = _group(config, "log").get("every", 1) * batch / speed if speed else 0.0
     share = None

@@ -771,7 +771,7 @@ def _version(package: str) -> str | None:
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """No TF32, and algorithms that give the same bits again. Not measured on CUDA."""
+    """No TF32, and algorithms that give the same bits again."""
     flags = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
     with torch.backends.cudnn.flags(**flags):
         yield

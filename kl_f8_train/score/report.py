@@ -59,6 +59,10 @@ class Evaluation:
         weights = self.scores.get("weights", {})
         return [n for n in self.scores["models"] if not weights.get(n, {}).get("baseline")]
 
+    def is_clean(self, name: str) -> bool:
+        """Whether a row is that of a VAE, and not of one with noise on its latents."""
+        return "latent_noise" not in self.scores.get("weights", {}).get(name, {})
+
     @property
     def base(self) -> str:
         """The model that the others are seen against: the one marked so, or else the first."""
@@ -246,7 +250,7 @@ def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
     return rendered(
         REPORT_PAGE,
         {
-            "title": f"{counted(len(models), 'VAE', 's')} on "
+            "title": f"{counted(sum(map(evaluation.is_clean, models)), 'VAE', 's')} on "
             f"{counted(scores['images'], 'image', 's')}",
             "subtitle": _subtitle(evaluation),
             "base": evaluation.base,

@@ -317,7 +317,7 @@ def _family_line(family: str | None) -> str:
     if family is None:
         return "of which models: not stated (init.family says it, where a run starts from this)"
     known = facts.FAMILIES.get(family)
-    return f"of {facts.described(family, known.facts)}" if known else "of no known models"
+    return f"of {facts.described(family, known.facts)}" if known else "of no known family of models"
 
 
 def facts_of(contents: Contents, weights: Weights) -> Facts:

@@ -1,11 +1,15 @@
-"""What a missing discriminator does to a settled decoder, with and without a warm-up.
+"""What warm-ups are worth: of a missing discriminator, and of a new Adam's learning rate.
 
     python tests/benchmarks/warmup.py RUN_DIR [SEED ...]
+    python tests/benchmarks/warmup.py --rate RUN_DIR [ITERATIONS ...]
 
 Finetunes the decoder of kl_f8_mini, the small base of the package, with L1 + perceptual until the
 held-out scores stand still, then goes on from the EMA in four ways on the same images: without an
 adversarial term, to compare; with the base's own discriminator; with a new one that trained alone
 first; with a new one that did not. Scores are means over the demo's held-out photographs.
+
+With --rate it goes on from kl_f8_mini itself, with its own discriminator and an
+`optimizer.warmup_iterations` of each of ITERATIONS, and scores the first RATE_SHOWN photographs.
 """
 
 import sys
@@ -31,6 +35,8 @@ WAYS = {
     f"new, warm-up {WARMUP}": (f"adversarial.warmup_iterations={WARMUP}",),
     "its own": (),
 }
+RATE_ITERATIONS = 25
+RATE_SHOWN = 6  # photographs
 HEAD = "L1 raw | PSNR raw | ST-LPIPS raw | L1 EMA | PSNR EMA | ST-LPIPS EMA |\n" + "|---" * 8 + "|"
 
 
@@ -64,6 +70,28 @@ def main(root: Path, seeds: list[int]) -> None:
             for after in SHOWN:
                 path = checkpoint_path(run_dir, SETTLED + after) if after else start
                 print(f"| {name} | {after} | {scores(path, *tiles)} |", flush=True)
+    print(f"{time.process_time() - began:.0f} s of CPU, {torch.get_num_threads()} thread(s)")
+
+
+def rates(root: Path, warmups: list[int]) -> None:
+    """What a new Adam's first iterations cost, by iterations of the rate's warm-up."""
+    began = time.process_time()
+    demo.pack_photographs(root)
+    photographs = [tensor[:RATE_SHOWN] for tensor in held_out()]
+    print(f"| rate's warm-up | iterations after | {HEAD}")
+    print(f"| | 0 | {scores(shipped.WEIGHTS, *photographs)} |", flush=True)
+    for iterations in warmups:
+        run_dir = root / f"rate-{iterations}"
+        settings = (
+            "data.crop=96",
+            f"run_dir={run_dir}",
+            f"stop_iteration={BASE + RATE_ITERATIONS}",
+            f"optimizer.warmup_iterations={iterations}",
+        )
+        train(recipe(root, *settings))
+        for after in (n for n in SHOWN if 0 < n <= RATE_ITERATIONS):
+            path = checkpoint_path(run_dir, BASE + after)
+            print(f"| {iterations} | {after} | {scores(path, *photographs)} |", flush=True)
     print(f"{time.process_time() - began:.0f} s of CPU, {torch.get_num_threads()} thread(s)")
 
 
@@ -118,4 +146,9 @@ def scores(path: Path, x: torch.Tensor, latents: torch.Tensor) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(text) for text in sys.argv[2:]] or [0])
+    measure = rates if "--rate" in sys.argv else main
+    given = [text for text in sys.argv[1:] if text != "--rate"]
+    measure(
+        Path(given[0]),
+        [int(text) for text in given[1:]] or ([0, 10, 25] if measure is rates else [0]),
+    )
