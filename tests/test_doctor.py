@@ -232,10 +232,10 @@ def test_a_batch_beyond_this_machine_is_no_go(examined):
     assert code == 3  # of the weights; this alone would be 4
     assert "=65536 takes" in found["problems"][0]
     fits = found["per_device_batch_that_fits"]["this machine"]
-    assert f"give compute.per_device_batch={fits}," in found["problems"][0]
+    assert fits == 0  # not one: what is kept of 65,536 images is more than there is
+    assert "raise compute.checkpoint_levels" in found["problems"][0]
+    assert "give compute.per_device_batch" not in found["problems"][0]
     assert "  memory that this takes, computed: " in printed
-    settings = config.load(config.find_recipe("demo"), ["data.crop=256", *runs.TINY[:3], *huge])
-    assert cost.peak_bytes(settings, fits) <= 1.5 * machine.available_memory()
 
 
 def test_a_login_machine_s_memory_says_nothing_about_the_plan_for_gpus():
