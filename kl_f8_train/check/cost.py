@@ -6,10 +6,10 @@ and attention, as torch's own flop counter counts them; everything else (normali
 optimizers, EMA) is below a thousandth. Memory is that of all tensors alive at a time, traffic what
 kernels read and write of it.
 
-torch.compile fuses what is no product into the kernels around it. Counted is then what fused
-kernels need: a tensor between two products is in memory only if a product reads it or if it
+torch.compile fuses everything but products into few kernels. Counted is then what those kernels
+need: a tensor between two products is in memory only if a product reads it or if it
 outlives its phase (what the backward pass needs does); a sum is, and reads what it is a sum of.
-tests/counted_memory.csv holds what torch's allocator and inductor took in truth.
+tests/counted_memory.csv holds what torch's allocator and inductor really took.
 """
 
 import weakref
@@ -300,7 +300,7 @@ def is_full_size(config: Config) -> bool:
 
 
 def compiles(config: Config) -> bool:
-    """Whether the run will be compiled; on a GPU of another machine it is, unless told not to."""
+    """Whether the run will be compiled; on a GPU of another machine it is by default."""
     if config.compute.compile is None and not torch.cuda.is_available():
         return on_gpu(config)
     return machine.compiles(config.compute)
