@@ -203,7 +203,7 @@ def test_kinds_of_gpu_are_told_for_the_full_size(folder, capsys):
     assert list(fits) == ["this machine", *(kind.name for kind in scaling.GPUS)]
     divisors = [n for n in range(1, 97) if 96 % n == 0]
     for kind in scaling.GPUS:
-        needed = {n: cost.peak_bytes(settings, n) + 2 * 2**30 for n in divisors}
+        needed = {n: cost.peak_bytes(settings, n, 96) + 2 * 2**30 for n in divisors}
         assert fits[kind.name] == max(n for n in divisors if needed[n] <= kind.memory_bytes)
     assert 1 < fits["RTX 4090"] < fits["L40S"] < fits["H200 SXM"]
     assert f"{fits['RTX 4090']} on RTX 4090" in output.err
@@ -213,13 +213,13 @@ def test_kinds_of_gpu_are_told_for_the_full_size(folder, capsys):
 @pytest.mark.parametrize(
     ("memory", "problem"),
     [
-        (8e9, "has 5.85 GB for it; give compute.per_device_batch=6, or raise compute.checkpoint"),
+        (8e9, "has 5.85 GB for it; give compute.per_device_batch=8, or raise compute.checkpoint"),
         (3e9, "has 853 MB for it; raise compute.checkpoint_levels"),
     ],
 )
 def test_a_micro_batch_that_does_not_fit_is_refused(memory, problem):
     settings = samples.recipe()
-    with pytest.raises(RunFailedError, match=r"batch=12 takes 8\.63 GB") as caught:
+    with pytest.raises(RunFailedError, match=r"batch=12 takes 7\.87 GB") as caught:
         doctor.check_fits(settings, 12, 96, {"this one": memory - cost.HEADROOM_BYTES})
     assert problem in str(caught.value)
     doctor.check_fits(settings, 12, 96, {"this one": 12e9 - cost.HEADROOM_BYTES})
@@ -232,10 +232,10 @@ def test_a_batch_beyond_this_machine_is_no_go(examined):
     assert code == 3  # of the weights; this alone would be 4
     assert "=65536 takes" in found["problems"][0]
     fits = found["per_device_batch_that_fits"]["this machine"]
-    assert f"give compute.per_device_batch={fits}," in found["problems"][0]
+    assert fits == 0  # not one: what is kept of 65,536 images is more than there is
+    assert "raise compute.checkpoint_levels" in found["problems"][0]
+    assert "give compute.per_device_batch" not in found["problems"][0]
     assert "  memory that this takes, computed: " in printed
-    settings = config.load(config.find_recipe("demo"), ["data.crop=256", *runs.TINY[:3], *huge])
-    assert cost.peak_bytes(settings, fits) <= 1.5 * machine.available_memory()
 
 
 def test_a_login_machine_s_memory_says_nothing_about_the_plan_for_gpus():

@@ -145,8 +145,8 @@ def _conditions(config: Config, device: torch.device, size: int) -> dict[str, An
         "precision": config.precision,
         "batch": size,
         "crop": config.data.crop,
-        "flops_floor": cost.flops_per_image(config),
-        "computed_memory_bytes": cost.peak_bytes(config, size),
+        "flops_floor": cost.flops_per_image(as_it_runs(config)),
+        "computed_memory_bytes": cost.peak_bytes(as_it_runs(config), size),
         "compiled": machine.compiles(config.compute),
         "settings": {
             "name": config.name,
@@ -462,10 +462,23 @@ def _status_bytes(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
+def as_it_runs(config: Config) -> Config:
+    """The configuration with `compute.compile` as this machine settles it."""
+    return replace(
+        config, compute=replace(config.compute, compile=machine.compiles(config.compute))
+    )
+
+
 def largest_batch(config: Config, device: torch.device, size: int) -> int:
-    """The largest micro-batch that fits: tried on CUDA, uncompiled; computed on a CPU."""
+    """The largest micro-batch that fits: tried on CUDA, where it runs uncompiled, else computed.
+
+    Each try would be compiled for minutes.
+    """
     if device.type == "cpu":
-        return cost.batch_that_fits(config, machine.available_memory())
+        return cost.batch_that_fits(as_it_runs(config), machine.available_memory())
+    if machine.compiles(config.compute):
+        room = torch.cuda.get_device_properties(device).total_memory - cost.HEADROOM_BYTES
+        return cost.batch_that_fits(as_it_runs(config), room)
     one_pass = replace(config.compute, compile=False, per_device_batch=2**30)  # whatever is tried
     eager = replace(config, compute=one_pass)
     gc.collect()

@@ -1,23 +1,32 @@
-"""What an iteration costs in arithmetic and memory, counted on the iteration itself.
+"""What an iteration costs in arithmetic, traffic and memory, counted on the iteration itself.
 
 It runs on torch's meta device, whose tensors have shapes and types but no values, so full-size
-networks take no memory and a second. Operations are those that torch's own flop counter knows, of
-convolutions, matrix products and attention; everything else (normalisation, activations,
-optimizers, EMA) is below a thousandth. Memory is that of all tensors alive at a time.
+networks take no memory and a second. Arithmetic is that of products: convolutions, matrix products
+and attention, as torch's own flop counter counts them; everything else (normalisation, activations,
+optimizers, EMA) is below a thousandth. Memory is that of all tensors alive at a time, traffic what
+kernels read and write of it.
+
+torch.compile fuses everything but products into few kernels. Counted is then what those kernels
+need: a tensor between two products is in memory only if a product reads it or if it
+outlives its phase (what the backward pass needs does); a sum is, and reads what it is a sum of.
+tests/counted_memory.csv holds what torch's allocator and inductor really took.
 """
 
 import weakref
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from kl_f8_train import config as configs
 from kl_f8_train.config import Config
-from kl_f8_train.core import machine, perceptual
+from kl_f8_train.core import adversary, machine, perceptual
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.machine import timed_by
@@ -28,7 +37,12 @@ from kl_f8_train.weights import pretrained
 GIB = 2**30
 HEADROOM_BYTES = 2 * GIB  # CUDA's context and the allocator's losses, assumed
 ALLOCATED = 512  # bytes: CUDA's allocator hands out multiples of it
-FEW, MORE = 2, 6  # micro-batches, in images or perceptual parts, between which memory is a line
+FEW, MORE = 3, 6  # micro-batches, in images or perceptual parts, between which memory is a line
+SUM = 8  # a result this many times smaller than what it is computed from is a sum
+ONCE = ("optimizer", "ema")  # phases that an iteration has once, however many micro-batches
+ADAM_PASSES = (
+    7  # over each trained parameter: weight, gradient and moments read, all but one written
+)
 
 
 class FlopCounter(TorchDispatchMode):
@@ -52,64 +66,155 @@ class FlopCounter(TorchDispatchMode):
         return result
 
 
-class Counter(FlopCounter):
-    """Operations, and bytes of the tensors alive, by phase; called at the end of each."""
+@dataclass
+class Tally:
+    """What a phase takes."""
 
-    def __init__(self) -> None:
+    flops: Counter[torch.dtype] = field(default_factory=Counter)  # of products, by type
+    product_bytes: int = 0  # that products read and write
+    other_bytes: int = 0  # that all other kernels do
+    peak: int = 0  # bytes alive
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A tensor that no kernel has written to memory."""
+
+    size: int  # bytes, if it ever is
+    sources: tuple[UntypedStorage, ...]  # what it is computed from, kept alive until then
+
+
+class CostCounter(FlopCounter):
+    """What an iteration takes, by phase; called at the end of each.
+
+    With `fuse` as if all but products were compiled; else every operation is a kernel.
+    """
+
+    def __init__(self, fuse: bool = False) -> None:
         super().__init__()
-        self.flops: dict[str, int] = {}
-        self.peaks: dict[str, int] = {}
-        self._alive: set[int] = set()  # storages, by their address in C++
-        self._bytes = self._peak = 0
+        self.fuse = fuse
+        self.phases: dict[str, Tally] = {}
+        self._now = Tally()
+        self._alive: dict[int, int] = {}  # bytes by storage, by its address in C++
+        self._fused: dict[int, Fused] = {}  # those of them that are not in memory
+        self._bytes = 0
+        self._last_read: frozenset[int] = frozenset()
 
     def reset(self) -> None:
         """Forgets what was counted; tensors that are alive stay."""
-        self.total, self._peak = 0, self._bytes
-        self.flops, self.peaks = {}, {}
+        self("before")
+        self.phases, self._now = {}, Tally(peak=self._bytes)
 
     def __call__(self, phase: str) -> None:
-        self.flops[phase] = self.flops.get(phase, 0) + self.total
-        self.peaks[phase] = max(self.peaks.get(phase, 0), self._peak)
-        self.total, self._peak = 0, self._bytes
+        peak = self._now.peak
+        self._write(list(self._fused))  # they outlive the phase
+        self._now.peak = max(peak, self._bytes)
+        tally = self.phases.setdefault(phase, Tally())
+        tally.flops.update(self._now.flops)
+        tally.product_bytes += self._now.product_bytes
+        tally.other_bytes += self._now.other_bytes
+        tally.peak = max(tally.peak, self._now.peak)
+        self._now = Tally(peak=self._bytes)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        inputs = _tensors((args, kwargs))
+        product = func._overloadpacket in flop_registry
+        if product:
+            self._write(t.untyped_storage()._cdata for t in inputs)
+        before = self.total
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._allocated(tensor.untyped_storage())
+        outputs = _tensors(result)
+        new = {s._cdata: s for t in outputs if (s := t.untyped_storage())._cdata not in self._alive}
+        if product:
+            self._now.flops[inputs[0].dtype] += self.total - before
+            self._now.product_bytes += _bytes([*inputs, *outputs])
+        elif not self.fuse and (new or func._schema.is_mutable):  # else a view
+            self._now.other_bytes += _bytes([*inputs, *outputs])
+        elif self.fuse and not new and func._schema.is_mutable:
+            self._now.other_bytes += self._read(inputs) + _bytes(outputs)
+        for storage in new.values():
+            self._add(storage, inputs, product)
         return result
 
-    def _allocated(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: UntypedStorage, inputs: list[Tensor], product: bool) -> None:
+        """Puts a new tensor into memory, or remembers how it would be computed."""
         address = storage._cdata
-        if address in self._alive:
-            return
         size = -(-storage.nbytes() // ALLOCATED) * ALLOCATED
-        self._alive.add(address)
-        self._bytes += size
-        self._peak = max(self._peak, self._bytes)
-        weakref.finalize(storage, self._freed, address, size)
+        self._alive[address] = size
+        weakref.finalize(storage, self._freed, address)
+        a_sum = any(t.nbytes >= SUM * size for t in inputs)
+        if self.fuse and not product and not a_sum:
+            self._fused[address] = Fused(size, tuple(t.untyped_storage() for t in inputs))
+            return
+        if self.fuse and not product:
+            self._now.other_bytes += self._read(inputs) + size
+        self._take(size)
 
-    def _freed(self, address: int, size: int) -> None:
-        self._alive.discard(address)
-        self._bytes -= size
+    def _write(self, addresses: Iterable[int]) -> None:
+        """Puts fused tensors into memory, by a kernel that reads what they are computed from."""
+        for address in addresses:
+            fused = self._fused.pop(address, None)
+            if fused is not None:
+                self._now.other_bytes += self._read(fused.sources) + fused.size
+                size = fused.size
+                del fused  # its sources may end before it begins
+                self._take(size)
+
+    def _read(self, sources: Iterable[Tensor | UntypedStorage]) -> int:
+        """Bytes in memory behind these; 0 if the kernel before read the same: they are one."""
+        found: dict[int, int] = {}
+        ahead = [s.untyped_storage() if isinstance(s, Tensor) else s for s in sources]
+        while ahead:
+            address = ahead.pop()._cdata
+            if address in found:
+                continue
+            fused = self._fused.get(address)
+            found[address] = 0 if fused else self._alive.get(address, 0)
+            ahead += fused.sources if fused else ()
+        read = frozenset(address for address, size in found.items() if size)
+        same, self._last_read = read == self._last_read, read
+        return 0 if same else sum(found.values())
+
+    def _take(self, size: int) -> None:
+        self._bytes += size
+        self._now.peak = max(self._now.peak, self._bytes)
+
+    def _freed(self, address: int) -> None:
+        size = self._alive.pop(address)
+        if self._fused.pop(address, None) is None:
+            self._bytes -= size
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in {id(t): t for t in tensors}.values())
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one iteration of one micro-batch."""
+    """Of an iteration."""
 
-    flops: dict[str, int] = field(default_factory=dict)  # by phase
-    peaks: dict[str, int] = field(default_factory=dict)  # bytes, by phase
+    images: int
+    phases: dict[str, Tally] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)  # by network
 
 
 _COUNTED: dict[str, Counts] = {}  # by what they depend on
+AHEAD = " ahead"  # what is decoded for the adaptive weight before the micro-batches
 
 
-def counts(config: Config, batch: int) -> Counts:
-    """Counts an iteration of `batch` images, uncompiled, recomputation included."""
+def counts(config: Config, batch: int, images: int | None = None) -> Counts:
+    """Counts an iteration of `images` in micro-batches of `batch`, recomputation included.
+
+    By default in one micro-batch.
+    """
+    images = images or batch
+    fuse = compiles(config)
     compute = replace(
         config.compute,
         accelerator="cpu",
@@ -120,42 +225,46 @@ def counts(config: Config, batch: int) -> Counts:
     adversarial = config.adversarial and replace(config.adversarial, start_iteration=0)
     config = replace(config, compute=compute, adversarial=adversarial)
     parts = (config.model, config.data.crop, config.loss, adversarial, compute, config.precision)
-    key = repr((*parts, config.second_forward, len(config.ema.decays), batch))
+    key = repr((*parts, config.second_forward, len(config.ema.decays), batch, images, fuse))
     if key not in _COUNTED:
-        _COUNTED[key] = _count(config, batch)
+        _COUNTED[key] = _count(config, images, fuse)
     return _COUNTED[key]
 
 
-def _count(config: Config, batch: int) -> Counts:
-    with torch.device("meta"), Counter() as counter:
+def _count(config: Config, images: int, fuse: bool) -> Counts:
+    with torch.device("meta"), CostCounter(fuse) as counter:
         finetuner = _finetuner(config)
         moments = [torch.empty(2, _parameters(m)) for m in (finetuner.ema, finetuner.discriminator)]
         for adam in finetuner.adams:  # its kernel does not know the meta device
             adam.step = lambda closure=None: None  # type: ignore[method-assign]
         side, latents = config.data.crop, latent_side(config)
-        images = torch.empty(batch, 3, side, side, dtype=torch.uint8)
-        noise = torch.empty(2, batch, config.model.embed_dim, latents, latents)
+        pixels = torch.empty(images, 3, side, side, dtype=torch.uint8)
+        noise = torch.empty(2, images, config.model.embed_dim, latents, latents)
 
         def backward(tensor: Tensor, gradient: Tensor) -> None:
             with machine.autocast(config.precision, tensor.device):  # for what is computed again
                 tensor.backward(gradient)
 
+        def ended(phase: str) -> None:
+            ahead = accumulating and "backward" not in counter.phases
+            counter(phase + AHEAD if ahead and phase in ("decode", "losses") else phase)
+
+        accumulating = config.adversarial is not None and len(finetuner.micro_batches(images)) > 1
         counter.reset()
-        with timed_by(counter):
-            finetuner.run_iteration(Batch(images, noise, [""] * batch, []), Loop(backward))
+        with timed_by(ended):
+            finetuner.run_iteration(Batch(pixels, noise, [""] * images, []), Loop(backward))
         counter("rest")
         del moments
     model = finetuner.autoencoder
-    return Counts(
-        {phase: number for phase, number in counter.flops.items() if number},
-        dict(counter.peaks),
-        {
-            "encoder": sum(_parameters(getattr(model, name)) for name in FROZEN),
-            "decoder": sum(_parameters(getattr(model, name)) for name in TRAINED),
-            "discriminator": _parameters(finetuner.discriminator),
-            "perceptual": _parameters(finetuner.perceptual),
-        },
-    )
+    sizes = {
+        "encoder": sum(_parameters(getattr(model, name)) for name in FROZEN),
+        "decoder": sum(_parameters(getattr(model, name)) for name in TRAINED),
+        "discriminator": _parameters(finetuner.discriminator),
+        "perceptual": _parameters(finetuner.perceptual),
+    }
+    trained = sizes["decoder"] + sizes["discriminator"]
+    counter.phases["optimizer"].other_bytes += 4 * ADAM_PASSES * trained
+    return Counts(images, counter.phases, sizes)
 
 
 def _finetuner(config: Config) -> Finetuner:
@@ -175,17 +284,79 @@ def _parameters(module: nn.Module | None) -> int:
     return 0 if module is None else sum(p.numel() for p in module.parameters())
 
 
-# --- arithmetic -----------------------------------------------------------------------------
+# --- what runs ------------------------------------------------------------------------------
 
 
-def flops_per_image(config: Config) -> int:
+def on_gpu(config: Config) -> bool:
+    """Whether the run is meant for a GPU: of this machine or, of full size, of another one."""
+    if config.compute.accelerator == "auto":
+        return torch.cuda.is_available() or is_full_size(config)
+    return config.compute.accelerator == "cuda"
+
+
+def is_full_size(config: Config) -> bool:
+    """Whether the networks have kl-f8's shape: figures for GPUs say nothing about smaller ones."""
+    return config.model == configs.KL_F8
+
+
+def compiles(config: Config) -> bool:
+    """Whether the run will be compiled; on a GPU of another machine it is by default."""
+    if config.compute.compile is None and not torch.cuda.is_available():
+        return on_gpu(config)
+    return machine.compiles(config.compute)
+
+
+# --- arithmetic and traffic -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an image takes, forward and backward, and what an iteration takes once."""
+
+    flops: dict[torch.dtype, float]  # of products, by the type that they are computed in
+    product_bytes: float  # read and written by products
+    other_bytes: float  # by all other kernels
+    once_bytes: float  # by optimizers and moving average
+
+
+def work(config: Config, accumulating: bool = False) -> Work:
+    """Counted for an image of several micro-batches, or of one.
+
+    With an adversarial term and several micro-batches the decoder runs forward once more, ahead,
+    for the adaptive weight of all images.
+    """
+    found = _counts_for_work(config, accumulating)
+    flops: Counter[torch.dtype] = Counter()
+    for tally in found.phases.values():
+        flops.update(tally.flops)
+    each = [tally for phase, tally in found.phases.items() if phase not in ONCE]
+    return Work(
+        {kind: number / found.images for kind, number in flops.items()},
+        sum(tally.product_bytes for tally in each) / found.images,
+        sum(tally.other_bytes for tally in each) / found.images,
+        sum(found.phases[phase].other_bytes for phase in ONCE if phase in found.phases),
+    )
+
+
+def _counts_for_work(config: Config, accumulating: bool) -> Counts:
+    batch = MORE * config.compute.perceptual_parts
+    if accumulating:
+        return counts(config, batch, 2 * batch)
+    return counts(config, batch)
+
+
+def flops_per_image(config: Config, accumulating: bool = False) -> int:
     """Operations of an iteration for one image, with what activation checkpointing repeats."""
-    return sum(flops_by_phase(config).values())
+    return sum(flops_by_phase(config, accumulating).values())
 
 
-def flops_by_phase(config: Config) -> dict[str, int]:
+def flops_by_phase(config: Config, accumulating: bool = False) -> dict[str, int]:
     """Operations of one image's encode, decode, losses, backward and discriminator."""
-    return counts(config, 1).flops
+    found = _counts_for_work(config, accumulating)
+    flops: Counter[str] = Counter()
+    for phase, tally in found.phases.items():
+        flops[phase.removesuffix(AHEAD)] += sum(tally.flops.values()) // found.images
+    return {phase: number for phase, number in flops.items() if number}
 
 
 # --- memory ---------------------------------------------------------------------------------
@@ -193,7 +364,7 @@ def flops_by_phase(config: Config) -> dict[str, int]:
 
 def parameters(config: Config) -> dict[str, int]:
     """How many parameters each network has, quant_conv and post_quant_conv included."""
-    return counts(config, 1).parameters
+    return _counts_for_work(config, accumulating=False).parameters
 
 
 def state_bytes(config: Config) -> int:
@@ -210,19 +381,41 @@ def reduced_bytes(config: Config) -> int:
     return 4 * (count["decoder"] + count["discriminator"])
 
 
-def peak_bytes(config: Config, batch: int) -> float:
+def peak_bytes(config: Config, batch: int, share: int | None = None) -> float:
     """The most that an iteration holds for micro-batches of `batch`, without allocator's overhead.
 
-    In each phase memory is a line over the number of images, drawn through two that are counted.
+    `share`: a device's images of an iteration, by default one micro-batch. In each phase memory is
+    a line over the number of images of a micro-batch, drawn through two that are counted. Several
+    micro-batches keep more: gradients, the loss's gradients at all images, and what the
+    discriminator sees together, which is another line over the images.
     """
+    share = share or batch
     parts = config.compute.perceptual_parts
     if batch % parts:
         parts = 1
     config = replace(config, compute=replace(config.compute, perceptual_parts=parts))
     few, more = FEW * parts, MORE * parts
-    below, above = counts(config, few).peaks, counts(config, more).peaks
-    slopes = {phase: (above[phase] - below[phase]) / (more - few) for phase in below}
-    return max(below[phase] + (batch - few) * slope for phase, slope in slopes.items())
+    if share == batch:
+        below, above = _peaks(counts(config, few)), _peaks(counts(config, more))
+        slopes = {phase: (above[phase] - below[phase]) / (more - few) for phase in below}
+        return max(below[phase] + (batch - few) * slope for phase, slope in slopes.items())
+    if share <= 2 * more:
+        return max(_peaks(counts(config, batch, share)).values())
+    images = 2 * max(more, adversary.GROUP)
+    below, above, longer = (
+        _peaks(counts(config, size, count))
+        for size, count in ((few, images), (more, images), (more, images + more))
+    )
+    return max(
+        least
+        + (batch - few) * (above[phase] - least) / (more - few)
+        + (share - images) * (longer[phase] - above[phase]) / more  # kept of each image
+        for phase, least in below.items()
+    )
+
+
+def _peaks(found: Counts) -> dict[str, int]:
+    return {phase: tally.peak for phase, tally in found.phases.items()}
 
 
 def batch_that_fits(config: Config, room_bytes: float) -> int:
@@ -241,8 +434,8 @@ def largest_divisor(config: Config, share: int, room_bytes: float) -> int:
 
     0 if not even one image fits.
     """
-    divisors = (n for n in range(1, share + 1) if share % n == 0)
-    return max((n for n in divisors if peak_bytes(config, n) <= room_bytes), default=0)
+    divisors = (n for n in range(share, 0, -1) if share % n == 0)
+    return next((n for n in divisors if peak_bytes(config, n, share) <= room_bytes), 0)
 
 
 def latent_side(config: Config) -> int:

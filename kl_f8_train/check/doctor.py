@@ -320,13 +320,15 @@ def _tell_memory(
 ) -> None:
     """What micro-batches of `micro` take, and the largest that would fit here or on known GPUs."""
     report.tell(
-        f"{'memory' if _on_cpu(config) else 'GPU memory'} that this takes, computed: "
-        f"{size(cost.peak_bytes(config, micro))}"
+        f"{'GPU memory' if cost.on_gpu(config) else 'memory'} that this takes, computed: "
+        f"{size(cost.peak_bytes(config, micro, share))}, "
+        f"{'compiled' if cost.compiles(config) else 'uncompiled'}"
     )
     fits = {name: cost.largest_divisor(config, share, here[name]) for name in here}
-    if _is_full_size(config) and not machine.on_cuda(config.compute):
+    if cost.is_full_size(config) and not machine.on_cuda(config.compute):
         fits |= {
-            kind.name: cost.largest_divisor(config, share, kind.room_bytes) for kind in scaling.GPUS
+            kind.name: cost.largest_divisor(_for_gpus(config), share, kind.room_bytes)
+            for kind in scaling.GPUS
         }
     report.facts["per_device_batch_that_fits"] = fits
     if fits:
@@ -336,12 +338,17 @@ def _tell_memory(
         report.tell(f"the largest compute.per_device_batch that fits, computed{left}: {named}")
 
 
+def _for_gpus(config: Config) -> Config:
+    """The same run on GPUs, of another machine."""
+    return replace(config, compute=replace(config.compute, accelerator="cuda"))
+
+
 def _memory_here(config: Config) -> dict[str, float]:
     """Room in bytes, by name, for each process here; {} where a GPU elsewhere is meant."""
     if machine.on_cuda(config.compute):
         found = torch.cuda.get_device_properties(0)
         return {found.name: found.total_memory - cost.HEADROOM_BYTES}
-    if not _on_cpu(config):
+    if cost.on_gpu(config):
         return {}
     copy = scaling.checkpoint_bytes(config)  # of the first process, while a checkpoint is written
     return {THIS_MACHINE: (machine.available_memory() - copy) / (config.compute.devices or 1)}
@@ -355,23 +362,10 @@ def check_fits(config: Config, micro: int, share: int, rooms: Mapping[str, float
             smaller = f"give compute.per_device_batch={largest}, or " if largest else ""
             raise RunFailedError(
                 f"compute.per_device_batch={micro} takes "
-                f"{size(cost.peak_bytes(config, micro))}, computed, but {name} has "
+                f"{size(cost.peak_bytes(config, micro, share))}, computed, but {name} has "
                 f"{size(room)} for it; {smaller}"
                 "raise compute.checkpoint_levels, or lower data.crop"
             )
-
-
-def _on_cpu(config: Config) -> bool:
-    """Whether the run will use this machine's CPU; full size without a GPU is a plan for others."""
-    accelerator = config.compute.accelerator
-    if accelerator == "auto":
-        return not torch.cuda.is_available() and not _is_full_size(config)
-    return accelerator == "cpu"
-
-
-def _is_full_size(config: Config) -> bool:
-    """Whether the networks have kl-f8's shape: figures for GPUs say nothing about smaller ones."""
-    return config.model == configs.KL_F8
 
 
 # --- inputs ---------------------------------------------------------------------------------
@@ -780,20 +774,21 @@ def _tell_scaling(report: Report, config: Config, world: int) -> None:
     work = scaling.workload(config, iterations)
     cuda = machine.on_cuda(config.compute)
     gpu = scaling.find_gpu(torch.cuda.get_device_name()) if cuda else None
-    assumed = f"{100 * scaling.SHARE:.0f} % of its peak"
     if seconds is not None:
         report.say(f"scaling, by docs/performance.md, from the speed of {_device_name(cuda)}:")
         if gpu is not None:
-            share = work.flops_per_image / (seconds * gpu.flops)
-            report.tell(f"{100 * share:.0f} % of {gpu.name}'s peak; the docs assume {assumed}")
+            computed = 1 / scaling.seconds_per_image(work, gpu)
+            report.tell(f"computed for {gpu.name}, not measured: {rate(computed)}")
         for count in scaling.GPU_COUNTS:
             if config.global_batch % count == 0:
                 found = scaling.predict(work, seconds, count, gpu)
                 report.tell(f"{count:>2}: {_predicted(found, work)}")
-    if not cuda and _is_full_size(config):
-        report.say(f"predicted, not measured: {world} of each of these, at {assumed}:")
+    if not cuda and cost.is_full_size(config):
+        work = scaling.workload(_for_gpus(config), iterations)
+        report.say(f"predicted, not measured: {world} of each of these, by a roofline:")
         for kind in scaling.GPUS:
-            found = scaling.predict(work, scaling.seconds_per_image(work, kind), world, kind)
+            seconds = scaling.seconds_per_image(work, kind, world)
+            found = scaling.predict(work, seconds, world, kind)
             report.tell(f"{kind.name:<14} {_predicted(found, work)}")
             if found.days:
                 report.facts.setdefault("predicted", {})[kind.name] = found.days
@@ -807,7 +802,7 @@ def _predicted(found: scaling.Prediction, work: scaling.Workload) -> str:
     ]
     if found.reduction_seconds:
         reduced = f"{1e3 * found.reduction_seconds:.1f} ms"
-        parts.append(f"{size(work.reduced_bytes)} reduced in {reduced} an iteration")
+        parts.append(f"{reduced} an iteration wait for {size(work.reduced_bytes)} to be reduced")
     return ", ".join(parts)
 
 

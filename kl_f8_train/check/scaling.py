@@ -1,21 +1,31 @@
-"""Time on 1 to many GPUs, by formula: pure arithmetic on counts, data-sheet rates and one share.
+"""Time on 1 to many GPUs, by a roofline: pure arithmetic on counts, data-sheet rates and shares.
 
-    compute     = flops per image x images per GPU / (peak x share)
+    products    = max(FLOP / (peak x PRODUCT_SHARE), their bytes / memory's rate)
+    micro-batch = max(products + other bytes / (memory's rate x MEMORY_SHARE), host)
     reduction   = 2 (n - 1) / n x reduced bytes / link rate      (ring all-reduce, n GPUs)
-    iteration   = compute + reduction                            (no overlap counted)
+    iteration   = micro-batches x micro-batch + optimizers and EMA, by their bytes
+                  + what of the reduction the last backward pass does not hide + saving
     images / s  = global batch / iteration
 
 Source of the ring's factor: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for
 clusters of workstations", 2009. The link is the slowest on the ring: within a node the GPUs' own,
-across nodes one network adapter.
+across nodes one network adapter. Roofline: Williams, Waterman and Patterson, "Roofline: an
+insightful visual performance model for multicore architectures", 2009.
 """
 
 from dataclasses import dataclass
 
-from kl_f8_train.check import cost
-from kl_f8_train.config import Config
+import torch
 
-SHARE = 0.25  # of the peak rate that training is assumed to reach
+from kl_f8_train.check import cost
+from kl_f8_train.config import Config, divisor_up_to
+
+PRODUCT_SHARE = 0.6  # of the peak rate that convolutions are assumed to reach
+MEMORY_SHARE = 0.8  # of memory's rate that other kernels are assumed to reach
+HOST_SECONDS = 0.025  # of Python a micro-batch: 21 to 25 ms with kernels that do nothing
+BACKWARD = 0.5  # of a micro-batch's time, behind which its gradients are reduced
+BUCKET_BYTES = 25 * 2**20  # DDP's: the last one has nothing to hide behind
+SAVING_RATE = 0.26e9  # bytes/s: 0.96 GB hashed and written in 3.75 s, measured on one machine
 GPUS_PER_NODE = 8
 GPU_COUNTS = (1, 8, 16, 64)
 IMAGE_BYTES = 100_000  # assumed size of a training JPEG
@@ -30,7 +40,10 @@ class Gpu:
     name: str
     torch_name: str  # part of torch.cuda.get_device_name()
     flops: float  # bfloat16 tensor cores, dense, accumulating in float32, per second
+    tf32: float  # the same in TF32
+    float32: float  # without tensor cores
     memory_bytes: float
+    memory_rate: float  # bytes/s
     link: float  # to the other GPUs of a node, bytes/s in one direction
     network: float  # between nodes, assumed: what such machines are usually sold with
     source: str
@@ -40,14 +53,38 @@ class Gpu:
         """What CUDA and its allocator leave of the memory."""
         return self.memory_bytes - cost.HEADROOM_BYTES
 
+    def product_rate(self, kind: torch.dtype, precision: str) -> float:
+        """Peak FLOP/s of products in `kind`; a recipe in "float32" leaves TF32 off."""
+        if kind == torch.bfloat16:
+            return self.flops
+        return self.float32 if precision == "float32" else self.tf32
+
 
 GPUS = (
-    Gpu("A100 SXM 80 GB", "A100", 312e12, 80e9, NVLINK_3, HDR, "NVIDIA A100 data sheet"),
-    Gpu("H100 SXM", "H100", 989e12, 80e9, NVLINK_4, NDR, "NVIDIA H100 data sheet"),
-    Gpu("H200 SXM", "H200", 989e12, 141e9, NVLINK_4, NDR, "NVIDIA H200 data sheet"),
-    Gpu("L40S", "L40S", 362e12, 48e9, PCIE_4, ETHERNET_100, "NVIDIA L40S data sheet"),
-    Gpu("RTX 4090", "RTX 4090", 165e12, 24e9, PCIE_4, ETHERNET_100, "NVIDIA Ada white paper"),
-    Gpu("RTX 3090", "RTX 3090", 71e12, 24e9, PCIE_4, ETHERNET_100, "NVIDIA GA102 white paper"),
+    Gpu(
+        *("A100 SXM 80 GB", "A100", 312e12, 156e12, 19.5e12, 80e9, 2.039e12),
+        *(NVLINK_3, HDR, "NVIDIA A100 data sheet"),
+    ),
+    Gpu(
+        *("H100 SXM", "H100", 989e12, 494e12, 67e12, 80e9, 3.35e12),
+        *(NVLINK_4, NDR, "NVIDIA H100 data sheet"),
+    ),
+    Gpu(
+        *("H200 SXM", "H200", 989e12, 494e12, 67e12, 141e9, 4.8e12),
+        *(NVLINK_4, NDR, "NVIDIA H200 data sheet"),
+    ),
+    Gpu(
+        *("L40S", "L40S", 362e12, 183e12, 91.6e12, 48e9, 0.864e12),
+        *(PCIE_4, ETHERNET_100, "NVIDIA L40S data sheet"),
+    ),
+    Gpu(
+        *("RTX 4090", "RTX 4090", 165e12, 82.6e12, 82.6e12, 24e9, 1.008e12),
+        *(PCIE_4, ETHERNET_100, "NVIDIA Ada white paper"),
+    ),
+    Gpu(
+        *("RTX 3090", "RTX 3090", 71e12, 35.6e12, 35.6e12, 24e9, 0.936e12),
+        *(PCIE_4, ETHERNET_100, "NVIDIA GA102 white paper"),
+    ),
 )
 
 
@@ -58,25 +95,49 @@ class Workload:
     name: str
     iterations: int
     global_batch: int
-    flops_per_image: float  # forward and backward
-    reduced_bytes: float  # gradients, each iteration
+    most: int  # images of a micro-batch; a device takes the largest divisor of its share up to it
+    precision: str
+    one: cost.Work  # of an image, where a device has one micro-batch in an iteration
+    several: cost.Work  # and where it has several
+    decoder_bytes: float  # of gradients, reduced each iteration beside the backward pass
+    discriminator_bytes: float  # reduced after it
     checkpoint_bytes: float
+    save_every: int  # iterations
 
     @property
     def images(self) -> int:
         """Over the whole stage."""
         return self.iterations * self.global_batch
 
+    @property
+    def reduced_bytes(self) -> float:
+        """What each process sends and receives once an iteration, as float32 gradients."""
+        return self.decoder_bytes + self.discriminator_bytes
+
+    def micro_batch(self, gpus: int) -> int:
+        """Images that a GPU computes at a time."""
+        return divisor_up_to(self.global_batch // gpus, self.most)
+
+    def of_image(self, gpus: int) -> cost.Work:
+        """What an image takes on one of so many GPUs."""
+        return self.several if self.micro_batch(gpus) * gpus < self.global_batch else self.one
+
 
 def workload(config: Config, iterations: int, name: str = "") -> Workload:
     """The iterations of a configuration, by `cost`'s counts."""
+    count = cost.parameters(config)
     return Workload(
         name=name or config.name,
         iterations=iterations,
         global_batch=config.global_batch,
-        flops_per_image=cost.flops_per_image(config),
-        reduced_bytes=cost.reduced_bytes(config),
+        most=config.compute.per_device_batch or 12,
+        precision=config.precision,
+        one=cost.work(config),
+        several=cost.work(config, accumulating=True),
+        decoder_bytes=4 * count["decoder"],
+        discriminator_bytes=4 * count["discriminator"],
         checkpoint_bytes=checkpoint_bytes(config),
+        save_every=config.checkpoint.every,
     )
 
 
@@ -95,19 +156,34 @@ class Prediction:
     gpus: int
     images_per_gpu: float  # in an iteration
     compute_seconds: float
-    reduction_seconds: float
+    reduction_seconds: float  # of it, what computing does not hide
     images_per_second: float
     days: float
 
 
-def seconds_per_image(work: Workload, gpu: Gpu, share: float = SHARE) -> float:
-    """On one GPU, at a share of its peak rate."""
-    return work.flops_per_image / (gpu.flops * share)
+def seconds_per_image(work: Workload, gpu: Gpu, gpus: int = 1) -> float:
+    """On one of `gpus`, by the roofline, optimizers and moving average included."""
+    image, batch = work.of_image(gpus), work.micro_batch(gpus)
+    rates = {kind: gpu.product_rate(kind, work.precision) for kind in image.flops}
+    arithmetic = sum(number / rates[kind] for kind, number in image.flops.items()) / PRODUCT_SHARE
+    products = max(arithmetic, image.product_bytes / gpu.memory_rate)
+    others = image.other_bytes / (gpu.memory_rate * MEMORY_SHARE)
+    once = image.once_bytes / (gpu.memory_rate * MEMORY_SHARE)
+    return max(products + others, HOST_SECONDS / batch) + once * gpus / work.global_batch
 
 
 def reduction_seconds(reduced_bytes: float, gpus: int, rate: float) -> float:
     """A ring all-reduce: every GPU sends and receives 2 (n - 1) / n of the bytes."""
     return 2 * (gpus - 1) / gpus * reduced_bytes / rate
+
+
+def exposed_seconds(work: Workload, image_seconds: float, gpus: int, rate: float) -> float:
+    """What of the reduction is not hidden by the backward pass of the last micro-batch."""
+    hidden = BACKWARD * image_seconds * work.micro_batch(gpus)
+    decoder = reduction_seconds(work.decoder_bytes, gpus, rate)
+    last = reduction_seconds(min(BUCKET_BYTES, work.decoder_bytes), gpus, rate)
+    after = reduction_seconds(work.discriminator_bytes, gpus, rate)
+    return max(decoder - hidden, last) + after
 
 
 def predict(work: Workload, image_seconds: float, gpus: int, gpu: Gpu | None) -> Prediction:
@@ -116,8 +192,9 @@ def predict(work: Workload, image_seconds: float, gpus: int, gpu: Gpu | None) ->
     reduction = 0.0
     if gpu is not None:
         link = gpu.link if gpus <= GPUS_PER_NODE else min(gpu.link, gpu.network)
-        reduction = reduction_seconds(work.reduced_bytes, gpus, link)
-    iteration = compute + reduction
+        reduction = exposed_seconds(work, image_seconds, gpus, link)
+    saving = work.checkpoint_bytes / SAVING_RATE / work.save_every
+    iteration = compute + reduction + saving
     return Prediction(
         gpus=gpus,
         images_per_gpu=work.global_batch / gpus,

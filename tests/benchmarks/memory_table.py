@@ -21,6 +21,7 @@ from kl_f8_train.output import markdown_table
 
 PATHS = ("run_dir=none", "init.weights=none", "data.sources=none", "data.shorter_side=null")
 CARDS = tuple(gpu for gpu in scaling.GPUS if gpu.torch_name in ("A100", "H100", "RTX 4090"))
+ALL = 192  # images of an iteration, all of them on one card: the most that it has to hold
 RUNS = (("single_gpu", 1), *product(("ft_ema", "ft_mse"), (1, 8)))  # and on how many GPUs
 LEVELS = range(5)  # compute.checkpoint_levels: none to all
 
@@ -46,17 +47,17 @@ def _row(gpu: scaling.Gpu) -> list[str]:
 def choose(memory_bytes: float) -> tuple[int, int, float]:
     """ft_ema's micro-batch, levels checkpointed, bytes: 12 if it fits, with as few levels as do."""
     for batch, levels in product((12, 8, 6, 4, 3, 2, 1), LEVELS):
-        needed = cost.peak_bytes(load("ft_ema", levels), batch)
+        needed = cost.peak_bytes(load("ft_ema", levels), batch, ALL)
         if needed + cost.HEADROOM_BYTES <= memory_bytes:
             return batch, levels, needed
     raise ValueError(f"not even one image fits {memory_bytes / cost.GIB:.1f} GiB")
 
 
 def predict(name: str, levels: int, gpu: scaling.Gpu, count: int) -> scaling.Prediction:
-    """A recipe on `count` GPUs, the levels' second forward pass included."""
+    """A recipe on `count` GPUs, what the levels compute again included."""
     settings = load(name, levels)
     work = scaling_tables.published_workload(settings)
-    return scaling.predict(work, scaling.seconds_per_image(work, gpu), count, gpu)
+    return scaling.predict(work, scaling.seconds_per_image(work, gpu, count), count, gpu)
 
 
 def load(name: str, levels: int) -> config.Config:
@@ -71,18 +72,17 @@ def in_words(days: float) -> str:
 
 
 def computed(crop: int, precision: str, levels: int, batch: int) -> list[str]:
-    """Memory, arithmetic and each card's images/s; a dash where it does not fit or is not known."""
+    """Memory, arithmetic and each card's images/s; a dash where it does not fit."""
+    extra = ["compute.compile=true", f"global_batch={batch}", f"compute.per_device_batch={batch}"]
     settings = config.load(
-        config.find_recipe("ft_ema"), [*PATHS, *overrides(crop, precision, levels)]
+        config.find_recipe("ft_ema"), [*PATHS, *extra, *overrides(crop, precision, levels)]
     )
-    memory = cost.peak_bytes(settings, batch)
-    flops = cost.flops_per_image(settings)
+    memory, work = cost.peak_bytes(settings, batch), scaling.workload(settings, 1)
     speeds = [
-        f"{gpu.flops * scaling.SHARE / flops:,.0f}"
-        if precision == "bfloat16" and memory <= gpu.room_bytes
-        else "-"
+        f"{1 / scaling.seconds_per_image(work, gpu):,.0f}" if memory <= gpu.room_bytes else "-"
         for gpu in CARDS
     ]
+    flops = cost.flops_per_image(settings)
     return [f"{memory / cost.GIB:.1f} GiB", f"{flops / 1e9:,.0f}", *speeds]
 
 

@@ -11,7 +11,8 @@ from kl_f8_train.output import markdown_table
 def table() -> str:
     """A row for each GPU: its data-sheet rates, and both stages on each number of GPUs."""
     works = [published_workload(load_published(name)) for name in ("ft_ema", "ft_mse")]
-    head = ("GPU", "bf16 TFLOP/s", "memory, GB", "link, GB/s", "network, GB/s", "source")
+    head = ["GPU", "bf16, tf32, float32 TFLOP/s", "memory, GB", "GB/s", "link, GB/s"]
+    head += ["network, GB/s", "source"]
     stages = [f"{work.name} on {count}, days" for work in works for count in scaling.GPU_COUNTS]
     rows = [
         (*_rates(gpu), *(cell for work in works for cell in _days(work, gpu)))
@@ -21,8 +22,9 @@ def table() -> str:
 
 
 def load_published(name: str) -> Config:
-    """A shipped recipe with placeholders for the user's settings."""
+    """A shipped recipe with placeholders for the user's settings, compiled as on a GPU."""
     yours = ["run_dir=run", "init.weights=model.ckpt", "data.sources=images"]
+    yours += ["compute.compile=true"]
     return load(find_recipe(name), yours)
 
 
@@ -35,8 +37,9 @@ def published_workload(config: Config) -> scaling.Workload:
 def _rates(gpu: scaling.Gpu) -> tuple[str, ...]:
     return (
         gpu.name,
-        f"{gpu.flops / 1e12:.0f}",
+        ", ".join(f"{rate / 1e12:g}" for rate in (gpu.flops, gpu.tf32, gpu.float32)),
         f"{gpu.memory_bytes / 1e9:.0f}",
+        f"{gpu.memory_rate / 1e9:,.0f}",
         f"{gpu.link / 1e9:.0f}",
         f"{gpu.network / 1e9:g}",
         gpu.source,
@@ -44,9 +47,11 @@ def _rates(gpu: scaling.Gpu) -> tuple[str, ...]:
 
 
 def _days(work: scaling.Workload, gpu: scaling.Gpu) -> list[str]:
-    seconds = scaling.seconds_per_image(work, gpu)
-    counts = scaling.GPU_COUNTS
-    return [f"{scaling.predict(work, seconds, count, gpu).days:.1f}" for count in counts]
+    found = [
+        scaling.predict(work, scaling.seconds_per_image(work, gpu, count), count, gpu)
+        for count in scaling.GPU_COUNTS
+    ]
+    return [f"{prediction.days:.1f}" for prediction in found]
 
 
 if __name__ == "__main__":
