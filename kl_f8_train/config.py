@@ -1163,8 +1163,8 @@ def _bool(text: str) -> bool:
 READERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, bool: _bool}
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
 SEVERAL = {  # of a setting that takes one number or several
-    int: "a whole number, or a range as [384,512]",
-    float: "a number, or a list as [0.999,0.9999]",
+    int: "a whole number, or several as [384,512]",
+    float: "a number, or several as [0.999,0.9999]",
 }
 
 

@@ -43,13 +43,8 @@ TINY = [
 
 def pytest_configure(config: pytest.Config) -> None:
     """Hides the GPUs unless `-m` selects tests for them alone; CUDA has not been started yet."""
-    if not for_gpus_alone(config.option.markexpr):
+    if not runs.for_gpus_alone(config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-def for_gpus_alone(expression: str) -> bool:
-    """Whether a mark expression selects only tests marked `gpu`, by its words."""
-    return " or " not in expression and "gpu" in expression.split(" and ")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -49,6 +49,11 @@ def make_shards(folder: Path, size: int = 48) -> Path:
     return folder / "shards"
 
 
+def for_gpus_alone(expression: str) -> bool:
+    """Whether a mark expression selects only tests marked `gpu`, by its words."""
+    return " or " not in expression and "gpu" in expression.split(" and ")
+
+
 def make_weights(
     path: Path, ch_mult: tuple[int, ...] = (1, 1), *, discriminator: bool = True, **shape: Any
 ) -> Path:

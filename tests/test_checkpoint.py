@@ -271,6 +271,7 @@ def test_report_of_the_originals_file(tmp_path):
         "discriminator": True,
         "optimizer": True,
         "ema": {"model_ema.decay": 0.5, "model_ema.num_updates": 250.0},
+        "ema_decays": [],
         "logvar": 0.25,
         "notes": [],
         "dropped": {"loss.perceptual_loss": 1},

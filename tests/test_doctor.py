@@ -60,7 +60,7 @@ def test_go(examined, folder):
     assert found["data"]["shards"]["images"] == 36
     assert found["weights"]["sha256"] == file_sha256(folder / "model.ckpt")
     assert found["settings"]["data.crop"] == {"value": 32, "origin": "yours"}
-    assert found["settings"]["adversarial.weight"]["origin"] == "recipe"
+    assert found["settings"]["adversarial.weight"]["origin"] == "demo"
     assert "  4 images, at once" in printed
     assert "1 x 4 x 1 x 4.5e-06 = 1.8e-05" in printed
     assert "with discriminator" in printed
@@ -182,6 +182,7 @@ def test_the_one_gpu_recipe_is_fit_to_start(folder, capsys):
         "loss.perceptual=st_lpips_alex",
         "loss.allow_stand_in=true",
         "data.shorter_side=null",
+        "compute.per_device_batch=2",
         f"data.sources={folder / 'tiles'}",
         f"init.weights={folder / 'model.ckpt'}",
         f"run_dir={folder / 'mine'}",
@@ -268,7 +269,9 @@ def test_the_pixel_norm_is_that_of_the_training_step(folder):
 def test_the_adversarial_norm_gives_the_adaptive_weight(folder):
     audit, finetuner, batch = audited(folder, "loss.perceptual_weight=0")
     finetuner.run_iteration(batch)
-    weight = 0.5 * audit["pixel"] / (audit["adversarial"] + 1e-4)
+    assert finetuner.config.adversarial is not None
+    factor = finetuner.config.adversarial.weight
+    weight = factor * audit["pixel"] / (audit["adversarial"] + 1e-4)
     assert float(finetuner.metrics["adaptive_weight"]) == pytest.approx(weight, rel=1e-4)
 
 
@@ -475,7 +478,7 @@ def test_without_all_it_is_one_screen_with_the_next_command(folder, capsys):
     assert main(["doctor", "demo", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 14
-    assert lines[0].startswith("loading ... settings ... batch and learning rate ... weights")
+    assert lines[0].startswith("loading ... settings ... batch and learning rate ... networks")
     assert [line.split()[0] for line in lines[1:9]] == [
         *("run", "batch", "weights", "loss", "data", "speed", "bill", "disk")
     ]

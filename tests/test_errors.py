@@ -206,7 +206,9 @@ WEIGHTS = {
         "inspect lora.safetensors", MISSING, "holds lora_up.weight|expected encoder.*|give"
     ),
     "hub id": Case("inspect owner/name", MISSING, "owner/name|no answer|Download its"),
-    "export nowhere": Case("export nowhere.ckpt", MISSING, "nowhere.ckpt: no such file; check"),
+    "export nowhere": Case(
+        "export nowhere.ckpt", MISSING, "nowhere.ckpt: no such directory or checkpoint; check"
+    ),
     "export lora": Case(
         "export lora.safetensors", MISSING, "not a training checkpoint|expected a run"
     ),
@@ -303,7 +305,7 @@ DATA = {
     ),
     "list file": train("data.sources=text.txt", MISSING, "2 of 2 files are missing (a.tar, b.tar)"),
     "not indexed": train(
-        "data.sources=http://127.0.0.1:9/0.tar", MISSING, "not indexed|index 'http"
+        "data.sources=http://127.0.0.1:9/0.tar", MISSING, "not indexed|kl-f8-train index http"
     ),
     "index dir": train(
         "data.index_dir=model.ckpt", FAILED, "cannot be written in model.ckpt|data.index_dir"
@@ -327,7 +329,9 @@ DATA = {
     "scheme": Case(
         "index ftp://h/0.tar --index-dir i", USAGE, "cannot fetch from ftp; expected http"
     ),
-    "index nowhere": Case("index nowhere", MISSING, "(nowhere)|check the path"),
+    "index nowhere": Case(
+        "index nowhere", MISSING, "nowhere: no such file or folder|check the path"
+    ),
     "index cut": Case(
         "index cut_shards --index-dir i", MISSING, "1 of 1 shards are broken|download them"
     ),

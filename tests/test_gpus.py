@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import for_gpus_alone
+import runs
 
 ROOT = Path(__file__).parents[1]
 SEEN = """
@@ -71,7 +71,7 @@ def test_tests_for_gpus_see_what_the_user_does_and_are_skipped_without_one(tmp_p
     ],
 )
 def test_gpus_are_seen_if_all_selected_tests_are_for_them(expression, gpus):
-    assert for_gpus_alone(expression) == gpus
+    assert runs.for_gpus_alone(expression) == gpus
 
 
 def test_here_they_are_hidden():
