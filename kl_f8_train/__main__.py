@@ -744,6 +744,23 @@ def _status(args: argparse.Namespace) -> int:
     return 0
 
 
+def _print_schema(keys: list[str]) -> None:
+    """Every setting, or those of the keys and groups that are named."""
+    from kl_f8_train import config as configs
+
+    settings = configs.schema()
+    for key in keys:
+        if not any(name == key or name.startswith(f"{key}.") for name, *_ in settings):
+            raise UsageError(
+                f"config schema: {key}: no such setting or group; `kl-f8-train config schema` "
+                "prints all"
+            )
+    beginnings = tuple(f"{key}." for key in keys)
+    for name, kind, default, doc in settings:
+        if not keys or name in keys or name.startswith(beginnings):
+            print(f"{name}\n    {doc}\n    {kind}; {default}")
+
+
 def _config(args: argparse.Namespace) -> int:
     from kl_f8_train import config as configs
 
@@ -757,8 +774,7 @@ def _config(args: argparse.Namespace) -> int:
         print(reference.settings_page(), end="")
         return 0
     if args.action == "schema":
-        for key, kind, default, doc in configs.schema():
-            print(f"{key}\n    {doc}\n    {kind}; {default}")
+        _print_schema(args.arguments)
         return 0
     count = 2 if args.action == "diff" else 1
     if len(args.arguments) < count:

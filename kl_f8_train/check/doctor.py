@@ -319,10 +319,12 @@ def _tell_memory(
     report: Report, config: Config, micro: int, share: int, here: Mapping[str, float]
 ) -> None:
     """What micro-batches of `micro` take, and the largest that would fit here or on known GPUs."""
+    needed = cost.peak_bytes(config, micro, share)
+    compiled = "compiled" if cost.compiles(config) else "uncompiled"
+    report.facts["computed_memory"] = {"bytes": needed, "compiled": cost.compiles(config)}
     report.tell(
         f"{'GPU memory' if cost.on_gpu(config) else 'memory'} that this takes, computed: "
-        f"{size(cost.peak_bytes(config, micro, share))}, "
-        f"{'compiled' if cost.compiles(config) else 'uncompiled'}"
+        f"{size(needed)}, {compiled}"
     )
     fits = {name: cost.largest_divisor(config, share, here[name]) for name in here}
     if cost.is_full_size(config) and not machine.on_cuda(config.compute):

@@ -29,7 +29,8 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
         f"  loss     {loss.pixel} + {loss.perceptual_weight:g} {LABELS[loss.perceptual]}{against}"
     )
     for name, found in facts.get("data", {}).items():
-        unusable = f"{found['unusable']} of {found['checked']} unusable"
+        bad, checked = found["unusable"], found["checked"]
+        unusable = f"{bad} of {checked} unusable" if bad else f"{checked} can be used"
         yield f"  data     {name}: {found['about']}; {unusable}"
     if held_out := facts.get("validation"):
         known = f"{len(held_out['common'])} of them" if held_out["common"] else "none of them"
@@ -39,6 +40,12 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
         cold = ", measured on a first, cold iteration" if facts["cold_iteration"] else ""
         memory = size(facts["memory_bytes"])
         yield f"  speed    {units.speed(1 / seconds)} on {facts['device']}, {memory}{cold}"
+    elif computed := facts.get("computed_memory"):
+        compiled = "compiled" if computed["compiled"] else "uncompiled"
+        yield f"  memory   {size(computed['bytes'])} a process, computed for {compiled} networks"
+        if fits := facts["per_device_batch_that_fits"]:
+            largest = ", ".join(f"{count or 'none'} on {name}" for name, count in fits.items())
+            yield f"           the largest compute.per_device_batch that fits: {largest}"
     if (total := facts.get("images_total")) is not None:
         yield f"  bill     {_screened_bill(facts, config, total)}"
     if predicted := facts.get("predicted"):

@@ -13,5 +13,6 @@
 #   GPUS=2          how many to use; all, but at most 8, if not given
 #   PYTHON=python3  with torch and the package
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
 here=$(cd "$(dirname "$0")" && pwd)
 exec "${PYTHON:-python3}" "$here/acceptance.py" "$@"
