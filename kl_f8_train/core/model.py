@@ -4,7 +4,6 @@ Shapes: B images, H x W pixels, h x w = H/f x W/f latents, f = 2 ** (levels - 1)
 Images are (B, 3, H, W) in [-1, 1]; latents are (B, 4, h, w), unscaled (no 0.18215).
 """
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -443,7 +442,7 @@ class _LeanNormSwish(torch.autograd.Function):
 
 
 class _FusedNormSwish(torch.autograd.Function):
-    """The same in plain operations, for the compiler to fuse, from sums over parts of each channel.
+    """The same in plain operations, for the compiler to fuse, from sums over each channel.
 
     torch's statistics of a group read a few of the channels beside each other in NHWC memory, and
     skip the rest; a channel's own sums read all of them in a row. The bias of the convolution
@@ -462,91 +461,59 @@ class _FusedNormSwish(torch.autograd.Function):
         dtype: torch.dtype,  # of the output
     ) -> Tensor:
         exact = torch.promote_types(weight.dtype, torch.float32)
-        sums = group_sums(x.to(exact), added, groups)
-        ctx.save_for_backward(x, added, weight, bias, sums)
-        ctx.eps = eps
-        normal, _ = _normalized(x, added, sums, eps)
+        mean, rstd = group_statistics(x.to(exact), added, groups, eps)
+        ctx.save_for_backward(x, added, weight, bias, mean, rstd)
+        normal = _normalized(x, added, mean, rstd)
         return F.silu(normal * _column(weight) + _column(bias)).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, added, weight, bias, sums = ctx.saved_tensors
-        normal, scale = _normalized(x, added, sums, ctx.eps)  # (B, C, H, W), (B, C, 1, 1)
+        x, added, weight, bias, mean, rstd = ctx.saved_tensors
+        pixels = x.shape[2] * x.shape[3]
+        normal = _normalized(x, added, mean, rstd)  # (B, C, H, W)
         y = normal * _column(weight) + _column(bias)
         share = torch.sigmoid(y)
-        of_y = gradient.to(sums.dtype) * share * (1 + y * (1 - share))  # d silu(y) / d y
-        of_both = torch.stack([_row_sums(of_y), _row_sums(of_y * normal)])  # (2, B, C, parts)
-        # Means over each group of w d y and of w d y (x - mean) / std.
-        means = _over_groups(of_both * weight[:, None], sums.shape[2]) / _group_size(x, sums)
-        first, second = (_of_channels(part, x) for part in means)
+        of_y = gradient.to(mean.dtype) * share * (1 + y * (1 - share))  # d silu(y) / d y
+        of_bias = of_y.sum((2, 3))  # (B, C)
+        of_weight = (of_y * normal).sum((2, 3))
+        first, second = (  # means over each group of w d y and of w d y (x - mean) / std
+            (part * weight).unflatten(1, (mean.shape[1], -1)).mean(2) / pixels
+            for part in (of_bias, of_weight)
+        )
+        first, second, scale = (_of_channels(part, x) for part in (first, second, rstd))
         of_x = scale * (of_y * _column(weight) - first - normal * second)
         of_added = None
         if added is not None:  # of_x summed over pixels, from sums that are there
-            pixels = x.shape[2] * x.shape[3] / of_both.shape[3]  # of a part
-            of_parts = of_both[0] * weight[:, None] - pixels * first.flatten(2)
-            of_parts = of_parts - _row_sums(normal) * second.flatten(2)
-            of_added = (scale.flatten(2) * of_parts).sum((0, 2)).to(added.dtype)
-        of_bias, of_weight = of_both.sum((1, 3))
-        of_weight, of_bias = of_weight.to(weight.dtype), of_bias.to(bias.dtype)
+            sums = of_bias * weight - pixels * first.flatten(1)
+            sums = sums - normal.sum((2, 3)) * second.flatten(1)
+            of_added = (scale.flatten(1) * sums).sum(0).to(added.dtype)
+        of_weight, of_bias = of_weight.sum(0).to(weight.dtype), of_bias.sum(0).to(bias.dtype)
         return (of_x.to(x.dtype), of_added, of_weight, of_bias, None, None, None)
 
 
-def group_sums(x: Tensor, added: Tensor | None, groups: int) -> Tensor:
-    """Sums over each group of d and of d^2, (2, B, groups): d is x + added - origin.
+def group_statistics(
+    x: Tensor, added: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of each group of x + added, both (B, groups).
 
-    x is (B, C, H, W), `added` (C,). The origin is one pixel of the group: a mean that is large
-    beside the deviation would cost the variance its digits.
+    x is (B, C, H, W), `added` (C,). Sums are of the distance from each channel's first pixel: a
+    mean that is large beside the deviation would cost the variance its digits.
     """
-    distance = _plus(x, added) - _of_channels(_origin(x, added, groups), x)
-    return _over_groups(torch.stack([_row_sums(distance), _row_sums(distance.square())]), groups)
-
-
-def statistics(x: Tensor, added: Tensor | None, sums: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(variance + eps) of each channel's group of x + added, (B, C, 1, 1) both.
-
-    For each channel, so that a compiler keeps the sums, which are smaller, for the backward pass.
-    """
-    first, second = (_of_channels(part, x) for part in sums / _group_size(x, sums))
-    variance = (second - first.square()).clamp_min(0.0)
-    origin = _of_channels(_origin(x, added, sums.shape[2]), x)
-    return origin + first, (variance + eps).rsqrt()
-
-
-def _normalized(x: Tensor, added: Tensor | None, sums: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x + added - mean) / std of its group, in the statistics' type; 1 / std, (B, C, 1, 1)."""
-    x = x.to(sums.dtype)
-    mean, rstd = statistics(x, added, sums, eps)
-    return (_plus(x, added) - mean) * rstd, rstd
-
-
-def _origin(x: Tensor, added: Tensor | None, groups: int) -> Tensor:
-    """The first pixel of each group's first channel of x + added, (B, groups)."""
-    return _plus(x, added)[:, :: x.shape[1] // groups, 0, 0]
+    origin = x[:, :, :1, :1]
+    distance = x - origin
+    first = distance.mean((2, 3))  # (B, C)
+    variances = distance.square().mean((2, 3)) - first.square()  # (B, C)
+    means = origin[:, :, 0, 0] + first if added is None else origin[:, :, 0, 0] + first + added
+    means = means.unflatten(1, (groups, -1))  # (B, groups, C / groups)
+    mean = means.mean(2)
+    within = variances.unflatten(1, (groups, -1)).mean(2).clamp_min(0.0)
+    between = (means - mean[:, :, None]).square().mean(2)
+    return mean, (within + between + eps).rsqrt()
 
 
 def _plus(x: Tensor, added: Tensor | None) -> Tensor:
     """x + added, (C,), if there is one."""
     return x if added is None else x + _column(added)
-
-
-def _row_sums(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> sums over parts of the rows, (B, C, parts).
-
-    A sum over a group in two steps, this one and `_over_groups`: compiled, it reads NHWC memory in
-    a row, in many blocks, and the group needs no third step.
-    """
-    parts = math.gcd(x.shape[2], 128)
-    return x.unflatten(2, (parts, -1)).sum((3, 4))
-
-
-def _over_groups(of_parts: Tensor, groups: int) -> Tensor:
-    """(2, B, C, parts) -> sums, (2, B, groups)."""
-    return of_parts.unflatten(2, (groups, -1)).sum((3, 4))
-
-
-def _group_size(x: Tensor, sums: Tensor) -> int:
-    """Elements of x in a group, with (2, B, groups) as the second."""
-    return x[0].numel() // sums.shape[2]
 
 
 def _shape(x: Tensor) -> tuple[int, int, int]:
@@ -563,3 +530,10 @@ def _of_channels(of_groups: Tensor, x: Tensor) -> Tensor:
     """(B, groups) -> (B, C, 1, 1): each channel its group's value."""
     size = x.shape[1] // of_groups.shape[1]
     return of_groups[:, :, None].expand(-1, -1, size).flatten(1)[:, :, None, None]
+
+
+def _normalized(x: Tensor, added: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+    """(x + added - mean) / std of its group, in the statistics' type."""
+    offset = _of_channels(mean, x)
+    offset = offset if added is None else offset - _column(added)
+    return (x.to(mean.dtype) - offset) * _of_channels(rstd, x)
