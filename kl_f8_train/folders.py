@@ -8,9 +8,11 @@ counted by its kind.
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -48,6 +50,8 @@ MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0(?!....CR)|MM\0\*",
     re.DOTALL,
 )
+Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
 FIRST_BYTES = 64  # bytes that say what a file is
 
 
@@ -194,6 +198,20 @@ def read_file(path: str | Path) -> bytes:
             return file.read()
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
+
+
+def ahead(
+    load: Callable[[Item], Loaded], items: Iterable[Item], threads: int
+) -> Iterator[Future[Loaded]]:
+    """What `load` makes of each item, in order, computed some ahead of its use."""
+    waiting: deque[Future[Loaded]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(load, item))
+            if len(waiting) > 4 * threads:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
 
 
 def load_folder(

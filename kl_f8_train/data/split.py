@@ -12,10 +12,9 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ import numpy as np
 from kl_f8_train.data import near
 from kl_f8_train.errors import ImageError, MissingInputError, UsageError
 from kl_f8_train.files import disk_failure, hidden_beside, write_json
-from kl_f8_train.folders import list_folder, read_file
+from kl_f8_train.folders import ahead, list_folder, read_file
 from kl_f8_train.units import counted, printable, size
 
 TRAINING, HELD_OUT = "training", "held_out"
@@ -156,7 +155,8 @@ def _read_all(
     """The files that can be used, in order, and "FILE: why" of the others."""
     photographs: list[Photograph] = []
     unusable: list[str] = []
-    for done, (name, found) in enumerate(_ahead(folder, names), 1):
+    read = ahead(partial(_read, folder), names, os.cpu_count() or 1)
+    for done, (name, found) in enumerate(zip(names, read, strict=True), 1):
         try:
             photographs.append(found.result())
         except ImageError as error:
@@ -164,18 +164,6 @@ def _read_all(
         if progress:
             progress(done, len(names))
     return photographs, unusable
-
-
-def _ahead(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Future[Photograph]]]:
-    """Files in order, read and decoded some ahead by one thread for each core."""
-    threads = os.cpu_count() or 1
-    waiting: deque[tuple[str, Future[Photograph]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for name in names:
-            waiting.append((name, pool.submit(_read, folder, name)))
-            if len(waiting) > 4 * threads:
-                yield waiting.popleft()
-        yield from waiting
 
 
 def _read(folder: Path, name: str) -> Photograph:

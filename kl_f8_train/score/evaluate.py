@@ -13,9 +13,8 @@ import importlib.metadata
 import itertools
 import os
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import Facts
 from kl_f8_train.files import atomic_path, cache_dir, check_writable, write_json
+from kl_f8_train.folders import ahead
 from kl_f8_train.launch import meeting, world_size
 from kl_f8_train.output import Progress
 from kl_f8_train.output import say as say_aloud
@@ -157,14 +157,8 @@ class ImageSet:
 
     def stream(self, indices: Iterable[int], threads: int) -> Iterator[EvaluatedImage]:
         """Images in order, decoded some ahead of their use."""
-        waiting: deque[Future[EvaluatedImage]] = deque()
-        with ThreadPoolExecutor(threads) as pool:
-            for index in indices:
-                waiting.append(pool.submit(self.load, index))
-                if len(waiting) > 4 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+        for loaded in ahead(self.load, indices, threads):
+            yield loaded.result()
 
 
 # --- VAEs -----------------------------------------------------------------------------------
