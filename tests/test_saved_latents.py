@@ -1,6 +1,8 @@
 """Latents are read as their makers saved them, and in a scale that is known, not guessed."""
 
 import math
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,7 +43,7 @@ def test_comfyui_s_files_are_undone_as_its_loader_does(tmp_path, z):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_all_formats_and_types(tmp_path, z, dtype):
+def test_all_formats_and_types(tmp_path, monkeypatch, z, dtype):
     values = z.to(dtype)
     save_file({"latents": values}, tmp_path / "a.safetensors")
     torch.save({"samples": values}, tmp_path / "c.pt")
@@ -54,8 +56,18 @@ def test_all_formats_and_types(tmp_path, z, dtype):
         (tmp_path / "f.NPY.npy").rename(tmp_path / "f.NPY")
     found = saved_latents.survey(tmp_path)
     assert len(found) == (5 if dtype == torch.bfloat16 else 8)
-    for latent in found:
-        loaded = saved_latents.load(latent)
+    reads: Counter[Path] = Counter()
+    read = saved_latents.read
+
+    def counted(path):
+        reads[path] += 1
+        return read(path)
+
+    monkeypatch.setattr(saved_latents, "read", counted)
+    loaded_latents = list(saved_latents.load(found))
+    assert [latent for latent, _ in loaded_latents] == found
+    assert set(reads.values()) == {1}  # a file of several latents, too
+    for latent, loaded in loaded_latents:
         single = {"d.pt": 0, "f.NPY": 1}.get(latent.name, latent.index)
         assert loaded.shape == (1, 4, 6, 5)
         assert torch.equal(loaded[0], values[single].float())

@@ -158,8 +158,8 @@ def _decode_all(
     if networks.inception is not None:
         found.statistics = {name: FeatureStatistics.empty(FEATURES, device) for name in names}
     former = _former_pictures(out)
-    for number, latent in enumerate(latents):
-        values = saved_latents.load(latent).to(device)
+    for number, (latent, loaded) in enumerate(saved_latents.load(latents)):
+        values = loaded.to(device)
         found.deviations.append(float(values.std()))
         z = scales[latent.says].undo(values)
         levels = dict(_decoded(candidates, z, latent, protocol, found))

@@ -12,9 +12,10 @@ of the two a file holds depends on the program that wrote it:
 Nothing is unpickled: .npy without objects, .pt by `weights.torch_file`.
 """
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,9 +102,12 @@ def survey(where: Path, limit: int | None = None) -> list[SavedLatent]:
     return latents
 
 
-def load(latent: SavedLatent) -> Tensor:
-    """(1, C, h, w), float32, in the file's scale."""
-    return read(latent.path)[0][latent.index : latent.index + 1]
+def load(latents: Iterable[SavedLatent]) -> Iterator[tuple[SavedLatent, Tensor]]:
+    """Each with its values, (1, C, h, w) float32 in the file's scale; reads a file of many once."""
+    for path, group in itertools.groupby(latents, key=lambda latent: latent.path):
+        values, _ = read(path)
+        for latent in group:
+            yield latent, values[latent.index : latent.index + 1]
 
 
 def read(path: Path) -> tuple[Tensor, str]:
