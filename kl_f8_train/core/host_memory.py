@@ -1,4 +1,4 @@
-"""A state copied to host memory, while training waits as little as possible."""
+"""Tensors copied to host memory, while training waits as little as possible."""
 
 from collections.abc import Mapping
 
@@ -41,20 +41,48 @@ class HostMemory:
         return Copies(copied, on_cuda)
 
 
+class Arrival:
+    """When what was queued so far has reached the host; from CUDA alone it takes time."""
+
+    def __init__(self, on_cuda: bool) -> None:
+        self._event = None
+        if on_cuda:
+            # blocking: a host that waits leaves its core to loaders
+            self._event = torch.cuda.Event(blocking=True)
+            self._event.record()
+
+    def wait(self) -> None:
+        """Waits for that alone, not for what was queued afterwards."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
 class Copies:
     """Copies that may still be on their way from the device."""
 
     def __init__(self, tensors: dict[str, Tensor], on_cuda: bool) -> None:
-        self._tensors, self._arrived = tensors, None
-        if on_cuda:
-            self._arrived = torch.cuda.Event(blocking=True)
-            self._arrived.record()
+        self._tensors, self._arrival = tensors, Arrival(on_cuda)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them; waits until they have arrived. They share one block of memory."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        self._arrival.wait()
         return self._tensors
+
+
+class HostCopy:
+    """A small tensor that is being copied to the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        if tensor.is_cuda:
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+        self._arrival = Arrival(tensor.is_cuda)
+
+    def read(self) -> Tensor:
+        """The values, once they have arrived."""
+        self._arrival.wait()
+        return self._tensor
 
 
 def room(tensor: Tensor) -> int:

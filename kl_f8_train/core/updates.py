@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from kl_f8_train.config import Optimizer
+from kl_f8_train.core.host_memory import HostCopy
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.output import say
 
@@ -191,25 +192,6 @@ class Remembered:
 def _joined(tensors: list[Tensor]) -> Tensor:
     """All elements in a row."""
     return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-class HostCopy:
-    """A small tensor that is being copied to the host."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._arrived = tensor, None
-        if tensor.device.type == "cuda":
-            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self._tensor.copy_(tensor, non_blocking=True)
-            # blocking: a host that waits leaves its core to loaders
-            self._arrived = torch.cuda.Event(blocking=True)
-            self._arrived.record()
-
-    def read(self) -> Tensor:
-        """The values; waits for them alone, not for what was queued after them."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._tensor
 
 
 class Guard:

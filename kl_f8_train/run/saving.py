@@ -15,9 +15,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.optim import Adam
 
 from kl_f8_train import config as configs
-from kl_f8_train.core.host_memory import HostMemory
+from kl_f8_train.core.host_memory import HostCopy, HostMemory
 from kl_f8_train.core.step import Finetuner
-from kl_f8_train.core.updates import HostCopy
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.launch import SIGNALS
 from kl_f8_train.output import say
