@@ -41,8 +41,8 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
         memory = size(facts["memory_bytes"])
         yield f"  speed    {units.speed(1 / seconds)} on {facts['device']}, {memory}{cold}"
     elif computed := facts.get("computed_memory"):
-        compiled = "compiled" if computed["compiled"] else "uncompiled"
-        yield f"  memory   {size(computed['bytes'])} a process, computed for {compiled} networks"
+        needed, networks = size(computed["bytes"]), computed["networks"]
+        yield f"  memory   {needed} a process, computed for {networks} networks"
         if fits := facts["per_device_batch_that_fits"]:
             largest = ", ".join(f"{count or 'none'} on {name}" for name, count in fits.items())
             yield f"           the largest compute.per_device_batch that fits: {largest}"
