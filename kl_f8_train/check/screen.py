@@ -21,7 +21,8 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
         yield f"  batch    {dealt}; learning rate {config.optimizer.learning_rate:g}, absolute"
     if weights := facts.get("weights"):
         critic = "with" if weights["discriminator"] else "no"
-        shape = (weights["not_kl_f8"] and "not kl-f8's shape") or "kl-f8's shape"
+        known, other = weights["shape"], weights["not_kl_f8"]
+        shape = f"{known}'s shape" if known else other.partition(":")[0]
         name = Path(weights["file"]).name
         yield f"  weights  {name}: {weights['layout']}, {shape}, {critic} discriminator"
     against = " + adversarial" if adversarial else ""
