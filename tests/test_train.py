@@ -254,6 +254,42 @@ def test_validation_scores_each_of_several_sizes(folder):
     assert labels == ["EMA", "raw", "EMA 64px"]
 
 
+def test_time_left_is_that_of_iterations_and_no_pause_is_silent(folder, monkeypatch, capsys):
+    """Neither the start, nor the validation before it, enters the estimate."""
+    validate = Validation.validate
+
+    def slow(self, *arguments):
+        time.sleep(8.0)
+        return validate(self, *arguments)
+
+    monkeypatch.setattr(Validation, "validate", slow)
+    monkeypatch.setattr(runs, "TINY", (*runs.TINY, "log.every=2"))
+    extra = "stop_iteration=106", "log.pictures_every=4", *runs.NO_ADVERSARIAL
+    assert train(runs.recipe(folder, "slow-start", *extra)) == 0
+    said = capsys.readouterr().out
+    order = [
+        "reading ",
+        "validating 4 photographs, 32 x 32 pixels ...",
+        "validation at iteration 100",
+        "training: a line after 2 iterations (log.every); Ctrl-C saves and stops",
+        "iteration 102 of 106",
+    ]
+    places = [said.index(part) for part in order]
+    assert places == sorted(places)
+    (left,) = re.findall(r"iteration 102 of 106 .* (\d+) s left", said)
+    assert int(left) < 8 / 2 * 4  # what it would be with the validation in it
+    rows = read_table(folder / "slow-start" / "metrics.csv")
+    assert min(float(row["images_per_second"]) for row in rows) > 4 / 4
+
+
+def test_a_single_iteration_makes_no_estimate(folder, capsys):
+    extra = "stop_iteration=103", "log.every=1", *runs.NO_ADVERSARIAL
+    assert train(runs.recipe(folder, "estimate", *extra)) == 0
+    first, second, _ = re.findall(r"iteration 10\d of 103 .*", capsys.readouterr().out)
+    assert "left" not in first
+    assert "left" in second
+
+
 def test_saving_is_no_waiting_for_data(folder, monkeypatch):
     write = checkpoint.write
 

@@ -196,7 +196,7 @@ def _examine_inputs(report: Report, path: Path, overrides: list[str]) -> None:
             pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
         if config.log.pictures_every and config.log.pictures is not None:
             with report.section("photographs of validation"):
-                fixed_photographs(config, config.data.crop, report.tell)
+                fixed_photographs(config, report.tell)
 
 
 def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
@@ -221,8 +221,9 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
             _check_source(report, config, name)
     if config.log.pictures_every and config.log.pictures is not None:
         with report.section("photographs of validation"):
-            found = fixed_photographs(config, config.data.crop, report.tell)
-            report.tell(f"{counted(len(found), 'photograph', 's')} of {config.log.pictures}")
+            found = fixed_photographs(config, report.tell)
+            count = len(found[config.data.crop])
+            report.tell(f"{counted(count, 'photograph', 's')} of {config.log.pictures}")
             _check_overlap(report, config, Path(config.log.pictures))
     elif config.log.pictures_every:
         report.remark(
@@ -444,10 +445,10 @@ def _check_source(report: Report, config: Config, name: str) -> None:
         "images_per_second_per_worker": speed,
     }
     lines = [line for sample in samples for line in sample.skipped]
-    of = f"{count} sampled images"
+    of = counted(count, "sampled image", "s")
     if isinstance(source, FolderSource) and len(source.files) <= SMALL_FOLDER:
         lines = _unusable(name, source)
-        of, bad = f"all {len(source.files)} images", len(lines)
+        of, bad = f"all {counted(len(source.files), 'image', 's')}", len(lines)
         report.facts["data"][name] |= {"sampled": len(source.files), "unusable": bad}
     report.facts["data"][name] |= {"checked": of, "about": "; ".join(source.describe())}
     report.tell(f"{bad} of {of} cannot be used; {rate(speed)} in one process")

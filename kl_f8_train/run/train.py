@@ -52,7 +52,7 @@ from kl_f8_train.data.plan import Plan
 from kl_f8_train.data.sources import FolderSource, ImageSource, TarSource
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import check_writable, write_text
-from kl_f8_train.folders import load_folder
+from kl_f8_train.folders import load_sizes
 from kl_f8_train.launch import SRUN, TORCHRUN, launched
 from kl_f8_train.lifetime import announce_to_ranks
 from kl_f8_train.run import outcome
@@ -115,9 +115,10 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             run_dir,
             config,
             start,
-            {size: _fixed_images(config, plan, sources, size) for size in validation_sizes(config)},
+            _fixed_images(config, plan, sources),
             run_log.validated,
             saving.save_best if config.checkpoint.keep_best else None,
+            run_log.say,
         )
         callbacks = [run_log, validation, signals, saving]
         if machine.compiles(config.compute):
@@ -257,7 +258,8 @@ def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple
         return finetuner, frozen
     if found:
         raise MissingInputError(
-            f"none of the {len(found)} checkpoints in {run_dir} can be read; nothing was changed. "
+            f"none of the {units.counted(len(found), 'checkpoint', 's')} in {run_dir} can be read; "
+            "nothing was changed. "
             "Move them away to start anew"
         )
     return _import(config)
@@ -292,6 +294,7 @@ def _record_changes(finetuner: Finetuner, changes: list[str]) -> None:
 
 def _import(config: Config) -> tuple[Finetuner, str]:
     """A finetuner with the weights of `init.weights`."""
+    say_once(f"reading {config.init.weights} ...")
     contents, weights = weight_file.read_weights(
         config.init.weights, config.init.select, config.init.prefix
     )
@@ -479,36 +482,43 @@ def _cluster(launcher: str) -> ClusterEnvironment:
 
 
 def fixed_photographs(
-    config: Config, size: int, report: Callable[[str], None]
-) -> list[torch.Tensor]:
-    """Up to eight photographs of `log.pictures`; MissingInputError if there is none."""
+    config: Config, report: Callable[[str], None]
+) -> dict[int, list[torch.Tensor]]:
+    """Up to eight photographs of `log.pictures`, uint8 (3, side, side), by side.
+
+    Raises MissingInputError if there is none.
+    """
     assert config.log.pictures is not None
     folder = Path(config.log.pictures)
     try:
-        return load_folder(folder, size, 8, report)
+        return load_sizes(folder, validation_sizes(config), 8, report)
     except MissingInputError as error:
         raise MissingInputError(f"log.pictures: {error}") from error
 
 
 def _fixed_images(
-    config: Config, plan: Plan, sources: Mapping[str, ImageSource], size: int
-) -> list[torch.Tensor]:
+    config: Config, plan: Plan, sources: Mapping[str, ImageSource]
+) -> dict[int, list[torch.Tensor]]:
     """Those of `log.pictures`, or the first four of the data that can be used, centre-cropped."""
+    sizes = validation_sizes(config)
+    chosen: dict[int, list[torch.Tensor]] = {size: [] for size in sizes}
     if not config.log.pictures_every:
-        return []
+        return chosen
     if config.log.pictures is not None:
-        return fixed_photographs(config, size, say_once)
-    chosen: list[torch.Tensor] = []
+        return fixed_photographs(config, say_once)
     for position in range(min(MOST_TRIED, plan.batch)):
-        if len(chosen) == 4:
+        if len(chosen[sizes[0]]) == 4:
             break
         name, shard, number = plan.locate(position)
         try:
-            chosen.append(images.square(sources[name].read(shard, number)[1], size))
+            squares = images.squares(sources[name].read(shard, number)[1], sizes)
         except ImageError as error:
             say_once(
                 f"picture strip: {name}/{sources[name].name(shard, number)}: {error}; left out"
             )
+            continue
+        for size, square in zip(sizes, squares, strict=True):
+            chosen[size].append(square)
     return chosen
 
 
