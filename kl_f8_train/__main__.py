@@ -23,7 +23,7 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, Us
 from kl_f8_train.launch import end_children, launched
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import say
-from kl_f8_train.units import counted, duration, shortest
+from kl_f8_train.units import are, counted, duration, shortest
 
 if TYPE_CHECKING:
     from kl_f8_train.check.doctor import Report
@@ -685,7 +685,8 @@ def _index_verb(args: argparse.Namespace) -> int:
         raise RunFailedError("some shards could not be fetched, as said above; run this again")
     if source.broken:
         raise MissingInputError(
-            f"{len(source.broken)} of {len(locations)} shards are broken, as said above; download "
+            f"{len(source.broken)} of {counted(len(locations), 'shard', 's')} "
+            f"{are(len(source.broken))} broken, as said above; download "
             "them again, then rerun this command, or train with data.bad_shards=skip"
         )
     return 0

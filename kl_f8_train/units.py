@@ -58,6 +58,11 @@ def counted(number: int, noun: str, ending: str) -> str:
     return f"{number:,} {noun}{ending * (number != 1)}"
 
 
+def are(number: int) -> str:
+    """The verb that goes with a number: 1 tensor is, 2 tensors are."""
+    return "is" if number == 1 else "are"
+
+
 def printable(name: str) -> str:
     r"""A file name to print: bytes that are not UTF-8, and control characters, become \xe9."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -642,7 +642,7 @@ def quality(tmp_path: Path, state: dict) -> str:
 def test_values_that_are_not_finite_are_named(tmp_path, value, dtype):
     state = {k: v.to(dtype) for k, v in samples.tiny_vae().state_dict().items()}
     state["decoder.conv_in.weight"][0] = value
-    assert "1 tensors are not finite, decoder.conv_in.weight first" in quality(tmp_path, state)
+    assert "1 tensor is not finite, decoder.conv_in.weight first" in quality(tmp_path, state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
@@ -664,7 +664,7 @@ def test_rounding_is_told_by_what_it_does_to_latents(tmp_path, dtype):
 def test_quantised_weights_are_refused_and_named(tmp_path):
     state = dict(samples.tiny_vae().state_dict())
     state["decoder.conv_in.weight"] = state["decoder.conv_in.weight"].to(torch.int8)
-    assert "1 tensors are whole numbers, decoder.conv_in.weight first" in quality(tmp_path, state)
+    assert "1 tensor is of whole numbers, decoder.conv_in.weight first" in quality(tmp_path, state)
     with pytest.raises(MissingInputError, match="quantised weights cannot be trained"):
         weight_file.load_autoencoder(tmp_path / "w.safetensors")
 

@@ -25,7 +25,7 @@ from kl_f8_train.files import write_json, write_text
 from kl_f8_train.output import markdown_table
 from kl_f8_train.score import tiled
 from kl_f8_train.score.compare import not_measured
-from kl_f8_train.units import counted
+from kl_f8_train.units import are, counted
 
 BIASED_BELOW = 2048  # images; the width of Inception's features
 PICTURES = 24  # images shown, at most
@@ -235,7 +235,8 @@ def footer(result: Mapping[str, Any]) -> str:
     lines += not_measured(result["unmeasured"])
     lines += [f"Warning: {warning}." for warning in result["warnings"][:WARNINGS]]
     if len(result["warnings"]) > WARNINGS:
-        lines.append(f"{len(result['warnings']) - WARNINGS:,} more warnings are in scores.json.")
+        more = len(result["warnings"]) - WARNINGS
+        lines.append(f"{counted(more, 'more warning', 's')} {are(more)} in scores.json.")
     return "\n\n".join(lines)
 
 

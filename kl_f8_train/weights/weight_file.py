@@ -34,7 +34,7 @@ from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.facts import Facts
 from kl_f8_train.files import atomic_path, file_sha256
 from kl_f8_train.run_dir import list_checkpoints
-from kl_f8_train.units import counted, shortest
+from kl_f8_train.units import are, counted, shortest
 from kl_f8_train.weights import hub, torch_file
 from kl_f8_train.weights.names import (
     State,
@@ -240,7 +240,8 @@ def check_finite(contents: Contents, state: Mapping[str, Tensor]) -> None:
     bad = [key for key, value in state.items() if not bool(value.float().isfinite().all())]
     if bad:
         raise MissingInputError(
-            f"{contents.path}: {len(bad)} tensors are not finite, {bad[0]} first: NaN or infinity, "
+            f"{contents.path}: {counted(len(bad), 'tensor', 's')} {are(len(bad))} not finite, "
+            f"{bad[0]} first: NaN or infinity, "
             "as a failed merge or conversion leaves it; get another copy"
         )
 
@@ -256,7 +257,8 @@ def quality(contents: Contents, weights: Weights) -> list[str]:
     whole = [key for key, value in state.items() if not value.is_floating_point()]
     if whole:
         lines.append(
-            f"WARNING: {len(whole)} tensors are whole numbers, {whole[0]} first: quantised weights "
+            f"WARNING: {counted(len(whole), 'tensor', 's')} {are(len(whole))} of whole numbers, "
+            f"{whole[0]} first: quantised weights "
             "cannot be trained or written; give the file from before"
         )
     steps = {dtype: torch.finfo(dtype).eps for dtype in types if dtype.is_floating_point}
