@@ -60,7 +60,7 @@ def test_what_counts_as_an_image(tmp_path):
     source = open_source(tmp_path / "x.tar")
     assert read_all(source) == [b"one", b"two", b"three"]
     assert source.without_image == 1
-    assert "1 samples have no image" in source.describe()
+    assert "1 sample without an image" in source.describe()
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])

@@ -258,9 +258,8 @@ def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple
         return finetuner, frozen
     if found:
         raise MissingInputError(
-            f"none of the {units.counted(len(found), 'checkpoint', 's')} in {run_dir} can be read; "
-            "nothing was changed. "
-            "Move them away to start anew"
+            f"{units.counted(len(found), 'checkpoint', 's')} in {run_dir}, none of which can be "
+            "read; nothing was changed. Move them away to start anew"
         )
     return _import(config)
 

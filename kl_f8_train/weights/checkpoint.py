@@ -273,8 +273,9 @@ def _check_finite(tensors: dict[str, Tensor]) -> None:
     bad = [n for n, value in zip(names, largest, strict=True) if not bool(value.isfinite())]
     if bad:
         raise RunFailedError(
-            f"{counted(len(bad), 'tensor', 's')} {are(len(bad))} not finite, {bad[0]} first; no checkpoint was written, the "
-            "last one is untouched. Lower optimizer.learning_rate, or try precision=float32"
+            f"{counted(len(bad), 'tensor', 's')} {are(len(bad))} not finite, {bad[0]} first; "
+            "no checkpoint was written, the last one is untouched. Lower "
+            "optimizer.learning_rate, or try precision=float32"
         )
 
 
