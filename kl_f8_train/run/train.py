@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,13 @@ from kl_f8_train.data.loading import (
 )
 from kl_f8_train.data.plan import Plan
 from kl_f8_train.data.sources import FolderSource, ImageSource, TarSource
-from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
+from kl_f8_train.errors import (
+    ImageError,
+    LostContactError,
+    MissingInputError,
+    RunFailedError,
+    UsageError,
+)
 from kl_f8_train.files import check_writable, write_text
 from kl_f8_train.folders import load_sizes
 from kl_f8_train.launch import SRUN, TORCHRUN, launched
@@ -68,7 +75,10 @@ from kl_f8_train.run_dir import (
     CONFIG_FILE,
     best_checkpoint,
     claimed,
+    failure_kept,
+    forget_failure,
     list_checkpoints,
+    note_failure,
     remove_leftovers,
 )
 from kl_f8_train.transfer import is_remote
@@ -91,7 +101,10 @@ def train(config: Config, allow_changes: bool = False) -> int:
     machine.check_compile_cache(config.compute)
     first = getattr(rank_zero_only, "rank", 0) == 0  # as the launcher's variables say
     with claimed(run_dir) if first else nullcontext():
-        return _train(config, run_dir, allow_changes)
+        if first:
+            forget_failure(run_dir)
+        with failure_kept(run_dir):
+            return _train(config, run_dir, allow_changes)
 
 
 @with_remedy()
@@ -125,7 +138,8 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             callbacks.insert(0, Compiling())  # it announces an iteration before others report it
         if any(is_remote(place) for place in _locations(sources)):
             callbacks.append(Prefetch(plan, sources, shard_cache(config)))
-        callbacks.append(Watchdog(config.compute.timeout_minutes, course))  # keeps it: the last
+        note = partial(note_failure, run_dir, passing=True)
+        callbacks.append(Watchdog(config.compute.timeout_minutes, course, note))  # the last
         trainer = _trainer(config, callbacks)
         if trainer.is_global_zero:
             remove_leftovers(run_dir)
@@ -138,7 +152,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
     if signals.received and not ended:  # a signal in the last iteration changes nothing
         say_once(
             f"stopped by signal {signals.received} at iteration {finetuner.iteration:,}, saved; "
-            "the same command goes on"
+            f"the same command goes on, or: kl-f8-train train {shlex.quote(str(run_dir))}"
         )
         return 128 + signals.received
     _tell_end(run_dir, finetuner.iteration)
@@ -183,7 +197,7 @@ def _fit(trainer: Trainer, iterations: "Iterations", course: Course) -> None:
         found = list_checkpoints(Path(iterations.config.run_dir))
         last = f"goes on from {found[0].name}" if found else "starts anew (no checkpoint yet)"
         minutes = iterations.config.compute.timeout_minutes
-        raise RunFailedError(
+        raise LostContactError(
             f"{what} The same command {last}; compute.timeout_minutes={minutes:g} bounds the wait, "
             f"{FIRST} times that until the first iteration has ended\n  torch: {error}"
         ) from error
