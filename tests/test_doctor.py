@@ -14,7 +14,7 @@ import samples
 import torch
 
 from kl_f8_train import config
-from kl_f8_train.__main__ import main
+from kl_f8_train.__main__ import _after_doctor, main
 from kl_f8_train.check import cost, doctor, scaling
 from kl_f8_train.core import machine
 from kl_f8_train.core.batch import Batch
@@ -483,12 +483,60 @@ def test_without_all_it_is_one_screen_with_the_next_command(folder, capsys):
         *("run", "batch", "weights", "loss", "data", "speed", "bill", "disk")
     ]
     assert lines[-3] == "all settings and figures: the same command with --all"
-    assert lines[-2].startswith("next: kl-f8-train train demo model.ch=32 'model.ch_mult=[1,1]' ")
+    assert lines[-2] == (
+        "next: the same command with `train` in the place of `doctor`, or without --dry-run"
+    )
     assert lines[-1] == "GO"
     assert main(["doctor", "demo", *arguments, "--all"]) == 0
     printed = capsys.readouterr().out
     assert "gradient norm at decoder.conv_out.weight" in printed
     assert "data.crop=32" in printed
+
+
+def test_the_next_command_is_printed_where_it_is_short():
+    assert _after_doctor("demo", ["run_dir=a b"], False) == "kl-f8-train train demo 'run_dir=a b'"
+    assert _after_doctor("demo", [], True) == "kl-f8-train train demo --allow-changes"
+    assert len(_after_doctor("demo", ["x" * 300], False)) < 100
+
+
+@pytest.mark.parametrize(
+    ("part", "where"),
+    [("check.doctor._check_source", "data: shards"), ("check.screen.lines", "screen")],
+)
+def test_a_crash_in_a_check_is_no_go(folder, capsys, monkeypatch, part, where):
+    """Whatever a check does not foresee: the others go on, and the verdict comes."""
+
+    def crash(*_):
+        raise ZeroDivisionError("by nought")
+
+    monkeypatch.setattr(f"kl_f8_train.{part}", crash)
+    arguments = ["doctor", "demo", *runs.overrides(folder, "crash", *runs.NO_ADVERSARIAL)]
+    assert main(arguments) == 4
+    printed = capsys.readouterr()
+    assert "NO GO, 1 problem:" in printed.out
+    assert f"1. {where}: unexpected ZeroDivisionError: by nought" in printed.out
+    assert "--debug shows where" in printed.out
+    assert main([*arguments, "--debug"]) == 4
+    assert "in crash" in capsys.readouterr().err
+
+
+def test_a_plan_shows_the_disk_that_it_takes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "single_gpu"]) == 2
+    assert re.search(r"\n  disk     \S+ GB for \d checkpoints\n", capsys.readouterr().out)
+    assert main(["doctor", "single_gpu", f"run_dir={tmp_path / 'run'}"]) == 2
+    assert re.search(r"\n  disk     \S+ GB for \d checkpoints; .*free\n", capsys.readouterr().out)
+
+
+def test_settings_that_make_no_sense_together_are_noted(tmp_path, capsys):
+    plan = ["doctor", "ft_ema", "init.iteration=600000", "log.pictures_every=0"]
+    main([*plan, "log.pictures=held_out", "log.pictures_size=512"])
+    printed = capsys.readouterr().out
+    assert "note: nothing is trained: stop_iteration=560001 is not above" in printed
+    assert "note: log.pictures=held_out is not used, as log.pictures_every=0" in printed
+    assert "note: log.pictures_size=512 is not used" in printed
+    main(["doctor", "ft_ema", "adversarial.start_iteration=600000"])
+    assert "note: the adversarial term never sets in" in capsys.readouterr().out
 
 
 def test_each_problem_is_printed_once(folder, tmp_path, capsys):

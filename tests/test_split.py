@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import runs
 import samples
 from PIL import Image, ImageEnhance, ImageOps
 
-from kl_f8_train import shipped
+from kl_f8_train import config, shipped
 from kl_f8_train.__main__ import main
 from kl_f8_train.check import overlap
 from kl_f8_train.data import near
@@ -127,7 +128,12 @@ def test_every_photograph_lies_on_one_side(photos, tmp_path, capsys):
     assert "broken.jpg: not a readable image" in printed
     assert "1 .mov" in printed
     assert "note: fewer than 10 held out" in printed
-    assert "next: kl-f8-train doctor single_gpu init.weights=VAE data.sources=" in printed
+    last = printed.splitlines()[-1]
+    assert last.startswith("next: kl-f8-train doctor single_gpu init.weights=stabilityai/")
+    settings = shlex.split(last)[4:]
+    config.load(config.find_recipe("single_gpu"), settings)  # nothing is left to give
+    assert f"log.pictures={tmp_path / 'out/held_out'}" in settings
+    assert not Path(dict(text.split("=") for text in settings)["run_dir"]).exists()
     listed = json.loads((tmp_path / "out/split.json").read_text())
     assert (set(listed["training"]), set(listed["held_out"])) == (set(training), set(held_out))
     assert [set(group) for group in listed["near_duplicates"]] == [alike]
@@ -314,7 +320,7 @@ def test_doctor_notes_them(folder, tmp_path, capsys):
     extra = ("log.pictures_every=5", *places)
     assert main(["doctor", "demo", *runs.overrides(folder, "new", *extra)]) == 0
     screen = capsys.readouterr().out
-    assert "scored   1 picture, 1 of them among the 6 training images" in screen
+    assert "held out 1 picture, 1 of them among the 6 training images" in screen
     assert "note: 1 of 1 validation picture is a training image, as x.png = " in screen
     assert (
         main(["doctor", "demo", *runs.overrides(folder, "new", *extra, "log.pictures=null")]) == 0
