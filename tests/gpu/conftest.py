@@ -46,12 +46,6 @@ def _memory_is_given_back() -> Iterator[None]:
 # --- on a pretended GPU -----------------------------------------------------------------------
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Takes the place of cuDNN's convolutions."""
-    if pretended.is_here():
-        pretended.install()
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Ends at once: torch's threads would end with an error where kernels take no time."""
