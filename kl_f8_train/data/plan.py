@@ -15,7 +15,6 @@ import numpy as np
 
 def random_state(*parts: int | str) -> np.random.RandomState:
     """A generator that depends on its arguments alone; its stream is frozen across releases."""
-    # not hash(), which differs from process to process
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return np.random.RandomState(np.frombuffer(digest, np.uint32))
 
@@ -33,7 +32,6 @@ class SourcePlan:
         self.name, self.share, self.seed = name, share, seed
         self.counts = np.asarray(counts, np.int64)
         total = int(self.counts.sum())
-        # A divisor of the share, so that every lane gives equally many samples to each iteration.
         self.lanes = max(d for d in range(1, min(lanes, share, total) + 1) if share % d == 0)
         self.lane_length = total // self.lanes  # samples of a lane in each pass
         self.per_lane = share // self.lanes  # samples of a lane in each iteration
@@ -42,7 +40,6 @@ class SourcePlan:
     def locate(self, iteration: int, index: int) -> tuple[int, int]:
         """(shard, sample) of the index-th sample (0 .. share - 1) of an iteration."""
         lane, offset = divmod(index, self.per_lane)
-        # The lane has given `iteration * per_lane + offset` samples before, over all passes.
         number, place = divmod(iteration * self.per_lane + offset, self.lane_length)
         return self._at(number, lane * self.lane_length + place)
 
@@ -53,7 +50,7 @@ class SourcePlan:
     def _at(self, number: int, place: int) -> tuple[int, int]:
         """The sample at a place of the stream of pass `number`."""
         order, ends = self._order(number)
-        row = int(np.searchsorted(ends, place, side="right"))  # first shard to end behind it
+        row = int(np.searchsorted(ends, place, side="right"))
         shard = int(order[row])
         count = int(self.counts[shard])
         inside = place - int(ends[row] - count)
@@ -63,8 +60,6 @@ class SourcePlan:
     def _order(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards of a pass in their order, and where each ends in the stream."""
         if number not in self._passes:
-            # An iteration mostly lies in one pass or two; loaders and prefetching look a little
-            # ahead.
             if len(self._passes) >= 4:
                 del self._passes[min(self._passes)]
             order = random_state(self.seed, self.name, "shards", number).permutation(
@@ -101,8 +96,6 @@ class Plan:
 
 def mixed_slots(shares: dict[str, int]) -> list[tuple[str, int]]:
     """The slots of a batch, sources evenly mixed: [(source, index within its share), ...]."""
-    # Each source's images lie at equal distances in (0, 1). Read in this order, any stretch of
-    # slots, such as a rank's or a micro-batch's, holds the sources in about their proportion.
     places = [
         ((index + 0.5) / share, name, index)
         for name, share in shares.items()
