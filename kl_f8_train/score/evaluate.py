@@ -409,7 +409,7 @@ def score(
         name = "lpips" if network.name == "lpips_vgg" else "st_lpips"
         scores[name] = network.weighted(squared).flatten().double()  # (B, 1, 1, 1) -> (B,)
         if network.name == "lpips_vgg":
-            scores["psim"] = perceptual.unweighted(squared).double()  # (B,)
+            scores["psim"] = perceptual.unweighted(squared).double()
     return scores
 
 
