@@ -89,7 +89,8 @@ class RunLog(Callback):
             self.timed += 1
         if self.bar is not None and not finetuner.warmup_left:
             self.bar.update(finetuner.iteration - self.bar.n)
-        if finetuner.iteration % self.config.log.every == 0 or self.count >= self.config.log.every:
+        done = finetuner.warmup_done or finetuner.iteration  # which stands still in a warm-up
+        if done % self.config.log.every == 0 or self.count >= self.config.log.every:
             self._report(trainer, finetuner)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
@@ -124,6 +125,8 @@ class RunLog(Callback):
     def _report(self, trainer: Trainer, finetuner: Finetuner) -> None:
         began = time.perf_counter()
         finetuner.guard.judge()
+        # Sums and counts are averaged alike, so their ratio is the mean over all ranks' finite
+        # values.
         average_over_ranks(list(self.sums.values()))
         totals: defaultdict[str, float] = defaultdict(float)
         numbers: defaultdict[str, float] = defaultdict(float)
