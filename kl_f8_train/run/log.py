@@ -25,7 +25,7 @@ from kl_f8_train.output import say
 from kl_f8_train.run.callback import Course, finetuner_of, tolerated
 from kl_f8_train.run.tracking import Trackers
 from kl_f8_train.run_dir import METRICS_FILE, MetricsFile, skipped_images
-from kl_f8_train.units import counted, duration, shortest, speed
+from kl_f8_train.units import counted, duration, figure, shortest, speed
 
 SHOWN_SKIPPED = 20  # images named in the log; all are in the run's skipped-RANK.txt
 
@@ -177,7 +177,7 @@ class RunLog(Callback):
         else:
             head = f"iteration {finetuner.iteration:,} of {stop:,}"
         shown = [
-            f"{label} {row[key]:.4g}"
+            f"{label} {figure(row[key])}"
             for label, key in (
                 ("rec", "reconstruction_loss"),
                 ("g", "generator_loss"),
