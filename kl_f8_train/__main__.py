@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return _complain(str(error), error.exit_code, args.debug)
     except KeyboardInterrupt:
+        say("kl-f8-train: interrupted", aside=True)
         return 130
     except BrokenPipeError:  # `... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -386,7 +386,8 @@ def test_another_shape_is_told_beside_a_missing_network(examined, monkeypatch, t
     assert code == 3
     shape, network = found["problems"]
     assert "is (32, 3, 3, 3), expected (64, 3, 3, 3)" in shape
-    assert "set model.* as theirs" in shape
+    assert "set model.* as theirs: model.ch=32 " in shape
+    assert "'model.ch_mult=[1,1]'" in shape
     assert "VGG16's features not found" in network
 
 
@@ -528,15 +529,22 @@ def test_a_plan_shows_the_disk_that_it_takes(tmp_path, monkeypatch, capsys):
     assert re.search(r"\n  disk     \S+ GB for \d checkpoints; .*free\n", capsys.readouterr().out)
 
 
-def test_settings_that_make_no_sense_together_are_noted(tmp_path, capsys):
-    plan = ["doctor", "ft_ema", "init.iteration=600000", "log.pictures_every=0"]
-    main([*plan, "log.pictures=held_out", "log.pictures_size=512"])
-    printed = capsys.readouterr().out
-    assert "note: nothing is trained: stop_iteration=560001 is not above" in printed
-    assert "note: log.pictures=held_out is not used, as log.pictures_every=0" in printed
-    assert "note: log.pictures_size=512 is not used" in printed
-    main(["doctor", "ft_ema", "adversarial.start_iteration=600000"])
-    assert "note: the adversarial term never sets in" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        (["init.iteration=null"], None),
+        (["log.pictures_every=0"], None),
+        (["log.pictures_every=0", "log.pictures=a"], "log.pictures=a is not used, as log.pictures"),
+        (["log.pictures_every=0", "log.pictures_size=64"], "log.pictures_size=64 is not used"),
+        (["adversarial.start_iteration=999"], "the adversarial term never sets in"),
+        (["init.iteration=null", "stop_iteration=80"], "nothing is trained: stop_iteration=80 is"),
+    ],
+)
+def test_settings_that_do_nothing_beside_others_are_noted(folder, settings, note):
+    report = doctor.Report(lambda line: None, facts={"start_iteration": 100})
+    chosen = runs.recipe(folder, "useless", "stop_iteration=200", *settings)
+    doctor._note_useless_settings(report, chosen)
+    assert [line[: len(note or "")] for line in report.remarks] == ([note] if note else [])
 
 
 def test_each_problem_is_printed_once(folder, tmp_path, capsys):

@@ -353,7 +353,8 @@ def test_what_follows_an_export(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "held_out").mkdir()
     out = export(folder / "run", tmp_path / "out")
-    values = yaml.safe_load((out / "config.yaml").read_text())
+    exported = (out / "config.yaml").read_text()
+    values = yaml.safe_load(exported)
     values["log"]["pictures"] = "held_out"
     (out / "config.yaml").write_text(yaml.safe_dump(values))
     scored = "evaluate base=base.ckpt mine=out/tiny-ema-pruned.safetensors --images held_out"
@@ -365,11 +366,13 @@ def test_what_follows_an_export(folder, tmp_path, monkeypatch):
         values["init"]["weights"] = base
         (out / "config.yaml").write_text(yaml.safe_dump(values))
         assert _after_export(Path("out")).removesuffix(" --perceptual st_lpips_alex") == command
+    (out / "config.yaml").write_text(exported)
     (tmp_path / "evaluation").mkdir()
     digest = file_sha256(out / "tiny-ema-pruned.safetensors")
     scores = {"models": {"a": {}}, "weights": {"a": {"sha256": digest}}}
     (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(scores))
     monkeypatch.setattr(card, "_problems", lambda scores: [])
+    monkeypatch.setattr(card, "_taken", lambda scores: {})
     expected = "kl-f8-train card out --scores evaluation/scores.json"
     assert _after_export(Path("out")) == expected
 

@@ -209,6 +209,15 @@ def test_a_wrong_number_is_refused(photos, tmp_path, asked):
     assert stopped.value.code == 2
 
 
+def test_one_photograph_cannot_be_split(tmp_path, capsys):
+    """The flag that was not given is no part of the error."""
+    (tmp_path / "one").mkdir()
+    data = samples.encode(samples.noise_picture(0), "PNG")
+    (tmp_path / "one" / "a.png").write_bytes(data)
+    assert main(["split", str(tmp_path / "one"), str(tmp_path / "out")]) == 2
+    assert "1 photograph: expected two or more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("asked", ["14", "100"])
 def test_a_side_without_photographs_is_refused(photos, tmp_path, asked, capsys):
     assert main(["split", str(photos), str(tmp_path / "out"), "--held-out", asked]) == 2

@@ -83,7 +83,7 @@ from kl_f8_train.run_dir import (
 )
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
-from kl_f8_train.weights.names import State, check_like
+from kl_f8_train.weights.names import State, architecture, check_like
 
 say_once = rank_zero_only(output.say)
 MOST_TRIED = 64  # images that are tried for the picture strip
@@ -348,12 +348,23 @@ def check_model(config: Config, contents: weight_file.Contents, weights: State) 
     with torch.device("meta"):
         expected = AutoencoderKL(**asdict(config.model))
     differ = f"{contents.path} and the recipe's model differ"
-    remedy = "Give other weights, or set model.* as theirs"
+    remedy = f"Give other weights, or set model.* as theirs{_settings_of(contents, weights)}"
     check_like(weights, expected.state_dict(), differ, remedy)
     try:
         checkpoint.check_groups(contents.facts, config.model)
     except MissingInputError as error:
         raise MissingInputError(f"{differ}: {error}\n{remedy}") from error
+
+
+def _settings_of(contents: weight_file.Contents, weights: State) -> str:
+    """The settings of a file's network, to be copied; empty if it is of another architecture."""
+    try:
+        found = architecture(weights, contents.facts)
+    except MissingInputError:
+        return ""
+    shown = {name: str(value).lower() for name, value in found.items() if name != "ch_mult"}
+    shown["ch_mult"] = f"[{','.join(map(str, found['ch_mult']))}]"
+    return ": " + shlex.join(f"model.{name}={value}" for name, value in shown.items())
 
 
 def _import_discriminator(config: Config, finetuner: Finetuner, weights: Any) -> None:
