@@ -82,7 +82,7 @@ class Report:
 
     @contextlib.contextmanager
     def guard(self, title: str) -> Iterator[None]:
-        """Records an error as a problem, also one that is no user's: the verdict always comes."""
+        """Records an error as a problem, also an unexpected one, so that the verdict always comes."""
         try:
             yield
         except UserError as error:

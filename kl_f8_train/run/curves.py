@@ -112,7 +112,7 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 
 
 def _labels(numbers: Sequence[float]) -> list[str]:
-    """The numbers of an axis with as few digits as tell them apart."""
+    """Labels of an axis, with as few digits as distinguish them."""
     texts: list[str] = []
     for digits in range(6):
         texts = [_short(number, digits) for number in numbers]
