@@ -26,11 +26,11 @@ from torch.utils.flop_counter import flop_registry
 
 from kl_f8_train import config as configs
 from kl_f8_train.config import Config
-from kl_f8_train.core import adversary, machine, perceptual
-from kl_f8_train.core.batch import Batch
+from kl_f8_train.core import machine, perceptual
+from kl_f8_train.core.batch import Batch, timed_by
 from kl_f8_train.core.discriminator import Discriminator
-from kl_f8_train.core.machine import timed_by
-from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
+from kl_f8_train.core.losses import GROUP
+from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL, autocast
 from kl_f8_train.core.step import Finetuner, Loop
 from kl_f8_train.weights import pretrained
 
@@ -242,7 +242,7 @@ def _count(config: Config, images: int, fuse: bool) -> Counts:
         noise = torch.empty(2, images, config.model.embed_dim, latents, latents)
 
         def backward(tensor: Tensor, gradient: Tensor) -> None:
-            with machine.autocast(config.precision, tensor.device):  # for what is computed again
+            with autocast(config.precision, tensor.device):  # for what is computed again
                 tensor.backward(gradient)
 
         def ended(phase: str) -> None:
@@ -401,7 +401,7 @@ def peak_bytes(config: Config, batch: int, share: int | None = None) -> float:
         return max(below[phase] + (batch - few) * slope for phase, slope in slopes.items())
     if share <= 2 * more:
         return max(_peaks(counts(config, batch, share)).values())
-    images = 2 * max(more, adversary.GROUP)
+    images = 2 * max(more, GROUP)
     below, above, longer = (
         _peaks(counts(config, size, count))
         for size, count in ((few, images), (more, images), (more, images + more))

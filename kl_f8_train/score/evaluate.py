@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kl_f8_train import images as pixels
-from kl_f8_train.core import metrics, perceptual
+from kl_f8_train.core import metrics
+from kl_f8_train.core.batch import random_state
 from kl_f8_train.core.hashes import frozen_sha256
+from kl_f8_train.core.losses import PerceptualDistance, squared_differences, unweighted
 from kl_f8_train.core.metrics import METRICS, SCORES, FeatureStatistics
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.core.perceptual import PerceptualDistance
 from kl_f8_train.data import sources
-from kl_f8_train.data.plan import random_state
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import Facts
@@ -405,11 +405,11 @@ def score(
         if targets is None:
             targets = network.features(pixels.to_float(images))
         features = network.features(pixels.to_float(reconstructions))
-        squared = perceptual.squared_differences(targets, features)
+        squared = squared_differences(targets, features)
         name = "lpips" if network.name == "lpips_vgg" else "st_lpips"
         scores[name] = network.weighted(squared).flatten().double()
         if network.name == "lpips_vgg":
-            scores["psim"] = perceptual.unweighted(squared).double()
+            scores["psim"] = unweighted(squared).double()
     return scores
 
 
