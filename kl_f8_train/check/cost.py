@@ -67,7 +67,7 @@ class FlopCounter(TorchDispatchMode):
 
 
 @dataclass
-class Tally:
+class PhaseCost:
     """What a phase takes."""
 
     flops: Counter[torch.dtype] = field(default_factory=Counter)  # of products, by type
@@ -93,8 +93,8 @@ class CostCounter(FlopCounter):
     def __init__(self, fuse: bool = False) -> None:
         super().__init__()
         self.fuse = fuse
-        self.phases: dict[str, Tally] = {}
-        self._now = Tally()
+        self.phases: dict[str, PhaseCost] = {}
+        self._now = PhaseCost()
         self._alive: dict[int, int] = {}  # bytes by storage, by its address in C++
         self._fused: dict[int, Fused] = {}  # those of them that are not in memory
         self._bytes = 0
@@ -103,18 +103,18 @@ class CostCounter(FlopCounter):
     def reset(self) -> None:
         """Forgets what was counted; tensors that are alive stay."""
         self("before")
-        self.phases, self._now = {}, Tally(peak=self._bytes)
+        self.phases, self._now = {}, PhaseCost(peak=self._bytes)
 
     def __call__(self, phase: str) -> None:
         peak = self._now.peak
         self._write(list(self._fused))  # they outlive the phase
         self._now.peak = max(peak, self._bytes)
-        tally = self.phases.setdefault(phase, Tally())
+        tally = self.phases.setdefault(phase, PhaseCost())
         tally.flops.update(self._now.flops)
         tally.product_bytes += self._now.product_bytes
         tally.other_bytes += self._now.other_bytes
         tally.peak = max(tally.peak, self._now.peak)
-        self._now = Tally(peak=self._bytes)
+        self._now = PhaseCost(peak=self._bytes)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -200,7 +200,7 @@ class Counts:
     """Of an iteration."""
 
     images: int
-    phases: dict[str, Tally] = field(default_factory=dict)
+    phases: dict[str, PhaseCost] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)  # by network
 
 
@@ -214,7 +214,7 @@ def counts(config: Config, batch: int, images: int | None = None) -> Counts:
     By default in one micro-batch.
     """
     images = images or batch
-    fuse = compiles(config)
+    fuse = run_compiles(config)
     compute = replace(
         config.compute,
         accelerator="cpu",
@@ -299,7 +299,7 @@ def is_full_size(config: Config) -> bool:
     return config.model == configs.KL_F8
 
 
-def compiles(config: Config) -> bool:
+def run_compiles(config: Config) -> bool:
     """Whether the run will be compiled; on a GPU of another machine it is by default."""
     if config.compute.compile is None and not torch.cuda.is_available():
         return on_gpu(config)

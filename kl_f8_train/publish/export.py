@@ -179,7 +179,7 @@ def _fp16_safe(
     with half_precision.largest_outputs(model, FROZEN) as encoder:
         latents = [model.encode(images.to_float(picture[None])).mean for picture in tried]
     probes = rescale.probes(latents)
-    rescaling = rescale.plan(model, probes)
+    rescaling = rescale.plan_rescaling(model, probes)
     if not rescaling.changes:
         say(
             "fp16-safe: nothing to rescale, all activations are below "

@@ -36,7 +36,7 @@ from kl_f8_train.data import sources
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import Facts
-from kl_f8_train.files import atomic_path, cache_dir, check_writable, write_json
+from kl_f8_train.files import cache_dir, check_writable, write_json
 from kl_f8_train.folders import ahead
 from kl_f8_train.launch import meeting, world_size
 from kl_f8_train.output import Progress
@@ -703,7 +703,7 @@ def _evaluate_size(
     weights = {candidate.name: candidate.record for candidate in candidates}
     result = summarise(tally, weights, conditions, networks.unmeasured, where)
     if session.tile and seams:
-        result["tiled"] = tiled.summarise(seams, session.tile)
+        result["tiled"] = tiled.seam_summary(seams, session.tile)
     write_scores(out, result, tally)
     _write_pictures(out, image_set, session, tally)
     verdicts = []
@@ -840,11 +840,11 @@ def _write_pictures(
         batch = sample.image[None].expand(batch_size, -1, -1, -1).to(device)
         outputs = list(reconstruct(candidates, batch, [sample.key] * batch_size, protocol))
         shown = f"pictures/{number:04d}-input.png"
-        _write_png(out / shown, sample.image)
+        report.save_png(out / shown, sample.image, sync=True)
         models: dict[str, str] = {}
         for name, slug, output in zip(names, slugs(names), outputs, strict=True):
             models[name] = f"pictures/{number:04d}-{slug}.png"
-            _write_png(out / models[name], output[0])
+            report.save_png(out / models[name], output[0], sync=True)
         key = tally.rows[place].key
         entries.append({"image": key, "input": shown, "models": models, "why": why})
     write_json(out / "pictures.json", entries)
@@ -860,8 +860,3 @@ def _pictures(out: Path) -> set[str]:
     listed = out / "pictures.json"
     text = listed.read_text(encoding="utf-8", errors="replace") if listed.is_file() else ""
     return set(re.findall(r'"pictures/(\d{4}-[a-z0-9-]+\.png)"', text))
-
-
-def _write_png(path: Path, image: Tensor) -> None:
-    with atomic_path(path) as temporary:
-        pixels.to_pil(image).save(temporary, format="PNG")

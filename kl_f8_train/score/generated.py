@@ -116,7 +116,7 @@ def evaluate_latents(
         result["warnings"] = [*warnings, *result["warnings"]]
         result["latents"] = len(latents)
     _write(out, result, latents, found)
-    say_aloud(screen(result))
+    say_aloud(summary_text(result))
     return result
 
 
@@ -158,7 +158,7 @@ def _decode_all(
     if networks.inception is not None:
         found.statistics = {name: FeatureStatistics.empty(FEATURES, device) for name in names}
     former = _former_pictures(out)
-    for number, (latent, loaded) in enumerate(saved_latents.load(latents)):
+    for number, (latent, loaded) in enumerate(saved_latents.load_latents(latents)):
         values = loaded.to(device)
         found.deviations.append(float(values.std()))
         z = scales[latent.says].undo(values)
@@ -328,7 +328,7 @@ def _write(
     files = sorted({latent.path for latent in latents})
     kept = {**result, "sha256": {path.name: file_sha256(path) for path in files[:1000]}}
     write_json(out / "decoded.json", kept)
-    write_text(out / "table.md", screen(result) + "\n")
+    write_text(out / "table.md", summary_text(result) + "\n")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["model", "latent", *OWN])
@@ -339,7 +339,7 @@ def _write(
     _write_strip(out, found.pictures)
 
 
-def screen(result: Mapping[str, Any]) -> str:
+def summary_text(result: Mapping[str, Any]) -> str:
     """The tables of VAEs and of pairs, and what they depend on."""
     blocks = [_own_table(result), *([_pair_table(result)] if result["pairs"] else [])]
     protocol = result["protocol"]
@@ -397,10 +397,10 @@ def _write_pictures(
     models, differences = {}, {}
     for vae, slug in zip(names, slugs(names), strict=True):
         models[vae] = f"pictures/{number:04d}-{slug}.png"
-        report.save(out / models[vae], levels[vae][0])
+        report.save_png(out / models[vae], levels[vae][0])
         if vae != names[0]:
             differences[vae] = f"errors/{number:04d}-{slug}.png"
-            report.save(
+            report.save_png(
                 out / differences[vae],
                 report.error_map(levels[names[0]][0].cpu(), levels[vae][0].cpu()),
             )
@@ -424,7 +424,7 @@ def _write_strip(out: Path, entries: Sequence[Mapping[str, Any]]) -> None:
         shown |= {f"|{n} - {base}|": p for n, p in _load(out, entry["differences"]).items()}
         for name, picture in shown.items():
             columns.setdefault(name, []).append(picture)
-    report.save(out / "strip.png", report.strip(list(columns.items())))
+    report.save_png(out / "strip.png", report.strip(list(columns.items())))
 
 
 def _paths(entries: Sequence[Mapping[str, Any]]) -> set[str]:

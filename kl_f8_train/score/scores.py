@@ -30,7 +30,7 @@ from kl_f8_train.units import counted
 BIASED_BELOW = 2048  # images; the width of Inception's features
 PICTURES = 24  # images shown, at most
 WARNINGS = 20  # below a table, at most
-FIRST = 4  # of them, whatever their scores
+FIRST_FEW = 4  # of them, whatever their scores
 LONGEST = 60  # letters of a model in a file name
 SHIFT_METRICS = ("red_shift", "green_shift", "blue_shift", "saturation_shift")
 
@@ -161,7 +161,7 @@ def images_sha256(rows: Sequence[ImageScores]) -> str:
 def write_scores(out: Path, result: Mapping[str, Any], tally: Tally) -> None:
     """Writes scores.json, table.md and per_image.csv."""
     write_json(out / "scores.json", result)
-    seams = [tiled.table(result["tiled"])] if "tiled" in result else []
+    seams = [tiled.seam_table(result["tiled"])] if "tiled" in result else []
     write_text(out / "table.md", "\n\n".join([table(result), *seams, f"{footer(result)}\n"]))
     names = [name for name in METRICS if name != "st_lpips" or name in tally.measured]
     text = io.StringIO()
@@ -182,7 +182,7 @@ def screen(result: Mapping[str, Any], said: Collection[str] = ()) -> str:
     """
     reasons = {name: why for name, why in result["unmeasured"].items() if name not in said}
     shown = {**result, "unmeasured": reasons}
-    seams = [tiled.table(result["tiled"])] if "tiled" in result else []
+    seams = [tiled.seam_table(result["tiled"])] if "tiled" in result else []
     return "\n\n".join([table(result, measured_only=True), *seams, footer(shown)])
 
 
@@ -259,7 +259,7 @@ def choose_pictures(
 
     PICTURES images at most; every reason of a chosen image is kept.
     """
-    chosen: dict[int, list[str]] = {place: ["first"] for place in range(min(FIRST, len(rows)))}
+    chosen: dict[int, list[str]] = {place: ["first"] for place in range(min(FIRST_FEW, len(rows)))}
     for rank in ("worst", "best", "median"):
         for metric in (name for name in measured if METRICS[name].better):
             column = measured.index(metric)
