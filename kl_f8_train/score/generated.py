@@ -23,7 +23,6 @@ from torch import Tensor
 from kl_f8_train import images as pixels
 from kl_f8_train.core import metrics
 from kl_f8_train.core.metrics import METRICS, FeatureStatistics, Metric
-from kl_f8_train.core.perceptual import OTHER_VGG
 from kl_f8_train.errors import RunFailedError, UsageError
 from kl_f8_train.files import check_writable, file_sha256, write_json, write_text
 from kl_f8_train.launch import world_size
@@ -33,7 +32,14 @@ from kl_f8_train.score import evaluate, report, saved_latents
 from kl_f8_train.score.evaluate import CARD, Candidate, Networks, Protocol
 from kl_f8_train.score.inception import FEATURES, Inception
 from kl_f8_train.score.saved_latents import SavedLatent, Scale
-from kl_f8_train.score.scores import BIASED_BELOW, PICTURES, mean_std, slugs
+from kl_f8_train.score.scores import (
+    BIASED_BELOW,
+    PICTURES,
+    mean_std,
+    network_caveats,
+    slugs,
+    weights_line,
+)
 from kl_f8_train.units import counted
 
 OWN = {  # of a decoded image by itself
@@ -277,10 +283,9 @@ def _summarise(
                 f"FID on {fewest:,} images is biased: fewer than {BIASED_BELOW:,}; compare only "
                 "VAEs on the same latents and photographs"
             )
-    if networks.perceptual is not None and networks.perceptual.name != "lpips_vgg":
-        warnings.append("ST-LPIPS is a stand-in: it is neither LPIPS nor PSIM")
-    if str(conditions.get("perceptual")).endswith(OTHER_VGG):
-        warnings.append("LPIPS and PSIM are measured on a VGG16 that is not the published one")
+    network = networks.perceptual
+    stand_in = network is not None and network.name != "lpips_vgg"
+    warnings += network_caveats(stand_in, conditions)
     return {
         "models": models,
         "pairs": [{"a": a, "b": b, **_means(rows)} for (a, b), rows in found.pairs.items()],
@@ -350,8 +355,7 @@ def summary_text(result: Mapping[str, Any]) -> str:
         f"{'; '.join(protocol['scale'])}. {protocol['quantize']}; colours are mean 8-bit levels."
         f"{against}"
     )
-    hashes = [f"{n} {w['path']} {w['sha256'][:12]}" for n, w in result["weights"].items()]
-    blocks.append(f"Weights (sha256): {'; '.join(hashes)}.")
+    blocks.append(weights_line(result["weights"]))
     blocks += [f"Warning: {warning}." for warning in result["warnings"]]
     return "\n\n".join(blocks)
 

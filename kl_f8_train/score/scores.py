@@ -126,8 +126,12 @@ def _caveats(tally: Tally, protocol: Mapping[str, Any]) -> list[str]:
             f"rFID on {len(tally.rows):,} images is biased: fewer than {BIASED_BELOW:,}; "
             "compare only with rFID on the same images"
         )
-    if "st_lpips" in tally.measured:
-        caveats.append("ST-LPIPS is a stand-in: it is neither LPIPS nor PSIM")
+    return caveats + network_caveats("st_lpips" in tally.measured, protocol)
+
+
+def network_caveats(stand_in: bool, protocol: Mapping[str, Any]) -> list[str]:
+    """What keeps distances of another perceptual network from being compared with others."""
+    caveats = ["ST-LPIPS is a stand-in: it is neither LPIPS nor PSIM"] if stand_in else []
     if str(protocol.get("perceptual")).endswith(OTHER_VGG):
         caveats.append(
             "LPIPS and PSIM are measured on a VGG16 that is not the published one, and cannot be "
@@ -225,18 +229,23 @@ def footer(result: Mapping[str, Any]) -> str:
     ]
     if "latent_noise" in protocol:
         lines.append(f"Rows with a sigma: {protocol['latent_noise']}.")
-    hashes = [
-        f"{name} {w['path']} {w['sha256'][:12]}"
-        for name, w in result["weights"].items()
-        if w["sha256"] and "latent_noise" not in w
-    ]
-    hashes += [f"{n} {protocol[n][:12]}" for n in ("vgg", "inception") if protocol[n]]
-    lines.append(f"Weights (sha256): {'; '.join(hashes)}.")
+    networks = [f"{n} {protocol[n][:12]}" for n in ("vgg", "inception") if protocol[n]]
+    lines.append(weights_line(result["weights"], *networks))
     lines += not_measured(result["unmeasured"])
     lines += [f"Warning: {warning}." for warning in result["warnings"][:WARNINGS]]
     if len(result["warnings"]) > WARNINGS:
         lines.append(f"{len(result['warnings']) - WARNINGS:,} more warnings are in scores.json.")
     return "\n\n".join(lines)
+
+
+def weights_line(weights: Mapping[str, Mapping[str, Any]], *others: str) -> str:
+    """Each file with its hash, then `others`."""
+    hashes = [
+        f"{name} {w['path']} {w['sha256'][:12]}"
+        for name, w in weights.items()
+        if w["sha256"] and "latent_noise" not in w
+    ]
+    return f"Weights (sha256): {'; '.join([*hashes, *others])}."
 
 
 def score_text(value: Mapping[str, float] | float | None, metric: str) -> str:
