@@ -217,7 +217,8 @@ class HostCopy(Generic[Copied]):
 
 def to_host(tensor: Tensor) -> HostCopy[Tensor]:
     """A copy of a small tensor; from CUDA it is only queued, to page-locked memory."""
-    return HostCopy(tensor.to("cpu", non_blocking=True), tensor.is_cuda)
+    copied = tensor.to("cpu", non_blocking=True) if tensor.is_cuda else tensor
+    return HostCopy(copied, tensor.is_cuda)
 
 
 class Guard:
