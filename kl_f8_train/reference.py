@@ -14,6 +14,8 @@ HEAD = ("setting", "value", "default", "usual", "resume", "meaning")
 INTRODUCTION = """\
 # Settings
 
+[Documentation](README.md) / reference
+
 <!-- printed by `kl-f8-train config schema --markdown`: edit the declarations, not this page -->
 
 Every setting of a recipe. A recipe is a YAML file that contains them; `key=value` after it on the

@@ -93,12 +93,7 @@ class Finetuner(_Base):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Finetuner":
         """A LightningModule of `lightning.pytorch` where that is imported, else of ours."""
-        if issubclass(cls, nn.Module):
-            return super().__new__(cls)
-        other = sys.modules.get("lightning.pytorch")
-        return super().__new__(
-            bound_to(LightningModule if other is None else other.LightningModule)
-        )
+        return super().__new__(bound(cls))
 
     def __init__(
         self,
@@ -136,6 +131,12 @@ class Finetuner(_Base):
             self.reconstruction_loss = compiled(reconstruction_loss)
             self.finite_images, self.sampled = compiled(finite_images), compiled(sampled)
             self.adversary.compile_functions(compiled)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickled by the class that stands in a module, as `bound_to` makes an instance's own."""
+        kind, module = type(self).__bases__
+        state = super().__reduce_ex__(protocol)[2:]
+        return (unpickled, (module, kind), *state)
 
     @property
     def iteration(self) -> int:
@@ -192,6 +193,12 @@ class Finetuner(_Base):
         for name, part in (self.ema if decay is None else self.averages[decay]).items():
             getattr(model, name).load_state_dict(part.state_dict())
         return model.requires_grad_(False).eval()
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> "Finetuner":
+        """Lightning's own; the finetuner's parts are given by name, as to `Finetuner` itself."""
+        kind = bound(cls)
+        return super(Finetuner, kind).load_from_checkpoint(*args, **kwargs)
 
     # --- Lightning's hooks ------------------------------------------------------------------
 
@@ -477,10 +484,24 @@ def disagreements(seen: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def bound(kind: type[Finetuner]) -> type[Finetuner]:
+    """The finetuner, or a subclass of it, as a LightningModule of the package that is in use."""
+    if issubclass(kind, nn.Module):
+        return kind
+    other = sys.modules.get("lightning.pytorch")
+    return bound_to(LightningModule if other is None else other.LightningModule, kind)
+
+
 @cache
-def bound_to(module: type) -> type[Finetuner]:
-    """The finetuner as a subclass of one package's LightningModule."""
-    return type("Finetuner", (Finetuner, module), {"__module__": __name__})
+def bound_to(module: type, kind: type = Finetuner) -> type[Finetuner]:
+    """The same as a subclass of one package's LightningModule."""
+    return type(kind.__name__, (kind, module), {"__module__": kind.__module__})
+
+
+def unpickled(module: type, kind: type) -> Finetuner:
+    """An empty one, to be filled by pickle."""
+    made = bound_to(module, kind)
+    return made.__new__(made)
 
 
 def trained_part(autoencoder: AutoencoderKL) -> nn.ModuleDict:

@@ -46,6 +46,7 @@ def of_data(sources: Mapping[str, ImageSource]) -> Identity:
 def _of_source(source: ImageSource) -> str:
     digest, files, total = hashlib.sha256(), 0, 0
     for name, size, count in source.files_held():
+        # Sizes in place of contents: hashing terabytes at every start would take hours.
         digest.update(f"{name}\0{size}\0{count}\n".encode(errors="surrogateescape"))
         files, total = files + 1, total + size
     return (
@@ -61,6 +62,8 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
         for name, value in now.items()
         if before.get(name, value) != value
     ]
+    # A source that was renamed: plan.py draws by its name, so the same images come in another
+    # order.
     former = {value: name for name, value in before.items() if name not in now}
     for name, value in now.items():
         if name.startswith("data.") and name not in before and value in former:

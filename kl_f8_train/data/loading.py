@@ -202,12 +202,13 @@ class PositionDataset(Dataset[Sample]):
 
     def _load(self, data: bytes, position: int) -> tuple[Tensor, str]:
         """The crop, and the colour profile that the image was converted from."""
+        # Always three draws, so that crops do not depend on data.flip.
         top, left, mirror = random_state(self.seed, "crop", position).random_sample(3)
         side = self._side(position)
-        image, profile = images.picture(data, side if self.draft else None)
+        image, profile = images.picture(data, side if self.draft else None)  # (3, H, W) uint8
         if side is not None:
             image = images.resize_shorter(image, side)
-        image = images.crop(image, self.crop, float(top), float(left))
+        image = images.crop(image, self.crop, float(top), float(left))  # (3, crop, crop)
         return (images.flip(image) if self.flip and mirror < 0.5 else image), profile
 
     def _side(self, position: int) -> int | None:
@@ -222,7 +223,7 @@ class PositionDataset(Dataset[Sample]):
         if self.perturbs:  # a stream of its own: the noise before stays as it is
             state = random_state(self.seed, "latents", position)
             more = state.random_sample() * state.standard_normal(self.noise_shape[1:])
-            draw = np.concatenate([draw, more[None]])
+            draw = np.concatenate([draw, more[None]])  # (draws + 1, C, h, w), the last is u e
         return torch.from_numpy(draw).float()
 
 
@@ -238,6 +239,8 @@ class IterationSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for part in self.iterations:
             for iteration in part:
+                # Consecutive slots for each rank: their order is the batch's, whatever the number
+                # of ranks.
                 first = iteration * self.batch + self.rank * self.per_rank
                 yield list(range(first, first + self.per_rank))
 
@@ -297,8 +300,8 @@ def upcoming(
 def collate(samples: list[Sample]) -> Batch:
     """Stacks samples into a batch."""
     return Batch(
-        images=torch.stack([s.image for s in samples]),
-        noise=torch.stack([s.noise for s in samples], dim=1),
+        images=torch.stack([s.image for s in samples]),  # (B, 3, crop, crop) uint8
+        noise=torch.stack([s.noise for s in samples], dim=1),  # (draws, B, C, h, w)
         keys=[s.key for s in samples],
         skipped=[bad for s in samples for bad in s.skipped],
         profiles=[s.profile for s in samples if s.profile],

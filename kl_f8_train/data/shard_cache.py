@@ -133,6 +133,8 @@ class ShardCache:
 
     def _take(self, url: str, size: int | None, sha256: str | None) -> BinaryIO:
         entry = _Entry(self.root, url)
+        # Readers share the lock. Whoever needs the file first takes it alone and fetches; the
+        # others wait for the lock, and then find the file.
         with _locked(entry.lock, fcntl.LOCK_SH):
             if entry.holds(size, sha256):
                 self._own_worker().errors.pop(url, None)  # another process has fetched it since
@@ -150,7 +152,7 @@ class ShardCache:
     def _fill(self, entry: "_Entry", size: int | None, sha256: str | None) -> None:
         """Fetches a file whose exclusive lock is held."""
         known = entry.record()
-        self._evict(size or (known.size if known else 0))
+        self._evict(size or (known.size if known else 0))  # makes room, as far as the size is known
         for abandoned in self.root.glob(f".{entry.path.name}.*.part"):
             abandoned.unlink(missing_ok=True)  # of a killed process: the lock is ours
         with atomic_path(entry.path) as part:
@@ -173,7 +175,7 @@ class ShardCache:
             try:
                 if not entry.holds(None, None):
                     self._fill(entry, None, None)
-                os.utime(entry.path)
+                os.utime(entry.path)  # used now: it is the last to be evicted
             except OSError as error:
                 errors[url] = disk_failure(self.root, error)
             except Exception as error:
@@ -192,6 +194,7 @@ class ShardCache:
                     total += size
                 elif PART_NAME.fullmatch(name):
                     total += size
+            # least recently used first
             for _, size, path in sorted(files):
                 if total <= self.max_bytes:
                     break

@@ -134,6 +134,7 @@ class TarSource:
     def changed(self) -> list[str]:
         """Local shards that are not what was indexed."""
         with ThreadPoolExecutor(16) as pool:
+            # threads: a stat on a network disk mostly waits
             now = list(pool.map(fingerprint, self.locations))
         pairs = zip(self.locations, self.fingerprints, now, strict=True)
         return [
@@ -149,6 +150,8 @@ class TarSource:
     def read(self, shard: int, sample: int) -> tuple[str, bytes]:
         """Name, from the header in front of the data, and encoded image."""
         row = self._kept(shard)[sample]
+        # One read: the header, a block in front of the data, begins with 100 bytes of name (POSIX
+        # ustar).
         offset, size = (int(self.blocks[row]) - 1) * TAR_BLOCK, int(self.sizes[row])
         place = self.locations[shard]
         try:
@@ -207,8 +210,8 @@ class TarSource:
                 text = str(item)
                 self.dropped[text] = self.dropped.get(text, 0) + int((keep & ~passed).sum())
                 keep &= passed
-            running = np.concatenate([[0], np.cumsum(keep)])
-            counts[first : first + 1000] = np.diff(running[edges - edges[0]])
+            running = np.concatenate([[0], np.cumsum(keep)])  # images kept before each row
+            counts[first : first + 1000] = np.diff(running[edges - edges[0]])  # of each shard
         return counts
 
     def _kept_rows(self, shard: int) -> np.ndarray:

@@ -198,6 +198,7 @@ def _fp16_safe(
     after["rescaled"] = {**rescaling.proof, "before": before}
     if half_precision.overflows(after):
         say("fp16-safe: rescaled, but it still overflows in fp16, inside attention or at the end")
+    # diffusers' force_upcast moves encoder and decoder to float32: false only if neither needs it.
     elif max(encoder.values()) * rescale.HEADROOM < half_precision.LIMIT:
         stated = replace(stated, force_upcast=False)
     inner = f", {len(rescaling.inner)} blocks inside" * bool(rescaling.inner)
@@ -316,6 +317,7 @@ def make_fp16_safe(
     about = {"kl_f8_train.source_sha256": record["source_sha256"], **stated.metadata()}
     _write_weights(files, model, stated, about, stated.sample_size or 256)
     record["checks"] = _verify(out, files, model, stated)
+    # A rescaling that reached the encoder would change latents.
     if frozen_sha256(model.state_dict()) != frozen:
         raise RunFailedError(
             f"{source}: its encoder changed; the files in {out} are not to be used"

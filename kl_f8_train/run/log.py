@@ -113,6 +113,8 @@ class RunLog(Callback):
 
     def _report(self, trainer: Trainer, finetuner: Finetuner) -> None:
         finetuner.guard.judge()
+        # Sums and counts are averaged alike, so their ratio is the mean over all ranks' finite
+        # values.
         average_over_ranks(list(self.sums.values()))
         totals: defaultdict[str, float] = defaultdict(float)
         numbers: defaultdict[str, float] = defaultdict(float)

@@ -210,6 +210,8 @@ class Signals(Callback):
 
     def install(self) -> None:
         """Takes the signals over."""
+        # Python writes each signal's number into the pipe from C, even while the main thread hangs;
+        # a handler of Python's would wait for that thread.
         self._heard, self._heard_by = os.pipe()
         os.set_blocking(self._heard_by, False)
         self._wakeup_before = signal.set_wakeup_fd(self._heard_by, warn_on_full_buffer=False)
@@ -264,6 +266,8 @@ class Signals(Callback):
         """Stops all ranks if one of them got a signal."""
         mine = FAILED if self.course.cannot_save else self.received
         if trainer.world_size > 1:
+            # The largest wins: a failed save (255) before any signal, and any signal before none
+            # (0).
             flag = torch.full((), mine, device=pl_module.device)  # filled there
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             before, self._agreed = self._agreed, to_host(flag)

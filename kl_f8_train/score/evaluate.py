@@ -179,7 +179,7 @@ class Means(nn.Module):
         """(B, 3, H, W) -> the same shape, constant in each block."""
         if self.block is None:
             return x.mean((2, 3), keepdim=True).expand_as(x)
-        means = F.avg_pool2d(x, self.block)
+        means = F.avg_pool2d(x, self.block)  # (B, 3, H / block, W / block)
         return F.interpolate(means, scale_factor=float(self.block), mode="nearest")
 
 
@@ -301,8 +301,8 @@ def with_noise(z: Tensor, keys: Sequence[str], sigma: float) -> Tensor:
     """
     if not sigma:
         return z
-    deviation = z.std(dim=(1, 2, 3), keepdim=True)
-    shape = tuple(z.shape[1:])
+    deviation = z.std(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    shape = tuple(z.shape[1:])  # (C, h, w)
     draws = [
         random_state(SEED, "latent-noise", f"{sigma:g}", key).standard_normal(shape) for key in keys
     ]
@@ -407,7 +407,7 @@ def score(
         features = network.features(pixels.to_float(reconstructions))
         squared = squared_differences(targets, features)
         name = "lpips" if network.name == "lpips_vgg" else "st_lpips"
-        scores[name] = network.weighted(squared).flatten().double()
+        scores[name] = network.weighted(squared).flatten().double()  # (B, 1, 1, 1) -> (B,)
         if network.name == "lpips_vgg":
             scores["psim"] = unweighted(squared).double()
     return scores
@@ -560,6 +560,7 @@ def _gather(tally: Tally, rank: int, world: int) -> Tally:
         mine = (tally.rows, tally.problems, [s.count for s in tally.statistics])
         dist.gather_object(mine, parts if rank == 0 else None)
         for number, statistics in enumerate(tally.statistics):
+            # rFID's statistics are sums, so those of all processes add up: no features travel.
             statistics.total = statistics.total.cpu()
             statistics.products = statistics.products.cpu()
             dist.reduce(statistics.total, 0)

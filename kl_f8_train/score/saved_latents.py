@@ -61,7 +61,7 @@ class Scale:
     def undo(self, values: Tensor) -> Tensor:
         """(B, C, h, w) in the file's scale -> in the decoder's."""
         mean, std = (values.new_tensor(part).view(1, -1, 1, 1) for part in (self.mean, self.std))
-        return values * std / self.factor + mean
+        return values * std / self.factor + mean  # of (z - mean) / std x factor
 
     def __str__(self) -> str:
         if self == Scale():
@@ -294,6 +294,7 @@ def doubt(deviation: float, factor: float, scaled: bool) -> str:
     own, other = (1.0, 1 / factor) if scaled else (1 / factor, 1.0)
     if deviation <= 0 or abs(math.log(factor)) < math.log(2):
         return ""
+    # Ratios, since a scale is one: is the deviation nearer to what was said than to the other?
     if abs(math.log(deviation / own)) <= abs(math.log(deviation / other)):
         return ""
     return (

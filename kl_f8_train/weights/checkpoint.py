@@ -307,6 +307,7 @@ def check_groups(stated: Facts, model: configs.Model) -> None:
 
 def _check_finite(tensors: dict[str, Tensor]) -> None:
     names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    # One call for all tensors; the largest magnitude is NaN or infinite if any value is.
     largest = torch._foreach_norm([tensors[name].detach() for name in names], torch.inf)
     bad = [n for n, value in zip(names, largest, strict=True) if not bool(value.isfinite())]
     if bad:

@@ -254,6 +254,8 @@ def _named_by_order(listed: Mapping[str, Tensor], inner: Mapping[str, Tensor]) -
     values = [listed[key] for key in sorted(listed, key=int)]
     raw = {k: v for k, v in inner.items() if k.startswith(AUTOENCODER_PARTS)}
     decoder = {k: v for k, v in raw.items() if k.startswith(("decoder.", "post_quant_conv."))}
+    # EMA packages keep a list in the order of module.parameters(), which is that of the state dict:
+    # the networks have no buffers. Shapes show which module it was.
     for names in (raw, decoder):
         if [v.shape for v in names.values()] == [v.shape for v in values]:
             return dict(zip(names, values, strict=True))
@@ -356,8 +358,8 @@ def architecture(state: Mapping[str, Tensor], facts: Facts | None = None) -> dic
     groups = facts.norm_num_groups if facts else None
     plain = not any(key.startswith(("quant_conv.", "post_quant_conv.")) for key in state)
     try:
-        z_channels = state["decoder.conv_in.weight"].shape[1]
-        ch = state["encoder.conv_in.weight"].shape[0]
+        z_channels = state["decoder.conv_in.weight"].shape[1]  # (top, z, 3, 3)
+        ch = state["encoder.conv_in.weight"].shape[0]  # (ch, 3, 3, 3)
         levels = 1 + max(
             int(m[1]) for m in (re.match(r"encoder\.down\.(\d{1,3})", k) for k in state) if m
         )
@@ -370,6 +372,7 @@ def architecture(state: Mapping[str, Tensor], facts: Facts | None = None) -> dic
             "ch_mult": tuple(width // ch for width in widths),
             "num_res_blocks": blocks,
             "z_channels": z_channels,
+            # (z, embed, 1, 1)
             "embed_dim": z_channels if plain else state["post_quant_conv.weight"].shape[1],
             **({"quant_conv": False} if plain else {}),
             **({"norm_num_groups": groups} if groups else {}),
@@ -414,6 +417,8 @@ def _attention(state: Mapping[str, Tensor]) -> State:
             pieces = zip("qkv", value.chunk(3), strict=True)
             parts = {f"{joined[1]}{name}.{joined[2]}": piece for name, piece in pieces}
         for name, part in parts.items():
+            # CompVis computes attention by 1x1 convolutions, diffusers by linear layers: the same
+            # sums.
             flat = _is_attention_weight(name) and part.ndim >= 2 and set(part.shape[2:]) <= {1}
             found[name] = part.reshape(*part.shape[:2], 1, 1) if flat else part
     return found

@@ -23,7 +23,6 @@ WARM_UP = 2
 
 def count(recipe: str, overrides: list[str]) -> dict[str, object]:
     """Counts the third iteration of one micro-batch, with random weights and images."""
-    pretended.install()
     config = configs.load_without_inputs(configs.find_recipe(recipe), overrides)
     device = torch.device("cuda:0")
     size = benchmark.batch_size(config, device)
