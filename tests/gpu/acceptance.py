@@ -16,6 +16,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,12 +50,15 @@ FILES = {  # in the order of their value; seconds: the most that it may take
     "frozen": 60,
     "memory": 90,
     "kills": 180,
-    "speed": 150,
     "together": 150,
     "compiled": 240,
     "full_run": 240,
+    "speed": 150,
     "against": 120,
 }
+# Beside the steps before them, where a GPU takes several processes: what comes before `compiled`
+# measures no times, and needs little of a GPU.
+ASIDE = ("kills", "together")
 
 
 @dataclass(frozen=True)
@@ -170,16 +175,39 @@ def parse(step: Step, line: str) -> Line:
     return Line(step.name, result, what, seen)
 
 
-def run_all(steps: list[Step], folder: Path, deadline: float, course: Course) -> None:
-    """Runs all steps, but for those that cannot end before the deadline, in seconds from now."""
-    began = time.monotonic()
+def run_all(
+    steps: list[Step],
+    folder: Path,
+    deadline: float,
+    course: Course,
+    aside: Collection[str] = (),
+) -> None:
+    """Runs all steps, but for those that cannot end before the deadline, in seconds from now.
+
+    Those named in `aside` run in turn beside the ones before the last of them.
+    """
+    until = time.monotonic() + deadline
+    named = [number for number, step in enumerate(steps) if step.name in aside]
+    together = steps[: named[-1] + 1] if named else []
+    with ThreadPoolExecutor(1) as thread:
+        beside = [step for step in together if step.name in aside]
+        running = thread.submit(run_each, beside, folder, until, course)
+        run_each([step for step in together if step.name not in aside], folder, until, course)
+        running.result()
+    run_each(steps[len(together) :], folder, until, course)
+    names = [step.name for step in steps]
+    course.lines.sort(key=lambda line: names.index(line.step))
+
+
+def run_each(steps: list[Step], folder: Path, until: float, course: Course) -> None:
+    """Runs steps one after another, as far as the time allows."""
     for step in steps:
         now = time.monotonic()
-        left = deadline - (now - began)
+        left = until - now
         if course.signal:
             found = [Line(step.name, "SKIP", "all of it", f"stopped by {course.signal}")]
         elif left < WORTH_STARTING * step.seconds:
-            found = [Line(step.name, "SKIP", "all of it", f"no time left of {deadline:g} s")]
+            found = [Line(step.name, "SKIP", "all of it", f"only {max(left, 0):.0f} s left to DEADLINE")]
         else:
             print(f"--- {step.name}: at most {min(step.seconds, left):.0f} s", flush=True)
             found = run(step, folder, min(step.seconds, left), course)
@@ -187,6 +215,12 @@ def run_all(steps: list[Step], folder: Path, deadline: float, course: Course) ->
         for line in found:
             print(f"{line.result} {line.step}: {line.what}  {line.seen}".rstrip(), flush=True)
         course.lines += found
+
+
+def shared_gpus() -> bool:
+    """Whether each GPU takes several processes at once."""
+    modes = output_of(["nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader"])
+    return os.environ["DEVICE"] == "cuda" and set(modes.split()) == {"Default"}
 
 
 def table(course: Course, machine: list[str]) -> str:
@@ -302,7 +336,7 @@ def main() -> int:
     course = Course()
     for number in SIGNALS:
         signal.signal(number, course.stop)
-    run_all(steps, folder, deadline, course)
+    run_all(steps, folder, deadline, course, ASIDE if shared_gpus() else ())
     text = table(course, machine)
     (folder / "table.md").write_text(text)
     print(f"\n{text}\nthis table: {folder / 'table.md'}; beside it the logs", flush=True)

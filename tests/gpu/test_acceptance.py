@@ -30,9 +30,9 @@ def run(tmp_path):
     """run(*steps, deadline=...) -> their lines."""
     (tmp_path / "logs").mkdir()
 
-    def run(*steps, deadline=100.0):
+    def run(*steps, deadline=100.0, aside=()):
         course = Course()
-        acceptance.run_all(list(steps), tmp_path, deadline, course)
+        acceptance.run_all(list(steps), tmp_path, deadline, course, aside)
         return course.lines
 
     return run
@@ -103,7 +103,36 @@ def test_a_step_is_skipped_past_the_deadline_and_cut_off_at_it(run):
         ("late", "SKIP"),
     ]
     assert "no time left" in lines[1].seen
-    assert lines[2].seen == "no time left of 2 s"
+    assert lines[2].seen == "only 0 s left to DEADLINE"
+
+
+def test_steps_that_measure_no_times_run_beside_others(run, tmp_path):
+    """`first` and `beside` wait for each other; `timed` begins when both have ended."""
+    met, ended = f"{tmp_path}/met", f"{tmp_path}/ended"
+    wait = f"while [ ! -e {met} ]; do sleep 0.05; done"
+    lines = run(
+        step("first", f"{wait}; {said('PASS')}"),
+        step("beside", f"touch {met}; sleep 0.5; touch {ended}; {said('PASS')}"),
+        step("timed", f"test -e {ended} && {said('PASS')}"),
+        aside=["beside"],
+    )
+    expected = ["first", "beside", "timed"]
+    assert [(line.step, line.result) for line in lines] == [(name, "PASS") for name in expected]
+
+
+@pytest.mark.parametrize(
+    ("device", "modes", "shared"),
+    [
+        ("cuda", "Default\nDefault\n", True),
+        ("cuda", "Default\nExclusive_Process\n", False),
+        ("cuda", "no such program: nvidia-smi", False),
+        ("cpu", "Default\n", False),
+    ],
+)
+def test_gpus_for_one_process_alone_are_not_shared(monkeypatch, device, modes, shared):
+    monkeypatch.setattr(acceptance, "output_of", lambda command: modes)
+    monkeypatch.setattr(os, "environ", {"DEVICE": device})
+    assert acceptance.shared_gpus() is shared
 
 
 def test_table_counts_and_lists():
@@ -194,6 +223,7 @@ def test_the_machine_is_described_by_what_is_used(monkeypatch):
 
 
 def test_every_file_of_checks_is_a_step():
+    assert set(acceptance.ASIDE) < acceptance.FILES.keys()
     files = {path.stem.removeprefix("test_gpu_") for path in HERE.glob("test_gpu_*.py")}
     assert files == set(acceptance.FILES)
 
