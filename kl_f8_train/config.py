@@ -1037,7 +1037,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         reason = str(error).partition("\n    full_key:")[0]
         raise UsageError(
-            f"configuration {path} is not readable YAML: {reason}\n  Mend the line; indent with "
+            f"configuration {path} is not readable YAML: {reason}\n  Fix the line; indent with "
             "spaces, and quote a value with braces or a colon, as '{00..09}.tar'"
         ) from error
     if not isinstance(raw, dict):

@@ -413,7 +413,7 @@ def find_device(config: Config) -> torch.device:
     available = torch.cuda.is_available()
     if config.compute.accelerator == "cuda" and not available:
         raise UsageError(
-            "compute.accelerator=cuda, but torch sees no GPU here; mend the driver, or give "
+            "compute.accelerator=cuda, but torch sees no GPU here; fix the driver, or give "
             "compute.accelerator=cpu"
         )
     return torch.device("cuda" if available and config.compute.accelerator != "cpu" else "cpu")

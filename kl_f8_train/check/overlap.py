@@ -18,7 +18,7 @@ from kl_f8_train.folders import list_folder, read_file
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import printable
 
-# What is compared at most, so that large data take seconds, too.
+# Most that is compared, so that large data sets take only seconds.
 CHECKED_PICTURES = 200  # of the validation's folder, from its beginning
 SAME_SIZE = 500  # images of a source whose bytes are compared: those as long as a picture
 LOOKS = 1000  # images, evenly over all sources, that are decoded to find near-duplicates

@@ -175,7 +175,7 @@ def finite_images(tensor: Tensor, loss: Tensor) -> Tensor:
 
 
 class Remembered:
-    """A network's buffers as they are now: a bad batch goes through BatchNorm, too."""
+    """A network's buffers as they are now: a bad batch also goes through BatchNorm."""
 
     def __init__(self, module: nn.Module | None) -> None:
         kinds: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)  # in one tensor each

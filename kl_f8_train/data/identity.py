@@ -1,4 +1,4 @@
-"""What decides a run's result besides its recipe: the data, the perceptual network, the versions.
+"""The inputs of a run besides its recipe: the data, the perceptual network, the versions.
 
 An identity maps a name to a short string: `perceptual`, `torch`, `cuda`, `kl_f8_train`, and
 `data.NAME` for each source. Every checkpoint holds one. On resume it is compared with today's

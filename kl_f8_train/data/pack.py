@@ -3,7 +3,7 @@
 `00000.tar` holds three files for each image: KEY.jpg (.png, ...), the file as it is; KEY.json, its
 metadata; KEY.txt, its name as the caption. KEY is five digits of the shard and four of the image.
 `00000_stats.json` counts what was packed, `pack.json` lists the whole folder. The same folder gives
-the same bytes with any number of processes, and a pack that was stopped goes on where it was.
+the same bytes with any number of processes, and a pack that was stopped resumes where it was.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from kl_f8_train.units import counted, printable
 MAX_PER_SHARD = 10_000  # four digits
 MAX_SHARDS = 100_000  # five digits
 MANIFEST = "pack.json"
-QUALITY = 95  # of JPEGs that are encoded anew
+QUALITY = 95  # of re-encoded JPEGs
 SHOWN = 10  # images left out that the command line names
 IMAGE_MARKS = {  # how images begin, and their suffix
     **{b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"},
@@ -47,7 +47,7 @@ PER_PROCESS = 2_000  # images that are worth the seconds a process takes to star
 
 @dataclass(frozen=True)
 class PackResult:
-    """What `pack` left in the directory."""
+    """The result of `pack` in the directory."""
 
     shards: list[Path]  # all, in order
     images: int  # in all shards
@@ -226,7 +226,7 @@ def _size(file: Path) -> int | None:
 
 
 def _claim(out: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, or compares it with the one that is there."""
+    """Writes the manifest, or compares it with an existing one."""
     path = out / MANIFEST
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -297,7 +297,7 @@ def _write_all(chains: list[list[Job]], workers: int) -> Iterator[tuple[int, dic
                 yield from future.result()
         except BrokenProcessPool as error:
             raise RunFailedError(
-                "a packing process was killed (out of memory?); the same command goes on"
+                "a packing process was killed (out of memory?); the same command again resumes"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -320,8 +320,8 @@ def open_source(
     if broken and bad_shards == "stop":
         raise MissingInputError(
             "\n".join(broken[:10])
-            + f"\n{len(broken)} of {len(locations)} shards of {name} are broken; mend them, or "
-            "leave them out with data.bad_shards=skip; `kl-f8-train index` tries those anew that "
+            + f"\n{len(broken)} of {len(locations)} shards of {name} are broken; repair them, or "
+            "leave them out with data.bad_shards=skip; `kl-f8-train index` retries those that "
             "could not be fetched"
         )
     for message in broken[:20]:

@@ -45,7 +45,7 @@ class Photograph:
 
 @dataclass(frozen=True)
 class SplitResult:
-    """What `split` made; names are relative to the folder, in its order."""
+    """The result of `split`; names are relative to the folder, in its order."""
 
     out: Path
     training: list[str]
@@ -212,7 +212,7 @@ def _choose(
     if not chosen:
         raise UsageError(
             f"all {len(photographs)} photographs are near-duplicates of each other, which belong "
-            "on one side; give others, too"
+            "on one side; add others"
         )
     return chosen
 

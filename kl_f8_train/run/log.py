@@ -231,7 +231,7 @@ class RunLog(Callback):
 
     @property
     def _here(self) -> str:
-        """What counts are of, where there are several processes."""
+        """Says that counts are of one rank, where there are several."""
         return " on this rank" if dist.is_initialized() and dist.get_world_size() > 1 else ""
 
     def _say(self, line: str) -> None:

@@ -103,7 +103,7 @@ class Checkpoints(Callback):
             raise RunFailedError(failure)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
-        """What is being saved is written to its end."""
+        """Lets the thread finish what it is writing."""
         self.thread.shutdown()
         faults: list[object] = [future.exception() for future in self.writing]
         for fault in faults + [self.failure] * (self.failures > 1):
@@ -180,7 +180,7 @@ class Checkpoints(Callback):
 
 
 def counters(finetuner: Finetuner) -> tuple[int, int]:
-    """What names a state of a run: iteration, and warm-up left."""
+    """The counters that identify a state of a run: iteration, and warm-up left."""
     return finetuner.iteration, finetuner.warmup_left
 
 
@@ -237,7 +237,7 @@ class Signals(Callback):
 
     def _await_answer(self) -> None:
         """In a thread: ends the process if a signal is not answered in time."""
-        while (number := os.read(self._heard, 1)[0]) not in SIGNALS:  # others have handlers, too
+        while (number := os.read(self._heard, 1)[0]) not in SIGNALS:  # of other handlers
             if self._restored.is_set():
                 return
         course, waited, before = self.course, 0.0, self.course.done

@@ -180,7 +180,7 @@ def _fit(trainer: Trainer, iterations: "Iterations", course: Course) -> None:
             "a GPU, or the network between the nodes is not open (NCCL_SOCKET_IFNAME names it)."
         )
         found = list_checkpoints(Path(iterations.config.run_dir))
-        last = f"goes on from {found[0].name}" if found else "starts anew (no checkpoint yet)"
+        last = f"goes on from {found[0].name}" if found else "starts over (no checkpoint yet)"
         minutes = iterations.config.compute.timeout_minutes
         raise RunFailedError(
             f"{what} The same command {last}; compute.timeout_minutes={minutes:g} bounds the wait, "
@@ -258,7 +258,7 @@ def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple
     if found:
         raise MissingInputError(
             f"none of the {len(found)} checkpoints in {run_dir} can be read; nothing was changed. "
-            "Move them away to start anew"
+            "Move them away to start over"
         )
     return _import(config)
 
@@ -407,7 +407,7 @@ def _trainer(config: Config, callbacks: list[Any]) -> Trainer:
                 "each task must see all of its node's: srun --gpus-per-node, not --gpus-per-task "
                 "or --gpu-bind"
                 if launcher == SRUN
-                else "mend the driver, or start fewer processes (without a launcher: "
+                else "fix the driver, or start fewer processes (without a launcher: "
                 "compute.devices), or give compute.accelerator=cpu"
             )
         )

@@ -128,7 +128,7 @@ class ImageSet:
     ) -> None:
         """Leaves out what lies below `out`, a former evaluation's pictures.
 
-        Raises MissingInputError if nothing is there.
+        Raises MissingInputError if there is none.
         """
         cache = ShardCache(cache_dir() / "shards", 100 * 2**30)
         self.source = sources.open_source(
@@ -165,7 +165,7 @@ class ImageSet:
 
 
 class Means(nn.Module):
-    """What stands beside VAEs as a yardstick: the mean colour of every block of an image.
+    """A yardstick beside the VAEs: the mean colour of every block of an image.
 
     `block` is its side in pixels; None takes the whole image as one block.
     """
@@ -198,7 +198,7 @@ class Candidate:
 
 
 def baselines() -> list[Candidate]:
-    """Rows of the table that every VAE worth its name is far above."""
+    """Rows of the table that any useful VAE is far above."""
     absent = ("iteration", "frozen_sha256", "layout", "select")
     record = {"path": "", "sha256": "", "base": False, "baseline": True, **dict.fromkeys(absent)}
     return [Candidate(name, Means(block), dict(record)) for name, block in BASELINES.items()]
@@ -270,7 +270,7 @@ def reconstruct(
 def _outputs(
     candidates: Sequence[Candidate], images: Tensor, keys: Sequence[str], protocol: Protocol
 ) -> Iterator[Tensor]:
-    """What each decoder puts out, float [-1, 1] but for overshoot."""
+    """The output of each decoder, float, about [-1, 1], not clamped."""
     latents: dict[str, Tensor] = {}
     for candidate in candidates:
         if isinstance(candidate.model, Means):
@@ -321,7 +321,7 @@ def posterior_noise(keys: Sequence[str], like: Tensor, seed: int = SEED) -> Tens
 
 @dataclass
 class Networks:
-    """What measures, as far as it is on this machine, and why the rest is not."""
+    """The networks that measure, as far as this machine has them, and why others are missing."""
 
     perceptual: PerceptualDistance | None = None
     inception: Inception | None = None
@@ -584,7 +584,7 @@ def _gather(tally: Tally, rank: int, world: int) -> Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What an evaluation of one size has in common with those of the others."""
+    """What the evaluations of all sizes share."""
 
     candidates: Sequence[Candidate]
     networks: Networks
@@ -776,7 +776,7 @@ def own_device(asked: str | None) -> str:
     """As asked; "cuda", also by default where there is one, is this process's own GPU."""
     if (asked or "cpu").startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(
-            f"--device {asked}: torch sees no GPU here; mend the driver, or give --device cpu"
+            f"--device {asked}: torch sees no GPU here; fix the driver, or give --device cpu"
         )
     if asked not in (None, "cuda") or not torch.cuda.is_available():
         return asked or "cpu"

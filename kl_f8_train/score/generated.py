@@ -56,7 +56,7 @@ STRIP_SIDE = 3072  # pixels of strip.png, about, either way
 
 @dataclass
 class Found:
-    """What the latents gave: scores of each VAE's images, and of each pair of VAEs."""
+    """Results over the latents: scores of each VAE's images, and of each pair of VAEs."""
 
     own: dict[str, list[dict[str, float]]]
     pairs: dict[tuple[str, str], list[dict[str, float]]]
@@ -204,7 +204,7 @@ def _decoded(
 
 
 def own_scores(output: Tensor, levels: Tensor) -> dict[str, float]:
-    """What OWN names: output (1, 3, H, W) of a decoder, about [-1, 1], and its 8-bit image.
+    """The metrics in OWN: output (1, 3, H, W) of a decoder, about [-1, 1], and its 8-bit image.
 
     Colours are means of 8-bit levels, saturation that of the largest channel minus the smallest;
     `clipped` is the share of values beyond [-1, 1].
@@ -231,7 +231,7 @@ def pair_scores(a: Tensor, b: Tensor, networks: Networks) -> dict[str, float]:
 def _photograph_features(
     where: str, size: int, out: Path, inception: Inception, device: str
 ) -> FeatureStatistics:
-    """Inception's statistics of photographs; those that cannot be read are left out, and said."""
+    """Inception's statistics of photographs; unreadable ones are left out and reported."""
     statistics = FeatureStatistics.empty(FEATURES, device)
     images = evaluate.ImageSet(where, size, warn=say_aloud, out=out)
     for sample in images.stream(range(images.count), threads=2):
@@ -266,7 +266,7 @@ def _summarise(
     reference: FeatureStatistics | None,
     where: str,
 ) -> dict[str, Any]:
-    """What decoded.json holds; means and population deviations over the latents."""
+    """The contents of decoded.json: means and population deviations over the latents."""
     warnings = []
     models: dict[str, dict[str, Any]] = {}
     for name, rows in found.own.items():

@@ -105,7 +105,7 @@ def write_comparison(
 ) -> list[compare.Verdict]:
     """Compares two models of an evaluation directory; writes comparison.json beside the scores.
 
-    At each of `sigmas` their rows with that noise on the latents, too, on the same draws.
+    At each of `sigmas` also their rows with that noise on the latents, on the same draws.
     """
     rows = compare.read_image_scores(directory / "per_image.csv")
     found = compare.verdicts(rows, a, b)

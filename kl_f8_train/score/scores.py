@@ -1,7 +1,7 @@
-"""What an evaluation found, as summary, table and files.
+"""The results of an evaluation, as summary, table and files.
 
-One number an image and metric becomes mean and deviation, one set of features a Frechet distance;
-beside them stands all that they depend on.
+A metric's values, one for each image, become mean and deviation, and a set of features a Frechet
+distance; all conditions that they depend on are written with them.
 """
 
 import csv
@@ -37,7 +37,7 @@ SHIFT_METRICS = ("red_shift", "green_shift", "blue_shift", "saturation_shift")
 
 @dataclass
 class ImageScores:
-    """What one image gave."""
+    """The scores of one image."""
 
     index: int
     key: str
@@ -49,7 +49,7 @@ class ImageScores:
 
 @dataclass
 class Tally:
-    """What a process has measured."""
+    """The measurements of one process."""
 
     measured: tuple[str, ...]  # the metrics of the rows' scores
     rows: list[ImageScores] = field(default_factory=list)
@@ -64,7 +64,7 @@ def summarise(
     unmeasured: Mapping[str, str],
     where: str,
 ) -> dict[str, Any]:
-    """What scores.json holds: means and deviations, and all that they depend on.
+    """The contents of scores.json: means and deviations, and all that they depend on.
 
     `weights`: name of each VAE -> what is known of its file, in the order of the rows' scores.
     Raises RunFailedError if no image could be used.
@@ -113,7 +113,7 @@ def summarise(
 
 
 def _caveats(tally: Tally, protocol: Mapping[str, Any]) -> list[str]:
-    """What keeps scores from being compared with others."""
+    """Reasons why these scores cannot be compared with others."""
     caveats = []
     enlarged = sum(row.enlarged for row in tally.rows)
     if enlarged:
@@ -143,7 +143,7 @@ def network_caveats(stand_in: bool, protocol: Mapping[str, Any]) -> list[str]:
 def mean_std(values: Sequence[float]) -> dict[str, float] | None:
     """Mean and population deviation of what is finite; None if nothing is.
 
-    The authors left infinite PSNR out, too.
+    The authors left out infinite PSNR as well.
     """
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
@@ -217,7 +217,7 @@ def table(result: Mapping[str, Any], measured_only: bool = False) -> str:
 
 
 def footer(result: Mapping[str, Any]) -> str:
-    """What stands beside every table: protocol, images, hashes, what was not measured and why."""
+    """The lines below every table: protocol, images, hashes, what was not measured and why."""
     protocol = result["protocol"]
     posterior = protocol["posterior"]
     seed = f", seed {protocol['seed']}" if protocol["seed"] is not None else ""

@@ -169,7 +169,7 @@ def stored_base(metadata: dict[str, str]) -> dict[str, str]:
 
 
 def stored_facts(contents: weight_file.Contents, config: Config) -> Facts:
-    """What the base of a run stated; of older checkpoints only what their configuration shows."""
+    """The facts that a run's base stated; of older checkpoints those that their recipe shows."""
     return facts.combined(contents.facts, _shown_value(config))
 
 

@@ -234,7 +234,7 @@ def check_finite(contents: Contents, state: Mapping[str, Tensor]) -> None:
 
 
 def quality(contents: Contents, weights: Weights) -> list[str]:
-    """What is wrong with the numbers of a file, and what it means."""
+    """Faults of a file's values, and what they mean."""
     state, lines = weights.autoencoder, []
     try:
         check_finite(contents, state)

@@ -50,7 +50,7 @@ FILES = {  # in the order of their value; seconds: the most that it may take
     "frozen": 60,
     "memory": 90,
     "kills": 180,
-    "together": 150,
+    "together": 180,
     "compiled": 240,
     "full_run": 240,
     "speed": 150,
@@ -59,6 +59,7 @@ FILES = {  # in the order of their value; seconds: the most that it may take
 # Beside the steps before them, where a GPU takes several processes: what comes before `compiled`
 # measures no times, and needs little of a GPU.
 ASIDE = ("kills", "together")
+CORES = 8  # at least, for that
 
 
 @dataclass(frozen=True)
@@ -184,16 +185,18 @@ def run_all(
 ) -> None:
     """Runs all steps, but for those that cannot end before the deadline, in seconds from now.
 
-    Those named in `aside` run in turn beside the ones before the last of them.
+    Each of those named in `aside` runs beside the others before the last of them.
     """
     until = time.monotonic() + deadline
     named = [number for number, step in enumerate(steps) if step.name in aside]
     together = steps[: named[-1] + 1] if named else []
-    with ThreadPoolExecutor(1) as thread:
-        beside = [step for step in together if step.name in aside]
-        running = thread.submit(run_each, beside, folder, until, course)
-        run_each([step for step in together if step.name not in aside], folder, until, course)
-        running.result()
+    in_turn = [step for step in together if step.name not in aside]
+    beside = [[step] for step in together if step.name in aside]
+    with ThreadPoolExecutor(len(beside) + 1) as threads:
+        parts = [in_turn, *beside]
+        running = [threads.submit(run_each, part, folder, until, course) for part in parts]
+        for each in running:
+            each.result()
     run_each(steps[len(together) :], folder, until, course)
     names = [step.name for step in steps]
     course.lines.sort(key=lambda line: names.index(line.step))
@@ -203,11 +206,11 @@ def run_each(steps: list[Step], folder: Path, until: float, course: Course) -> N
     """Runs steps one after another, as far as the time allows."""
     for step in steps:
         now = time.monotonic()
-        left = until - now
+        left = max(0.0, until - now)
         if course.signal:
             found = [Line(step.name, "SKIP", "all of it", f"stopped by {course.signal}")]
         elif left < WORTH_STARTING * step.seconds:
-            found = [Line(step.name, "SKIP", "all of it", f"only {max(left, 0):.0f} s left to DEADLINE")]
+            found = [Line(step.name, "SKIP", "all of it", f"only {left:.0f} s left to DEADLINE")]
         else:
             print(f"--- {step.name}: at most {min(step.seconds, left):.0f} s", flush=True)
             found = run(step, folder, min(step.seconds, left), course)
@@ -217,10 +220,11 @@ def run_each(steps: list[Step], folder: Path, until: float, course: Course) -> N
         course.lines += found
 
 
-def shared_gpus() -> bool:
-    """Whether each GPU takes several processes at once."""
+def takes_several() -> bool:
+    """Whether steps can run beside others: each GPU takes several processes, and CPUs are there."""
     modes = output_of(["nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader"])
-    return os.environ["DEVICE"] == "cuda" and set(modes.split()) == {"Default"}
+    enough = (os.cpu_count() or 1) >= CORES
+    return os.environ["DEVICE"] == "cuda" and set(modes.split()) == {"Default"} and enough
 
 
 def table(course: Course, machine: list[str]) -> str:
@@ -336,7 +340,7 @@ def main() -> int:
     course = Course()
     for number in SIGNALS:
         signal.signal(number, course.stop)
-    run_all(steps, folder, deadline, course, ASIDE if shared_gpus() else ())
+    run_all(steps, folder, deadline, course, ASIDE if takes_several() else ())
     text = table(course, machine)
     (folder / "table.md").write_text(text)
     print(f"\n{text}\nthis table: {folder / 'table.md'}; beside it the logs", flush=True)

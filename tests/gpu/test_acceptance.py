@@ -121,18 +121,20 @@ def test_steps_that_measure_no_times_run_beside_others(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("device", "modes", "shared"),
+    ("device", "modes", "cores", "several"),
     [
-        ("cuda", "Default\nDefault\n", True),
-        ("cuda", "Default\nExclusive_Process\n", False),
-        ("cuda", "no such program: nvidia-smi", False),
-        ("cpu", "Default\n", False),
+        ("cuda", "Default\nDefault\n", 16, True),
+        ("cuda", "Default\nDefault\n", 4, False),
+        ("cuda", "Default\nExclusive_Process\n", 16, False),
+        ("cuda", "no such program: nvidia-smi", 16, False),
+        ("cpu", "Default\n", 16, False),
     ],
 )
-def test_gpus_for_one_process_alone_are_not_shared(monkeypatch, device, modes, shared):
+def test_steps_share_gpus_only_where_they_can(monkeypatch, device, modes, cores, several):
     monkeypatch.setattr(acceptance, "output_of", lambda command: modes)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setattr(os, "environ", {"DEVICE": device})
-    assert acceptance.shared_gpus() is shared
+    assert acceptance.takes_several() is several
 
 
 def test_table_counts_and_lists():

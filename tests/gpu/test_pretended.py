@@ -37,7 +37,7 @@ def gpu(tmp_path_factory):
     return folder
 
 
-# Kernels: 2,403 and 2,127 were counted.
+# Kernels: 2,400 and 2,132 were counted.
 @pytest.mark.parametrize(("recipe", "kernels"), [("ft_ema", 2500), ("ft_mse", 2220)])
 def test_uncompiled_iteration(gpu, recipe, kernels):
     """12 images of 256 px, as by default."""
