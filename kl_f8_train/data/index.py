@@ -95,7 +95,7 @@ def tars_in(folder: Path) -> list[str]:
 
 
 def _other_shards(folder: Path) -> str:
-    """What may be meant where a folder itself holds no .tar."""
+    """A hint at what may be meant where a folder itself holds no .tar."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     packed = [entry.name for entry in entries if COMPRESSED.search(entry.name)]
     if packed:

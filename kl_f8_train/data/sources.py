@@ -161,7 +161,7 @@ class TarSource:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
         member = data[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
         name = f"{os.path.basename(place)}/{os.path.basename(member)}"
-        return printable(name), data[TAR_BLOCK:]
+        return name if name.isprintable() else printable(name), data[TAR_BLOCK:]
 
     def name(self, shard: int, sample: int) -> str:
         """The shard, and the number of the image in it."""
@@ -321,8 +321,8 @@ def open_source(
         raise MissingInputError(
             "\n".join(broken[:10])
             + f"\n{len(broken)} of {counted(len(locations), 'shard', 's')} of {name} "
-            f"{are(len(broken))} broken; mend them, or "
-            "leave them out with data.bad_shards=skip; `kl-f8-train index` tries those anew that "
+            f"{are(len(broken))} broken; repair them, or "
+            "leave them out with data.bad_shards=skip; `kl-f8-train index` retries those that "
             "could not be fetched"
         )
     for message in broken[:20]:
