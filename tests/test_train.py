@@ -174,7 +174,7 @@ def test_status_says_that_a_run_failed_by_what_and_whether_again(folder, monkeyp
             train(longer)
     found = status.read_status(run, time.time())
     assert found.state.startswith("failed ")
-    assert found.state.endswith("; the same command fails again until that is mended")
+    assert found.state.endswith("; the same command fails again until that is fixed")
     assert found.failure == "the data are gone\n  mend them"
     main(["status", str(run), "--html", str(folder / "failed.html")])
     assert "  error: the data are gone\n      mend them\n" in capsys.readouterr().out

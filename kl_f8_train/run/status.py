@@ -201,7 +201,7 @@ def _state(run: Path, log_interval_seconds: float, now: float) -> str:
         return "running"
     if failure := read_failure(run):
         ago = duration(_age([run / FAILURE_FILE], now) or 0.0)
-        then = "goes on" if failure[1] else "fails again until that is mended"
+        then = "goes on" if failure[1] else "fails again until that is fixed"
         return f"failed {ago} ago, by the error below; the same command {then}"
     news = _age([run / CONFIG_FILE, run / METRICS_FILE, *run.glob("*/iteration-*")], now) or 0.0
     if claimed is False:
