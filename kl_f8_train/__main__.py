@@ -618,7 +618,7 @@ def _card(args: argparse.Namespace) -> int:
 def _push(args: argparse.Namespace) -> int:
     from kl_f8_train.publish import push
 
-    upload = push.plan(args.export, args.repository, args.pictures)
+    upload = push.plan_upload(args.export, args.repository, args.pictures)
     print("\n".join(upload.lines()))
     if args.upload:
         print(push.push(upload, args.private, print))

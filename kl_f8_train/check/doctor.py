@@ -320,7 +320,7 @@ def _tell_memory(
 ) -> None:
     """Memory of micro-batches of `micro`, and the largest that would fit here or on known GPUs."""
     needed = cost.peak_bytes(config, micro, share)
-    compiled = "compiled" if cost.compiles(config) else "uncompiled"
+    compiled = "compiled" if cost.run_compiles(config) else "uncompiled"
     report.facts["computed_memory"] = {"bytes": needed, "networks": compiled}
     report.tell(
         f"{'GPU memory' if cost.on_gpu(config) else 'memory'} that this takes, computed: "

@@ -142,11 +142,9 @@ def workload(config: Config, iterations: int, name: str = "") -> Workload:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """A training checkpoint: networks, EMAs, and Adam's two moments, in float32."""
-    count = cost.parameters(config)
-    trained = count["decoder"] + count["discriminator"]
-    averages = len(config.ema.decays) * count["decoder"]
-    return 4 * (count["encoder"] + averages + 3 * trained)
+    """A training checkpoint: the state without gradients and the perceptual network."""
+    left_out = 4 * cost.parameters(config)["perceptual"]
+    return cost.state_bytes(config) - cost.reduced_bytes(config) - left_out
 
 
 @dataclass(frozen=True)

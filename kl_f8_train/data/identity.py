@@ -12,7 +12,7 @@ import torch
 
 from kl_f8_train import __version__, units
 from kl_f8_train.core.hashes import tensors_sha256
-from kl_f8_train.core.perceptual import PerceptualDistance
+from kl_f8_train.core.losses import PerceptualDistance
 from kl_f8_train.data.sources import ImageSource
 from kl_f8_train.units import counted
 

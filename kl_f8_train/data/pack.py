@@ -38,7 +38,7 @@ MAX_SHARDS = 100_000  # five digits
 MANIFEST = "pack.json"
 QUALITY = 95  # of re-encoded JPEGs
 SHOWN = 10  # images left out that the command line names
-MARKS = {  # how images begin, and their suffix
+IMAGE_MARKS = {  # how images begin, and their suffix
     **{b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"},
     **{b"II*\0": ".tif", b"MM\0*": ".tif"},
 }
@@ -320,7 +320,7 @@ def write_shards(chain: list[Job]) -> Iterator[tuple[int, dict[str, Any]]]:
         yield job.number, _write_shard(job, itertools.islice(stream, len(job.files)))
 
 
-def _images(chain: list[Job]) -> Iterator[parquet.Row]:
+def _images(chain: list[Job]) -> Iterator[parquet.ImageRow]:
     """The images of all the jobs in order: name, bytes, and the path that gives the suffix."""
     pieces = [job.files for job in chain if isinstance(job.files, parquet.Rows)]
     if pieces:
@@ -328,12 +328,12 @@ def _images(chain: list[Job]) -> Iterator[parquet.Row]:
     names = (name for job in chain if isinstance(job.files, tuple) for name in job.files)
     for name in names:
         try:
-            yield parquet.Row(name, read_file(chain[0].folder / name), name)
+            yield parquet.ImageRow(name, read_file(chain[0].folder / name), name)
         except ImageError as error:
-            yield parquet.Row(name, error, name)
+            yield parquet.ImageRow(name, error, name)
 
 
-def _write_shard(job: Job, images_of_it: Iterator[parquet.Row]) -> dict[str, Any]:
+def _write_shard(job: Job, images_of_it: Iterator[parquet.ImageRow]) -> dict[str, Any]:
     """Writes one shard, then its statistics, which it returns.
 
     Raises RunFailedError if the disk is full or the directory cannot be written.
@@ -352,7 +352,7 @@ def _write_shard(job: Job, images_of_it: Iterator[parquet.Row]) -> dict[str, Any
     return stats
 
 
-def _write_tar(job: Job, images_of_it: Iterator[parquet.Row]) -> dict[str, str]:
+def _write_tar(job: Job, images_of_it: Iterator[parquet.ImageRow]) -> dict[str, str]:
     """Writes the tar; image -> why it is left out."""
     bad: dict[str, str] = {}
     with (
@@ -372,7 +372,7 @@ def _write_tar(job: Job, images_of_it: Iterator[parquet.Row]) -> dict[str, str]:
     return bad
 
 
-def _sample(row: parquet.Row, key: str, reencode: bool) -> dict[str, bytes]:
+def _sample(row: parquet.ImageRow, key: str, reencode: bool) -> dict[str, bytes]:
     """The files of one sample. Raises ImageError if the image cannot be read."""
     name, data, path = row
     if isinstance(data, ImageError):
@@ -408,7 +408,7 @@ def _extension(data: bytes) -> str:
     kind = images.brand(data)
     if kind:
         return {"AVIF": ".avif", "HEIF": ".heic"}[kind]
-    return next((suffix for mark, suffix in MARKS.items() if data.startswith(mark)), ".jpg")
+    return next((suffix for mark, suffix in IMAGE_MARKS.items() if data.startswith(mark)), ".jpg")
 
 
 def _to_jpeg(image: torch.Tensor, converted: bool) -> bytes:

@@ -15,9 +15,9 @@ from torch import Tensor
 from kl_f8_train import __version__, images
 from kl_f8_train import config as configs
 from kl_f8_train.config import Config
-from kl_f8_train.core.ema import label, module_name, selection
 from kl_f8_train.core.hashes import data_sha256, frozen_sha256
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
+from kl_f8_train.core.updates import label, module_name, selection
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import ENTRY, FAMILIES, Facts, combined, settled
 from kl_f8_train.files import check_writable, file_sha256, write_json, write_text
@@ -179,7 +179,7 @@ def _fp16_safe(
     with half_precision.largest_outputs(model, FROZEN) as encoder:
         latents = [model.encode(images.to_float(picture[None])).mean for picture in tried]
     probes = rescale.probes(latents)
-    rescaling = rescale.plan(model, probes)
+    rescaling = rescale.plan_rescaling(model, probes)
     if not rescaling.changes:
         say(
             "fp16-safe: nothing to rescale, all activations are below "

@@ -42,7 +42,7 @@ class Upload:
         ]
 
 
-def plan(export_dir: Path, repository: str, pictures: bool = False) -> Upload:
+def plan_upload(export_dir: Path, repository: str, pictures: bool = False) -> Upload:
     """Which files of an export go to the hub; uses no network.
 
     Raises UsageError for a malformed repository name, MissingInputError if the directory is not

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Adam
 
 from kl_f8_train import config as configs
-from kl_f8_train.core.host_memory import HostCopy, HostMemory
 from kl_f8_train.core.step import Finetuner
+from kl_f8_train.core.updates import HostCopy, to_host
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.launch import SIGNALS
 from kl_f8_train.output import say
@@ -48,7 +49,7 @@ class Checkpoints(Callback):
     ) -> None:
         self.run_dir, self.config, self.frozen = run_dir, config, frozen_sha256
         self.course = course
-        self.memory = HostMemory()
+        self.memory = checkpoint.HostMemory()
         self.snapshot: checkpoint.Snapshot | None = None  # the last one
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing: list[Future[None]] = []  # in the thread, in this order
@@ -204,7 +205,7 @@ class Signals(Callback):
         self.course = course
         self.received = 0
         self.stopping = False  # the loop has answered
-        self._agreed: HostCopy | None = None
+        self._agreed: HostCopy[Tensor] | None = None
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
@@ -269,7 +270,7 @@ class Signals(Callback):
             # (0).
             flag = torch.full((), mine, device=pl_module.device)  # filled there
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            before, self._agreed = self._agreed, HostCopy(flag)
+            before, self._agreed = self._agreed, to_host(flag)
             stop = 0 if before is None else int(before.read())
         else:
             stop = mine

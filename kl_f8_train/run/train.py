@@ -33,8 +33,8 @@ from kl_f8_train.config import Config, micro_batch, validation_sizes
 from kl_f8_train.core import machine
 from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
-from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_remedy
-from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.core.machine import is_out_of_memory, on_cuda, with_remedy
+from kl_f8_train.core.model import AutoencoderKL, kernels
 from kl_f8_train.core.run_state import RunState
 from kl_f8_train.core.step import Finetuner, bound_to
 from kl_f8_train.core.updates import describe_rate
@@ -42,13 +42,13 @@ from kl_f8_train.data import identity
 from kl_f8_train.data.handover import shared_memory_note
 from kl_f8_train.data.loading import (
     IterationSampler,
+    Plan,
     PositionDataset,
     Sample,
     loader,
     open_data,
     shard_cache,
 )
-from kl_f8_train.data.plan import Plan
 from kl_f8_train.data.sources import FolderSource, ImageSource, TarSource
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import check_writable, write_text

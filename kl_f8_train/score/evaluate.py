@@ -26,17 +26,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kl_f8_train import images as pixels
-from kl_f8_train.core import metrics, perceptual
+from kl_f8_train.core import metrics
+from kl_f8_train.core.batch import random_state
 from kl_f8_train.core.hashes import frozen_sha256
+from kl_f8_train.core.losses import PerceptualDistance, squared_differences, unweighted
 from kl_f8_train.core.metrics import METRICS, SCORES, FeatureStatistics
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.core.perceptual import PerceptualDistance
 from kl_f8_train.data import sources
-from kl_f8_train.data.plan import random_state
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import Facts
-from kl_f8_train.files import atomic_path, cache_dir, check_writable, write_json
+from kl_f8_train.files import cache_dir, check_writable, write_json
 from kl_f8_train.folders import ahead
 from kl_f8_train.launch import meeting, world_size
 from kl_f8_train.output import Progress
@@ -405,11 +405,11 @@ def score(
         if targets is None:
             targets = network.features(pixels.to_float(images))
         features = network.features(pixels.to_float(reconstructions))
-        squared = perceptual.squared_differences(targets, features)
+        squared = squared_differences(targets, features)
         name = "lpips" if network.name == "lpips_vgg" else "st_lpips"
         scores[name] = network.weighted(squared).flatten().double()  # (B, 1, 1, 1) -> (B,)
         if network.name == "lpips_vgg":
-            scores["psim"] = perceptual.unweighted(squared).double()
+            scores["psim"] = unweighted(squared).double()
     return scores
 
 
@@ -704,7 +704,7 @@ def _evaluate_size(
     weights = {candidate.name: candidate.record for candidate in candidates}
     result = summarise(tally, weights, conditions, networks.unmeasured, where)
     if session.tile and seams:
-        result["tiled"] = tiled.summarise(seams, session.tile)
+        result["tiled"] = tiled.seam_summary(seams, session.tile)
     write_scores(out, result, tally)
     _write_pictures(out, image_set, session, tally)
     verdicts = []
@@ -841,11 +841,11 @@ def _write_pictures(
         batch = sample.image[None].expand(batch_size, -1, -1, -1).to(device)
         outputs = list(reconstruct(candidates, batch, [sample.key] * batch_size, protocol))
         shown = f"pictures/{number:04d}-input.png"
-        _write_png(out / shown, sample.image)
+        report.save_png(out / shown, sample.image, sync=True)
         models: dict[str, str] = {}
         for name, slug, output in zip(names, slugs(names), outputs, strict=True):
             models[name] = f"pictures/{number:04d}-{slug}.png"
-            _write_png(out / models[name], output[0])
+            report.save_png(out / models[name], output[0], sync=True)
         key = tally.rows[place].key
         entries.append({"image": key, "input": shown, "models": models, "why": why})
     write_json(out / "pictures.json", entries)
@@ -861,8 +861,3 @@ def _pictures(out: Path) -> set[str]:
     listed = out / "pictures.json"
     text = listed.read_text(encoding="utf-8", errors="replace") if listed.is_file() else ""
     return set(re.findall(r'"pictures/(\d{4}-[a-z0-9-]+\.png)"', text))
-
-
-def _write_png(path: Path, image: Tensor) -> None:
-    with atomic_path(path) as temporary:
-        pixels.to_pil(image).save(temporary, format="PNG")
