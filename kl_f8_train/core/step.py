@@ -22,15 +22,18 @@ from torch.optim import Adam
 
 from kl_f8_train.config import Config
 from kl_f8_train.core import machine
-from kl_f8_train.core.adversary import GROUP, Adversary, NoAdversary
-from kl_f8_train.core.batch import Batch, parts, plain_batch
+from kl_f8_train.core.batch import Batch, parts, phase, plain_batch
 from kl_f8_train.core.discriminator import Discriminator
-from kl_f8_train.core.ema import ema_decay, ema_update, module_names
 from kl_f8_train.core.hashes import tensors_sha256
-from kl_f8_train.core.losses import reconstruction_loss
-from kl_f8_train.core.machine import phase
-from kl_f8_train.core.model import TRAINED, AutoencoderKL, Posterior
-from kl_f8_train.core.perceptual import Distance, distance_in_parts
+from kl_f8_train.core.losses import (
+    GROUP,
+    Adversary,
+    Distance,
+    NoAdversary,
+    distance_in_parts,
+    reconstruction_loss,
+)
+from kl_f8_train.core.model import TRAINED, AutoencoderKL, Posterior, autocast, kernels
 from kl_f8_train.core.run_state import RunState
 from kl_f8_train.core.updates import (
     PLAINLY,
@@ -41,9 +44,12 @@ from kl_f8_train.core.updates import (
     average_over_ranks,
     begin,
     build_adam,
+    ema_decay,
+    ema_update,
     finite_images,
     learning_rate,
     mean_of_each,
+    module_names,
     parameters_of,
     step_if_finite,
 )
@@ -83,6 +89,8 @@ class Finetuner(_Base):
     With `log_metrics` the figures of each iteration go to the Trainer's loggers.
     """
 
+    perceptual: nn.Module  # frozen
+
     def __new__(cls, *args: Any, **kwargs: Any) -> "Finetuner":
         """A LightningModule of `lightning.pytorch` where that is imported, else of ours."""
         return super().__new__(bound(cls))
@@ -112,7 +120,7 @@ class Finetuner(_Base):
         self.adversary = Adversary(discriminator, config) if discriminator else NoAdversary()
         self.terms: dict[str, Any] = {name: getattr(config.loss, name) for name in TERMS}
         self.logvar = nn.Parameter(torch.zeros(()), requires_grad=config.loss.learn_logvar)
-        self._outside = [perceptual]  # a list keeps it out of the state dict and of DDP
+        self.__dict__["perceptual"] = perceptual  # not a submodule: not in the state dict, nor DDP
         self.run_state = run_state or RunState(iteration=config.init.iteration or 0)
         self.guard = Guard(config.max_bad_updates)
         self.metrics: dict[str, Tensor] = {}  # of the last iteration
@@ -129,11 +137,6 @@ class Finetuner(_Base):
         kind, module = type(self).__bases__
         state = super().__reduce_ex__(protocol)[2:]
         return (unpickled, (module, kind), *state)
-
-    @property
-    def perceptual(self) -> nn.Module:
-        """The frozen perceptual network."""
-        return self._outside[0]
 
     @property
     def iteration(self) -> int:
@@ -260,18 +263,19 @@ class Finetuner(_Base):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
         """A loader's batch as a Batch, with noise."""
-        if isinstance(batch, Batch):
-            return batch
+        return batch if isinstance(batch, Batch) else self._with_noise(batch)
+
+    def _with_noise(self, images: Any) -> Batch:
         draws = 2 if self.config.second_forward else 1
         source = (self.config.seed, self.iteration - self.warmup_left, self.global_rank)
         model = self.autoencoder
-        made = plain_batch(batch, draws, model.embed_dim, model.downsampling, source)
+        made = plain_batch(images, draws, model.embed_dim, model.downsampling, source)
         return made.with_perturbation(source) if self.config.latents.noise else made
 
     def training_step(self, batch: Batch, batch_index: int) -> None:
         """One iteration; before the first, those of the discriminator's warm-up."""
         rate = self.learning_rate
-        with machine.kernels(self.config.precision, self.config.compute.deterministic):
+        with kernels(self.config.precision, self.config.compute.deterministic):
             if self.run_state.warmup_left:
                 self.run_warm_up(batch)
             else:
@@ -332,8 +336,8 @@ class Finetuner(_Base):
 
         # Discriminator, on images and detached reconstructions.
         if adversarial:
-            y, factor = torch.cat([look.y for look in looks]), adversary.factor(run.iteration)
-            bad = updates["decoder"].bad
+            y, bad = torch.cat([look.y for look in looks]), updates["decoder"].bad
+            factor = adversary.factor(run.iteration)
             updates["discriminator"] = self._step_discriminator(batch, y, factor, bad)
         buffers.restore(torch.stack([update.bad for update in updates.values()]).any())
         self.guard.watch(run.iteration, batch.keys, updates)
@@ -393,9 +397,8 @@ class Finetuner(_Base):
     def decode(self, z: Tensor, last_layer_only: bool = False) -> Tensor:
         """(B, 4, h, w) -> (B, 3, H, W) with a graph of the decoder, or of its last layer alone."""
         with self._autocast(z):
-            if last_layer_only:
-                return self.autoencoder.decode_at_last_layer(z)
-            return self.autoencoder.decode(z)
+            model = self.autoencoder
+            return model.decode_at_last_layer(z) if last_layer_only else model.decode(z)
 
     @torch.no_grad()
     def _decode_without_graph(self, z: Tensor) -> Tensor:
@@ -403,7 +406,7 @@ class Finetuner(_Base):
         return torch.cat([self.decode(z[part]).to(z.dtype) for part in micro])
 
     def _autocast(self, tensor: Tensor) -> AbstractContextManager[Any]:
-        return machine.autocast(self.config.precision, tensor.device)
+        return autocast(self.config.precision, tensor.device)
 
     @phase("losses")
     def reconstruction(
@@ -456,12 +459,10 @@ class Finetuner(_Base):
     def _step_discriminator(
         self, batch: Batch, y: Tensor, factor: float, bad: Tensor | None = None
     ) -> Update:
-        """Steps the discriminator on each group of images and reconstructions y."""
+        """Steps the discriminator on the batch's images and reconstructions y."""
         if self.config.second_forward:  # the original: new noise, updated decoder
             y = self._decode_without_graph(self.encode(batch, draw=1)[0])
-        groups = parts(len(y), GROUP)
-        pairs = ((self.images(batch, group), y[group]) for group in groups)
-        update, figures = self.adversary.update(pairs, len(groups), factor, bad)
+        update, figures = self.adversary.update(partial(self.images, batch), y, factor, bad)
         self.metrics |= figures
         return update
 

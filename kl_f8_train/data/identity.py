@@ -1,4 +1,4 @@
-"""What decides a run's result besides its recipe: the data, the perceptual network, the versions.
+"""The inputs of a run besides its recipe: the data, the perceptual network, the versions.
 
 An identity maps a name to a short string: `perceptual`, `torch`, `cuda`, `kl_f8_train`, and
 `data.NAME` for each source. Every checkpoint holds one. On resume it is compared with today's
@@ -12,7 +12,7 @@ import torch
 
 from kl_f8_train import __version__, units
 from kl_f8_train.core.hashes import tensors_sha256
-from kl_f8_train.core.perceptual import PerceptualDistance
+from kl_f8_train.core.losses import PerceptualDistance
 from kl_f8_train.data.sources import ImageSource
 from kl_f8_train.units import counted
 

@@ -48,7 +48,7 @@ def alike(looks: np.ndarray, others: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def groups(looks: np.ndarray, digests: Sequence[str]) -> list[list[int]]:
-    """Numbers of images in groups: equal or alike, also by way of others; in order."""
+    """Groups of indices of images that are equal or alike, directly or through others; in order."""
     leader = list(range(len(digests)))  # union-find: following it leads to a group's first image
 
     def find(number: int) -> int:

@@ -161,7 +161,7 @@ class TarSource:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
         member = data[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
         name = f"{os.path.basename(place)}/{os.path.basename(member)}"
-        return printable(name), data[TAR_BLOCK:]
+        return name if name.isprintable() else printable(name), data[TAR_BLOCK:]
 
     def name(self, shard: int, sample: int) -> str:
         """The shard, and the number of the image in it."""
@@ -320,8 +320,8 @@ def open_source(
     if broken and bad_shards == "stop":
         raise MissingInputError(
             "\n".join(broken[:10])
-            + f"\n{len(broken)} of {len(locations)} shards of {name} are broken; mend them, or "
-            "leave them out with data.bad_shards=skip; `kl-f8-train index` tries those anew that "
+            + f"\n{len(broken)} of {len(locations)} shards of {name} are broken; repair them, or "
+            "leave them out with data.bad_shards=skip; `kl-f8-train index` retries those that "
             "could not be fetched"
         )
     for message in broken[:20]:

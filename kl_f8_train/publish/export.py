@@ -15,9 +15,9 @@ from torch import Tensor
 from kl_f8_train import __version__, images
 from kl_f8_train import config as configs
 from kl_f8_train.config import Config
-from kl_f8_train.core.ema import label, module_name, selection
 from kl_f8_train.core.hashes import data_sha256, frozen_sha256
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
+from kl_f8_train.core.updates import label, module_name, selection
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import ENTRY, FAMILIES, Facts, combined, settled
 from kl_f8_train.files import check_writable, file_sha256, write_json, write_text
@@ -130,7 +130,7 @@ def _write_weights(
 ) -> None:
     """Writes the weight files, each in its layout, and diffusers' configuration beside its own.
 
-    `metadata` goes into the .safetensors file; with modelspec's fields, its tensors' hash, too.
+    `metadata` goes into the .safetensors file; with modelspec's fields also a hash of its tensors.
     """
     weights, spec = model.state_dict(), "modelspec.title" in metadata
     for path, layout, stored in files:
@@ -179,7 +179,7 @@ def _fp16_safe(
     with half_precision.largest_outputs(model, FROZEN) as encoder:
         latents = [model.encode(images.to_float(picture[None])).mean for picture in tried]
     probes = rescale.probes(latents)
-    rescaling = rescale.plan(model, probes)
+    rescaling = rescale.plan_rescaling(model, probes)
     if not rescaling.changes:
         say(
             "fp16-safe: nothing to rescale, all activations are below "
@@ -265,7 +265,7 @@ def _best(source: Path) -> Path:
 
 def _ruined(run: Path, record: Mapping[str, Any], select: str) -> list[str]:
     """A warning if the exported weights were validated as worse than those of the start."""
-    if record["averaged"]:  # of other iterations, too: not validated
+    if record["averaged"]:  # also of other iterations: not validated
         return []
     found = outcome.read(run, record["iteration"])
     changes = found.changes if found else ()
@@ -382,7 +382,7 @@ def _check_choice(source: Path, average: Sequence[Path], raw: bool, ema: float |
 
 
 def _refuse_to_overwrite(out: Path, files: list[Path], force: bool) -> None:
-    """Raises UsageError for files that are there, RunFailedError if none can be written."""
+    """Raises UsageError for files that exist, RunFailedError if none can be written."""
     if is_run(out):
         raise UsageError(
             f"--out {out} is a run directory, and its config.yaml would be replaced; nothing was "

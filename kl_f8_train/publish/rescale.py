@@ -64,7 +64,7 @@ class Rescaling:
 
 
 @torch.no_grad()
-def plan(model: AutoencoderKL, latents: list[Tensor]) -> Rescaling:
+def plan_rescaling(model: AutoencoderKL, latents: list[Tensor]) -> Rescaling:
     """The least powers of two that keep all activations seen below fp16's limit / HEADROOM."""
     with half_precision.largest_outputs(model) as largest:
         for z in latents:

@@ -29,7 +29,7 @@ from kl_f8_train.facts import FAMILIES, Facts
 from kl_f8_train.units import counted
 from kl_f8_train.weights import weight_file
 
-SUFFIXES = (".latent", ".safetensors", ".npy", ".pt")
+ENDINGS = (".latent", ".safetensors", ".npy", ".pt")
 COMFYUI, MARKER = "latent_tensor", "latent_format_version_0"
 LEGACY_FACTOR = 0.18215  # of ComfyUI's files without the marker, whatever model they are of
 NAMES = ("latents", "latent", "samples", "z")  # which tensor is meant, where a file has several
@@ -77,10 +77,10 @@ def find(where: Path) -> list[Path]:
         return [where]
     if not where.is_dir():
         raise MissingInputError(f"--latents {where}: no such folder or file; check the path")
-    found = sorted(p for p in where.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    found = sorted(p for p in where.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
     if not found:
         raise MissingInputError(
-            f"--latents {where}: holds no latents; expected {', '.join(SUFFIXES)} files"
+            f"--latents {where}: holds no latents; expected {', '.join(ENDINGS)} files"
         )
     return found
 
@@ -102,7 +102,7 @@ def survey(where: Path, limit: int | None = None) -> list[SavedLatent]:
     return latents
 
 
-def load(latents: Iterable[SavedLatent]) -> Iterator[tuple[SavedLatent, Tensor]]:
+def load_latents(latents: Iterable[SavedLatent]) -> Iterator[tuple[SavedLatent, Tensor]]:
     """Each with its values, (1, C, h, w) float32 in the file's scale; reads a file of many once."""
     for path, group in itertools.groupby(latents, key=lambda latent: latent.path):
         values, _ = read(path)

@@ -185,7 +185,7 @@ def measure(
     return found
 
 
-def summarise(found: Measured, tile: int) -> dict[str, Any]:
+def seam_summary(found: Measured, tile: int) -> dict[str, Any]:
     """For scores.json: of each VAE and way the mean PSNR, the lowest, the largest difference."""
     models: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(name for _, name, _ in found):
@@ -208,8 +208,8 @@ def _summary(rows: Sequence[tuple[str, Seams]]) -> dict[str, Any]:
     }
 
 
-def table(summary: Mapping[str, Any]) -> str:
-    """Tiled against whole decoding in Markdown, of what `summarise` gives."""
+def seam_table(summary: Mapping[str, Any]) -> str:
+    """Tiled against whole decoding in Markdown, of a `seam_summary`."""
     head = ["tiles against whole", "way", "PSNR", "lowest", "largest difference", "PSNR lost"]
     rows = []
     for name, ways in summary["models"].items():

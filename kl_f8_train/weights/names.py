@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kl_f8_train.core.ema import label, module_name
+from kl_f8_train.core.updates import label, module_name
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.facts import GROUPS, Facts
 
@@ -45,7 +45,7 @@ EMA_SCALARS = ("model_ema.decay", "model_ema.num_updates")
 
 @dataclass
 class Weights:
-    """What a file holds, in our names."""
+    """The contents of a file, under our names."""
 
     layout: str
     autoencoder: State
@@ -111,7 +111,7 @@ def _places(keys: Collection[str], prefix: str | None = None) -> _Places:
         return _Places(names, chosen[0], None)
     averages = [one for one in found if EMA_MARK.search(one)]
     raw = _only([one for one in found if one not in averages], "autoencoders")
-    raw = "" if raw is None and not averages else raw  # what there is of one stands bare
+    raw = "" if raw is None and not averages else raw  # parts of one have no prefix
     lists = dict.fromkeys(m[1] for m in map(LISTED.fullmatch, names) if m)
     listed = _only(list(lists), "EMAs") if raw is not None and raw != FIRST_STAGE else None
     ema, partial = _only(averages, "EMAs"), ""
@@ -334,7 +334,7 @@ def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, 
 
 
 def differences(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """One line per tensor that is missing, of another shape or kind, or too much, in order."""
+    """One line per tensor that is missing, unexpected, or of another shape or kind, in order."""
     problems = []
     for key, shape in expected.items():
         if key not in state:

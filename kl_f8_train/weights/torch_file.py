@@ -239,7 +239,7 @@ def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
             # Each storage is its number of elements, 64 bits little-endian, and then the elements.
             (count,) = struct.unpack_from("<q", data, place)
             if key not in pickled.storages:
-                raise MissingInputError("quantised tensors in torch's old format; save it anew")
+                raise MissingInputError("quantised tensors in torch's old format; save it again")
             size = count * pickled.storages[key].dtype.itemsize
             if count < 0 or place + 8 + size > total:
                 raise EOFError(f"storage {key} ends behind the file")
@@ -404,7 +404,7 @@ def _collect(
 
 
 def _counts(loaded: dict[Any, Any]) -> dict[str, int]:
-    """`global_step` and the like; of Lightning with several optimizers, `iteration`, too."""
+    """`global_step` and the like; of Lightning with several optimizers, also `iteration`."""
     names = ("iteration", "global_step", "epoch", "global_steps", "step", "iter")
     counts = {name: loaded[name] for name in names if type(loaded.get(name)) is int}
     batches: Any = loaded

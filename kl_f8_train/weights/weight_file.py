@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kl_f8_train import facts, shipped
-from kl_f8_train.core.ema import selection
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.core.updates import selection
 from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.facts import Facts
 from kl_f8_train.files import atomic_path, file_sha256
@@ -234,7 +234,7 @@ def check_finite(contents: Contents, state: Mapping[str, Tensor]) -> None:
 
 
 def quality(contents: Contents, weights: Weights) -> list[str]:
-    """What is wrong with the numbers of a file, and what it means."""
+    """Faults of a file's values, and what they mean."""
     state, lines = weights.autoencoder, []
     try:
         check_finite(contents, state)

@@ -28,7 +28,6 @@ import torch
 from torch import nn
 
 from kl_f8_train import config
-from kl_f8_train.core import host_memory
 from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
@@ -155,7 +154,7 @@ class Parts:
 
 def plain_copy(block: torch.Tensor) -> tuple[float, float]:
     """Seconds and CPU seconds of one copy of memory; the best of five."""
-    memory = host_memory.HostMemory()
+    memory = checkpoint.HostMemory()
     memory.reserve(block.numel(), pinned=False)
     times = []
     for _ in range(5):
