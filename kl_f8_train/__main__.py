@@ -857,6 +857,7 @@ def _benchmark(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    say(f"demo in {args.run_dir}: loading, and packing photographs ...")
     from kl_f8_train.demo import demo
 
     demo(args.run_dir, args.training, args.held_out, args.length, args.overrides)
