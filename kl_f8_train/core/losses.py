@@ -17,7 +17,7 @@ statistics depend on the micro-batch of the machine.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -280,6 +280,8 @@ class Adversary:
         self.network, self.config = network, config.adversarial
         self.precision, self.optimizer = config.precision, config.optimizer
         self.judged, self.finite_images = judged, finite_images
+        start = config.adversarial.start_iteration
+        self.factor = partial(adversarial_factor, start_iteration=start)  # of an iteration
 
     def compile_functions(self, compiled: Compiled) -> None:
         """Compiles what is computed beside the network."""
@@ -293,10 +295,6 @@ class Adversary:
     def runs(self, iteration: int) -> bool:
         """Whether it takes part in an iteration."""
         return self.config.run_before_start or self.factor(iteration) > 0
-
-    def factor(self, iteration: int) -> float:
-        """0 before its start, 1 from there on."""
-        return adversarial_factor(iteration, self.config.start_iteration)
 
     def logits(self, *batches: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> (B, 1, h, w), each, in the images' precision."""
