@@ -119,6 +119,8 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             run_log.validated,
             saving.save_best if config.checkpoint.keep_best else None,
         )
+        # In this order: the best checkpoint is the state that was validated, and saving acts on
+        # what the ranks have agreed on.
         callbacks = [run_log, validation, signals, saving]
         if machine.compiles(config.compute):
             callbacks.insert(0, Compiling())  # it announces an iteration before others report it
@@ -459,6 +461,7 @@ class _DecoderDDP(DDPStrategy):
     def __init__(self, config: Config) -> None:
         super().__init__(
             timeout=longest_wait(config.compute.timeout_minutes),
+            # Gradients lie in DDP's buckets: without it there would be a second copy of them.
             gradient_as_bucket_view=True,
             **NO_BUFFERS,
         )
