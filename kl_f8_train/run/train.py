@@ -139,7 +139,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
     if signals.received and not ended:  # a signal in the last iteration changes nothing
         say_once(
             f"stopped by signal {signals.received} at iteration {finetuner.iteration:,}, saved; "
-            "the same command goes on"
+            "the same command resumes it"
         )
         return 128 + signals.received
     _tell_end(run_dir, finetuner.iteration)
@@ -182,7 +182,7 @@ def _fit(trainer: Trainer, iterations: "Iterations", course: Course) -> None:
             "a GPU, or the network between the nodes is not open (NCCL_SOCKET_IFNAME names it)."
         )
         found = list_checkpoints(Path(iterations.config.run_dir))
-        last = f"goes on from {found[0].name}" if found else "starts over (no checkpoint yet)"
+        last = f"resumes from {found[0].name}" if found else "starts over (no checkpoint yet)"
         minutes = iterations.config.compute.timeout_minutes
         raise RunFailedError(
             f"{what} The same command {last}; compute.timeout_minutes={minutes:g} bounds the wait, "
