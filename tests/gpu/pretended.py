@@ -21,11 +21,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 SOURCE = Path(__file__).with_name("pretended.c")
 LIBRARY = "libcuda.so.1"  # the driver's name, by which Triton finds it
 COUNTS = ("torch", "triton", "library calls", "copies to the card", "copies to the host", "waits")
 CALL = re.compile(r"cublas.*([Gg]emm|LtMatmul$|gemv)|cudnnBatchNormalization(For|Back)ward")
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 REAL = re.compile(r"cudnnGet(Version|CudartVersion|ErrorString|Property)")
 _library = torch.library.Library("aten", "IMPL")
 _convolutions: Counter[str] = Counter()
@@ -131,10 +133,9 @@ def kernels(counted: Counter[str]) -> int:
 
 
 def _layout(*tensors: Tensor) -> torch.memory_format:
-    """NHWC if one of them is, as in cuDNN."""
-    nhwc = torch.channels_last
-    is_nhwc = any(t.is_contiguous(memory_format=nhwc) and not t.is_contiguous() for t in tensors)
-    return nhwc if is_nhwc else torch.contiguous_format
+    """NHWC if one of them is by its strides, as in cuDNN; those of one image may be of either."""
+    is_nhwc = any(suggest_memory_format(t) == torch.channels_last for t in tensors)
+    return torch.channels_last if is_nhwc else torch.contiguous_format
 
 
 def _convolution(
@@ -184,10 +185,11 @@ def _convolution_backward(
 
 
 def main() -> int:
-    """Runs a command."""
+    """Runs a command; compiled kernels are kept where the environment names a folder for them."""
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
-        given = os.environ | environment(Path(folder))
+        kept = {name: os.environ[name] for name in CACHES if name in os.environ}
+        given = os.environ | environment(Path(folder)) | kept
         return subprocess.run(sys.argv[1:], env=given).returncode
 
 
