@@ -7,7 +7,7 @@ the largest divisor below. BatchNorm takes its statistics over a group, so that 
 statistics depend on the micro-batch of the machine.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -20,10 +20,11 @@ from kl_f8_train.core import machine
 from kl_f8_train.core.batch import parts
 from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.losses import (
-    adaptive_weight,
     adversarial_factor,
+    blended,
     generator_loss,
     judged,
+    weighed,
 )
 from kl_f8_train.core.machine import Compiled, phase
 from kl_f8_train.core.updates import (
@@ -32,11 +33,15 @@ from kl_f8_train.core.updates import (
     build_adam,
     finite_images,
     frozen,
+    joined,
+    mean,
     mean_of_each,
     step_if_finite,
+    total,
 )
 
 GROUP = 12  # images; the original: 16 GPUs x 12
+Judgement = tuple[Tensor, dict[str, Tensor], Tensor]  # loss, (); figures; finite images, (B,) bool
 
 
 class Look(NamedTuple):
@@ -57,11 +62,14 @@ class Adversary:
         assert config.adversarial is not None, "a discriminator without its settings"
         self.network, self.config = network, config.adversarial
         self.precision, self.optimizer = config.precision, config.optimizer
-        self.judged, self.finite_images = judged, finite_images
+        self.fool: Callable[..., Tensor] = self._fool
+        self.judge: Callable[..., Judgement] = self._judge
+        self.weighed, self.blended = weighed, blended
 
     def compile_functions(self, compiled: Compiled) -> None:
-        """Compiles what is computed beside the network."""
-        self.judged, self.finite_images = compiled(judged), compiled(finite_images)
+        """Compiles the network with its losses, for each of its two uses, and the weight."""
+        self.fool, self.judge = compiled(self._fool), compiled(self._judge)
+        self.weighed, self.blended = compiled(weighed), compiled(blended)
 
     @cached_property
     def adam(self) -> Adam:
@@ -82,32 +90,42 @@ class Adversary:
             logits = [self.network(images) for images in batches]
         return [one.to(images.dtype) for one, images in zip(logits, batches, strict=True)]
 
+    def _fool(self, y: Tensor) -> Tensor:
+        """g, ()."""
+        return generator_loss(*self.logits(y))
+
+    def _judge(self, x: Tensor, y: Tensor, factor: float) -> "Judgement":
+        """The network's loss on a group, and what is known of it."""
+        loss, figures = judged(*self.logits(x, y))
+        return factor * loss, figures, finite_images(x + y, loss.detach())
+
     @phase("losses")
     def look(self, y: Tensor, at_y: Tensor, grad_nll: Tensor, layer: Tensor, pieces: int) -> "Look":
         """The generator's loss on `at_y`, and both losses' gradients there and at the last layer.
 
         `y` has a graph that reaches `layer`; losses are of means over `pieces` calls like this one.
         """
-        g, grad_g = self._generator(at_y)
-        grad_g = grad_g / pieces + 0.0 * g  # a loss that is not finite makes its gradient so
+        g, grad_g = self._generator(at_y, pieces)
         of_nll, of_g = (
             torch.autograd.grad(y, layer, part.to(y.dtype), retain_graph=True)[0]
             for part in (grad_nll, grad_g)
         )
         return Look(at_y, g, grad_nll, grad_g, of_nll, of_g)
 
-    def _generator(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """g and d g / d y, group by group."""
+    def _generator(self, y: Tensor, pieces: int) -> tuple[Tensor, Tensor]:
+        """g and d (g / pieces) / d y, group by group."""
         groups = parts(len(y), GROUP)
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
         for group in groups:
             part = y[group].detach().requires_grad_()
             with frozen(self.network):
-                g = generator_loss(*self.logits(part))
+                g = self.fool(part)
             gradients += torch.autograd.grad(g, part)
             losses.append(g.detach())
-        return torch.stack(losses).mean(), torch.cat(gradients) / len(groups)
+        g, share = mean(losses), pieces * len(groups)
+        gradient = joined(gradients) if share == 1 else joined(gradients) / share
+        return g, gradient + 0.0 * g  # a loss that is not finite makes its gradient so
 
     def weigh(
         self, looks: list["Look"], iteration: int
@@ -118,20 +136,13 @@ class Adversary:
         images on all ranks; with `per_gpu_weight`, as in the original, of this rank's.
         """
         _, g, grad_nll, grad_g, nll_at_last_layer, g_at_last_layer = zip(*looks, strict=True)
-        at_last_layer = [torch.stack(nll_at_last_layer).sum(0), torch.stack(g_at_last_layer).sum(0)]
+        at_last_layer = [total(nll_at_last_layer), total(g_at_last_layer)]
         if not self.config.per_gpu_weight:
             average_over_ranks(at_last_layer)
-        ratio = adaptive_weight(at_last_layer[0], at_last_layer[1], self.config.max_weight)
-        scaled, factor = ratio * self.config.weight, self.factor(iteration)
-        mean_g = torch.stack(g).mean()
-        figures = {
-            "generator_loss": mean_g,
-            "adversarial_loss": scaled * factor * mean_g,  # as used, beside nll_loss
-            "adaptive_weight": scaled,
-            "adaptive_weight_clamped": (ratio >= self.config.max_weight).to(ratio.dtype),
-            "adversarial_factor": torch.full_like(ratio, factor),
-        }
-        return scaled * factor, torch.cat(grad_nll), torch.cat(grad_g), figures
+        numbers = self.factor(iteration), self.config.max_weight, self.config.weight
+        figures = self.weighed(at_last_layer[0], at_last_layer[1], mean(g), *numbers)
+        weight = figures.pop("weight")
+        return weight, joined(grad_nll), joined(grad_g), figures
 
     def update(
         self,
@@ -159,12 +170,11 @@ class Adversary:
         """Adds all groups' gradients; returns which images are finite, (B,), and mean figures."""
         terms, finite = [], []
         for x, y in pairs:
-            real, fake = self.logits(x, y)
-            loss, figures = self.judged(real, fake)
-            (factor * loss / groups).backward()
-            finite.append(self.finite_images(x + y, loss.detach()))
-            terms.append({"discriminator_loss": factor * loss.detach(), **figures})
-        return torch.cat(finite), mean_of_each(terms)
+            loss, figures, of_group = self.judge(x, y, factor)
+            (loss / groups if groups > 1 else loss).backward()
+            finite.append(of_group)
+            terms.append({"discriminator_loss": loss.detach(), **figures})
+        return joined(finite), mean_of_each(terms)
 
 
 class NoAdversary(Adversary):

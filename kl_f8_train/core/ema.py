@@ -42,18 +42,31 @@ def ema_decay(number: int, decay: float, warmup: bool) -> float:
     return min(decay, (1 + number) / (10 + number)) if warmup else decay
 
 
-@torch.no_grad()
 def ema_update(averaged: nn.Module, module: nn.Module, decay: float) -> None:
     """averaged += (1 - decay) * (module - averaged), in one fused call.
 
     Raises ValueError if the two do not have the same parameters.
     """
+    move(*paired(averaged, module), decay)
+
+
+def paired(averaged: nn.Module, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters of both, in one order.
+
+    Raises ValueError if the two do not have the same.
+    """
     ours, theirs = dict(averaged.named_parameters()), dict(module.named_parameters())
     if ours.keys() != theirs.keys():
         raise ValueError(f"parameters differ: {sorted(ours.keys() ^ theirs.keys())}")
+    return list(ours.values()), [theirs[name] for name in ours]
+
+
+@torch.no_grad()
+def move(averaged: list[Tensor], parameters: list[Tensor], decay: float) -> None:
+    """averaged += (1 - decay) * (parameters - averaged)."""
     # lerp(a, b, w) = a + w (b - a) is rounded once at the size of a, decay * a + (1 - decay) * b
     # twice; over 100,000 updates that each add 1e-4 of a small difference, it counts.
-    torch._foreach_lerp_(list(ours.values()), [theirs[name] for name in ours], 1.0 - decay)
+    torch._foreach_lerp_(averaged, parameters, 1.0 - decay)
 
 
 @torch.no_grad()

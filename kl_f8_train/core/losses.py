@@ -97,6 +97,30 @@ def adaptive_weight(grad_nll: Tensor, grad_g: Tensor, maximum: float = 1e4) -> T
     return (grad_nll.norm() / (grad_g.norm() + 1e-4)).clamp(0.0, maximum).detach()
 
 
+def weighed(
+    grad_nll: Tensor, grad_g: Tensor, g: Tensor, factor: float, maximum: float, weight: float
+) -> dict[str, Tensor]:
+    """The figures of the adaptive weight from the last layer's two gradients and g, (); all ().
+
+    "weight" is what g has in the decoder's loss.
+    """
+    ratio = adaptive_weight(grad_nll, grad_g, maximum)
+    scaled = ratio * weight
+    return {
+        "weight": scaled * factor,
+        "generator_loss": g,
+        "adversarial_loss": scaled * factor * g,  # as used, beside nll_loss
+        "adaptive_weight": scaled,
+        "adaptive_weight_clamped": (ratio >= maximum).to(ratio.dtype),
+        "adversarial_factor": torch.full_like(ratio, factor),
+    }
+
+
+def blended(grad_nll: Tensor, grad_g: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad_nll + weight * grad_g, in the type of what it is the gradient of."""
+    return (grad_nll + weight * grad_g).to(dtype)
+
+
 def adversarial_factor(iteration: int, start_iteration: int) -> float:
     """0 before `start_iteration`, 1 from there on."""
     return float(iteration >= start_iteration)

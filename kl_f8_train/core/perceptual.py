@@ -116,7 +116,7 @@ class _DistanceInParts(torch.autograd.Function):
             leaf = reconstructions.detach().requires_grad_()
             with torch.enable_grad():
                 distance = network(images, leaf)
-                gradients += torch.autograd.grad(distance.sum(), leaf)
+                gradients += torch.autograd.grad(distance, leaf, torch.ones_like(distance))
             distances.append(distance.detach())
         ctx.save_for_backward(torch.cat(gradients))  # (B, 3, H, W)
         return torch.cat(distances)

@@ -102,6 +102,21 @@ def norm_of(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).norm()
 
 
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """All along the first axis; one alone is not copied."""
+    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+
+
+def total(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape; one alone is not copied."""
+    return torch.stack(list(tensors)).sum(0) if len(tensors) > 1 else tensors[0]
+
+
+def mean(scalars: Sequence[Tensor]) -> Tensor:
+    """The mean of tensors of shape (); one alone is not copied."""
+    return torch.stack(list(scalars)).mean() if len(scalars) > 1 else scalars[0]
+
+
 def mean_of_each(terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Means over several passes, by name."""
     if len(terms) < 2:
@@ -163,6 +178,11 @@ def step_if_finite(
     return Update(bad, finite, norm, clipped)
 
 
+def checked(gradient: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient, not finite if the loss is not, and which images of it are, (B,) bool."""
+    return gradient + 0.0 * loss, finite_images(gradient, loss)
+
+
 def finite_images(tensor: Tensor, loss: Tensor) -> Tensor:
     """Which images are finite in a (B, ...) tensor; none if only their common loss is not: (B,)."""
     finite = tensor.isfinite().flatten(1).all(1)
@@ -208,8 +228,9 @@ class Guard:
 
     def watch(self, iteration: int, keys: list[str], updates: dict[str, Update]) -> None:
         """Takes an iteration's updates, by network; their flags are read later."""
-        flags = torch.stack([torch.cat([u.bad.view(1), u.finite]) for u in updates.values()])
-        self._pending = iteration, keys, list(updates), HostCopy(flags)  # (networks, 1 + B)
+        flags = torch.cat([part for u in updates.values() for part in (u.bad.view(1), u.finite)])
+        flags = flags.view(len(updates), -1)  # (networks, 1 + B)
+        self._pending = iteration, keys, list(updates), HostCopy(flags)
 
     def judge(self) -> None:
         """Counts and logs whether the last update was left out, once; on all ranks together.
