@@ -59,7 +59,7 @@ def demo(
     if held_out is None:
         raise MissingInputError("--training without --held-out: name a folder of photographs")
     _require_folder(held_out)
-    common = [f"data.sources={training}", *overrides]
+    common = [f"data.sources={training}", f"log.pictures={held_out}", *overrides]
 
     say("1 of 3: stage A, L1 + perceptual + adversarial (ft-EMA's recipe), from kl_f8_mini")
     stage_a = _recipe([*common, f"run_dir={run_dir}/ft_ema", f"stop_iteration={a_end}"])

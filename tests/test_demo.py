@@ -13,6 +13,7 @@ from PIL import Image
 
 from kl_f8_train import demo, shipped
 from kl_f8_train.__main__ import main
+from kl_f8_train.run_dir import read_rows
 from kl_f8_train.score import compare
 from kl_f8_train.weights import weight_file
 
@@ -98,6 +99,8 @@ def test_the_demo_writes_what_it_says(finished):
     names = ["base", "ft-EMA", "ft-EMA raw weights", "ft-MSE", "ft-MSE raw weights"]
     assert [row["model"] for row in table] == [*names, "mean colour", "8 x 8 means"]
     assert all(row["psnr_mean"] > 10 and row["images"] >= 30 for row in table)
+    first = read_rows(finished / "ft_ema" / "validation.csv")[0]  # of held-out photographs, too
+    assert abs(first["psnr_ema"] - table[0]["psnr_mean"]) < 2
     comparison = json.loads((finished / "evaluation" / "comparison.json").read_text())
     assert (comparison["a"], comparison["b"]) == ("base", "ft-MSE")
     strip = Image.open(finished / "strip.png")

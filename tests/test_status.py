@@ -183,6 +183,12 @@ def test_warnings(tmp_path, changes, warning):
     assert warning in status.html(run, status.read_status(run, NOW), NOW)
 
 
+def test_a_clamped_weight_beside_a_good_discriminator_is_no_fault(tmp_path):
+    good = {"discriminator_loss": 0.25, "logits_real": 1.4, "logits_fake": -1.2}
+    rows = [row(i, adaptive_weight_clamped=0.4, **good) for i in range(1010, 1310, 10)]
+    assert status.read_status(make_run(tmp_path, rows, (1200,)), NOW).warnings == []
+
+
 def test_bad_images_are_counted_as_files(tmp_path):
     run = make_run(tmp_path, [row(i, skipped_images=70) for i in range(1010, 1310, 10)], (1200,))
     (run / "skipped-0.txt").write_text("a/1.jpg: broken\na/2.jpg: broken\na/1.jpg: broken\n")

@@ -290,6 +290,23 @@ def test_a_missing_discriminator_warms_up_alone(folder):
     assert float(state.tensors["optimizer.decoder.autoencoder.decoder.conv_in.weight.step"]) == 1
 
 
+def test_a_warmup_logs_and_validates_no_more_often_than_asked(folder, capsys):
+    """Its iterations all have the number of the first decoder update, here one of every period."""
+    runs.make_weights(folder / "pruned.ckpt", discriminator=False)
+    extra = (
+        f"init.weights={folder / 'pruned.ckpt'}",
+        "adversarial.warmup_iterations=7",
+        "stop_iteration=102",
+        "log.every=5",
+        "log.pictures_every=2",
+    )
+    train(runs.recipe(folder, "warm-log", *extra))
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("discriminator warm-up" in line for line in lines) == 1
+    rows = read_table(folder / "warm-log" / "validation.csv")
+    assert [row["iteration"] for row in rows] == ["100", "102"]
+
+
 def test_warmup_resumes_where_it_stopped(folder):
     runs.make_weights(folder / "pruned.ckpt", discriminator=False)
     extra = (

@@ -124,6 +124,53 @@ def test_a_torch_file_without_a_state_dict(tmp_path, content):
         weight_file.read(save_zip(content, tmp_path / "w.ckpt"))
 
 
+def network() -> torch.nn.Module:
+    """A module with parameters, a buffer, a container and one of no parameters."""
+    blocks = torch.nn.ModuleList([torch.nn.BatchNorm2d(4), torch.nn.Dropout(0.1)])
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), blocks)
+
+
+@pytest.mark.parametrize("save", [save_zip, save_legacy])
+@pytest.mark.parametrize(
+    ("wrap", "prefix"),
+    [
+        (lambda module: module, ""),
+        (lambda module: {"epoch": 3, "vae": module}, "vae."),
+        (lambda module: (module, 3), "0."),
+        (lambda module: (module.state_dict(), 3), "0."),
+    ],
+)
+def test_a_pickled_module_is_read_as_its_state_dict(tmp_path, save, wrap, prefix):
+    module = network()
+    contents = weight_file.read(save(wrap(module), tmp_path / "w.pt"))
+    assert equal(contents.tensors, {prefix + k: v for k, v in module.state_dict().items()})
+
+
+@pytest.mark.parametrize("save", [save_zip, save_legacy])
+def test_a_module_that_holds_itself_is_read_once(tmp_path, save):
+    module = network()
+    module._modules["self"] = module
+    contents = weight_file.read(save(module, tmp_path / "w.pt"))
+    assert len(contents.tensors) == 7
+
+
+def test_what_stands_in_the_weights_place_is_named(tmp_path):
+    arrays = {key: tensor.numpy() for key, tensor in network().state_dict().items()}
+    path = save_zip({"state_dict": arrays}, tmp_path / "w.pt")
+    with pytest.raises(MissingInputError, match=r"no tensors.*numpy.*none of which is loaded"):
+        weight_file.read_weights(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_tensor_beside_the_weights_is_left_out(tmp_path):
+    quantised = torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8)
+    contents = weight_file.read(save_zip({"q": quantised, **TENSORS}, tmp_path / "w.pt"))
+    assert equal(contents.tensors, TENSORS)
+    assert any("qtensor" in name for name in contents.stubbed)
+    with pytest.raises(MissingInputError, match="quantised tensors in torch's old format"):
+        weight_file.read(save_legacy({"q": quantised, **TENSORS}, tmp_path / "w.pt"))
+
+
 def test_published_files_read_as_torch_reads_them():
     """LPIPS' own weights, in the format of 2018."""
     files = sorted((Path(lpips.__file__).parent / "weights").rglob("*.pth"))

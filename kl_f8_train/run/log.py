@@ -81,7 +81,8 @@ class RunLog(Callback):
         self.count += 1
         if self.bar is not None and not finetuner.warmup_left:
             self.bar.update(finetuner.iteration - self.bar.n)
-        if finetuner.iteration % self.config.log.every == 0 or self.count >= self.config.log.every:
+        done = finetuner.warmup_done or finetuner.iteration  # which stands still in a warm-up
+        if done % self.config.log.every == 0 or self.count >= self.config.log.every:
             self._report(trainer, finetuner)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:

@@ -317,20 +317,29 @@ def _checkpoint_warnings(
 
 
 def _discriminator_warnings(lately: Sequence[Row]) -> Iterable[str]:
-    """The hinge loss is 1 at chance and 0 once the discriminator separates real from fake."""
-    clamped = _mean(lately, "adaptive_weight_clamped") or 0.0
-    if clamped > 0.01:
-        yield (
-            f"the adaptive weight was clamped in {100 * clamped:.0f} % of the latest iterations: "
-            "the discriminator's gradient has all but vanished"
+    """The hinge loss is 1 at chance and 0 once the discriminator separates real from fake.
+
+    The adaptive weight may reach its limit beside a good discriminator, too: the reconstruction
+    loss is a sum over pixels, so its gradient grows with the crop.
+    """
+    loss, real, fake, clamped, factor = (
+        _mean(lately, key)
+        for key in (
+            "discriminator_loss",
+            "logits_real",
+            "logits_fake",
+            "adaptive_weight_clamped",
+            "adversarial_factor",
         )
-    loss, real, fake = (
-        _mean(lately, key) for key in ("discriminator_loss", "logits_real", "logits_fake")
     )
-    if loss is None or real is None or fake is None:
+    if loss is None or real is None or fake is None or not factor:
         return
-    if (_mean(lately, "adversarial_factor") or 0.0) == 0.0:
-        return
+    if clamped and clamped > 0.01 and loss > 0.5:
+        yield (
+            f"the adaptive weight was clamped in {100 * clamped:.0f} % of the latest iterations, "
+            f"beside a weak discriminator (loss {loss:.3g}; 1 is chance): its gradient has all but "
+            "vanished"
+        )
     logits = f"logits {real:.3g} real, {fake:.3g} fake, loss {loss:.3g}"
     if loss < 0.05:
         yield f"the discriminator has won and learns nothing more: {logits}"

@@ -42,7 +42,7 @@ class Validation(Callback):
     ) -> None:
         self.folder, self.every, self.fixed = run_dir / "pictures", config.log.pictures_every, fixed
         self.report, self.keep_best = report, keep_best
-        self.stop = config.stop_iteration
+        self.stop, self.validated = config.stop_iteration, start
         self.table = MetricsFile(run_dir / VALIDATION_FILE, start - 1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,7 +52,7 @@ class Validation(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Validates when it is time, and at the end of the run."""
         finetuner = finetuner_of(pl_module)
-        if not self.every or finetuner.warmup_left:
+        if not self.every or finetuner.iteration == self.validated:  # still, after a warm-up
             return
         if finetuner.iteration % self.every == 0 or finetuner.iteration >= self.stop:
             self.validate(trainer, finetuner)
@@ -70,7 +70,7 @@ class Validation(Callback):
                 row |= {f"{key}_{size}px" if strip else key: score for key, score in scores.items()}
                 pairs = zip(originals, outputs, strict=True)
                 strip = strip or [images.hstack([image, by["ema"]]) for image, by in pairs]
-        iteration = finetuner.iteration
+        iteration = self.validated = finetuner.iteration
         path = self.folder / f"iteration-{iteration:09d}.jpg"
         before = min((badness(_numbers(old)) for old in self.table.rows), default=None)
         if self.keep_best and before is not None and badness(row) < before:

@@ -205,9 +205,9 @@ def recognise(
     autoencoder, notes = _selected(raw, ema, select, places)
     _refuse_other_architectures(places, state)
     if not autoencoder:
-        some = ", ".join(list(state)[:3]) or "nothing"
+        some = f"{', '.join(list(state)[:3])} ..." if state else "no tensors"
         raise MissingInputError(
-            f"no autoencoder in this file: it holds {some} ..., expected encoder.* and decoder.*; "
+            f"no autoencoder in this file: it holds {some}, expected encoder.* and decoder.*; "
             "give a VAE or a full Stable Diffusion checkpoint"
         )
     scalars = {k: _scalar(inner.get(k, parts["scalar"].get(k))) for k in EMA_SCALARS}

@@ -132,7 +132,7 @@ def views(path: Path) -> dict[str, tuple[str, "View"]]:
         if not _has_torch_records(archive, file.total()):
             raise MissingInputError("a zip without torch weights")
         root, pickled = _zip_pickle(archive)
-        found = _views(pickled.load())
+        found = _views(_entries(pickled.load()))
     return {key: (f"{root}data/{view.storage.key}", view) for key, view in found.items()}
 
 
@@ -237,6 +237,8 @@ def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
             if type(key) is not str:
                 raise ValueError("a storage whose key is not a string")
             (count,) = struct.unpack_from("<q", data, place)
+            if key not in pickled.storages:
+                raise MissingInputError("quantised tensors in torch's old format; save it anew")
             size = count * pickled.storages[key].dtype.itemsize
             if count < 0 or place + 8 + size > total:
                 raise EOFError(f"storage {key} ends behind the file")
@@ -328,11 +330,20 @@ class View:
         return math.prod(self.size)
 
 
-def _views(loaded: Any) -> dict[str, View]:
+def _entries(loaded: Any) -> dict[Any, Any]:
+    """What a pickle holds, by name; of a pickled module or a list, its parts."""
+    if isinstance(loaded, _Stub):
+        loaded = loaded.parts
+    elif isinstance(loaded, list | tuple) and any(isinstance(p, dict | _Stub) for p in loaded):
+        loaded = dict(enumerate(loaded))
+    if isinstance(loaded, dict):
+        return loaded
+    kind = "tensor" if isinstance(loaded, View) else type(loaded).__name__
+    raise MissingInputError(f"holds a {kind}, not a state dict")
+
+
+def _views(loaded: dict[Any, Any]) -> dict[str, View]:
     """The tensors of a state dict, or of all those in a checkpoint; `state_dict.` is left out."""
-    if not isinstance(loaded, dict):
-        kind = "tensor" if isinstance(loaded, View) else type(loaded).__name__.strip("_")
-        raise MissingInputError(f"holds a {kind}, not a state dict")
     found: dict[str, View] = {}
     state = loaded.get("state_dict")
     if isinstance(state, dict):
@@ -342,7 +353,9 @@ def _views(loaded: Any) -> dict[str, View]:
 
 
 def _walk_state(value: Any, path: str, found: dict[str, View], seen: set[int]) -> None:
-    """Notes the tensors in nested dicts and lists, by their path; each of them once."""
+    """Notes the tensors in nested dicts, lists and modules, by their path; each of them once."""
+    if isinstance(value, _Stub):
+        value = value.parts
     if isinstance(value, View):
         found.setdefault(path, value)
     elif isinstance(value, dict | list | tuple) and id(value) not in seen:
@@ -362,6 +375,7 @@ def _collect(
     wanted: Wanted,
 ) -> TorchFile:
     """Reads the tensors that are wanted, each storage once."""
+    loaded = _entries(loaded)
     views = _views(loaded)
     chosen = {key: views[key] for key in wanted(views)}
     needed = {view.storage for view in chosen.values()}
@@ -425,7 +439,18 @@ class _Name(str):
 
 
 class _Stub:
-    """Stands where another object stood."""
+    """Stands where another object stood; of a pickled module it keeps the state dict's entries."""
+
+    parts: dict[Any, Any]
+
+    def __init__(self) -> None:
+        self.parts = {}
+
+    def build(self, state: Any) -> None:
+        """Takes the parameters, buffers and modules out of a module's attributes."""
+        kinds = ("_parameters", "_buffers", "_modules")
+        if isinstance(state, dict) and all(isinstance(state.get(kind), dict) for kind in kinds):
+            self.parts = {name: part for kind in kinds for name, part in state[kind].items()}
 
 
 class _Counted(dict[int, Any]):
@@ -512,7 +537,7 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
         if not isinstance(name, _Name) or not isinstance(arguments, tuple):
             raise ValueError("its pickle calls something that is not a class")
         if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-            made: Any = View(*arguments[:4])
+            made: Any = _Stub() if isinstance(arguments[0], _Stub) else View(*arguments[:4])
         elif name == "torch._utils._rebuild_tensor_v3":
             made = _later_view(arguments)
         elif name == "torch._tensor._rebuild_from_type_v2" and _is_rebuilt(arguments):
@@ -538,7 +563,9 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
         self.load_reduce()
 
     def load_build(self) -> None:
-        self.stack.pop()  # the state is left out
+        state = self.stack.pop()  # left out, except for a module's
+        if self.stack and isinstance(self.stack[-1], _Stub):
+            self.stack[-1].build(state)
 
     def load_setitem(self) -> None:
         self._set([self.stack.pop(-2), self.stack.pop()])
@@ -574,7 +601,9 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
             raise ValueError("a storage without a type, key and length")
         if count < 0 or any(view is not None for view in views):
             raise ValueError(f"storage {key} of a form that torch no longer writes")
-        dtype = torch.uint8 if kind == UNTYPED else STORAGE_DTYPES[kind.removeprefix("torch.")]
+        dtype = torch.uint8 if kind == UNTYPED else STORAGE_DTYPES.get(kind.removeprefix("torch."))
+        if dtype is None:
+            return _Stub()  # of a quantised tensor
         storage = _Storage(key, dtype, count)
         self.storages.setdefault(key, storage)
         return storage

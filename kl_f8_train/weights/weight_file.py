@@ -132,7 +132,9 @@ def read_weights(
             raise MissingInputError(refused)
         return contents, recognise(contents.tensors, kept_selection(contents, select), prefix)
     except MissingInputError as error:
-        raise MissingInputError(f"{contents.path}: {error}") from error
+        objects = "" if contents.tensors else _first(contents.stubbed)
+        named = objects and f"; of other objects it holds {objects}, none of which is loaded"
+        raise MissingInputError(f"{contents.path}: {error}{named}") from error
 
 
 def stored_decays(metadata: Mapping[str, str]) -> list[float]:
@@ -307,10 +309,14 @@ def describe(found: dict[str, Any]) -> str:
         found["logvar"] and f"loss.logvar is {found['logvar']:g}; the original's is 0",
         *found["notes"],
         dropped and f"left out: {dropped}",
-        found["stubbed"] and f"objects that were not loaded: {', '.join(found['stubbed'])}",
+        found["stubbed"] and f"objects that were not loaded: {_first(found['stubbed'])}",
         f"encoder and quant_conv: sha256 {found['frozen_sha256']}",
     ]
     return "\n  ".join(line for line in lines if line)
+
+
+def _first(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
 def _family_line(family: str | None) -> str:

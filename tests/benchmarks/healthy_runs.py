@@ -1,4 +1,4 @@
-"""Curves of a good run and of four that went wrong, for docs/healthy-run.md.
+"""Curves of good runs and of some that went wrong, for docs/healthy-run.md.
 
     python tests/benchmarks/healthy_runs.py RUN_DIR [PICTURE_DIR]
 
@@ -36,18 +36,12 @@ class Case:
 
 CASES = {
     "healthy": Case("Healthy: the base's own discriminator"),
-    "dead": Case(
-        "A discriminator that does not learn",
-        ("optimizer.learning_rate=1e-6", "adversarial.ndf=64"),
-        True,
+    "new": Case("A new discriminator that has learned nothing yet", new=True),
+    "warm": Case(
+        "A new discriminator after its warm-up", ("adversarial.warmup_iterations=500",), True
     ),
-    "won": Case(
-        "A discriminator that wins",
-        ("adversarial.warmup_iterations=200", "adversarial.weight=0.02"),
-        True,
-    ),
-    "rate": Case("A learning rate far too high", ("optimizer.learning_rate=2e-2",)),
-    "clamped": Case("The adaptive weight at its limit", ("optimizer.learning_rate=1e-6",), True),
+    "won": Case("A discriminator that wins", ("adversarial.weight=0.005",)),
+    "rate": Case("A learning rate far too high", ("optimizer.learning_rate=2e-3",)),
 }
 PANELS = (
     ("training loss, per pixel", ("reconstruction_loss", "pixel_loss"), True),
