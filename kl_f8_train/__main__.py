@@ -73,8 +73,8 @@ def _remedy(error: OSError) -> str:
         return f"{error.strerror}; raise the limits of memory and processes (`ulimit -v`, `-u`)"
     where = f"{error.filename}: " if error.filename else ""
     return (
-        f"{where}{error.strerror or error}; check that the place is there, may be written, and has "
-        "room\n--debug shows where"
+        f"{where}{error.strerror or error}; check that the path exists, is writable and has space"
+        "\n--debug shows where"
     )
 
 
@@ -253,7 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_argument("out", type=Path, help="directory of the shards")
     pack.add_argument("--per-shard", type=int, default=1000, help="images in each shard")
     pack.add_argument("--workers", type=_positive, help="processes (all cores)")
-    pack.add_argument("--reencode", action="store_true", help="write JPEGs anew")
+    pack.add_argument("--reencode", action="store_true", help="re-encode the images as JPEG")
 
     split = add("split", _split, "Splits photographs into training and held-out, by content.")
     split.add_argument("images", type=Path, help="folder, searched recursively; only read")
@@ -618,7 +618,7 @@ def _card(args: argparse.Namespace) -> int:
 def _push(args: argparse.Namespace) -> int:
     from kl_f8_train.publish import push
 
-    upload = push.plan(args.export, args.repository, args.pictures)
+    upload = push.plan_upload(args.export, args.repository, args.pictures)
     print("\n".join(upload.lines()))
     if args.upload:
         print(push.push(upload, args.private, print))

@@ -923,6 +923,7 @@ def _batch_problems(config: Config) -> Iterator[str]:
 
 
 def _ranges(config: Config) -> Iterator[str]:
+    """What single values, and values beside each other, may not be."""
     values = dict(leaves(to_dict(config)))
     nested = [
         f"{key}={value}: expected a list without lists or groups in it"
@@ -932,15 +933,7 @@ def _ranges(config: Config) -> Iterator[str]:
     if nested:
         yield from nested
         return
-    levels = len(config.model.ch_mult)
-    for key, value in values.items():
-        if isinstance(value, str) and "\0" in value:
-            yield f"{key}={value!r}: expected a text without a NUL byte"
-        if (found := setting_of(key)) and found.bounds and value is not None:
-            least, most = found.bounds
-            most = levels if key == "compute.checkpoint_levels" else most
-            if not all(least <= n <= most for n in (value if isinstance(value, list) else [value])):
-                yield f"{key}={value}: expected {_interval(least, most)}"
+    yield from _bounds(values, levels=len(config.model.ch_mult))
     if "per_second" in config.data.sources:
         yield (
             "data.sources.per_second: metrics.csv has a column images_per_second of its own; give "
@@ -956,6 +949,35 @@ def _ranges(config: Config) -> Iterator[str]:
         yield f"ema.decay={decays}: expected {SEVERAL[float]}, each once"
     if len(config.optimizer.betas) != 2:
         yield f"optimizer.betas={config.optimizer.betas}: expected two numbers in [0, 1)"
+    yield from _sizes(config)
+    model = config.model
+    if not model.quant_conv and model.embed_dim != model.z_channels:
+        yield (
+            f"model.embed_dim={model.embed_dim}: expected model.z_channels={model.z_channels}, as "
+            "model.quant_conv=false"
+        )
+    if model.ch % model.norm_num_groups:
+        yield (
+            f"model.ch={model.ch}: expected a multiple of model.norm_num_groups="
+            f"{model.norm_num_groups}"
+        )
+
+
+def _bounds(values: Mapping[str, Any], levels: int) -> Iterator[str]:
+    """Values outside their settings' bounds, and strings that no file system takes."""
+    for key, value in values.items():
+        if isinstance(value, str) and "\0" in value:
+            yield f"{key}={value!r}: expected a text without a NUL byte"
+        if (found := setting_of(key)) and found.bounds and value is not None:
+            least, most = found.bounds
+            most = levels if key == "compute.checkpoint_levels" else most
+            if not all(least <= n <= most for n in (value if isinstance(value, list) else [value])):
+                yield f"{key}={value}: expected {_interval(least, most)}"
+
+
+def _sizes(config: Config) -> Iterator[str]:
+    """Sizes of images that do not fit the networks, or each other."""
+    levels = len(config.model.ch_mult)
     if not 1 <= levels <= MOST_LEVELS:
         yield f"model.ch_mult={config.model.ch_mult}: expected 1 to {MOST_LEVELS} numbers"
     else:
@@ -978,15 +1000,6 @@ def _ranges(config: Config) -> Iterator[str]:
             f"data.shorter_side={config.data.shorter_side} is smaller than "
             f"data.crop={config.data.crop}; give at least that, or null for no resize"
         )
-    model = config.model
-    if not model.quant_conv and model.embed_dim != model.z_channels:
-        yield (
-            f"model.embed_dim={model.embed_dim}: expected model.z_channels={model.z_channels}, as "
-            "model.quant_conv=false"
-        )
-    groups = config.model.norm_num_groups
-    if config.model.ch % groups:
-        yield f"model.ch={config.model.ch}: expected a multiple of model.norm_num_groups={groups}"
 
 
 def _interval(least: float, most: float) -> str:
@@ -1024,7 +1037,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         reason = str(error).partition("\n    full_key:")[0]
         raise UsageError(
-            f"configuration {path} is not readable YAML: {reason}\n  Mend the line; indent with "
+            f"configuration {path} is not readable YAML: {reason}\n  Fix the line; indent with "
             "spaces, and quote a value with braces or a colon, as '{00..09}.tar'"
         ) from error
     if not isinstance(raw, dict):

@@ -30,7 +30,6 @@ STAGE_B_RECIPE = (  # what ft_mse.yaml changes in ft_ema.yaml
     "loss.perceptual_weight=0.1",
     "adversarial=null",
 )
-STRIP_ROWS = 6
 # Which are compared image by image; the last two open the report.
 COMPARED = (("base", "ft-EMA"), ("ft-EMA", "ft-MSE"), ("base", "ft-MSE"))
 
@@ -181,8 +180,8 @@ def _strip(evaluation: Path) -> Tensor:
     """Pictures of an evaluation, spread over the list: the input and each EMA beside it."""
     columns: dict[str, list[Tensor]] = {}
     entries = json.loads((evaluation / "pictures.json").read_text(encoding="utf-8"))
-    step = max(1, len(entries) // STRIP_ROWS)
-    for entry in entries[::step][:STRIP_ROWS]:
+    step = max(1, len(entries) // report.STRIP_ROWS)
+    for entry in entries[::step][: report.STRIP_ROWS]:
         shown = {"input": entry["input"], **entry["models"]}
         for name, file in shown.items():
             if "raw" not in name:

@@ -1,4 +1,4 @@
-"""Errors that a user can mend. Each says what, where, got, expected and the remedy.
+"""Errors that a user can fix. Each says what, where, got, expected and the remedy.
 
 The command line prints the message without a traceback and ends with the exit code.
 """
@@ -29,13 +29,13 @@ class MissingInputError(UserError):
 
 
 class RunFailedError(UserError):
-    """A run that could not go on."""
+    """A run that could not continue."""
 
     exit_code = 4
 
 
 class ImageError(ValueError):
-    """One image that cannot be used, `reason: detail`; the run goes on with its neighbour."""
+    """One image that cannot be used, `reason: detail`; the run takes its neighbour instead."""
 
 
 class SmallImageError(ImageError):

@@ -59,7 +59,7 @@ def _sync(path: Path) -> None:
 
 
 class DiskError(RunFailedError):
-    """A file that cannot be written here; no other server or time mends that."""
+    """A local file that cannot be written; a retry, or another server, would not help."""
 
 
 def disk_failure(path: Path, error: Exception, setting: str = "") -> RunFailedError:

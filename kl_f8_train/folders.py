@@ -203,7 +203,7 @@ def read_file(path: str | Path) -> bytes:
 def ahead(
     load: Callable[[Item], Loaded], items: Iterable[Item], threads: int
 ) -> Iterator[Future[Loaded]]:
-    """What `load` makes of each item, in order, computed some ahead of its use."""
+    """The results of `load` for each item, in order, computed ahead of their use."""
     waiting: deque[Future[Loaded]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:

@@ -18,7 +18,8 @@ from torch import Tensor
 from kl_f8_train.errors import ImageError, SmallImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # by content; the suffix may lie
-BRANDS = {  # of files that begin with `ftyp`: the format that Pillow calls so
+ISO_MEDIA = b"ftyp"  # bytes 4 to 7 of a file of one of these brands
+BRANDS = {  # the format that Pillow calls so
     "AVIF": (b"avif", b"avis"),
     "HEIF": (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"),
 }
@@ -64,7 +65,8 @@ def picture(data: bytes, draft_side: int | None = None) -> Picture:
     and for more than MAX_PIXELS.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=_formats(data)) as opened:
+        formats = _formats(data) if data[4:8] == ISO_MEDIA else FORMATS
+        with Image.open(io.BytesIO(data), formats=formats) as opened:
             size = opened.size
             if math.prod(size) > MAX_PIXELS:
                 raise ImageError(f"too many pixels: {size[0]} x {size[1]}")
@@ -94,9 +96,7 @@ def picture(data: bytes, draft_side: int | None = None) -> Picture:
 
 
 def _formats(data: bytes) -> tuple[str, ...]:
-    """Pillow's names of what these bytes may be. Raises ImageError for what it cannot read here."""
-    if data[4:8] != b"ftyp":
-        return FORMATS
+    """Pillow's name of what begins with `ftyp`. Raises ImageError for what it cannot read here."""
     kind = brand(data)
     if kind is None:
         name = data[8:12].decode("latin-1").strip()
@@ -108,7 +108,7 @@ def _formats(data: bytes) -> tuple[str, ...]:
 
 def brand(data: bytes) -> str | None:
     """The kind of BRANDS that a file's first bytes name; None if they name none."""
-    if data[4:8] != b"ftyp":
+    if data[4:8] != ISO_MEDIA:
         return None
     length = min(int.from_bytes(data[:4], "big"), 256, len(data))
     names = {data[8:12], *(data[start : start + 4] for start in range(16, length - 3, 4))}

@@ -24,9 +24,9 @@ class Launch(NamedTuple):
 
 
 def launched(nodes: int | None = None) -> Launch:
-    """What torchrun (also inside a SLURM job) or srun says of the processes.
+    """The processes, as torchrun (also inside a SLURM job) or srun describes them.
 
-    `nodes` is what a start without either shall have. Raises UsageError for a variable that is
+    `nodes` is the number for a start without either. Raises UsageError for a variable that is
     missing, or is not as a launcher sets it.
     """
     _check_present()

@@ -14,6 +14,8 @@ HEAD = ("setting", "value", "default", "usual", "resume", "meaning")
 INTRODUCTION = """\
 # Settings
 
+[Documentation](README.md) / reference
+
 <!-- printed by `kl-f8-train config schema --markdown`: edit the declarations, not this page -->
 
 Every setting of a recipe. A recipe is a YAML file that contains them; `key=value` after it on the
@@ -76,17 +78,17 @@ def _value(setting: Setting) -> str:
         text = f"list of {_plural(get_args(kind)[0])}{_range(setting)}"
     elif get_origin(kind) is Union:  # a number, or several
         number = get_args(kind)[0]
-        text = f"{NAMES[number]}{_range(setting)}, or a list of them"
+        text = f"{KINDS[number]}{_range(setting)}, or a list of them"
     else:
-        text = f"{NAMES[kind]}{_range(setting)}"
+        text = f"{KINDS[kind]}{_range(setting)}"
     return f"{text}, or `null`" if setting.nullable else text
 
 
-NAMES: dict[Any, str] = {int: "integer", float: "number", bool: "`true` or `false`", str: "string"}
+KINDS: dict[Any, str] = {int: "integer", float: "number", bool: "`true` or `false`", str: "string"}
 
 
 def _plural(kind: type) -> str:
-    return f"{NAMES[kind]}s"
+    return f"{KINDS[kind]}s"
 
 
 def _range(setting: Setting) -> str:

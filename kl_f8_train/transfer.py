@@ -48,11 +48,11 @@ class _PassingError(Exception):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to go on with a source that does not answer."""
+    """How long to wait for a source that does not answer, and how often to try."""
 
     attempts: int = 5
     timeout_seconds: float = 30.0  # of silence, also before the first byte
-    stall_bytes: int = 1 << 16  # fewer than this in timeout_seconds is a stall, too
+    stall_bytes: int = 1 << 16  # fewer than this in timeout_seconds is also a stall
     backoff_seconds: float = 1.0  # before the second attempt; doubles each time, with jitter
 
 
@@ -155,7 +155,7 @@ def _pause(attempt: int, patience: Patience) -> float:
 
 
 def _blocks(url: str, timeout: float) -> Generator[bytes, None, None]:
-    """The bytes of a url. Raises _PassingError, or a UserError that no further attempt mends."""
+    """The bytes of a url. Raises _PassingError, or a UserError that a retry cannot fix."""
     scheme = _scheme(url)
     if scheme in ("http", "https"):
         return _http_blocks(url, timeout)

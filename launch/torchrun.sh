@@ -26,7 +26,7 @@ settings=(
 
 : "${GPUS_PER_NODE:=$(python3 -c 'import torch; print(torch.cuda.device_count())')}"
 if [ "${GPUS_PER_NODE:-0}" = 0 ]; then
-    echo "launch/torchrun.sh: torch sees no GPUs here; mend the driver, or give GPUS_PER_NODE" >&2
+    echo "launch/torchrun.sh: torch sees no GPUs here; fix the driver, or give GPUS_PER_NODE" >&2
     exit 2
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}

@@ -11,9 +11,9 @@ import torch
 
 from kl_f8_train.__main__ import _name_path_select, main
 from kl_f8_train.check import cost, scaling
-from kl_f8_train.core.ema import ema_update
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.step import Finetuner, trained_part
+from kl_f8_train.core.updates import ema_update
 from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.publish.export import export
 from kl_f8_train.run import status

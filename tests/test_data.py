@@ -8,9 +8,8 @@ import samples
 import torch
 
 from kl_f8_train import images
-from kl_f8_train.core.batch import Batch
+from kl_f8_train.core.batch import Batch, random_state
 from kl_f8_train.data import loading
-from kl_f8_train.data.plan import random_state
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.run.log import too_many
 

@@ -49,6 +49,7 @@ FOREIGN = {
 }
 NO_SETTINGS = {"model.ckpt", "model.decode", "loss.logvar"}  # that look like some
 SHELL = {"tail", "cp"}
+UNMARKED = {"healthy-run.md", "results.md"}  # pages without their kind; only to become smaller
 
 # What makes a documented command small: appended to it, by verb and recipe.
 SMALL_RUN = (
@@ -423,6 +424,19 @@ def test_readme_names_every_verb_and_document():
     assert [path.name for path in PAGES if f"(docs/{path.name})" not in text] == []
     listed = re.findall(r"^\| \[[\w.-]+\]\(([\w.-]+)\)", DOCS["docs/README.md"].read_text(), re.M)
     assert sorted(listed) == [path.name for path in PAGES]
+
+
+def test_every_page_says_of_which_kind_it_is():
+    """Below its title, as docs/README.md lists it."""
+    parts = re.split(r"^## (.*)$", DOCS["docs/README.md"].read_text(), flags=re.MULTILINE)
+    kinds = {
+        name: kind.lower()
+        for kind, text in zip(parts[1::2], parts[2::2], strict=True)
+        for name in re.findall(r"^\| \[([\w-]+\.md)\]", text, re.MULTILINE)
+    }
+    lines = {name: DOCS[name].read_text().splitlines()[2] for name in kinds}
+    wrong = {name for name in kinds if lines[name] != f"[Documentation](README.md) / {kinds[name]}"}
+    assert wrong <= UNMARKED
 
 
 def test_contributing_has_every_module():

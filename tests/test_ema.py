@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from kl_f8_train.core.ema import (
+from kl_f8_train.core.updates import (
     ema_decay,
     ema_distance,
     ema_update,

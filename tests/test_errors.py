@@ -73,7 +73,7 @@ RECIPES = {
 }
 
 CONFIG = {
-    "recipe syntax": Case("train syntax.yaml", USAGE, "line 1|expected ',' or ']'|Mend the line"),
+    "recipe syntax": Case("train syntax.yaml", USAGE, "line 1|expected ',' or ']'|Fix the line"),
     "recipe tab": Case("train tab.yaml", USAGE, "tab.yaml|line 2|indent with spaces"),
     "recipe twice": Case("train twice.yaml", USAGE, "duplicate key seed|line 2"),
     "recipe list": Case("train list.yaml", USAGE, "expected keys and values|got a list"),
@@ -288,7 +288,7 @@ DATA = {
     ),
     "cut shard": train("data.sources=cut_shards", MISSING, "0.tar is broken: unexpected end|=skip"),
     "empty tar": train("data.sources=empty_tar", MISSING, "=empty_tar: no image is left|pack"),
-    "text as tar": train("data.sources=text_tar", MISSING, "text_tar/0.tar is broken|mend them"),
+    "text as tar": train("data.sources=text_tar", MISSING, "text_tar/0.tar is broken|repair them"),
     "empty folder": train(
         "data.sources=directory", MISSING, "no shards and no images|expected .tar"
     ),
@@ -408,10 +408,10 @@ MACHINE = {
     "full inject": Case("inject run full.safetensors --out o", FAILED, "File too large", full=True),
     "full pack": Case("pack tiles y2", FAILED, "File too large", full=True),
     "no GPU": train("compute.accelerator=cuda", USAGE, "torch sees 0 GPUs|compute.accelerator=cpu"),
-    "few GPUs": train("compute.accelerator=cuda compute.devices=2", USAGE, "2 processes|mend"),
-    "benchmark GPU": Case("benchmark demo compute.accelerator=cuda", USAGE, "no GPU here; mend"),
+    "few GPUs": train("compute.accelerator=cuda compute.devices=2", USAGE, "2 processes|fix"),
+    "benchmark GPU": Case("benchmark demo compute.accelerator=cuda", USAGE, "no GPU here; fix"),
     "evaluate GPU": Case(
-        "evaluate model.ckpt --images tiles --device cuda", USAGE, "no GPU here; mend"
+        "evaluate model.ckpt --images tiles --device cuda", USAGE, "no GPU here; fix"
     ),
     "stlpips": train("", MISSING, "pip install stlpips-pytorch", hidden="stlpips_pytorch"),
     "fidelity": Case(

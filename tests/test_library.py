@@ -1,7 +1,9 @@
 """The package as a library: its names, the example of its page, the finetuner in other trainers."""
 
+import copy
 import hashlib
 import importlib.util
+import pickle
 import re
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from kl_f8_train import (
     recipe,
     save_autoencoder,
 )
-from kl_f8_train.core.batch import plain_batch
+from kl_f8_train.core.batch import Batch, plain_batch
 from kl_f8_train.core.discriminator import initialize
 from kl_f8_train.errors import UsageError
 
@@ -186,6 +188,50 @@ def test_lightnings_own_checkpoint_restores_everything(tmp_path, warmup):
 def test_a_precision_of_the_trainers_is_refused():
     with pytest.raises(ValueError, match="leave it at '32-true'"):
         trainer(precision="bf16-mixed").fit(module(), loader())
+
+
+class Validated(Finetuner):
+    """As users add what they need."""
+
+    def __init__(self, *parts: object, name: str = "mine", **named: object) -> None:
+        super().__init__(*parts, **named)
+        self.name = name
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        self.log("difference", self.averaged().encode(batch.images).mean.abs().mean())
+
+
+def parts() -> dict[str, object]:
+    """What a finetuner is made of, by name."""
+    tuner = module()
+    names = ("config", "autoencoder", "discriminator", "perceptual")
+    return {name: getattr(tuner, name) for name in names}
+
+
+def test_a_subclass_is_a_module_of_its_own_and_is_loaded_by_lightnings_method(tmp_path):
+    tuner = Validated(**parts(), name="given")
+    assert isinstance(tuner, Validated)
+    assert isinstance(tuner, pytorch_lightning.LightningModule)
+    best = ModelCheckpoint(tmp_path, monitor="difference", save_last=True)
+    fitting = trainer(callbacks=[best], enable_checkpointing=True)
+    fitting.fit(tuner, loader(2), loader(1))
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch=0-step=2.ckpt", "last.ckpt"}
+    for kind in (Validated, Finetuner):
+        loaded = kind.load_from_checkpoint(tmp_path / "last.ckpt", **parts())
+        assert isinstance(loaded, kind)
+        assert loaded.run_state == tuner.run_state
+        assert same(loaded, tuner)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+def test_a_finetuner_can_be_copied_and_pickled(copied):
+    tuner = Validated(**parts(), name="given")
+    again = copied(tuner)
+    assert type(again) is type(tuner)
+    assert again.name == "given"
+    assert same(again, tuner)
+    trainer(max_steps=1).fit(again, loader(1))
+    assert again.iteration == 101
 
 
 RANKS = """

@@ -3,14 +3,13 @@ import pytest
 import torch
 from torch import nn
 
-from kl_f8_train.core.perceptual import (
+from kl_f8_train.core.losses import (
     PerceptualDistance,
-    Slices,
-    lpips_vgg,
     squared_differences,
     unit_length,
     unweighted,
 )
+from kl_f8_train.core.perceptual import Slices, lpips_vgg
 from kl_f8_train.weights import pretrained
 
 PAIRS = ("sq", "rect", "flat", "small")  # 64x64, 80x112, constant images, 32x32

@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from kl_f8_train.data import plan as plans
+from kl_f8_train.data import loading as plans
 from kl_f8_train.data.loading import IterationSampler
 
 

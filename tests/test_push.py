@@ -167,5 +167,5 @@ def test_a_card_without_a_license_is_warned_of(exported):
     record = json.loads((exported / "export.json").read_text())
     record.pop("card")
     (exported / "export.json").write_text(json.dumps(record))
-    (warning,) = push.plan(exported, "me/vae").warnings
+    (warning,) = push.plan_upload(exported, "me/vae").warnings
     assert warning.startswith("the card states no license: kl-f8-train card ")

@@ -46,7 +46,7 @@ def test_a_decoder_that_overflows_is_made_safe_and_stays_the_same(make):
     before = half_precision.measure(model, PICTURES)
     assert half_precision.overflows(before)
     probes = rescale.probes(latents(model))
-    rescaling = rescale.plan(model, probes)
+    rescaling = rescale.plan_rescaling(model, probes)
     safe = samples.tiny_vae()
     safe.load_state_dict(rescaling.apply(model.state_dict()))
     rescale.prove(rescaling, model, safe, probes)

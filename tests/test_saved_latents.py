@@ -64,7 +64,7 @@ def test_all_formats_and_types(tmp_path, monkeypatch, z, dtype):
         return read(path)
 
     monkeypatch.setattr(saved_latents, "read", counted)
-    loaded_latents = list(saved_latents.load(found))
+    loaded_latents = list(saved_latents.load_latents(found))
     assert [latent for latent, _ in loaded_latents] == found
     assert set(reads.values()) == {1}  # a file of several latents, too
     for latent, loaded in loaded_latents:

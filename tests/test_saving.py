@@ -16,7 +16,6 @@ import runs
 import torch
 
 from kl_f8_train.core.hashes import frozen_sha256
-from kl_f8_train.core.host_memory import HostMemory
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.run.callback import Course
@@ -24,6 +23,7 @@ from kl_f8_train.run.saving import Checkpoints, Signals
 from kl_f8_train.run.train import train
 from kl_f8_train.run_dir import best_checkpoint, list_checkpoints
 from kl_f8_train.weights import checkpoint, weight_file
+from kl_f8_train.weights.checkpoint import HostMemory
 
 TENSORS = {
     "plain": torch.arange(12.0).view(3, 4),
@@ -41,7 +41,7 @@ TENSORS = {
 
 
 def test_copies_equal_and_share_nothing():
-    copied = HostMemory().copy(TENSORS).tensors()
+    copied = HostMemory().copy(TENSORS).read()
     assert copied.keys() == TENSORS.keys()
     ours = {tensor.untyped_storage().data_ptr() for tensor in TENSORS.values()}
     for name, tensor in TENSORS.items():
@@ -60,7 +60,7 @@ def test_memory_is_taken_again():
     place = memory.block.data_ptr()
     memory.copy(TENSORS)
     changed = {**TENSORS, "plain": torch.ones(3, 4)}
-    assert torch.equal(memory.copy(changed).tensors()["plain"], changed["plain"])
+    assert torch.equal(memory.copy(changed).read()["plain"], changed["plain"])
     assert memory.block.data_ptr() == place
     memory.copy({"more": torch.ones(10_000)})
     assert memory.block.numel() >= 40_000
@@ -104,7 +104,7 @@ def test_copies_from_a_gpu_do_not_wait_and_come_before_what_is_queued_next():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert memory.block.data_ptr() == place
-    for name, copied in copies.tensors().items():
+    for name, copied in copies.read().items():
         assert copied.is_pinned()
         assert bool((copied == float(name)).all())
 

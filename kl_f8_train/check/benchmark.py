@@ -25,10 +25,9 @@ from kl_f8_train import __version__
 from kl_f8_train.check import cost
 from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.core import machine, perceptual
-from kl_f8_train.core.batch import Batch
+from kl_f8_train.core.batch import Batch, timed_by
 from kl_f8_train.core.discriminator import Discriminator, initialize
-from kl_f8_train.core.machine import timed_by
-from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.core.model import AutoencoderKL, kernels
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data.loading import IterationSampler, PositionDataset, loader, open_data
 from kl_f8_train.errors import MissingInputError, UsageError
@@ -240,7 +239,7 @@ def iteration_of(finetuner: Finetuner, device: torch.device) -> Iteration:
     finetuner.perceptual.to(device)
 
     def run(batch: Batch) -> None:
-        with machine.kernels(finetuner.config.precision, finetuner.config.compute.deterministic):
+        with kernels(finetuner.config.precision, finetuner.config.compute.deterministic):
             finetuner.run_iteration(batch)
 
     return run
@@ -376,7 +375,7 @@ def _matmul_rates(precision: str, device: torch.device) -> dict[str, float]:
     """Precision -> FLOP/s; that of TF32 only where the run uses it."""
     rates = {name: matmul_rate(device, kind) for name, kind in PRECISIONS.items()}
     if precision == "tf32":
-        with machine.kernels("tf32"):
+        with kernels("tf32"):
             rates["tf32"] = matmul_rate(device, torch.float32)
     return rates
 
@@ -414,7 +413,7 @@ def find_device(config: Config) -> torch.device:
     available = torch.cuda.is_available()
     if config.compute.accelerator == "cuda" and not available:
         raise UsageError(
-            "compute.accelerator=cuda, but torch sees no GPU here; mend the driver, or give "
+            "compute.accelerator=cuda, but torch sees no GPU here; fix the driver, or give "
             "compute.accelerator=cpu"
         )
     return torch.device("cuda" if available and config.compute.accelerator != "cpu" else "cpu")

@@ -26,11 +26,11 @@ from torch.utils.flop_counter import flop_registry
 
 from kl_f8_train import config as configs
 from kl_f8_train.config import Config
-from kl_f8_train.core import adversary, machine, perceptual
-from kl_f8_train.core.batch import Batch
+from kl_f8_train.core import machine, perceptual
+from kl_f8_train.core.batch import Batch, timed_by
 from kl_f8_train.core.discriminator import Discriminator
-from kl_f8_train.core.machine import timed_by
-from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
+from kl_f8_train.core.losses import GROUP
+from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL, autocast
 from kl_f8_train.core.step import Finetuner, Loop
 from kl_f8_train.weights import pretrained
 
@@ -67,7 +67,7 @@ class FlopCounter(TorchDispatchMode):
 
 
 @dataclass
-class Tally:
+class PhaseCost:
     """What a phase takes."""
 
     flops: Counter[torch.dtype] = field(default_factory=Counter)  # of products, by type
@@ -93,8 +93,8 @@ class CostCounter(FlopCounter):
     def __init__(self, fuse: bool = False) -> None:
         super().__init__()
         self.fuse = fuse
-        self.phases: dict[str, Tally] = {}
-        self._now = Tally()
+        self.phases: dict[str, PhaseCost] = {}
+        self._now = PhaseCost()
         self._alive: dict[int, int] = {}  # bytes by storage, by its address in C++
         self._fused: dict[int, Fused] = {}  # those of them that are not in memory
         self._bytes = 0
@@ -103,18 +103,18 @@ class CostCounter(FlopCounter):
     def reset(self) -> None:
         """Forgets what was counted; tensors that are alive stay."""
         self("before")
-        self.phases, self._now = {}, Tally(peak=self._bytes)
+        self.phases, self._now = {}, PhaseCost(peak=self._bytes)
 
     def __call__(self, phase: str) -> None:
         peak = self._now.peak
         self._write(list(self._fused))  # they outlive the phase
         self._now.peak = max(peak, self._bytes)
-        tally = self.phases.setdefault(phase, Tally())
+        tally = self.phases.setdefault(phase, PhaseCost())
         tally.flops.update(self._now.flops)
         tally.product_bytes += self._now.product_bytes
         tally.other_bytes += self._now.other_bytes
         tally.peak = max(tally.peak, self._now.peak)
-        self._now = Tally(peak=self._bytes)
+        self._now = PhaseCost(peak=self._bytes)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -215,7 +215,7 @@ class Counts:
     """Of an iteration."""
 
     images: int
-    phases: dict[str, Tally] = field(default_factory=dict)
+    phases: dict[str, PhaseCost] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)  # by network
 
 
@@ -229,7 +229,7 @@ def counts(config: Config, batch: int, images: int | None = None) -> Counts:
     By default in one micro-batch.
     """
     images = images or batch
-    fuse = compiles(config)
+    fuse = run_compiles(config)
     compute = replace(
         config.compute,
         accelerator="cpu",
@@ -257,7 +257,7 @@ def _count(config: Config, images: int, fuse: bool) -> Counts:
         noise = torch.empty(2, images, config.model.embed_dim, latents, latents)
 
         def backward(tensor: Tensor, gradient: Tensor) -> None:
-            with machine.autocast(config.precision, tensor.device):  # for what is computed again
+            with autocast(config.precision, tensor.device):  # for what is computed again
                 tensor.backward(gradient)
 
         def ended(phase: str) -> None:
@@ -314,7 +314,7 @@ def is_full_size(config: Config) -> bool:
     return config.model == configs.KL_F8
 
 
-def compiles(config: Config) -> bool:
+def run_compiles(config: Config) -> bool:
     """Whether the run will be compiled; on a GPU of another machine it is by default."""
     if config.compute.compile is None and not torch.cuda.is_available():
         return on_gpu(config)
@@ -416,7 +416,7 @@ def peak_bytes(config: Config, batch: int, share: int | None = None) -> float:
         return max(below[phase] + (batch - few) * slope for phase, slope in slopes.items())
     if share <= 2 * more:
         return max(_peaks(counts(config, batch, share)).values())
-    images = 2 * max(more, adversary.GROUP)
+    images = 2 * max(more, GROUP)
     below, above, longer = (
         _peaks(counts(config, size, count))
         for size, count in ((few, images), (more, images), (more, images + more))

@@ -1,7 +1,7 @@
 """Pre-flight check: settings, weights, data, disk, one iteration, and the estimated cost.
 
 Every section is gone through, whatever was found before it, as far as it can be; nothing is
-written but the indexes of shards, which `train` would write, too.
+written but the indexes of shards, which `train` would write as well.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ def _ignored(line: str) -> None:
 
 @dataclass
 class Report:
-    """What was found: facts for machines, problems, and remarks that forbid nothing."""
+    """The findings: facts for machines, problems, and remarks, which do not forbid a run."""
 
     say: Say  # takes every line, in full
     begin: Say = _ignored  # takes the title of each section
@@ -152,7 +152,7 @@ def examine(
 def _plan_without_inputs(report: Report, path: Path, overrides: list[str]) -> Config | None:
     """The settings with a name in the place of each without a value; None if more is wrong.
 
-    What else is wrong becomes a problem, too: a missing value would hide it.
+    Whatever else is wrong also becomes a problem: a missing value would hide it.
     """
     with contextlib.suppress(UserError):  # already reported
         values = dict(configs.leaves(configs.resolve(path, overrides)))
@@ -166,7 +166,7 @@ def _plan_without_inputs(report: Report, path: Path, overrides: list[str]) -> Co
 def _usable_settings(report: Report, path: Path, overrides: list[str]) -> list[str]:
     """The settings of the command line that can be read; each of the others becomes a problem.
 
-    What is wrong with the values of the rest becomes one, too.
+    So does whatever is wrong with the values of the rest.
     """
     usable: list[str] = []
     with contextlib.suppress(UserError):  # of the recipe itself, already reported
@@ -236,7 +236,7 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
             check_tensorboard()
             report.tell("installed")
     if report.problems:
-        report.say("one iteration: not tried before these are mended")
+        report.say("one iteration: not tried until these are fixed")
     else:
         with report.section("one iteration"):
             with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -302,7 +302,7 @@ def _check_batch(report: Report, config: Config, world: int) -> None:
     )
     if config.compute.accelerator == "cuda" and not torch.cuda.is_available():
         raise UsageError(
-            "compute.accelerator=cuda, but torch sees no GPU here; mend the driver, or give "
+            "compute.accelerator=cuda, but torch sees no GPU here; fix the driver, or give "
             "compute.accelerator=cpu"
         )
     gpus = torch.cuda.device_count()
@@ -318,9 +318,9 @@ def _check_batch(report: Report, config: Config, world: int) -> None:
 def _tell_memory(
     report: Report, config: Config, micro: int, share: int, here: Mapping[str, float]
 ) -> None:
-    """What micro-batches of `micro` take, and the largest that would fit here or on known GPUs."""
+    """Memory of micro-batches of `micro`, and the largest that would fit here or on known GPUs."""
     needed = cost.peak_bytes(config, micro, share)
-    compiled = "compiled" if cost.compiles(config) else "uncompiled"
+    compiled = "compiled" if cost.run_compiles(config) else "uncompiled"
     report.facts["computed_memory"] = {"bytes": needed, "networks": compiled}
     report.tell(
         f"{'GPU memory' if cost.on_gpu(config) else 'memory'} that this takes, computed: "
@@ -500,7 +500,7 @@ def _count_smaller(side: int, dataset: PositionDataset, positions: range) -> int
 
 
 def _check_overlap(report: Report, config: Config, pictures: Path) -> None:
-    """Notes validation pictures that are trained on, too, as they are or nearly so."""
+    """Notes validation pictures that are also trained on, as they are or nearly so."""
     found = overlap.find(pictures, open_data(config, _ignored)[1])
     report.facts["validation"] = asdict(found)
     report.tell(str(found))
@@ -523,7 +523,7 @@ def _check_wandb(report: Report, config: Config) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest directory above, or the path itself, that is there."""
+    """The path itself, or the nearest directory above it that exists."""
     return next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
 
 
@@ -767,7 +767,7 @@ def date_in(days: float) -> datetime.datetime | None:
 
 
 def _tell_scaling(report: Report, config: Config, world: int) -> None:
-    """More devices like this one from its measured speed; without a GPU, the known kinds, too.
+    """More devices like this one from its measured speed; without a GPU, also the known kinds.
 
     The known kinds for kl-f8's shape alone.
     """

@@ -18,8 +18,8 @@ from kl_f8_train.folders import list_folder, read_file
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import printable
 
-# What is compared at most, so that large data take seconds, too.
-PICTURES = 200  # of the validation's folder, from its beginning
+# Most that is compared, so that large data sets take only seconds.
+CHECKED_PICTURES = 200  # of the validation's folder, from its beginning
 SAME_SIZE = 500  # images of a source whose bytes are compared: those as long as a picture
 LOOKS = 1000  # images, evenly over all sources, that are decoded to find near-duplicates
 
@@ -42,7 +42,7 @@ def find(folder: Path, sources: Mapping[str, ImageSource]) -> Overlap:
 
     Equal files are found by their length in all of a source, near-duplicates in a sample of it.
     """
-    pictures = list(_readable(folder, islice(list_folder(folder).files, PICTURES)))
+    pictures = list(_readable(folder, islice(list_folder(folder).files, CHECKED_PICTURES)))
     local = {name: source for name, source in sources.items() if not is_remote(source.location(0))}
     common = dict(_equal(pictures, local))
     places = list(_spread(local))

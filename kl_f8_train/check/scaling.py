@@ -51,7 +51,7 @@ class Gpu:
 
     @property
     def room_bytes(self) -> float:
-        """What CUDA and its allocator leave of the memory."""
+        """Bytes for tensors: the memory less the share of CUDA and its allocator."""
         return self.memory_bytes - cost.HEADROOM_BYTES
 
     def product_rate(self, kind: torch.dtype, precision: str) -> float:
@@ -91,7 +91,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Workload:
-    """What one stage asks of a machine."""
+    """The work of one stage."""
 
     name: str
     iterations: int
@@ -112,7 +112,7 @@ class Workload:
 
     @property
     def reduced_bytes(self) -> float:
-        """What each process sends and receives once an iteration, as float32 gradients."""
+        """Bytes that each process sends and receives in an iteration: float32 gradients."""
         return self.decoder_bytes + self.discriminator_bytes
 
     def micro_batch(self, gpus: int) -> int:
@@ -120,7 +120,7 @@ class Workload:
         return divisor_up_to(self.global_batch // gpus, self.most)
 
     def of_image(self, gpus: int) -> cost.Work:
-        """What an image takes on one of so many GPUs."""
+        """The work of one image on one of so many GPUs."""
         return self.several if self.micro_batch(gpus) * gpus < self.global_batch else self.one
 
 
@@ -143,11 +143,9 @@ def workload(config: Config, iterations: int, name: str = "") -> Workload:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """A training checkpoint: networks, EMAs, and Adam's two moments, in float32."""
-    count = cost.parameters(config)
-    trained = count["decoder"] + count["discriminator"]
-    averages = len(config.ema.decays) * count["decoder"]
-    return 4 * (count["encoder"] + averages + 3 * trained)
+    """A training checkpoint: the state without gradients and the perceptual network."""
+    left_out = 4 * cost.parameters(config)["perceptual"]
+    return cost.state_bytes(config) - cost.reduced_bytes(config) - left_out
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ def reduction_seconds(reduced_bytes: float, gpus: int, rate: float) -> float:
 
 
 def exposed_seconds(work: Workload, image_seconds: float, gpus: int, rate: float) -> float:
-    """What of the reduction is not hidden by the backward pass of the last micro-batch."""
+    """Seconds of the reduction that the last micro-batch's backward pass does not hide."""
     hidden = BACKWARD * image_seconds * work.micro_batch(gpus)
     decoder = reduction_seconds(work.decoder_bytes, gpus, rate)
     last = reduction_seconds(min(BUCKET_BYTES, work.decoder_bytes), gpus, rate)

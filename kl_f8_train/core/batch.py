@@ -1,6 +1,8 @@
-"""One iteration's images and noise, and the parts that they are computed in."""
+"""One iteration's images and noise, and the parts and phases that it is computed in."""
 
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from kl_f8_train.config import divisor_up_to
 
@@ -28,7 +31,7 @@ class Batch:
 
     def with_perturbation(self, source: tuple[int, ...]) -> "Batch":
         """With one more draw, u e: u uniform in [0, 1] and e normal, of each image."""
-        state = _random_state(*source, "latents")
+        state = random_state(*source, "latents")
         shape = tuple(self.noise.shape[1:])
         draw = state.random_sample((shape[0], 1, 1, 1)) * state.standard_normal(shape)
         more = torch.from_numpy(draw)[None].to(self.noise)
@@ -71,12 +74,13 @@ def plain_batch(
     if images.dtype != torch.uint8:
         _check_values(images)
     shape = (draws, len(images), channels, height // downsampling, width // downsampling)
-    noise = _random_state(*source).standard_normal(shape)
+    noise = random_state(*source).standard_normal(shape)
     keys = [f"image {number} of its batch" for number in range(len(images))]
     return Batch(images, torch.from_numpy(noise).float(), keys, [])
 
 
-def _random_state(*parts: int | str) -> np.random.RandomState:
+def random_state(*parts: int | str) -> np.random.RandomState:
+    """A generator that depends on its arguments alone; its stream is frozen across releases."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return np.random.RandomState(np.frombuffer(digest, np.uint32))
 
@@ -88,3 +92,27 @@ def _check_values(images: Tensor) -> None:
     largest = float(images.abs().max())
     if largest > 1.01:
         raise ValueError(f"images reach {largest:.4g}; floating point ones must be in [-1, 1]")
+
+
+# --- phases: spans for torch's profiler, and marks for a benchmark's clock -------------------
+
+_clocks: list[Callable[[str], None]] = []  # formulas stay without one: phases are decorators
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """A phase; its end is reported to the clock, if one runs."""
+    with record_function(name):
+        yield
+    for clock in _clocks:
+        clock(name)
+
+
+@contextmanager
+def timed_by(clock: Callable[[str], None]) -> Iterator[None]:
+    """Calls `clock(name)` at the end of every phase."""
+    _clocks.append(clock)
+    try:
+        yield
+    finally:
+        _clocks.remove(clock)

@@ -1,4 +1,4 @@
-"""The two losses of the decoder and the one of the discriminator.
+"""The two losses of the decoder and the one of the discriminator, and the networks behind them.
 
 Source: CompVis/latent-diffusion, LPIPSWithDiscriminator, with taming's hinge loss.
 
@@ -10,11 +10,43 @@ x: images, y: reconstructions, both (B, 3, H, W) in [-1, 1]; p: perceptual dista
     adaptive weight = ||d nll / d W|| / (||d g / d W|| + 1e-4), W the decoder's last layer
     decoder loss       = nll + adaptive weight * g
     discriminator loss = (mean relu(1 - D(x)) + mean relu(1 + D(y))) / 2
+
+The discriminator sees fixed groups of consecutive images, 12 as each of the original's GPUs did, or
+the largest divisor below. BatchNorm takes its statistics over a group, so that neither losses nor
+statistics depend on the micro-batch of the machine.
 """
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from kl_f8_train.config import Config
+from kl_f8_train.core.batch import parts, phase
+from kl_f8_train.core.discriminator import Discriminator
+from kl_f8_train.core.machine import Compiled
+from kl_f8_train.core.model import autocast
+from kl_f8_train.core.updates import (
+    Update,
+    average_over_ranks,
+    build_adam,
+    finite_images,
+    frozen,
+    joined,
+    mean,
+    mean_of_each,
+    step_if_finite,
+    total,
+)
+
+GROUP = 12  # images; the original: 16 GPUs x 12
+Distance = Callable[[Tensor, Tensor], Tensor]  # images, reconstructions -> (B, 1, 1, 1)
+Judgement = tuple[Tensor, dict[str, Tensor], Tensor]  # loss, (); figures; finite images, (B,) bool
+Images = Callable[[slice], Tensor]  # a part of a batch -> (B, 3, H, W)
 
 
 def reconstruction_loss(
@@ -124,3 +156,266 @@ def blended(grad_nll: Tensor, grad_g: Tensor, weight: Tensor, dtype: torch.dtype
 def adversarial_factor(iteration: int, start_iteration: int) -> float:
     """0 before `start_iteration`, 1 from there on."""
     return float(iteration >= start_iteration)
+
+
+# --- the perceptual distance -----------------------------------------------------------------
+
+
+class PerceptualDistance(nn.Module):
+    """Weighted distance of unit-length features; frozen, always in eval mode."""
+
+    def __init__(
+        self,
+        name: str,
+        scaling: nn.Module,
+        trunk: nn.Module,
+        heads: Sequence[Tensor],
+        label: str = "",
+        sha256: str | None = None,
+        published: bool = True,
+    ) -> None:
+        super().__init__()
+        self.name, self.label = name, label or name  # in the configuration, and for people
+        self.sha256 = sha256  # of the trunk's tensors, whatever file they came in
+        self.published = published  # whether these are the tensors that its authors published
+        self.scaling = scaling
+        self.trunk = trunk  # images -> sequence of feature maps
+        self.heads = nn.ParameterList(head.detach().clone() for head in heads)  # (1, C, 1, 1)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "PerceptualDistance":
+        """Stays in eval mode: dropout in the heads would change the loss."""
+        return super().train(False)
+
+    def forward(
+        self, images: Tensor, reconstructions: Tensor, precision: str = "float32"
+    ) -> Tensor:
+        """Both (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1). Only the second may need a gradient."""
+        with torch.no_grad():
+            targets = self.features(images, precision)
+        features = self.features(reconstructions, precision)
+        return self.weighted(squared_differences(targets, features))
+
+    def features(self, images: Tensor, precision: str = "float32") -> list[Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> the layers' features, of unit length over channels.
+
+        With "bfloat16" the convolutions run in it; lengths and distances never do.
+        """
+        exact = self.heads[0].dtype
+        with autocast(precision, images.device):
+            layers = self.trunk(self.scaling(images.to(exact)))
+        with autocast("float32", images.device):
+            return [unit_length(layer.to(exact)) for layer in layers]
+
+    def weighted(self, squared: Sequence[Tensor]) -> Tensor:
+        """Squared differences of features -> the distance, (B, 1, 1, 1)."""
+        with autocast("float32", squared[0].device):
+            layers = [
+                weighted_sum(part, head).mean(dim=(2, 3), keepdim=True)
+                for part, head in zip(squared, self.heads, strict=True)
+            ]
+        return torch.stack(layers).sum(dim=0)
+
+
+def weighted_sum(squared: Tensor, head: Tensor) -> Tensor:
+    """(B, C, H, W) and weights (1, C, 1, 1) -> (B, 1, H, W).
+
+    Compiled, a plain sum, which never writes the squares to memory.
+    """
+    if torch.compiler.is_compiling():
+        return (squared * head).sum(dim=1, keepdim=True)
+    return F.conv2d(squared, head)
+
+
+def distance_in_parts(network: Distance, x: Tensor, y: Tensor, parts: int) -> Tensor:
+    """The distance of images and reconstructions, (B, 1, 1, 1), a part of the batch at a time.
+
+    The gradient at the reconstructions is computed with it: what the network keeps for it is freed
+    before the next part. A batch that does not divide into `parts` goes in one.
+    """
+    whole = parts == 1 or len(x) % parts
+    distance: Tensor = network(x, y) if whole else _DistanceInParts.apply(network, x, y, parts)
+    return distance
+
+
+class _DistanceInParts(torch.autograd.Function):
+    """Each image's distance depends on its own reconstruction alone, so the gradients separate."""
+
+    @staticmethod
+    def forward(ctx: Any, network: Distance, x: Tensor, y: Tensor, parts: int) -> Tensor:
+        distances: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for images, reconstructions in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            leaf = reconstructions.detach().requires_grad_()
+            with torch.enable_grad():
+                distance = network(images, leaf)
+                gradients += torch.autograd.grad(distance, leaf, torch.ones_like(distance))
+            distances.append(distance.detach())
+        ctx.save_for_backward(torch.cat(gradients))  # (B, 3, H, W)
+        return torch.cat(distances)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (of_y,) = ctx.saved_tensors
+        return None, None, gradient * of_y, None
+
+
+def squared_differences(targets: Sequence[Tensor], features: Sequence[Tensor]) -> list[Tensor]:
+    """(target - feature)^2, a layer at a time."""
+    return [(a - b).square() for a, b in zip(targets, features, strict=True)]
+
+
+def unweighted(squared: Sequence[Tensor]) -> Tensor:
+    """Half the distance without heads, (B,): the sum over layers of 1 - mean cosine similarity.
+
+    PSIM, if the features are VGG16's.
+    """
+    return 0.5 * torch.stack([part.sum(dim=1).mean(dim=(1, 2)) for part in squared]).sum(dim=0)
+
+
+def unit_length(features: Tensor) -> Tensor:
+    """x / (|x| + 1e-10) over channels; zero with zero gradient where |x| = 0."""
+    squares = features.square().sum(dim=1, keepdim=True)
+    zero = squares == 0
+    norm = squares.masked_fill(zero, 1.0).sqrt()
+    return (features / (norm + 1e-10)).masked_fill(zero, 0.0)
+
+
+# --- the adversary ---------------------------------------------------------------------------
+
+
+class Look(NamedTuple):
+    """Both losses' gradients on some images, at y and at the decoder's last layer."""
+
+    y: Tensor  # (B, 3, H, W), without a graph
+    g: Tensor  # ()
+    grad_nll: Tensor  # (B, 3, H, W)
+    grad_g: Tensor
+    nll_at_last_layer: Tensor  # (3, ch, 3, 3)
+    g_at_last_layer: Tensor
+
+
+class Adversary:
+    """The discriminator with its settings and its optimizer: what it adds to an iteration."""
+
+    def __init__(self, network: Discriminator, config: Config) -> None:
+        assert config.adversarial is not None, "a discriminator without its settings"
+        self.network, self.config = network, config.adversarial
+        self.precision, self.optimizer = config.precision, config.optimizer
+        self.fool: Callable[..., Tensor] = self._fool
+        self.judge: Callable[..., Judgement] = self._judge
+        self.weighed, self.blended = weighed, blended
+
+    def compile_functions(self, compiled: Compiled) -> None:
+        """Compiles the network with its losses, for each of its two uses, and the weight."""
+        self.fool, self.judge = compiled(self._fool), compiled(self._judge)
+        self.weighed, self.blended = compiled(weighed), compiled(blended)
+
+    @cached_property
+    def adam(self) -> Adam:
+        """Its optimizer; built late, as `to(device)` may replace parameters."""
+        return build_adam(self.network.parameters(), self.optimizer)
+
+    def runs(self, iteration: int) -> bool:
+        """Whether it takes part in an iteration."""
+        return self.config.run_before_start or self.factor(iteration) > 0
+
+    def factor(self, iteration: int) -> float:
+        """0 before its start, 1 from there on."""
+        return adversarial_factor(iteration, self.config.start_iteration)
+
+    def logits(self, *batches: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> (B, 1, h, w), each, in the images' precision."""
+        with autocast(self.precision, batches[0].device):  # casts weights once for all
+            logits = [self.network(images) for images in batches]
+        return [one.to(images.dtype) for one, images in zip(logits, batches, strict=True)]
+
+    def _fool(self, y: Tensor) -> Tensor:
+        """g, ()."""
+        return generator_loss(*self.logits(y))
+
+    def _judge(self, x: Tensor, y: Tensor, factor: float) -> Judgement:
+        """The network's loss on a group, and what is known of it."""
+        loss, figures = judged(*self.logits(x, y))
+        return factor * loss, figures, finite_images(x + y, loss.detach())
+
+    @phase("losses")
+    def look(self, y: Tensor, at_y: Tensor, grad_nll: Tensor, layer: Tensor, pieces: int) -> Look:
+        """The generator's loss on `at_y`, and both losses' gradients there and at the last layer.
+
+        `y` has a graph that reaches `layer`; losses are of means over `pieces` calls like this one.
+        """
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for group in parts(len(at_y), GROUP):
+            part = at_y[group].detach().requires_grad_()
+            with frozen(self.network):
+                loss = self.fool(part)
+            gradients += torch.autograd.grad(loss, part)
+            losses.append(loss.detach())
+        g, grad_g, share = mean(losses), joined(gradients), len(losses) * pieces
+        # a loss that is not finite makes its gradient so
+        grad_g = (grad_g / share if share > 1 else grad_g) + 0.0 * g
+        of_nll, of_g = (
+            torch.autograd.grad(y, layer, part.to(y.dtype), retain_graph=True)[0]
+            for part in (grad_nll, grad_g)
+        )
+        return Look(at_y, g, grad_nll, grad_g, of_nll, of_g)
+
+    def weigh(
+        self, looks: list[Look], iteration: int
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """The weight of g in the decoder's loss, d nll / d y, d g / d y, and the figures behind it.
+
+        The adaptive weight compares both losses' gradients at the last layer, of the iteration's
+        images on all ranks; with `per_gpu_weight`, as in the original, of this rank's.
+        """
+        _, g, grad_nll, grad_g, nll_at_last_layer, g_at_last_layer = zip(*looks, strict=True)
+        at_last_layer = [total(nll_at_last_layer), total(g_at_last_layer)]
+        if not self.config.per_gpu_weight:
+            average_over_ranks(at_last_layer)
+        numbers = self.factor(iteration), self.config.max_weight, self.config.weight
+        figures = self.weighed(at_last_layer[0], at_last_layer[1], mean(g), *numbers)
+        weight = figures.pop("weight")
+        return weight, joined(grad_nll), joined(grad_g), figures
+
+    def update(
+        self, images: Images, y: Tensor, factor: float, bad: Tensor | None
+    ) -> tuple[Update, dict[str, Tensor]]:
+        """One step on images and on y, their reconstructions without a graph; and its figures.
+
+        It is left out if a gradient is not finite, or if the decoder's update was `bad`.
+        """
+        finite, terms = self._backward(images, y, factor)
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        loss, most = terms["discriminator_loss"], self.optimizer.clip_norm
+        average_over_ranks([*gradients, loss])
+        with phase("optimizer"):
+            update = step_if_finite(self.adam, gradients, finite, most, losses=[loss], unless=bad)
+        return update, terms | update.figures("discriminator")
+
+    @phase("discriminator")
+    def _backward(
+        self, images: Images, y: Tensor, factor: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Adds all groups' gradients; returns which images are finite, (B,), and mean figures."""
+        terms, finite, groups = [], [], parts(len(y), GROUP)
+        for group in groups:
+            loss, figures, of_group = self.judge(images(group), y[group], factor)
+            (loss / len(groups) if len(groups) > 1 else loss).backward()
+            finite.append(of_group)
+            terms.append({"discriminator_loss": loss.detach(), **figures})
+        return joined(finite), mean_of_each(terms)
+
+
+class NoAdversary(Adversary):
+    """What stands in an adversary's place where the recipe has none."""
+
+    def __init__(self) -> None: ...
+
+    def compile_functions(self, compiled: Compiled) -> None:
+        """Nothing."""
+
+    def runs(self, iteration: int) -> bool:
+        """Never."""
+        return False

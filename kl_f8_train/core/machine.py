@@ -9,16 +9,13 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.profiler import record_function
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from kl_f8_train.config import Compute
 from kl_f8_train.core.model import AutoencoderKL, NormSwish, UpLevel, Upsample
@@ -218,60 +215,6 @@ def inductor_options() -> dict[str, Any]:
     return fusion | ({"combo_kernels": True} if torch.cuda.is_available() else {})
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Convolutions and products in bfloat16, if the precision says so; weights stay as they are."""
-    if device.type == "meta":
-        return _bfloat16_convolutions() if precision == "bfloat16" else nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, precision == "bfloat16")
-
-
-@contextmanager
-def _bfloat16_convolutions() -> Iterator[None]:
-    """What autocast does to these networks, for the meta device, which has none."""
-    convolve = F.conv2d
-
-    def rounded(*tensors: Tensor | None, **options: Any) -> Tensor:
-        args, options = tree_map_only(Tensor, Tensor.bfloat16, (tensors, options))
-        return convolve(*args, **options)
-
-    F.conv2d = rounded  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        F.conv2d = convolve
-
-
-@contextmanager
-def kernels(precision: str, deterministic: bool = False) -> Iterator[None]:
-    """Sets how CUDA computes in iterations: the fastest kernels by trial, TF32 by precision.
-
-    "float32" means float32, while torch's default for convolutions is TF32; "tf32" has it in
-    convolutions and matrix products; "bfloat16" has it in the convolutions that it leaves in
-    float32, the perceptual network's. Nothing of it changes a CPU's arithmetic.
-
-    `deterministic` takes kernels that give the same bits in every run on one kind of GPU; torch
-    raises RuntimeError, named by `with_remedy`, where an operation has none.
-    """
-    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = products.allow_tf32, torch.are_deterministic_algorithms_enabled()
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS' first use
-        torch.use_deterministic_algorithms(True)
-    products.allow_tf32 = precision == "tf32"
-    try:
-        with cudnn.flags(
-            enabled=cudnn.enabled,
-            benchmark=not deterministic,  # an iteration's shapes are those of the one before
-            deterministic=deterministic or cudnn.deterministic,
-            allow_tf32=precision != "float32",
-        ):
-            yield
-    finally:
-        products.allow_tf32 = before[0]
-        if deterministic:
-            torch.use_deterministic_algorithms(before[1])
-
-
 @contextmanager
 def with_remedy() -> Iterator[None]:
     """Raises RunFailedError with the remedy for a machine's limit or the compiler's failure."""
@@ -315,27 +258,3 @@ def _remedy_for(error: Exception) -> str | None:
             "true, and where it is padding, loss.perceptual=lpips_vgg"
         )
     return None
-
-
-# --- phases of an iteration: spans for torch's profiler, and marks for a benchmark's clock --------
-
-_clocks: list[Callable[[str], None]] = []  # formulas stay without one: phases are decorators
-
-
-@contextmanager
-def phase(name: str) -> Iterator[None]:
-    """A phase; its end is reported to the clock, if one runs."""
-    with record_function(name):
-        yield
-    for clock in _clocks:
-        clock(name)
-
-
-@contextmanager
-def timed_by(clock: Callable[[str], None]) -> Iterator[None]:
-    """Calls `clock(name)` at the end of every phase."""
-    _clocks.append(clock)
-    try:
-        yield
-    finally:
-        _clocks.remove(clock)

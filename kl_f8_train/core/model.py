@@ -4,6 +4,9 @@ Shapes: B images, H x W pixels, h x w = H/f x W/f latents, f = 2 ** (levels - 1)
 Images are (B, 3, H, W) in [-1, 1]; latents are (B, 4, h, w), unscaled (no 0.18215).
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from kl_f8_train.config import divisor_up_to
@@ -555,3 +559,60 @@ def _normalized(x: Tensor, added: Tensor | None, mean: Tensor, rstd: Tensor) -> 
     offset = _of_channels(mean, x)
     offset = offset if added is None else offset - _column(added)
     return (x.to(mean.dtype) - offset) * _of_channels(rstd, x)
+
+
+# --- the precision that networks are computed in ---------------------------------------------
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Convolutions and products in bfloat16, if the precision says so; weights stay as they are."""
+    if device.type == "meta":
+        return _bfloat16_convolutions() if precision == "bfloat16" else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, precision == "bfloat16")
+
+
+@contextmanager
+def _bfloat16_convolutions() -> Iterator[None]:
+    """What autocast does to these networks, for the meta device, which has none."""
+    convolve = F.conv2d
+
+    def rounded(*tensors: Tensor | None, **options: Any) -> Tensor:
+        args, options = tree_map_only(Tensor, Tensor.bfloat16, (tensors, options))
+        return convolve(*args, **options)
+
+    F.conv2d = rounded  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.conv2d = convolve
+
+
+@contextmanager
+def kernels(precision: str, deterministic: bool = False) -> Iterator[None]:
+    """Sets how CUDA computes in iterations: the fastest kernels by trial, TF32 by precision.
+
+    "float32" means float32, while torch's default for convolutions is TF32; "tf32" has it in
+    convolutions and matrix products; "bfloat16" has it in the convolutions that it leaves in
+    float32, the perceptual network's. Nothing of it changes a CPU's arithmetic.
+
+    `deterministic` takes kernels that give the same bits in every run on one kind of GPU; torch
+    raises RuntimeError, named by `with_remedy`, where an operation has none.
+    """
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = products.allow_tf32, torch.are_deterministic_algorithms_enabled()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS' first use
+        torch.use_deterministic_algorithms(True)
+    products.allow_tf32 = precision == "tf32"
+    try:
+        with cudnn.flags(
+            enabled=cudnn.enabled,
+            benchmark=not deterministic,  # an iteration's shapes are those of the one before
+            deterministic=deterministic or cudnn.deterministic,
+            allow_tf32=precision != "float32",
+        ):
+            yield
+    finally:
+        products.allow_tf32 = before[0]
+        if deterministic:
+            torch.use_deterministic_algorithms(before[1])

@@ -7,145 +7,16 @@ the `stlpips-pytorch` wheel. It is never called LPIPS.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kl_f8_train.core.hashes import tensors_sha256
-from kl_f8_train.core.machine import autocast
+from kl_f8_train.core.losses import PerceptualDistance
 
 LABELS = {"lpips_vgg": "LPIPS", "st_lpips_alex": "ST-LPIPS (stand-in, not LPIPS)"}
-Distance = Callable[[Tensor, Tensor], Tensor]  # images, reconstructions -> (B, 1, 1, 1)
 OTHER_VGG = "on a VGG16 that is not the published one"
-
-
-class PerceptualDistance(nn.Module):
-    """Weighted distance of unit-length features; frozen, always in eval mode."""
-
-    def __init__(
-        self,
-        name: str,
-        scaling: nn.Module,
-        trunk: nn.Module,
-        heads: Sequence[Tensor],
-        sha256: str | None = None,
-        published: bool = True,
-    ) -> None:
-        super().__init__()
-        self.name = name
-        self.sha256 = sha256  # of the trunk's tensors, whatever file they came in
-        self.published = published  # whether these are the tensors that its authors published
-        self.scaling = scaling
-        self.trunk = trunk  # images -> sequence of feature maps
-        self.heads = nn.ParameterList(head.detach().clone() for head in heads)  # (1, C, 1, 1)
-        self.requires_grad_(False).eval()
-
-    @property
-    def label(self) -> str:
-        """Its name for people; a network with other weights than the published ones says so."""
-        if self.published:
-            return LABELS[self.name]
-        return f"{LABELS[self.name]} {OTHER_VGG}"
-
-    def train(self, mode: bool = True) -> "PerceptualDistance":
-        """Stays in eval mode: dropout in the heads would change the loss."""
-        return super().train(False)
-
-    def forward(
-        self, images: Tensor, reconstructions: Tensor, precision: str = "float32"
-    ) -> Tensor:
-        """Both (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1). Only the second may need a gradient."""
-        with torch.no_grad():
-            targets = self.features(images, precision)
-        features = self.features(reconstructions, precision)
-        return self.weighted(squared_differences(targets, features))
-
-    def features(self, images: Tensor, precision: str = "float32") -> list[Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> the layers' features, of unit length over channels.
-
-        With "bfloat16" the convolutions run in it; lengths and distances never do.
-        """
-        exact = self.heads[0].dtype
-        with autocast(precision, images.device):
-            layers = self.trunk(self.scaling(images.to(exact)))
-        with autocast("float32", images.device):
-            return [unit_length(layer.to(exact)) for layer in layers]
-
-    def weighted(self, squared: Sequence[Tensor]) -> Tensor:
-        """Squared differences of features -> the distance, (B, 1, 1, 1)."""
-        with autocast("float32", squared[0].device):
-            layers = [
-                weighted_sum(part, head).mean(dim=(2, 3), keepdim=True)
-                for part, head in zip(squared, self.heads, strict=True)
-            ]
-        return torch.stack(layers).sum(dim=0)
-
-
-def weighted_sum(squared: Tensor, head: Tensor) -> Tensor:
-    """(B, C, H, W) and weights (1, C, 1, 1) -> (B, 1, H, W).
-
-    Compiled, a plain sum, which never writes the squares to memory.
-    """
-    if torch.compiler.is_compiling():
-        return (squared * head).sum(dim=1, keepdim=True)
-    return F.conv2d(squared, head)
-
-
-def distance_in_parts(network: Distance, x: Tensor, y: Tensor, parts: int) -> Tensor:
-    """The distance of images and reconstructions, (B, 1, 1, 1), a part of the batch at a time.
-
-    The gradient at the reconstructions is computed with it: what the network keeps for it is freed
-    before the next part. A batch that does not divide into `parts` goes in one.
-    """
-    whole = parts == 1 or len(x) % parts
-    distance: Tensor = network(x, y) if whole else _DistanceInParts.apply(network, x, y, parts)
-    return distance
-
-
-class _DistanceInParts(torch.autograd.Function):
-    """Each image's distance depends on its own reconstruction alone, so the gradients separate."""
-
-    @staticmethod
-    def forward(ctx: Any, network: Distance, x: Tensor, y: Tensor, parts: int) -> Tensor:
-        distances: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for images, reconstructions in zip(x.chunk(parts), y.chunk(parts), strict=True):
-            leaf = reconstructions.detach().requires_grad_()
-            with torch.enable_grad():
-                distance = network(images, leaf)
-                gradients += torch.autograd.grad(distance, leaf, torch.ones_like(distance))
-            distances.append(distance.detach())
-        ctx.save_for_backward(torch.cat(gradients))  # (B, 3, H, W)
-        return torch.cat(distances)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (of_y,) = ctx.saved_tensors
-        return None, None, gradient * of_y, None
-
-
-def squared_differences(targets: Sequence[Tensor], features: Sequence[Tensor]) -> list[Tensor]:
-    """(target - feature)^2, a layer at a time."""
-    return [(a - b).square() for a, b in zip(targets, features, strict=True)]
-
-
-def unweighted(squared: Sequence[Tensor]) -> Tensor:
-    """Half the distance without heads, (B,): the sum over layers of 1 - mean cosine similarity.
-
-    PSIM, if the features are VGG16's.
-    """
-    return 0.5 * torch.stack([part.sum(dim=1).mean(dim=(1, 2)) for part in squared]).sum(dim=0)
-
-
-def unit_length(features: Tensor) -> Tensor:
-    """x / (|x| + 1e-10) over channels; zero with zero gradient where |x| = 0."""
-    squares = features.square().sum(dim=1, keepdim=True)
-    zero = squares == 0
-    norm = squares.masked_fill(zero, 1.0).sqrt()
-    return (features / (norm + 1e-10)).masked_fill(zero, 0.0)
 
 
 # --- LPIPS on VGG16 -------------------------------------------------------------------------
@@ -173,8 +44,11 @@ def lpips_vgg(state: Mapping[str, Tensor], published: bool = False) -> Perceptua
                 layer.bias.data.copy_(state[f"features.{index}.bias"])
     heads = [head.model[-1].weight for head in package.lins]
     digest = tensors_sha256(state)
+    label = LABELS["lpips_vgg"] if published else f"{LABELS['lpips_vgg']} {OTHER_VGG}"
     trunk = Slices(slices)
-    return PerceptualDistance("lpips_vgg", package.scaling_layer, trunk, heads, digest, published)
+    return PerceptualDistance(
+        "lpips_vgg", package.scaling_layer, trunk, heads, label, digest, published
+    )
 
 
 class Slices(nn.Module):
@@ -217,7 +91,8 @@ def st_lpips_alex(state: Mapping[str, Tensor]) -> PerceptualDistance:
         layer.bias.data.copy_(state[key.replace(".weight", ".bias")])
     heads = [state[f"lin{i}.model.1.weight"] for i in range(5)]
     scaling = Scaling(state["scaling_layer.shift"], state["scaling_layer.scale"])
-    return PerceptualDistance("st_lpips_alex", scaling, Slices(slices), heads)
+    name = "st_lpips_alex"
+    return PerceptualDistance(name, scaling, Slices(slices), heads, LABELS[name])
 
 
 class Scaling(nn.Module):

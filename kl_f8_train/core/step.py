@@ -22,15 +22,18 @@ from torch.optim import Adam
 
 from kl_f8_train.config import Config
 from kl_f8_train.core import machine
-from kl_f8_train.core.adversary import GROUP, Adversary, NoAdversary
-from kl_f8_train.core.batch import Batch, parts, plain_batch
+from kl_f8_train.core.batch import Batch, parts, phase, plain_batch
 from kl_f8_train.core.discriminator import Discriminator
-from kl_f8_train.core.ema import ema_decay, module_names, move, paired
 from kl_f8_train.core.hashes import tensors_sha256
-from kl_f8_train.core.losses import reconstruction_loss
-from kl_f8_train.core.machine import phase
-from kl_f8_train.core.model import TRAINED, AutoencoderKL, Posterior
-from kl_f8_train.core.perceptual import Distance, distance_in_parts
+from kl_f8_train.core.losses import (
+    GROUP,
+    Adversary,
+    Distance,
+    NoAdversary,
+    distance_in_parts,
+    reconstruction_loss,
+)
+from kl_f8_train.core.model import TRAINED, AutoencoderKL, Posterior, autocast, kernels
 from kl_f8_train.core.run_state import RunState
 from kl_f8_train.core.updates import (
     PLAINLY,
@@ -42,9 +45,13 @@ from kl_f8_train.core.updates import (
     begin,
     build_adam,
     checked,
+    ema_decay,
     joined,
     learning_rate,
     mean_of_each,
+    module_names,
+    move,
+    paired,
     parameters_of,
     step_if_finite,
 )
@@ -84,14 +91,11 @@ class Finetuner(_Base):
     With `log_metrics` the figures of each iteration go to the Trainer's loggers.
     """
 
+    perceptual: nn.Module  # frozen
+
     def __new__(cls, *args: Any, **kwargs: Any) -> "Finetuner":
         """A LightningModule of `lightning.pytorch` where that is imported, else of ours."""
-        if issubclass(cls, nn.Module):
-            return super().__new__(cls)
-        other = sys.modules.get("lightning.pytorch")
-        return super().__new__(
-            bound_to(LightningModule if other is None else other.LightningModule)
-        )
+        return super().__new__(bound(cls))
 
     def __init__(
         self,
@@ -118,7 +122,7 @@ class Finetuner(_Base):
         self.adversary = Adversary(discriminator, config) if discriminator else NoAdversary()
         self.terms: dict[str, Any] = {name: getattr(config.loss, name) for name in TERMS}
         self.logvar = nn.Parameter(torch.zeros(()), requires_grad=config.loss.learn_logvar)
-        self._outside = [perceptual]  # a list keeps it out of the state dict and of DDP
+        self.__dict__["perceptual"] = perceptual  # not a submodule: not in the state dict, nor DDP
         self.run_state = run_state or RunState(iteration=config.init.iteration or 0)
         self.guard = Guard(config.max_bad_updates)
         self.metrics: dict[str, Tensor] = {}  # of the last iteration
@@ -130,10 +134,11 @@ class Finetuner(_Base):
             self.checked, self.sampled = compiled(checked), compiled(sampled)
             self.adversary.compile_functions(compiled)
 
-    @property
-    def perceptual(self) -> nn.Module:
-        """The frozen perceptual network."""
-        return self._outside[0]
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickled by the class that stands in a module, as `bound_to` makes an instance's own."""
+        kind, module = type(self).__bases__
+        state = super().__reduce_ex__(protocol)[2:]
+        return (unpickled, (module, kind), *state)
 
     @property
     def iteration(self) -> int:
@@ -203,6 +208,12 @@ class Finetuner(_Base):
             getattr(model, name).load_state_dict(part.state_dict())
         return model.requires_grad_(False).eval()
 
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> "Finetuner":
+        """Lightning's own; the finetuner's parts are given by name, as to `Finetuner` itself."""
+        kind = bound(cls)
+        return super(Finetuner, kind).load_from_checkpoint(*args, **kwargs)
+
     # --- Lightning's hooks ------------------------------------------------------------------
 
     def configure_optimizers(self) -> list[Adam]:
@@ -266,18 +277,19 @@ class Finetuner(_Base):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
         """A loader's batch as a Batch, with noise."""
-        if isinstance(batch, Batch):
-            return batch
+        return batch if isinstance(batch, Batch) else self._with_noise(batch)
+
+    def _with_noise(self, images: Any) -> Batch:
         draws = 2 if self.config.second_forward else 1
         source = (self.config.seed, self.iteration - self.warmup_left, self.global_rank)
         model = self.autoencoder
-        made = plain_batch(batch, draws, model.embed_dim, model.downsampling, source)
+        made = plain_batch(images, draws, model.embed_dim, model.downsampling, source)
         return made.with_perturbation(source) if self.config.latents.noise else made
 
     def training_step(self, batch: Batch, batch_index: int) -> None:
         """One iteration; before the first, those of the discriminator's warm-up."""
         rate = self.learning_rate
-        with machine.kernels(self.config.precision, self.config.compute.deterministic):
+        with kernels(self.config.precision, self.config.compute.deterministic):
             if self.run_state.warmup_left:
                 self.run_warm_up(batch)
             else:
@@ -338,8 +350,8 @@ class Finetuner(_Base):
 
         # Discriminator, on images and detached reconstructions.
         if adversarial:
-            y, factor = joined([look.y for look in looks]), adversary.factor(run.iteration)
-            bad = updates["decoder"].bad
+            y, bad = joined([look.y for look in looks]), updates["decoder"].bad
+            factor = adversary.factor(run.iteration)
             updates["discriminator"] = self._step_discriminator(batch, y, factor, bad)
         buffers.restore(torch.stack([update.bad for update in updates.values()]).any())
         self.guard.watch(run.iteration, batch.keys, updates)
@@ -405,9 +417,8 @@ class Finetuner(_Base):
     def decode(self, z: Tensor, last_layer_only: bool = False) -> Tensor:
         """(B, 4, h, w) -> (B, 3, H, W) with a graph of the decoder, or of its last layer alone."""
         with self._autocast(z):
-            if last_layer_only:
-                return self.autoencoder.decode_at_last_layer(z)
-            return self.autoencoder.decode(z)
+            model = self.autoencoder
+            return model.decode_at_last_layer(z) if last_layer_only else model.decode(z)
 
     @torch.no_grad()
     def _decode_without_graph(self, z: Tensor) -> Tensor:
@@ -415,7 +426,7 @@ class Finetuner(_Base):
         return joined([self.decode(z[part]).to(z.dtype) for part in micro])
 
     def _autocast(self, tensor: Tensor) -> AbstractContextManager[Any]:
-        return machine.autocast(self.config.precision, tensor.device)
+        return autocast(self.config.precision, tensor.device)
 
     @phase("losses")
     def reconstruction(
@@ -468,12 +479,10 @@ class Finetuner(_Base):
     def _step_discriminator(
         self, batch: Batch, y: Tensor, factor: float, bad: Tensor | None = None
     ) -> Update:
-        """Steps the discriminator on each group of images and reconstructions y."""
+        """Steps the discriminator on the batch's images and reconstructions y."""
         if self.config.second_forward:  # the original: new noise, updated decoder
             y = self._decode_without_graph(self.encode(batch, draw=1)[0])
-        groups = parts(len(y), GROUP)
-        pairs = ((self.images(batch, group), y[group]) for group in groups)
-        update, figures = self.adversary.update(pairs, len(groups), factor, bad)
+        update, figures = self.adversary.update(partial(self.images, batch), y, factor, bad)
         self.metrics |= figures
         return update
 
@@ -495,10 +504,24 @@ def disagreements(seen: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def bound(kind: type[Finetuner]) -> type[Finetuner]:
+    """The finetuner, or a subclass of it, as a LightningModule of the package that is in use."""
+    if issubclass(kind, nn.Module):
+        return kind
+    other = sys.modules.get("lightning.pytorch")
+    return bound_to(LightningModule if other is None else other.LightningModule, kind)
+
+
 @cache
-def bound_to(module: type) -> type[Finetuner]:
-    """The finetuner as a subclass of one package's LightningModule."""
-    return type("Finetuner", (Finetuner, module), {"__module__": __name__})
+def bound_to(module: type, kind: type = Finetuner) -> type[Finetuner]:
+    """The same as a subclass of one package's LightningModule."""
+    return type(kind.__name__, (kind, module), {"__module__": kind.__module__})
+
+
+def unpickled(module: type, kind: type) -> Finetuner:
+    """An empty one, to be filled by pickle."""
+    made = bound_to(module, kind)
+    return made.__new__(made)
 
 
 def trained_part(autoencoder: AutoencoderKL) -> nn.ModuleDict:

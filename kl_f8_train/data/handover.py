@@ -53,7 +53,8 @@ class Parcel:
 
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
         if self.shared is not None:
-            return pickle.loads, (self.shared,)
+            return pickle.loads, (self.shared,)  # in the main process: maps the shared memory
+        # numpy's arrays are pickled by value, torch's tensors by a handle of shared memory
         b = self.batch
         return _unpack, (b.images.numpy(), b.noise.numpy(), b.keys, b.skipped, b.profiles)
 
@@ -77,7 +78,7 @@ def batch_bytes(config: Config, images: int) -> int:
     latent = config.data.crop // 2 ** (len(config.model.ch_mult) - 1)
     draws = 2 if config.second_forward else 1
     noise = 4 * draws * config.model.embed_dim * latent**2
-    return images * (3 * config.data.crop**2 + noise)
+    return images * (3 * config.data.crop**2 + noise)  # uint8 pixels, float32 noise
 
 
 def shared_memory_note(config: Config, images: int, processes: int) -> str:
@@ -92,6 +93,7 @@ def shared_memory_note(config: Config, images: int, processes: int) -> str:
     else:
         free = status.f_bavail * status.f_frsize
     loaders = config.data.workers * processes
+    # what loaders hold ready, and one batch that each process works on
     needed = batch_bytes(config, images) * (PREFETCH * loaders + processes)
     if not loaders or needed <= free:
         return ""

@@ -1,4 +1,4 @@
-"""What decides a run's result besides its recipe: the data, the perceptual network, the versions.
+"""The inputs of a run besides its recipe: the data, the perceptual network, the versions.
 
 An identity maps a name to a short string: `perceptual`, `torch`, `cuda`, `kl_f8_train`, and
 `data.NAME` for each source. Every checkpoint holds one. On resume it is compared with today's
@@ -12,7 +12,7 @@ import torch
 
 from kl_f8_train import __version__, units
 from kl_f8_train.core.hashes import tensors_sha256
-from kl_f8_train.core.perceptual import PerceptualDistance
+from kl_f8_train.core.losses import PerceptualDistance
 from kl_f8_train.data.sources import ImageSource
 from kl_f8_train.units import counted
 
@@ -46,6 +46,7 @@ def of_data(sources: Mapping[str, ImageSource]) -> Identity:
 def _of_source(source: ImageSource) -> str:
     digest, files, total = hashlib.sha256(), 0, 0
     for name, size, count in source.files_held():
+        # Sizes in place of contents: hashing terabytes at every start would take hours.
         digest.update(f"{name}\0{size}\0{count}\n".encode(errors="surrogateescape"))
         files, total = files + 1, total + size
     return (
@@ -61,6 +62,8 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
         for name, value in now.items()
         if before.get(name, value) != value
     ]
+    # A source that was renamed: plan.py draws by its name, so the same images come in another
+    # order.
     former = {value: name for name, value in before.items() if name not in now}
     for name, value in now.items():
         if name.startswith("data.") and name not in before and value in former:

@@ -95,7 +95,7 @@ def tars_in(folder: Path) -> list[str]:
 
 
 def _other_shards(folder: Path) -> str:
-    """What may be meant where a folder itself holds no .tar."""
+    """A hint at what may be meant where a folder itself holds no .tar."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     packed = [entry.name for entry in entries if COMPRESSED.search(entry.name)]
     if packed:
@@ -210,6 +210,8 @@ def index_tar(path: Path) -> TarIndex:
         raise MissingInputError(
             f"shard {path} is broken: {error} after {_images(members)}"
         ) from error
+    # A tar ends with blocks of zeros (POSIX). tarfile also stops, without an error, where a file
+    # was cut between two members.
     if len(block) != TAR_BLOCK or block.strip(b"\0"):
         raise MissingInputError(f"shard {path} is cut short: no end mark after {_images(members)}")
     return _index(members)
@@ -387,6 +389,7 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
     """Indexes a chunk of shards into one part file, unless it is there and still right."""
     part, chunk, cache = task
     fingerprints = [fingerprint(place) for place in chunk]
+    # made of the same files, in an earlier call that was interrupted or is repeated
     if _fingerprints(part) == fingerprints:
         return len(chunk)
     blocks: list[int] = []
@@ -436,7 +439,7 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
         np.savez(
             file,
             header=np.frombuffer(json.dumps(header).encode(), np.uint8),
-            blocks=np.array(blocks, np.uint32),
+            blocks=np.array(blocks, np.uint32),  # of 512 bytes: up to 2 TiB
             sizes=np.array(sizes, np.uint32),
             **columns,  # type: ignore[arg-type]
         )
@@ -514,5 +517,5 @@ def _column(
             return np.asarray(stored[array])
         name = names[int(array.removeprefix("column-"))]
         if name not in header["columns"]:
-            return np.full(count, np.nan, np.float32)
+            return np.full(count, np.nan, np.float32)  # no image of this part has the field
         return np.asarray(stored[f"column_{header['columns'].index(name)}"])

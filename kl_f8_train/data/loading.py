@@ -1,11 +1,17 @@
-"""Samples -> batches: decode, resize, crop, noise.
+"""Which image is the i-th of iteration t, and how it is loaded: decode, resize, crop, noise.
 
-Crop and noise are drawn from (seed, position), so a batch is the same whatever the number of
-GPUs, workers and restarts.
+All of it is arithmetic on seed, iteration and counts, so a batch is the same whatever the number of
+GPUs, workers and restarts, and nothing needs to be stored to resume.
+
+The shards of a source, permuted anew in each pass, form one stream with the samples permuted inside
+each shard; the stream is cut into L equal lanes, and every iteration takes the next few samples of
+each lane. What does not fill the lanes, fewer than L samples, is left out of a pass, others each
+time.
 """
 
 import atexit
 import functools
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -21,9 +27,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from kl_f8_train import images
 from kl_f8_train.config import Config, side_range, source_shares
-from kl_f8_train.core.batch import Batch
+from kl_f8_train.core.batch import Batch, random_state
 from kl_f8_train.data.handover import FEW_FILES, Handover, Parcel, raise_open_files
-from kl_f8_train.data.plan import Plan, random_state
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.data.sources import FolderSource, ImageSource, TarSource, open_source
 from kl_f8_train.errors import ImageError, MissingInputError, SmallImageError
@@ -35,6 +40,85 @@ from kl_f8_train.units import counted
 MAX_NEIGHBOURS = 100  # bad samples in a row before the run stops
 IDLE = -(2**63)  # no position
 atexit.register(end_children)  # before multiprocessing waits for them; SIGTERM does not end them
+
+
+@functools.lru_cache(maxsize=512)
+def permutation(size: int, *parts: int | str) -> np.ndarray:
+    """A permutation of 0 .. size - 1 that depends on its arguments alone."""
+    return random_state(*parts).permutation(size)
+
+
+class SourcePlan:
+    """Deals the samples of one source: `share` of them in every iteration."""
+
+    def __init__(self, name: str, counts: Sequence[int], share: int, lanes: int, seed: int) -> None:
+        self.name, self.share, self.seed = name, share, seed
+        self.counts = np.asarray(counts, np.int64)
+        total = int(self.counts.sum())
+        self.lanes = max(d for d in range(1, min(lanes, share, total) + 1) if share % d == 0)
+        self.lane_length = total // self.lanes  # samples of a lane in each pass
+        self.per_lane = share // self.lanes  # samples of a lane in each iteration
+        self._passes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def locate(self, iteration: int, index: int) -> tuple[int, int]:
+        """(shard, sample) of the index-th sample (0 .. share - 1) of an iteration."""
+        lane, offset = divmod(index, self.per_lane)
+        number, place = divmod(iteration * self.per_lane + offset, self.lane_length)
+        place += lane * self.lane_length  # in the stream of pass `number`
+        order, ends = self._order(number)
+        row = int(np.searchsorted(ends, place, side="right"))
+        shard = int(order[row])
+        count = int(self.counts[shard])
+        samples = permutation(count, self.seed, self.name, "samples", number, shard)
+        return shard, int(samples[place - int(ends[row] - count)])
+
+    def passes(self, iterations: int) -> float:
+        """How many times that many iterations go through the source."""
+        return iterations * self.per_lane / self.lane_length
+
+    def _order(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards of a pass in their order, and where each ends in the stream."""
+        if number not in self._passes:
+            if len(self._passes) >= 4:
+                del self._passes[min(self._passes)]
+            order = permutation(len(self.counts), self.seed, self.name, "shards", number)
+            self._passes[number] = order, np.cumsum(self.counts[order])
+        return self._passes[number]
+
+
+class Plan:
+    """Deals all sources: position = iteration * batch + slot -> which sample."""
+
+    def __init__(
+        self, counts: Mapping[str, Sequence[int]], shares: dict[str, int], lanes: int, seed: int
+    ) -> None:
+        self.batch = sum(shares.values())
+        self.plans = {
+            name: SourcePlan(name, counts[name], share, lanes, seed)
+            for name, share in shares.items()
+        }
+        self.slots = mixed_slots(shares)
+
+    def digest(self) -> str:
+        """A short hash of the counts; nodes that see other shards have another."""
+        counts = [plan.counts.tobytes() for plan in self.plans.values()]
+        return hashlib.sha256(b"/".join(counts)).hexdigest()[:12]
+
+    def locate(self, position: int) -> tuple[str, int, int]:
+        """(source, shard, sample) at a position; warm-up iterations are negative."""
+        iteration, slot = divmod(position, self.batch)
+        name, index = self.slots[slot]
+        return (name, *self.plans[name].locate(iteration, index))
+
+
+def mixed_slots(shares: dict[str, int]) -> list[tuple[str, int]]:
+    """The slots of a batch, sources evenly mixed: [(source, index within its share), ...]."""
+    places = [
+        ((index + 0.5) / share, name, index)
+        for name, share in shares.items()
+        for index in range(share)
+    ]
+    return [(name, index) for _, name, index in sorted(places)]
 
 
 @dataclass
@@ -87,12 +171,12 @@ class PositionDataset(Dataset[Sample]):
         bad: list[tuple[str, ImageError]] = []
         for step in range(min(count, MAX_NEIGHBOURS)):
             number = (first + step) % count  # a bad sample gives way to its neighbour
-            key = source.name(shard, number)
+            key = ""
             try:
                 key, data = source.read(shard, number)
                 image, profile = self._load(data, position)
             except ImageError as error:
-                bad.append((f"{name}/{key}", error))
+                bad.append((f"{name}/{key or source.name(shard, number)}", error))
             else:
                 skipped = [f"{file}: {error}" for file, error in bad[:1]]
                 return Sample(image, self._noise(position), f"{name}/{key}", skipped, profile)
@@ -118,19 +202,20 @@ class PositionDataset(Dataset[Sample]):
 
     def _load(self, data: bytes, position: int) -> tuple[Tensor, str]:
         """The crop, and the colour profile that the image was converted from."""
+        # Always three draws, so that crops do not depend on data.flip.
         top, left, mirror = random_state(self.seed, "crop", position).random_sample(3)
         side = self._side(position)
-        image, profile = images.picture(data, side if self.draft else None)
+        image, profile = images.picture(data, side if self.draft else None)  # (3, H, W) uint8
         if side is not None:
             image = images.resize_shorter(image, side)
-        image = images.crop(image, self.crop, float(top), float(left))
+        image = images.crop(image, self.crop, float(top), float(left))  # (3, crop, crop)
         return (images.flip(image) if self.flip and mirror < 0.5 else image), profile
 
     def _side(self, position: int) -> int | None:
         """The shorter side after resizing, from a stream of its own: crops stay as they are."""
-        if self.sides is None or self.sides[0] == self.sides[1]:
-            return self.sides[0] if self.sides else None
-        least, most = self.sides
+        least, most = self.sides or (None, None)
+        if least is None or most is None or least == most:
+            return least
         return int(random_state(self.seed, "scale", position).randint(least, most + 1))
 
     def _noise(self, position: int) -> Tensor:
@@ -138,7 +223,7 @@ class PositionDataset(Dataset[Sample]):
         if self.perturbs:  # a stream of its own: the noise before stays as it is
             state = random_state(self.seed, "latents", position)
             more = state.random_sample() * state.standard_normal(self.noise_shape[1:])
-            draw = np.concatenate([draw, more[None]])
+            draw = np.concatenate([draw, more[None]])  # (draws + 1, C, h, w), the last is u e
         return torch.from_numpy(draw).float()
 
 
@@ -154,6 +239,8 @@ class IterationSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for part in self.iterations:
             for iteration in part:
+                # Consecutive slots for each rank: their order is the batch's, whatever the number
+                # of ranks.
                 first = iteration * self.batch + self.rank * self.per_rank
                 yield list(range(first, first + self.per_rank))
 
@@ -213,8 +300,8 @@ def upcoming(
 def collate(samples: list[Sample]) -> Batch:
     """Stacks samples into a batch."""
     return Batch(
-        images=torch.stack([s.image for s in samples]),
-        noise=torch.stack([s.noise for s in samples], dim=1),
+        images=torch.stack([s.image for s in samples]),  # (B, 3, crop, crop) uint8
+        noise=torch.stack([s.noise for s in samples], dim=1),  # (draws, B, C, h, w)
         keys=[s.key for s in samples],
         skipped=[bad for s in samples for bad in s.skipped],
         profiles=[s.profile for s in samples if s.profile],

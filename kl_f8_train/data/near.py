@@ -48,12 +48,12 @@ def alike(looks: np.ndarray, others: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def groups(looks: np.ndarray, digests: Sequence[str]) -> list[list[int]]:
-    """Numbers of images in groups: equal or alike, also by way of others; in order."""
-    leader = list(range(len(digests)))
+    """Groups of indices of images that are equal or alike, directly or through others; in order."""
+    leader = list(range(len(digests)))  # union-find: following it leads to a group's first image
 
     def find(number: int) -> int:
         while leader[number] != number:
-            leader[number] = leader[leader[number]]
+            leader[number] = leader[leader[number]]  # halves the path for later searches
             number = leader[number]
         return number
 
@@ -74,9 +74,10 @@ def _directions(looks: np.ndarray) -> np.ndarray:
 
     Shorter for a faint image, with differences below FAINT: it is alike to no other.
     """
-    down = np.diff(looks, axis=1).reshape(len(looks), -1)
-    right = np.diff(looks, axis=2).reshape(len(looks), -1)
+    down = np.diff(looks, axis=1).reshape(len(looks), -1)  # (N, 72)
+    right = np.diff(looks, axis=2).reshape(len(looks), -1)  # (N, 72)
     both = np.concatenate([down, right], axis=1)
+    # As if each difference had noise of FAINT in it: sqrt(|d|^2 + 144 FAINT^2), (N, 1).
     lengths = np.sqrt((both**2).sum(axis=1, keepdims=True) + FAINT**2 * both.shape[1])
     directions: np.ndarray = both / lengths
     return directions

@@ -3,7 +3,7 @@
 `00000.tar` holds three files for each image: KEY.jpg (.png, ...), the file as it is; KEY.json, its
 metadata; KEY.txt, its name as the caption. KEY is five digits of the shard and four of the image.
 `00000_stats.json` counts what was packed, `pack.json` lists the whole folder. The same folder gives
-the same bytes with any number of processes, and a pack that was stopped goes on where it was.
+the same bytes with any number of processes, and a pack that was stopped resumes where it was.
 """
 
 import hashlib
@@ -36,9 +36,9 @@ from kl_f8_train.units import counted, printable
 MAX_PER_SHARD = 10_000  # four digits
 MAX_SHARDS = 100_000  # five digits
 MANIFEST = "pack.json"
-QUALITY = 95  # of JPEGs that are encoded anew
+QUALITY = 95  # of re-encoded JPEGs
 SHOWN = 10  # images left out that the command line names
-MARKS = {  # how images begin, and their suffix
+IMAGE_MARKS = {  # how images begin, and their suffix
     **{b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"},
     **{b"II*\0": ".tif", b"MM\0*": ".tif"},
 }
@@ -47,7 +47,7 @@ PER_PROCESS = 2_000  # images that are worth the seconds a process takes to star
 
 @dataclass(frozen=True)
 class PackResult:
-    """What `pack` left in the directory."""
+    """The result of `pack` in the directory."""
 
     shards: list[Path]  # all, in order
     images: int  # in all shards
@@ -226,7 +226,7 @@ def _size(file: Path) -> int | None:
 
 
 def _claim(out: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, or compares it with the one that is there."""
+    """Writes the manifest, or compares it with an existing one."""
     path = out / MANIFEST
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -297,7 +297,7 @@ def _write_all(chains: list[list[Job]], workers: int) -> Iterator[tuple[int, dic
                 yield from future.result()
         except BrokenProcessPool as error:
             raise RunFailedError(
-                "a packing process was killed (out of memory?); the same command goes on"
+                "a packing process was killed (out of memory?); the same command again resumes"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -320,7 +320,7 @@ def write_shards(chain: list[Job]) -> Iterator[tuple[int, dict[str, Any]]]:
         yield job.number, _write_shard(job, itertools.islice(stream, len(job.files)))
 
 
-def _images(chain: list[Job]) -> Iterator[parquet.Row]:
+def _images(chain: list[Job]) -> Iterator[parquet.ImageRow]:
     """The images of all the jobs in order: name, bytes, and the path that gives the suffix."""
     pieces = [job.files for job in chain if isinstance(job.files, parquet.Rows)]
     if pieces:
@@ -328,12 +328,12 @@ def _images(chain: list[Job]) -> Iterator[parquet.Row]:
     names = (name for job in chain if isinstance(job.files, tuple) for name in job.files)
     for name in names:
         try:
-            yield parquet.Row(name, read_file(chain[0].folder / name), name)
+            yield parquet.ImageRow(name, read_file(chain[0].folder / name), name)
         except ImageError as error:
-            yield parquet.Row(name, error, name)
+            yield parquet.ImageRow(name, error, name)
 
 
-def _write_shard(job: Job, images_of_it: Iterator[parquet.Row]) -> dict[str, Any]:
+def _write_shard(job: Job, images_of_it: Iterator[parquet.ImageRow]) -> dict[str, Any]:
     """Writes one shard, then its statistics, which it returns.
 
     Raises RunFailedError if the disk is full or the directory cannot be written.
@@ -352,7 +352,7 @@ def _write_shard(job: Job, images_of_it: Iterator[parquet.Row]) -> dict[str, Any
     return stats
 
 
-def _write_tar(job: Job, images_of_it: Iterator[parquet.Row]) -> dict[str, str]:
+def _write_tar(job: Job, images_of_it: Iterator[parquet.ImageRow]) -> dict[str, str]:
     """Writes the tar; image -> why it is left out."""
     bad: dict[str, str] = {}
     with (
@@ -372,7 +372,7 @@ def _write_tar(job: Job, images_of_it: Iterator[parquet.Row]) -> dict[str, str]:
     return bad
 
 
-def _sample(row: parquet.Row, key: str, reencode: bool) -> dict[str, bytes]:
+def _sample(row: parquet.ImageRow, key: str, reencode: bool) -> dict[str, bytes]:
     """The files of one sample. Raises ImageError if the image cannot be read."""
     name, data, path = row
     if isinstance(data, ImageError):
@@ -408,7 +408,7 @@ def _extension(data: bytes) -> str:
     kind = images.brand(data)
     if kind:
         return {"AVIF": ".avif", "HEIF": ".heic"}[kind]
-    return next((suffix for mark, suffix in MARKS.items() if data.startswith(mark)), ".jpg")
+    return next((suffix for mark, suffix in IMAGE_MARKS.items() if data.startswith(mark)), ".jpg")
 
 
 def _to_jpeg(image: torch.Tensor, converted: bool) -> bytes:

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 SUFFIX = ".parquet"
 BATCH = 8  # rows that are in memory at once
 BUFFER = 1 << 20  # bytes read at once of a column
-Place = tuple[str, int]  # a file, relative to the folder, and one of its row groups
+RowGroup = tuple[str, int]  # a file, relative to the folder, and one of its row groups
 
 
-class Row(NamedTuple):
+class ImageRow(NamedTuple):
     """An image in a parquet file."""
 
     name: str  # FILE#ROW
@@ -82,7 +82,7 @@ class Table:
         if spans:
             yield Rows(tuple(spans))
 
-    def start(self, rows: Rows) -> Place:
+    def start(self, rows: Rows) -> RowGroup:
         """The file and the row group in which rows begin."""
         file, first, _ = rows.spans[0]
         groups = dict(zip((name for name, _ in self.files), self.groups, strict=True))[file]
@@ -197,7 +197,7 @@ def _image_column(path: Path, schema: Any) -> str:
 # --- their rows -----------------------------------------------------------------------------
 
 
-def read(folder: Path, pieces: Sequence[Rows]) -> Iterator[Row]:
+def read(folder: Path, pieces: Sequence[Rows]) -> Iterator[ImageRow]:
     """The rows of several pieces, which follow one another; each row group is read once.
 
     A row without an image, or that cannot be read, comes as an ImageError.
@@ -213,7 +213,7 @@ def read(folder: Path, pieces: Sequence[Rows]) -> Iterator[Row]:
         except (MissingInputError, OSError) as error:
             failure = f"{error}"
         for row in wanted:  # the file has changed since it was listed
-            yield Row(f"{file}#{row}", ImageError(f"cannot be read: {failure}"), "")
+            yield ImageRow(f"{file}#{row}", ImageError(f"cannot be read: {failure}"), "")
 
 
 def _values(opened: "ParquetFile", column: str, wanted: deque[int]) -> Iterator[tuple[int, Any]]:
@@ -247,11 +247,11 @@ def _values_of_group(
         yield wanted.popleft(), ImageError(f"cannot be read: {failure}")
 
 
-def _row(name: str, value: Any) -> Row:
+def _row(name: str, value: Any) -> ImageRow:
     if isinstance(value, ImageError):
-        return Row(name, value, "")
+        return ImageRow(name, value, "")
     held = value or {}
     path, data = str(held.get("path") or ""), held.get("bytes")
     if not data:
-        return Row(name, ImageError(f"no image: {'only a path' if path else 'empty'}"), path)
-    return Row(name, data, path)
+        return ImageRow(name, ImageError(f"no image: {'only a path' if path else 'empty'}"), path)
+    return ImageRow(name, data, path)

@@ -109,7 +109,7 @@ class ShardCache:
             raise disk_failure(self.root, error, CACHE_SETTINGS) from error
 
     def path(self, url: str, size: int | None = None, sha256: str | None = None) -> Path:
-        """Like `open`, but its path: whoever opens it within `grace_seconds` finds it there."""
+        """Like `open`, but the path, where the file stays for at least `grace_seconds`."""
         if not is_remote(url):
             return local_path(url)
         with self.open(url, size, sha256):
@@ -133,6 +133,8 @@ class ShardCache:
 
     def _take(self, url: str, size: int | None, sha256: str | None) -> BinaryIO:
         entry = _Entry(self.root, url)
+        # Readers share the lock. Whoever needs the file first takes it alone and fetches; the
+        # others wait for the lock, and then find the file.
         with _locked(entry.lock, fcntl.LOCK_SH):
             if entry.holds(size, sha256):
                 self._own_worker().errors.pop(url, None)  # another process has fetched it since
@@ -150,7 +152,7 @@ class ShardCache:
     def _fill(self, entry: "_Entry", size: int | None, sha256: str | None) -> None:
         """Fetches a file whose exclusive lock is held."""
         known = entry.record()
-        self._evict(size or (known.size if known else 0))
+        self._evict(size or (known.size if known else 0))  # makes room, as far as the size is known
         for abandoned in self.root.glob(f".{entry.path.name}.*.part"):
             abandoned.unlink(missing_ok=True)  # of a killed process: the lock is ours
         with atomic_path(entry.path) as part:
@@ -173,7 +175,7 @@ class ShardCache:
             try:
                 if not entry.holds(None, None):
                     self._fill(entry, None, None)
-                os.utime(entry.path)
+                os.utime(entry.path)  # used now: it is the last to be evicted
             except OSError as error:
                 errors[url] = disk_failure(self.root, error)
             except Exception as error:
@@ -192,6 +194,7 @@ class ShardCache:
                     total += size
                 elif PART_NAME.fullmatch(name):
                     total += size
+            # least recently used first
             for _, size, path in sorted(files):
                 if total <= self.max_bytes:
                     break
@@ -297,7 +300,7 @@ class _Worker:
             url = self._queue.get()
             try:
                 self._work(url)
-            except Exception as error:  # the thread goes on; whoever asks for the url learns it
+            except Exception as error:  # the thread continues; `open` of that url raises it
                 self.errors[url] = error
             with self._lock:
                 self._waiting.discard(url)
@@ -311,18 +314,18 @@ def _check(
     if size is not None and found.size != size:
         raise RunFailedError(
             f"{url} has {found.size:,} bytes, expected {size:,}; not kept. The file or the list "
-            "that names it has changed: mend it, then run the same command again"
+            "that names it has changed: fix it, then run the same command again"
         )
     if sha256 is not None and found.sha256 != sha256:
         raise RunFailedError(
             f"{url} has SHA-256 {found.sha256}, expected {sha256}; not kept. The file or the list "
-            "that names it has changed: mend it, then run the same command again"
+            "that names it has changed: fix it, then run the same command again"
         )
     if sha256 is None and known is not None and found.sha256 != known.sha256:
         raise RunFailedError(
             f"{url} has changed since it was first fetched: SHA-256 {found.sha256} "
             f"({found.size:,} bytes), was {known.sha256} ({known.size:,} bytes); not kept. Put the "
-            f"old file back; or, to go on with the new one, delete {entry.record_path}"
+            f"old file back; or, to use the new one, delete {entry.record_path}"
         )
 
 

@@ -134,6 +134,7 @@ class TarSource:
     def changed(self) -> list[str]:
         """Local shards that are not what was indexed."""
         with ThreadPoolExecutor(16) as pool:
+            # threads: a stat on a network disk mostly waits
             now = list(pool.map(fingerprint, self.locations))
         pairs = zip(self.locations, self.fingerprints, now, strict=True)
         return [
@@ -149,6 +150,8 @@ class TarSource:
     def read(self, shard: int, sample: int) -> tuple[str, bytes]:
         """Name, from the header in front of the data, and encoded image."""
         row = self._kept(shard)[sample]
+        # One read: the header, a block in front of the data, begins with 100 bytes of name (POSIX
+        # ustar).
         offset, size = (int(self.blocks[row]) - 1) * TAR_BLOCK, int(self.sizes[row])
         place = self.locations[shard]
         try:
@@ -158,7 +161,7 @@ class TarSource:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
         member = data[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
         name = f"{os.path.basename(place)}/{os.path.basename(member)}"
-        return printable(name), data[TAR_BLOCK:]
+        return name if name.isprintable() else printable(name), data[TAR_BLOCK:]
 
     def name(self, shard: int, sample: int) -> str:
         """The shard, and the number of the image in it."""
@@ -207,8 +210,8 @@ class TarSource:
                 text = str(item)
                 self.dropped[text] = self.dropped.get(text, 0) + int((keep & ~passed).sum())
                 keep &= passed
-            running = np.concatenate([[0], np.cumsum(keep)])
-            counts[first : first + 1000] = np.diff(running[edges - edges[0]])
+            running = np.concatenate([[0], np.cumsum(keep)])  # images kept before each row
+            counts[first : first + 1000] = np.diff(running[edges - edges[0]])  # of each shard
         return counts
 
     def _kept_rows(self, shard: int) -> np.ndarray:
@@ -317,8 +320,8 @@ def open_source(
     if broken and bad_shards == "stop":
         raise MissingInputError(
             "\n".join(broken[:10])
-            + f"\n{len(broken)} of {len(locations)} shards of {name} are broken; mend them, or "
-            "leave them out with data.bad_shards=skip; `kl-f8-train index` tries those anew that "
+            + f"\n{len(broken)} of {len(locations)} shards of {name} are broken; repair them, or "
+            "leave them out with data.bad_shards=skip; `kl-f8-train index` retries those that "
             "could not be fetched"
         )
     for message in broken[:20]:

@@ -26,10 +26,10 @@ from kl_f8_train.folders import ahead, list_folder, read_file
 from kl_f8_train.units import counted, printable, size
 
 TRAINING, HELD_OUT = "training", "held_out"
-MANIFEST = "split.json"
+SPLIT_FILE = "split.json"
 USUAL_SHARE = 0.05  # held out if nothing is asked, but MIN_HELD_OUT to MAX_HELD_OUT
 MIN_HELD_OUT, MAX_HELD_OUT = 10, 500  # fewer give no verdict, more take long to score
-SHOWN = 5  # groups, and files that cannot be used, that the command line names
+LINES_SHOWN = 5  # groups, and files that cannot be used, that the command line names
 # What makes linking impossible, but not copying.
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 
@@ -45,7 +45,7 @@ class Photograph:
 
 @dataclass(frozen=True)
 class SplitResult:
-    """What `split` made; names are relative to the folder, in its order."""
+    """The result of `split`; names are relative to the folder, in its order."""
 
     out: Path
     training: list[str]
@@ -61,7 +61,7 @@ class SplitResult:
         lines = [
             f"{counted(len(self.training), 'photograph', 's')} to train on: {self.out / TRAINING}",
             f"{counted(len(self.held_out), 'photograph', 's')} held out: {self.out / HELD_OUT}",
-            f"  {how}; the originals are untouched; {self.out / MANIFEST} lists all",
+            f"  {how}; the originals are untouched; {self.out / SPLIT_FILE} lists all",
         ]
         if self.groups:
             members = sum(map(len, self.groups))
@@ -82,8 +82,8 @@ class SplitResult:
 
 
 def _some(lines: Sequence[str]) -> list[str]:
-    more = [f"  and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
-    return [f"  {line}" for line in lines[:SHOWN]] + more
+    more = [f"  and {len(lines) - LINES_SHOWN:,} more"] if len(lines) > LINES_SHOWN else []
+    return [f"  {line}" for line in lines[:LINES_SHOWN]] + more
 
 
 def split(
@@ -212,7 +212,7 @@ def _choose(
     if not chosen:
         raise UsageError(
             f"all {len(photographs)} photographs are near-duplicates of each other, which belong "
-            "on one side; give others, too"
+            "on one side; add others"
         )
     return chosen
 
@@ -231,7 +231,7 @@ def _write(folder: Path, out: Path, sides: dict[str, list[str]], listed: object)
                 target = part / side / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 copied += _link(folder / name, target)
-        write_json(part / MANIFEST, listed)
+        write_json(part / SPLIT_FILE, listed)
         with contextlib.suppress(FileNotFoundError):
             out.rmdir()
         part.rename(out)

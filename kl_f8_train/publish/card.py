@@ -241,7 +241,7 @@ def _evaluated(scores_file: Path, record: Mapping[str, Any]) -> Evaluated:
 
 
 def _problems(scores: Mapping[str, Any]) -> Iterator[str]:
-    """What of scores.json is missing or has another form."""
+    """Which parts of scores.json are missing or malformed."""
     if "weights" not in scores:
         yield (
             'it holds no hashes of weights ("weights"), so it is unknown whether its scores '
@@ -366,7 +366,7 @@ def _encoder(record: Mapping[str, Any]) -> str:
     """How the export's precision affects the encoder and its latents."""
     if record["dtype"] == "float32":
         return "The encoder is bit for bit the imported one, so latents stay what they were."
-    exact = "; in `diffusers/` it is there in float32, too" if DIFFUSERS in record["files"] else ""
+    exact = "; `diffusers/` also holds it in float32" if DIFFUSERS in record["files"] else ""
     return (
         f"The encoder is the imported one rounded to {record['dtype']}, which moves latents as "
         f"far as stands under Files{exact}."

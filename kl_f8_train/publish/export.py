@@ -15,9 +15,9 @@ from torch import Tensor
 from kl_f8_train import __version__, images
 from kl_f8_train import config as configs
 from kl_f8_train.config import Config
-from kl_f8_train.core.ema import label, module_name, selection
 from kl_f8_train.core.hashes import data_sha256, frozen_sha256
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
+from kl_f8_train.core.updates import label, module_name, selection
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import ENTRY, FAMILIES, Facts, combined, settled
 from kl_f8_train.files import check_writable, file_sha256, write_json, write_text
@@ -130,7 +130,7 @@ def _write_weights(
 ) -> None:
     """Writes the weight files, each in its layout, and diffusers' configuration beside its own.
 
-    `metadata` goes into the .safetensors file; with modelspec's fields, its tensors' hash, too.
+    `metadata` goes into the .safetensors file; with modelspec's fields also a hash of its tensors.
     """
     weights, spec = model.state_dict(), "modelspec.title" in metadata
     for path, layout, stored in files:
@@ -179,7 +179,7 @@ def _fp16_safe(
     with half_precision.largest_outputs(model, FROZEN) as encoder:
         latents = [model.encode(images.to_float(picture[None])).mean for picture in tried]
     probes = rescale.probes(latents)
-    rescaling = rescale.plan(model, probes)
+    rescaling = rescale.plan_rescaling(model, probes)
     if not rescaling.changes:
         say(
             "fp16-safe: nothing to rescale, all activations are below "
@@ -198,6 +198,7 @@ def _fp16_safe(
     after["rescaled"] = {**rescaling.proof, "before": before}
     if half_precision.overflows(after):
         say("fp16-safe: rescaled, but it still overflows in fp16, inside attention or at the end")
+    # diffusers' force_upcast moves encoder and decoder to float32: false only if neither needs it.
     elif max(encoder.values()) * rescale.HEADROOM < half_precision.LIMIT:
         stated = replace(stated, force_upcast=False)
     inner = f", {len(rescaling.inner)} blocks inside" * bool(rescaling.inner)
@@ -264,7 +265,7 @@ def _best(source: Path) -> Path:
 
 def _ruined(run: Path, record: Mapping[str, Any], select: str) -> list[str]:
     """A warning if the exported weights were validated as worse than those of the start."""
-    if record["averaged"]:  # of other iterations, too: not validated
+    if record["averaged"]:  # also of other iterations: not validated
         return []
     found = outcome.read(run, record["iteration"])
     changes = found.changes if found else ()
@@ -316,6 +317,7 @@ def make_fp16_safe(
     about = {"kl_f8_train.source_sha256": record["source_sha256"], **stated.metadata()}
     _write_weights(files, model, stated, about, stated.sample_size or 256)
     record["checks"] = _verify(out, files, model, stated)
+    # A rescaling that reached the encoder would change latents.
     if frozen_sha256(model.state_dict()) != frozen:
         raise RunFailedError(
             f"{source}: its encoder changed; the files in {out} are not to be used"
@@ -380,7 +382,7 @@ def _check_choice(source: Path, average: Sequence[Path], raw: bool, ema: float |
 
 
 def _refuse_to_overwrite(out: Path, files: list[Path], force: bool) -> None:
-    """Raises UsageError for files that are there, RunFailedError if none can be written."""
+    """Raises UsageError for files that exist, RunFailedError if none can be written."""
     if is_run(out):
         raise UsageError(
             f"--out {out} is a run directory, and its config.yaml would be replaced; nothing was "

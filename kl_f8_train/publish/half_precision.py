@@ -44,6 +44,7 @@ def measure(model: AutoencoderKL, pictures: list[Tensor]) -> dict[str, Any]:
             rounded = [model.decode(z) for z in latents]
         black = sum(not bool(y.isfinite().all()) for y in rounded)
         errors = [levels(a, b) for a, b in zip(exact, rounded, strict=True)]
+        # NaN and infinity are not JSON: an error that is not finite is stored as null.
         result[str(dtype).removeprefix("torch.")] = {
             "mean": _or_none(sum(mean for mean, _ in errors) / len(errors)),
             "max": _or_none(max(most for _, most in errors)),

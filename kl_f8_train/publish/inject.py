@@ -157,6 +157,7 @@ def _write_safetensors(
     into: Path, temporary: Path, places: Mapping[str, Place], tensors: Mapping[str, Tensor]
 ) -> None:
     """Copies the file and overwrites the tensors where they lie."""
+    # Offsets and types stay those of the file, so its header stays as it is.
     shutil.copyfile(into, temporary)
     with temporary.open("r+b") as file:
         for key, tensor in tensors.items():

@@ -42,8 +42,8 @@ class Upload:
         ]
 
 
-def plan(export_dir: Path, repository: str, pictures: bool = False) -> Upload:
-    """What of an export goes to the hub; touches no network.
+def plan_upload(export_dir: Path, repository: str, pictures: bool = False) -> Upload:
+    """Which files of an export go to the hub; uses no network.
 
     Raises UsageError for a malformed repository name, MissingInputError if the directory is not
     an export, or if a file is not the one that was exported.

@@ -57,13 +57,14 @@ class Rescaling:
         if WRITES.fullmatch(name) or CARRIES.fullmatch(name):
             k = self.stream
         scaled = value * 2.0**-k
+        # A power of two only moves the exponent, unless that leaves float32's range.
         if not torch.equal(scaled * 2.0**k, value):
             raise RunFailedError(f"{name} would lose bits at 2^-{k}; the decoder stays as it is")
         return scaled if k else value
 
 
 @torch.no_grad()
-def plan(model: AutoencoderKL, latents: list[Tensor]) -> Rescaling:
+def plan_rescaling(model: AutoencoderKL, latents: list[Tensor]) -> Rescaling:
     """The least powers of two that keep all activations seen below fp16's limit / HEADROOM."""
     with half_precision.largest_outputs(model) as largest:
         for z in latents:
@@ -113,6 +114,7 @@ def prove(
 
 
 def _power(most: float) -> int:
+    # The least k with most / 2^k <= LIMIT / HEADROOM.
     return math.ceil(math.log2(max(most, 1e-30) * HEADROOM / half_precision.LIMIT))
 
 
@@ -137,6 +139,7 @@ def _eps_share(model: AutoencoderKL) -> Iterator[dict[str, float]]:
 
     def note(name: str, norm: Norm) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            # (B, groups, C/groups H W)
             groups = inputs[0].unflatten(1, (norm.num_groups, -1)).flatten(2)
             share = norm.eps / float(groups.var(dim=2, correction=0).min().clamp_min(1e-30))
             seen[name] = max(seen.get(name, 0.0), share)

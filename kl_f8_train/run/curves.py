@@ -13,7 +13,7 @@ STATUS_PAGE = Path(__file__).with_name("status.html")
 Points = Sequence[tuple[float, float]]
 MAX_POINTS = 500  # of a line; more are averaged
 RECENT = 0.1  # share of the rows that "lately" means
-COLOURS = 4  # that the page has; further lines repeat them
+LINE_COLOURS = 4  # that the page has; further lines repeat them
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 46, 10, 10, 22  # of a chart, in its own units
 
 
@@ -86,7 +86,7 @@ def svg(chart: Chart, marks: Mapping[str, float], span: tuple[float, float]) -> 
                 f'<path class="mark" d="M{across(x):.1f} {TOP}V{HEIGHT - BOTTOM}">'
                 f"<title>{escape(name)}</title></path>"
             )
-    for number, line in zip(itertools.cycle(range(COLOURS)), lines.values(), strict=False):
+    for number, line in zip(itertools.cycle(range(LINE_COLOURS)), lines.values(), strict=False):
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line)
         if len(line) == 1:
             x, y = line[0]

@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 from kl_f8_train.config import Config
 from kl_f8_train.core.batch import Batch
-from kl_f8_train.core.ema import ema_distance
 from kl_f8_train.core.step import Finetuner
-from kl_f8_train.core.updates import average_over_ranks
-from kl_f8_train.data.plan import Plan
+from kl_f8_train.core.updates import average_over_ranks, ema_distance
+from kl_f8_train.data.loading import Plan
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.output import say
 from kl_f8_train.run.callback import Course, finetuner_of, tolerated
@@ -114,6 +113,8 @@ class RunLog(Callback):
 
     def _report(self, trainer: Trainer, finetuner: Finetuner) -> None:
         finetuner.guard.judge()
+        # Sums and counts are averaged alike, so their ratio is the mean over all ranks' finite
+        # values.
         average_over_ranks(list(self.sums.values()))
         totals: defaultdict[str, float] = defaultdict(float)
         numbers: defaultdict[str, float] = defaultdict(float)
@@ -230,7 +231,7 @@ class RunLog(Callback):
 
     @property
     def _here(self) -> str:
-        """What counts are of, where there are several processes."""
+        """Says that counts are of one rank, where there are several."""
         return " on this rank" if dist.is_initialized() and dist.get_world_size() > 1 else ""
 
     def _say(self, line: str) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from kl_f8_train.run_dir import VALIDATION_FILE, Row, read_rows
 
-NOISE_DB, NOISE_SHARE = 0.02, 0.005  # smaller changes are not worth a word
+NOISE_DB, NOISE_SHARE = 0.02, 0.005  # smaller changes are not reported
 LOST_DB = 1.0  # healthy small runs lost up to 0.8 dB of raw PSNR, a ruined one 1.5
 LOST_SHARE = 0.25  # of perceptual distance, more than a recipe trades for PSNR
 
@@ -38,7 +38,7 @@ class Change(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a run has done to its fixed photographs, between two iterations."""
+    """How a run changed the scores of its fixed photographs, between two iterations."""
 
     iterations: tuple[int, int]
     changes: tuple[Change, ...]  # EMA, then raw, then further EMAs

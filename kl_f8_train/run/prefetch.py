@@ -5,8 +5,7 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from kl_f8_train.data.loading import upcoming
-from kl_f8_train.data.plan import Plan
+from kl_f8_train.data.loading import Plan, upcoming
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.data.sources import ImageSource
 from kl_f8_train.run.callback import finetuner_of

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Adam
 
 from kl_f8_train import config as configs
-from kl_f8_train.core.host_memory import HostCopy, HostMemory
 from kl_f8_train.core.step import Finetuner
+from kl_f8_train.core.updates import HostCopy, to_host
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.launch import SIGNALS
 from kl_f8_train.output import say
@@ -48,7 +49,7 @@ class Checkpoints(Callback):
     ) -> None:
         self.run_dir, self.config, self.frozen = run_dir, config, frozen_sha256
         self.course = course
-        self.memory = HostMemory()
+        self.memory = checkpoint.HostMemory()
         self.snapshot: checkpoint.Snapshot | None = None  # the last one
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing: list[Future[None]] = []  # in the thread, in this order
@@ -102,7 +103,7 @@ class Checkpoints(Callback):
             raise RunFailedError(failure)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
-        """What is being saved is written to its end."""
+        """Lets the thread finish what it is writing."""
         self.thread.shutdown()
         faults: list[object] = [future.exception() for future in self.writing]
         for fault in faults + [self.failure] * (self.failures > 1):
@@ -179,7 +180,7 @@ class Checkpoints(Callback):
 
 
 def counters(finetuner: Finetuner) -> tuple[int, int]:
-    """What names a state of a run: iteration, and warm-up left."""
+    """The counters that identify a state of a run: iteration, and warm-up left."""
     return finetuner.iteration, finetuner.warmup_left
 
 
@@ -204,11 +205,13 @@ class Signals(Callback):
         self.course = course
         self.received = 0
         self.stopping = False  # the loop has answered
-        self._agreed: HostCopy | None = None
+        self._agreed: HostCopy[Tensor] | None = None
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
         """Takes the signals over."""
+        # Python writes each signal's number into the pipe from C, even while the main thread hangs;
+        # a handler of Python's would wait for that thread.
         self._heard, self._heard_by = os.pipe()
         os.set_blocking(self._heard_by, False)
         self._wakeup_before = signal.set_wakeup_fd(self._heard_by, warn_on_full_buffer=False)
@@ -234,7 +237,7 @@ class Signals(Callback):
 
     def _await_answer(self) -> None:
         """In a thread: ends the process if a signal is not answered in time."""
-        while (number := os.read(self._heard, 1)[0]) not in SIGNALS:  # others have handlers, too
+        while (number := os.read(self._heard, 1)[0]) not in SIGNALS:  # of other handlers
             if self._restored.is_set():
                 return
         course, waited, before = self.course, 0.0, self.course.done
@@ -263,9 +266,11 @@ class Signals(Callback):
         """Stops all ranks if one of them got a signal."""
         mine = FAILED if self.course.cannot_save else self.received
         if trainer.world_size > 1:
+            # The largest wins: a failed save (255) before any signal, and any signal before none
+            # (0).
             flag = torch.full((), mine, device=pl_module.device)  # filled there
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            before, self._agreed = self._agreed, HostCopy(flag)
+            before, self._agreed = self._agreed, to_host(flag)
             stop = 0 if before is None else int(before.read())
         else:
             stop = mine

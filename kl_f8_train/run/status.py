@@ -54,7 +54,7 @@ CHARTS = (  # title, columns, logarithmic
     ("PSNR of fixed photographs", ("psnr_ema", "psnr_raw"), False),
     ("SSIM of fixed photographs", ("ssim_ema", "ssim_raw"), False),
     ("Perceptual distance of fixed photographs", ("perceptual_ema", "perceptual_raw"), False),
-    ("Images a second", ("images_per_second",), False),
+    ("Images per second", ("images_per_second",), False),
     ("Share of time waiting for data", ("data_wait_share",), False),
     ("Peak memory, GiB", ("peak_memory_gib",), False),
 )
@@ -75,7 +75,7 @@ class Status:
     warmup_rows: int
     images_per_second: float | None
     seconds_left: float | None
-    end_date: str | None  # if it goes on, or went on now, at this speed
+    end_date: str | None  # if it continues, or were resumed now, at this speed
     last_log_age_seconds: float | None
     checkpoint: str | None
     checkpoint_iteration: int | None
@@ -319,7 +319,7 @@ def _checkpoint_warnings(
 def _discriminator_warnings(lately: Sequence[Row]) -> Iterable[str]:
     """The hinge loss is 1 at chance and 0 once the discriminator separates real from fake.
 
-    The adaptive weight may reach its limit beside a good discriminator, too: the reconstruction
+    The adaptive weight may also reach its limit beside a good discriminator: the reconstruction
     loss is a sum over pixels, so its gradient grows with the crop.
     """
     loss, real, fake, clamped, factor = (
@@ -448,7 +448,7 @@ def write_html(run: Path, status: Status, now: float, path: Path) -> None:
         write_text(path, html(run, status, now))
     except RunFailedError as error:
         raise RunFailedError(
-            f"--html {path}: cannot be written: {error}; name a file in a directory that is there"
+            f"--html {path}: cannot be written: {error}; name a file in a directory that exists"
         ) from error
 
 

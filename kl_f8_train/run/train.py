@@ -33,8 +33,8 @@ from kl_f8_train.config import Config, micro_batch, validation_sizes
 from kl_f8_train.core import machine
 from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
-from kl_f8_train.core.machine import is_out_of_memory, kernels, on_cuda, with_remedy
-from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.core.machine import is_out_of_memory, on_cuda, with_remedy
+from kl_f8_train.core.model import AutoencoderKL, kernels
 from kl_f8_train.core.run_state import RunState
 from kl_f8_train.core.step import Finetuner, bound_to
 from kl_f8_train.core.updates import describe_rate
@@ -42,13 +42,13 @@ from kl_f8_train.data import identity
 from kl_f8_train.data.handover import shared_memory_note
 from kl_f8_train.data.loading import (
     IterationSampler,
+    Plan,
     PositionDataset,
     Sample,
     loader,
     open_data,
     shard_cache,
 )
-from kl_f8_train.data.plan import Plan
 from kl_f8_train.data.sources import FolderSource, ImageSource, TarSource
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import check_writable, write_text
@@ -180,7 +180,7 @@ def _fit(trainer: Trainer, iterations: "Iterations", course: Course) -> None:
             "a GPU, or the network between the nodes is not open (NCCL_SOCKET_IFNAME names it)."
         )
         found = list_checkpoints(Path(iterations.config.run_dir))
-        last = f"goes on from {found[0].name}" if found else "starts anew (no checkpoint yet)"
+        last = f"goes on from {found[0].name}" if found else "starts over (no checkpoint yet)"
         minutes = iterations.config.compute.timeout_minutes
         raise RunFailedError(
             f"{what} The same command {last}; compute.timeout_minutes={minutes:g} bounds the wait, "
@@ -258,7 +258,7 @@ def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple
     if found:
         raise MissingInputError(
             f"none of the {len(found)} checkpoints in {run_dir} can be read; nothing was changed. "
-            "Move them away to start anew"
+            "Move them away to start over"
         )
     return _import(config)
 
@@ -407,7 +407,7 @@ def _trainer(config: Config, callbacks: list[Any]) -> Trainer:
                 "each task must see all of its node's: srun --gpus-per-node, not --gpus-per-task "
                 "or --gpu-bind"
                 if launcher == SRUN
-                else "mend the driver, or start fewer processes (without a launcher: "
+                else "fix the driver, or start fewer processes (without a launcher: "
                 "compute.devices), or give compute.accelerator=cpu"
             )
         )

@@ -85,7 +85,7 @@ class Watchdog(Callback):
         self.stopped.set()
 
     def _watch(self, trainer: Trainer, finetuner: Finetuner) -> None:
-        tick = min(1.0, self.seconds / 20)
+        tick = min(1.0, self.seconds / 20)  # short limits, of tests, have short ticks
         silent, before = 0.0, 0
         while silent < (self.seconds if self.course.done else FIRST * self.seconds):
             if self.stopped.wait(tick):
@@ -130,6 +130,7 @@ def reading_now(dataset: PositionDataset) -> list[str]:
 
 def _tell_silent(trainer: Trainer, mine: str) -> None:
     """Each rank leaves its line and names those that left none."""
+    # Over the store that the ranks met at: collectives may be what hangs.
     store = dist.distributed_c10d._get_default_store()
     keys = [f"watchdog/{rank}" for rank in range(trainer.world_size)]
     store.set(keys[trainer.global_rank], mine)

@@ -39,7 +39,7 @@ VERDICTS = {  # verdict -> how a sentence says it
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the images say about B against A in one metric."""
+    """B compared with A in one metric, over the images."""
 
     metric: str
     a: str

@@ -26,17 +26,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kl_f8_train import images as pixels
-from kl_f8_train.core import metrics, perceptual
+from kl_f8_train.core import metrics
+from kl_f8_train.core.batch import random_state
 from kl_f8_train.core.hashes import frozen_sha256
+from kl_f8_train.core.losses import PerceptualDistance, squared_differences, unweighted
 from kl_f8_train.core.metrics import METRICS, SCORES, FeatureStatistics
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.core.perceptual import PerceptualDistance
 from kl_f8_train.data import sources
-from kl_f8_train.data.plan import random_state
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import Facts
-from kl_f8_train.files import atomic_path, cache_dir, check_writable, write_json
+from kl_f8_train.files import cache_dir, check_writable, write_json
 from kl_f8_train.folders import ahead
 from kl_f8_train.launch import meeting, world_size
 from kl_f8_train.output import Progress
@@ -128,7 +128,7 @@ class ImageSet:
     ) -> None:
         """Leaves out what lies below `out`, a former evaluation's pictures.
 
-        Raises MissingInputError if nothing is there.
+        Raises MissingInputError if there is none.
         """
         cache = ShardCache(cache_dir() / "shards", 100 * 2**30)
         self.source = sources.open_source(
@@ -165,7 +165,7 @@ class ImageSet:
 
 
 class Means(nn.Module):
-    """What stands beside VAEs as a yardstick: the mean colour of every block of an image.
+    """A yardstick beside the VAEs: the mean colour of every block of an image.
 
     `block` is its side in pixels; None takes the whole image as one block.
     """
@@ -179,7 +179,7 @@ class Means(nn.Module):
         """(B, 3, H, W) -> the same shape, constant in each block."""
         if self.block is None:
             return x.mean((2, 3), keepdim=True).expand_as(x)
-        means = F.avg_pool2d(x, self.block)
+        means = F.avg_pool2d(x, self.block)  # (B, 3, H / block, W / block)
         return F.interpolate(means, scale_factor=float(self.block), mode="nearest")
 
 
@@ -198,7 +198,7 @@ class Candidate:
 
 
 def baselines() -> list[Candidate]:
-    """Rows of the table that every VAE worth its name is far above."""
+    """Rows of the table that any useful VAE is far above."""
     absent = ("iteration", "frozen_sha256", "layout", "select")
     record = {"path": "", "sha256": "", "base": False, "baseline": True, **dict.fromkeys(absent)}
     return [Candidate(name, Means(block), dict(record)) for name, block in BASELINES.items()]
@@ -270,7 +270,7 @@ def reconstruct(
 def _outputs(
     candidates: Sequence[Candidate], images: Tensor, keys: Sequence[str], protocol: Protocol
 ) -> Iterator[Tensor]:
-    """What each decoder puts out, float [-1, 1] but for overshoot."""
+    """The output of each decoder, float, about [-1, 1], not clamped."""
     latents: dict[str, Tensor] = {}
     for candidate in candidates:
         if isinstance(candidate.model, Means):
@@ -301,8 +301,8 @@ def with_noise(z: Tensor, keys: Sequence[str], sigma: float) -> Tensor:
     """
     if not sigma:
         return z
-    deviation = z.std(dim=(1, 2, 3), keepdim=True)
-    shape = tuple(z.shape[1:])
+    deviation = z.std(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    shape = tuple(z.shape[1:])  # (C, h, w)
     draws = [
         random_state(SEED, "latent-noise", f"{sigma:g}", key).standard_normal(shape) for key in keys
     ]
@@ -321,7 +321,7 @@ def posterior_noise(keys: Sequence[str], like: Tensor, seed: int = SEED) -> Tens
 
 @dataclass
 class Networks:
-    """What measures, as far as it is on this machine, and why the rest is not."""
+    """The networks that measure, as far as this machine has them, and why others are missing."""
 
     perceptual: PerceptualDistance | None = None
     inception: Inception | None = None
@@ -405,11 +405,11 @@ def score(
         if targets is None:
             targets = network.features(pixels.to_float(images))
         features = network.features(pixels.to_float(reconstructions))
-        squared = perceptual.squared_differences(targets, features)
+        squared = squared_differences(targets, features)
         name = "lpips" if network.name == "lpips_vgg" else "st_lpips"
-        scores[name] = network.weighted(squared).flatten().double()
+        scores[name] = network.weighted(squared).flatten().double()  # (B, 1, 1, 1) -> (B,)
         if network.name == "lpips_vgg":
-            scores["psim"] = perceptual.unweighted(squared).double()
+            scores["psim"] = unweighted(squared).double()
     return scores
 
 
@@ -560,6 +560,7 @@ def _gather(tally: Tally, rank: int, world: int) -> Tally:
         mine = (tally.rows, tally.problems, [s.count for s in tally.statistics])
         dist.gather_object(mine, parts if rank == 0 else None)
         for number, statistics in enumerate(tally.statistics):
+            # rFID's statistics are sums, so those of all processes add up: no features travel.
             statistics.total = statistics.total.cpu()
             statistics.products = statistics.products.cpu()
             dist.reduce(statistics.total, 0)
@@ -583,7 +584,7 @@ def _gather(tally: Tally, rank: int, world: int) -> Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What an evaluation of one size has in common with those of the others."""
+    """What the evaluations of all sizes share."""
 
     candidates: Sequence[Candidate]
     networks: Networks
@@ -703,7 +704,7 @@ def _evaluate_size(
     weights = {candidate.name: candidate.record for candidate in candidates}
     result = summarise(tally, weights, conditions, networks.unmeasured, where)
     if session.tile and seams:
-        result["tiled"] = tiled.summarise(seams, session.tile)
+        result["tiled"] = tiled.seam_summary(seams, session.tile)
     write_scores(out, result, tally)
     _write_pictures(out, image_set, session, tally)
     verdicts = []
@@ -775,7 +776,7 @@ def own_device(asked: str | None) -> str:
     """As asked; "cuda", also by default where there is one, is this process's own GPU."""
     if (asked or "cpu").startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(
-            f"--device {asked}: torch sees no GPU here; mend the driver, or give --device cpu"
+            f"--device {asked}: torch sees no GPU here; fix the driver, or give --device cpu"
         )
     if asked not in (None, "cuda") or not torch.cuda.is_available():
         return asked or "cpu"
@@ -840,11 +841,11 @@ def _write_pictures(
         batch = sample.image[None].expand(batch_size, -1, -1, -1).to(device)
         outputs = list(reconstruct(candidates, batch, [sample.key] * batch_size, protocol))
         shown = f"pictures/{number:04d}-input.png"
-        _write_png(out / shown, sample.image)
+        report.save_png(out / shown, sample.image, sync=True)
         models: dict[str, str] = {}
         for name, slug, output in zip(names, slugs(names), outputs, strict=True):
             models[name] = f"pictures/{number:04d}-{slug}.png"
-            _write_png(out / models[name], output[0])
+            report.save_png(out / models[name], output[0], sync=True)
         key = tally.rows[place].key
         entries.append({"image": key, "input": shown, "models": models, "why": why})
     write_json(out / "pictures.json", entries)
@@ -860,8 +861,3 @@ def _pictures(out: Path) -> set[str]:
     listed = out / "pictures.json"
     text = listed.read_text(encoding="utf-8", errors="replace") if listed.is_file() else ""
     return set(re.findall(r'"pictures/(\d{4}-[a-z0-9-]+\.png)"', text))
-
-
-def _write_png(path: Path, image: Tensor) -> None:
-    with atomic_path(path) as temporary:
-        pixels.to_pil(image).save(temporary, format="PNG")

@@ -23,7 +23,6 @@ from torch import Tensor
 from kl_f8_train import images as pixels
 from kl_f8_train.core import metrics
 from kl_f8_train.core.metrics import METRICS, FeatureStatistics, Metric
-from kl_f8_train.core.perceptual import OTHER_VGG
 from kl_f8_train.errors import RunFailedError, UsageError
 from kl_f8_train.files import check_writable, file_sha256, write_json, write_text
 from kl_f8_train.launch import world_size
@@ -33,7 +32,14 @@ from kl_f8_train.score import evaluate, report, saved_latents
 from kl_f8_train.score.evaluate import CARD, Candidate, Networks, Protocol
 from kl_f8_train.score.inception import FEATURES, Inception
 from kl_f8_train.score.saved_latents import SavedLatent, Scale
-from kl_f8_train.score.scores import BIASED_BELOW, PICTURES, mean_std, slugs
+from kl_f8_train.score.scores import (
+    BIASED_BELOW,
+    PICTURES,
+    mean_std,
+    network_caveats,
+    slugs,
+    weights_line,
+)
 from kl_f8_train.units import counted
 
 OWN = {  # of a decoded image by itself
@@ -50,7 +56,7 @@ STRIP_SIDE = 3072  # pixels of strip.png, about, either way
 
 @dataclass
 class Found:
-    """What the latents gave: scores of each VAE's images, and of each pair of VAEs."""
+    """Results over the latents: scores of each VAE's images, and of each pair of VAEs."""
 
     own: dict[str, list[dict[str, float]]]
     pairs: dict[tuple[str, str], list[dict[str, float]]]
@@ -116,7 +122,7 @@ def evaluate_latents(
         result["warnings"] = [*warnings, *result["warnings"]]
         result["latents"] = len(latents)
     _write(out, result, latents, found)
-    say_aloud(screen(result))
+    say_aloud(summary_text(result))
     return result
 
 
@@ -158,7 +164,7 @@ def _decode_all(
     if networks.inception is not None:
         found.statistics = {name: FeatureStatistics.empty(FEATURES, device) for name in names}
     former = _former_pictures(out)
-    for number, (latent, loaded) in enumerate(saved_latents.load(latents)):
+    for number, (latent, loaded) in enumerate(saved_latents.load_latents(latents)):
         values = loaded.to(device)
         found.deviations.append(float(values.std()))
         z = scales[latent.says].undo(values)
@@ -198,7 +204,7 @@ def _decoded(
 
 
 def own_scores(output: Tensor, levels: Tensor) -> dict[str, float]:
-    """What OWN names: output (1, 3, H, W) of a decoder, about [-1, 1], and its 8-bit image.
+    """The metrics in OWN: output (1, 3, H, W) of a decoder, about [-1, 1], and its 8-bit image.
 
     Colours are means of 8-bit levels, saturation that of the largest channel minus the smallest;
     `clipped` is the share of values beyond [-1, 1].
@@ -225,7 +231,7 @@ def pair_scores(a: Tensor, b: Tensor, networks: Networks) -> dict[str, float]:
 def _photograph_features(
     where: str, size: int, out: Path, inception: Inception, device: str
 ) -> FeatureStatistics:
-    """Inception's statistics of photographs; those that cannot be read are left out, and said."""
+    """Inception's statistics of photographs; unreadable ones are left out and reported."""
     statistics = FeatureStatistics.empty(FEATURES, device)
     images = evaluate.ImageSet(where, size, warn=say_aloud, out=out)
     for sample in images.stream(range(images.count), threads=2):
@@ -260,7 +266,7 @@ def _summarise(
     reference: FeatureStatistics | None,
     where: str,
 ) -> dict[str, Any]:
-    """What decoded.json holds; means and population deviations over the latents."""
+    """The contents of decoded.json: means and population deviations over the latents."""
     warnings = []
     models: dict[str, dict[str, Any]] = {}
     for name, rows in found.own.items():
@@ -277,10 +283,9 @@ def _summarise(
                 f"FID on {fewest:,} images is biased: fewer than {BIASED_BELOW:,}; compare only "
                 "VAEs on the same latents and photographs"
             )
-    if networks.perceptual is not None and networks.perceptual.name != "lpips_vgg":
-        warnings.append("ST-LPIPS is a stand-in: it is neither LPIPS nor PSIM")
-    if str(conditions.get("perceptual")).endswith(OTHER_VGG):
-        warnings.append("LPIPS and PSIM are measured on a VGG16 that is not the published one")
+    network = networks.perceptual
+    stand_in = network is not None and network.name != "lpips_vgg"
+    warnings += network_caveats(stand_in, conditions)
     return {
         "models": models,
         "pairs": [{"a": a, "b": b, **_means(rows)} for (a, b), rows in found.pairs.items()],
@@ -328,7 +333,7 @@ def _write(
     files = sorted({latent.path for latent in latents})
     kept = {**result, "sha256": {path.name: file_sha256(path) for path in files[:1000]}}
     write_json(out / "decoded.json", kept)
-    write_text(out / "table.md", screen(result) + "\n")
+    write_text(out / "table.md", summary_text(result) + "\n")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["model", "latent", *OWN])
@@ -339,7 +344,7 @@ def _write(
     _write_strip(out, found.pictures)
 
 
-def screen(result: Mapping[str, Any]) -> str:
+def summary_text(result: Mapping[str, Any]) -> str:
     """The tables of VAEs and of pairs, and what they depend on."""
     blocks = [_own_table(result), *([_pair_table(result)] if result["pairs"] else [])]
     protocol = result["protocol"]
@@ -350,8 +355,7 @@ def screen(result: Mapping[str, Any]) -> str:
         f"{'; '.join(protocol['scale'])}. {protocol['quantize']}; colours are mean 8-bit levels."
         f"{against}"
     )
-    hashes = [f"{n} {w['path']} {w['sha256'][:12]}" for n, w in result["weights"].items()]
-    blocks.append(f"Weights (sha256): {'; '.join(hashes)}.")
+    blocks.append(weights_line(result["weights"]))
     blocks += [f"Warning: {warning}." for warning in result["warnings"]]
     return "\n\n".join(blocks)
 
@@ -397,10 +401,10 @@ def _write_pictures(
     models, differences = {}, {}
     for vae, slug in zip(names, slugs(names), strict=True):
         models[vae] = f"pictures/{number:04d}-{slug}.png"
-        report.save(out / models[vae], levels[vae][0])
+        report.save_png(out / models[vae], levels[vae][0])
         if vae != names[0]:
             differences[vae] = f"errors/{number:04d}-{slug}.png"
-            report.save(
+            report.save_png(
                 out / differences[vae],
                 report.error_map(levels[names[0]][0].cpu(), levels[vae][0].cpu()),
             )
@@ -424,7 +428,7 @@ def _write_strip(out: Path, entries: Sequence[Mapping[str, Any]]) -> None:
         shown |= {f"|{n} - {base}|": p for n, p in _load(out, entry["differences"]).items()}
         for name, picture in shown.items():
             columns.setdefault(name, []).append(picture)
-    report.save(out / "strip.png", report.strip(list(columns.items())))
+    report.save_png(out / "strip.png", report.strip(list(columns.items())))
 
 
 def _paths(entries: Sequence[Mapping[str, Any]]) -> set[str]:

@@ -105,7 +105,7 @@ def write_comparison(
 ) -> list[compare.Verdict]:
     """Compares two models of an evaluation directory; writes comparison.json beside the scores.
 
-    At each of `sigmas` their rows with that noise on the latents, too, on the same draws.
+    At each of `sigmas` also their rows with that noise on the latents, on the same draws.
     """
     rows = compare.read_image_scores(directory / "per_image.csv")
     found = compare.verdicts(rows, a, b)
@@ -201,10 +201,10 @@ def _write_zooms(directory: Path, evaluation: Evaluation) -> list[dict[str, Any]
         for index, path in enumerate(paths):
             name, column = columns[index]
             file = Path(path).name
-            save(directory / "zooms" / file, zoom(pictures[index], box))
+            save_png(directory / "zooms" / file, zoom(pictures[index], box))
             side = {"name": name, "picture": path, "zoom": f"zooms/{file}"}
             if index:
-                save(directory / "errors" / file, error_map(pictures[0], pictures[index]))
+                save_png(directory / "errors" / file, error_map(pictures[0], pictures[index]))
                 side |= {"error": f"errors/{file}"}
             column.append(pictures[index])
             sides.append({**side, "sharpness": _sharpness(pictures[index])})
@@ -212,7 +212,7 @@ def _write_zooms(directory: Path, evaluation: Evaluation) -> list[dict[str, Any]
         shown.append({"image": item["image"], "why": item["why"], "box": frame, "sides": sides})
     if shown:
         first = [(name, column[:STRIP_ROWS]) for name, column in columns]
-        save(directory / "strip.png", strip(first))
+        save_png(directory / "strip.png", strip(first))
     return shown
 
 
@@ -222,9 +222,9 @@ def _load(path: Path) -> Tensor:
     return images.decode(path.read_bytes())
 
 
-def save(path: Path, picture: Tensor) -> None:
-    """Writes a PNG atomically but without fsync: there are hundreds, which are quickly remade."""
-    with atomic_path(path, sync=False) as temporary:
+def save_png(path: Path, picture: Tensor, sync: bool = False) -> None:
+    """Writes a PNG atomically, without fsync: of what is quickly made again there are hundreds."""
+    with atomic_path(path, sync=sync) as temporary:
         images.to_pil(picture).save(temporary, format="PNG")
 
 

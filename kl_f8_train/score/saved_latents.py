@@ -29,7 +29,7 @@ from kl_f8_train.facts import FAMILIES, Facts
 from kl_f8_train.units import counted
 from kl_f8_train.weights import weight_file
 
-SUFFIXES = (".latent", ".safetensors", ".npy", ".pt")
+ENDINGS = (".latent", ".safetensors", ".npy", ".pt")
 COMFYUI, MARKER = "latent_tensor", "latent_format_version_0"
 LEGACY_FACTOR = 0.18215  # of ComfyUI's files without the marker, whatever model they are of
 NAMES = ("latents", "latent", "samples", "z")  # which tensor is meant, where a file has several
@@ -61,7 +61,7 @@ class Scale:
     def undo(self, values: Tensor) -> Tensor:
         """(B, C, h, w) in the file's scale -> in the decoder's."""
         mean, std = (values.new_tensor(part).view(1, -1, 1, 1) for part in (self.mean, self.std))
-        return values * std / self.factor + mean
+        return values * std / self.factor + mean  # of (z - mean) / std x factor
 
     def __str__(self) -> str:
         if self == Scale():
@@ -77,10 +77,10 @@ def find(where: Path) -> list[Path]:
         return [where]
     if not where.is_dir():
         raise MissingInputError(f"--latents {where}: no such folder or file; check the path")
-    found = sorted(p for p in where.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    found = sorted(p for p in where.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
     if not found:
         raise MissingInputError(
-            f"--latents {where}: holds no latents; expected {', '.join(SUFFIXES)} files"
+            f"--latents {where}: holds no latents; expected {', '.join(ENDINGS)} files"
         )
     return found
 
@@ -102,7 +102,7 @@ def survey(where: Path, limit: int | None = None) -> list[SavedLatent]:
     return latents
 
 
-def load(latents: Iterable[SavedLatent]) -> Iterator[tuple[SavedLatent, Tensor]]:
+def load_latents(latents: Iterable[SavedLatent]) -> Iterator[tuple[SavedLatent, Tensor]]:
     """Each with its values, (1, C, h, w) float32 in the file's scale; reads a file of many once."""
     for path, group in itertools.groupby(latents, key=lambda latent: latent.path):
         values, _ = read(path)
@@ -294,6 +294,7 @@ def doubt(deviation: float, factor: float, scaled: bool) -> str:
     own, other = (1.0, 1 / factor) if scaled else (1 / factor, 1.0)
     if deviation <= 0 or abs(math.log(factor)) < math.log(2):
         return ""
+    # Ratios, since a scale is one: is the deviation nearer to what was said than to the other?
     if abs(math.log(deviation / own)) <= abs(math.log(deviation / other)):
         return ""
     return (

@@ -1,7 +1,7 @@
-"""What an evaluation found, as summary, table and files.
+"""The results of an evaluation, as summary, table and files.
 
-One number an image and metric becomes mean and deviation, one set of features a Frechet distance;
-beside them stands all that they depend on.
+A metric's values, one for each image, become mean and deviation, and a set of features a Frechet
+distance; all conditions that they depend on are written with them.
 """
 
 import csv
@@ -30,14 +30,14 @@ from kl_f8_train.units import counted
 BIASED_BELOW = 2048  # images; the width of Inception's features
 PICTURES = 24  # images shown, at most
 WARNINGS = 20  # below a table, at most
-FIRST = 4  # of them, whatever their scores
+FIRST_FEW = 4  # of them, whatever their scores
 LONGEST = 60  # letters of a model in a file name
 SHIFT_METRICS = ("red_shift", "green_shift", "blue_shift", "saturation_shift")
 
 
 @dataclass
 class ImageScores:
-    """What one image gave."""
+    """The scores of one image."""
 
     index: int
     key: str
@@ -49,7 +49,7 @@ class ImageScores:
 
 @dataclass
 class Tally:
-    """What a process has measured."""
+    """The measurements of one process."""
 
     measured: tuple[str, ...]  # the metrics of the rows' scores
     rows: list[ImageScores] = field(default_factory=list)
@@ -64,7 +64,7 @@ def summarise(
     unmeasured: Mapping[str, str],
     where: str,
 ) -> dict[str, Any]:
-    """What scores.json holds: means and deviations, and all that they depend on.
+    """The contents of scores.json: means and deviations, and all that they depend on.
 
     `weights`: name of each VAE -> what is known of its file, in the order of the rows' scores.
     Raises RunFailedError if no image could be used.
@@ -113,7 +113,7 @@ def summarise(
 
 
 def _caveats(tally: Tally, protocol: Mapping[str, Any]) -> list[str]:
-    """What keeps scores from being compared with others."""
+    """Reasons why these scores cannot be compared with others."""
     caveats = []
     enlarged = sum(row.enlarged for row in tally.rows)
     if enlarged:
@@ -126,8 +126,12 @@ def _caveats(tally: Tally, protocol: Mapping[str, Any]) -> list[str]:
             f"rFID on {len(tally.rows):,} images is biased: fewer than {BIASED_BELOW:,}; "
             "compare only with rFID on the same images"
         )
-    if "st_lpips" in tally.measured:
-        caveats.append("ST-LPIPS is a stand-in: it is neither LPIPS nor PSIM")
+    return caveats + network_caveats("st_lpips" in tally.measured, protocol)
+
+
+def network_caveats(stand_in: bool, protocol: Mapping[str, Any]) -> list[str]:
+    """What keeps distances of another perceptual network from being compared with others."""
+    caveats = ["ST-LPIPS is a stand-in: it is neither LPIPS nor PSIM"] if stand_in else []
     if str(protocol.get("perceptual")).endswith(OTHER_VGG):
         caveats.append(
             "LPIPS and PSIM are measured on a VGG16 that is not the published one, and cannot be "
@@ -139,7 +143,7 @@ def _caveats(tally: Tally, protocol: Mapping[str, Any]) -> list[str]:
 def mean_std(values: Sequence[float]) -> dict[str, float] | None:
     """Mean and population deviation of what is finite; None if nothing is.
 
-    The authors left infinite PSNR out, too.
+    The authors left out infinite PSNR as well.
     """
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
@@ -161,7 +165,7 @@ def images_sha256(rows: Sequence[ImageScores]) -> str:
 def write_scores(out: Path, result: Mapping[str, Any], tally: Tally) -> None:
     """Writes scores.json, table.md and per_image.csv."""
     write_json(out / "scores.json", result)
-    seams = [tiled.table(result["tiled"])] if "tiled" in result else []
+    seams = [tiled.seam_table(result["tiled"])] if "tiled" in result else []
     write_text(out / "table.md", "\n\n".join([table(result), *seams, f"{footer(result)}\n"]))
     names = [name for name in METRICS if name != "st_lpips" or name in tally.measured]
     text = io.StringIO()
@@ -182,7 +186,7 @@ def screen(result: Mapping[str, Any], said: Collection[str] = ()) -> str:
     """
     reasons = {name: why for name, why in result["unmeasured"].items() if name not in said}
     shown = {**result, "unmeasured": reasons}
-    seams = [tiled.table(result["tiled"])] if "tiled" in result else []
+    seams = [tiled.seam_table(result["tiled"])] if "tiled" in result else []
     return "\n\n".join([table(result, measured_only=True), *seams, footer(shown)])
 
 
@@ -213,7 +217,7 @@ def table(result: Mapping[str, Any], measured_only: bool = False) -> str:
 
 
 def footer(result: Mapping[str, Any]) -> str:
-    """What stands beside every table: protocol, images, hashes, what was not measured and why."""
+    """The lines below every table: protocol, images, hashes, what was not measured and why."""
     protocol = result["protocol"]
     posterior = protocol["posterior"]
     seed = f", seed {protocol['seed']}" if protocol["seed"] is not None else ""
@@ -225,18 +229,23 @@ def footer(result: Mapping[str, Any]) -> str:
     ]
     if "latent_noise" in protocol:
         lines.append(f"Rows with a sigma: {protocol['latent_noise']}.")
-    hashes = [
-        f"{name} {w['path']} {w['sha256'][:12]}"
-        for name, w in result["weights"].items()
-        if w["sha256"] and "latent_noise" not in w
-    ]
-    hashes += [f"{n} {protocol[n][:12]}" for n in ("vgg", "inception") if protocol[n]]
-    lines.append(f"Weights (sha256): {'; '.join(hashes)}.")
+    networks = [f"{n} {protocol[n][:12]}" for n in ("vgg", "inception") if protocol[n]]
+    lines.append(weights_line(result["weights"], *networks))
     lines += not_measured(result["unmeasured"])
     lines += [f"Warning: {warning}." for warning in result["warnings"][:WARNINGS]]
     if len(result["warnings"]) > WARNINGS:
         lines.append(f"{len(result['warnings']) - WARNINGS:,} more warnings are in scores.json.")
     return "\n\n".join(lines)
+
+
+def weights_line(weights: Mapping[str, Mapping[str, Any]], *others: str) -> str:
+    """Each file with its hash, then `others`."""
+    hashes = [
+        f"{name} {w['path']} {w['sha256'][:12]}"
+        for name, w in weights.items()
+        if w["sha256"] and "latent_noise" not in w
+    ]
+    return f"Weights (sha256): {'; '.join([*hashes, *others])}."
 
 
 def score_text(value: Mapping[str, float] | float | None, metric: str) -> str:
@@ -259,7 +268,7 @@ def choose_pictures(
 
     PICTURES images at most; every reason of a chosen image is kept.
     """
-    chosen: dict[int, list[str]] = {place: ["first"] for place in range(min(FIRST, len(rows)))}
+    chosen: dict[int, list[str]] = {place: ["first"] for place in range(min(FIRST_FEW, len(rows)))}
     for rank in ("worst", "best", "median"):
         for metric in (name for name in measured if METRICS[name].better):
             column = measured.index(metric)

@@ -39,11 +39,14 @@ class Seams:
 
 def decode_as_diffusers(decode: Decode, z: Tensor, tile: int, factor: int) -> Tensor:
     """(B, C, h, w) -> (B, 3, H, W); `tile` in latents, a multiple of 4."""
+    # Tiles begin every `step` latents; of each, `kept` pixels are its own, and over the first
+    # `fade` of them it is blended with the tile before.
     step, fade, kept = tile * 3 // 4, tile * factor // 4, tile * factor * 3 // 4
     if max(z.shape[2:]) <= tile:
         return decode(z)
     rows: list[Tensor] = []
     above: list[Tensor] = []
+    # `above` is the row of tiles before, with their last quarters, which the next row fades from.
     for top in range(0, z.shape[2], step):
         row: list[Tensor] = []
         for column, left in enumerate(range(0, z.shape[3], step)):
@@ -53,7 +56,7 @@ def decode_as_diffusers(decode: Decode, z: Tensor, tile: int, factor: int) -> Te
             if row:
                 _fade(row[-1], part, fade, axis=3)
             row.append(part)
-        rows.append(torch.cat([part[:, :, :kept, :kept] for part in row], dim=3))
+        rows.append(torch.cat([part[:, :, :kept, :kept] for part in row], dim=3))  # (B, 3, kept, W)
         above = row
     return torch.cat(rows, dim=2)
 
@@ -88,7 +91,7 @@ def _weighted_pass(
         for left in _starts(width, tile[1], overlap):
             part = decode(z[:, :, top : top + tile[0], left : left + tile[1]])
             down, across = (_ramps(side, overlap * factor, z) for side in part.shape[2:])
-            mask = down[:, None] * across
+            mask = down[:, None] * across  # (height, width) of the part
             place = (
                 slice(None),
                 slice(None),
@@ -97,7 +100,7 @@ def _weighted_pass(
             )
             total[place] += part * mask
             weight[place] += mask
-    return total / weight
+    return total / weight  # every pixel lies in a tile, and no ramp reaches 0
 
 
 def _starts(length: int, tile: int, overlap: int) -> Iterator[int]:
@@ -182,7 +185,7 @@ def measure(
     return found
 
 
-def summarise(found: Measured, tile: int) -> dict[str, Any]:
+def seam_summary(found: Measured, tile: int) -> dict[str, Any]:
     """For scores.json: of each VAE and way the mean PSNR, the lowest, the largest difference."""
     models: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(name for _, name, _ in found):
@@ -205,8 +208,8 @@ def _summary(rows: Sequence[tuple[str, Seams]]) -> dict[str, Any]:
     }
 
 
-def table(summary: Mapping[str, Any]) -> str:
-    """Tiled against whole decoding in Markdown, of what `summarise` gives."""
+def seam_table(summary: Mapping[str, Any]) -> str:
+    """Tiled against whole decoding in Markdown, of a `seam_summary`."""
     head = ["tiles against whole", "way", "PSNR", "lowest", "largest difference", "PSNR lost"]
     rows = []
     for name, ways in summary["models"].items():

@@ -4,6 +4,7 @@ Nothing random is in it: images, crops and noise follow from the seed and the it
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,9 @@ from torch.optim import Adam
 from kl_f8_train import config as configs
 from kl_f8_train import facts
 from kl_f8_train.config import Config
-from kl_f8_train.core.ema import module_names
 from kl_f8_train.core.hashes import frozen_sha256, tensors_sha256
-from kl_f8_train.core.host_memory import ALIGNMENT, Copies, HostMemory, room
 from kl_f8_train.core.step import Finetuner
+from kl_f8_train.core.updates import HostCopy, module_names
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import Facts
 from kl_f8_train.run_dir import checkpoint_path
@@ -26,13 +26,52 @@ from kl_f8_train.weights.names import State, Weights, check_like
 
 FORMAT = "kl_f8_train.checkpoint.1"
 OPTIMIZERS = ("decoder", "discriminator")
+ALIGNMENT = 64  # bytes: where a copy begins
+
+
+class HostMemory:
+    """Memory that is kept for copy after copy.
+
+    New memory is slow to get: the kernel makes its pages at their first use, in seconds a gigabyte
+    where the machine is short of it, and CUDA pins them. Copied to pages that are there, a
+    gigabyte takes a fraction of a second.
+    """
+
+    def __init__(self) -> None:
+        self.block = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, size: int, pinned: bool) -> None:
+        """Gets memory for `size` bytes, with its pages; `pinned` if they will come from CUDA."""
+        if self.block.numel() < size:
+            self.block = torch.empty(0, dtype=torch.uint8)  # the old one first
+            self.block = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            self.block.zero_()
+
+    def copy(self, tensors: Mapping[str, Tensor]) -> HostCopy[dict[str, Tensor]]:
+        """Contiguous copies, which overwrite those of the call before.
+
+        From CUDA they are only queued, before whatever changes the tensors next.
+        """
+        on_cuda = any(tensor.is_cuda for tensor in tensors.values())
+        self.reserve(sum(room(tensor) for tensor in tensors.values()), on_cuda)
+        copied, start = {}, 0
+        for name, tensor in tensors.items():
+            part = self.block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            copied[name] = part.copy_(tensor.detach(), non_blocking=True)
+            start += room(tensor)
+        return HostCopy(copied, on_cuda)
+
+
+def room(tensor: Tensor) -> int:
+    """Bytes that a copy takes."""
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """The state of a run after an iteration, in host memory of its own."""
 
-    copies: Copies
+    copies: HostCopy[dict[str, Tensor]]  # they share one block of memory
     metadata: dict[str, str]  # all but the tensors' hashes
     counters: tuple[int, int]  # iteration, warm-up left
 
@@ -57,7 +96,7 @@ def write(state: Snapshot, path: Path) -> Path:
 
     Raises RunFailedError if not, or if the file cannot be written.
     """
-    tensors, frozen = state.copies.tensors(), state.metadata["frozen_sha256"]
+    tensors, frozen = state.copies.read(), state.metadata["frozen_sha256"]
     parts = ((name.partition("."), tensor) for name, tensor in tensors.items())
     now = frozen_sha256({key: tensor for (part, _, key), tensor in parts if part == "autoencoder"})
     if now != frozen:
@@ -130,7 +169,7 @@ def stored_base(metadata: dict[str, str]) -> dict[str, str]:
 
 
 def stored_facts(contents: weight_file.Contents, config: Config) -> Facts:
-    """What the base of a run stated; of older checkpoints only what their configuration shows."""
+    """The facts that a run's base stated; of older checkpoints those that their recipe shows."""
     return facts.combined(contents.facts, _shown_value(config))
 
 
@@ -268,6 +307,7 @@ def check_groups(stated: Facts, model: configs.Model) -> None:
 
 def _check_finite(tensors: dict[str, Tensor]) -> None:
     names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    # One call for all tensors; the largest magnitude is NaN or infinite if any value is.
     largest = torch._foreach_norm([tensors[name].detach() for name in names], torch.inf)
     bad = [n for n, value in zip(names, largest, strict=True) if not bool(value.isfinite())]
     if bad:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kl_f8_train.core.ema import label, module_name
+from kl_f8_train.core.updates import label, module_name
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.facts import GROUPS, Facts
 
@@ -45,7 +45,7 @@ EMA_SCALARS = ("model_ema.decay", "model_ema.num_updates")
 
 @dataclass
 class Weights:
-    """What a file holds, in our names."""
+    """The contents of a file, under our names."""
 
     layout: str
     autoencoder: State
@@ -111,7 +111,7 @@ def _places(keys: Collection[str], prefix: str | None = None) -> _Places:
         return _Places(names, chosen[0], None)
     averages = [one for one in found if EMA_MARK.search(one)]
     raw = _only([one for one in found if one not in averages], "autoencoders")
-    raw = "" if raw is None and not averages else raw  # what there is of one stands bare
+    raw = "" if raw is None and not averages else raw  # parts of one have no prefix
     lists = dict.fromkeys(m[1] for m in map(LISTED.fullmatch, names) if m)
     listed = _only(list(lists), "EMAs") if raw is not None and raw != FIRST_STAGE else None
     ema, partial = _only(averages, "EMAs"), ""
@@ -254,6 +254,8 @@ def _named_by_order(listed: Mapping[str, Tensor], inner: Mapping[str, Tensor]) -
     values = [listed[key] for key in sorted(listed, key=int)]
     raw = {k: v for k, v in inner.items() if k.startswith(AUTOENCODER_PARTS)}
     decoder = {k: v for k, v in raw.items() if k.startswith(("decoder.", "post_quant_conv."))}
+    # EMA packages keep a list in the order of module.parameters(), which is that of the state dict:
+    # the networks have no buffers. Shapes show which module it was.
     for names in (raw, decoder):
         if [v.shape for v in names.values()] == [v.shape for v in values]:
             return dict(zip(names, values, strict=True))
@@ -332,7 +334,7 @@ def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, 
 
 
 def differences(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """One line per tensor that is missing, of another shape or kind, or too much, in order."""
+    """One line per tensor that is missing, unexpected, or of another shape or kind, in order."""
     problems = []
     for key, shape in expected.items():
         if key not in state:
@@ -356,8 +358,8 @@ def architecture(state: Mapping[str, Tensor], facts: Facts | None = None) -> dic
     groups = facts.norm_num_groups if facts else None
     plain = not any(key.startswith(("quant_conv.", "post_quant_conv.")) for key in state)
     try:
-        z_channels = state["decoder.conv_in.weight"].shape[1]
-        ch = state["encoder.conv_in.weight"].shape[0]
+        z_channels = state["decoder.conv_in.weight"].shape[1]  # (top, z, 3, 3)
+        ch = state["encoder.conv_in.weight"].shape[0]  # (ch, 3, 3, 3)
         levels = 1 + max(
             int(m[1]) for m in (re.match(r"encoder\.down\.(\d{1,3})", k) for k in state) if m
         )
@@ -370,6 +372,7 @@ def architecture(state: Mapping[str, Tensor], facts: Facts | None = None) -> dic
             "ch_mult": tuple(width // ch for width in widths),
             "num_res_blocks": blocks,
             "z_channels": z_channels,
+            # (z, embed, 1, 1)
             "embed_dim": z_channels if plain else state["post_quant_conv.weight"].shape[1],
             **({"quant_conv": False} if plain else {}),
             **({"norm_num_groups": groups} if groups else {}),
@@ -414,6 +417,8 @@ def _attention(state: Mapping[str, Tensor]) -> State:
             pieces = zip("qkv", value.chunk(3), strict=True)
             parts = {f"{joined[1]}{name}.{joined[2]}": piece for name, piece in pieces}
         for name, part in parts.items():
+            # CompVis computes attention by 1x1 convolutions, diffusers by linear layers: the same
+            # sums.
             flat = _is_attention_weight(name) and part.ndim >= 2 and set(part.shape[2:]) <= {1}
             found[name] = part.reshape(*part.shape[:2], 1, 1) if flat else part
     return found

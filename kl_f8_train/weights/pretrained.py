@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kl_f8_train import transfer
 from kl_f8_train.core.hashes import tensors_sha256
-from kl_f8_train.core.perceptual import PerceptualDistance, lpips_vgg, st_lpips_alex
+from kl_f8_train.core.losses import PerceptualDistance
+from kl_f8_train.core.perceptual import lpips_vgg, st_lpips_alex
 from kl_f8_train.errors import MissingInputError, RunFailedError
 from kl_f8_train.files import cache_dir, check_writable, file_sha256
 from kl_f8_train.weights import weight_file

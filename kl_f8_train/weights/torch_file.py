@@ -236,9 +236,10 @@ def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
         for key in keys:
             if type(key) is not str:
                 raise ValueError("a storage whose key is not a string")
+            # Each storage is its number of elements, 64 bits little-endian, and then the elements.
             (count,) = struct.unpack_from("<q", data, place)
             if key not in pickled.storages:
-                raise MissingInputError("quantised tensors in torch's old format; save it anew")
+                raise MissingInputError("quantised tensors in torch's old format; save it again")
             size = count * pickled.storages[key].dtype.itemsize
             if count < 0 or place + 8 + size > total:
                 raise EOFError(f"storage {key} ends behind the file")
@@ -319,6 +320,8 @@ class View:
             and all(type(n) is int and n >= 0 for n in (self.offset, *self.size, *self.stride))
         ):
             raise ValueError("a tensor without a sane storage, offset, size and stride")
+        # Where the last element lies, relative to the first. The count of elements is bounded as
+        # well: with strides of 0 a few bytes could claim any size.
         last = sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
         if self.numel > max(0, self.storage.count - self.offset) or (
             self.numel and self.offset + last >= self.storage.count
@@ -381,6 +384,7 @@ def _collect(
     needed = {view.storage for view in chosen.values()}
     size = sum(view.numel * view.storage.dtype.itemsize for view in chosen.values())
     size = max(size, sum(storage.nbytes for storage in needed))
+    # Tensors may share a storage (tied weights), hence twice the file; never many times.
     if size > 2 * total + 1_000_000:
         raise ValueError(f"its tensors claim {size:,} bytes")
     storages = {storage: _flat(fetch(storage), storage.dtype) for storage in needed}
@@ -400,7 +404,7 @@ def _collect(
 
 
 def _counts(loaded: dict[Any, Any]) -> dict[str, int]:
-    """`global_step` and the like; of Lightning with several optimizers, `iteration`, too."""
+    """`global_step` and the like; of Lightning with several optimizers, also `iteration`."""
     names = ("iteration", "global_step", "epoch", "global_steps", "step", "iter")
     counts = {name: loaded[name] for name in names if type(loaded.get(name)) is int}
     batches: Any = loaded
@@ -624,5 +628,8 @@ def _later_view(arguments: tuple[Any, ...]) -> View | _Stub:
     return View(typed, *arguments[1:4])
 
 
-REFUSED_CODES = {*b"iPoIJLFSVgp", 0x82, 0x83, 0x84, 0x8B, 0x97, 0x98} - {*b"J"}
+# Protocols 0 and 1, which torch never wrote: INST, PERSID, OBJ, INT, LONG, FLOAT, STRING, UNICODE,
+# GET, PUT. Then EXT1, EXT2, EXT4 (names by a number of the process), LONG4 (numbers of any length),
+# NEXT_BUFFER and READONLY_BUFFER (data beside the pickle).
+REFUSED_CODES = {*b"iPoILFSVgp", 0x82, 0x83, 0x84, 0x8B, 0x97, 0x98}
 READ = {code: f for code, f in _Interpreter.dispatch.items() if code not in REFUSED_CODES}

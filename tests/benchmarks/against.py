@@ -29,6 +29,7 @@ from kl_f8_train.core.losses import (
     generator_loss,
     reconstruction_loss,
 )
+from kl_f8_train.core.model import kernels
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.images import to_float
 from kl_f8_train.output import say
@@ -145,7 +146,7 @@ def original(config: Config, device: torch.device) -> benchmark.Iteration:
             x, y, distance, pixel=pixel, perceptual_weight=weight, logvar=logvar
         )[0]
 
-    @machine.kernels(config.precision)
+    @kernels(config.precision)
     def run(batch: Batch) -> None:
         x = to_float(batch.images) if batch.images.dtype == torch.uint8 else batch.images
         posterior = model.encode(x)

@@ -23,7 +23,7 @@ import torch
 
 from kl_f8_train import config
 from kl_f8_train.check import benchmark
-from kl_f8_train.core.machine import timed_by
+from kl_f8_train.core.batch import timed_by
 
 RECIPES = ("ft_ema", "ft_mse", "flux_vae")
 LEVELS = (0, 2, 4)

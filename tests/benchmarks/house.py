@@ -27,15 +27,7 @@ PARSER = "build_parser"
 LAYERS = ("core/model.py", "core/perceptual.py", "core/discriminator.py")
 NOT_LAYERS = {  # of those files
     *("from_moments", "sample", "kl", "encode", "decode", "decode_at_last_layer", "last_layer"),
-    *(
-        "PerceptualDistance.features",
-        "weighted",
-        "no_autocast",
-        "distance_in_parts",
-        "squared_differences",
-    ),
-    *("unit_length", "PerceptualDistance.forward", "_DistanceInParts.forward"),
-    "_DistanceInParts.backward",
+    *("autocast", "kernels"),
 }
 RECIPE = (
     *("data.crop=64", "data.workers=0", "global_batch=4", "compute.per_device_batch=2"),
@@ -151,16 +143,22 @@ def traced_way() -> dict[str, dict[str, int]]:
     called: set[tuple[str, int]] = set()
 
     def note(frame: FrameType, event: str, argument: Any) -> None:
-        by_callback = frame.f_back and frame.f_back.f_code.co_filename.startswith(CALLBACKS)
-        if event == "call" and not by_callback and is_ours(frame):
+        if event == "call" and is_ours(frame) and not by_callback(frame):
             called.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
 
     def is_ours(frame: FrameType) -> bool:
         return frame.f_code.co_filename.startswith(str(PACKAGE))
 
+    def by_callback(frame: FrameType | None) -> bool:
+        """Whether a callback of `run/` called it, perhaps by way of others."""
+        while (frame := frame and frame.f_back) and "lightning" not in frame.f_code.co_filename:
+            if frame.f_code.co_filename.startswith(CALLBACKS):
+                return True
+        return False
+
     class Tracer(Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-            sys.setprofile(note if module.iteration == 1 else None)
+            sys.setprofile(note if module.run_state.iteration == 1 else None)
 
     build = train._trainer
 

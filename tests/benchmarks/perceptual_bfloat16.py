@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from kl_f8_train import images, load_autoencoder, shipped
-from kl_f8_train.core.perceptual import PerceptualDistance, lpips_vgg
+from kl_f8_train.core.losses import PerceptualDistance
+from kl_f8_train.core.perceptual import lpips_vgg
 from kl_f8_train.weights import pretrained
 
 WANTED = 0.999  # cosine

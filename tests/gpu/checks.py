@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pretended
 import pytest
 import torch
 from torch import Tensor
@@ -14,13 +15,18 @@ from kl_f8_train.check import benchmark, cost
 from kl_f8_train.config import Config
 
 REHEARSING = os.environ.get("ACCEPTANCE") == "cpu"
-ON_GPU = [pytest.mark.gpu, pytest.mark.usefixtures("computing")]  # needs values or times
-COUNTED = [pytest.mark.gpu]  # true on a pretended GPU, too
-REHEARSED = ON_GPU[1:] if REHEARSING else ON_GPU  # on CPUs, too, in an acceptance run there
+PRETENDED = pretended.is_here()
+COUNTED = [pytest.mark.gpu]  # on GPUs, pretended ones too
+REHEARSED = [] if REHEARSING else COUNTED  # on CPUs, too, in an acceptance run there
+# A check whose verdict needs values or times is made everywhere, to its end; where they mean
+# nothing, its verdict is left out (conftest.py).
+OF_VALUES = [*REHEARSED, pytest.mark.of_values]
+OF_TIMES = [*REHEARSED, pytest.mark.of_times]
 
 EAGER = "compute.compile=false"
 SMALL = ("model.ch=32", "data.crop=64", "compute.per_device_batch=2")
 TINY = (*SMALL[:1], "model.ch_mult=[1,1]", "model.num_res_blocks=1", "data.crop=32", *SMALL[2:])
+SIZE = TINY if REHEARSING else ()  # the recipe's own on GPUs
 
 
 def recipe(name: str, device: torch.device, *overrides: str) -> Config:
@@ -66,7 +72,9 @@ def ready(*given: object, **options: object) -> Iterator[Ready]:
 
 
 def skip_if_too_large(config: Config, images: int) -> None:
-    """Skips a test whose micro-batch does not fit, by computation."""
+    """Skips a test whose micro-batch does not fit on the GPU, by computation."""
+    if REHEARSING:
+        return
     computed, room = cost.peak_bytes(config, images), torch.cuda.mem_get_info()[0]
     if computed + cost.HEADROOM_BYTES > room:
         pytest.skip(f"takes {computed / cost.GIB:.1f} GiB, computed; free {room / cost.GIB:.1f}")

@@ -2,13 +2,12 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
-import pretended
 import pytest
 import torch
-from checks import REHEARSING, give_back_memory
+from checks import PRETENDED, REHEARSING, give_back_memory
 
 
 @pytest.fixture(scope="session")
@@ -24,13 +23,6 @@ def processes() -> int:
     return int(os.environ.get("GPUS") or seen)
 
 
-@pytest.fixture(scope="session")
-def computing() -> None:
-    """Skips what needs values or times where kernels compute nothing; before all other fixtures."""
-    if pretended.is_here():
-        pytest.skip("the GPU is a pretended one")
-
-
 @pytest.fixture
 def see(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """see(text) puts a figure into the table."""
@@ -43,20 +35,50 @@ def _memory_is_given_back() -> Iterator[None]:
     give_back_memory()
 
 
-# --- on a pretended GPU -----------------------------------------------------------------------
+# --- where values or times mean nothing -------------------------------------------------------
+
+MARKS = {
+    "of_values": "its verdict needs values: not one on a pretended GPU",
+    "of_times": "its verdict needs times: not one on a pretended GPU or in a rehearsal",
+}
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Takes the place of cuDNN's convolutions."""
-    if pretended.is_here():
-        pretended.install()
+def pytest_configure(config: pytest.Config) -> None:
+    """Declares the marks of this folder."""
+    for name, meaning in MARKS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Leaves the verdict out, passed or failed; any other error is one."""
+    report = yield
+    means = nothing_it_means(item)
+    judged = call.when == "call" and report.passed
+    judged |= call.excinfo is not None and call.excinfo.errisinstance(AssertionError)
+    if means and judged:
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), 0, f"Skipped: ran to its end; {means}")
+        report.user_properties.append(("note", means))
+    return report
+
+
+def nothing_it_means(item: pytest.Item) -> str | None:
+    """Why a check's verdict would mean nothing here; None if it does not."""
+    of_times = item.get_closest_marker("of_times") is not None
+    of_values = item.get_closest_marker("of_values") is not None
+    if PRETENDED and (of_times or of_values):
+        return "no verdict: the GPU is a pretended one"
+    return "no verdict: times of a CPU" if REHEARSING and of_times else None
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Ends at once: torch's threads would end with an error where kernels take no time."""
     session = config.pluginmanager.get_plugin("session")
-    if pretended.is_here() and session is not None:
+    if PRETENDED and session is not None:
         sys.stdout.flush()
         os._exit(session.exitstatus)
 
@@ -69,7 +91,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     path = os.environ.get("ACCEPTANCE_LINES")
     if path is None or (report.when != "call" and report.passed):
         return
+    noted = any(name == "note" for name, _ in report.user_properties)
     result = "SKIP" if report.skipped else "PASS" if report.passed else "FAIL"
+    result = "NOTE" if noted else result
     seen = [str(value) for name, value in report.user_properties if name == "seen"]
     if not report.passed:
         seen.append(reason(report))

@@ -9,12 +9,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pretended
 import runs
 import torch
+from checks import PRETENDED
 
 from kl_f8_train.weights import weight_file
 
-SECONDS = 240.0  # for anything to happen
+# For anything to happen: less than a step's limit, which is as many times longer (acceptance.py).
+SECONDS = 100.0 * float(os.environ.get("LIMITS", "1"))
+MEMORY = pretended.NEW_MEMORY if PRETENDED else {}
+SETTINGS = pretended.SETTINGS if PRETENDED else ()
 BUFFER = re.compile(r"\.(running_mean|running_var|num_batches_tracked)$")
 WEIGHTS = ("autoencoder.", "ema.", "discriminator.")
 
@@ -24,7 +29,7 @@ class Launch:
 
     def __init__(self, folder: Path, run: str, processes: int, *settings: str) -> None:
         self.log = folder / f"{run}.log"
-        arguments = ["train", "demo", *runs.overrides(folder, run, *settings)]
+        arguments = ["train", "demo", *runs.overrides(folder, run, *settings, *SETTINGS)]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         launcher += [f"--nproc-per-node={processes}", "--max-restarts=1"]
         with self.log.open("a") as output:
@@ -33,6 +38,7 @@ class Launch:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                env=os.environ | MEMORY,
             )
 
     @property
@@ -48,6 +54,12 @@ class Launch:
         self._wait(lambda: self.process.poll() is not None, "still running", seconds)
         return self.process.returncode
 
+    def finish(self, seconds: float = SECONDS) -> None:
+        """Waits for the end; raises RuntimeError if the run failed."""
+        code = self.end(seconds)
+        if code != 0:
+            raise RuntimeError(f"exit code {code}: {self.output[-1500:]}")
+
     def _wait(self, true: Callable[[], bool], otherwise: str, seconds: float) -> None:
         began = time.monotonic()
         while True:
@@ -55,8 +67,9 @@ class Launch:
             if true():
                 return
             late = time.monotonic() - began > seconds
-            assert not ended, f"{otherwise}: {self.output[-1500:]}"
-            assert not late, f"{otherwise} in {seconds:g} s: {self.output[-1500:]}"
+            if ended or late:
+                when = "when it ended" if ended else f"in {seconds:g} s"
+                raise RuntimeError(f"{otherwise} {when}: {self.output[-1500:]}")
             time.sleep(0.02)
 
     def ranks(self) -> list[int]:

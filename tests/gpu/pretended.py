@@ -1,4 +1,4 @@
-"""A pretended GPU for the CUDA path where there is none: `build` it here, `install` it there.
+"""A pretended GPU for the CUDA path where there is none.
 
     python tests/gpu/pretended.py COMMAND ...     # a command that sees it
 
@@ -16,21 +16,21 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 SOURCE = Path(__file__).with_name("pretended.c")
 LIBRARY = "libcuda.so.1"  # the driver's name, by which Triton finds it
-COUNTS = ("torch", "triton", "library calls", "copies to the card", "copies to the host", "waits")
-CALL = re.compile(r"cublas.*([Gg]emm|LtMatmul$|gemv)|cudnnBatchNormalization(For|Back)ward")
+KINDS = ("torch", "triton", "convolutions", "library calls")  # of kernels
+COUNTS = (*KINDS, "copies to the card", "copies to the host", "waits")
+# For real runs. Without torch's cache all memory is new, and zero: no NaN by chance. Kernels that
+# change the layout of weights do nothing, so saving would find the frozen part changed.
+NEW_MEMORY = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+SETTINGS = ("compute.channels_last=false",)
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+CALL = re.compile(r"cublas.*([Gg]emm|LtMatmul$|gemv)|cudnnBatchNormalization(For|Back)ward")
 REAL = re.compile(r"cudnnGet(Version|CudartVersion|ErrorString|Property)")
-_library = torch.library.Library("aten", "IMPL")
-_convolutions: Counter[str] = Counter()
 
 
 # --- in the process that has no GPU -----------------------------------------------------------
@@ -112,76 +112,16 @@ def is_here() -> bool:
     return LIBRARY in os.environ.get("LD_PRELOAD", "")
 
 
-def install() -> None:
-    """Convolutions that return what cuDNN's would, uncomputed."""
-    torch.backends.cuda.enable_cudnn_sdp(False)  # else small networks' attention is cuDNN's, too
-    _library.impl("convolution", _convolution, "CUDA")
-    _library.impl("convolution_backward", _convolution_backward, "CUDA")
-
-
 def counts() -> Counter[str]:
     """What has happened so far in this process."""
     found = (ctypes.c_ulong * len(COUNTS))()
     ctypes.CDLL(os.environ["LD_PRELOAD"]).pretended_counts(found)
-    return Counter(dict(zip(COUNTS, found, strict=True))) + _convolutions
+    return Counter(dict(zip(COUNTS, found, strict=True)))
 
 
 def kernels(counted: Counter[str]) -> int:
     """Of all kinds."""
-    kinds = ("torch", "triton", "library calls", "convolutions")
-    return sum(counted[kind] for kind in kinds)
-
-
-def _layout(*tensors: Tensor) -> torch.memory_format:
-    """NHWC if one of them is by its strides, as in cuDNN; those of one image may be of either."""
-    is_nhwc = any(suggest_memory_format(t) == torch.channels_last for t in tensors)
-    return torch.channels_last if is_nhwc else torch.contiguous_format
-
-
-def _convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Tensor:
-    layout = _layout(x, weight)
-    x, weight = (t.contiguous(memory_format=layout) for t in (x, weight))
-    sides = [
-        (side + 2 * p - d * (k - 1) - 1) // s + 1
-        for side, k, s, p, d in zip(
-            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-        )
-    ]
-    shape = (len(x), len(weight), *sides)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    _convolutions["convolutions"] += 1
-    return out if bias is None else out.add_(bias.view(1, -1, 1, 1))
-
-
-def _convolution_backward(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias_sizes: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-    mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    layout = _layout(x, weight)
-    gradient, x, weight = (t.contiguous(memory_format=layout) for t in (gradient, x, weight))
-    of_x = torch.empty_like(x, memory_format=layout) if mask[0] else None
-    of_weight = torch.empty_like(weight, memory_format=layout) if mask[1] else None
-    _convolutions["convolutions"] += mask[0] + mask[1]
-    return of_x, of_weight, gradient.sum((0, 2, 3)) if mask[2] else None
+    return sum(counted[kind] for kind in KINDS)
 
 
 def main() -> int:

@@ -2,8 +2,7 @@
 
     python tests/gpu/pretended.py python tests/gpu/step_counts.py ft_ema compute.compile=false
 
-Prints one JSON object on stdout. Of the host's milliseconds it gives the least and the median; 2 of
-them are the pretended convolutions' own.
+Prints one JSON object on stdout. Of the host's milliseconds it gives the least and the median.
 """
 
 import json
@@ -26,7 +25,6 @@ WARM_UP, TIMED = 2, 40  # iterations
 
 def count(recipe: str, overrides: list[str]) -> dict[str, object]:
     """Counts the third iteration of one micro-batch, with random weights and images."""
-    pretended.install()
     config = configs.load_without_inputs(configs.find_recipe(recipe), overrides)
     device = torch.device("cuda:0")
     size = benchmark.batch_size(config, device)

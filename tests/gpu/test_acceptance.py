@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import acceptance
 import pytest
-from acceptance import Line, Step
+from acceptance import Course, Line, Step
 
 HERE = Path(__file__).parent
 
@@ -27,7 +29,13 @@ def said(result, what="a check", seen="1 ms"):
 def run(tmp_path):
     """run(*steps, deadline=...) -> their lines."""
     (tmp_path / "logs").mkdir()
-    return lambda *steps, deadline=100.0: acceptance.run_all(list(steps), tmp_path, deadline)
+
+    def run(*steps, deadline=100.0, aside=()):
+        course = Course()
+        acceptance.run_all(list(steps), tmp_path, deadline, course, aside)
+        return course.lines
+
+    return run
 
 
 def test_lines_of_a_step_are_taken_over_and_its_output_is_kept(run, tmp_path):
@@ -71,13 +79,16 @@ def test_a_step_beyond_its_limit_is_ended_with_its_children(run, tmp_path):
     assert time.monotonic() - began < 60
     assert [(line.step, line.result) for line in lines] == [
         ("slow", "PASS"),
-        ("slow", "FAIL"),
+        ("slow", "SKIP"),
         ("next", "PASS"),
     ]
-    assert "not done after" in lines[1].seen
-    pid = int((tmp_path / "pid").read_text())
+    assert "cut off at the step's limit of 1 s" in lines[1].seen
+    assert has_ended(int((tmp_path / "pid").read_text()))
+
+
+def has_ended(pid):
     state = Path(f"/proc/{pid}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    return not state.exists() or state.read_text().split()[2] == "Z"
 
 
 def test_a_step_is_skipped_past_the_deadline_and_cut_off_at_it(run):
@@ -92,13 +103,46 @@ def test_a_step_is_skipped_past_the_deadline_and_cut_off_at_it(run):
         ("late", "SKIP"),
     ]
     assert "no time left" in lines[1].seen
-    assert lines[2].seen == "no time left of 2 s"
+    assert lines[2].seen == "only 0 s left to DEADLINE"
+
+
+def test_steps_that_measure_no_times_run_beside_others(run, tmp_path):
+    """`first` and `beside` wait for each other; `timed` begins when both have ended."""
+    met, ended = f"{tmp_path}/met", f"{tmp_path}/ended"
+    wait = f"while [ ! -e {met} ]; do sleep 0.05; done"
+    lines = run(
+        step("first", f"{wait}; {said('PASS')}"),
+        step("beside", f"touch {met}; sleep 0.5; touch {ended}; {said('PASS')}"),
+        step("timed", f"test -e {ended} && {said('PASS')}"),
+        aside=["beside"],
+    )
+    expected = ["first", "beside", "timed"]
+    assert [(line.step, line.result) for line in lines] == [(name, "PASS") for name in expected]
+
+
+@pytest.mark.parametrize(
+    ("device", "modes", "cores", "several"),
+    [
+        ("cuda", "Default\nDefault\n", 16, True),
+        ("cuda", "Default\nDefault\n", 4, False),
+        ("cuda", "Default\nExclusive_Process\n", 16, False),
+        ("cuda", "no such program: nvidia-smi", 16, False),
+        ("cpu", "Default\n", 16, False),
+    ],
+)
+def test_steps_share_gpus_only_where_they_can(monkeypatch, device, modes, cores, several):
+    monkeypatch.setattr(acceptance, "output_of", lambda command: modes)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "environ", {"DEVICE": device})
+    assert acceptance.takes_several() is several
 
 
 def test_table_counts_and_lists():
     lines = [Line("one", "PASS", "a|b", "1 ms"), Line("two", "SKIP", "all of it", "no GPU")]
-    text = acceptance.table(lines, ["- 8 x H100"])
-    assert text.startswith("- 8 x H100\n\n1 PASS, 0 FAIL, 1 SKIP, 0 NOTE\n")
+    text = acceptance.table(Course(lines, {"one": 3.2, "two": 0.0}), ["- 8 x H100"])
+    assert text.startswith(
+        "- 8 x H100\n- seconds: one 3, two 0\n\n1 PASS, 0 FAIL, 1 SKIP, 0 NOTE\n"
+    )
     assert "| PASS | one | a/b | 1 ms |" in text
     assert len({row.count("|") for row in text.splitlines() if row.startswith("|")}) == 1
 
@@ -111,13 +155,77 @@ def test_exit_code(tmp_path, monkeypatch, scripts, code):
     steps = [step(f"step {n}", said(result)) for n, result in enumerate(scripts)]
     monkeypatch.setattr(sys, "argv", ["acceptance.py", str(tmp_path / "out")])
     monkeypatch.setattr(os, "environ", dict(os.environ, DEVICE="cpu"))
-    monkeypatch.setattr(acceptance, "describe_machine", lambda folder: ["- here"])
+    monkeypatch.setattr(acceptance, "describe_machine", lambda: ["- here"])
+    monkeypatch.setattr(acceptance, "write_details", lambda folder: None)
     monkeypatch.setattr(acceptance, "our_steps", lambda folder: steps)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     assert acceptance.main() == code
     assert f"{scripts.count('PASS')} PASS" in (tmp_path / "out/table.md").read_text()
 
 
+# Stands in for `acceptance.main()` without asking torch, which takes seconds.
+QUICK = """
+import sys
+sys.path.insert(0, {here!r})
+import acceptance
+acceptance.describe_machine = lambda: ["- a machine"]
+acceptance.write_details = lambda folder: None
+sys.exit(acceptance.main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_with_its_children_and_the_table_is_written(tmp_path, number):
+    script = f"{said('PASS')}; sleep 300 & echo $! > {tmp_path}/pid; wait"
+    steps = [["slow", 60, ["sh", "-c", script]], ["next", 60, ["sh", "-c", said("PASS")]]]
+    (tmp_path / "steps.json").write_text(json.dumps(steps))
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", QUICK.format(here=str(HERE))]
+    command += [str(out), str(tmp_path / "steps.json")]
+    process = subprocess.Popen(
+        command, env={**os.environ, "DEVICE": "cpu"}, stdout=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.05)
+    process.send_signal(number)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "acceptance: 2 steps on a machine; at most 600 s, until " in shown
+    assert f"logs: {out / 'logs'}; at the end: {out / 'table.md'}" in shown
+    table = (out / "table.md").read_text()
+    assert "| PASS | slow | a check | 1 ms |" in table
+    assert f"| SKIP | slow | the rest | stopped by {number.name} after " in table
+    assert f"| SKIP | next | all of it | stopped by {number.name} |" in table
+    assert has_ended(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("seen", "given", "why"),
+    [
+        ("[]", {}, "torch sees no GPU (torch 9).* DEVICE=cpu"),
+        ('["A"]', {"GPUS": "2"}, "GPUS=2, but torch sees 1"),
+        ('["A"]', {"GPUS": "all"}, "GPUS=all: give a number"),
+    ],
+)
+def test_nothing_is_started_where_nothing_can_be_checked(monkeypatch, capsys, seen, given, why):
+    asked = subprocess.CompletedProcess([], 0, f"{seen}\ntorch 9\n", "")
+    monkeypatch.setattr(subprocess, "run", lambda *given, **options: asked)
+    monkeypatch.setattr(os, "environ", {"DEVICE": "cuda", **given})
+    with pytest.raises(SystemExit) as ended:
+        acceptance.describe_machine()
+    assert ended.value.code == 2
+    assert re.search(re.escape(why).replace(r"\.\*", ".*"), capsys.readouterr().err)
+
+
+def test_the_machine_is_described_by_what_is_used(monkeypatch):
+    asked = subprocess.CompletedProcess([], 0, '["A", "A", "B"]\nversions\n', "")
+    monkeypatch.setattr(subprocess, "run", lambda *given, **options: asked)
+    monkeypatch.setattr(os, "environ", {"DEVICE": "cuda", "GPUS": "2"})
+    assert acceptance.describe_machine()[:2] == ["- 2 x A, of 3", "- versions"]
+
+
 def test_every_file_of_checks_is_a_step():
+    assert set(acceptance.ASIDE) < acceptance.FILES.keys()
     files = {path.stem.removeprefix("test_gpu_") for path in HERE.glob("test_gpu_*.py")}
     assert files == set(acceptance.FILES)
 

@@ -2,16 +2,16 @@
 
 import pytest
 from against import compare
-from checks import ON_GPU, recipe
+from checks import OF_TIMES, SIZE, recipe
 
-pytestmark = ON_GPU
+pytestmark = OF_TIMES
 TURNS = 5
 LEAST = 0.98  # of our time: within the noise
 
 
 @pytest.mark.parametrize("name", ["ft_ema"])
 def test_nothing_is_faster_than_ours(device, see, name):
-    found = compare(recipe(name, device), TURNS, say=print)
+    found = compare(recipe(name, device, *SIZE), TURNS, say=print)
     ours, *others = found["variants"]
     see(f"{ours['images_per_second']:.1f} images/s")
     for other in others:

@@ -64,7 +64,7 @@ def test_memory_is_at_most_what_was_computed(device, see, compiled):
     assert measured < 1.1 * computed
 
 
-@pytest.mark.usefixtures("computing")
+@pytest.mark.of_times
 def test_faster_than_uncompiled(device, see, compiled):
     made, _ = compiled
     times = {}
@@ -82,7 +82,7 @@ def test_faster_than_uncompiled(device, see, compiled):
     assert times["compiled"] < times["uncompiled"]
 
 
-@pytest.mark.usefixtures("computing")
+@pytest.mark.of_values
 def test_gradients_are_the_uncompiled_ones_in_float64(device, see):
     torch._dynamo.reset()
     plain, fast = (

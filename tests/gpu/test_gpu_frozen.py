@@ -1,12 +1,12 @@
 """The frozen part stays as it is to the bit; everything else moves."""
 
 import torch
-from checks import EAGER, REHEARSED, TINY, ready, recipe
+from checks import EAGER, OF_VALUES, TINY, ready, recipe
 
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.step import trained_part
 
-pytestmark = REHEARSED
+pytestmark = OF_VALUES
 
 
 def test_frozen_part_is_untouched_in_bfloat16(device, see):

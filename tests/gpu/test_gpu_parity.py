@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from checks import EAGER, ON_GPU, SMALL, difference, gradients, recipe
+from checks import EAGER, OF_VALUES, SMALL, difference, gradients, recipe
 from test_finetuner import BEFORE_START, RUNS, check_step, original_order
 
-pytestmark = ON_GPU
+pytestmark = OF_VALUES
 PLAIN = (
     *("compute.channels_last=false", "compute.subpixel_upsample=false"),
     *("compute.lean_norm=false", "compute.perceptual_parts=1", EAGER),
@@ -18,8 +18,9 @@ TOLERANCE = 1e-9  # relative to the norm of a network's gradient
 
 @pytest.mark.parametrize("name", list(RUNS))
 def test_five_iterations_are_the_originals(golden, finetuner, batch, standin, device, name):
-    given = ("ft_ema", *original_order(RUNS[name]), BEFORE_START, "compute.accelerator=cuda", EAGER)
-    tuner = finetuner(*given, perceptual=copy.deepcopy(standin).to(device)).to(device)
+    given = (*original_order(RUNS[name]), BEFORE_START, f"compute.accelerator={device.type}", EAGER)
+    network = copy.deepcopy(standin).to(device)
+    tuner = finetuner("ft_ema", *given, perceptual=network).to(device)
     for step in range(5):
         tuner.run_iteration(batch(step).to(device))
     tuner.guard.judge()

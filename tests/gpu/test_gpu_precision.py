@@ -5,9 +5,9 @@ wide: 0.962 was its cosine in bfloat16 on a CPU.
 """
 
 import pytest
-from checks import EAGER, REHEARSED, REHEARSING, TINY, cosine, difference, gradients, recipe
+from checks import EAGER, OF_VALUES, REHEARSING, TINY, cosine, difference, gradients, recipe
 
-pytestmark = REHEARSED
+pytestmark = OF_VALUES
 SIZE = TINY if REHEARSING else ("compute.per_device_batch=4",)
 
 

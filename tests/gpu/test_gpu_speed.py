@@ -8,12 +8,12 @@ import statistics
 
 import pytest
 import torch
-from checks import EAGER, ON_GPU, ready, recipe, skip_if_too_large
+from checks import EAGER, OF_TIMES, REHEARSING, SIZE, ready, recipe, skip_if_too_large
 
 from kl_f8_train.check import benchmark, cost
 
-pytestmark = ON_GPU
-ITERATIONS = 12
+pytestmark = OF_TIMES
+ITERATIONS = 2 if REHEARSING else 12
 NOISE = 1.02  # a default may be so much slower than its opposite and still be as fast
 # What is there for speed, and must be worth it; the others save memory or give exactness.
 FOR_SPEED = ["compute.channels_last=false", "compute.subpixel_upsample=false", "precision=tf32"]
@@ -25,7 +25,7 @@ OTHERS = [
 
 def seconds(device: torch.device, *switches: str) -> float:
     """Median of an iteration of ft_ema's micro-batch; skips if it does not fit."""
-    config = recipe("ft_ema", device, EAGER, *switches)
+    config = recipe("ft_ema", device, EAGER, *SIZE, *switches)
     skip_if_too_large(config, benchmark.batch_size(config, device))
     with ready(config, device) as made:
         made.iterate(benchmark.WARM_UP)
@@ -40,7 +40,7 @@ def ours(device):
 
 
 def test_iteration_of_the_recipe(device, see, ours):
-    config = recipe("ft_ema", device, EAGER)
+    config = recipe("ft_ema", device, EAGER, *SIZE)
     size = benchmark.batch_size(config, device)
     rate = benchmark.matmul_rate(device, torch.bfloat16)
     done = cost.flops_per_image(config) * size / ours

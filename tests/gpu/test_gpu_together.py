@@ -3,7 +3,7 @@
 import pytest
 import runs
 from checks import REHEARSED
-from launches import Launch, worst_difference
+from launches import SECONDS, Launch, worst_difference
 
 pytestmark = REHEARSED
 TOLERANCE = 1e-4  # of a tensor's norm after 4 iterations in float32
@@ -23,7 +23,7 @@ def final(folder, device, processes):
         )
         launched = Launch(folder, run, count, *given, *settings)
         try:
-            assert launched.end(240) == 0, launched.output[-1500:]
+            launched.finish(1.4 * SECONDS)  # compiling is in it
         finally:
             launched.kill()
         return runs.final_state(folder, run)
