@@ -618,6 +618,7 @@ BOUNDS = {key: found.bounds for key, found in SETTINGS.items() if found.bounds}
 
 def setting_of(key: str) -> Setting | None:
     """What is known of a dotted key; None if there is no such key."""
+    # Sources are named by the user; all of them have the settings of data.sources.NAME.
     source = re.match(r"data\.sources\.(.+?)(\.\w+)?$", key)
     if source is None:
         return SETTINGS.get(key)
@@ -667,6 +668,7 @@ def load_without_inputs(path: Path, overrides: list[str]) -> Config:
         "init.weights": values["init"]["weights"],
         "data.sources": values["data"]["sources"],
     }
+    # "???" is omegaconf's mark of a value that must be given; any value passes its check.
     missing = [f"{key}=none" for key, value in given.items() if value == "???"]
     config = load(path, [*missing, *overrides])
     if "data.sources=none" in missing:

@@ -40,7 +40,7 @@ def atomic_path(path: Path, temporary: Path | None = None, sync: bool = True) ->
             _sync(temporary)
         temporary.chmod(stat.S_IMODE(mode))  # safetensors writes 0600
         temporary.replace(path)
-        if sync:
+        if sync:  # the rename changes the directory, which a power failure could undo
             _sync(path.parent)
     except (OSError, RuntimeError) as error:
         raise disk_failure(path, error) from error

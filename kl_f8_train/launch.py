@@ -30,6 +30,7 @@ def launched(nodes: int | None = None) -> Launch:
     missing, or is not as a launcher sets it.
     """
     _check_present()
+    # torchrun first: inside a SLURM job its processes have srun's variables as well.
     if "LOCAL_WORLD_SIZE" in os.environ:
         local = _number("LOCAL_WORLD_SIZE", TORCHRUN, 1)
         for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):

@@ -50,7 +50,7 @@ else
     )
 fi
 
-# A session of its own: Ctrl-C reaches this script alone, which tells torchrun once.
+# A session of its own: Ctrl-C reaches this script alone, which signals torchrun once.
 setsid torchrun "${rendezvous[@]}" --nproc-per-node="$GPUS_PER_NODE" \
     --max-restarts="$MAX_RESTARTS" -m kl_f8_train train "$RECIPE" "${settings[@]}" &
 torchrun=$!

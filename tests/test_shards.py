@@ -180,6 +180,20 @@ def test_expand_names_what_is_missing(folder, pattern, named):
     assert named in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    ["s3://b/*.tar", "s3://b/{a,b}/", "https://me:secret@h/list.txt", "hf://datasets/o/n/*.tar?x"],
+)
+def test_remote_shards_are_named_and_not_listed(folder, pattern):
+    (folder / "remote.txt").write_text("https://h/0.tar\nhttps://h/*.tar\n")
+    for given in (pattern, "remote.txt"):
+        with pytest.raises(MissingInputError, match="remote shards cannot be listed") as caught:
+            index.expand(given)
+        assert "secret" not in str(caught.value)
+    for given in ("pipe:cat /data/*.tar", "https://h/0.tar?sign=*/", "s3://b/{0..3}.tar"):
+        assert index.expand(given)
+
+
 def test_a_list_may_begin_with_a_byte_order_mark(folder):
     (folder / "list.txt").write_bytes(b"\xef\xbb\xbfshards/002.tar\r\nshards/000.tar\r\n")
     assert index.expand("list.txt") == ["shards/002.tar", "shards/000.tar"]

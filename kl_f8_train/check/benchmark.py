@@ -190,6 +190,7 @@ def describe(result: Mapping[str, Any]) -> str:
 
 def limit(phases: Mapping[str, float], share: float) -> str:
     """What to look at first: the data, the arithmetic, or everything that is not arithmetic."""
+    # Shares at which the advice changes; see docs/performance.md.
     wait = phases["data"] / sum(phases.values())
     if wait > 0.02:
         return f"data: {wait:.0%} of the time; raise data.workers"
@@ -208,6 +209,7 @@ def quartiles(seconds: Sequence[float]) -> list[float]:
 
 def is_busy(seconds: float, cpu_seconds: float, threads: int) -> bool:
     """Whether the clock went on for a quarter longer than the threads computed."""
+    # Alone on a machine, `threads` busy threads use `threads` seconds of CPU time per second.
     return seconds > 1.25 * cpu_seconds / threads
 
 
@@ -256,6 +258,7 @@ def open_batches(config: Config, size: int, notes: list[str]) -> Iterator[Batch]
     except (MissingInputError, UsageError) as error:
         notes.append(f"random images: {str(error).splitlines()[0]}")
         return _random_batches(config, size)
+    # The first images of a run, as its only process.
     sampler = IterationSampler(0, 10**9, 0, size, 0, 1)
     return iter(loader(dataset, sampler, config.data.workers, machine.on_cuda(config.compute)))
 
@@ -295,6 +298,7 @@ def measure(
         clock.start()
         batch = next(batches).to(device)
         clock("data")
+        # In turns (A B C A B C ...): what slows the machine for a while slows all of them.
         for variant in variants:
             synchronize(device)
             graphs = machine.compiled_graphs()
@@ -359,6 +363,7 @@ def count_flops(run: Iteration, batch: Batch) -> int:
 
 def matmul_rate(device: torch.device, kind: torch.dtype, repeats: int = 5) -> float:
     """FLOP/s of a square matrix product, best of `repeats` runs; TF32 stays off."""
+    # Large enough to be bound by arithmetic, small enough to take a second.
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
     seconds = []
@@ -368,6 +373,7 @@ def matmul_rate(device: torch.device, kind: torch.dtype, repeats: int = 5) -> fl
         a @ b
         synchronize(device)
         seconds.append(time.perf_counter() - began)
+    # a multiplication and an addition each; the first warms up
     return 2 * side**3 / min(seconds[1:])
 
 

@@ -420,6 +420,7 @@ def _check_source(report: Report, config: Config, name: str) -> None:
     source = sources[name]
     for line in source.describe():
         report.tell(line)
+    # The first shard, unless filters leave nothing of it.
     first = int(source.counts.argmax() if source.counts[0] == 0 else 0)
     place = source.location(first)
     report.tell(f"first shard {place}: {_describe_image(source, first, 0)}")
@@ -546,6 +547,7 @@ def _try_iteration(
     batch = collate([dataset[first + slot] for slot in range(count)]).to(device)
     finetuner.to(device)
     finetuner.perceptual.to(device)
+    # As later in the run: the discriminator takes part, whatever comes first.
     finetuner.run_state.warmup_left = 0
     if config.adversarial is not None:  # with everything that it will cost
         start = config.adversarial.start_iteration
@@ -603,6 +605,7 @@ def gradient_audit(finetuner: Finetuner, batch: Batch) -> dict[str, float]:
         logits = None if finetuner.discriminator is None else finetuner.discriminator(y)
 
     def nll(name: str, weight: float) -> Tensor:
+        # nll is linear in its weights: with all others 0 it is this term alone.
         alone = {f"{key}_weight": weight * (key == name) for key in config.loss.weights}
         distance = finetuner.perceptual(x, y) if name == "perceptual" else y.new_zeros(1)
         logvar = finetuner.logvar.detach()

@@ -11,7 +11,7 @@ from kl_f8_train.core.model import FROZEN
 
 
 def tensor_bytes(tensor: Tensor) -> Any:
-    """The numbers of a tensor in order, as bytes; copied only if they do not lie so."""
+    """The elements of a tensor in order, as bytes; copied only if they do not lie in order."""
     plain = tensor.detach().cpu().contiguous()
     return plain.flatten().view(torch.uint8).numpy()
 
@@ -21,13 +21,17 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
+        # else a reshape would pass
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
 def data_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a safetensors file behind its header, if all tensors have one type."""
+    """SHA-256 of a safetensors file's data, after its header, if all tensors have one type.
+
+    As modelspec defines `hash_sha256`. Tensors of one type lie in the order of their names.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(tensor_bytes(tensors[name]))

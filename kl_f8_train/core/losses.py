@@ -17,7 +17,7 @@ statistics depend on the micro-batch of the machine.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -119,12 +119,16 @@ def judged(logits_real: Tensor, logits_fake: Tensor) -> tuple[Tensor, dict[str, 
 
 
 def discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """Hinge loss."""
+    """Hinge loss (Lim and Ye 2017): real patches are pushed above 1, reconstructions below -1."""
     return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
 
 
 def adaptive_weight(grad_nll: Tensor, grad_g: Tensor, maximum: float = 1e4) -> Tensor:
-    """Ratio of the last layer's two gradient norms, clamped to [0, maximum], detached."""
+    """Ratio of the last layer's two gradient norms, clamped to [0, maximum], detached.
+
+    Both (3, ch, 3, 3). Equation 7 of Esser et al. 2021, with the original's 1e-4: the adversarial
+    gradient becomes as large as that of the reconstruction.
+    """
     # detached: it is a weight of this iteration, not a term to minimise
     return (grad_nll.norm() / (grad_g.norm() + 1e-4)).clamp(0.0, maximum).detach()
 
@@ -203,7 +207,7 @@ class PerceptualDistance(nn.Module):
         """
         exact = self.heads[0].dtype
         with autocast(precision, images.device):
-            layers = self.trunk(self.scaling(images.to(exact)))
+            layers = self.trunk(self.scaling(images.to(exact)))  # each (B, C, h, w)
         with autocast("float32", images.device):
             return [unit_length(layer.to(exact)) for layer in layers]
 
@@ -270,13 +274,14 @@ def unweighted(squared: Sequence[Tensor]) -> Tensor:
 
     PSIM, if the features are VGG16's.
     """
+    # Of unit vectors |a - b|^2 = 2 - 2 a b, so half of it is 1 - cosine.
     return 0.5 * torch.stack([part.sum(dim=1).mean(dim=(1, 2)) for part in squared]).sum(dim=0)
 
 
 def unit_length(features: Tensor) -> Tensor:
     """x / (|x| + 1e-10) over channels; zero with zero gradient where |x| = 0."""
-    squares = features.square().sum(dim=1, keepdim=True)
-    zero = squares == 0
+    squares = features.square().sum(dim=1, keepdim=True)  # (B, 1, h, w)
+    zero = squares == 0  # where the gradient of sqrt is infinite, and 0 x inf is NaN
     norm = squares.masked_fill(zero, 1.0).sqrt()
     return (features / (norm + 1e-10)).masked_fill(zero, 0.0)
 
@@ -305,6 +310,8 @@ class Adversary:
         self.fool: Callable[..., Tensor] = self._fool
         self.judge: Callable[..., Judgement] = self._judge
         self.weighed, self.blended = weighed, blended
+        start = config.adversarial.start_iteration
+        self.factor = partial(adversarial_factor, start_iteration=start)  # of an iteration
 
     def compile_functions(self, compiled: Compiled) -> None:
         """Compiles the network with its losses, for each of its two uses, and the weight."""
@@ -319,10 +326,6 @@ class Adversary:
     def runs(self, iteration: int) -> bool:
         """Whether it takes part in an iteration."""
         return self.config.run_before_start or self.factor(iteration) > 0
-
-    def factor(self, iteration: int) -> float:
-        """0 before its start, 1 from there on."""
-        return adversarial_factor(iteration, self.config.start_iteration)
 
     def logits(self, *batches: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> (B, 1, h, w), each, in the images' precision."""
@@ -349,6 +352,7 @@ class Adversary:
         gradients: list[Tensor] = []
         for group in parts(len(at_y), GROUP):
             part = at_y[group].detach().requires_grad_()
+            # The decoder's loss: no gradient of the discriminator's own parameters is computed.
             with frozen(self.network):
                 loss = self.fool(part)
             gradients += torch.autograd.grad(loss, part)
@@ -389,6 +393,8 @@ class Adversary:
         finite, terms = self._backward(images, y, factor)
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         loss, most = terms["discriminator_loss"], self.optimizer.clip_norm
+        # DDP does not know these parameters (step.py, `setup`): one message, the loss in it as
+        # well.
         average_over_ranks([*gradients, loss])
         with phase("optimizer"):
             update = step_if_finite(self.adam, gradients, finite, most, losses=[loss], unless=bad)
@@ -409,7 +415,7 @@ class Adversary:
 
 
 class NoAdversary(Adversary):
-    """What stands in an adversary's place where the recipe has none."""
+    """The adversary of a recipe without an adversarial term: it never runs."""
 
     def __init__(self) -> None: ...
 

@@ -1,7 +1,7 @@
 """Reconstruction metrics, one number per image, and the Frechet distance of two sets.
 
 Images are (B, 3, H, W) in [0, 1]. PSNR and SSIM by the formulas of the authors' published evaluator
-(pesser/stable-diffusion, after SynSin).
+(pesser/stable-diffusion, after SynSin); SSIM is equation 13 of Wang et al. 2004.
 """
 
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ def ssim(images: Tensor, reconstructions: Tensor, border: str = "zero") -> Tenso
         blurred = F.conv2d(F.conv2d(flat, rows, padding=(0, reach)), columns, padding=(reach, 0))
         return blurred.view(*x.shape[:2], *blurred.shape[2:])
 
-    mean_x, mean_y = blur(images), blur(reconstructions)
+    mean_x, mean_y = blur(images), blur(reconstructions)  # (B, 3, H, W); smaller with "valid"
     # E[x^2] - E[x]^2 cancels in smooth parts, which is why callers give float64
     var_x = blur(images * images) - mean_x.square()
     var_y = blur(reconstructions * reconstructions) - mean_y.square()
@@ -65,12 +65,12 @@ def ssim(images: Tensor, reconstructions: Tensor, border: str = "zero") -> Tenso
     c1, c2 = 0.01**2, 0.03**2
     numerator = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     denominator = (mean_x.square() + mean_y.square() + c1) * (var_x + var_y + c2)
-    return (numerator / denominator).mean(dim=(1, 2, 3))
+    return (numerator / denominator).mean(dim=(1, 2, 3))  # mean of channels and map: (B,)
 
 
 def sharpness(images: Tensor) -> Tensor:
     """Variance of the 4-neighbour Laplacian of the luma, in 8-bit levels squared, (B,)."""
-    weights = images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    weights = images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # ITU-R BT.601
     luma = 255.0 * (images * weights).sum(dim=1, keepdim=True)
     kernel = images.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
     return F.conv2d(luma, kernel.view(1, 1, 3, 3)).flatten(1).var(dim=1, correction=0)
@@ -81,7 +81,7 @@ def colour_shift(images: Tensor, reconstructions: Tensor) -> Tensor:
 
     Saturation is the largest channel minus the smallest.
     """
-    channels = (reconstructions - images).mean(dim=(2, 3))
+    channels = (reconstructions - images).mean(dim=(2, 3))  # (B, 3)
     spread = _saturation(reconstructions) - _saturation(images)
     return 255.0 * torch.cat([channels, spread[:, None]], dim=1)
 
@@ -138,11 +138,13 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     stays real where the covariances have no full rank.
     """
     cov_a, cov_b = a.covariance(), b.covariance()
+    # With M = A^(1/2) B^(1/2), A B has the eigenvalues of M M^T, so their roots are M's singular
+    # values. Roots of A B itself, which is not symmetric, may come out complex.
     cross = torch.linalg.svdvals(_matrix_root(cov_a) @ _matrix_root(cov_b)).sum()
     means = (a.mean() - b.mean()).square().sum()
     return float(means + cov_a.trace() + cov_b.trace() - 2.0 * cross)
 
 
 def _matrix_root(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = torch.linalg.eigh(covariance)  # rounding makes zeros slightly negative
     return vectors * values.clamp(min=0.0).sqrt() @ vectors.mT

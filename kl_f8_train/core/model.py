@@ -43,7 +43,7 @@ class Posterior:
 
     def kl(self) -> Tensor:
         """Kullback-Leibler divergence from N(0, 1), summed over latents: (B,), in nats."""
-        terms = self.mean.square() + self.logvar.exp() - 1.0 - self.logvar
+        terms = self.mean.square() + self.logvar.exp() - 1.0 - self.logvar  # (B, 4, h, w)
         return 0.5 * terms.sum(dim=(1, 2, 3))
 
 
@@ -293,7 +293,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # left, right, top, bottom; (B, C, H/2, W/2)
 
 
 class Upsample(nn.Module):
@@ -331,6 +331,8 @@ def subpixel_kernel(weight: Tensor) -> Tensor:
 def _parities(weight: Tensor, axis: int) -> Tensor:
     """Taps before, at and after a pixel -> (parity, tap, ...) on the pixels before doubling."""
     before, here, after = weight.unbind(axis)
+    # Doubled, pixel i is at 2 i and 2 i + 1. Around 2 i lie pixels i - 1, i, i: two taps fall on i.
+    # Around 2 i + 1 lie i, i, i + 1.
     even = torch.stack((before, here + after))
     odd = torch.stack((before + here, after))
     return torch.stack((even, odd))

@@ -407,6 +407,7 @@ class Finetuner(_Base):
                 posterior = self.autoencoder.encode(x)
             z, kl = self.sampled(posterior, batch.noise[draw, part].to(x.dtype))
             if self.config.latents.noise:  # z + u tau std(z) e; the last draw is u e
+                # (B, 1, 1, 1), of each image's own latents
                 deviation = z.std(dim=(1, 2, 3), keepdim=True)
                 z = z + self.config.latents.noise * deviation * batch.noise[-1, part].to(x.dtype)
             latents.append(z)

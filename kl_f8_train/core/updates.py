@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 from torch.optim import Adam
 
 from kl_f8_train.config import Optimizer
@@ -201,22 +202,17 @@ class Remembered:
         kinds: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)  # in one tensor each
         for buffer in module.buffers() if module is not None else ():
             kinds[buffer.dtype].append(buffer)
-        self.kinds = [(buffers, _joined(buffers)) for buffers in kinds.values()]
+        self.kinds = [(buffers, parameters_to_vector(buffers)) for buffers in kinds.values()]
 
     @torch.no_grad()
     def restore(self, bad: Tensor) -> None:
         """Puts them back where `bad`, a bool, is true."""
         for buffers, before in self.kinds:
-            kept = torch.where(bad, before, _joined(buffers))
+            kept = torch.where(bad, before, parameters_to_vector(buffers))
             parts = kept.split([buffer.numel() for buffer in buffers])
             torch._foreach_copy_(
                 buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)]
             )
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    """All elements in a row."""
-    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 class HostCopy(Generic[Copied]):

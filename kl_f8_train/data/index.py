@@ -39,7 +39,7 @@ from kl_f8_train.folders import FIRST_BYTES, NO_IMAGES, SUFFIXES, is_system, loo
 from kl_f8_train.images import MAX_BYTES
 from kl_f8_train.lifetime import end_with_parent
 from kl_f8_train.output import Progress
-from kl_f8_train.transfer import is_remote
+from kl_f8_train.transfer import is_remote, shown
 from kl_f8_train.units import counted
 
 TAR_BLOCK = 512  # bytes; everything in a tar starts at a multiple of it
@@ -155,7 +155,19 @@ def _existing(locations: list[str], pattern: str) -> list[str]:
         )
     if packed := next((place for place in locations if COMPRESSED.search(place)), None):
         raise MissingInputError(f"{packed}: {UNPACK}")
+    if unlisted := next(filter(_is_remote_list, locations), None):
+        raise MissingInputError(
+            f"{shown(unlisted)}: remote shards cannot be listed; name them by a brace pattern, as "
+            "'s3://bucket/{000..099}.tar', or in a local .txt file with an address on each line"
+        )
     return locations
+
+
+def _is_remote_list(place: str) -> bool:
+    """Whether a remote address is a glob, a folder or a list, and not one shard."""
+    address = place.partition("?")[0]  # what follows may be a signature
+    lists = "*" in address or address.lower().endswith(("/", ".txt"))
+    return lists and is_remote(place) and not place.startswith("pipe:")
 
 
 # --- one tar --------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ class SourcePlan:
         self.name, self.share, self.seed = name, share, seed
         self.counts = np.asarray(counts, np.int64)
         total = int(self.counts.sum())
+        # A divisor of the share, so that every lane gives equally many samples to each iteration.
         self.lanes = max(d for d in range(1, min(lanes, share, total) + 1) if share % d == 0)
         self.lane_length = total // self.lanes  # samples of a lane in each pass
         self.per_lane = share // self.lanes  # samples of a lane in each iteration
@@ -63,10 +64,11 @@ class SourcePlan:
     def locate(self, iteration: int, index: int) -> tuple[int, int]:
         """(shard, sample) of the index-th sample (0 .. share - 1) of an iteration."""
         lane, offset = divmod(index, self.per_lane)
+        # The lane has given `iteration * per_lane + offset` samples before, over all passes.
         number, place = divmod(iteration * self.per_lane + offset, self.lane_length)
         place += lane * self.lane_length  # in the stream of pass `number`
         order, ends = self._order(number)
-        row = int(np.searchsorted(ends, place, side="right"))
+        row = int(np.searchsorted(ends, place, side="right"))  # first shard to end behind it
         shard = int(order[row])
         count = int(self.counts[shard])
         samples = permutation(count, self.seed, self.name, "samples", number, shard)
@@ -79,6 +81,8 @@ class SourcePlan:
     def _order(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards of a pass in their order, and where each ends in the stream."""
         if number not in self._passes:
+            # An iteration mostly lies in one pass or two; loaders and prefetching look a little
+            # ahead.
             if len(self._passes) >= 4:
                 del self._passes[min(self._passes)]
             order = permutation(len(self.counts), self.seed, self.name, "shards", number)
@@ -113,6 +117,8 @@ class Plan:
 
 def mixed_slots(shares: dict[str, int]) -> list[tuple[str, int]]:
     """The slots of a batch, sources evenly mixed: [(source, index within its share), ...]."""
+    # Each source's images lie at equal distances in (0, 1). Read in this order, any stretch of
+    # slots, such as a rank's or a micro-batch's, holds the sources in about their proportion.
     places = [
         ((index + 0.5) / share, name, index)
         for name, share in shares.items()

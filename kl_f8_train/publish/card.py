@@ -136,6 +136,7 @@ def _bring(file: Path, target: Path) -> None:
 def license_fields(identifier: str | None, file: Path | None) -> dict[str, str]:
     """The front matter's license fields: an identifier of the hub's, or a text of one's own."""
     if file is not None:
+        # The hub's fields for a license that has no identifier there.
         return {"license": "other", "license_name": file.stem.lower(), "license_link": "LICENSE"}
     return {} if identifier is None else {"license": identifier}
 

@@ -21,7 +21,7 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import atomic_path, file_sha256
 from kl_f8_train.weights import names, torch_file, weight_file
 
-COPIED_BYTES = 1 << 24
+COPIED_BYTES = 1 << 24  # at a time, so that a checkpoint of any size takes no memory
 PREFIXES = (names.FIRST_STAGE, "vae.")  # Stable Diffusion's; of all-in-one files for FLUX
 SAFETENSORS = {
     "F64": torch.float64,

@@ -187,6 +187,7 @@ def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _state(run: Path, log_interval_seconds: float, now: float) -> str:
     """Whether a run that has not ended goes on: by its claim, or by whether it still writes."""
+    # None where the file system has no locks: then only the files' ages show it.
     claimed = is_claimed(run)
     if claimed:
         return "running"
@@ -206,6 +207,7 @@ def _start(config: Mapping[str, Any], rows: Sequence[Row]) -> int | None:
     if not rows:
         return None
     images = sum(v for k, v in rows[0].items() if k.startswith("images_") and k != SPEED)
+    # Rows count images since the run began, so the first shows how many iterations came before it.
     return round(rows[0]["iteration"] - images / (config.get("global_batch") or 1))
 
 
@@ -298,6 +300,7 @@ def left_out(rows: Sequence[Row]) -> tuple[int, int]:
     total, last, before = 0, 0, 0.0
     for row in rows:
         now = row.get("bad_updates", before)
+        # A smaller count than before is a new process, which began at 0.
         new = now - before if now >= before else now
         if new:
             total, last = total + math.ceil(new), int(row["iteration"])

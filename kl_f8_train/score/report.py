@@ -151,7 +151,7 @@ def strip(columns: Sequence[tuple[str, Sequence[Tensor]]], gap: int = 4) -> Tens
         while len(text) > 1 and draw.textlength(text, font) > width - gap - 2:
             text = text.removesuffix("...")[:-1] + "..." if len(text) > 4 else text[:-1]
         draw.text((index * width + 2, 3), text, fill="black", font=font)
-    labels = torch.from_numpy(np.array(header)).permute(2, 0, 1)
+    labels = torch.from_numpy(np.array(header)).permute(2, 0, 1)  # (3, 20, W)
     return images.vstack([labels, *rows], gap)
 
 
@@ -160,7 +160,7 @@ def error_map(picture: Tensor, reconstruction: Tensor) -> Tensor:
 
     (3, H, W) each. One scale everywhere, so that two maps can be compared.
     """
-    error = (picture.float() - reconstruction.float()).abs().mean(dim=0) / ERROR_SCALE
+    error = (picture.float() - reconstruction.float()).abs().mean(dim=0) / ERROR_SCALE  # (H, W)
     stops = np.linspace(0.0, 1.0, len(RAMP))
     channels = [np.interp(error.numpy(), stops, [c[i] for c in RAMP]) for i in range(3)]
     return torch.from_numpy(np.stack(channels).round().astype(np.uint8))
@@ -194,6 +194,7 @@ def _write_zooms(directory: Path, evaluation: Evaluation) -> list[dict[str, Any]
     for item in evaluation.pictures:
         paths = [item["input"], *(item["models"][name] for name in evaluation.models)]
         pictures = [_load(directory / path) for path in paths]
+        # Of several models the region where they differ; of one, where it differs from the input.
         others = pictures[1:] if len(pictures) > 2 else pictures
         box = most_different(others)
         height, width = pictures[0].shape[1:]
@@ -303,6 +304,7 @@ def _best_models(metric: str, rows: Mapping[str, Mapping[str, Any]]) -> set[str]
     """Models with the best mean, as printed; none if there is nothing to choose from."""
     digits = SCORES[metric].digits
     means = {name: _mean_of(row.get(metric)) for name, row in rows.items()}
+    # As printed: of two equal figures neither is the better one.
     known = {name: round(mean, digits) for name, mean in means.items() if mean is not None}
     if len(known) < 2:
         return set()

@@ -26,13 +26,13 @@ COUNTERS = ".num_batches_tracked"  # of BatchNorm: the only whole numbers among 
 FIRST_STAGE = "first_stage_model."
 # So called by CompVis and by diffusers; and in the original's EMA, which has no dots.
 ANCHORS = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoderconv_inweight")
-CURRENT = "current_model_state."
+CURRENT = "current_model_state."  # raw weights in a checkpoint of Lightning's WeightAveraging
 WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
     r"|_forward_module)\."
 )
 EMA_MARK = re.compile(r"(?:^|[._-])(?:ema\d*|emas|averaged?|shadow|swa)(?:[._-]|$)", re.IGNORECASE)
-LISTED = re.compile(r"(.*shadow_params)\.(\d{1,6})")
+LISTED = re.compile(r"(.*shadow_params)\.(\d{1,6})")  # an EMA as a list (the torch-ema package)
 DOTLESS = re.compile(
     r"(?:(encoder|decoder)(?:(mid)(block_[12]|attn_1)|(down|up)(\d)(?:(block)(\d)|(downsample|upsample)))?"
     r"(conv_in|conv_out|conv1|conv2|conv|norm_out|norm1|norm2|norm|nin_shortcut|q|k|v|proj_out)"

@@ -34,11 +34,11 @@ Wanted = Callable[[Collection[str]], Collection[str]]
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the older format begins with this number, pickled
 OPERATIONS = 300_000  # a tensor takes about 40; a whole Stable Diffusion has 2,000
-DEPTH = 100
+DEPTH = 100  # of nested containers; deeper ones would exhaust Python's stack
 PICKLE_BYTES = 64 << 20
 DIRECTORY_BYTES = 4 << 20  # of a zip: about 40,000 entries
 UNPACKED = 10  # how much larger than a zip the file inside may be
-READ_BYTES = 8 << 20
+READ_BYTES = 8 << 20  # at a time, when a file inside a zip is unpacked
 OPTIMIZER = re.compile(r"optim|lr_sched|scheduler|scaler", re.IGNORECASE)  # keys not searched
 
 STORAGE_DTYPES = {

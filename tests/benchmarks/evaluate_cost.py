@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import vgg16
 
 from kl_f8_train.core import perceptual
+from kl_f8_train.core.losses import PerceptualDistance
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.score import evaluate
 from kl_f8_train.score.evaluate import CARD, ImageSet, Networks
@@ -54,7 +55,7 @@ def write_photographs(folder: Path) -> Path:
     return folder / "photos"
 
 
-def vgg(folder: Path) -> perceptual.PerceptualDistance:
+def vgg(folder: Path) -> PerceptualDistance:
     """LPIPS on a VGG16 of random weights."""
     path = folder / "vgg.safetensors"
     state = {k: v for k, v in vgg16(weights=None).state_dict().items() if k.startswith("features.")}

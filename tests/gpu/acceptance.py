@@ -282,7 +282,8 @@ def announce(steps: list[Step], folder: Path, deadline: float, machine: list[str
     """Says what will happen, where, for how long, and where the results will be."""
     until = time.strftime("%H:%M", time.localtime(time.time() + deadline))
     end = f"at most {deadline:g} s, until {until} (DEADLINE)"
-    print(f"acceptance: {len(steps)} steps on {machine[0].removeprefix('- ')}; {end}")
+    count = "1 step" if len(steps) == 1 else f"{len(steps)} steps"
+    print(f"acceptance: {count} on {machine[0].removeprefix('- ')}; {end}")
     print(f"  {', '.join(step.name for step in steps)}")
     print(f"  logs: {folder / 'logs'}; at the end: {folder / 'table.md'}")
     print("  Ctrl-C ends it; the table is then written as it is", flush=True)

@@ -232,12 +232,13 @@ def test_every_file_of_checks_is_a_step():
 
 @pytest.mark.slow
 def test_rehearsal_of_one_step_from_the_shell(tmp_path):
-    """As a user runs it, on the CPU: what needs a GPU is skipped, with the reason."""
+    """As a user runs it, on the CPU: what needs a GPU is skipped, what needs its times noted."""
     steps = tmp_path / "steps.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     names = ("test_gpu_machine.py", "test_gpu_waits.py")
-    command += [str(HERE / name) for name in names]
-    steps.write_text(json.dumps([["both", 300, command]]))
+    both = [*command, *(str(HERE / name) for name in names)]
+    times = [*command, "-k", "pace", str(HERE / "test_gpu_speed.py")]
+    steps.write_text(json.dumps([["both", 300, both], ["times", 300, times]]))
     outside = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     ended = subprocess.run(
         ["bash", str(HERE / "acceptance.sh"), str(tmp_path / "out"), str(steps)],
@@ -249,3 +250,6 @@ def test_rehearsal_of_one_step_from_the_shell(tmp_path):
     table = (tmp_path / "out/table.md").read_text()
     assert "| PASS | both | shared memory holds the loaders batches |" in table
     assert "| SKIP | both | no wait in an iteration[1-ft ema] | needs a GPU" in table
+    assert re.search(
+        r"\| NOTE \| times \| pace was kept \| .* no verdict: times of a CPU \|", table
+    )
