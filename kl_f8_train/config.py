@@ -21,6 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import KeyValidationError, OmegaConfBaseException, ValidationError
 
 from kl_f8_train.errors import MissingInputError, UsageError
+from kl_f8_train.run_dir import CONFIG_FILE
 
 SHIPPED = tuple(folder / "configs" for folder in Path(__file__).parents[:2])  # installed, cloned
 
@@ -745,12 +746,16 @@ def _in_our_words(where: str) -> Iterator[None]:
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe file by its path, or a shipped one by its name ("ft_ema")."""
+    """A recipe file by its path, a shipped one by its name ("ft_ema"), or that of a run directory.
+
+    `train` keeps the settings of a run in it, so that its directory alone resumes it.
+    """
     path = Path(name)
-    if path.suffix or path.is_file():
+    if path.is_file():
         return path
     shipped = (folder / f"{name}.yaml" for folder in SHIPPED)
-    return next((file for file in shipped if file.is_file()), path)
+    of_a_run = path / CONFIG_FILE
+    return next((file for file in (*shipped, of_a_run) if file.is_file()), path)
 
 
 def recipe(name: str, *overrides: str) -> Config:

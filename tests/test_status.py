@@ -300,6 +300,22 @@ def test_ticks_are_round_and_inside(low, high, log):
     assert found == pytest.approx([float(f"{tick:.3g}") for tick in found])
 
 
+@pytest.mark.parametrize("span", [(1.7e-4, 3.1e-4), (2.01e-4, 2.05e-4), (0.94, 0.96), (1, 2e5)])
+def test_no_two_numbers_of_an_axis_look_alike(span):
+    chart = curves.Chart("x", {"a": [(1, span[0]), (2, span[1])]})
+    drawn = re.findall(r'class="end">([^<]+)</text>', curves.svg(chart, {}, (1, 2)))
+    assert len(set(drawn)) == len(drawn) >= 3
+    assert "iteration</text>" in curves.svg(chart, {}, (1, 2))
+
+
+def test_large_numbers_have_no_exponent():
+    assert [units.figure(n) for n in (130_912.3, -1873.2, 12.345678, 0.0341249, 0.0)] == [
+        *("130,912", "-1,873", "12.35", "0.03412", "0")
+    ]
+    page = curves.page("t", {}, [], [curves.Chart("x", {"a": [(1, 130_912.3)]})], {}, "")
+    assert "e+05" not in page
+
+
 @pytest.mark.parametrize(
     ("line", "span"),
     [([(1, 0)], (1, 1)), ([(1, 0.1 + 0.2), (2, 0.3)], (1, 2)), ([(1, -4), (1, -4)], (0, 3))],

@@ -108,6 +108,7 @@ class EvaluatedImage:
     image: Tensor | None  # uint8 (3, size, size)
     problem: str = ""
     enlarged: bool = False  # its shorter side was smaller than `size`
+    profile: str = ""  # the colour profile it was converted from
 
     def sha256(self) -> str:
         """Of the name and the pixels."""
@@ -149,9 +150,10 @@ class ImageSet:
         key = self.source.name(shard, index - first)
         try:
             key, data = self.source.read(shard, index - first)
-            whole = pixels.decode(data)
+            whole, profile = pixels.picture(data)
             image = pixels.crop(pixels.resize_shorter(whole, self.size), self.size)
-            return EvaluatedImage(index, key, image, enlarged=min(whole.shape[1:]) < self.size)
+            small = min(whole.shape[1:]) < self.size
+            return EvaluatedImage(index, key, image, enlarged=small, profile=profile)
         except ImageError as error:
             return EvaluatedImage(index, key, None, f"{key}: {error}; left out")
 
@@ -511,6 +513,7 @@ def _measure_batch(
             sharpness[i],
             values[i, :, :-1],
             sample.enlarged,
+            sample.profile,
         )
         for i, sample in enumerate(batch)
     ]
