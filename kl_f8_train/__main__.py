@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import io
+import itertools
 import json
 import os
 import re
@@ -23,10 +24,14 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, Us
 from kl_f8_train.launch import end_children, launched
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import say
-from kl_f8_train.units import counted, duration, shortest
+from kl_f8_train.units import are, counted, duration, shortest
 
 if TYPE_CHECKING:
     from kl_f8_train.check.doctor import Report
+
+
+LONGEST_NEXT = 200  # letters of a command that is printed to be copied
+USUAL_BASE = "stabilityai/sd-vae-ft-mse"  # on the hub, for those who have named none
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return _complain(str(error), error.exit_code, args.debug)
     except KeyboardInterrupt:
+        say("kl-f8-train: interrupted", aside=True)
         return 130
     except BrokenPipeError:  # `... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -106,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     train.add_argument("--allow-changes", action="store_true", help="resume with another recipe")
-    train.add_argument("--dry-run", action="store_true", help="only look it over, as doctor does")
+    train.add_argument("--dry-run", action="store_true", help="only check it, as doctor does")
     train.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object")
 
     doctor = add("doctor", _doctor, "Checks a run before it costs anything: go, or no go.")
@@ -115,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.add_argument("--all", action="store_true", help="every setting and figure")
 
-    inspect = add("inspect", _inspect, "Says what a VAE file holds, without running any of it.")
+    inspect = add("inspect", _inspect, "Reports what a VAE file holds, without running any of it.")
     inspect.add_argument("weights", help="file, diffusers folder, run directory or hub id")
     taken = inspect.add_mutually_exclusive_group()
     taken.add_argument("--raw", action="store_true", help="a run's raw weights, not its EMA")
@@ -316,7 +322,7 @@ def _train_verb(args: argparse.Namespace) -> int:
     from kl_f8_train import config as configs
 
     if args.dry_run:
-        return _examine(args.config, args.overrides, args.json, args.allow_changes)
+        return _examine(args, allow_changes=args.allow_changes)
     if args.json:
         raise UsageError("--json: a training prints no JSON; give --dry-run with it")
     end_with_launcher()  # before anything heavy is imported
@@ -334,19 +340,14 @@ def _train_verb(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     if args.config is None:
         raise UsageError("doctor takes a recipe: kl-f8-train doctor CONFIG [key=value ...]")
-    return _examine(args.config, args.overrides, args.json, in_full=args.all)
+    return _examine(args, in_full=args.all)
 
 
-def _examine(
-    recipe: str,
-    overrides: list[str],
-    as_json: bool,
-    allow_changes: bool = False,
-    in_full: bool = False,
-) -> int:
+def _examine(args: argparse.Namespace, allow_changes: bool = False, in_full: bool = False) -> int:
     """Runs doctor: with `as_json` or `in_full` every line, otherwise one screen."""
     from kl_f8_train import config as configs
 
+    recipe, overrides, as_json = args.config, args.overrides, args.json
     path = configs.find_recipe(recipe)
     launched()
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
@@ -359,6 +360,8 @@ def _examine(
             report = _examine_briefly(recipe, path, overrides, allow_changes)
     if as_json:
         print(json.dumps(report.as_json()))
+    for error in report.crashes if args.debug else ():
+        traceback.print_exception(error)
     return report.exit_code
 
 
@@ -376,13 +379,21 @@ def _examine_briefly(
 
     report = examine(path, overrides, say, allow_changes, brief=screen.append, begin=begin)
     print()
-    given = shlex.join([recipe, *overrides])
     number = next(i for i, line in enumerate(screen) if line.startswith(("GO", "NO GO")))
     lines = [*screen[:number], "all settings and figures: the same command with --all"]
     if not report.problems:
-        lines.append(f"next: kl-f8-train train {given}")
+        lines.append(f"next: {_after_doctor(recipe, overrides, allow_changes)}")
     print("\n".join([*lines, *screen[number:]]))
     return report
+
+
+def _after_doctor(recipe: str, overrides: list[str], allow_changes: bool) -> str:
+    """The command that trains, or how to get it from a long one."""
+    allowed = ["--allow-changes"] * allow_changes
+    command = shlex.join(["kl-f8-train", "train", recipe, *overrides, *allowed])
+    if len(command) <= LONGEST_NEXT:
+        return command
+    return "the same command with `train` in the place of `doctor`, or without --dry-run"
 
 
 def _must_be_there(weights: str, key: str = "") -> None:
@@ -428,8 +439,33 @@ def _export(args: argparse.Namespace) -> int:
         force=args.force,
         say=say,
     )
-    say(f"next: {_card_command(out, 'evaluation/scores.json')}  # scores: kl-f8-train evaluate")
+    say(f"next: {_after_export(out)}")
     return 0
+
+
+def _after_export(out: Path) -> str:
+    """The card of an export with its scores; before there are any, the evaluation that makes them.
+
+    Of an export without held-out photographs, or whose base is not here, the card without scores.
+    """
+    import yaml
+
+    from kl_f8_train.publish import card
+
+    scores = Path("evaluation") / "scores.json"
+    if card.are_scores_of(scores, out):
+        return _card_command(out, str(scores))
+    config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+    base, pictures = config["init"]["weights"], config["log"]["pictures"]
+    files = sorted([*out.glob("*.safetensors"), *out.glob("*.ckpt"), *out.glob("diffusers")])
+    with contextlib.suppress(MissingInputError):
+        _must_be_there(base)
+        if files and pictures and Path(pictures).is_dir():
+            command = ["kl-f8-train", "evaluate", f"base={base}", f"mine={files[-1]}"]
+            command += ["--images", pictures, "--compare", "base", "mine"]
+            network = config["loss"]["perceptual"]
+            return shlex.join([*command, *["--perceptual", network] * (network != "lpips_vgg")])
+    return shlex.join(["kl-f8-train", "card", str(out)])
 
 
 def _card_command(export: Path, scores: str) -> str:
@@ -495,7 +531,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         for place in places:
             print(f"report: {report.write(place)}")
         chosen = args.compare[1] if args.compare else named[-1][0]
-        print(f"next: {_after_scores(places[0], *next(n for n in named if n[0] == chosen))}")
+        if then := _after_scores(places[0], *next(n for n in named if n[0] == chosen)):
+            print(f"next: {then}")
     return 0
 
 
@@ -541,7 +578,7 @@ def _evaluate_latents(args: argparse.Namespace, named: list[tuple[str, Path, str
 
 
 def _after_scores(out: Path, name: str, path: Path, select: str) -> str:
-    """What comes next for scored weights: export, the card of their export, or a training."""
+    """What comes next for scored weights: export, the card of their export, or nothing."""
     from kl_f8_train.run_dir import is_run
 
     if (path.parent / "export.json").is_file():
@@ -549,8 +586,7 @@ def _after_scores(out: Path, name: str, path: Path, select: str) -> str:
     if is_run(path) or is_run(path.parent.parent):
         taken = ["--raw"] if select == "raw" else ["--ema", select[4:]] * (select != "ema")
         return shlex.join(["kl-f8-train", "export", str(path), *taken])
-    weights = shlex.quote(f"init.weights={path}")
-    return f"kl-f8-train doctor single_gpu {weights} data.sources=PHOTOS"
+    return ""
 
 
 def _check_out(out: Path) -> None:
@@ -647,8 +683,7 @@ def _pack(args: argparse.Namespace) -> int:
             progress=progress,
         )
     print(result)
-    source = shlex.quote(f"data.sources={args.out}")
-    print(f"next: kl-f8-train doctor single_gpu init.weights=VAE {source}")
+    print(_before_training(args.out, f"data.sources={args.out}"))
     return 0
 
 
@@ -659,8 +694,20 @@ def _split(args: argparse.Namespace) -> int:
         result = split(args.images, args.out, args.held_out, args.seed, progress)
     print(result)
     settings = [f"data.sources={args.out / TRAINING}", f"log.pictures={args.out / HELD_OUT}"]
-    print(f"next: kl-f8-train doctor single_gpu init.weights=VAE {shlex.join(settings)}")
+    print(_before_training(args.out, *settings))
     return 0
+
+
+def _before_training(out: Path, *settings: str) -> str:
+    """How to look at a training on images that were just made ready, in a new run directory."""
+    name = out.resolve().name
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    run = next(place for place in (Path("runs", name) for name in names) if not place.exists())
+    given = [f"init.weights={USUAL_BASE}", "init.family=sd", *settings, f"run_dir={run}"]
+    return (
+        "to start from a VAE of your own, give its file as init.weights\n"
+        f"next: {shlex.join(['kl-f8-train', 'doctor', 'single_gpu', *given])}"
+    )
 
 
 def _index_verb(args: argparse.Namespace) -> int:
@@ -685,7 +732,8 @@ def _index_verb(args: argparse.Namespace) -> int:
         raise RunFailedError("some shards could not be fetched, as said above; run this again")
     if source.broken:
         raise MissingInputError(
-            f"{len(source.broken)} of {len(locations)} shards are broken, as said above; download "
+            f"{len(source.broken)} of {counted(len(locations), 'shard', 's')} "
+            f"{are(len(source.broken))} broken, as said above; download "
             "them again, then rerun this command, or train with data.bad_shards=skip"
         )
     return 0

@@ -34,6 +34,10 @@ class RunFailedError(UserError):
     exit_code = 4
 
 
+class LostContactError(RunFailedError):
+    """Another process of the run is gone, or does not answer: a new start may well succeed."""
+
+
 class ImageError(ValueError):
     """One image that cannot be used, `reason: detail`; the run takes its neighbour instead."""
 

@@ -164,7 +164,7 @@ def settled(stated: Facts, channels: int, given: str | None, published_shape: bo
 def described(family: str | None, stated: Facts) -> str:
     """A family's title, with the scale of its latents."""
     known = FAMILIES.get(family or "")
-    title = known.title if known else "no known family"
+    title = known.title if known else "none of the published models"
     scale = f"scaling_factor {stated.scaling_factor:g}" if stated.scaling_factor else ""
     shift = f"shift_factor {stated.shift_factor:g}" if stated.shift_factor else ""
     return ", ".join(part for part in (title, scale, shift) if part)

@@ -8,7 +8,7 @@ counted by its kind.
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +50,13 @@ MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0(?!....CR)|MM\0\*",
     re.DOTALL,
 )
+ONE = {  # kind of files that are left out -> what a single one is
+    "hidden files": "hidden file",
+    "broken links": "broken link",
+    "pipes, sockets or devices": "pipe, socket or device",
+    "folders that cannot be read": "folder that cannot be read",
+    "in hidden folders": "in a hidden folder",
+}
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
 FIRST_BYTES = 64  # bytes that say what a file is
@@ -64,7 +71,10 @@ class Listing:
 
     def describe(self) -> str:
         """What is not used: `not used: 3 .heic (pip install pillow-heif), 1 .mov`; else empty."""
-        parts = [f"{count:,} {kind}" for kind, count in sorted(self.left_out.items())]
+        parts = [
+            f"{count:,} {ONE.get(kind, kind) if count == 1 else kind}"
+            for kind, count in sorted(self.left_out.items())
+        ]
         return f"not used: {', '.join(parts)}" if parts else ""
 
 
@@ -221,16 +231,28 @@ def load_folder(
 
     An unreadable image is named and left out. Raises MissingInputError if none is left.
     """
-    loaded: list[Tensor] = []
+    return load_sizes(folder, [side], count, report)[side]
+
+
+def load_sizes(
+    folder: Path, sides: Sequence[int], count: int, report: Callable[[str], None] = print
+) -> dict[int, list[Tensor]]:
+    """`load_folder` for each of `sides`; an image is decoded, or named as unreadable, once."""
+    loaded: dict[int, list[Tensor]] = {side: [] for side in sides}
     listing = list_folder(folder) if folder.is_dir() else Listing()
+    found = 0
     for file in listing.files:
-        if len(loaded) == count:
+        if found == count:
             break
         try:
-            loaded.append(images.square(read_file(folder / file), side))
+            squares = images.squares(read_file(folder / file), sides)
         except ImageError as error:
             report(f"{printable(str(folder / file))}: {error}; left out")
-    if not loaded:
+            continue
+        found += 1
+        for side, square in zip(sides, squares, strict=True):
+            loaded[side].append(square)
+    if not found:
         more = f"; {listing.describe()}" if listing.left_out else ""
         raise MissingInputError(
             f"no images in {folder}: expected a folder of .jpg, .png or .webp{more}"

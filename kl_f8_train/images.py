@@ -5,7 +5,7 @@ uint8 images are (3, H, W) in 0..255; float images are (B, 3, H, W) in [-1, 1]. 
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -304,7 +304,13 @@ def square(data: bytes, side: int) -> Tensor:
 
     Raises ImageError as `decode` does.
     """
-    return crop(resize_shorter(decode(data), side), side)
+    return squares(data, [side])[0]
+
+
+def squares(data: bytes, sides: Iterable[int]) -> list[Tensor]:
+    """`square` for each of `sides`; the image is decoded once."""
+    whole = decode(data)
+    return [crop(resize_shorter(whole, side), side) for side in sides]
 
 
 def to_float(image: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import fcntl
+import json
 import math
 import os
 import re
@@ -11,11 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kl_f8_train.errors import RunFailedError
-from kl_f8_train.files import atomic_path
+from kl_f8_train.errors import LostContactError, RunFailedError, UserError
+from kl_f8_train.files import atomic_path, write_json
 
 CONFIG_FILE, METRICS_FILE, VALIDATION_FILE = "config.yaml", "metrics.csv", "validation.csv"
 NAME = re.compile(r"iteration-(\d{9})(-warmup-\d{6})?\.safetensors$")
+FAILURE_FILE = "failure.json"  # why the last start failed; the next one removes it
 CLAIM = ".claim"  # of the process that trains in a run directory
 
 Row = dict[str, float]
@@ -104,6 +106,44 @@ def claimed(run_dir: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+@contextlib.contextmanager
+def failure_kept(run_dir: Path) -> Iterator[None]:
+    """Writes down why a start fails, for `status`."""
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, UserError)
+        message = str(error) if known else f"unexpected {type(error).__name__}: {error}"
+        note_failure(run_dir, message, passing=isinstance(error, LostContactError))
+        raise
+
+
+def note_failure(run_dir: Path, message: str, passing: bool) -> None:
+    """Keeps the first failure of a start: what other processes meet then follows from it.
+
+    `passing`: the same command may go on without any change.
+    """
+    file = run_dir / FAILURE_FILE
+    with contextlib.suppress(OSError, RunFailedError):  # a full disk may be what failed
+        if not file.exists():
+            write_json(file, {"message": message, "passing": passing})
+
+
+def forget_failure(run_dir: Path) -> None:
+    """Before a new start."""
+    with contextlib.suppress(OSError):
+        (run_dir / FAILURE_FILE).unlink(missing_ok=True)
+
+
+def read_failure(run_dir: Path) -> tuple[str, bool] | None:
+    """Why the last start failed, and whether the same command may go on; None if it did not."""
+    try:
+        found = json.loads((run_dir / FAILURE_FILE).read_text(encoding="utf-8", errors="replace"))
+        return str(found["message"]), bool(found["passing"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 class MetricsFile:

@@ -53,9 +53,19 @@ def speed(images_per_second: float) -> str:
     return f"{number} images/s"
 
 
+def figure(value: float) -> str:
+    """Four digits, without an exponent for large numbers: 0.03412, 12.35, 130,900."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def counted(number: int, noun: str, ending: str) -> str:
     """1 process, 2 processes, 1,000 processes: a number with its noun."""
     return f"{number:,} {noun}{ending * (number != 1)}"
+
+
+def are(number: int) -> str:
+    """The verb that goes with a number: 1 tensor is, 2 tensors are."""
+    return "is" if number == 1 else "are"
 
 
 def printable(name: str) -> str:

@@ -283,7 +283,7 @@ def test_report_of_the_originals_file(tmp_path):
     for part in (
         "model.ckpt: CompVis autoencoder (torch zip)",
         "with discriminator; with optimizer; iteration 246,803",
-        "not kl-f8's shape: encoder.conv_in.weight is (32, 3, 3, 3), expected (128, 3, 3, 3)",
+        "a narrow network of kl-f8's architecture (32 channels, kl-f8 has 128): ch_mult [",
         "EMA scalars: model_ema.decay 0.5, model_ema.num_updates 250",
         "loss.logvar is 0.25",
         "left out: 1 loss.perceptual_loss",
@@ -359,6 +359,29 @@ def test_kl_f8s_shape_is_told():
     result = weight_file.report(weight_file.Contents(Path("x"), {}), weights)
     assert result["not_kl_f8"] is None
     assert "\n  kl-f8's shape\n" in weight_file.describe(result)
+
+
+def test_the_shipped_base_is_described_without_alarm():
+    """It is narrow on purpose, and there is no float32 file of it to advise."""
+    shown = weight_file.describe(weight_file.report(*weight_file.read_weights("kl_f8_mini")))
+    assert "a narrow network of kl-f8's architecture (16 channels, kl-f8 has 128)" in shown
+    assert "its latents have a scale of their own" in shown
+    assert "float32" not in shown
+    assert "not kl-f8's shape" not in shown
+    assert "expected" not in shown
+
+
+def test_a_float32_file_is_advised_where_there_may_be_one(tmp_path):
+    state = {key: value.half() for key, value in samples.tiny_vae().state_dict().items()}
+    assert "take the float32 file, if there is one" in quality(tmp_path, state)
+
+
+def test_another_architecture_is_not_called_narrow():
+    state = dict(samples.tiny_vae().state_dict())
+    state["decoder.conv_in.weight"] = state["decoder.conv_in.weight"][:, :, :1, :1]
+    weights = Weights("CompVis autoencoder", state)
+    result = weight_file.report(weight_file.Contents(Path("x"), {}), weights)
+    assert "not kl-f8's shape: encoder.conv_in.weight is (32," in weight_file.describe(result)
 
 
 # --- writing --------------------------------------------------------------------------------
@@ -619,7 +642,7 @@ def quality(tmp_path: Path, state: dict) -> str:
 def test_values_that_are_not_finite_are_named(tmp_path, value, dtype):
     state = {k: v.to(dtype) for k, v in samples.tiny_vae().state_dict().items()}
     state["decoder.conv_in.weight"][0] = value
-    assert "1 tensors are not finite, decoder.conv_in.weight first" in quality(tmp_path, state)
+    assert "1 tensor is not finite, decoder.conv_in.weight first" in quality(tmp_path, state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
@@ -641,7 +664,7 @@ def test_rounding_is_told_by_what_it_does_to_latents(tmp_path, dtype):
 def test_quantised_weights_are_refused_and_named(tmp_path):
     state = dict(samples.tiny_vae().state_dict())
     state["decoder.conv_in.weight"] = state["decoder.conv_in.weight"].to(torch.int8)
-    assert "1 tensors are whole numbers, decoder.conv_in.weight first" in quality(tmp_path, state)
+    assert "1 tensor is of whole numbers, decoder.conv_in.weight first" in quality(tmp_path, state)
     with pytest.raises(MissingInputError, match="quantised weights cannot be trained"):
         weight_file.load_autoencoder(tmp_path / "w.safetensors")
 

@@ -14,7 +14,7 @@ import samples
 import torch
 
 from kl_f8_train import config
-from kl_f8_train.__main__ import main
+from kl_f8_train.__main__ import _after_doctor, main
 from kl_f8_train.check import cost, doctor, scaling
 from kl_f8_train.core import machine
 from kl_f8_train.core.batch import Batch
@@ -386,7 +386,8 @@ def test_another_shape_is_told_beside_a_missing_network(examined, monkeypatch, t
     assert code == 3
     shape, network = found["problems"]
     assert "is (32, 3, 3, 3), expected (64, 3, 3, 3)" in shape
-    assert "set model.* as theirs" in shape
+    assert "set model.* as theirs: model.ch=32 " in shape
+    assert "'model.ch_mult=[1,1]'" in shape
     assert "VGG16's features not found" in network
 
 
@@ -483,12 +484,67 @@ def test_without_all_it_is_one_screen_with_the_next_command(folder, capsys):
         *("run", "batch", "weights", "loss", "data", "speed", "bill", "disk")
     ]
     assert lines[-3] == "all settings and figures: the same command with --all"
-    assert lines[-2].startswith("next: kl-f8-train train demo model.ch=32 'model.ch_mult=[1,1]' ")
+    assert lines[-2] == (
+        "next: the same command with `train` in the place of `doctor`, or without --dry-run"
+    )
     assert lines[-1] == "GO"
     assert main(["doctor", "demo", *arguments, "--all"]) == 0
     printed = capsys.readouterr().out
     assert "gradient norm at decoder.conv_out.weight" in printed
     assert "data.crop=32" in printed
+
+
+def test_the_next_command_is_printed_where_it_is_short():
+    assert _after_doctor("demo", ["run_dir=a b"], False) == "kl-f8-train train demo 'run_dir=a b'"
+    assert _after_doctor("demo", [], True) == "kl-f8-train train demo --allow-changes"
+    assert len(_after_doctor("demo", ["x" * 300], False)) < 100
+
+
+@pytest.mark.parametrize(
+    ("part", "where"),
+    [("check.doctor._check_source", "data: shards"), ("check.screen.lines", "screen")],
+)
+def test_a_crash_in_a_check_is_no_go(folder, capsys, monkeypatch, part, where):
+    """Whatever a check does not foresee: the others go on, and the verdict comes."""
+
+    def crash(*_):
+        raise ZeroDivisionError("by nought")
+
+    monkeypatch.setattr(f"kl_f8_train.{part}", crash)
+    arguments = ["doctor", "demo", *runs.overrides(folder, "crash", *runs.NO_ADVERSARIAL)]
+    assert main(arguments) == 4
+    printed = capsys.readouterr()
+    assert "NO GO, 1 problem:" in printed.out
+    assert f"1. {where}: unexpected ZeroDivisionError: by nought" in printed.out
+    assert "--debug shows where" in printed.out
+    assert main([*arguments, "--debug"]) == 4
+    assert "in crash" in capsys.readouterr().err
+
+
+def test_a_plan_shows_the_disk_that_it_takes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "single_gpu"]) == 2
+    assert re.search(r"\n  disk     \S+ GB for \d checkpoints\n", capsys.readouterr().out)
+    assert main(["doctor", "single_gpu", f"run_dir={tmp_path / 'run'}"]) == 2
+    assert re.search(r"\n  disk     \S+ GB for \d checkpoints; .*free\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        (["init.iteration=null"], None),
+        (["log.pictures_every=0"], None),
+        (["log.pictures_every=0", "log.pictures=a"], "log.pictures=a is not used, as log.pictures"),
+        (["log.pictures_every=0", "log.pictures_size=64"], "log.pictures_size=64 is not used"),
+        (["adversarial.start_iteration=999"], "the adversarial term never sets in"),
+        (["init.iteration=null", "stop_iteration=80"], "nothing is trained: stop_iteration=80 is"),
+    ],
+)
+def test_settings_that_do_nothing_beside_others_are_noted(folder, settings, note):
+    report = doctor.Report(lambda line: None, facts={"start_iteration": 100})
+    chosen = runs.recipe(folder, "useless", "stop_iteration=200", *settings)
+    doctor._note_useless_settings(report, chosen)
+    assert [line[: len(note or "")] for line in report.remarks] == ([note] if note else [])
 
 
 def test_each_problem_is_printed_once(folder, tmp_path, capsys):

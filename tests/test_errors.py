@@ -333,7 +333,7 @@ DATA = {
         "index nowhere", MISSING, "nowhere: no such file or folder|check the path"
     ),
     "index cut": Case(
-        "index cut_shards --index-dir i", MISSING, "1 of 1 shards are broken|download them"
+        "index cut_shards --index-dir i", MISSING, "1 of 1 shard is broken|download them"
     ),
     "evaluate nowhere": Case(
         "evaluate model.ckpt --images no", MISSING, "--images no: no such folder"

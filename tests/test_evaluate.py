@@ -15,6 +15,7 @@ import pytest
 import samples
 import torch
 from PIL import Image
+from test_images import wide_gamut
 from torch import Tensor
 
 from kl_f8_train import images
@@ -91,6 +92,21 @@ def stack(some: list[EvaluatedImage]) -> Tensor:
 
 
 # --- files ----------------------------------------------------------------------------------
+
+
+def test_images_of_other_colour_spaces_are_counted(folder, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(3):
+        profile = wide_gamut() if number else None
+        data = samples.encode(samples.noise_picture(number, 64, 64), "PNG", icc_profile=profile)
+        (photos / f"{number}.png").write_bytes(data)
+    result = run(folder, str(tmp_path / "out"), names="a", where=str(photos))
+    (count,) = result["converted"].values()
+    assert count == 2
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["converted"]
+    assert "Converted to sRGB, by colour profile: " in scores.footer(result)
+    assert run(folder, "none-converted", names="a", limit=1)["converted"] == {}
 
 
 def test_scores_stand_beside_what_they_depend_on(folder, single):

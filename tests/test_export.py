@@ -20,17 +20,18 @@ import pytest
 import runs
 import samples
 import torch
+import yaml
 from diffusers import AutoencoderKL as DiffusersAutoencoderKL
 from safetensors.torch import load_file
 from test_checkpoint import no_room
 
 from kl_f8_train import config, images
-from kl_f8_train.__main__ import main
+from kl_f8_train.__main__ import _after_export, main
 from kl_f8_train.core.hashes import data_sha256
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import file_sha256
-from kl_f8_train.publish import half_precision
+from kl_f8_train.publish import card, half_precision
 from kl_f8_train.publish.export import export
 from kl_f8_train.run.train import train
 from kl_f8_train.run_dir import list_checkpoints
@@ -344,8 +345,36 @@ def test_half_precision_files(folder, ema, tmp_path, dtype, short, capsys):
     printed = capsys.readouterr().out
     assert stated in printed
     assert ("WARNING: bfloat16 costs" in printed) == (dtype == "bfloat16")
-    command = f"kl-f8-train card {tmp_path} --scores evaluation/scores.json"
-    assert printed.splitlines()[-1] == f"next: {command}  # scores: kl-f8-train evaluate"
+    assert printed.splitlines()[-1] == f"next: kl-f8-train card {tmp_path}"
+
+
+def test_what_follows_an_export(folder, tmp_path, monkeypatch):
+    """Scores on the held-out photographs of the run, and once they are there the card."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "held_out").mkdir()
+    out = export(folder / "run", tmp_path / "out")
+    exported = (out / "config.yaml").read_text()
+    values = yaml.safe_load(exported)
+    values["log"]["pictures"] = "held_out"
+    (out / "config.yaml").write_text(yaml.safe_dump(values))
+    scored = "evaluate base=base.ckpt mine=out/tiny-ema-pruned.safetensors --images held_out"
+    for base, command in (
+        ("base.ckpt", f"kl-f8-train {scored} --compare base mine"),
+        ("absent.ckpt", "kl-f8-train card out"),
+    ):
+        (tmp_path / "base.ckpt").touch()
+        values["init"]["weights"] = base
+        (out / "config.yaml").write_text(yaml.safe_dump(values))
+        assert _after_export(Path("out")).removesuffix(" --perceptual st_lpips_alex") == command
+    (out / "config.yaml").write_text(exported)
+    (tmp_path / "evaluation").mkdir()
+    digest = file_sha256(out / "tiny-ema-pruned.safetensors")
+    scores = {"models": {"a": {}}, "weights": {"a": {"sha256": digest}}}
+    (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(scores))
+    monkeypatch.setattr(card, "_problems", lambda scores: [])
+    monkeypatch.setattr(card, "_taken", lambda scores: {})
+    expected = "kl-f8-train card out --scores evaluation/scores.json"
+    assert _after_export(Path("out")) == expected
 
 
 @pytest.mark.parametrize(

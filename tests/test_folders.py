@@ -46,6 +46,23 @@ def test_a_folders_first_images_name_what_is_left_out(tmp_path):
     assert "broken.jpg" in said[0]
 
 
+def test_several_sizes_read_and_name_each_image_once(tmp_path, monkeypatch):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(samples.encode(samples.noise_picture(len(name)), "PNG"))
+    (tmp_path / "_broken.jpg").write_bytes(b"no image")
+    read: list[str] = []
+    real = folders.read_file
+    monkeypatch.setattr(
+        folders, "read_file", lambda path: read.append(Path(path).name) or real(path)
+    )
+    said: list[str] = []
+    found = folders.load_sizes(tmp_path, [16, 24], 8, said.append)
+    assert read == ["_broken.jpg", "a.png", "b.png"]
+    assert len(said) == 1
+    assert {side: len(pictures) for side, pictures in found.items()} == {16: 2, 24: 2}
+    assert torch.equal(found[24][1], images.square((tmp_path / "b.png").read_bytes(), 24))
+
+
 @pytest.mark.parametrize("name", ["", "absent"])
 def test_a_folder_without_images(tmp_path, name):
     with pytest.raises(MissingInputError, match="no images in"):
@@ -132,3 +149,22 @@ def test_unreadable_files_are_image_errors(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_read(tmp_path):
     with pytest.raises(MissingInputError, match="No such file or directory"):
         folders.list_folder(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("file", "one", "two"),
+    [
+        (".{}.jpg", "1 hidden file", "2 hidden files"),
+        ("__MACOSX/{}.jpg", "1 in a hidden folder", "2 in hidden folders"),
+    ],
+)
+def test_what_is_left_out_is_counted_in_grammatical_english(tmp_path, file, one, two):
+    make(tmp_path, {file.format("a"): JPEG})
+    assert folders.list_folder(tmp_path).describe() == f"not used: {one}"
+    make(tmp_path, {file.format("b"): JPEG})
+    assert folders.list_folder(tmp_path).describe() == f"not used: {two}"
+
+
+def test_one_broken_link(tmp_path):
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    assert folders.list_folder(tmp_path).describe() == "not used: 1 broken link"

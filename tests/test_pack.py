@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -13,7 +14,7 @@ import samples
 import webdataset
 from PIL import Image
 
-from kl_f8_train import images
+from kl_f8_train import config, images
 from kl_f8_train.__main__ import main
 from kl_f8_train.data import pack
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
@@ -412,5 +413,7 @@ def test_the_verb_ends_with_the_next_command(tmp_path, capsys):
     out = tmp_path / "my shards"
     assert main(["pack", str(tmp_path / "photos"), str(out), "--workers", "1"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    given = f"init.weights=VAE 'data.sources={out}'"
-    assert last == f"next: kl-f8-train doctor single_gpu {given}"
+    assert last.startswith("next: kl-f8-train doctor single_gpu init.weights=")
+    found = config.load(config.find_recipe("single_gpu"), shlex.split(last)[4:])
+    assert [source.shards for source in found.data.sources.values()] == [str(out)]
+    assert found.run_dir == "runs/my shards"

@@ -60,7 +60,7 @@ def test_what_counts_as_an_image(tmp_path):
     source = open_source(tmp_path / "x.tar")
     assert read_all(source) == [b"one", b"two", b"three"]
     assert source.without_image == 1
-    assert "1 samples have no image" in source.describe()
+    assert "1 sample without an image" in source.describe()
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
@@ -293,8 +293,8 @@ def test_what_could_not_be_fetched_is_tried_again(tmp_path, monkeypatch):
     [
         (RunFailedError("cannot fetch it: stalled"), 4, "could not be fetched"),
         (RunFailedError("no room for it in the cache"), 4, "could not be fetched"),
-        (MissingInputError("cannot fetch it: 404"), 3, "1 of 1 shards are broken"),
-        (None, 3, "1 of 1 shards are broken"),  # it is there, and cut short
+        (MissingInputError("cannot fetch it: 404"), 3, "1 of 1 shard is broken"),
+        (None, 3, "1 of 1 shard is broken"),  # it is there, and cut short
     ],
 )
 def test_a_failed_fetch_is_not_a_broken_shard(tmp_path, monkeypatch, capsys, answer, code, said):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import runs
 import samples
 from PIL import Image, ImageEnhance, ImageOps
 
-from kl_f8_train import shipped
+from kl_f8_train import config, shipped
 from kl_f8_train.__main__ import main
 from kl_f8_train.check import overlap
 from kl_f8_train.data import near
@@ -127,7 +128,12 @@ def test_every_photograph_lies_on_one_side(photos, tmp_path, capsys):
     assert "broken.jpg: not a readable image" in printed
     assert "1 .mov" in printed
     assert "note: fewer than 10 held out" in printed
-    assert "next: kl-f8-train doctor single_gpu init.weights=VAE data.sources=" in printed
+    last = printed.splitlines()[-1]
+    assert last.startswith("next: kl-f8-train doctor single_gpu init.weights=stabilityai/")
+    settings = shlex.split(last)[4:]
+    config.load(config.find_recipe("single_gpu"), settings)  # nothing is left to give
+    assert f"log.pictures={tmp_path / 'out/held_out'}" in settings
+    assert not Path(dict(text.split("=") for text in settings)["run_dir"]).exists()
     listed = json.loads((tmp_path / "out/split.json").read_text())
     assert (set(listed["training"]), set(listed["held_out"])) == (set(training), set(held_out))
     assert [set(group) for group in listed["near_duplicates"]] == [alike]
@@ -201,6 +207,15 @@ def test_a_wrong_number_is_refused(photos, tmp_path, asked):
     with pytest.raises(SystemExit) as stopped:
         main(["split", str(photos), str(tmp_path / "out"), f"--held-out={asked}"])
     assert stopped.value.code == 2
+
+
+def test_one_photograph_cannot_be_split(tmp_path, capsys):
+    """The flag that was not given is no part of the error."""
+    (tmp_path / "one").mkdir()
+    data = samples.encode(samples.noise_picture(0), "PNG")
+    (tmp_path / "one" / "a.png").write_bytes(data)
+    assert main(["split", str(tmp_path / "one"), str(tmp_path / "out")]) == 2
+    assert "1 photograph: expected two or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("asked", ["14", "100"])
@@ -314,7 +329,7 @@ def test_doctor_notes_them(folder, tmp_path, capsys):
     extra = ("log.pictures_every=5", *places)
     assert main(["doctor", "demo", *runs.overrides(folder, "new", *extra)]) == 0
     screen = capsys.readouterr().out
-    assert "scored   1 picture, 1 of them among the 6 training images" in screen
+    assert "held out 1 picture, 1 of them among the 6 training images" in screen
     assert "note: 1 of 1 validation picture is a training image, as x.png = " in screen
     assert (
         main(["doctor", "demo", *runs.overrides(folder, "new", *extra, "log.pictures=null")]) == 0

@@ -65,7 +65,7 @@ def test_a_checkpoint_that_is_not_finite_is_never_written(saved, tmp_path, where
     frozen = frozen_sha256(tuner.autoencoder.state_dict())
     before = path.read_bytes()
     tuner.run_state.iteration += 1
-    with pytest.raises(RunFailedError, match="1 tensors are not finite"):
+    with pytest.raises(RunFailedError, match="1 tensor is not finite"):
         checkpoint.save(tuner, optimizers, tmp_path, frozen)
     assert list(path.parent.iterdir()) == [path]
     assert path.read_bytes() == before

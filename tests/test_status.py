@@ -90,7 +90,7 @@ def test_a_run_that_died(tmp_path):
     found = status.read_status(make_run(tmp_path, [row(1010)], age=7260.0), NOW)
     assert found.state == "silent for 2 h 1 min"
     assert found.checkpoint is None
-    assert "end, if it went on now" in status.facts(found)
+    assert "end, if resumed now" in status.facts(found)
 
 
 def test_the_claim_tells_running_from_stopped(tmp_path):
@@ -107,8 +107,8 @@ def test_the_claim_tells_running_from_stopped(tmp_path):
         assert "end" in status.facts(status.read_status(run, NOW))
         process.kill()
     found = status.read_status(run, NOW)
-    assert found.state == "stopped 10 s ago; the same command goes on"
-    assert "end, if it went on now" in status.facts(found)
+    assert found.state == "stopped 10 s ago; the same command resumes it"
+    assert "end, if resumed now" in status.facts(found)
 
 
 def test_silence_is_judged_by_the_interval_of_the_log(tmp_path):
@@ -298,6 +298,22 @@ def test_ticks_are_round_and_inside(low, high, log):
     assert low <= found[0]
     assert found[-1] <= high * 1.000001
     assert found == pytest.approx([float(f"{tick:.3g}") for tick in found])
+
+
+@pytest.mark.parametrize("span", [(1.7e-4, 3.1e-4), (2.01e-4, 2.05e-4), (0.94, 0.96), (1, 2e5)])
+def test_no_two_numbers_of_an_axis_look_alike(span):
+    chart = curves.Chart("x", {"a": [(1, span[0]), (2, span[1])]})
+    drawn = re.findall(r'class="end">([^<]+)</text>', curves.svg(chart, {}, (1, 2)))
+    assert len(set(drawn)) == len(drawn) >= 3
+    assert "iteration</text>" in curves.svg(chart, {}, (1, 2))
+
+
+def test_large_numbers_have_no_exponent():
+    assert [units.figure(n) for n in (130_912.3, -1873.2, 12.345678, 0.0341249, 0.0)] == [
+        *("130,912", "-1,873", "12.35", "0.03412", "0")
+    ]
+    page = curves.page("t", {}, [], [curves.Chart("x", {"a": [(1, 130_912.3)]})], {}, "")
+    assert "e+05" not in page
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,11 @@ from PIL import Image
 
 from kl_f8_train.__main__ import main
 from kl_f8_train.core.step import Finetuner
-from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
-from kl_f8_train.run import outcome, saving
+from kl_f8_train.errors import LostContactError, MissingInputError, RunFailedError, UsageError
+from kl_f8_train.run import outcome, saving, status
 from kl_f8_train.run.train import train
 from kl_f8_train.run.validation import Validation
-from kl_f8_train.run_dir import MetricsFile, list_checkpoints
+from kl_f8_train.run_dir import MetricsFile, failure_kept, list_checkpoints, read_failure
 from kl_f8_train.weights import checkpoint, weight_file
 
 
@@ -160,6 +160,49 @@ def test_kill_9_and_the_same_command_again_equal_an_undisturbed_run(folder, undi
 
 
 @pytest.mark.slow
+def test_status_says_that_a_run_failed_by_what_and_whether_again(folder, monkeypatch, capsys):
+    def broken(self, *_):
+        raise RunFailedError("the data are gone\n  mend them")
+
+    first = runs.recipe(folder, "failing", "stop_iteration=101")
+    longer = runs.recipe(folder, "failing", "stop_iteration=103")
+    run = folder / "failing"
+    assert train(first) == 0
+    with monkeypatch.context() as context:
+        context.setattr(Finetuner, "training_step", broken)
+        with pytest.raises(RunFailedError):
+            train(longer)
+    found = status.read_status(run, time.time())
+    assert found.state.startswith("failed ")
+    assert found.state.endswith("; the same command fails again until that is fixed")
+    assert found.failure == "the data are gone\n  mend them"
+    main(["status", str(run), "--html", str(folder / "failed.html")])
+    assert "  error: the data are gone\n      mend them\n" in capsys.readouterr().out
+    assert "the data are gone" in (folder / "failed.html").read_text()
+    capsys.readouterr()
+    assert main(["train", str(run)]) == 0  # its config.yaml is the same command
+    assert "done: iteration 103" in capsys.readouterr().out
+    assert status.read_status(run, time.time()).failure is None
+
+
+def test_a_start_that_fails_is_reported_where_no_run_is_yet(folder):
+    with pytest.raises(MissingInputError):
+        train(runs.recipe(folder, "not-started", "init.weights=absent.ckpt"))
+    with pytest.raises(MissingInputError, match=r"did not start: .*absent\.ckpt"):
+        status.read_status(folder / "not-started", time.time())
+
+
+@pytest.mark.parametrize("error", [LostContactError("rank 1 is gone"), KeyError("x")])
+def test_only_what_passes_by_itself_goes_on(tmp_path, error):
+    with pytest.raises(type(error)), failure_kept(tmp_path):
+        raise error
+    with pytest.raises(RunFailedError), failure_kept(tmp_path):
+        raise RunFailedError("what another process met because of it")
+    message, passing = read_failure(tmp_path)
+    assert passing is isinstance(error, LostContactError)
+    assert message == ("rank 1 is gone" if passing else "unexpected KeyError: 'x'")
+
+
 def test_one_run_directory_is_for_one_run_at_a_time(folder):
     process = runs.start(folder, "claimed", "stop_iteration=9000")
     wait_for(process, "iteration 101 of")
@@ -179,6 +222,8 @@ def test_a_signal_finishes_the_iteration_saves_and_tells_its_number(folder, undi
     os.killpg(process.pid, number)  # as torchrun, SLURM and Ctrl-C do: loaders get it, too
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number, output
+    assert output.count("Ctrl-C: finishes this iteration") == (number == signal.SIGINT)
+    assert f"the same command resumes it, or: kl-f8-train train {folder / name}" in output
     stopped = runs.final_state(folder, name).iteration
     assert stopped is not None
     assert 101 <= stopped < 108, output
@@ -203,7 +248,7 @@ def test_only_broken_checkpoints_stop_and_change_nothing(folder):
     for path in list_checkpoints(folder / "all-broken"):
         path.write_bytes(b"nonsense")
     before = sorted((folder / "all-broken" / "checkpoints").iterdir())
-    with pytest.raises(MissingInputError, match="none of the 1 checkpoints"):
+    with pytest.raises(MissingInputError, match=r"1 checkpoint in .*, none of which can be read"):
         train(runs.recipe(folder, "all-broken", "stop_iteration=101"))
     assert sorted((folder / "all-broken" / "checkpoints").iterdir()) == before
 
@@ -252,6 +297,42 @@ def test_validation_scores_each_of_several_sizes(folder):
     assert strip.width < 2 * 64
     labels = [change.weights for change in outcome.read(folder / "sizes").changes]
     assert labels == ["EMA", "raw", "EMA 64px"]
+
+
+def test_time_left_is_that_of_iterations_and_no_pause_is_silent(folder, monkeypatch, capsys):
+    """Neither the start, nor the validation before it, enters the estimate."""
+    validate = Validation.validate
+
+    def slow(self, *arguments):
+        time.sleep(8.0)
+        return validate(self, *arguments)
+
+    monkeypatch.setattr(Validation, "validate", slow)
+    monkeypatch.setattr(runs, "TINY", (*runs.TINY, "log.every=2"))
+    extra = "stop_iteration=106", "log.pictures_every=4", *runs.NO_ADVERSARIAL
+    assert train(runs.recipe(folder, "slow-start", *extra)) == 0
+    said = capsys.readouterr().out
+    order = [
+        "reading ",
+        "validating 4 photographs, 32 x 32 pixels ...",
+        "validation at iteration 100",
+        "training: a line after 2 iterations (log.every); Ctrl-C saves and stops",
+        "iteration 102 of 106",
+    ]
+    places = [said.index(part) for part in order]
+    assert places == sorted(places)
+    (left,) = re.findall(r"iteration 102 of 106 .* (\d+) s left", said)
+    assert int(left) < 8 / 2 * 4  # what it would be with the validation in it
+    rows = read_table(folder / "slow-start" / "metrics.csv")
+    assert min(float(row["images_per_second"]) for row in rows) > 4 / 4
+
+
+def test_a_single_iteration_makes_no_estimate(folder, capsys):
+    extra = "stop_iteration=103", "log.every=1", *runs.NO_ADVERSARIAL
+    assert train(runs.recipe(folder, "estimate", *extra)) == 0
+    first, second, _ = re.findall(r"iteration 10\d of 103 .*", capsys.readouterr().out)
+    assert "left" not in first
+    assert "left" in second
 
 
 def test_saving_is_no_waiting_for_data(folder, monkeypatch):

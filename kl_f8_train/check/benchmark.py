@@ -429,7 +429,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    return f"CPU, {torch.get_num_threads()} of {counted(os.cpu_count() or 1, 'thread', 's')}"
 
 
 def synchronize(device: torch.device) -> None:

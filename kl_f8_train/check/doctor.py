@@ -51,6 +51,7 @@ BASE_RATE = 4.5e-6  # the original's base learning rate
 SMALL_FOLDER = 500  # photographs; all of them are decoded
 SAMPLE = 32  # images of each local source that are decoded; of a remote one, REMOTE_SAMPLE
 REMOTE_SAMPLE = 2
+ABSENT = "absent"  # in the place of a setting without a value, in a plan
 THIS_MACHINE = "this machine"  # where a run on its CPU gets its memory
 FEW_IMAGES = 2  # of the gradient audit, and of the trial iteration without a GPU
 PATIENCE_SECONDS = 8.0  # a trial iteration that took longer is not run a second time
@@ -69,19 +70,33 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
     problems: list[UserError] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    crashes: list[Exception] = field(default_factory=list)  # that no check foresaw
 
     @contextlib.contextmanager
     def section(self, title: str) -> Iterator[None]:
-        """A part of the examination; a UserError raised in it is recorded as a problem."""
+        """A part of the examination; an error raised in it is recorded as a problem."""
         self.begin(title)
         self.say(f"{title}:")
+        with self.guard(title):
+            yield
+
+    @contextlib.contextmanager
+    def guard(self, title: str) -> Iterator[None]:
+        """Records any error, also an unexpected one, as a problem: the verdict always comes."""
         try:
             yield
         except UserError as error:
-            if str(error) not in map(str, self.problems):
-                self.problems.append(error)
-            number = [str(problem) for problem in self.problems].index(str(error)) + 1
-            self.say(f"  PROBLEM {number}, below")
+            self._record(error)
+        except Exception as error:
+            self.crashes.append(error)
+            text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            self._record(RunFailedError(f"{title}: unexpected {text}\n--debug shows where"))
+
+    def _record(self, error: UserError) -> None:
+        if str(error) not in map(str, self.problems):
+            self.problems.append(error)
+        number = [str(problem) for problem in self.problems].index(str(error)) + 1
+        self.say(f"  PROBLEM {number}, below")
 
     def tell(self, text: str) -> None:
         """A line of the current section."""
@@ -133,20 +148,54 @@ def examine(
     with report.section("settings"):
         config = configs.load(path, overrides)
         _tell_settings(report, config, path, overrides)
-    if config is not None:
-        _examine_run(report, config, allow_changes)
-    elif (plan := _plan_without_inputs(report, path, overrides)) is not None:
-        config, world = plan, planned_processes(plan)
-        with report.section("batch and learning rate"):
-            _check_batch(report, plan, world)
-        _tell_bill(report, plan, world)
-    else:
-        _examine_inputs(report, path, _usable_settings(report, path, overrides))
-    if brief and config is not None:
-        for line in screen.lines(report.facts, config):
-            brief(line)
+    with report.guard("examination"):
+        if config is not None:
+            _examine_run(report, config, allow_changes)
+        elif (plan := _plan_without_inputs(report, path, overrides)) is not None:
+            config = plan
+            _examine_plan(report, plan)
+        else:
+            _examine_inputs(report, path, _usable_settings(report, path, overrides))
+    with report.guard("screen"):
+        if brief and config is not None:
+            for line in screen.lines(report.facts, config):
+                brief(line)
     _verdict(report, brief or say)
     return report
+
+
+def _examine_plan(report: Report, config: Config) -> None:
+    """What needs none of the inputs: batch, memory, disk and bill."""
+    world = planned_processes(config)
+    with report.section("batch and learning rate"):
+        _check_batch(report, config, world)
+    _note_useless_settings(report, config)
+    with report.section("disk"):
+        _check_disk(report, config)
+    _tell_bill(report, config, world)
+
+
+def _note_useless_settings(report: Report, config: Config) -> None:
+    """Settings that were given, but cannot do anything beside the others."""
+    start, stop = _start_iteration(report, config), config.stop_iteration
+    if start is not None and start >= stop:
+        report.remark(
+            f"nothing is trained: stop_iteration={stop} is not above the iteration at the start, "
+            f"{start:,}; raise it, or check init.iteration"
+        )
+    adversarial = config.adversarial
+    if adversarial is not None and adversarial.start_iteration >= stop:
+        report.remark(
+            f"the adversarial term never sets in: adversarial.start_iteration="
+            f"{adversarial.start_iteration} is not below stop_iteration={stop}"
+        )
+    if not config.log.pictures_every:
+        given = {"pictures": config.log.pictures, "pictures_size": config.log.pictures_size}
+        for name in (name for name, value in given.items() if value is not None):
+            report.remark(
+                f"log.{name}={given[name]} is not used, as log.pictures_every=0 switches "
+                "validation off"
+            )
 
 
 def _plan_without_inputs(report: Report, path: Path, overrides: list[str]) -> Config | None:
@@ -156,7 +205,7 @@ def _plan_without_inputs(report: Report, path: Path, overrides: list[str]) -> Co
     """
     with contextlib.suppress(UserError):  # already reported
         values = dict(configs.leaves(configs.resolve(path, overrides)))
-        absent = [f"{key}=absent" for key, value in values.items() if value == "???"]
+        absent = [f"{key}={ABSENT}" for key, value in values.items() if value == "???"]
         if absent:
             with report.section("the other settings"):
                 return configs.load(path, [*overrides, *absent])
@@ -196,7 +245,7 @@ def _examine_inputs(report: Report, path: Path, overrides: list[str]) -> None:
             pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
         if config.log.pictures_every and config.log.pictures is not None:
             with report.section("photographs of validation"):
-                fixed_photographs(config, config.data.crop, report.tell)
+                fixed_photographs(config, report.tell)
 
 
 def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
@@ -221,8 +270,9 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
             _check_source(report, config, name)
     if config.log.pictures_every and config.log.pictures is not None:
         with report.section("photographs of validation"):
-            found = fixed_photographs(config, config.data.crop, report.tell)
-            report.tell(f"{counted(len(found), 'photograph', 's')} of {config.log.pictures}")
+            found = fixed_photographs(config, report.tell)
+            count = len(found[config.data.crop])
+            report.tell(f"{counted(count, 'photograph', 's')} of {config.log.pictures}")
             _check_overlap(report, config, Path(config.log.pictures))
     elif config.log.pictures_every:
         report.remark(
@@ -246,6 +296,7 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
             _try_iteration(report, config, finetuner, world, allow_changes)
     with report.section("disk"):
         _check_disk(report, config)
+    _note_useless_settings(report, config)
     _tell_bill(report, config, world)
 
 
@@ -445,10 +496,10 @@ def _check_source(report: Report, config: Config, name: str) -> None:
         "images_per_second_per_worker": speed,
     }
     lines = [line for sample in samples for line in sample.skipped]
-    of = f"{count} sampled images"
+    of = counted(count, "sampled image", "s")
     if isinstance(source, FolderSource) and len(source.files) <= SMALL_FOLDER:
         lines = _unusable(name, source)
-        of, bad = f"all {len(source.files)} images", len(lines)
+        of, bad = f"all {counted(len(source.files), 'image', 's')}", len(lines)
         report.facts["data"][name] |= {"sampled": len(source.files), "unusable": bad}
     report.facts["data"][name] |= {"checked": of, "about": "; ".join(source.describe())}
     report.tell(f"{bad} of {of} cannot be used; {rate(speed)} in one process")
@@ -701,17 +752,24 @@ def _check_disk(report: Report, config: Config) -> None:
     """Raises RunFailedError if the directory is closed, or too small for what will be kept."""
     run_dir = Path(config.run_dir)
     parent = existing_parent(run_dir)
-    check_writable(parent)
+    planned = config.run_dir == ABSENT  # nowhere yet
+    if not planned:
+        check_writable(parent)
     start = _start_iteration(report, config)
     if start is None:
-        report.tell(f"{run_dir} can be written; how much is not known without the first iteration")
+        writable = "" if planned else f"{run_dir} can be written; "
+        report.tell(f"{writable}how much is not known without the first iteration")
         return
     one = scaling.checkpoint_bytes(config)
     kept = kept_checkpoints(config.checkpoint, start, config.stop_iteration)
     kept += config.checkpoint.keep_best
     there = sum(path.stat().st_size for path in list_checkpoints(run_dir))
     needed, free = (kept + 1) * one - there, shutil.disk_usage(parent).free
-    report.facts |= {"checkpoint_bytes": kept * one, "checkpoints": kept, "free_bytes": free}
+    report.facts |= {"checkpoint_bytes": kept * one, "checkpoints": kept}
+    if planned:
+        report.tell(f"{counted(kept, 'checkpoint', 's')} of {size(one)}: {size(kept * one)}")
+        return
+    report.facts["free_bytes"] = free
     report.tell(
         f"{counted(kept, 'checkpoint', 's')} of {size(one)} will be kept: {size(kept * one)}, and "
         f"one more while it is written; {size(free)} are free"
@@ -755,10 +813,10 @@ def _bill(report: Report, config: Config, world: int) -> None:
     }
     until = f"{end:%Y-%m-%d %H:%M}" if end else "after the year 9999"
     measured = "of the one, cold iteration" if report.facts["cold_iteration"] else "measured"
-    report.tell(
-        f"{hours:,.3g} device-hours at the speed {measured} here; with {world} of them "
-        f"{duration(days * 86400)}, until {until} if it starts now"
-    )
+    took = duration(days * 86400)
+    if machine.on_cuda(config.compute):
+        took = f"{hours:,.3g} GPU-hours; with {counted(world, 'GPU', 's')} {took}"
+    report.tell(f"at the speed {measured} here: {took}, until {until} if it starts now")
 
 
 def date_in(days: float) -> datetime.datetime | None:

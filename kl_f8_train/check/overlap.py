@@ -16,7 +16,7 @@ from kl_f8_train.data.sources import ImageSource
 from kl_f8_train.errors import ImageError
 from kl_f8_train.folders import list_folder, read_file
 from kl_f8_train.transfer import is_remote
-from kl_f8_train.units import printable
+from kl_f8_train.units import counted, printable
 
 # Most that is compared, so that large data sets take only seconds.
 CHECKED_PICTURES = 200  # of the validation's folder, from its beginning
@@ -55,7 +55,9 @@ def find(folder: Path, sources: Mapping[str, ImageSource]) -> Overlap:
             common.setdefault(pictures[one][0], seen[other][0])
     sampled = "" if len(places) == total else f" (equal files; near-duplicates in {len(places):,})"
     remote = "; those in remote shards were not compared" if len(local) < len(sources) else ""
-    return Overlap(len(pictures), f"{total:,} training images{sampled}{remote}", common)
+    return Overlap(
+        len(pictures), f"{counted(total, 'training image', 's')}{sampled}{remote}", common
+    )
 
 
 def _readable(folder: Path, files: Iterable[str]) -> Iterator[tuple[str, bytes, np.ndarray]]:

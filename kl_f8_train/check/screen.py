@@ -6,6 +6,7 @@ from typing import Any
 
 from kl_f8_train import units
 from kl_f8_train.config import Config
+from kl_f8_train.core.machine import on_cuda
 from kl_f8_train.core.perceptual import LABELS
 from kl_f8_train.units import counted, duration, size
 
@@ -21,7 +22,8 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
         yield f"  batch    {dealt}; learning rate {config.optimizer.learning_rate:g}, absolute"
     if weights := facts.get("weights"):
         critic = "with" if weights["discriminator"] else "no"
-        shape = (weights["not_kl_f8"] and "not kl-f8's shape") or "kl-f8's shape"
+        known, other = weights["shape"], weights["not_kl_f8"]
+        shape = f"{known}'s shape" if known else other.partition(":")[0]
         name = Path(weights["file"]).name
         yield f"  weights  {name}: {weights['layout']}, {shape}, {critic} discriminator"
     against = " + adversarial" if adversarial else ""
@@ -35,7 +37,7 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
     if held_out := facts.get("validation"):
         known = f"{len(held_out['common'])} of them" if held_out["common"] else "none of them"
         pictures = counted(held_out["pictures"], "picture", "s")
-        yield f"  scored   {pictures}, {known} among the {held_out['checked']}"
+        yield f"  held out {pictures}, {known} among the {held_out['checked']}"
     if seconds := facts.get("seconds_per_image"):
         cold = ", measured on a first, cold iteration" if facts["cold_iteration"] else ""
         memory = size(facts["memory_bytes"])
@@ -52,8 +54,9 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
         times = ", ".join(f"{name} {duration(days * 86400)}" for name, days in predicted.items())
         yield f"           predicted for {facts['batch']['processes']} of each: {times}"
     if kept := facts.get("checkpoints"):
-        needed, free = size(facts["checkpoint_bytes"]), size(facts["free_bytes"])
-        yield f"  disk     {needed} for {counted(kept, 'checkpoint', 's')}; {free} free"
+        free = f"; {size(facts['free_bytes'])} free" if "free_bytes" in facts else ""
+        needed = size(facts["checkpoint_bytes"])
+        yield f"  disk     {needed} for {counted(kept, 'checkpoint', 's')}{free}"
 
 
 def _screened_bill(facts: Mapping[str, Any], config: Config, images: int) -> str:
@@ -62,5 +65,6 @@ def _screened_bill(facts: Mapping[str, Any], config: Config, images: int) -> str
     if facts.get("days") is None:
         return text
     end = str(facts["end_date"] or "after the year 9999").replace("T", " ")[:16]
-    took = duration(facts["days"] * 86400)
-    return f"{text}: {facts['gpu_hours']:,.3g} device-hours, {took}, until {end} if started now"
+    took = f"{duration(facts['days'] * 86400)}, until {end} if started now"
+    hours = f"{facts['gpu_hours']:,.3g} GPU-hours, " if on_cuda(config.compute) else ""
+    return f"{text}: {hours}{took}"

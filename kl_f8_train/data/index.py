@@ -40,7 +40,7 @@ from kl_f8_train.images import MAX_BYTES
 from kl_f8_train.lifetime import end_with_parent
 from kl_f8_train.output import Progress
 from kl_f8_train.transfer import is_remote, shown
-from kl_f8_train.units import counted
+from kl_f8_train.units import are, counted
 
 TAR_BLOCK = 512  # bytes; everything in a tar starts at a multiple of it
 PART_SHARDS = 64  # shards indexed as one resumable part
@@ -142,7 +142,8 @@ def _alternatives(pattern: str) -> int:
 def _existing(locations: list[str], pattern: str) -> list[str]:
     missing = [place for place in locations if not is_remote(place) and not os.path.isfile(place)]
     if missing or not locations:
-        found = f"{len(missing)} of {len(locations)} files are missing ({', '.join(missing[:3])})"
+        of = f"{len(missing)} of {counted(len(locations), 'file', 's')} {are(len(missing))} missing"
+        found = f"{of} ({', '.join(missing[:3])})"
         if locations == [pattern]:
             raise MissingInputError(
                 f"{pattern}: no such file or folder; check the path; expected .tar files by brace "

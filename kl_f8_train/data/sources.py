@@ -33,7 +33,7 @@ from kl_f8_train.errors import ImageError, MissingInputError, UsageError
 from kl_f8_train.files import cache_dir, one_at_a_time
 from kl_f8_train.folders import Listing, describe_count, list_folder, read_file
 from kl_f8_train.transfer import is_remote
-from kl_f8_train.units import counted, printable
+from kl_f8_train.units import are, counted, printable
 
 AUTOMATIC = 2000  # local shards that are indexed without being asked
 
@@ -122,6 +122,7 @@ class TarSource:
         self.blocks, self.sizes = self._mapped("blocks"), self._mapped("sizes")
         self.dropped: dict[str, int] = {}
         self.counts = self._filtered_counts()
+        # a loader reads from a few shards at a time
         self._kept = lru_cache(maxsize=256)(self._kept_rows)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -178,7 +179,7 @@ class TarSource:
         for text, number in self.dropped.items():
             lines.append(f"{text} dropped {number:,} ({100 * number / max(total, 1):.1f} %)")
         if self.without_image:
-            lines.append(f"{self.without_image:,} samples have no image")
+            lines.append(f"{counted(self.without_image, 'sample', 's')} without an image")
         return lines
 
     def files_held(self) -> Iterable[tuple[str, int, int]]:
@@ -320,7 +321,8 @@ def open_source(
     if broken and bad_shards == "stop":
         raise MissingInputError(
             "\n".join(broken[:10])
-            + f"\n{len(broken)} of {len(locations)} shards of {name} are broken; repair them, or "
+            + f"\n{len(broken)} of {counted(len(locations), 'shard', 's')} of {name} "
+            f"{are(len(broken))} broken; repair them, or "
             "leave them out with data.bad_shards=skip; `kl-f8-train index` retries those that "
             "could not be fetched"
         )

@@ -179,6 +179,11 @@ def _count(asked: float | None, available: int) -> int:
     if asked is None:
         usual = round(min(max(USUAL_SHARE * available, MIN_HELD_OUT), MAX_HELD_OUT))
         asked = max(1, min(usual, available // 3))
+    if available < 2:
+        raise UsageError(
+            f"{counted(available, 'photograph', 's')}: expected two or more, one for each side; "
+            "give more"
+        )
     share = max(1, min(round(asked * available), available - 1))
     count = share if asked < 1 else round(asked)
     if not 0 < count < available:

@@ -217,6 +217,15 @@ def _json(path: Path, verb: str) -> dict[str, Any]:
     return values
 
 
+def are_scores_of(scores_file: Path, export_dir: Path) -> bool:
+    """Whether a scores.json is there and holds scores of the exported weights."""
+    try:
+        _evaluated(scores_file, _record(export_dir))
+    except MissingInputError:
+        return False
+    return True
+
+
 def _evaluated(scores_file: Path, record: Mapping[str, Any]) -> Evaluated:
     """Finds the exported weights among the evaluated ones, by their hash or their checkpoint's."""
     if not scores_file.is_file():

@@ -69,7 +69,7 @@ def describe(result: dict[str, Any]) -> list[str]:
     for name in ("float16", "bfloat16"):
         error = result[name]
         if error["mean"] is None:
-            lines.append(f"{name}: inf or NaN in {error['black']} images")
+            lines.append(f"{name}: inf or NaN in {counted(error['black'], 'image', 's')}")
         else:
             lines.append(
                 f"{name}: mean {error['mean']:.3f}, max {error['max']:.2f} of 255 levels from fp32"

@@ -14,7 +14,7 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import file_sha256
 from kl_f8_train.folders import SUFFIXES
 from kl_f8_train.publish.card import README
-from kl_f8_train.units import size
+from kl_f8_train.units import counted, size
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -90,7 +90,7 @@ def push(upload: Upload, private: bool, say: Callable[[str], None]) -> str:
         api = hub.HfApi()
         api.create_repo(upload.repository, private=private, exist_ok=True)
         operations = [hub.CommitOperationAdd(name, _content(upload, name)) for name in upload.files]
-        say(f"uploading {len(operations)} files ...")
+        say(f"uploading {counted(len(operations), 'file', 's')} ...")
         commit = api.create_commit(
             upload.repository, operations, commit_message="Upload a kl-f8 decoder (kl_f8_train)"
         )

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 from kl_f8_train.output import rendered
+from kl_f8_train.units import figure
 
 STATUS_PAGE = Path(__file__).with_name("status.html")
 Points = Sequence[tuple[float, float]]
@@ -74,10 +75,13 @@ def svg(chart: Chart, marks: Mapping[str, float], span: tuple[float, float]) -> 
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
     parts = []
-    for tick in ticks(low, high, log):
+    numbers = ticks(low, high, log)
+    for tick, label in zip(numbers, _labels(numbers), strict=True):
         y = up(tick)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 5}" y="{y + 3.5:.1f}" class="end">{_short(tick)}</text>')
+        parts.append(f'<text x="{LEFT - 5}" y="{y + 3.5:.1f}" class="end">{label}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 6}" class="middle">iteration</text>')
     for x, where in dict(zip(span, ("start", "end"), strict=True)).items():
         parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - 6}" class="{where}">{x:,.0f}</text>')
     for name, x in marks.items():
@@ -107,8 +111,19 @@ def _widened(low: float, high: float) -> tuple[float, float]:
     return (0.0, 1.0) if low == 0 else (low - abs(low) / 2, low + abs(low) / 2)
 
 
-def _short(number: float) -> str:
-    return f"{number:.0e}".replace("e-0", "e-") if 0 < abs(number) < 1e-3 else f"{number:,.6g}"
+def _labels(numbers: Sequence[float]) -> list[str]:
+    """Labels of an axis, with as few digits as distinguish them."""
+    texts: list[str] = []
+    for digits in range(6):
+        texts = [_short(number, digits) for number in numbers]
+        if len(set(texts)) == len(numbers):
+            break
+    return texts
+
+
+def _short(number: float, digits: int) -> str:
+    small = 0 < abs(number) < 1e-3
+    return f"{number:.{digits}e}".replace("e-0", "e-") if small else f"{number:,.6g}"
 
 
 def _mean_lately(line: Points) -> float:
@@ -139,7 +154,7 @@ def page(
     figures = [
         {
             "title": chart.title,
-            "legend": {name: _mean_lately(line) for name, line in chart.lines.items()},
+            "legend": {name: figure(_mean_lately(line)) for name, line in chart.lines.items()},
             "svg": svg(chart, marks, span),
         }
         for chart in shown

@@ -24,7 +24,7 @@ from kl_f8_train.output import say
 from kl_f8_train.run.callback import Course, finetuner_of, tolerated
 from kl_f8_train.run.tracking import Trackers
 from kl_f8_train.run_dir import METRICS_FILE, MetricsFile, skipped_images
-from kl_f8_train.units import duration, shortest, speed
+from kl_f8_train.units import counted, duration, figure, shortest, speed
 
 SHOWN_SKIPPED = 20  # images named in the log; all are in the run's skipped-RANK.txt
 
@@ -49,7 +49,9 @@ class RunLog(Callback):
         self.trackers: Trackers | None = None  # on the first rank
         self.bar: Any = None
         self.waited = 0.0
-        self.mark = time.perf_counter()
+        self.seconds = 0.0  # of the iterations of a row, without validation and checkpoints
+        self.timed = 0  # of them; the first after a start also starts loaders, or compiles
+        self.mark = time.perf_counter()  # end of the last row, or the start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the reports on the first rank."""
@@ -57,13 +59,16 @@ class RunLog(Callback):
         self.named = set(skipped_images([self._skipped_file(trainer)]))
         if not trainer.is_global_zero:
             return
-        self.trackers = Trackers(self.config, self.run_dir, self.start, self._say)
+        self.trackers = Trackers(self.config, self.run_dir, self.start, self.say)
         if sys.stdout.isatty():
             total, unit = self.config.stop_iteration, "iteration"
             self.bar = tqdm(total=total, initial=self.start, unit=unit, mininterval=1.0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Counts the time spent waiting for data."""
+        if not self.course.done and trainer.is_global_zero:
+            often = counted(self.config.log.every, "iteration", "s")
+            self.say(f"training: a line after {often} (log.every); Ctrl-C saves and stops")
         self.waited += time.perf_counter() - self.course.since
 
     def on_train_batch_end(
@@ -78,6 +83,9 @@ class RunLog(Callback):
         pairs = torch.stack([torch.where(finite, numbers, 0.0), finite.double()], dim=1)
         self.sums[names] = pairs + self.sums.get(names, 0.0)
         self.count += 1
+        if self.course.done:
+            self.seconds += time.perf_counter() - self.course.since
+            self.timed += 1
         if self.bar is not None and not finetuner.warmup_left:
             self.bar.update(finetuner.iteration - self.bar.n)
         done = finetuner.warmup_done or finetuner.iteration  # which stands still in a warm-up
@@ -106,12 +114,15 @@ class RunLog(Callback):
         labels = {name: name.replace("ema", "EMA").replace("_", " ") for name in names}
         psnr = ", ".join(f"{row[f'psnr_{name}']:.2f} {label}" for name, label in labels.items())
         ssim = ", ".join(f"{row[f'ssim_{name}']:.3f} {label}" for name, label in labels.items())
-        self._say(f"validation at iteration {iteration:,}: PSNR {psnr}; SSIM {ssim}")
+        self.say(f"validation at iteration {iteration:,}: PSNR {psnr}; SSIM {ssim}")
+        if self.bar is not None:
+            self.bar.unpause()  # its estimate is of iterations alone
         if self.trackers is not None:
             scores = {f"validation/{key}": value for key, value in row.items()}
             self.trackers.log(iteration, scores, path)
 
     def _report(self, trainer: Trainer, finetuner: Finetuner) -> None:
+        began = time.perf_counter()
         finetuner.guard.judge()
         # Sums and counts are averaged alike, so their ratio is the mean over all ranks' finite
         # values.
@@ -123,9 +134,13 @@ class RunLog(Callback):
                 totals[name] += total
                 numbers[name] += number
         row = {name: totals[name] / number for name, number in numbers.items() if number}
-        seconds = time.perf_counter() - self.mark
-        row["images_per_second"] = self.count * self.config.global_batch / seconds
-        row["data_wait_share"] = self.waited / seconds
+        now = time.perf_counter()
+        if self.timed:  # with the time that the device still took
+            seconds = (self.seconds + now - began) / self.timed
+        else:
+            seconds = (now - self.mark) / self.count
+        row["images_per_second"] = self.config.global_batch / seconds
+        row["data_wait_share"] = self.waited / (now - self.mark)
         row["skipped_images"] = self._judge_skipped(finetuner)
         row["learning_rate"] = finetuner.learning_rate
         row["bad_updates"] = finetuner.guard.in_all
@@ -142,8 +157,9 @@ class RunLog(Callback):
                 self.table.write(finetuner.iteration, row)
             if self.trackers is not None:
                 self.trackers.log(finetuner.iteration, row)
-            self._say(self._line(finetuner, row, seconds / self.count))
+            self.say(self._line(finetuner, row, seconds if self.timed else None))
         self.sums, self.count, self.waited = {}, 0, 0.0
+        self.seconds, self.timed = 0.0, 0
         self.mark = time.perf_counter()
 
     def _ema_distances(self, finetuner: Finetuner) -> dict[str, float]:
@@ -153,14 +169,14 @@ class RunLog(Callback):
         averages |= {f"ema_distance_{shortest(decay)}": part for decay, part in further}
         return {name: ema_distance(part, finetuner.autoencoder) for name, part in averages.items()}
 
-    def _line(self, finetuner: Finetuner, row: dict[str, float], seconds: float) -> str:
+    def _line(self, finetuner: Finetuner, row: dict[str, float], seconds: float | None) -> str:
         stop = self.config.stop_iteration
         if finetuner.warmup_left:
             head = f"discriminator warm-up, {finetuner.warmup_left:,} iterations left"
         else:
             head = f"iteration {finetuner.iteration:,} of {stop:,}"
         shown = [
-            f"{label} {row[key]:.4g}"
+            f"{label} {figure(row[key])}"
             for label, key in (
                 ("rec", "reconstruction_loss"),
                 ("g", "generator_loss"),
@@ -169,8 +185,9 @@ class RunLog(Callback):
             )
             if key in row
         ]
-        rest = duration((stop - finetuner.iteration + finetuner.warmup_left) * seconds)
-        return " | ".join([head, *shown, speed(row["images_per_second"]), f"{rest} left"])
+        rest = stop - finetuner.iteration + finetuner.warmup_left
+        left = [] if seconds is None else [f"{duration(rest * seconds)} left"]
+        return " | ".join([head, *shown, speed(row["images_per_second"]), *left])
 
     def _note_skipped(self, batch: Batch, trainer: Trainer) -> None:
         """Counts bad images at each of their positions; names and files each of them once."""
@@ -183,10 +200,10 @@ class RunLog(Callback):
                 continue
             self.named.add(name)
             if len(self.named) <= SHOWN_SKIPPED:
-                self._say(f"skipped an image: {message}")
+                self.say(f"skipped an image: {message}")
             elif len(self.named) == SHOWN_SKIPPED + 1:
                 rest = self._skipped_file(trainer)
-                self._say(f"skipped more images: from here on they are only written to {rest}")
+                self.say(f"skipped more images: from here on they are only written to {rest}")
             with tolerated(), self._skipped_file(trainer).open("a", encoding="utf-8") as file:
                 file.write(f"{message}\n")
 
@@ -221,20 +238,21 @@ class RunLog(Callback):
             done = iteration - self.first
             share = 100 * source.share / self.plan.batch
             replaced = self._reasons(name) or "none"
-            self._say(
+            self.say(
                 f"data: {name}: {source.share * done:,} images ({share:.4g} %), "
                 f"{source.passes(done):.2f} passes; replaced{self._here}: {replaced}"
             )
         if self.converted:
             named = ", ".join(f"{name} {count:,}" for name, count in self.converted.most_common(5))
-            self._say(f"data: converted to sRGB{self._here}, by colour profile: {named}")
+            self.say(f"data: converted to sRGB{self._here}, by colour profile: {named}")
 
     @property
     def _here(self) -> str:
         """Says that counts are of one rank, where there are several."""
         return " on this rank" if dist.is_initialized() and dist.get_world_size() > 1 else ""
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar if there is one."""
         if self.bar is not None:
             self.bar.write(line)
         else:

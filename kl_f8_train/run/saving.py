@@ -19,7 +19,7 @@ from kl_f8_train import config as configs
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.core.updates import HostCopy, to_host
 from kl_f8_train.errors import RunFailedError
-from kl_f8_train.launch import SIGNALS
+from kl_f8_train.launch import RANKS, SIGNALS
 from kl_f8_train.output import say
 from kl_f8_train.run.callback import Course, finetuner_of, tolerated
 from kl_f8_train.run.watchdog import end_process, show_stacks
@@ -34,6 +34,7 @@ from kl_f8_train.weights import checkpoint
 ANSWER = 60.0  # seconds for an iteration to end after a signal; launchers wait 120 (torchrun)
 TICK = 0.5  # seconds
 FAILED = 255  # agreed on as signals are, and before any of them: saving has failed
+HEARD = b"\nCtrl-C: finishes this iteration, saves and stops; a second one ends at once, unsaved\n"
 
 
 class Checkpoints(Callback):
@@ -250,7 +251,7 @@ class Signals(Callback):
         def report() -> None:
             say(
                 f"kl-f8-train: signal {number}, and no iteration ended for {waited:.0f} s: ended "
-                "unsaved; the same command goes on from the newest checkpoint",
+                "unsaved; the same command resumes from the newest checkpoint",
                 aside=True,
             )
             show_stacks()
@@ -261,6 +262,9 @@ class Signals(Callback):
         self.received = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if all(os.environ.get(name, "0") == "0" for name in RANKS):
+                with contextlib.suppress(OSError):  # print would not do: it may be interrupted
+                    os.write(2, HEARD)  # standard error
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stops all ranks if one of them got a signal."""

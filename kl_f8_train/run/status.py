@@ -22,11 +22,13 @@ from kl_f8_train.run.curves import RECENT, Chart, Points, page
 from kl_f8_train.run.outcome import LOST_DB
 from kl_f8_train.run_dir import (
     CONFIG_FILE,
+    FAILURE_FILE,
     METRICS_FILE,
     VALIDATION_FILE,
     Row,
     is_claimed,
     newest_checkpoint,
+    read_failure,
     read_rows,
     skipped_images,
 )
@@ -66,8 +68,10 @@ class Status:
 
     run_dir: str
     name: str
-    # "ended", "running", "stopped ... ago"; without a claim "seems to be ..." or "silent ..."
+    # "ended", "running", "stopped ... ago", "failed ... ago"; without a claim "seems to be ..." or
+    # "silent ..."
     state: str
+    failure: str | None  # why the last start failed
     iteration: int | None
     start_iteration: int | None
     stop_iteration: int
@@ -93,6 +97,8 @@ def read_settings(run: Path) -> dict[str, Any]:
     file = run / CONFIG_FILE
     if not run.is_dir():
         raise MissingInputError(f"run {run}: no such directory; give the run_dir of a training")
+    if not file.is_file() and (failure := read_failure(run)):
+        raise MissingInputError(f"{run} did not start: {failure[0]}")
     if not file.is_file():
         raise MissingInputError(
             f"{run} is not a run directory yet: it has no config.yaml, which `train` writes once "
@@ -152,10 +158,13 @@ def read_status(run: Path, now: float) -> Status:
     share = None
     if iteration is not None and start is not None:
         share = min(1.0, (iteration - start) / max(1, stop - start))
+    state = "ended" if saved is not None and saved >= stop else _state(run, interval, now)
+    failure = read_failure(run)
     return Status(
         run_dir=str(run),
         name=str(config.get("name", run.name)),
-        state="ended" if saved is not None and saved >= stop else _state(run, interval, now),
+        state=state,
+        failure=failure[0] if failure and state.startswith("failed") else None,
         iteration=iteration,
         start_iteration=start,
         stop_iteration=stop,
@@ -186,14 +195,18 @@ def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _state(run: Path, log_interval_seconds: float, now: float) -> str:
-    """Whether a run that has not ended goes on: by its claim, or by whether it still writes."""
+    """Whether a run that has not ended is running: by its claim, or by whether it still writes."""
     # None where the file system has no locks: then only the files' ages show it.
     claimed = is_claimed(run)
     if claimed:
         return "running"
+    if failure := read_failure(run):
+        ago = duration(_age([run / FAILURE_FILE], now) or 0.0)
+        then = "goes on" if failure[1] else "fails again until that is fixed"
+        return f"failed {ago} ago, by the error below; the same command {then}"
     news = _age([run / CONFIG_FILE, run / METRICS_FILE, *run.glob("*/iteration-*")], now) or 0.0
     if claimed is False:
-        return f"stopped {duration(news)} ago; the same command goes on"
+        return f"stopped {duration(news)} ago; the same command resumes it"
     if news > max(SILENT_SECONDS, SILENT_INTERVALS * log_interval_seconds):
         return f"silent for {duration(news)}"
     return "seems to be running" if log_interval_seconds else "seems to be starting"
@@ -356,6 +369,8 @@ def _discriminator_warnings(lately: Sequence[Row]) -> Iterable[str]:
 def facts(status: Status) -> dict[str, str]:
     """Label -> text, what is known of it."""
     shown = {"state": status.state}
+    if status.failure:
+        shown["error"] = status.failure
     if status.iteration is not None:
         shown["iteration"] = f"{status.iteration:,} of {status.stop_iteration:,}"
     for weights, scores in status.validation.items():
@@ -371,7 +386,7 @@ def facts(status: Status) -> dict[str, str]:
         shown["speed lately"] = speed(status.images_per_second)
     if status.seconds_left:
         shown["time left"] = duration(status.seconds_left)
-        word = "end" if status.state.startswith(("running", "seems")) else "end, if it went on now"
+        word = "end" if status.state.startswith(("running", "seems")) else "end, if resumed now"
         shown[word] = str(status.end_date)
     if status.last_log_age_seconds is not None:
         shown["last log"] = f"{duration(status.last_log_age_seconds)} ago"
@@ -388,7 +403,8 @@ def facts(status: Status) -> dict[str, str]:
 def describe(status: Status) -> list[str]:
     """The lines of `kl-f8-train status`."""
     lines = [f"{status.name} in {status.run_dir}"]
-    lines += [f"  {label}: {text}" for label, text in facts(status).items()]
+    for label, text in facts(status).items():
+        lines.append(f"  {label}: " + text.replace("\n", "\n    "))
     for name, means in status.losses.items():
         lines.append(
             f"  {name}: {means['recent']:.4g} lately, {means['before']:.4g} before, "

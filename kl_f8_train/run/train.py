@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,15 @@ from kl_f8_train.data.loading import (
     shard_cache,
 )
 from kl_f8_train.data.sources import FolderSource, ImageSource, TarSource
-from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
+from kl_f8_train.errors import (
+    ImageError,
+    LostContactError,
+    MissingInputError,
+    RunFailedError,
+    UsageError,
+)
 from kl_f8_train.files import check_writable, write_text
-from kl_f8_train.folders import load_folder
+from kl_f8_train.folders import load_sizes
 from kl_f8_train.launch import SRUN, TORCHRUN, launched
 from kl_f8_train.lifetime import announce_to_ranks
 from kl_f8_train.run import outcome
@@ -68,12 +75,15 @@ from kl_f8_train.run_dir import (
     CONFIG_FILE,
     best_checkpoint,
     claimed,
+    failure_kept,
+    forget_failure,
     list_checkpoints,
+    note_failure,
     remove_leftovers,
 )
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
-from kl_f8_train.weights.names import State, check_like
+from kl_f8_train.weights.names import State, architecture, check_like
 
 say_once = rank_zero_only(output.say)
 MOST_TRIED = 64  # images that are tried for the picture strip
@@ -91,7 +101,10 @@ def train(config: Config, allow_changes: bool = False) -> int:
     machine.check_compile_cache(config.compute)
     first = getattr(rank_zero_only, "rank", 0) == 0  # as the launcher's variables say
     with claimed(run_dir) if first else nullcontext():
-        return _train(config, run_dir, allow_changes)
+        if first:
+            forget_failure(run_dir)
+        with failure_kept(run_dir):
+            return _train(config, run_dir, allow_changes)
 
 
 @with_remedy()
@@ -115,16 +128,20 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             run_dir,
             config,
             start,
-            {size: _fixed_images(config, plan, sources, size) for size in validation_sizes(config)},
+            _fixed_images(config, plan, sources),
             run_log.validated,
             saving.save_best if config.checkpoint.keep_best else None,
+            run_log.say,
         )
+        # In this order: the best checkpoint is the state that was validated, and saving acts on
+        # what the ranks have agreed on.
         callbacks = [run_log, validation, signals, saving]
         if machine.compiles(config.compute):
             callbacks.insert(0, Compiling())  # it announces an iteration before others report it
         if any(is_remote(place) for place in _locations(sources)):
             callbacks.append(Prefetch(plan, sources, shard_cache(config)))
-        callbacks.append(Watchdog(config.compute.timeout_minutes, course))  # keeps it: the last
+        note = partial(note_failure, run_dir, passing=True)
+        callbacks.append(Watchdog(config.compute.timeout_minutes, course, note))  # the last
         trainer = _trainer(config, callbacks)
         if trainer.is_global_zero:
             remove_leftovers(run_dir)
@@ -137,7 +154,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
     if signals.received and not ended:  # a signal in the last iteration changes nothing
         say_once(
             f"stopped by signal {signals.received} at iteration {finetuner.iteration:,}, saved; "
-            "the same command goes on"
+            f"the same command resumes it, or: kl-f8-train train {shlex.quote(str(run_dir))}"
         )
         return 128 + signals.received
     _tell_end(run_dir, finetuner.iteration)
@@ -180,9 +197,9 @@ def _fit(trainer: Trainer, iterations: "Iterations", course: Course) -> None:
             "a GPU, or the network between the nodes is not open (NCCL_SOCKET_IFNAME names it)."
         )
         found = list_checkpoints(Path(iterations.config.run_dir))
-        last = f"goes on from {found[0].name}" if found else "starts over (no checkpoint yet)"
+        last = f"resumes from {found[0].name}" if found else "starts over (no checkpoint yet)"
         minutes = iterations.config.compute.timeout_minutes
-        raise RunFailedError(
+        raise LostContactError(
             f"{what} The same command {last}; compute.timeout_minutes={minutes:g} bounds the wait, "
             f"{FIRST} times that until the first iteration has ended\n  torch: {error}"
         ) from error
@@ -257,8 +274,8 @@ def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple
         return finetuner, frozen
     if found:
         raise MissingInputError(
-            f"none of the {len(found)} checkpoints in {run_dir} can be read; nothing was changed. "
-            "Move them away to start over"
+            f"{units.counted(len(found), 'checkpoint', 's')} in {run_dir}, none of which can be "
+            "read; nothing was changed. Move them away to start over"
         )
     return _import(config)
 
@@ -292,6 +309,7 @@ def _record_changes(finetuner: Finetuner, changes: list[str]) -> None:
 
 def _import(config: Config) -> tuple[Finetuner, str]:
     """A finetuner with the weights of `init.weights`."""
+    say_once(f"reading {config.init.weights} ...")
     contents, weights = weight_file.read_weights(
         config.init.weights, config.init.select, config.init.prefix
     )
@@ -332,12 +350,23 @@ def check_model(config: Config, contents: weight_file.Contents, weights: State) 
     with torch.device("meta"):
         expected = AutoencoderKL(**asdict(config.model))
     differ = f"{contents.path} and the recipe's model differ"
-    remedy = "Give other weights, or set model.* as theirs"
+    remedy = f"Give other weights, or set model.* as theirs{_settings_of(contents, weights)}"
     check_like(weights, expected.state_dict(), differ, remedy)
     try:
         checkpoint.check_groups(contents.facts, config.model)
     except MissingInputError as error:
         raise MissingInputError(f"{differ}: {error}\n{remedy}") from error
+
+
+def _settings_of(contents: weight_file.Contents, weights: State) -> str:
+    """The settings of a file's network, to be copied; empty if it is of another architecture."""
+    try:
+        found = architecture(weights, contents.facts)
+    except MissingInputError:
+        return ""
+    shown = {name: str(value).lower() for name, value in found.items() if name != "ch_mult"}
+    shown["ch_mult"] = f"[{','.join(map(str, found['ch_mult']))}]"
+    return ": " + shlex.join(f"model.{name}={value}" for name, value in shown.items())
 
 
 def _import_discriminator(config: Config, finetuner: Finetuner, weights: Any) -> None:
@@ -459,6 +488,7 @@ class _DecoderDDP(DDPStrategy):
     def __init__(self, config: Config) -> None:
         super().__init__(
             timeout=longest_wait(config.compute.timeout_minutes),
+            # Gradients lie in DDP's buckets: without it there would be a second copy of them.
             gradient_as_bucket_view=True,
             **NO_BUFFERS,
         )
@@ -479,36 +509,43 @@ def _cluster(launcher: str) -> ClusterEnvironment:
 
 
 def fixed_photographs(
-    config: Config, size: int, report: Callable[[str], None]
-) -> list[torch.Tensor]:
-    """Up to eight photographs of `log.pictures`; MissingInputError if there is none."""
+    config: Config, report: Callable[[str], None]
+) -> dict[int, list[torch.Tensor]]:
+    """Up to eight photographs of `log.pictures`, uint8 (3, side, side), by side.
+
+    Raises MissingInputError if there is none.
+    """
     assert config.log.pictures is not None
     folder = Path(config.log.pictures)
     try:
-        return load_folder(folder, size, 8, report)
+        return load_sizes(folder, validation_sizes(config), 8, report)
     except MissingInputError as error:
         raise MissingInputError(f"log.pictures: {error}") from error
 
 
 def _fixed_images(
-    config: Config, plan: Plan, sources: Mapping[str, ImageSource], size: int
-) -> list[torch.Tensor]:
+    config: Config, plan: Plan, sources: Mapping[str, ImageSource]
+) -> dict[int, list[torch.Tensor]]:
     """Those of `log.pictures`, or the first four of the data that can be used, centre-cropped."""
+    sizes = validation_sizes(config)
+    chosen: dict[int, list[torch.Tensor]] = {size: [] for size in sizes}
     if not config.log.pictures_every:
-        return []
+        return chosen
     if config.log.pictures is not None:
-        return fixed_photographs(config, size, say_once)
-    chosen: list[torch.Tensor] = []
+        return fixed_photographs(config, say_once)
     for position in range(min(MOST_TRIED, plan.batch)):
-        if len(chosen) == 4:
+        if len(chosen[sizes[0]]) == 4:
             break
         name, shard, number = plan.locate(position)
         try:
-            chosen.append(images.square(sources[name].read(shard, number)[1], size))
+            squares = images.squares(sources[name].read(shard, number)[1], sizes)
         except ImageError as error:
             say_once(
                 f"picture strip: {name}/{sources[name].name(shard, number)}: {error}; left out"
             )
+            continue
+        for size, square in zip(sizes, squares, strict=True):
+            chosen[size].append(square)
     return chosen
 
 

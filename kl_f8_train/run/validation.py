@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from kl_f8_train import images
+from kl_f8_train import images, output
 from kl_f8_train.config import Config
 from kl_f8_train.core import metrics
 from kl_f8_train.core.step import Finetuner
@@ -16,7 +16,7 @@ from kl_f8_train.files import atomic_path
 from kl_f8_train.run.callback import finetuner_of, tolerated
 from kl_f8_train.run.outcome import badness
 from kl_f8_train.run_dir import VALIDATION_FILE, MetricsFile
-from kl_f8_train.units import shortest
+from kl_f8_train.units import counted, shortest
 
 ReportScores = Callable[[int, dict[str, float], Path], None]  # of an iteration's row and its strip
 KeepBest = Callable[[Trainer, Finetuner], None]  # saves the best checkpoint so far
@@ -39,14 +39,19 @@ class Validation(Callback):
         fixed: dict[int, list[Tensor]],
         report: ReportScores,
         keep_best: KeepBest | None = None,
+        say: output.Say = output.say,
     ) -> None:
         self.folder, self.every, self.fixed = run_dir / "pictures", config.log.pictures_every, fixed
-        self.report, self.keep_best = report, keep_best
+        self.report, self.keep_best, self.say = report, keep_best, say
         self.stop, self.validated = config.stop_iteration, start
         self.table = MetricsFile(run_dir / VALIDATION_FILE, start - 1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validates the start."""
+        """Validates the start; the first time is the longest, as kernels are chosen."""
+        if self._is_wanted(trainer):
+            count = len(next(iter(self.fixed.values())))
+            sizes = ", ".join(f"{size} x {size}" for size in self.fixed)
+            self.say(f"validating {counted(count, 'photograph', 's')}, {sizes} pixels ...")
         self.validate(trainer, finetuner_of(pl_module))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -59,7 +64,7 @@ class Validation(Callback):
 
     def validate(self, trainer: Trainer, finetuner: Finetuner) -> None:
         """Writes a row of `validation.csv` and `pictures/iteration-NNNNNNNNN.jpg`."""
-        if not (self.every and all(self.fixed.values()) and trainer.is_global_zero):
+        if not self._is_wanted(trainer):
             return
         row: dict[str, float] = {}
         strip: list[Tensor] = []
@@ -80,6 +85,10 @@ class Validation(Callback):
             with atomic_path(path) as temporary:
                 images.to_pil(images.vstack(strip)).save(temporary, format="JPEG", quality=92)
             self.report(iteration, row, path)
+
+    def _is_wanted(self, trainer: Trainer) -> bool:
+        found = any(self.fixed.values())
+        return bool(self.every and found and trainer.is_global_zero)
 
 
 def _numbers(row: Mapping[str, str]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data.loading import IDLE, PositionDataset
 from kl_f8_train.errors import RunFailedError
-from kl_f8_train.output import say
+from kl_f8_train.output import Say, say
 from kl_f8_train.run.callback import Course
 
 GRACE = 5.0  # seconds that the ranks give each other to say where they are
@@ -56,8 +56,8 @@ class Watchdog(Callback):
     A thread counts its own ticks, so that time in which the whole process slept does not count.
     """
 
-    def __init__(self, timeout_minutes: float, course: Course) -> None:
-        self.seconds = 60 * timeout_minutes
+    def __init__(self, timeout_minutes: float, course: Course, note: Say) -> None:
+        self.seconds, self.note = 60 * timeout_minutes, note  # `note` keeps why a run ends
         self.course = course  # kept here, by the last callback
         self.waiting = True  # for data
         self.stopped = threading.Event()
@@ -98,7 +98,9 @@ class Watchdog(Callback):
 
     def _report(self, trainer: Trainer, iteration: int, silent: float) -> None:
         mine = f"rank {trainer.global_rank} {self._phase(trainer, iteration)}"
-        say(f"kl-f8-train: no iteration ended for {silent:.0f} s; {mine}", aside=True)
+        what = f"no iteration ended for {silent:.0f} s; {mine}"
+        self.note(what)
+        say(f"kl-f8-train: {what}", aside=True)
         show_stacks()
         if trainer.world_size > 1:  # in a thread: the store itself may not answer
             teller = threading.Thread(target=_tell_silent, args=(trainer, mine), daemon=True)
@@ -107,7 +109,7 @@ class Watchdog(Callback):
             if teller.is_alive():
                 host = "rank 0, or torchrun on the first node"
                 say(f"the ranks' meeting point ({host}) did not answer", aside=True)
-        say("the same command goes on from the newest checkpoint", aside=True)
+        say("the same command resumes from the newest checkpoint", aside=True)
 
     def _phase(self, trainer: Trainer, iteration: int) -> str:
         if not self.waiting:

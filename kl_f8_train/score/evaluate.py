@@ -108,6 +108,7 @@ class EvaluatedImage:
     image: Tensor | None  # uint8 (3, size, size)
     problem: str = ""
     enlarged: bool = False  # its shorter side was smaller than `size`
+    profile: str = ""  # the colour profile it was converted from
 
     def sha256(self) -> str:
         """Of the name and the pixels."""
@@ -149,9 +150,10 @@ class ImageSet:
         key = self.source.name(shard, index - first)
         try:
             key, data = self.source.read(shard, index - first)
-            whole = pixels.decode(data)
+            whole, profile = pixels.picture(data)
             image = pixels.crop(pixels.resize_shorter(whole, self.size), self.size)
-            return EvaluatedImage(index, key, image, enlarged=min(whole.shape[1:]) < self.size)
+            small = min(whole.shape[1:]) < self.size
+            return EvaluatedImage(index, key, image, enlarged=small, profile=profile)
         except ImageError as error:
             return EvaluatedImage(index, key, None, f"{key}: {error}; left out")
 
@@ -218,6 +220,7 @@ def load_candidates(named: Sequence[tuple[str, Path, str]], device: str) -> list
         contents, weights = weight_file.read_weights(path, select)
         model = weight_file.build_autoencoder(contents, weights).to(device)
         digest = frozen_sha256(model.state_dict())
+        # One module for equal encoders: the others' tensors are freed.
         first = shared.setdefault(digest, model)
         model.encoder, model.quant_conv = first.encoder, first.quant_conv
         record = {
@@ -510,6 +513,7 @@ def _measure_batch(
             sharpness[i],
             values[i, :, :-1],
             sample.enlarged,
+            sample.profile,
         )
         for i, sample in enumerate(batch)
     ]
@@ -679,6 +683,7 @@ def _evaluate_size(
     )
     say(f"{models}, {images}, {size} x {size}")
     _agree(candidates, image_set.count, networks, world)
+    # Every n-th image, not a stretch: sizes vary along a folder, and all processes end together.
     own = range(rank, image_set.count, world)
     threads = max(1, min(8, (os.cpu_count() or 1) // world))
     tally = measure(

@@ -240,7 +240,11 @@ def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
     """The template, filled in."""
     scores, models = evaluation.scores, evaluation.models
     rows = scores["models"]
-    columns = ["rfid", *ALWAYS, *["st_lpips"] * any(r.get("st_lpips") for r in rows.values())]
+    columns = [  # what is not measured stands below the table, once
+        column
+        for column in ("rfid", *ALWAYS, "st_lpips")
+        if column == "psnr" or any(row.get(column) is not None for row in rows.values())
+    ]
     weights = scores.get("weights", {})
     sigmas = {name: weights.get(name, {}).get("latent_noise") for name in models}
     pairs = [
@@ -275,7 +279,7 @@ def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
 
 def _subtitle(evaluation: Evaluation) -> str:
     scores = evaluation.scores
-    parts = [f"Protocol {scores['protocol']['name']}", f"seen against {evaluation.base}"]
+    parts = [f"Protocol {scores['protocol']['name']}", f"compared with {evaluation.base}"]
     if scores.get("source"):
         parts.insert(1, f"images from {scores['source']}")
     return " \u00b7 ".join(parts)

@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from kl_f8_train.files import write_json, write_text
 from kl_f8_train.output import markdown_table
 from kl_f8_train.score import tiled
 from kl_f8_train.score.compare import not_measured
-from kl_f8_train.units import counted
+from kl_f8_train.units import are, counted
 
 BIASED_BELOW = 2048  # images; the width of Inception's features
 PICTURES = 24  # images shown, at most
@@ -45,6 +46,7 @@ class ImageScores:
     sharpness: float  # of the image itself
     scores: np.ndarray  # (VAEs, measured metrics), float64
     enlarged: bool = False  # smaller than what it was scored at
+    profile: str = ""  # the colour profile it was converted from
 
 
 @dataclass
@@ -106,6 +108,7 @@ def summarise(
         "protocol": dict(protocol),
         "weights": {name: dict(record) for name, record in weights.items()},
         "images": len(tally.rows),
+        "converted": dict(Counter(row.profile for row in tally.rows if row.profile).most_common()),
         "images_sha256": images_sha256(tally.rows),
         "input": {"sharpness": mean_std([row.sharpness for row in tally.rows])},
         "source": where,
@@ -227,6 +230,9 @@ def footer(result: Mapping[str, Any]) -> str:
         f"{protocol['crop']} crop; posterior {posterior}{seed}; {protocol['quantize']}; SSIM "
         f"{protocol['ssim']}; +/- {protocol['std']}."
     ]
+    if converted := result.get("converted"):
+        named = ", ".join(f"{name} {count:,}" for name, count in converted.items())
+        lines.append(f"Converted to sRGB, by colour profile: {named}.")
     if "latent_noise" in protocol:
         lines.append(f"Rows with a sigma: {protocol['latent_noise']}.")
     networks = [f"{n} {protocol[n][:12]}" for n in ("vgg", "inception") if protocol[n]]
@@ -234,7 +240,8 @@ def footer(result: Mapping[str, Any]) -> str:
     lines += not_measured(result["unmeasured"])
     lines += [f"Warning: {warning}." for warning in result["warnings"][:WARNINGS]]
     if len(result["warnings"]) > WARNINGS:
-        lines.append(f"{len(result['warnings']) - WARNINGS:,} more warnings are in scores.json.")
+        more = len(result["warnings"]) - WARNINGS
+        lines.append(f"{counted(more, 'more warning', 's')} {are(more)} in scores.json.")
     return "\n\n".join(lines)
 
 

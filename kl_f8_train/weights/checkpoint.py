@@ -21,6 +21,7 @@ from kl_f8_train.core.updates import HostCopy, module_names
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import Facts
 from kl_f8_train.run_dir import checkpoint_path
+from kl_f8_train.units import are, counted
 from kl_f8_train.weights import weight_file
 from kl_f8_train.weights.names import State, Weights, check_like
 
@@ -270,6 +271,7 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: weight_file.
     run.facts = stored_facts(contents, stored_config(contents))
     run.changes = stored_changes(metadata)
     run.identity = stored_identity(metadata)
+    # After loading: what counts is what the networks hold now.
     frozen = frozen_sha256(finetuner.autoencoder.state_dict())
     if frozen != metadata["frozen_sha256"]:
         raise MissingInputError(f"{contents.path}: its encoder does not match its own hash")
@@ -312,8 +314,9 @@ def _check_finite(tensors: dict[str, Tensor]) -> None:
     bad = [n for n, value in zip(names, largest, strict=True) if not bool(value.isfinite())]
     if bad:
         raise RunFailedError(
-            f"{len(bad)} tensors are not finite, {bad[0]} first; no checkpoint was written, the "
-            "last one is untouched. Lower optimizer.learning_rate, or try precision=float32"
+            f"{counted(len(bad), 'tensor', 's')} {are(len(bad))} not finite, {bad[0]} first; "
+            "no checkpoint was written, the last one is untouched. Lower "
+            "optimizer.learning_rate, or try precision=float32"
         )
 
 

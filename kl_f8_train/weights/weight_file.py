@@ -34,7 +34,7 @@ from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.facts import Facts
 from kl_f8_train.files import atomic_path, file_sha256
 from kl_f8_train.run_dir import list_checkpoints
-from kl_f8_train.units import shortest
+from kl_f8_train.units import are, counted, shortest
 from kl_f8_train.weights import hub, torch_file
 from kl_f8_train.weights.names import (
     State,
@@ -177,6 +177,7 @@ def build_autoencoder(contents: Contents, weights: Weights) -> AutoencoderKL:
         check_shapes(weights.autoencoder, shapes_of(model.state_dict()))
     except (MissingInputError, ValueError) as error:
         raise MissingInputError(f"{contents.path}: {error}") from error
+    # The tensors themselves become the parameters (assign): no second copy of the network.
     tensors = {key: value.float().contiguous() for key, value in weights.autoencoder.items()}
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
@@ -185,9 +186,6 @@ def build_autoencoder(contents: Contents, weights: Weights) -> AutoencoderKL:
 def report(contents: Contents, weights: Weights) -> dict[str, Any]:
     """What a file holds, as plain values; `describe` writes them as text."""
     stated, shape = facts_of(contents, weights), published_shape(weights)
-    with torch.device("meta"):
-        kl_f8 = AutoencoderKL(**PUBLISHED_SHAPES[shape or "kl-f8"])
-        differing = differences(weights.autoencoder, shapes_of(kl_f8.state_dict()))
     groups = Counter(
         ".".join(key.split(".")[: 1 + key.startswith("loss.")]) for key in weights.dropped
     )
@@ -198,7 +196,7 @@ def report(contents: Contents, weights: Weights) -> dict[str, Any]:
         "tensors": len(weights.autoencoder),
         "dtypes": sorted({str(v.dtype).split(".")[1] for v in weights.autoencoder.values()}),
         "shape": shape,
-        "not_kl_f8": differing[0] if differing else None,
+        "not_kl_f8": None if shape else _other_shape(weights.autoencoder),
         "family": facts.family_of(stated, latent_channels(weights)),
         "states": stated.stated(),
         "iteration": contents.iteration,
@@ -223,12 +221,30 @@ PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def _other_shape(state: State) -> str:
+    """How the network of a file differs from kl-f8: only in size, or in its architecture."""
+    with torch.device("meta"):
+        kl_f8 = shapes_of(AutoencoderKL().state_dict())
+        with contextlib.suppress(MissingInputError, ValueError):
+            size = architecture(state) | {"norm_num_groups": 1}  # which has no shape
+            check_shapes(state, shapes_of(AutoencoderKL(**size).state_dict()))
+            kind = "narrow" if size["ch"] < 128 else "wide" if size["ch"] > 128 else "different"
+            return (
+                f"a {kind} network of kl-f8's architecture ({counted(size['ch'], 'channel', 's')}, "
+                f"kl-f8 has 128): ch_mult {list(size['ch_mult'])}, "
+                f"{counted(size['num_res_blocks'], 'residual block', 's')} a level, "
+                f"{counted(size['z_channels'], 'latent channel', 's')}"
+            )
+    return f"not kl-f8's shape: {differences(state, kl_f8)[0]}"
+
+
 def check_finite(contents: Contents, state: Mapping[str, Tensor]) -> None:
     """Raises MissingInputError if a tensor of a file holds NaN or infinity."""
     bad = [key for key, value in state.items() if not bool(value.float().isfinite().all())]
     if bad:
         raise MissingInputError(
-            f"{contents.path}: {len(bad)} tensors are not finite, {bad[0]} first: NaN or infinity, "
+            f"{contents.path}: {counted(len(bad), 'tensor', 's')} {are(len(bad))} not finite, "
+            f"{bad[0]} first: NaN or infinity, "
             "as a failed merge or conversion leaves it; get another copy"
         )
 
@@ -244,7 +260,8 @@ def quality(contents: Contents, weights: Weights) -> list[str]:
     whole = [key for key, value in state.items() if not value.is_floating_point()]
     if whole:
         lines.append(
-            f"WARNING: {len(whole)} tensors are whole numbers, {whole[0]} first: quantised weights "
+            f"WARNING: {counted(len(whole), 'tensor', 's')} {are(len(whole))} of whole numbers, "
+            f"{whole[0]} first: quantised weights "
             "cannot be trained or written; give the file from before"
         )
     steps = {dtype: torch.finfo(dtype).eps for dtype in types if dtype.is_floating_point}
@@ -254,9 +271,11 @@ def quality(contents: Contents, weights: Weights) -> list[str]:
         with contextlib.suppress(MissingInputError):
             share = _latents_moved(build_autoencoder(contents, weights), coarsest)
             mark = "WARNING: " if coarsest.itemsize == 1 else ""
+            ships = contents.path.resolve() == shipped.WEIGHTS.resolve()  # in no other type
+            advice = "" if ships else "; take the float32 file, if there is one"
             lines.append(
-                f"{mark}rounded to {name}: its latents are off by about {100 * share:.2g} % of "
-                "their spread from those of the float32 weights, for good; prefer a float32 file"
+                f"{mark}rounded to {name}, which moves its latents by about {100 * share:.2g} % of "
+                f"their spread{advice}"
             )
     return lines
 
@@ -302,9 +321,7 @@ def describe(found: dict[str, Any]) -> str:
         f"{found['file']}: {found['layout']} ({found['container']})",
         f"{found['tensors']} autoencoder tensors, {'/'.join(found['dtypes'])}; "
         f"{'; '.join(held)}; iteration {iteration}",
-        f"{found['shape']}'s shape"
-        if found["shape"]
-        else f"not kl-f8's shape: {found['not_kl_f8']}",
+        f"{found['shape']}'s shape" if found["shape"] else found["not_kl_f8"],
         _family_line(found["family"]),
         stated and f"it states: {stated}",
         ema and f"EMA scalars: {ema}",
@@ -326,7 +343,9 @@ def _family_line(family: str | None) -> str:
     if family is None:
         return "of which models: not stated (init.family says it, where a run starts from this)"
     known = facts.FAMILIES.get(family)
-    return f"of {facts.described(family, known.facts)}" if known else "of no known family of models"
+    if known is None:
+        return "its latents have a scale of their own, not that of Stable Diffusion, XL, 3 or FLUX"
+    return f"of {facts.described(family, known.facts)}"
 
 
 def facts_of(contents: Contents, weights: Weights) -> Facts:
