@@ -112,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     train.add_argument("--allow-changes", action="store_true", help="resume with another recipe")
-    train.add_argument("--dry-run", action="store_true", help="only look it over, as doctor does")
+    train.add_argument("--dry-run", action="store_true", help="only check it, as doctor does")
     train.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object")
 
     doctor = add("doctor", _doctor, "Checks a run before it costs anything: go, or no go.")
@@ -121,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.add_argument("--all", action="store_true", help="every setting and figure")
 
-    inspect = add("inspect", _inspect, "Says what a VAE file holds, without running any of it.")
+    inspect = add("inspect", _inspect, "Reports what a VAE file holds, without running any of it.")
     inspect.add_argument("weights", help="file, diffusers folder, run directory or hub id")
     taken = inspect.add_mutually_exclusive_group()
     taken.add_argument("--raw", action="store_true", help="a run's raw weights, not its EMA")

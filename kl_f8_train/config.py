@@ -59,7 +59,9 @@ class Init:
     """Where a new run starts (a resumed run does not read it)."""
 
     weights: str = setting(
-        "file, diffusers folder, run directory or hub id of the VAE to start from", machine=True
+        "file, diffusers folder, run directory or hub id of the VAE to start from",
+        machine=True,
+        usual="a published VAE of your diffusion model",
     )
     iteration: int | None = setting(
         "iteration of these weights; null: as the file says",
@@ -70,12 +72,16 @@ class Init:
         "models whose VAE it is, which sets its latents' scale; null: as the file says",
         None,
         machine=True,
+        usual="null; what it is of, for a lone file",
     )
     select: Literal["ema", "raw"] = setting(
         "which weights, of a file that holds an EMA beside the raw ones", "ema", usual="ema"
     )
     prefix: str | None = setting(
-        "what stands before the autoencoder's names, in a file with several", None, machine=True
+        "prefix of the autoencoder's names, in a file with several",
+        None,
+        machine=True,
+        usual="null",
     )
     discriminator: Literal["file", "new"] = setting(
         "the file's discriminator, or a new one, which warms up", "file", machine=True, usual="file"
@@ -108,7 +114,7 @@ class Model:
         usual="32; 4 or more channels in each group",
     )
     quant_conv: bool = setting(
-        "1x1 convolutions around the latents (the original: true; SD3, FLUX: false)", True
+        "1x1 convolutions around the latents", True, usual="true; SD3 and FLUX: false"
     )
 
 
@@ -120,8 +126,12 @@ KL_F8_16 = replace(KL_F8, z_channels=16, embed_dim=16, quant_conv=False)  # SD3'
 class Loss:
     """Sum over pixels of (pixel term + perceptual_weight * perceptual), mean over images."""
 
-    pixel: Literal["l1", "mse"] = setting("pixel term: |x - y| or (x - y)^2")
-    perceptual: Literal["lpips_vgg", "st_lpips_alex"] = setting("the frozen perceptual network")
+    pixel: Literal["l1", "mse"] = setting(
+        "pixel term: |x - y| or (x - y)^2", usual="l1 with an adversarial term; mse without"
+    )
+    perceptual: Literal["lpips_vgg", "st_lpips_alex"] = setting(
+        "the frozen perceptual network", usual="lpips_vgg"
+    )
     perceptual_weight: float = setting(
         "weight of the perceptual term, per pixel and channel",
         bounds=(0, ANY),
@@ -155,9 +165,14 @@ class Loss:
         usual="float32",
     )
     perceptual_weights: str | None = setting(
-        "VGG16 features file; null: where `kl-f8-train fetch` put it", None, machine=True
+        "VGG16 features file; null: where `kl-f8-train fetch` put it",
+        None,
+        machine=True,
+        usual="null",
     )
-    allow_stand_in: bool = setting("accept ST-LPIPS in LPIPS' place (demo and tests)", False)
+    allow_stand_in: bool = setting(
+        "accept ST-LPIPS in LPIPS' place (demo and tests)", False, usual="false"
+    )
 
     @property
     def weights(self) -> dict[str, float]:
@@ -293,7 +308,8 @@ class Source:
     """One set of images."""
 
     shards: str = setting(
-        "shards: brace pattern, glob, directory, .tar, list file, address; or a folder of images"
+        "shards: brace pattern, glob, directory, .tar, list file, address; or a folder of images",
+        usual="a folder on one machine, shards on a cluster",
     )
     weight: float = setting(
         "share in every batch, relative to the other sources",
@@ -301,7 +317,11 @@ class Source:
         bounds=(ABOVE_0, 10**6),
         usual="1",
     )
-    filters: list[str] = setting("conditions on an image's metadata, such as 'width >= 256'", list)
+    filters: list[str] = setting(
+        "conditions on an image's metadata, such as 'width >= 256'",
+        list,
+        usual="none; width and height from `data.shorter_side` on",
+    )
 
 
 @dataclass(kw_only=True)
@@ -353,9 +373,13 @@ class Data:
         "where indexes are kept; null: beside the shards, or in the user's cache",
         None,
         machine=True,
+        usual="null; a shared disk for remote shards",
     )
     cache_dir: str | None = setting(
-        "node-local directory for remote shards; null: in the user's cache", None, machine=True
+        "node-local directory for remote shards; null: in the user's cache",
+        None,
+        machine=True,
+        usual="null; a local disk of each node",
     )
     cache_gib: float = setting(
         "size of that directory at most, in GiB",

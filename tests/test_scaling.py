@@ -18,7 +18,7 @@ WORK = scaling.Workload(
 GPU = scaling.Gpu(
     "g", "Gee", 400e12, 200e12, 50e12, 80e9, 2e12, 100e9, 20e9, "made up"
 )  # rates of bfloat16, TF32, float32; memory and its rate; links
-SAVING = 1e9 / scaling.SAVING_RATE / 1000  # seconds an iteration
+SAVING = 1e9 / scaling.COPY_RATE / 1000  # seconds an iteration
 
 
 def test_the_documentation_holds_what_the_program_prints():
@@ -63,6 +63,12 @@ def test_a_prediction_by_hand():
     hidden = 2 * 15 / 16 * (scaling.BUCKET_BYTES + 10e6) / 20e9  # all but the last bucket is
     assert many.reduction_seconds == pytest.approx(hidden)
     assert many.images_per_second == pytest.approx(192 / (0.24 + hidden + SAVING))
+
+
+def test_saves_that_take_longer_than_what_is_between_them_are_waited_for():
+    often = replace(WORK, save_every=1)
+    found = scaling.predict(often, 0.02, 16, None).images_per_second
+    assert found == pytest.approx(192 / (1e9 / scaling.COPY_RATE + 1e9 / scaling.WRITE_RATE))
 
 
 def test_a_reduction_longer_than_the_backward_pass_is_waited_for():

@@ -45,7 +45,10 @@ def test_the_settings_page_is_what_the_command_prints(capsys):
     printed = capsys.readouterr().out
     assert (ROOT / "docs/settings.md").read_text() == printed
     listed = set(re.findall(r"^\| `([\w.]+)` \|", printed, re.MULTILINE))
-    assert listed == {key for key, found in config.SETTINGS.items() if not found.is_group}
+    settings = {key: found for key, found in config.SETTINGS.items() if not found.is_group}
+    assert listed == settings.keys()
+    without = {key for key, found in settings.items() if not found.usual}
+    assert without == {"name", "run_dir", "log.project"}  # which are the user's alone
 
 
 def test_the_settings_page_is_one_page(capsys):

@@ -14,7 +14,7 @@ tests/counted_memory.csv holds what torch's allocator and inductor really took.
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -134,23 +134,33 @@ class CostCounter(FlopCounter):
             self._now.other_bytes += _bytes([*inputs, *outputs])
         elif self.fuse and not new and func._schema.is_mutable:
             self._now.other_bytes += self._read(inputs) + _bytes(outputs)
-        for storage in new.values():
-            self._add(storage, inputs, product)
+        largest = max((t.nbytes for t in inputs), default=0)
+        sums = [s for s in new.values() if largest >= SUM * _allocated(s)]
+        read = [t.untyped_storage() for t in inputs]
+        for storage in sums:
+            self._add(storage, read, in_memory=True, counts=self.fuse and not product)
+        for address, storage in new.items():
+            if address not in self._alive:  # a norm's output needs its sums
+                self._add(storage, [*read, *sums], in_memory=product or not self.fuse)
         return result
 
-    def _add(self, storage: UntypedStorage, inputs: list[Tensor], product: bool) -> None:
+    def _add(
+        self,
+        storage: UntypedStorage,
+        sources: Sequence[UntypedStorage],
+        in_memory: bool,
+        counts: bool = False,
+    ) -> None:
         """Puts a new tensor into memory, or remembers how it would be computed."""
-        address = storage._cdata
-        size = -(-storage.nbytes() // ALLOCATED) * ALLOCATED
+        address, size = storage._cdata, _allocated(storage)
+        if counts:
+            self._now.other_bytes += self._read(sources) + size
         self._alive[address] = size
         weakref.finalize(storage, self._freed, address)
-        a_sum = any(t.nbytes >= SUM * size for t in inputs)
-        if self.fuse and not product and not a_sum:
-            self._fused[address] = Fused(size, tuple(t.untyped_storage() for t in inputs))
-            return
-        if self.fuse and not product:
-            self._now.other_bytes += self._read(inputs) + size
-        self._take(size)
+        if in_memory:
+            self._take(size)
+        else:
+            self._fused[address] = Fused(size, tuple(sources))
 
     def _write(self, addresses: Iterable[int]) -> None:
         """Puts fused tensors into memory, by a kernel that reads what they are computed from."""
@@ -189,6 +199,11 @@ class CostCounter(FlopCounter):
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
+
+
+def _allocated(storage: UntypedStorage) -> int:
+    """Bytes that it takes of the memory."""
+    return -(-storage.nbytes() // ALLOCATED) * ALLOCATED
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -22,10 +22,11 @@ from kl_f8_train.config import Config, divisor_up_to
 
 PRODUCT_SHARE = 0.6  # of the peak rate that convolutions are assumed to reach
 MEMORY_SHARE = 0.8  # of memory's rate that other kernels are assumed to reach
-HOST_SECONDS = 0.025  # of Python a micro-batch: 21 to 25 ms with kernels that do nothing
+HOST_SECONDS = 0.015  # of Python a micro-batch: 10 to 15 ms with kernels that do nothing
 BACKWARD = 0.5  # of a micro-batch's time, behind which its gradients are reduced
 BUCKET_BYTES = 25 * 2**20  # DDP's: the last one has nothing to hide behind
-SAVING_RATE = 0.26e9  # bytes/s: 0.96 GB hashed and written in 3.75 s, measured on one machine
+COPY_RATE = 3.2e9  # bytes/s: 0.96 GB copied to the host in 0.3 s of a CPU, while training waits
+WRITE_RATE = 0.26e9  # bytes/s: 0.96 GB hashed and written in 3.75 s, while training goes on
 GPUS_PER_NODE = 8
 GPU_COUNTS = (1, 8, 16, 64)
 IMAGE_BYTES = 100_000  # assumed size of a training JPEG
@@ -184,6 +185,13 @@ def exposed_seconds(work: Workload, image_seconds: float, gpus: int, rate: float
     return max(decoder - hidden, last) + after
 
 
+def saving_seconds(work: Workload, iteration: float) -> float:
+    """What an iteration waits for saves: their copies, and each for the one before it."""
+    copied = work.checkpoint_bytes / COPY_RATE
+    written = work.checkpoint_bytes / WRITE_RATE
+    return (copied + max(0.0, written - work.save_every * iteration)) / work.save_every
+
+
 def predict(work: Workload, image_seconds: float, gpus: int, gpu: Gpu | None) -> Prediction:
     """From the seconds of an image on one GPU; an unknown kind has links that cost nothing."""
     compute = image_seconds * work.global_batch / gpus
@@ -191,8 +199,8 @@ def predict(work: Workload, image_seconds: float, gpus: int, gpu: Gpu | None) ->
     if gpu is not None:
         link = gpu.link if gpus <= GPUS_PER_NODE else min(gpu.link, gpu.network)
         reduction = exposed_seconds(work, image_seconds, gpus, link)
-    saving = work.checkpoint_bytes / SAVING_RATE / work.save_every
-    iteration = compute + reduction + saving
+    iteration = compute + reduction
+    iteration += saving_seconds(work, iteration)
     return Prediction(
         gpus=gpus,
         images_per_gpu=work.global_batch / gpus,

@@ -36,12 +36,16 @@ from kl_f8_train.core.updates import (
     build_adam,
     finite_images,
     frozen,
+    joined,
+    mean,
     mean_of_each,
     step_if_finite,
+    total,
 )
 
 GROUP = 12  # images; the original: 16 GPUs x 12
 Distance = Callable[[Tensor, Tensor], Tensor]  # images, reconstructions -> (B, 1, 1, 1)
+Judgement = tuple[Tensor, dict[str, Tensor], Tensor]  # loss, (); figures; finite images, (B,) bool
 Images = Callable[[slice], Tensor]  # a part of a batch -> (B, 3, H, W)
 
 
@@ -127,6 +131,30 @@ def adaptive_weight(grad_nll: Tensor, grad_g: Tensor, maximum: float = 1e4) -> T
     """
     # detached: it is a weight of this iteration, not a term to minimise
     return (grad_nll.norm() / (grad_g.norm() + 1e-4)).clamp(0.0, maximum).detach()
+
+
+def weighed(
+    grad_nll: Tensor, grad_g: Tensor, g: Tensor, factor: float, maximum: float, weight: float
+) -> dict[str, Tensor]:
+    """The figures of the adaptive weight from the last layer's two gradients and g, (); all ().
+
+    "weight" is what g has in the decoder's loss.
+    """
+    ratio = adaptive_weight(grad_nll, grad_g, maximum)
+    scaled = ratio * weight
+    return {
+        "weight": scaled * factor,
+        "generator_loss": g,
+        "adversarial_loss": scaled * factor * g,  # as used, beside nll_loss
+        "adaptive_weight": scaled,
+        "adaptive_weight_clamped": (ratio >= maximum).to(ratio.dtype),
+        "adversarial_factor": torch.full_like(ratio, factor),
+    }
+
+
+def blended(grad_nll: Tensor, grad_g: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad_nll + weight * grad_g, in the type of what it is the gradient of."""
+    return (grad_nll + weight * grad_g).to(dtype)
 
 
 def adversarial_factor(iteration: int, start_iteration: int) -> float:
@@ -225,7 +253,7 @@ class _DistanceInParts(torch.autograd.Function):
             leaf = reconstructions.detach().requires_grad_()
             with torch.enable_grad():
                 distance = network(images, leaf)
-                gradients += torch.autograd.grad(distance.sum(), leaf)
+                gradients += torch.autograd.grad(distance, leaf, torch.ones_like(distance))
             distances.append(distance.detach())
         ctx.save_for_backward(torch.cat(gradients))  # (B, 3, H, W)
         return torch.cat(distances)
@@ -279,13 +307,16 @@ class Adversary:
         assert config.adversarial is not None, "a discriminator without its settings"
         self.network, self.config = network, config.adversarial
         self.precision, self.optimizer = config.precision, config.optimizer
-        self.judged, self.finite_images = judged, finite_images
+        self.fool: Callable[..., Tensor] = self._fool
+        self.judge: Callable[..., Judgement] = self._judge
+        self.weighed, self.blended = weighed, blended
         start = config.adversarial.start_iteration
         self.factor = partial(adversarial_factor, start_iteration=start)  # of an iteration
 
     def compile_functions(self, compiled: Compiled) -> None:
-        """Compiles what is computed beside the network."""
-        self.judged, self.finite_images = compiled(judged), compiled(finite_images)
+        """Compiles the network with its losses, for each of its two uses, and the weight."""
+        self.fool, self.judge = compiled(self._fool), compiled(self._judge)
+        self.weighed, self.blended = compiled(weighed), compiled(blended)
 
     @cached_property
     def adam(self) -> Adam:
@@ -302,6 +333,15 @@ class Adversary:
             logits = [self.network(images) for images in batches]
         return [one.to(images.dtype) for one, images in zip(logits, batches, strict=True)]
 
+    def _fool(self, y: Tensor) -> Tensor:
+        """g, ()."""
+        return generator_loss(*self.logits(y))
+
+    def _judge(self, x: Tensor, y: Tensor, factor: float) -> Judgement:
+        """The network's loss on a group, and what is known of it."""
+        loss, figures = judged(*self.logits(x, y))
+        return factor * loss, figures, finite_images(x + y, loss.detach())
+
     @phase("losses")
     def look(self, y: Tensor, at_y: Tensor, grad_nll: Tensor, layer: Tensor, pieces: int) -> Look:
         """The generator's loss on `at_y`, and both losses' gradients there and at the last layer.
@@ -314,12 +354,12 @@ class Adversary:
             part = at_y[group].detach().requires_grad_()
             # The decoder's loss: no gradient of the discriminator's own parameters is computed.
             with frozen(self.network):
-                loss = generator_loss(*self.logits(part))
+                loss = self.fool(part)
             gradients += torch.autograd.grad(loss, part)
             losses.append(loss.detach())
-        g = torch.stack(losses).mean()
+        g, grad_g, share = mean(losses), joined(gradients), len(losses) * pieces
         # a loss that is not finite makes its gradient so
-        grad_g = torch.cat(gradients) / len(losses) / pieces + 0.0 * g
+        grad_g = (grad_g / share if share > 1 else grad_g) + 0.0 * g
         of_nll, of_g = (
             torch.autograd.grad(y, layer, part.to(y.dtype), retain_graph=True)[0]
             for part in (grad_nll, grad_g)
@@ -335,20 +375,13 @@ class Adversary:
         images on all ranks; with `per_gpu_weight`, as in the original, of this rank's.
         """
         _, g, grad_nll, grad_g, nll_at_last_layer, g_at_last_layer = zip(*looks, strict=True)
-        at_last_layer = [torch.stack(nll_at_last_layer).sum(0), torch.stack(g_at_last_layer).sum(0)]
+        at_last_layer = [total(nll_at_last_layer), total(g_at_last_layer)]
         if not self.config.per_gpu_weight:
             average_over_ranks(at_last_layer)
-        ratio = adaptive_weight(at_last_layer[0], at_last_layer[1], self.config.max_weight)
-        scaled, factor = ratio * self.config.weight, self.factor(iteration)
-        mean_g = torch.stack(g).mean()
-        figures = {
-            "generator_loss": mean_g,
-            "adversarial_loss": scaled * factor * mean_g,  # as used, beside nll_loss
-            "adaptive_weight": scaled,
-            "adaptive_weight_clamped": (ratio >= self.config.max_weight).to(ratio.dtype),
-            "adversarial_factor": torch.full_like(ratio, factor),
-        }
-        return scaled * factor, torch.cat(grad_nll), torch.cat(grad_g), figures
+        numbers = self.factor(iteration), self.config.max_weight, self.config.weight
+        figures = self.weighed(at_last_layer[0], at_last_layer[1], mean(g), *numbers)
+        weight = figures.pop("weight")
+        return weight, joined(grad_nll), joined(grad_g), figures
 
     def update(
         self, images: Images, y: Tensor, factor: float, bad: Tensor | None
@@ -374,12 +407,11 @@ class Adversary:
         """Adds all groups' gradients; returns which images are finite, (B,), and mean figures."""
         terms, finite, groups = [], [], parts(len(y), GROUP)
         for group in groups:
-            real, fake = images(group), y[group]
-            loss, figures = self.judged(*self.logits(real, fake))
-            (factor * loss / len(groups)).backward()
-            finite.append(self.finite_images(real + fake, loss.detach()))
-            terms.append({"discriminator_loss": factor * loss.detach(), **figures})
-        return torch.cat(finite), mean_of_each(terms)
+            loss, figures, of_group = self.judge(images(group), y[group], factor)
+            (loss / len(groups) if len(groups) > 1 else loss).backward()
+            finite.append(of_group)
+            terms.append({"discriminator_loss": loss.detach(), **figures})
+        return joined(finite), mean_of_each(terms)
 
 
 class NoAdversary(Adversary):

@@ -171,12 +171,9 @@ def available_memory() -> int:
 
 
 def compile_networks(
-    autoencoder: AutoencoderKL,
-    discriminator: nn.Module | None,
-    perceptual: nn.Module,
-    backend: str = "inductor",
+    autoencoder: AutoencoderKL, perceptual: nn.Module, backend: str = "inductor"
 ) -> Compiled:
-    """Compiles encoder, decoder, discriminator and perceptual network, each in place.
+    """Compiles encoder, decoder and perceptual network, each in place.
 
     The decoder in parts, without its last convolution: a compiled region computes all its gradients
     or none, and the adaptive weight needs the last layer's alone, twice. Returns what compiles a
@@ -184,11 +181,11 @@ def compile_networks(
     """
     decoder = autoencoder.decoder
     parts = [autoencoder.encoder, decoder.mid, *decoder.up, decoder.norm_out]
-    compile_each([*parts, discriminator, perceptual], backend)
+    compile_each([*parts, perceptual], backend)
     return partial(torch.compile, **_options(backend))
 
 
-def compile_each(parts: Iterable[nn.Module | None], backend: str = "inductor") -> None:
+def compile_each(parts: Iterable[nn.Module], backend: str = "inductor") -> None:
     """Compiles each part by itself, in place, with room for many of one class."""
     # The decoder's levels are of one class, so they share one limit; beyond it they run eagerly.
     dynamo = torch._dynamo.config
@@ -198,8 +195,7 @@ def compile_each(parts: Iterable[nn.Module | None], backend: str = "inductor") -
     # that reduce gradients run after each part's backward pass, while the next part's is computed.
     dynamo.optimize_ddp = False
     for part in parts:
-        if part is not None:
-            part.compile(**_options(backend))
+        part.compile(**_options(backend))
 
 
 def _options(backend: str) -> dict[str, Any]:

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from kl_f8_train.config import divisor_up_to
+
 FROZEN = ("encoder", "quant_conv")
 TRAINED = ("decoder", "post_quant_conv")
+CHUNKS, LEAST = 768, 32  # of a micro-batch's pixels, each with its sum; the pixels of one
 
 
 @dataclass(frozen=True)
@@ -451,7 +454,7 @@ class _FusedNormSwish(torch.autograd.Function):
     """The same in plain operations, for the compiler to fuse, from sums over each channel.
 
     torch's statistics of a group read a few of the channels beside each other in NHWC memory, and
-    skip the rest; a channel's own sums read all of them in a row. The bias of the convolution
+    skip the rest; sums of a channel's pixels read all of them in a row. The bias of the convolution
     before it is added here, which saves a pass over the image, and one for its gradient.
     """
 
@@ -475,25 +478,26 @@ class _FusedNormSwish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, added, weight, bias, mean, rstd = ctx.saved_tensors
-        pixels = x.shape[2] * x.shape[3]
         normal = _normalized(x, added, mean, rstd)  # (B, C, H, W)
         y = normal * _column(weight) + _column(bias)
         share = torch.sigmoid(y)
         of_y = gradient.to(mean.dtype) * share * (1 + y * (1 - share))  # d silu(y) / d y
-        of_bias = of_y.sum((2, 3))  # (B, C)
-        of_weight = (of_y * normal).sum((2, 3))
+        of_bias = _chunk_sums(of_y)  # (B, C, chunks)
+        of_weight = _chunk_sums(of_y * normal)
         first, second = (  # means over each group of w d y and of w d y (x - mean) / std
-            (part * weight).unflatten(1, (mean.shape[1], -1)).mean(2) / pixels
+            (part * weight[:, None]).unflatten(1, (mean.shape[1], -1)).mean((2, 3)) / _chunk_size(x)
             for part in (of_bias, of_weight)
         )
         first, second, scale = (_of_channels(part, x) for part in (first, second, rstd))
         of_x = scale * (of_y * _column(weight) - first - normal * second)
         of_added = None
         if added is not None:  # of_x summed over pixels, from sums that are there
-            sums = of_bias * weight - pixels * first.flatten(1)
-            sums = sums - normal.sum((2, 3)) * second.flatten(1)
-            of_added = (scale.flatten(1) * sums).sum(0).to(added.dtype)
-        of_weight, of_bias = of_weight.sum(0).to(weight.dtype), of_bias.sum(0).to(bias.dtype)
+            first, second, scale = (part.flatten(2) for part in (first, second, scale))
+            sums = of_bias * weight[:, None] - _chunk_size(x) * first
+            sums = sums - _chunk_sums(normal) * second
+            of_added = (scale * sums).sum((0, 2)).to(added.dtype)
+        of_weight = of_weight.sum((0, 2)).to(weight.dtype)
+        of_bias = of_bias.sum((0, 2)).to(bias.dtype)
         return (of_x.to(x.dtype), of_added, of_weight, of_bias, None, None, None)
 
 
@@ -507,14 +511,28 @@ def group_statistics(
     """
     origin = x[:, :, :1, :1]
     distance = x - origin
-    first = distance.mean((2, 3))  # (B, C)
-    variances = distance.square().mean((2, 3)) - first.square()  # (B, C)
-    means = origin[:, :, 0, 0] + first if added is None else origin[:, :, 0, 0] + first + added
-    means = means.unflatten(1, (groups, -1))  # (B, groups, C / groups)
-    mean = means.mean(2)
-    within = variances.unflatten(1, (groups, -1)).mean(2).clamp_min(0.0)
-    between = (means - mean[:, :, None]).square().mean(2)
-    return mean, (within + between + eps).rsqrt()
+    count = _chunk_size(x)
+    first = _chunk_sums(distance) / count  # (B, C, chunks)
+    within = _chunk_sums(distance.square()) / count - first.square()
+    means = _plus(origin, added).flatten(2) + first
+    between, mean = torch.var_mean(means.unflatten(1, (groups, -1)), (2, 3), correction=0)
+    within = within.unflatten(1, (groups, -1)).mean((2, 3))  # reads `first`: in the same kernel
+    return mean, (within + between + eps).clamp_min(eps).rsqrt()
+
+
+def _chunk_sums(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> sums over chunks of neighbouring pixels, (B, C, chunks).
+
+    As many chunks as keep a GPU busy, so that one more sum is all that is left to do.
+    """
+    return x.flatten(2).unflatten(2, (-1, _chunk_size(x))).sum(3)
+
+
+def _chunk_size(x: Tensor) -> int:
+    """Pixels of a chunk."""
+    pixels = x.shape[2] * x.shape[3]
+    chunks = divisor_up_to(pixels, max(1, min(CHUNKS // x.shape[0], pixels // LEAST)))
+    return pixels // chunks
 
 
 def _plus(x: Tensor, added: Tensor | None) -> Tensor:

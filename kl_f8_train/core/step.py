@@ -9,7 +9,7 @@ import copy
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +44,14 @@ from kl_f8_train.core.updates import (
     average_over_ranks,
     begin,
     build_adam,
+    checked,
     ema_decay,
-    ema_update,
-    finite_images,
+    joined,
     learning_rate,
     mean_of_each,
     module_names,
+    move,
+    paired,
     parameters_of,
     step_if_finite,
 )
@@ -124,12 +126,12 @@ class Finetuner(_Base):
         self.run_state = run_state or RunState(iteration=config.init.iteration or 0)
         self.guard = Guard(config.max_bad_updates)
         self.metrics: dict[str, Tensor] = {}  # of the last iteration
-        self.reconstruction_loss, self.finite_images = reconstruction_loss, finite_images
+        self.reconstruction_loss, self.checked = reconstruction_loss, checked
         self.sampled = sampled
         if machine.compiles(config.compute):
-            compiled = machine.compile_networks(autoencoder, discriminator, perceptual)
+            compiled = machine.compile_networks(autoencoder, perceptual)
             self.reconstruction_loss = compiled(reconstruction_loss)
-            self.finite_images, self.sampled = compiled(finite_images), compiled(sampled)
+            self.checked, self.sampled = compiled(checked), compiled(sampled)
             self.adversary.compile_functions(compiled)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -173,6 +175,12 @@ class Finetuner(_Base):
         done = self.warmup_done if run.warmup_left else run.iteration - run.first_iteration
         return learning_rate(self.config.optimizer, done)
 
+    @property
+    def trained_parts(self) -> list[nn.Module]:
+        """The module itself and the networks in it that are trained."""
+        parts = [self, *(getattr(self.autoencoder, name) for name in TRAINED)]
+        return [*parts, self.discriminator] if self.discriminator else parts
+
     @cached_property
     def adams(self) -> list[Adam]:
         """The decoder's optimizer, and the discriminator's, if there is one."""
@@ -183,6 +191,12 @@ class Finetuner(_Base):
         """The averaged decoder and post_quant_conv of each decay, the run's own first."""
         names = module_names(self.config.ema.decays)
         return {decay: getattr(self, name) for decay, name in names.items()}
+
+    @cached_property
+    def _averaged(self) -> dict[float, tuple[list[Tensor], list[Tensor]]]:
+        """Each average's parameters, and those that it follows."""
+        trained = trained_part(self.autoencoder)
+        return {decay: paired(average, trained) for decay, average in self.averages.items()}
 
     def averaged(self, decay: float | None = None) -> AutoencoderKL:
         """A copy of the autoencoder with the averaged decoder, frozen and in eval mode.
@@ -300,7 +314,7 @@ class Finetuner(_Base):
         is decided on the device; the host reads it an iteration later (updates.py).
         """
         run, adversary, layer = self.run_state, self.adversary, self.autoencoder.last_layer
-        buffers = self._prepare()
+        buffers, batch = self._prepare(), self._converted(batch)
         micro = self.micro_batches(len(batch.images))
         adversarial = adversary.runs(run.iteration)
         twice = adversarial and len(micro) > 1  # decoded ahead, for the weight of all images
@@ -327,16 +341,16 @@ class Finetuner(_Base):
             self.metrics |= figures
             for part in micro:
                 y = self.decode(z[part]) if twice else y
-                gradient = grad_nll[part] + weight * grad_g[part]
+                gradient = adversary.blended(grad_nll[part], grad_g[part], weight, y.dtype)
                 self.backpropagate(y, gradient, loop, last=part is micro[-1])
 
         # Decoder, then its moving averages.
-        updates = {"decoder": self._step_decoder(torch.cat(finite), loop)}
+        updates = {"decoder": self._step_decoder(joined(finite), loop)}
         self._average_decoder()
 
         # Discriminator, on images and detached reconstructions.
         if adversarial:
-            y, bad = torch.cat([look.y for look in looks]), updates["decoder"].bad
+            y, bad = joined([look.y for look in looks]), updates["decoder"].bad
             factor = adversary.factor(run.iteration)
             updates["discriminator"] = self._step_discriminator(batch, y, factor, bad)
         buffers.restore(torch.stack([update.bad for update in updates.values()]).any())
@@ -345,7 +359,7 @@ class Finetuner(_Base):
 
     def run_warm_up(self, batch: Batch) -> None:
         """One iteration of the discriminator alone, on reconstructions without a graph."""
-        run, buffers = self.run_state, self._prepare()
+        run, buffers, batch = self.run_state, self._prepare(), self._converted(batch)
         z, _ = self.encode(batch, draw=0)  # (B, 4, h, w)
         y = self._decode_without_graph(z)  # (B, 3, H, W)
         self.guard.judge()
@@ -359,7 +373,8 @@ class Finetuner(_Base):
 
     def _prepare(self) -> Remembered:
         """Clears gradients, sets the mode, and remembers BatchNorm's buffers."""
-        self.train()
+        if not all(part.training for part in self.trained_parts):  # else a loop over all modules
+            self.train()
         for adam in self.adams:
             begin(adam, self.learning_rate)
         return Remembered(self.discriminator)
@@ -367,6 +382,11 @@ class Finetuner(_Base):
     def micro_batches(self, count: int) -> tuple[slice, ...]:
         """`count` images as micro-batches, of `compute.per_device_batch` or at most 12 images."""
         return parts(count, self.config.compute.per_device_batch or 12)
+
+    def _converted(self, batch: Batch) -> Batch:
+        """The batch with images as the networks take them, if it is one micro-batch."""
+        (first, *more) = self.micro_batches(len(batch.images))
+        return batch if more else replace(batch, images=self.images(batch, first))
 
     def images(self, batch: Batch, part: slice) -> Tensor:
         """(B, 3, H, W) in [-1, 1], in the weights' precision and layout."""
@@ -392,7 +412,7 @@ class Finetuner(_Base):
                 z = z + self.config.latents.noise * deviation * batch.noise[-1, part].to(x.dtype)
             latents.append(z)
             divergences.append({"kl": kl})
-        return torch.cat(latents), mean_of_each(divergences)["kl"]
+        return joined(latents), mean_of_each(divergences)["kl"]
 
     @phase("decode")
     def decode(self, z: Tensor, last_layer_only: bool = False) -> Tensor:
@@ -404,7 +424,7 @@ class Finetuner(_Base):
     @torch.no_grad()
     def _decode_without_graph(self, z: Tensor) -> Tensor:
         micro = self.micro_batches(len(z))
-        return torch.cat([self.decode(z[part]).to(z.dtype) for part in micro])
+        return joined([self.decode(z[part]).to(z.dtype) for part in micro])
 
     def _autocast(self, tensor: Tensor) -> AbstractContextManager[Any]:
         return autocast(self.config.precision, tensor.device)
@@ -423,14 +443,15 @@ class Finetuner(_Base):
             network = partial(self.perceptual, precision=precision)
         p = distance_in_parts(network, x, y, chunks).to(x.dtype)  # (B, 1, 1, 1)
         nll, terms = self.reconstruction_loss(x, y, p, logvar=self.logvar, **self.terms)
+        share = nll / pieces if pieces > 1 else nll
         if self.logvar.requires_grad:
-            gradient, of_logvar = torch.autograd.grad(nll / pieces, (y, self.logvar))
+            gradient, of_logvar = torch.autograd.grad(share, (y, self.logvar))
             accumulated = 0.0 if self.logvar.grad is None else self.logvar.grad
             self.logvar.grad = accumulated + of_logvar
         else:
-            (gradient,) = torch.autograd.grad(nll / pieces, y)
-        finite = self.finite_images(gradient, nll.detach())
-        return gradient + 0.0 * nll.detach(), terms, finite
+            (gradient,) = torch.autograd.grad(share, y)
+        gradient, finite = self.checked(gradient, nll.detach())
+        return gradient, terms, finite
 
     @phase("backward")
     def backpropagate(self, y: Tensor, gradient: Tensor, loop: Loop, last: bool) -> None:
@@ -452,10 +473,9 @@ class Finetuner(_Base):
     @phase("ema")
     def _average_decoder(self) -> None:
         self.run_state.ema_updates += 1
-        trained, warmup = trained_part(self.autoencoder), self.config.ema.warmup
-        for decay, average in self.averages.items():
-            kept = ema_decay(self.run_state.ema_updates, decay, warmup)
-            ema_update(average, trained, kept)
+        for decay, (averaged, trained) in self._averaged.items():
+            kept = ema_decay(self.run_state.ema_updates, decay, self.config.ema.warmup)
+            move(averaged, trained, kept)
 
     def _step_discriminator(
         self, batch: Batch, y: Tensor, factor: float, bad: Tensor | None = None

@@ -108,6 +108,21 @@ def norm_of(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).norm()
 
 
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """All along the first axis; one alone is not copied."""
+    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+
+
+def total(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape; one alone is not copied."""
+    return torch.stack(list(tensors)).sum(0) if len(tensors) > 1 else tensors[0]
+
+
+def mean(scalars: Sequence[Tensor]) -> Tensor:
+    """The mean of tensors of shape (); one alone is not copied."""
+    return torch.stack(list(scalars)).mean() if len(scalars) > 1 else scalars[0]
+
+
 def mean_of_each(terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Means over several passes, by name."""
     if len(terms) < 2:
@@ -167,6 +182,11 @@ def step_if_finite(
     adam.found_inf = (bad if unless is None else bad | unless).float()  # type: ignore[attr-defined]
     step(adam)
     return Update(bad, finite, norm, clipped)
+
+
+def checked(gradient: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient, not finite if the loss is not, and which images of it are, (B,) bool."""
+    return gradient + 0.0 * loss, finite_images(gradient, loss)
 
 
 def finite_images(tensor: Tensor, loss: Tensor) -> Tensor:
@@ -231,8 +251,9 @@ class Guard:
 
     def watch(self, iteration: int, keys: list[str], updates: dict[str, Update]) -> None:
         """Takes an iteration's updates, by network; their flags are read later."""
-        flags = torch.stack([torch.cat([u.bad.view(1), u.finite]) for u in updates.values()])
-        self._pending = iteration, keys, list(updates), to_host(flags)  # (networks, 1 + B)
+        flags = torch.cat([part for u in updates.values() for part in (u.bad.view(1), u.finite)])
+        flags = flags.view(len(updates), -1)  # (networks, 1 + B)
+        self._pending = iteration, keys, list(updates), to_host(flags)
 
     def judge(self) -> None:
         """Counts and logs whether the last update was left out, once; on all ranks together.
@@ -314,18 +335,31 @@ def ema_decay(number: int, decay: float, warmup: bool) -> float:
     return min(decay, (1 + number) / (10 + number)) if warmup else decay
 
 
-@torch.no_grad()
 def ema_update(averaged: nn.Module, module: nn.Module, decay: float) -> None:
     """averaged += (1 - decay) * (module - averaged), in one fused call.
 
     Raises ValueError if the two do not have the same parameters.
     """
+    move(*paired(averaged, module), decay)
+
+
+def paired(averaged: nn.Module, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters of both, in one order.
+
+    Raises ValueError if the two do not have the same.
+    """
     ours, theirs = dict(averaged.named_parameters()), dict(module.named_parameters())
     if ours.keys() != theirs.keys():
         raise ValueError(f"parameters differ: {sorted(ours.keys() ^ theirs.keys())}")
+    return list(ours.values()), [theirs[name] for name in ours]
+
+
+@torch.no_grad()
+def move(averaged: list[Tensor], parameters: list[Tensor], decay: float) -> None:
+    """averaged += (1 - decay) * (parameters - averaged)."""
     # lerp(a, b, w) = a + w (b - a) is rounded once at the size of a, decay * a + (1 - decay) * b
     # twice; over 100,000 updates that each add 1e-4 of a small difference, it counts.
-    torch._foreach_lerp_(list(ours.values()), [theirs[name] for name in ours], 1.0 - decay)
+    torch._foreach_lerp_(averaged, parameters, 1.0 - decay)
 
 
 @torch.no_grad()

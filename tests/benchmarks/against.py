@@ -189,12 +189,12 @@ def on_diffusers(config: Config, device: torch.device) -> benchmark.Iteration:
     for name in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
         setattr(parts.autoencoder, name, getattr(peer, name))
     settings = replace(parts.config, compute=replace(config.compute, compile=False))
-    losses = parts.discriminator, parts.perceptual
-    finetuner = Finetuner(settings, parts.autoencoder, *losses)
+    finetuner = Finetuner(settings, parts.autoencoder, parts.discriminator, parts.perceptual)
     if machine.compiles(config.compute):
         decoder = peer.decoder
-        ends = peer.encoder, decoder.mid_block, decoder.conv_norm_out
-        machine.compile_each([*ends, *decoder.up_blocks, *losses])
+        ends = peer.encoder, decoder.mid_block, decoder.conv_norm_out, parts.discriminator
+        rest = (part for part in ends if part is not None)
+        machine.compile_each([*rest, *decoder.up_blocks, parts.perceptual])
     return benchmark.iteration_of(finetuner, device)
 
 

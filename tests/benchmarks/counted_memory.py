@@ -6,7 +6,8 @@
 A row has the peak of torch's allocator in a third iteration, and its phase. Compiled, inductor
 makes its graphs and allocates their buffers, but its Triton kernels are neither compiled nor
 launched: values are meaningless, sizes true. The first row of a batch takes a minute or two of a
-CPU, most others seconds. MODULE is imported first, where it stands in for a GPU.
+CPU, most others seconds. Rows that FILE holds already are kept, and not counted again. MODULE is
+imported first, where it stands in for a GPU.
 """
 
 import argparse
@@ -75,11 +76,13 @@ def leave_out_kernels() -> None:
     setattr(async_compile.AsyncCompile, "triton", lambda *args, **kwargs: NoKernel())  # noqa: B010
 
 
-def rows(args: argparse.Namespace) -> Iterator[tuple[Any, ...]]:
-    """One for each combination, as they are counted."""
+def rows(args: argparse.Namespace, there: set[tuple[str, ...]]) -> Iterator[tuple[Any, ...]]:
+    """One for each combination that is not there, as they are counted."""
     combinations = product(args.batches, args.compiled, args.recipes, args.levels)
     for batch, compiled, recipe, levels in combinations:
         micro, images = map(int, batch.split("x"))
+        if tuple(map(str, (recipe, compiled, levels, micro, images))) in there:
+            continue
         gc.collect()
         setup = settings(recipe, bool(compiled), levels, micro, images)
         found = peaks(setup, images)
@@ -88,7 +91,7 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[Any, ...]]:
 
 
 def main() -> None:
-    """Writes a table of comma-separated values, row by row."""
+    """Writes a table of comma-separated values, row by row, to the end of a file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("recipes", nargs="*", default=RECIPES)
@@ -100,10 +103,13 @@ def main() -> None:
     if args.module:
         importlib.import_module(args.module)
     leave_out_kernels()
-    with args.file.open("w", newline="", encoding="utf-8") as file:
+    with args.file.open("a+", newline="", encoding="utf-8") as file:
+        file.seek(0)
+        there = {tuple(row[:5]) for row in csv.reader(file)}
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(HEAD)
-        for row in rows(args):
+        if not there:
+            table.writerow(HEAD)
+        for row in rows(args, there):
             table.writerow(row)
             file.flush()
 

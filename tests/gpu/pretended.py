@@ -28,6 +28,7 @@ COUNTS = (*KINDS, "copies to the card", "copies to the host", "waits")
 # change the layout of weights do nothing, so saving would find the frozen part changed.
 NEW_MEMORY = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 SETTINGS = ("compute.channels_last=false",)
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 CALL = re.compile(r"cublas.*([Gg]emm|LtMatmul$|gemv)|cudnnBatchNormalization(For|Back)ward")
 REAL = re.compile(r"cudnnGet(Version|CudartVersion|ErrorString|Property)")
 
@@ -124,10 +125,11 @@ def kernels(counted: Counter[str]) -> int:
 
 
 def main() -> int:
-    """Runs a command."""
+    """Runs a command; compiled kernels are kept where the environment names a folder for them."""
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
-        given = os.environ | environment(Path(folder))
+        kept = {name: os.environ[name] for name in CACHES if name in os.environ}
+        given = os.environ | environment(Path(folder)) | kept
         return subprocess.run(sys.argv[1:], env=given).returncode
 
 
