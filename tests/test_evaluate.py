@@ -100,7 +100,7 @@ def test_a_broken_shard_is_named_once_for_all_sizes(folder, tmp_path, capsys):
     pack(folder / "photos", shards, per_shard=7, workers=1)
     whole = sorted(shards.glob("*.tar"))[-1]
     (shards / "99999.tar").write_bytes(whole.read_bytes()[:700])
-    run(folder, str(tmp_path / "out"), names="a", where=str(shards), size=[16, 32], limit=1)
+    run(folder, str(tmp_path / "out"), names="a", where=str(shards), size=[SIZE, 2 * SIZE], limit=1)
     assert capsys.readouterr().out.count("99999.tar") == 1
 
 
