@@ -6,7 +6,7 @@
 #   LAUNCH="sbatch --wait launch/slurm.sbatch" bash launch/chain.sh
 #
 # Stop: Ctrl-C, or SIGTERM to its process group (kill -- -PID): the stage saves and ends.
-# Go on: the same command again. What is done is skipped; a stage goes on from its checkpoint.
+# Go on: the same command again. What is done is skipped; a stage resumes from its checkpoint.
 set -euo pipefail
 trap 'exit 143' TERM  # once the stage has ended
 

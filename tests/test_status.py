@@ -90,7 +90,7 @@ def test_a_run_that_died(tmp_path):
     found = status.read_status(make_run(tmp_path, [row(1010)], age=7260.0), NOW)
     assert found.state == "silent for 2 h 1 min"
     assert found.checkpoint is None
-    assert "end, if it went on now" in status.facts(found)
+    assert "end, if resumed now" in status.facts(found)
 
 
 def test_the_claim_tells_running_from_stopped(tmp_path):
@@ -107,8 +107,8 @@ def test_the_claim_tells_running_from_stopped(tmp_path):
         assert "end" in status.facts(status.read_status(run, NOW))
         process.kill()
     found = status.read_status(run, NOW)
-    assert found.state == "stopped 10 s ago; the same command goes on"
-    assert "end, if it went on now" in status.facts(found)
+    assert found.state == "stopped 10 s ago; the same command resumes it"
+    assert "end, if resumed now" in status.facts(found)
 
 
 def test_silence_is_judged_by_the_interval_of_the_log(tmp_path):

@@ -223,7 +223,7 @@ def test_a_signal_finishes_the_iteration_saves_and_tells_its_number(folder, undi
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number, output
     assert output.count("Ctrl-C: finishes this iteration") == (number == signal.SIGINT)
-    assert f"the same command goes on, or: kl-f8-train train {folder / name}" in output
+    assert f"the same command resumes it, or: kl-f8-train train {folder / name}" in output
     stopped = runs.final_state(folder, name).iteration
     assert stopped is not None
     assert 101 <= stopped < 108, output

@@ -122,6 +122,7 @@ class TarSource:
         self.blocks, self.sizes = self._mapped("blocks"), self._mapped("sizes")
         self.dropped: dict[str, int] = {}
         self.counts = self._filtered_counts()
+        # a loader reads from a few shards at a time
         self._kept = lru_cache(maxsize=256)(self._kept_rows)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def _write_weights(
             weight_file.write_safetensors(path, tensors, {**metadata, **hashed})
         else:
             weight_file.write_safetensors(path, names.to_diffusers(tensors), {})
-        del tensors
+        del tensors  # before the next copy is made
     shape = names.architecture(weights, stated)
     widths, blocks = list(shape["ch_mult"]), shape["num_res_blocks"]
     for path in _paths(files)[len(files) :]:

@@ -251,7 +251,7 @@ class Signals(Callback):
         def report() -> None:
             say(
                 f"kl-f8-train: signal {number}, and no iteration ended for {waited:.0f} s: ended "
-                "unsaved; the same command goes on from the newest checkpoint",
+                "unsaved; the same command resumes from the newest checkpoint",
                 aside=True,
             )
             show_stacks()

@@ -195,7 +195,7 @@ def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _state(run: Path, log_interval_seconds: float, now: float) -> str:
-    """Whether a run that has not ended goes on: by its claim, or by whether it still writes."""
+    """Whether a run that has not ended is running: by its claim, or by whether it still writes."""
     # None where the file system has no locks: then only the files' ages show it.
     claimed = is_claimed(run)
     if claimed:
@@ -206,7 +206,7 @@ def _state(run: Path, log_interval_seconds: float, now: float) -> str:
         return f"failed {ago} ago, by the error below; the same command {then}"
     news = _age([run / CONFIG_FILE, run / METRICS_FILE, *run.glob("*/iteration-*")], now) or 0.0
     if claimed is False:
-        return f"stopped {duration(news)} ago; the same command goes on"
+        return f"stopped {duration(news)} ago; the same command resumes it"
     if news > max(SILENT_SECONDS, SILENT_INTERVALS * log_interval_seconds):
         return f"silent for {duration(news)}"
     return "seems to be running" if log_interval_seconds else "seems to be starting"
@@ -386,7 +386,7 @@ def facts(status: Status) -> dict[str, str]:
         shown["speed lately"] = speed(status.images_per_second)
     if status.seconds_left:
         shown["time left"] = duration(status.seconds_left)
-        word = "end" if status.state.startswith(("running", "seems")) else "end, if it went on now"
+        word = "end" if status.state.startswith(("running", "seems")) else "end, if resumed now"
         shown[word] = str(status.end_date)
     if status.last_log_age_seconds is not None:
         shown["last log"] = f"{duration(status.last_log_age_seconds)} ago"

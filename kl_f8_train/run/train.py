@@ -133,6 +133,8 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             saving.save_best if config.checkpoint.keep_best else None,
             run_log.say,
         )
+        # In this order: the best checkpoint is the state that was validated, and saving acts on
+        # what the ranks have agreed on.
         callbacks = [run_log, validation, signals, saving]
         if machine.compiles(config.compute):
             callbacks.insert(0, Compiling())  # it announces an iteration before others report it
@@ -152,7 +154,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
     if signals.received and not ended:  # a signal in the last iteration changes nothing
         say_once(
             f"stopped by signal {signals.received} at iteration {finetuner.iteration:,}, saved; "
-            f"the same command goes on, or: kl-f8-train train {shlex.quote(str(run_dir))}"
+            f"the same command resumes it, or: kl-f8-train train {shlex.quote(str(run_dir))}"
         )
         return 128 + signals.received
     _tell_end(run_dir, finetuner.iteration)
@@ -195,7 +197,7 @@ def _fit(trainer: Trainer, iterations: "Iterations", course: Course) -> None:
             "a GPU, or the network between the nodes is not open (NCCL_SOCKET_IFNAME names it)."
         )
         found = list_checkpoints(Path(iterations.config.run_dir))
-        last = f"goes on from {found[0].name}" if found else "starts over (no checkpoint yet)"
+        last = f"resumes from {found[0].name}" if found else "starts over (no checkpoint yet)"
         minutes = iterations.config.compute.timeout_minutes
         raise LostContactError(
             f"{what} The same command {last}; compute.timeout_minutes={minutes:g} bounds the wait, "
@@ -486,6 +488,7 @@ class _DecoderDDP(DDPStrategy):
     def __init__(self, config: Config) -> None:
         super().__init__(
             timeout=longest_wait(config.compute.timeout_minutes),
+            # Gradients lie in DDP's buckets: without it there would be a second copy of them.
             gradient_as_bucket_view=True,
             **NO_BUFFERS,
         )

@@ -109,7 +109,7 @@ class Watchdog(Callback):
             if teller.is_alive():
                 host = "rank 0, or torchrun on the first node"
                 say(f"the ranks' meeting point ({host}) did not answer", aside=True)
-        say("the same command goes on from the newest checkpoint", aside=True)
+        say("the same command resumes from the newest checkpoint", aside=True)
 
     def _phase(self, trainer: Trainer, iteration: int) -> str:
         if not self.waiting:

@@ -220,6 +220,7 @@ def load_candidates(named: Sequence[tuple[str, Path, str]], device: str) -> list
         contents, weights = weight_file.read_weights(path, select)
         model = weight_file.build_autoencoder(contents, weights).to(device)
         digest = frozen_sha256(model.state_dict())
+        # One module for equal encoders: the others' tensors are freed.
         first = shared.setdefault(digest, model)
         model.encoder, model.quant_conv = first.encoder, first.quant_conv
         record = {
@@ -682,6 +683,7 @@ def _evaluate_size(
     )
     say(f"{models}, {images}, {size} x {size}")
     _agree(candidates, image_set.count, networks, world)
+    # Every n-th image, not a stretch: sizes vary along a folder, and all processes end together.
     own = range(rank, image_set.count, world)
     threads = max(1, min(8, (os.cpu_count() or 1) // world))
     tally = measure(

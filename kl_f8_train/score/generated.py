@@ -178,6 +178,7 @@ def _decode_all(
             found.pictures.append(_write_pictures(out, number, latent.name, levels))
         if progress is not None:
             progress(number + 1, len(latents))
+    # Pictures of an earlier evaluation in this folder.
     for path in former - _paths(found.pictures):
         (out / path).unlink(missing_ok=True)
     return found

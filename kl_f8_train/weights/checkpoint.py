@@ -271,6 +271,7 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: weight_file.
     run.facts = stored_facts(contents, stored_config(contents))
     run.changes = stored_changes(metadata)
     run.identity = stored_identity(metadata)
+    # After loading: what counts is what the networks hold now.
     frozen = frozen_sha256(finetuner.autoencoder.state_dict())
     if frozen != metadata["frozen_sha256"]:
         raise MissingInputError(f"{contents.path}: its encoder does not match its own hash")

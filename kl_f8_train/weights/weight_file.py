@@ -177,6 +177,7 @@ def build_autoencoder(contents: Contents, weights: Weights) -> AutoencoderKL:
         check_shapes(weights.autoencoder, shapes_of(model.state_dict()))
     except (MissingInputError, ValueError) as error:
         raise MissingInputError(f"{contents.path}: {error}") from error
+    # The tensors themselves become the parameters (assign): no second copy of the network.
     tensors = {key: value.float().contiguous() for key, value in weights.autoencoder.items()}
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)

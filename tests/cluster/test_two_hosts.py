@@ -150,7 +150,7 @@ def test_a_cut_network_stops_both_in_time_and_the_run_goes_on(folder, undisturbe
     wait_for(both[0].log, "rank 1 did not answer: stopped, swapped out, or its node or network", 60)
     wait_for(both[1].log, "the ranks' meeting point (rank 0, or torchrun on the first node)", 60)
     for running in both:
-        wait_for(running.log, "the same command goes on from the newest checkpoint", 60)
+        wait_for(running.log, "the same command resumes from the newest checkpoint", 60)
     hosts[1].mend()
     if any([running.wait() for running in both]):  # the agents lost each other, too
         both = [host.torchrun(folder, "cut", *extra) for host in hosts]
