@@ -49,8 +49,6 @@ FOREIGN = {
 }
 NO_SETTINGS = {"model.ckpt", "model.decode", "loss.logvar"}  # that look like some
 SHELL = {"tail", "cp"}
-UNMARKED = {"healthy-run.md", "results.md"}  # pages without their kind; only to become smaller
-
 # What makes a documented command small: appended to it, by verb and recipe.
 SMALL_RUN = (
     *("model.ch=32", "model.ch_mult=[1,1]", "model.num_res_blocks=1"),
@@ -436,7 +434,7 @@ def test_every_page_says_of_which_kind_it_is():
     }
     lines = {name: DOCS[name].read_text().splitlines()[2] for name in kinds}
     wrong = {name for name in kinds if lines[name] != f"[Documentation](README.md) / {kinds[name]}"}
-    assert wrong <= UNMARKED
+    assert not wrong
 
 
 def test_contributing_has_every_module():

@@ -27,9 +27,6 @@ PAPERS = [
     for pattern in ("*.md", "docs/*.md", "configs/*.yaml", "launch/*", "kl_f8_train/**/*.md")
     for path in sorted(ROOT.glob(pattern))
 ]
-# Documents and modules that still have such words; only to become smaller.
-OTHER_WORDS = {"healthy-run.md", "results.md"}
-NOT_YET_CLEAN: set[str] = set()
 
 
 def test_the_version_is_the_same_everywhere():
@@ -74,14 +71,14 @@ def prose(path: Path) -> Iterator[str]:
 )
 def test_messages_and_docstrings_are_plain_english(path):
     found = [" ".join(text.split()) for text in prose(path) if DIALECT.search(text)]
-    assert found == [] or path.relative_to(ROOT / "kl_f8_train").as_posix() in NOT_YET_CLEAN
+    assert found == []
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.name)
 def test_documents_recipes_and_scripts_are_plain_english(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     found = [f"{number}: {line}" for number, line in enumerate(lines, 1) if DIALECT.search(line)]
-    assert found == [] or path.name in OTHER_WORDS
+    assert found == []
 
 
 @pytest.mark.parametrize(

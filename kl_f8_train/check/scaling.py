@@ -22,7 +22,7 @@ from kl_f8_train.config import Config, divisor_up_to
 
 PRODUCT_SHARE = 0.6  # of the peak rate that convolutions are assumed to reach
 MEMORY_SHARE = 0.8  # of memory's rate that other kernels are assumed to reach
-HOST_SECONDS = 0.015  # of Python a micro-batch: 10 to 15 ms with kernels that do nothing
+HOST_SECONDS = 0.015  # of Python a micro-batch: 10 to 20 ms with kernels that do nothing
 BACKWARD = 0.5  # of a micro-batch's time, behind which its gradients are reduced
 BUCKET_BYTES = 25 * 2**20  # DDP's: the last one has nothing to hide behind
 COPY_RATE = 3.2e9  # bytes/s: 0.96 GB copied to the host in 0.3 s of a CPU, while training waits

@@ -315,6 +315,9 @@ class Upsample(nn.Module):
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         assert self.conv.bias is not None
         kernel = subpixel_kernel(self.conv.weight)
+        if torch.compiler.is_compiling():  # adds the bias in the pass that interleaves
+            bias = self.conv.bias.to(_autocast_dtype(x) or x.dtype)
+            return interleave(F.conv2d(x, kernel, padding=1)) + _column(bias)
         return interleave(F.conv2d(x, kernel, self.conv.bias.repeat(4), padding=1))
 
 
@@ -353,22 +356,23 @@ class _Interleave(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor) -> Tensor:
-        height, width = parts.shape[2] - 1, parts.shape[3] - 1
-        nhwc = parts.is_contiguous(memory_format=torch.channels_last)
-        parts = parts.unflatten(1, (2, 2, -1))  # (B, 2, 2, C, H + 1, W + 1)
-        if nhwc:
-            parts = parts.permute(0, 1, 2, 4, 5, 3)
-        rows, columns = (2, 3) if nhwc else (3, 4)  # axes behind which the parity goes
-
-        def part(p: int, q: int) -> Tensor:
-            one = parts[:, p, q].narrow(rows - 1, p, height)
-            return one.narrow(rows, q, width)
-
-        whole = torch.stack(
-            [torch.stack([part(p, q) for q in (0, 1)], dim=columns) for p in (0, 1)], dim=rows
-        ).flatten(columns, columns + 1)
-        whole = whole.flatten(rows - 1, rows)
-        return whole.permute(0, 3, 1, 2) if nhwc else whole
+        batch, four, height, width = parts.shape
+        of_image, of_channel, of_row, of_column = parts.stride()
+        odd = four // 4 * of_channel  # from an even column's part to the odd one's
+        every = {  # axis: its length, and how far apart in memory
+            "image": (batch, of_image),
+            "channel": (four // 4, of_channel),
+            "row": (height - 1, of_row),
+            "parity of row": (2, 2 * odd + of_row),
+            "column": (width - 1, of_column),
+            "parity of column": (2, odd + of_column),
+        }
+        sizes, strides = zip(*every.values(), strict=True)
+        shape = batch, four // 4, 2 * (height - 1), 2 * (width - 1)
+        view = parts.as_strided(sizes, strides)
+        if not parts.is_contiguous(memory_format=torch.channels_last):
+            return view.reshape(shape)
+        return view.permute(0, 2, 3, 4, 5, 1).reshape(batch, *shape[2:], -1).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

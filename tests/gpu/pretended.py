@@ -71,6 +71,7 @@ def environment(folder: Path) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "TORCHINDUCTOR_BENCHMARK_KERNEL": "1",  # kernels know the bytes that they move
         "PYTORCH_NVML_BASED_CUDA_CHECK": "0",
         "CUDA_VISIBLE_DEVICES": "0",
         "OMP_NUM_THREADS": "1",

@@ -10,7 +10,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pretended
 import torch
@@ -36,12 +39,14 @@ def count(recipe: str, overrides: list[str]) -> dict[str, object]:
     graphs = machine.compiled_graphs()
     benchmark.reset_peak(device)
     before = pretended.counts()
-    run(batch)
+    with bytes_of_triton() as gigabytes:
+        run(batch)
     done = pretended.counts() - before
     seconds = sorted(host_seconds(run, batch) for _ in range(TIMED))
     return {
         "kernels": pretended.kernels(done),
         **done,
+        "triton gigabytes": round(sum(gigabytes), 2),
         "peak bytes": benchmark.peak_memory(device),
         "computed bytes": cost.peak_bytes(config, size),
         "host milliseconds": [round(1e3 * t, 1) for t in (seconds[0], seconds[TIMED // 2])],
@@ -50,6 +55,24 @@ def count(recipe: str, overrides: list[str]) -> dict[str, object]:
         "graph breaks": benchmark.graph_breaks(),
         "recompiles": machine.compiled_graphs() - graphs,
     }
+
+
+@contextmanager
+def bytes_of_triton() -> Iterator[list[float]]:
+    """Gigabytes that each launched kernel reads and writes, as inductor counts them."""
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    run, found = CachingAutotuner.run, []
+
+    def counted(kernel: CachingAutotuner, *args: Any, **kwargs: Any) -> Any:
+        found.append(kernel.inductor_meta.get("kernel_num_gb") or 0.0)
+        return run(kernel, *args, **kwargs)
+
+    CachingAutotuner.run = counted  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        CachingAutotuner.run = run  # type: ignore[method-assign]
 
 
 def host_seconds(run: benchmark.Iteration, batch: Batch) -> float:

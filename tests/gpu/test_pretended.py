@@ -38,7 +38,7 @@ def gpu(tmp_path_factory):
 
 
 # Kernels: 2,400 and 2,132 were counted.
-@pytest.mark.parametrize(("recipe", "kernels"), [("ft_ema", 2500), ("ft_mse", 2220)])
+@pytest.mark.parametrize(("recipe", "kernels"), [("ft_ema", 2450), ("ft_mse", 2190)])
 def test_uncompiled_iteration(gpu, recipe, kernels):
     """12 images of 256 px, as by default."""
     found = count_apart(gpu, recipe, "compute.compile=false")
@@ -60,7 +60,8 @@ def test_compiled_iteration(gpu):
     assert (compiled["graph breaks"], compiled["recompiles"]) == (0, 0)
     assert (compiled["host waits"], compiled["waits"]) == (0, 1)
     assert compiled["triton"] > 100
-    assert compiled["kernels"] < 0.6 * plain["kernels"]  # 673 and 1,521 were counted
+    assert compiled["kernels"] < 0.38 * plain["kernels"]  # 513 and 1,517 were counted
+    assert compiled["triton gigabytes"] > 0
     assert compiled["peak bytes"] < plain["peak bytes"]
 
 
