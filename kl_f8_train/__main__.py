@@ -357,7 +357,8 @@ def _examine(args: argparse.Namespace, allow_changes: bool = False, in_full: boo
 
             report = examine(path, overrides, say, allow_changes)
         else:
-            report = _examine_briefly(recipe, path, overrides, allow_changes)
+            dry_run = args.verb is _train_verb
+            report = _examine_briefly(recipe, path, overrides, allow_changes, dry_run)
     if as_json:
         print(json.dumps(report.as_json()))
     for error in report.crashes if args.debug else ():
@@ -366,7 +367,7 @@ def _examine(args: argparse.Namespace, allow_changes: bool = False, in_full: boo
 
 
 def _examine_briefly(
-    recipe: str, path: Path, overrides: list[str], allow_changes: bool
+    recipe: str, path: Path, overrides: list[str], allow_changes: bool, dry_run: bool
 ) -> "Report":
     """One line that grows while doctor works, then its screen, then the command that comes next."""
     print("loading", end=" ", flush=True)
@@ -382,18 +383,20 @@ def _examine_briefly(
     number = next(i for i, line in enumerate(screen) if line.startswith(("GO", "NO GO")))
     lines = [*screen[:number], "all settings and figures: the same command with --all"]
     if not report.problems:
-        lines.append(f"next: {_after_doctor(recipe, overrides, allow_changes)}")
+        lines.append(f"next: {_after_doctor(recipe, overrides, allow_changes, dry_run)}")
     print("\n".join([*lines, *screen[number:]]))
     return report
 
 
-def _after_doctor(recipe: str, overrides: list[str], allow_changes: bool) -> str:
+def _after_doctor(recipe: str, overrides: list[str], allow_changes: bool, dry_run: bool) -> str:
     """The command that trains, or how to get it from a long one."""
     allowed = ["--allow-changes"] * allow_changes
     command = shlex.join(["kl-f8-train", "train", recipe, *overrides, *allowed])
     if len(command) <= LONGEST_NEXT:
         return command
-    return "the same command with `train` in the place of `doctor`, or without --dry-run"
+    if dry_run:
+        return "the same command without --dry-run"
+    return "the same command with `train` in the place of `doctor`"
 
 
 def _must_be_there(weights: str, key: str = "") -> None:
@@ -854,6 +857,7 @@ def _benchmark(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    say(f"demo in {args.run_dir}: loading, and packing photographs ...")
     from kl_f8_train.demo import demo
 
     demo(args.run_dir, args.training, args.held_out, args.length, args.overrides)

@@ -484,9 +484,7 @@ def test_without_all_it_is_one_screen_with_the_next_command(folder, capsys):
         *("run", "batch", "weights", "loss", "data", "speed", "bill", "disk")
     ]
     assert lines[-3] == "all settings and figures: the same command with --all"
-    assert lines[-2] == (
-        "next: the same command with `train` in the place of `doctor`, or without --dry-run"
-    )
+    assert lines[-2] == "next: the same command with `train` in the place of `doctor`"
     assert lines[-1] == "GO"
     assert main(["doctor", "demo", *arguments, "--all"]) == 0
     printed = capsys.readouterr().out
@@ -495,9 +493,14 @@ def test_without_all_it_is_one_screen_with_the_next_command(folder, capsys):
 
 
 def test_the_next_command_is_printed_where_it_is_short():
-    assert _after_doctor("demo", ["run_dir=a b"], False) == "kl-f8-train train demo 'run_dir=a b'"
-    assert _after_doctor("demo", [], True) == "kl-f8-train train demo --allow-changes"
-    assert len(_after_doctor("demo", ["x" * 300], False)) < 100
+    assert (
+        _after_doctor("demo", ["run_dir=a b"], False, False)
+        == "kl-f8-train train demo 'run_dir=a b'"
+    )
+    assert _after_doctor("demo", [], True, True) == "kl-f8-train train demo --allow-changes"
+    long = ["x" * 300]
+    assert _after_doctor("demo", long, False, True) == "the same command without --dry-run"
+    assert "`train`" in _after_doctor("demo", long, False, False)
 
 
 @pytest.mark.parametrize(

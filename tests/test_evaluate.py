@@ -22,6 +22,7 @@ from kl_f8_train import images
 from kl_f8_train.__main__ import _check_places, _name_path_select
 from kl_f8_train.core import perceptual
 from kl_f8_train.core.model import TRAINED
+from kl_f8_train.data.pack import pack
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import file_sha256
 from kl_f8_train.run_dir import checkpoint_path
@@ -92,6 +93,15 @@ def stack(some: list[EvaluatedImage]) -> Tensor:
 
 
 # --- files ----------------------------------------------------------------------------------
+
+
+def test_a_broken_shard_is_named_once_for_all_sizes(folder, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    pack(folder / "photos", shards, per_shard=7, workers=1)
+    whole = sorted(shards.glob("*.tar"))[-1]
+    (shards / "99999.tar").write_bytes(whole.read_bytes()[:700])
+    run(folder, str(tmp_path / "out"), names="a", where=str(shards), size=[SIZE, 2 * SIZE], limit=1)
+    assert capsys.readouterr().out.count("99999.tar") == 1
 
 
 def test_images_of_other_colour_spaces_are_counted(folder, tmp_path):
