@@ -240,7 +240,9 @@ WEIGHTS = {
     "discriminator": train(
         "adversarial.n_layers=1", MISSING, "model.ckpt: its discriminator|n_layers"
     ),
-    "resume broken": train("run_dir=broken_run", MISSING, "none of which can be read|in broken_run|Move them"),
+    "resume broken": train(
+        "run_dir=broken_run", MISSING, "none of which can|in broken_run|Move them"
+    ),
     "resume newer": train("run_dir=newer", MISSING, "lookahead|none of which can be read"),
     "resume other": train(
         "run_dir=run global_batch=8", USAGE, "global_batch: 4 -> 8|--allow-changes"
