@@ -17,10 +17,17 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tarfile import is_tarfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from kl_f8_train import __version__, shipped
-from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError
+from kl_f8_train.errors import (
+    MissingInputError,
+    RunFailedError,
+    UsageError,
+    UserError,
+    like,
+    like_path,
+)
 from kl_f8_train.launch import end_children, launched
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import say
@@ -30,7 +37,7 @@ if TYPE_CHECKING:
     from kl_f8_train.check.doctor import Report
 
 
-LONGEST_NEXT = 200  # letters of a command that is printed to be copied
+LONGEST_NEXT = 200  # letters of a command that is printed although a flag less would do
 USUAL_BASE = "stabilityai/sd-vae-ft-mse"  # on the hub, for those who have named none
 
 
@@ -91,15 +98,24 @@ def _complain(message: str, exit_code: int, debug: bool) -> int:
     return exit_code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Suggests what a mistyped verb or choice may have meant."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        hint = like(found[1], re.findall(r"[\w-]+", found[2])) if found else ""
+        super().error(f"{message}{hint}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Every verb and flag."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="kl-f8-train",
         description="Finetunes the decoder of Stable Diffusion's kl-f8 autoencoder.",
         formatter_class=partial(argparse.HelpFormatter, max_help_position=16),
     )
     parser.add_argument("--version", action="version", version=__version__)
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = _Parser(add_help=False)
     shared.add_argument("--debug", action="store_true", help="show tracebacks")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
@@ -389,14 +405,12 @@ def _examine_briefly(
 
 
 def _after_doctor(recipe: str, overrides: list[str], allow_changes: bool, dry_run: bool) -> str:
-    """The command that trains, or how to get it from a long one."""
+    """The command that trains; from a long one with --dry-run, how to get it."""
     allowed = ["--allow-changes"] * allow_changes
     command = shlex.join(["kl-f8-train", "train", recipe, *overrides, *allowed])
-    if len(command) <= LONGEST_NEXT:
-        return command
-    if dry_run:
+    if dry_run and len(command) > LONGEST_NEXT:
         return "the same command without --dry-run"
-    return "the same command with `train` in the place of `doctor`"
+    return command
 
 
 def _must_be_there(weights: str, key: str = "") -> None:
@@ -406,7 +420,7 @@ def _must_be_there(weights: str, key: str = "") -> None:
     if not here and not hub.is_id(weights):
         raise MissingInputError(
             f"{key}{weights}: no such file; expected a weight file, a diffusers folder, a run "
-            "directory or a hub id OWNER/NAME"
+            f"directory or a hub id OWNER/NAME{like_path(weights, [shipped.BASE_NAME])}"
         )
 
 
@@ -422,7 +436,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     if not args.run.exists():
-        raise MissingInputError(f"run {args.run}: no such directory or checkpoint; check the path")
+        raise MissingInputError(
+            f"run {args.run}: no such directory or checkpoint; check the path{like_path(args.run)}"
+        )
     if args.images and not args.images.is_dir():
         raise MissingInputError(f"--images {args.images}: no such folder; give photographs")
     from kl_f8_train.publish.export import LAYOUTS, export
@@ -604,6 +620,7 @@ def _check_places(images: str, out: Path) -> None:
     if not any(sign in images for sign in "{*?[:") and not source.exists():
         raise MissingInputError(
             f"--images {images}: no such folder, shard or list of shards; check the path"
+            f"{like_path(images)}"
         )
     if source.is_file() and source.suffix not in (".tar", ".txt") and not is_tarfile(source):
         raise MissingInputError(
@@ -626,6 +643,8 @@ def _check_compared(compared: list[str] | None, names: list[str]) -> None:
 
 
 def _card(args: argparse.Namespace) -> int:
+    from kl_f8_train.run_dir import export_meant
+
     if args.license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", args.license):
         raise UsageError(
             f"--license {args.license}: expected the hub's identifier, in lower case, such as mit "
@@ -634,7 +653,7 @@ def _card(args: argparse.Namespace) -> int:
     if args.base_model and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.base_model):
         raise UsageError(f"--base-model {args.base_model}: expected OWNER/NAME, as on the hub")
     needed = (
-        (args.export / "export.json", "; give a directory that `kl-f8-train export` wrote"),
+        (args.export / "export.json", f"; give {export_meant(args.export)}"),
         (args.scores, "; `kl-f8-train evaluate` writes scores.json"),
         (args.license_file, "; give the text of the license"),
     )
@@ -792,6 +811,8 @@ def _status(args: argparse.Namespace) -> int:
     if args.html:
         status.write_html(args.run, found, now, args.html)
     print(json.dumps(asdict(found)) if args.json else "\n".join(status.describe(found)))
+    if args.html:
+        say(f"page: {args.html}", aside=args.json)
     return 0
 
 

@@ -20,7 +20,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import KeyValidationError, OmegaConfBaseException, ValidationError
 
-from kl_f8_train.errors import MissingInputError, UsageError
+from kl_f8_train.errors import MissingInputError, UsageError, like_path
 from kl_f8_train.run_dir import CONFIG_FILE
 
 SHIPPED = tuple(folder / "configs" for folder in Path(__file__).parents[:2])  # installed, cloned
@@ -1057,6 +1057,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise MissingInputError(
             f"configuration {path}: {'is a directory' if path.is_dir() else 'no such file'}; give "
             f"a YAML file, or a shipped recipe's name: {', '.join(shipped)}"
+            f"{'' if path.is_dir() else like_path(path, shipped)}"
         )
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path))
@@ -1116,6 +1117,14 @@ def parse_sources(text: str) -> dict[str, dict[str, str]]:
             name += "_2"
         sources[name] = {"shards": pattern}
     return sources
+
+
+def source_setting(name: str, pattern: str) -> str:
+    """A source as the command line names it: `data.sources=PATTERN` where its name follows."""
+    derived = next(iter(parse_sources(pattern)), "")
+    if re.fullmatch(f"{re.escape(derived)}(_2)*", name):
+        return f"data.sources={pattern}"
+    return f"data.sources.{name}={pattern}"
 
 
 def _override(merged: DictConfig, text: str) -> None:

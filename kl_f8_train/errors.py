@@ -3,6 +3,15 @@
 The command line prints the message without a traceback and ends with the exit code.
 """
 
+import contextlib
+import difflib
+import os
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+MOST_SIBLINGS = 5000  # names of a directory that are compared with a mistyped one
+
 
 class UserError(Exception):
     """Anything wrong that a user can put right."""
@@ -48,3 +57,19 @@ class SmallImageError(ImageError):
     def __init__(self, message: str, side: int) -> None:
         super().__init__(message)
         self.side = side
+
+
+def like(given: str, known: Iterable[str]) -> str:
+    """`; did you mean train?` by the known name that is most like it; empty if none is."""
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def like_path(absent: str | Path, names: Iterable[str] = ()) -> str:
+    """`like` for a path that does not exist, by what lies beside it, and by further names."""
+    path, known = Path(absent), {name: name for name in names}
+    with contextlib.suppress(OSError, ValueError):
+        beside = islice(os.listdir(path.parent), MOST_SIBLINGS)
+        known |= {name: str(path.parent / name) for name in beside if not name.startswith(".")}
+    near = difflib.get_close_matches(path.name, known, n=1, cutoff=0.75)
+    return f"; did you mean {known[near[0]]}?" if near else ""

@@ -17,7 +17,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from kl_f8_train import images
-from kl_f8_train.errors import ImageError, MissingInputError
+from kl_f8_train.errors import ImageError, MissingInputError, like_path
 from kl_f8_train.units import counted, printable
 
 SUFFIXES = (
@@ -253,6 +253,12 @@ def load_sizes(
         for side, square in zip(sides, squares, strict=True):
             loaded[side].append(square)
     if not found:
+        if not folder.is_dir():
+            what = "not a folder" if folder.exists() else "no such folder"
+            raise MissingInputError(
+                f"no images in {folder}: {what}; expected one of .jpg, .png or .webp"
+                f"{like_path(folder)}"
+            )
         more = f"; {listing.describe()}" if listing.left_out else ""
         raise MissingInputError(
             f"no images in {folder}: expected a folder of .jpg, .png or .webp{more}"

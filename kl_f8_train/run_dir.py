@@ -33,6 +33,14 @@ def is_run(directory: Path) -> bool:
     return (directory / CLAIM).exists() or bool(list_checkpoints(directory))
 
 
+def export_meant(directory: Path) -> str:
+    """What to give in place of a directory that is not an export, such as a run's own."""
+    inside = directory / "export"
+    if (inside / "export.json").is_file():
+        return f"its export, {inside}"
+    return "a directory that `kl-f8-train export` wrote"
+
+
 def checkpoint_path(run_dir: Path, iteration: int, warmup: int = 0) -> Path:
     """`run_dir/checkpoints/iteration-000246803.safetensors`; `warmup` counts unfinished warm-up."""
     suffix = f"-warmup-{warmup:06d}" if warmup else ""

@@ -89,6 +89,7 @@ CONFIG = {
     "recipe optional": Case("train optional.yaml", USAGE, "seed: got null; expected int: seed of"),
     "recipe null": Case("train null.yaml", USAGE, "null.yaml|Incompatible key type"),
     "recipe folder": Case("train shards", MISSING, "shards: is a directory; give|ft_ema, ft_mse"),
+    "near recipe": Case("train singel_gpu", MISSING, "ft_mse|; did you mean single_gpu?"),
     "recipe name": Case("config show ft_emaa", MISSING, "ft_emaa: no such file|ft_ema, ft_mse"),
     "unknown key": train(
         "optimizer.learning_rat=1", USAGE, "unknown key|'optimizer.learning_rate'?"
@@ -149,6 +150,8 @@ CONFIG = {
     ),
     "groups": train("model.ch=33", USAGE, "model.ch=33: expected a multiple of"),
     "flag": train("--fast", USAGE, "unrecognized arguments: --fast"),
+    "near verb": Case("trian", USAGE, "invalid choice: 'trian'|; did you mean train?"),
+    "near choice": Case("config shwo", USAGE, "; did you mean show?"),
     "verb": Case("finetune", USAGE, "invalid choice: 'finetune'|'train'"),
     "diff": Case(
         "config diff ft_ema", USAGE, "config diff: expected 2 recipes, got 1|such as ft_ema"
@@ -218,6 +221,8 @@ WEIGHTS = {
     "init nowhere": train(
         "init.weights=no.ckpt", MISSING, "init.weights=no.ckpt: no such|expected"
     ),
+    "near base": Case("inspect kl_f8_mni", MISSING, "OWNER/NAME; did you mean kl_f8_mini?"),
+    "near weights": train("init.weights=modle.ckpt", MISSING, "; did you mean model.ckpt?"),
     "init cut": train("init.weights=cut.ckpt", MISSING, "cut.ckpt (|is broken or cut short|again"),
     "init hostile": train(
         "init.weights=hostile.ckpt", MISSING, "hostile.ckpt: the file asks to run"
@@ -322,7 +327,21 @@ DATA = {
     "filter folder": train(
         "data.sources=tiles data.sources.tiles.filters=width>=1", USAGE, "plain folder|pack"
     ),
-    "pictures": train("log.pictures=no log.pictures_every=1", MISSING, "no images in no: expected"),
+    "near source": train(
+        "data.sources=./shrads",
+        MISSING,
+        "train: data.sources=./shrads: no such file or folder|; did you mean shards?",
+    ),
+    "named source": train("data.sources={} data.sources.x=no", MISSING, "data.sources.x=no: no su"),
+    "near pictures": train(
+        "log.pictures=tils log.pictures_every=1", MISSING, "no such folder|; did you mean tiles?"
+    ),
+    "pictures a file": train(
+        "log.pictures=model.ckpt log.pictures_every=1", MISSING, "in model.ckpt: not a folder"
+    ),
+    "pictures": train(
+        "log.pictures=no log.pictures_every=1", MISSING, "images in no: no such folder"
+    ),
     "refused": Case(
         "index http://127.0.0.1:9/0.tar --cache-dir c --index-dir i",
         FAILED,
@@ -352,6 +371,8 @@ DATA = {
     "pack manifest": Case("pack tiles bad_manifest", USAGE, "pack.json is not the list|another"),
     "pack other": Case("pack not_images shards", USAGE, "20 there, 1000 asked for|Name another"),
     "card run": Case("card run", MISSING, "run/export.json: no such file; give"),
+    "card of a run": Case("card mine", MISSING, "no such file; give its export, mine/export"),
+    "push of a run": Case("push mine me/vae", MISSING, "give its export, mine/export"),
     "card scores": Case("card export --scores no.json", MISSING, "no.json: no such file|evaluate"),
     "card junk": Case("card export --scores text.ckpt", MISSING, "text.ckpt is not JSON|expected"),
     "card others": Case(
@@ -370,7 +391,7 @@ DATA = {
         "demo --training shards --held-out no --run-dir d", MISSING, "--held-out no: no such folder"
     ),
     "demo training": Case(
-        "demo --training no --held-out tiles --run-dir d", MISSING, "shards=no|check"
+        "demo --training no --held-out tiles --run-dir d", MISSING, "data.sources=no: no such|check"
     ),
     "export images": Case("export run --images no --out x", MISSING, "--images no: no such folder"),
     "doctor": Case("doctor demo init.weights=no run_dir=new", MISSING, "no: no such file|NO GO"),
@@ -541,6 +562,7 @@ def _break_weights(here: Path) -> None:
     metadata = {**contents.metadata, "config": json.dumps(values)}
     file = here / "newer" / "checkpoints" / contents.path.name
     weight_file.write_safetensors(file, contents.tensors, metadata)
+    shutil.copytree(here / "export", here / "mine" / "export")
     (here / "bad_config").mkdir()
     (here / "bad_config" / "config.yaml").write_text("- 1\n")
 

@@ -355,6 +355,16 @@ def test_status_answers_within_a_second_without_torch(tmp_path):
     assert (run / "a.html").read_text().endswith("</html>\n")
 
 
+def test_the_page_is_named(tmp_path, capsys):
+    run, page = make_run(tmp_path, [row(1010)]), tmp_path / "a.html"
+    assert main(["status", str(run), "--html", str(page)]) == 0
+    assert capsys.readouterr().out.endswith(f"\npage: {page}\n")
+    assert main(["status", str(run), "--html", str(page), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)
+    assert printed.err == f"page: {page}\n"
+
+
 def test_what_is_no_run_is_told(tmp_path, capsys):
     with pytest.raises(MissingInputError, match="no such directory"):
         status.read_status(tmp_path / "nowhere", NOW)

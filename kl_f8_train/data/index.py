@@ -25,7 +25,7 @@ import numpy as np
 from webdataset.shardlists import expand_urls
 
 from kl_f8_train.data.shard_cache import ShardCache
-from kl_f8_train.errors import MissingInputError, RunFailedError
+from kl_f8_train.errors import MissingInputError, RunFailedError, like_path
 from kl_f8_train.files import (
     DiskError,
     atomic_path,
@@ -147,7 +147,7 @@ def _existing(locations: list[str], pattern: str) -> list[str]:
         if locations == [pattern]:
             raise MissingInputError(
                 f"{pattern}: no such file or folder; check the path; expected .tar files by brace "
-                "pattern, glob, directory or list, or a folder of images"
+                f"pattern, glob, directory or list, or a folder of images{like_path(pattern)}"
             )
         raise MissingInputError(
             f"no shards: {found if locations else f'no file is named like {pattern}'}; check the "

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from kl_f8_train.config import source_setting
 from kl_f8_train.data.index import (
     COMPRESSED,
     GONE,
@@ -299,7 +300,7 @@ def open_source(
 
     Raises MissingInputError if shards are missing, broken or not indexed, or nothing is left.
     """
-    where = label or f"data.sources.{name}.shards={pattern}"
+    where = label or source_setting(name, pattern)
     try:
         parsed = parse_filters(filters)
         folder = Path(pattern)
@@ -316,7 +317,7 @@ def open_source(
                     _build_here(locations, directory, cache, command)
         source = TarSource(directory, parsed, cache)
     except (MissingInputError, UsageError) as error:
-        raise type(error)(f"{where}: {error}") from error
+        raise type(error)(f"{where}: {str(error).removeprefix(f'{pattern}: ')}") from error
     broken = list(source.broken.values())
     if broken and bad_shards == "stop":
         raise MissingInputError(

@@ -14,6 +14,7 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import file_sha256
 from kl_f8_train.folders import SUFFIXES
 from kl_f8_train.publish.card import README
+from kl_f8_train.run_dir import export_meant
 from kl_f8_train.units import counted, size
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -131,8 +132,8 @@ def _read_record(export_dir: Path) -> dict[str, Any]:
         safe = False
     if not safe:
         raise MissingInputError(
-            f"{export_dir} is not an export: no usable {NOT_UPLOADED}; give a directory that "
-            "`kl-f8-train export` wrote"
+            f"{export_dir} is not an export: no usable {NOT_UPLOADED}; give "
+            f"{export_meant(export_dir)}"
         )
     return record
 

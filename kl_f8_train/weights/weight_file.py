@@ -30,7 +30,7 @@ from kl_f8_train import facts, shipped
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.updates import selection
-from kl_f8_train.errors import MissingInputError, UsageError
+from kl_f8_train.errors import MissingInputError, UsageError, like_path
 from kl_f8_train.facts import Facts
 from kl_f8_train.files import atomic_path, file_sha256
 from kl_f8_train.run_dir import list_checkpoints
@@ -403,7 +403,8 @@ def find(path: Path) -> Path:
         raise MissingInputError(f"weights {path}: a pipe or device; give a file")
     if hub.is_id(str(path)):
         return hub.fetch(str(path))
-    raise MissingInputError(f"weights {path}: no such file; check the path")
+    meant = like_path(path, [shipped.BASE_NAME])
+    raise MissingInputError(f"weights {path}: no such file; check the path{meant}")
 
 
 def _read_safetensors(path: Path, wanted: torch_file.Wanted) -> Contents:
