@@ -3,6 +3,7 @@
 import datetime
 import json
 import re
+import shlex
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +16,7 @@ import torch
 
 from kl_f8_train import config
 from kl_f8_train.__main__ import _after_doctor, main
-from kl_f8_train.check import cost, doctor, scaling
+from kl_f8_train.check import cost, doctor, scaling, screen
 from kl_f8_train.core import machine
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.losses import reconstruction_loss
@@ -212,6 +213,18 @@ def test_kinds_of_gpu_are_told_for_the_full_size(folder, capsys):
 
 
 @pytest.mark.parametrize(
+    ("share", "batch", "said"),
+    [
+        (4, 4, "4 (the whole batch) on a, 2 on b, none on c"),
+        (4, 8, "4 (a process's whole share) on a, 2 on b, none on c"),
+        (16, 16, "4 on a, 2 on b, none on c"),
+    ],
+)
+def test_a_micro_batch_that_only_the_batch_bounds_is_named_so(share, batch, said):
+    assert screen.fitting({"a": 4, "b": 2, "c": 0}, share, batch) == said
+
+
+@pytest.mark.parametrize(
     ("memory", "problem"),
     [
         (8e9, "has 5.85 GB for it; give compute.per_device_batch=8, or raise compute.checkpoint"),
@@ -329,7 +342,7 @@ def test_a_wrong_key_hides_no_other_problem(examined, folder):
     assert "data.shorter_side=48 is smaller than data.crop=64" in text
     assert "weights absent.ckpt: no such file" in text
     assert "absent: no such file or folder" in text
-    assert "log.pictures: no images in absent" in text
+    assert "log.pictures: no images in absent: no such folder" in text
 
 
 def test_all_problems_are_named_at_once(examined, folder):
@@ -347,8 +360,8 @@ def test_all_problems_are_named_at_once(examined, folder):
     assert len(found["problems"]) == 3 + no_gpu
     text = "\n".join(found["problems"])
     assert "absent.ckpt: no such file" in text
-    assert "data.sources.nowhere.shards" in text
-    assert "data.sources.else.shards" in text
+    assert "data.sources=nowhere/{0..3}.tar: no shards" in text
+    assert "data.sources=nowhere/else: no such file or folder" in text
     assert ("torch sees no GPU here" in text) == no_gpu
     assert found["data"]["shards"]["images"] == 36
     assert found["images_total"] == 10 * 6
@@ -484,7 +497,7 @@ def test_without_all_it_is_one_screen_with_the_next_command(folder, capsys):
         *("run", "batch", "weights", "loss", "data", "speed", "bill", "disk")
     ]
     assert lines[-3] == "all settings and figures: the same command with --all"
-    assert lines[-2] == "next: the same command with `train` in the place of `doctor`"
+    assert lines[-2] == f"next: {shlex.join(['kl-f8-train', 'train', 'demo', *arguments])}"
     assert lines[-1] == "GO"
     assert main(["doctor", "demo", *arguments, "--all"]) == 0
     printed = capsys.readouterr().out
@@ -500,7 +513,7 @@ def test_the_next_command_is_printed_where_it_is_short():
     assert _after_doctor("demo", [], True, True) == "kl-f8-train train demo --allow-changes"
     long = ["x" * 300]
     assert _after_doctor("demo", long, False, True) == "the same command without --dry-run"
-    assert "`train`" in _after_doctor("demo", long, False, False)
+    assert _after_doctor("demo", long, False, False) == f"kl-f8-train train demo {long[0]}"
 
 
 @pytest.mark.parametrize(
@@ -571,7 +584,7 @@ def test_a_wrong_setting_hides_no_missing_input_and_no_other_setting(tmp_path, c
     printed = capsys.readouterr().out
     assert "data.shorter_side=384 is smaller than data.crop=512" in printed
     assert "absent.ckpt: no such file" in printed
-    assert "data.sources.shards.shards" in printed
+    assert f"data.sources={tmp_path / 'shards'}: no such file or folder" in printed
 
 
 def test_every_image_of_a_small_folder_is_read(examined, tmp_path):

@@ -330,7 +330,15 @@ def test_doctor_notes_them(folder, tmp_path, capsys):
     assert main(["doctor", "demo", *runs.overrides(folder, "new", *extra)]) == 0
     screen = capsys.readouterr().out
     assert "held out 1 picture, 1 of them among the 6 training images" in screen
-    assert "note: 1 of 1 validation picture is a training image, as x.png = " in screen
+    assert "WARNING: 1 of 1 validation picture is a training image, as x.png = " in screen
+    assert "the validation's scores then say nothing about other photographs" in screen
+    for number in (7, 8):  # now less than half are trained on
+        data = samples.encode(samples.noise_picture(number), "PNG")
+        (tmp_path / f"held/{number}.png").write_bytes(data)
+    assert main(["doctor", "demo", *runs.overrides(folder, "new", *extra)]) == 0
+    screen = capsys.readouterr().out
+    assert "note: 1 of 3 validation pictures is a training image, as x.png = " in screen
+    assert "the scores say less about others" in screen
     assert (
         main(["doctor", "demo", *runs.overrides(folder, "new", *extra, "log.pictures=null")]) == 0
     )

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -26,9 +27,10 @@ from PIL import Image
 
 from kl_f8_train.__main__ import main
 from kl_f8_train.core.step import Finetuner
+from kl_f8_train.data.loading import open_data
 from kl_f8_train.errors import LostContactError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.run import outcome, saving, status
-from kl_f8_train.run.train import train
+from kl_f8_train.run.train import _source_of_pictures, train
 from kl_f8_train.run.validation import Validation
 from kl_f8_train.run_dir import MetricsFile, failure_kept, list_checkpoints, read_failure
 from kl_f8_train.weights import checkpoint, weight_file
@@ -280,6 +282,32 @@ def test_validation_and_config_are_written(folder):
         assert as_used == pytest.approx(float(row["nll_loss"]), rel=1e-5)
         used = float(row["adaptive_weight"]) * float(row["generator_loss"])
         assert float(row["adversarial_loss"]) == pytest.approx(used, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("source", "pictures", "warned"),
+    [
+        ("photos", "photos", True),
+        ("photos", "photos/../photos/some", True),
+        ("photos", "photos/.held_out", False),  # hidden, so not trained on
+        ("photos", "photos2", False),
+        ("photos/some", "photos", False),
+    ],
+)
+def test_validation_on_a_folder_that_is_trained_on_is_warned_of(
+    folder, tmp_path, capsys, source, pictures, warned
+):
+    for place in ("photos/some", "photos/.held_out", "photos2"):
+        shutil.copytree(folder / "tiles", tmp_path / place)
+    settings = (f"data.sources={tmp_path / source}", f"log.pictures={tmp_path / pictures}")
+    chosen = runs.recipe(folder, "unused", *settings, "log.pictures_every=5")
+    found = _source_of_pictures(chosen, open_data(chosen)[1])
+    assert found == (f"data.sources={tmp_path / source}" if warned else None)
+    if pictures == source:
+        train(replace(chosen, run_dir=str(tmp_path / "run"), stop_iteration=101))
+        assert f"are trained on ({found}): the validation's" in capsys.readouterr().out
+        off = replace(chosen, log=replace(chosen.log, pictures_every=0))
+        assert _source_of_pictures(off, open_data(off)[1]) is None
 
 
 def test_validation_scores_each_of_several_sizes(folder):

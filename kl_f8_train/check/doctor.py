@@ -53,6 +53,7 @@ SAMPLE = 32  # images of each local source that are decoded; of a remote one, RE
 REMOTE_SAMPLE = 2
 ABSENT = "absent"  # in the place of a setting without a value, in a plan
 THIS_MACHINE = "this machine"  # where a run on its CPU gets its memory
+WARNING = "WARNING: "  # how a grave remark begins
 FEW_IMAGES = 2  # of the gradient audit, and of the trial iteration without a GPU
 PATIENCE_SECONDS = 8.0  # a trial iteration that took longer is not run a second time
 
@@ -103,7 +104,7 @@ class Report:
         self.say(f"  {text}")
 
     def remark(self, text: str) -> None:
-        """A note, for the end."""
+        """A note, for the end; it may begin with "WARNING: "."""
         self.remarks.append(text)
 
     @property
@@ -385,7 +386,7 @@ def _tell_memory(
         }
     report.facts["per_device_batch_that_fits"] = fits
     if fits:
-        named = ", ".join(f"{count or 'none'} on {name}" for name, count in fits.items())
+        named = screen.fitting(fits, share, config.global_batch)
         gpus = fits.keys() != {THIS_MACHINE}
         left = f", with {size(cost.HEADROOM_BYTES)} for CUDA and its allocator" if gpus else ""
         report.tell(f"the largest compute.per_device_batch that fits, computed{left}: {named}")
@@ -559,10 +560,16 @@ def _check_overlap(report: Report, config: Config, pictures: Path) -> None:
     if found.common:
         one, other = next(iter(found.common.items()))
         verb = "is a training image" if len(found.common) == 1 else "are training images"
+        most = 2 * len(found.common) > found.pictures
+        loss = (
+            "the validation's scores then say nothing about other photographs"
+            if most
+            else "the scores say less about others"
+        )
         report.remark(
-            f"{len(found.common)} of {counted(found.pictures, 'validation picture', 's')} {verb}, "
-            f"as {one} = {other}: the scores say less about others; `kl-f8-train split` separates "
-            "them, near-duplicates included"
+            f"{WARNING * most}{len(found.common)} of "
+            f"{counted(found.pictures, 'validation picture', 's')} {verb}, as {one} = {other}: "
+            f"{loss}; `kl-f8-train split` separates them, near-duplicates included"
         )
 
 
@@ -871,7 +878,7 @@ def _predicted(found: scaling.Prediction, work: scaling.Workload) -> str:
 
 def _verdict(report: Report, say: Say) -> None:
     for remark in report.remarks:
-        say(f"note: {remark}")
+        say(remark if remark.startswith(WARNING) else f"note: {remark}")
     if not report.problems:
         say("GO")
         return

@@ -46,7 +46,9 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
         needed, networks = size(computed["bytes"]), computed["networks"]
         yield f"  memory   {needed} a process, computed for {networks} networks"
         if fits := facts["per_device_batch_that_fits"]:
-            largest = ", ".join(f"{count or 'none'} on {name}" for name, count in fits.items())
+            dealt = facts["batch"]
+            share = dealt["global"] // dealt["processes"]
+            largest = fitting(fits, share, dealt["global"])
             yield f"           the largest compute.per_device_batch that fits: {largest}"
     if (total := facts.get("images_total")) is not None:
         yield f"  bill     {_screened_bill(facts, config, total)}"
@@ -57,6 +59,16 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
         free = f"; {size(facts['free_bytes'])} free" if "free_bytes" in facts else ""
         needed = size(facts["checkpoint_bytes"])
         yield f"  disk     {needed} for {counted(kept, 'checkpoint', 's')}{free}"
+
+
+def fitting(fits: Mapping[str, int], share: int, batch: int) -> str:
+    """`4 (the whole batch) on this machine`: the largest micro-batch by device.
+
+    `share` is a process's part of the global batch: if it fits, memory is not what limits it.
+    """
+    whole = "the whole batch" if share == batch else "a process's whole share"
+    named = {0: "none", share: f"{share} ({whole})"}
+    return ", ".join(f"{named.get(count, count)} on {name}" for name, count in fits.items())
 
 
 def _screened_bill(facts: Mapping[str, Any], config: Config, images: int) -> str:

@@ -59,7 +59,7 @@ from kl_f8_train.errors import (
     UsageError,
 )
 from kl_f8_train.files import check_writable, write_text
-from kl_f8_train.folders import load_sizes
+from kl_f8_train.folders import is_system, load_sizes
 from kl_f8_train.launch import SRUN, TORCHRUN, launched
 from kl_f8_train.lifetime import announce_to_ranks
 from kl_f8_train.run import outcome
@@ -557,6 +557,12 @@ def _describe(
 ) -> None:
     for name, source in sources.items():
         say_once(f"data: {name}: {'; '.join(source.describe())}; {plan.plans[name].share} a batch")
+    if trained_on := _source_of_pictures(config, sources):
+        say_once(
+            f"WARNING: the photographs of log.pictures={config.log.pictures} are trained on "
+            f"({trained_on}): the validation's scores then say nothing about other photographs; "
+            "`kl-f8-train split` separates them"
+        )
     loss = config.loss
     updates = config.stop_iteration - finetuner.run_state.first_iteration
     label = identity.network_label(finetuner.run_state.identity)
@@ -574,6 +580,19 @@ def _describe(
         f"{config.precision}"
     )
     say_once(f"networks: {machine.describe(config.compute)}")
+
+
+def _source_of_pictures(config: Config, sources: Mapping[str, ImageSource]) -> str | None:
+    """The setting of a folder that holds the folder of `log.pictures`, by their paths alone."""
+    if config.log.pictures is None or not config.log.pictures_every:
+        return None
+    pictures = Path(config.log.pictures).resolve()
+    for name, source in sources.items():
+        if isinstance(source, FolderSource) and pictures.is_relative_to(source.folder.resolve()):
+            inside = pictures.relative_to(source.folder.resolve()).parts
+            if not any(map(is_system, inside)):  # such folders are not trained on
+                return configs.source_setting(name, config.data.sources[name].shards)
+    return None
 
 
 def _locations(sources: Mapping[str, ImageSource]) -> list[str]:
