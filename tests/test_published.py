@@ -3,10 +3,12 @@
 import dataclasses
 import hashlib
 import http.server
+import importlib.util
 import io
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -133,6 +135,18 @@ def test_a_named_file_is_the_only_place(tmp_path):
     assert pretrained.find(VGG16, str(tmp_path / "mine.pth")) == tmp_path / "mine.pth"
     with pytest.raises(MissingInputError, match=r"other\.pth"):
         pretrained.find(VGG16, str(tmp_path / "other.pth"))
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_missing_network_names_the_package_that_it_needs(cache, monkeypatch, installed):
+    found = ModuleSpec("torch_fidelity", None) if installed else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    with pytest.raises(MissingInputError) as caught:
+        pretrained.find(pretrained.INCEPTION)
+    extra = ", and `pip install torch-fidelity` (the extra eval). Looked for"
+    assert (extra in str(caught.value)) is not installed
+    with pytest.raises(MissingInputError, match=r"fetch` once\. Looked for"):
+        pretrained.find(VGG16)
 
 
 def test_a_missing_network_is_named_as_its_verb_names_it():

@@ -33,6 +33,7 @@ class Network:
     hub_files: tuple[str, ...]  # in torch hub's
     keys: str  # the start of the keys that are kept
     flag: str  # how `evaluate` names the file instead
+    package: str = ""  # without which the file is of no use
 
 
 VGG16 = Network(
@@ -56,6 +57,7 @@ INCEPTION = Network(
     ),
     keys="",
     flag="--inception FILE",
+    package="torch-fidelity",
 )
 SETTING = "loss.perceptual_weights=FILE"  # how a recipe names VGG16's file
 NETWORKS = {"vgg": VGG16, "inception": INCEPTION}
@@ -72,9 +74,12 @@ def find(network: Network, explicit: str | None = None, flag: str | None = None)
     for path in candidates:
         if path.is_file():
             return path
+    absent = network.package and not importlib.util.find_spec(network.package.replace("-", "_"))
+    install = f", and `pip install {network.package}` (the extra eval)" if absent else ""
     looked = "\n  ".join(str(path) for path in candidates)
     raise MissingInputError(
-        f"{network.title} not found; run `kl-f8-train fetch` once. Looked for:\n  {looked}\n"
+        f"{network.title} not found; run `kl-f8-train fetch` once{install}. "
+        f"Looked for:\n  {looked}\n"
         "Without a network, fetch on another machine and copy the file, or name it: "
         f"{flag or network.flag}"
     )
