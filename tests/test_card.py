@@ -30,7 +30,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs.make_shards(folder)
     runs.make_weights(folder / "model.ckpt")
     train(runs.recipe(folder, "run", "stop_iteration=101", "name=tiny"))
-    return export(folder / "run")
+    settings = ("stop_iteration=101", "name=tiny", "init.iteration=null")  # as the file says
+    train(runs.recipe(folder, "run", *settings))
 
 
 @pytest.fixture
