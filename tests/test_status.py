@@ -228,6 +228,13 @@ def test_warm_up_rows_count_apart(tmp_path):
     assert len(curve.split('points="')[1].split('"')[0].split()) == 2
 
 
+def test_rows_without_finite_losses_are_no_warm_up(tmp_path):
+    bare = {"iteration": 1010, "images_per_second": 40.0, "bad_updates": 10.0}
+    found = status.read_status(make_run(tmp_path, [bare, {**bare, "iteration": 1020}]), NOW)
+    assert found.warmup_rows == 0
+    assert "discriminator warm-up" not in status.facts(found)
+
+
 @pytest.mark.parametrize(
     ("changes", "warning"),
     [

@@ -173,7 +173,7 @@ def read_status(run: Path, now: float) -> Status:
         start_iteration=start,
         stop_iteration=stop,
         done_share=share,
-        warmup_rows=len(rows) - len(training),
+        warmup_rows=sum(map(_is_warmup, rows)),
         images_per_second=speed,
         seconds_left=left,
         end_date=_date(now + left) if left else None,
@@ -191,6 +191,11 @@ def read_status(run: Path, now: float) -> Status:
             *_checkpoint_warnings(config, iteration, start if saved is None else saved),
         ],
     )
+
+
+def _is_warmup(row: Row) -> bool:
+    """Of the discriminator alone; a row without either had no finite losses."""
+    return "discriminator_loss" in row and "decoder_gradient_norm" not in row
 
 
 def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -411,7 +416,7 @@ def facts(status: Status) -> dict[str, str]:
     else:
         shown["last checkpoint"] = "none yet"
     if status.warmup_rows:
-        shown["discriminator warm-up"] = f"{status.warmup_rows} log rows"
+        shown["discriminator warm-up"] = counted(status.warmup_rows, "log row", "s")
     return shown
 
 
