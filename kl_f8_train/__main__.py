@@ -744,7 +744,7 @@ def _index_verb(args: argparse.Namespace) -> int:
         raise RunFailedError("some shards could not be fetched, as said above; run this again")
     if source.broken:
         raise MissingInputError(
-            f"{len(source.broken)} of {counted(len(locations), 'shard', 's')} "
+            f"{len(source.broken):,} of {counted(len(locations), 'shard', 's')} "
             f"{are(len(source.broken))} broken, as said above; download "
             "them again, then rerun this command, or train with data.bad_shards=skip"
         )
