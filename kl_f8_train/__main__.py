@@ -336,6 +336,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _train_verb(args: argparse.Namespace) -> int:
     from kl_f8_train import config as configs
+    from kl_f8_train.files import check_writable
+    from kl_f8_train.run_dir import claimed
 
     if args.dry_run:
         return _examine(args, allow_changes=args.allow_changes)
@@ -344,13 +346,20 @@ def _train_verb(args: argparse.Namespace) -> int:
     end_with_launcher()  # before anything heavy is imported
     config = configs.load(configs.find_recipe(args.config), args.overrides)
     launched(config.compute.num_nodes)
-    if not Path(config.run_dir).is_dir():
+    run_dir = Path(config.run_dir)
+    if not run_dir.is_dir():
         _must_be_there(config.init.weights, "init.weights=")
-    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+    first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    if first:
         print(f"{config.name} in {config.run_dir}: loading ...", flush=True)
-    from kl_f8_train.run.train import train
+    resumes = first and run_dir.is_dir()
+    if resumes:
+        check_writable(run_dir)
+    # Before torch, whose import may take minutes: `status` would call the run stopped.
+    with claimed(run_dir) if resumes else contextlib.nullcontext():
+        from kl_f8_train.run.train import train
 
-    return train(config, args.allow_changes)
+        return train(config, args.allow_changes)
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -754,7 +763,7 @@ def _index_verb(args: argparse.Namespace) -> int:
         raise RunFailedError("some shards could not be fetched, as said above; run this again")
     if source.broken:
         raise MissingInputError(
-            f"{len(source.broken)} of {counted(len(locations), 'shard', 's')} "
+            f"{len(source.broken):,} of {counted(len(locations), 'shard', 's')} "
             f"{are(len(source.broken))} broken, as said above; download "
             "them again, then rerun this command, or train with data.bad_shards=skip"
         )

@@ -94,7 +94,8 @@ def remove_leftovers(run_dir: Path) -> None:
 def claimed(run_dir: Path) -> Iterator[None]:
     """Keeps other processes from training in `run_dir`; the claim ends with the process.
 
-    Raises RunFailedError if another has it. Where the file system has no locks, nothing is kept.
+    It names the process, and is empty after an orderly end. Raises RunFailedError if another has
+    it. Where the file system has no locks, nothing is kept.
     """
     with (run_dir / CLAIM).open("a+", encoding="utf-8") as file:
         try:
@@ -111,9 +112,18 @@ def claimed(run_dir: Path) -> Iterator[None]:
         except OSError:
             pass
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"process {os.getpid()}{_here()}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+
+
+def _here() -> str:
+    """The end of a claim that a process of this host has made."""
+    return f" on {socket.gethostname()}\n"
 
 
 @contextlib.contextmanager
@@ -227,14 +237,17 @@ def newest_checkpoint(run: Path) -> tuple[Path, int] | None:
 def is_claimed(run: Path) -> bool | None:
     """Whether a process has a run directory's claim; None where that cannot be known."""
     try:
-        file = (run / CLAIM).open("r+", encoding="utf-8")
+        file = (run / CLAIM).open("r+", encoding="utf-8", errors="replace")
     except OSError:
         return None
     with file:
+        locks = True
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             return True
         except OSError:  # a file system without locks
-            return None
-    return False
+            locks = False
+        owner = file.read()
+    # Not every file system shows its locks to other hosts.
+    return False if not owner or (locks and owner.endswith(_here())) else None

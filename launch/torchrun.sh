@@ -11,6 +11,7 @@
 set -euo pipefail
 
 RECIPE=${RECIPE:-ft_ema}
+RUN_DIR=${RUN_DIR:-runs/ft_ema}              # one folder that all nodes see
 NNODES=${NNODES:-1}                          # 2, or 1:2 to go on with fewer nodes
 RDZV_ENDPOINT=${RDZV_ENDPOINT:-}             # host:port of the first node
 GPUS_PER_NODE=${GPUS_PER_NODE:-}             # all that torch sees
@@ -18,11 +19,16 @@ MAX_RESTARTS=${MAX_RESTARTS:-3}              # of the processes, after a crash
 JOIN_TIMEOUT=${JOIN_TIMEOUT:-600}            # seconds that a node waits for the others to come
 settings=(
     init.weights=model.ckpt
-    data.sources.aesthetics='/data/aesthetics/{00000..09999}.tar'
-    data.sources.humans='/data/humans/{00000..09999}.tar'
-    run_dir=runs/ft_ema
-    "$@"
+    run_dir="$RUN_DIR"
 )
+case " $* " in
+    *" data.sources"* | *" --data.sources"*) ;;   # yours, in place of all of these
+    *) settings+=(
+        data.sources.aesthetics='/data/aesthetics/{00000..09999}.tar'
+        data.sources.humans='/data/humans/{00000..09999}.tar'
+    ) ;;
+esac
+settings+=("$@")
 
 : "${GPUS_PER_NODE:=$(python3 -c 'import torch; print(torch.cuda.device_count())')}"
 if [ "${GPUS_PER_NODE:-0}" = 0 ]; then
@@ -32,9 +38,9 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 # Compiled kernels, beside run_dir, which all nodes see: a restart has them in seconds.
 for setting in "${settings[@]}"; do
-    case $setting in run_dir=*) run_dir=${setting#run_dir=} ;; esac
+    case $setting in run_dir=*) RUN_DIR=${setting#run_dir=} ;; esac
 done
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$(dirname "$run_dir")/compiled}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$(dirname "$RUN_DIR")/compiled}
 # A store for each start of the processes: torchrun's shared one mixes up restarts of two nodes
 # (pytorch issue 135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

@@ -29,7 +29,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("card")
     runs.make_shards(folder)
     runs.make_weights(folder / "model.ckpt")
-    train(runs.recipe(folder, "run", "stop_iteration=101", "name=tiny"))
+    settings = ("stop_iteration=101", "name=tiny", "init.iteration=null")  # as the file says
+    train(runs.recipe(folder, "run", *settings))
     return export(folder / "run")
 
 

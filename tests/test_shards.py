@@ -180,6 +180,13 @@ def test_expand_names_what_is_missing(folder, pattern, named):
     assert named in str(caught.value)
 
 
+def test_missing_shards_are_not_called_none(folder):
+    with pytest.raises(MissingInputError, match=r"^8 of 12 files .*/006.tar, \.\.\.\); check"):
+        index.expand("shards/{000..011}.tar")
+    with pytest.raises(MissingInputError, match="no shards: no file is named like shards/x"):
+        index.expand("shards/x*.tar")
+
+
 @pytest.mark.parametrize(
     "pattern",
     ["s3://b/*.tar", "s3://b/{a,b}/", "https://me:secret@h/list.txt", "hf://datasets/o/n/*.tar?x"],

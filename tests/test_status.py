@@ -8,6 +8,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -93,22 +94,84 @@ def test_a_run_that_died(tmp_path):
     assert "end, if resumed now" in status.facts(found)
 
 
-def test_the_claim_tells_running_from_stopped(tmp_path):
-    run = make_run(tmp_path, [row(1010)])
+def claiming(run: Path) -> "subprocess.Popen[str]":
+    """A process that has the claim of a run, until its stdin ends."""
     program = (
         "import sys; from pathlib import Path; from kl_f8_train.run_dir import claimed\n"
         f"with claimed(Path({str(run)!r})):\n"
         "    print('claimed', flush=True); sys.stdin.read()\n"
     )
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as process:
-        assert process.stdout.readline() == "claimed\n"
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=-1, stdout=-1, text=True)
+    assert process.stdout.readline() == "claimed\n"
+    return process
+
+
+def test_the_claim_tells_running_from_stopped(tmp_path):
+    run = make_run(tmp_path, [row(1010)])
+    with claiming(run) as process:
         assert status.read_status(run, NOW).state == "running"
         assert "end" in status.facts(status.read_status(run, NOW))
         process.kill()
     found = status.read_status(run, NOW)
     assert found.state == "stopped 10 s ago; the same command resumes it"
     assert "end, if resumed now" in status.facts(found)
+
+
+@pytest.mark.parametrize("rows", [[], [row(1010)]], ids=["new", "resumed"])
+def test_a_claim_newer_than_the_last_log_row_is_a_start(tmp_path, rows):
+    run = make_run(tmp_path, rows, (1000,) if rows else ())
+    with claiming(run) as process:
+        os.utime(run / ".claim", (NOW, NOW))
+        found = status.read_status(run, NOW)
+        assert found.state == "starting (before its first log line)"
+        assert "end, if resumed now" not in status.facts(found)
+        process.stdin.close()
+    os.utime(run / ".claim", (NOW, NOW))
+    assert status.read_status(run, NOW).state.startswith("stopped 0 s ago")
+
+
+def test_a_start_without_config_is_named(tmp_path):
+    run = make_run(tmp_path, [])
+    (run / "config.yaml").unlink()
+    (run / "failure.json").write_text('{"message": "of the start before", "passing": false}')
+    with claiming(run) as process:
+        with pytest.raises(MissingInputError, match="is starting"):
+            status.read_status(run, NOW)
+        process.stdin.close()
+
+
+@pytest.mark.parametrize(
+    ("age", "state"),
+    [
+        (0, "seems to be starting (before its first log line)"),
+        (600, "seems to be starting (before its first log line)"),
+        (3600, "silent for 1 h 0 min"),
+    ],
+)
+def test_a_claim_of_another_host_is_judged_by_its_age(tmp_path, age, state):
+    """Its lock may not show here."""
+    run = make_run(tmp_path, [row(1010)], age=7200)
+    (run / ".claim").write_text("process 7 on some-other-host\n")
+    os.utime(run / ".claim", (NOW - age, NOW - age))
+    assert status.read_status(run, NOW).state == state
+    (run / ".claim").write_text("")  # an orderly end
+    os.utime(run / ".claim", (NOW - age, NOW - age))
+    assert status.read_status(run, NOW).state.startswith("stopped")
+
+
+def test_a_resuming_run_has_its_claim_before_torch_is_imported(tmp_path, monkeypatch):
+    run = make_run(tmp_path, [row(1010)])
+    seen = []
+
+    def train(*_: object) -> int:
+        seen.append((run / ".claim").read_text())
+        return 0
+
+    monkeypatch.setitem(sys.modules, "kl_f8_train.run.train", SimpleNamespace(train=train))
+    given = ["init.weights=x", "data.sources=x", f"run_dir={run}"]
+    assert main(["train", "ft_ema", *given]) == 0
+    assert seen[0].startswith(f"process {os.getpid()} on ")
+    assert (run / ".claim").read_text() == ""
 
 
 def test_silence_is_judged_by_the_interval_of_the_log(tmp_path):
@@ -163,6 +226,13 @@ def test_warm_up_rows_count_apart(tmp_path):
     (curve,) = re.findall(r'aria-label="Logits.*?</svg>', status.html(run, found, NOW))
     assert curve.count("polyline") == 2
     assert len(curve.split('points="')[1].split('"')[0].split()) == 2
+
+
+def test_rows_without_finite_losses_are_no_warm_up(tmp_path):
+    bare = {"iteration": 1010, "images_per_second": 40.0, "bad_updates": 10.0}
+    found = status.read_status(make_run(tmp_path, [bare, {**bare, "iteration": 1020}]), NOW)
+    assert found.warmup_rows == 0
+    assert "discriminator warm-up" not in status.facts(found)
 
 
 @pytest.mark.parametrize(

@@ -142,15 +142,16 @@ def _alternatives(pattern: str) -> int:
 def _existing(locations: list[str], pattern: str) -> list[str]:
     missing = [place for place in locations if not is_remote(place) and not os.path.isfile(place)]
     if missing or not locations:
-        of = f"{len(missing)} of {counted(len(locations), 'file', 's')} {are(len(missing))} missing"
-        found = f"{of} ({', '.join(missing[:3])})"
+        files = "file" if len(locations) == 1 else "files"
+        of = f"{len(missing)} of {len(locations)} {files} {are(len(missing))} missing"
+        found = f"{of} ({', '.join(missing[:3])}{', ...' * (len(missing) > 3)})"
         if locations == [pattern]:
             raise MissingInputError(
                 f"{pattern}: no such file or folder; check the path; expected .tar files by brace "
                 f"pattern, glob, directory or list, or a folder of images{like_path(pattern)}"
             )
         raise MissingInputError(
-            f"no shards: {found if locations else f'no file is named like {pattern}'}; check the "
+            f"{found if locations else f'no shards: no file is named like {pattern}'}; check the "
             "path; expected .tar files by brace pattern, glob, directory or list, or a folder of "
             "images"
         )

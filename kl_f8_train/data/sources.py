@@ -322,7 +322,7 @@ def open_source(
     if broken and bad_shards == "stop":
         raise MissingInputError(
             "\n".join(broken[:10])
-            + f"\n{len(broken)} of {counted(len(locations), 'shard', 's')} of {name} "
+            + f"\n{len(broken):,} of {counted(len(locations), 'shard', 's')} of {name} "
             f"{are(len(broken))} broken; repair them, or "
             "leave them out with data.bad_shards=skip; `kl-f8-train index` retries those that "
             "could not be fetched"

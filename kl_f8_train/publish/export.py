@@ -105,9 +105,10 @@ def export(
 
 def _provenance(header: weight_file.Contents, config: Config, ema: float | None) -> dict[str, Any]:
     """What a training checkpoint says of where its weights come from."""
+    begun = header.metadata.get("first_iteration", config.init.iteration)
     return {
         "iteration": int(header.metadata["iteration"]),
-        "init_iteration": config.init.iteration,
+        "init_iteration": None if begun is None else int(begun),
         "source": header.path.name,
         "source_sha256": file_sha256(header.path),
         **checkpoint.stored_base(header.metadata),

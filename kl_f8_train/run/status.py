@@ -21,6 +21,7 @@ from kl_f8_train.run import outcome
 from kl_f8_train.run.curves import RECENT, Chart, Points, page
 from kl_f8_train.run.outcome import LOST_DB
 from kl_f8_train.run_dir import (
+    CLAIM,
     CONFIG_FILE,
     FAILURE_FILE,
     METRICS_FILE,
@@ -38,6 +39,7 @@ SPEED = "images_per_second"
 SHOWN_PICTURES = 3  # validations on the page
 ENOUGH_ROWS = 20  # for a judgement on speed and the loss: the start is slow
 SILENT_INTERVALS, SILENT_SECONDS = 5, 120.0  # no news for longer than both: silent
+STARTING, STARTING_SECONDS = "starting (before its first log line)", 900.0  # silent after these
 LOSSES = ("reconstruction_loss", "pixel_loss", "perceptual_loss", "discriminator_loss")
 NUMBERS = (  # settings that are read here
     *("stop_iteration", "global_batch", "init.iteration", "log.every", "checkpoint.every"),
@@ -68,8 +70,8 @@ class Status:
 
     run_dir: str
     name: str
-    # "ended", "running", "stopped ... ago", "failed ... ago"; without a claim "seems to be ..." or
-    # "silent ..."
+    # "ended", "starting ...", "running", "stopped ... ago", "failed ... ago"; where it cannot be
+    # known whether its process lives, "seems to be ..." or "silent ..."
     state: str
     failure: str | None  # why the last start failed
     iteration: int | None
@@ -97,6 +99,8 @@ def read_settings(run: Path) -> dict[str, Any]:
     file = run / CONFIG_FILE
     if not run.is_dir():
         raise MissingInputError(f"run {run}: no such directory; give the run_dir of a training")
+    if not file.is_file() and is_claimed(run):
+        raise MissingInputError(f"{run} is {STARTING}; ask again once it has written config.yaml")
     if not file.is_file() and (failure := read_failure(run)):
         raise MissingInputError(f"{run} did not start: {failure[0]}")
     if not file.is_file():
@@ -169,7 +173,7 @@ def read_status(run: Path, now: float) -> Status:
         start_iteration=start,
         stop_iteration=stop,
         done_share=share,
-        warmup_rows=len(rows) - len(training),
+        warmup_rows=sum(map(_is_warmup, rows)),
         images_per_second=speed,
         seconds_left=left,
         end_date=_date(now + left) if left else None,
@@ -189,6 +193,11 @@ def read_status(run: Path, now: float) -> Status:
     )
 
 
+def _is_warmup(row: Row) -> bool:
+    """Of the discriminator alone; a row without either had no finite losses."""
+    return "discriminator_loss" in row and "decoder_gradient_norm" not in row
+
+
 def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A group of settings; empty where it is null or missing."""
     return config.get(name) or {}
@@ -196,15 +205,22 @@ def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _state(run: Path, log_interval_seconds: float, now: float) -> str:
     """Whether a run that has not ended is running: by its claim, or by whether it still writes."""
-    # None where the file system has no locks: then only the files' ages show it.
+    # None where locks do not show it: then only the files' ages do.
     claimed = is_claimed(run)
+    began, logged = _age([run / CLAIM], now), _age([run / METRICS_FILE], now)
+    starts = began is not None and (logged is None or began < logged)
     if claimed:
-        return "running"
+        return STARTING if starts else "running"
+    if claimed is None and starts and began is not None and began < STARTING_SECONDS:
+        return f"seems to be {STARTING}"
     if failure := read_failure(run):
         ago = duration(_age([run / FAILURE_FILE], now) or 0.0)
         then = "goes on" if failure[1] else "fails again until that is fixed"
         return f"failed {ago} ago, by the error below; the same command {then}"
-    news = _age([run / CONFIG_FILE, run / METRICS_FILE, *run.glob("*/iteration-*")], now) or 0.0
+    news = (
+        _age([run / CLAIM, run / CONFIG_FILE, run / METRICS_FILE, *run.glob("*/iteration-*")], now)
+        or 0.0
+    )
     if claimed is False:
         return f"stopped {duration(news)} ago; the same command resumes it"
     if news > max(SILENT_SECONDS, SILENT_INTERVALS * log_interval_seconds):
@@ -386,7 +402,11 @@ def facts(status: Status) -> dict[str, str]:
         shown["speed lately"] = speed(status.images_per_second)
     if status.seconds_left:
         shown["time left"] = duration(status.seconds_left)
-        word = "end" if status.state.startswith(("running", "seems")) else "end, if resumed now"
+        word = (
+            "end"
+            if status.state.startswith(("running", "starting", "seems"))
+            else "end, if resumed now"
+        )
         shown[word] = str(status.end_date)
     if status.last_log_age_seconds is not None:
         shown["last log"] = f"{duration(status.last_log_age_seconds)} ago"
@@ -396,7 +416,7 @@ def facts(status: Status) -> dict[str, str]:
     else:
         shown["last checkpoint"] = "none yet"
     if status.warmup_rows:
-        shown["discriminator warm-up"] = f"{status.warmup_rows} log rows"
+        shown["discriminator warm-up"] = counted(status.warmup_rows, "log row", "s")
     return shown
 
 

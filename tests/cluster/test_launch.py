@@ -94,27 +94,65 @@ def test_kubernetes_job_has_what_the_operator_reads():
     assert nodes * int(variables["GPUS_PER_NODE"]) * 12 == 192
 
 
+def printed(
+    folder: Path, script: str, starter: str, text: str, *settings: str, **given: str
+) -> str:
+    """The last line of a script whose starter is replaced by one that prints `text`."""
+    stand_in = folder / starter
+    stand_in.write_text(f'#!/usr/bin/env bash\necho "{text}"\n')
+    stand_in.chmod(0o755)
+    variables = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        **{"GPUS_PER_NODE": "1", "RUN_DIR": "/shared/runs/mine", **given},
+    }
+    command = ["bash", f"launch/{script}", *settings]
+    done = subprocess.run(
+        command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()[-1]
+
+
+STARTERS = pytest.mark.parametrize(
+    ("script", "starter"), [("torchrun.sh", "torchrun"), ("slurm.sbatch", "srun")]
+)
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [({}, "/shared/runs/compiled"), ({"TORCHINDUCTOR_CACHE_DIR": "/elsewhere"}, "/elsewhere")],
 )
-@pytest.mark.parametrize(
-    ("script", "starter"), [("torchrun.sh", "torchrun"), ("slurm.sbatch", "srun")]
-)
+@STARTERS
 def test_compiled_kernels_are_kept_beside_the_runs(tmp_path, script, starter, given, expected):
-    """Each starter is replaced by one that prints the variable."""
-    stand_in = tmp_path / starter
-    stand_in.write_text('#!/usr/bin/env bash\necho "cache: $TORCHINDUCTOR_CACHE_DIR"\n')
-    stand_in.chmod(0o755)
-    variables = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        **{"GPUS_PER_NODE": "1", "RUN_DIR": "/shared/runs/mine", **given},
-    }
-    command = ["bash", f"launch/{script}", "run_dir=/shared/runs/mine"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines()[-1] == f"cache: {expected}"
+    text = "cache: $TORCHINDUCTOR_CACHE_DIR"
+    run_dir = "run_dir=/shared/runs/mine"
+    assert printed(tmp_path, script, starter, text, run_dir, **given) == f"cache: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["compute.compile=false"], ["data.sources.aesthetics", "data.sources.humans"]),
+        (["data.sources.photos=/mine/{0..9}.tar"], ["data.sources.photos"]),
+        (["seed=1", "data.sources=/with a space"], ["data.sources"]),
+        (["--data.sources.a=/a", "data.sources.b=/b"], ["--data.sources.a", "data.sources.b"]),
+    ],
+)
+@STARTERS
+def test_sources_that_are_given_replace_those_of_the_script(
+    tmp_path, script, starter, given, expected
+):
+    line = printed(tmp_path, script, starter, "$(printf '%s|' \"$@\")", *given)
+    arguments = line.split("|")
+    assert [a.split("=")[0] for a in arguments if "data.sources" in a] == expected
+    assert [a for a in arguments if a in given] == given
+
+
+@STARTERS
+def test_the_recipe_and_its_directory_are_variables_of_both(tmp_path, script, starter):
+    given = {"RECIPE": "ft_mse", "RUN_DIR": "runs/b"}
+    line = printed(tmp_path, script, starter, "$*", **given)
+    assert "train ft_mse " in line
+    assert "run_dir=runs/b" in line.split()
 
 
 def test_a_pod_keeps_compiled_kernels_on_a_volume_that_lasts():
