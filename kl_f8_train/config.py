@@ -1120,11 +1120,11 @@ def parse_sources(text: str) -> dict[str, dict[str, str]]:
 
 
 def source_setting(name: str, pattern: str) -> str:
-    """A source as the command line names it: `data.sources=PATTERN` where its name follows."""
+    """A source as its user named it: `data.sources=PATTERN` where its name follows from that."""
     derived = next(iter(parse_sources(pattern)), "")
     if re.fullmatch(f"{re.escape(derived)}(_2)*", name):
         return f"data.sources={pattern}"
-    return f"data.sources.{name}={pattern}"
+    return f"data.sources.{name}.shards={pattern}"
 
 
 def _override(merged: DictConfig, text: str) -> None:

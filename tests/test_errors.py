@@ -332,7 +332,7 @@ DATA = {
         MISSING,
         "train: data.sources=./shrads: no such file or folder|; did you mean shards?",
     ),
-    "named source": train("data.sources={} data.sources.x=no", MISSING, "data.sources.x=no: no su"),
+    "named source": train("data.sources={} data.sources.x=no", MISSING, "x.shards=no: no such"),
     "near pictures": train(
         "log.pictures=tils log.pictures_every=1", MISSING, "no such folder|; did you mean tiles?"
     ),
