@@ -360,7 +360,7 @@ def test_all_problems_are_named_at_once(examined, folder):
     assert len(found["problems"]) == 3 + no_gpu
     text = "\n".join(found["problems"])
     assert "absent.ckpt: no such file" in text
-    assert "data.sources=nowhere/{0..3}.tar: no shards" in text
+    assert "data.sources=nowhere/{0..3}.tar: 4 of 4 files are missing" in text
     assert "data.sources=nowhere/else: no such file or folder" in text
     assert ("torch sees no GPU here" in text) == no_gpu
     assert found["data"]["shards"]["images"] == 36
