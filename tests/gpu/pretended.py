@@ -1,6 +1,7 @@
 """A pretended GPU for the CUDA path where there is none.
 
     python tests/gpu/pretended.py COMMAND ...     # a command that sees it
+    python tests/gpu/pretended.py python -m kl_f8_train train RECIPE ... compute.channels_last=false
 
 torch's dispatcher, allocator and autograd, inductor, Triton and ptxas are the real ones, so
 kernels, memory, host waits and graph breaks are true. Kernels do nothing, so values and times are
@@ -127,6 +128,13 @@ def kernels(counted: Counter[str]) -> int:
 
 def main() -> int:
     """Runs a command; compiled kernels are kept where the environment names a folder for them."""
+    if not sys.argv[1:] or sys.argv[1] in ("-h", "--help"):
+        print(__doc__, end="")
+        return 0 if sys.argv[1:] else 2
+    if lacking := missing():
+        sys.exit(lacking)
+    if shutil.which(sys.argv[1]) is None:
+        sys.exit(f"{sys.argv[1]}: no such command; expected one as: python -m kl_f8_train ...")
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
         kept = {name: os.environ[name] for name in CACHES if name in os.environ}
@@ -135,4 +143,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(missing() or main())
+    sys.exit(main())

@@ -5,6 +5,7 @@ Kernels, memory and host waits are the GPU path's own. No times, no values.
 
 import csv
 import os
+import re
 import subprocess
 import sys
 
@@ -35,6 +36,22 @@ def gpu(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
     pretended.build(folder)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "said"),
+    [
+        (["--help"], 0, "python tests/gpu/pretended.py COMMAND"),
+        ([], 2, "python tests/gpu/pretended.py COMMAND"),
+        (["no-such-command"], 1, "no-such-command: no such command|is a build for CPUs|installed"),
+    ],
+)
+def test_a_use_that_is_wrong_is_explained(given, code, said):
+    command = [sys.executable, pretended.__file__, *given]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code
+    assert re.search(said, done.stdout + done.stderr)
+    assert "Traceback" not in done.stderr
 
 
 # Kernels: 2,400 and 2,132 were counted.
