@@ -539,8 +539,8 @@ def test_equal_encoders_encode_once(folder):
 
 def test_an_image_is_decoded_once_and_its_features_computed_once(folder, monkeypatch):
     decoded: list[int] = []
-    decode = images.decode
-    monkeypatch.setattr(images, "decode", lambda data: decoded.append(1) or decode(data))
+    picture = images.picture
+    monkeypatch.setattr(images, "picture", lambda data: decoded.append(1) or picture(data))
     group, network = candidates(folder), pretrained.build("st_lpips_alex")
     seen: list[int] = []
     network.trunk.register_forward_hook(lambda *_: seen.append(1))

@@ -37,17 +37,6 @@ def _memory_is_given_back() -> Iterator[None]:
 
 # --- where values or times mean nothing -------------------------------------------------------
 
-MARKS = {
-    "of_values": "its verdict needs values: not one on a pretended GPU",
-    "of_times": "its verdict needs times: not one on a pretended GPU or in a rehearsal",
-}
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Declares the marks of this folder."""
-    for name, meaning in MARKS.items():
-        config.addinivalue_line("markers", f"{name}: {meaning}")
-
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
