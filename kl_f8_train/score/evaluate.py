@@ -658,8 +658,7 @@ def evaluate(
         )
         results = {}
         for one in sizes:
-            warn = say if one == sizes[0] else _silent  # of the same files
-            images = ImageSet(where, one, limit, warn, out)
+            images = ImageSet(where, one, limit, say if one == sizes[0] else _silent, out)
             own = out if isinstance(size, int) else out / str(one)
             results[str(one)] = _evaluate_size(session, images, where, own)
     if rank > 0:
