@@ -90,7 +90,7 @@ def test_figures_become_text(tiny, monkeypatch):
     text = benchmark.describe(result)
     assert "images/s, 1 at a time; 1 iteration of " in text
     assert "limited by: " in text
-    assert "random images: data.sources." in text
+    assert "random images: data.sources=" in text  # as a user writes it
     assert re.fullmatch(r"the first iteration took [\d.e-]+ s; 3 more take about \d+ s", lines[1])
     assert len(lines) == 2
     assert [key for key in result if f"`{key}`" not in DOCS] == []
