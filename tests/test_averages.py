@@ -13,7 +13,7 @@ from kl_f8_train.__main__ import _name_path_select, main
 from kl_f8_train.check import cost, scaling
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.step import Finetuner, trained_part
-from kl_f8_train.core.updates import ema_update
+from kl_f8_train.core.updates import move, paired
 from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.publish.export import export
 from kl_f8_train.run import status
@@ -64,7 +64,7 @@ def test_each_average_is_that_of_its_own_decay(finetuner, batch):
     for _ in range(3):
         tuner.run_iteration(batch(side=32))
         for decay, model in by_hand.items():
-            ema_update(trained_part(model), trained_part(tuner.autoencoder), decay)
+            move(*paired(trained_part(model), trained_part(tuner.autoencoder)), decay)
     for decay, model in by_hand.items():
         assert same(tuner.averaged(decay).state_dict(), model.state_dict()), decay
     assert same(tuner.averaged().state_dict(), tuner.averaged(0.9).state_dict())

@@ -5,10 +5,11 @@ from torch import nn
 from kl_f8_train.core.updates import (
     ema_decay,
     ema_distance,
-    ema_update,
     label,
     module_name,
     module_names,
+    move,
+    paired,
     selection,
 )
 
@@ -45,7 +46,7 @@ def test_update_is_the_weighted_mean():
     averaged, module = modules()
     before = [p.detach().clone() for p in averaged.parameters()]
     source = [p.detach().clone() for p in module.parameters()]
-    ema_update(averaged, module, 0.9)
+    move(*paired(averaged, module), 0.9)
     after = list(averaged.parameters())
     for old, new, now in zip(before, source, after, strict=True):
         torch.testing.assert_close(now, 0.9 * old + 0.1 * new, rtol=0, atol=1e-15)
@@ -55,9 +56,9 @@ def test_update_is_the_weighted_mean():
 def test_update_with_decay_1_keeps_and_0_copies():
     averaged, module = modules()
     before = [p.detach().clone() for p in averaged.parameters()]
-    ema_update(averaged, module, 1.0)
+    move(*paired(averaged, module), 1.0)
     assert all(map(torch.equal, before, averaged.parameters()))
-    ema_update(averaged, module, 0.0)
+    move(*paired(averaged, module), 0.0)
     assert all(map(torch.equal, module.parameters(), averaged.parameters()))
 
 
@@ -66,7 +67,7 @@ def test_update_in_float32_adds_small_steps():
     nn.init.ones_(averaged[1].weight)
     nn.init.constant_(module[1].weight, 1.01)
     for _ in range(1000):
-        ema_update(averaged, module, 0.9999)
+        move(*paired(averaged, module), 0.9999)
     expected = 1.01 - 0.01 * 0.9999**1000
     torch.testing.assert_close(averaged[1].weight, torch.full((2, 4), expected), rtol=0, atol=3e-5)
 
@@ -74,7 +75,7 @@ def test_update_in_float32_adds_small_steps():
 def test_update_refuses_other_parameters():
     averaged, _ = modules()
     with pytest.raises(ValueError, match="parameters differ"):
-        ema_update(averaged, nn.Sequential(nn.Conv2d(3, 4, 3)), 0.9)
+        move(*paired(averaged, nn.Sequential(nn.Conv2d(3, 4, 3))), 0.9)
 
 
 def test_distance_is_relative_to_the_weights():

@@ -210,7 +210,7 @@ def test_a_wrong_number_is_refused(photos, tmp_path, asked):
 
 
 def test_one_photograph_cannot_be_split(tmp_path, capsys):
-    """The flag that was not given is no part of the error."""
+    """The error does not name the flag, which was not given."""
     (tmp_path / "one").mkdir()
     data = samples.encode(samples.noise_picture(0), "PNG")
     (tmp_path / "one" / "a.png").write_bytes(data)

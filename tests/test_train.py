@@ -385,10 +385,15 @@ def test_validation_rows_of_a_resumed_run_are_not_doubled(folder):
     assert iterations == ["100", "101", "102", "103"]
 
 
-def test_a_missing_discriminator_warms_up_alone(folder):
+def without_discriminator(folder: Path) -> str:
+    """The setting of a base that has none."""
     runs.make_weights(folder / "pruned.ckpt", discriminator=False)
+    return f"init.weights={folder / 'pruned.ckpt'}"
+
+
+def test_a_missing_discriminator_warms_up_alone(folder):
     extra = (
-        f"init.weights={folder / 'pruned.ckpt'}",
+        without_discriminator(folder),
         "adversarial.warmup_iterations=3",
         "stop_iteration=101",
     )
@@ -401,9 +406,8 @@ def test_a_missing_discriminator_warms_up_alone(folder):
 
 def test_a_warmup_logs_and_validates_no_more_often_than_asked(folder, capsys):
     """Its iterations all have the number of the first decoder update, here one of every period."""
-    runs.make_weights(folder / "pruned.ckpt", discriminator=False)
     extra = (
-        f"init.weights={folder / 'pruned.ckpt'}",
+        without_discriminator(folder),
         "adversarial.warmup_iterations=7",
         "stop_iteration=102",
         "log.every=5",
@@ -417,9 +421,8 @@ def test_a_warmup_logs_and_validates_no_more_often_than_asked(folder, capsys):
 
 
 def test_warmup_resumes_where_it_stopped(folder):
-    runs.make_weights(folder / "pruned.ckpt", discriminator=False)
     extra = (
-        f"init.weights={folder / 'pruned.ckpt'}",
+        without_discriminator(folder),
         "adversarial.warmup_iterations=4",
         "stop_iteration=102",
         "checkpoint.every=2",

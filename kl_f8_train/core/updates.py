@@ -335,14 +335,6 @@ def ema_decay(number: int, decay: float, warmup: bool) -> float:
     return min(decay, (1 + number) / (10 + number)) if warmup else decay
 
 
-def ema_update(averaged: nn.Module, module: nn.Module, decay: float) -> None:
-    """averaged += (1 - decay) * (module - averaged), in one fused call.
-
-    Raises ValueError if the two do not have the same parameters.
-    """
-    move(*paired(averaged, module), decay)
-
-
 def paired(averaged: nn.Module, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The parameters of both, in one order.
 

@@ -163,7 +163,7 @@ class TarSource:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
         member = data[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
         name = f"{os.path.basename(place)}/{os.path.basename(member)}"
-        return name if name.isprintable() else printable(name), data[TAR_BLOCK:]
+        return printable(name), data[TAR_BLOCK:]
 
     def name(self, shard: int, sample: int) -> str:
         """The shard, and the number of the image in it."""

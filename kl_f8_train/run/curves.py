@@ -113,12 +113,12 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 
 def _labels(numbers: Sequence[float]) -> list[str]:
     """Labels of an axis, with as few digits as distinguish them."""
-    texts: list[str] = []
+    labels: list[str] = []
     for digits in range(6):
-        texts = [_short(number, digits) for number in numbers]
-        if len(set(texts)) == len(numbers):
+        labels = [_short(number, digits) for number in numbers]
+        if len(set(labels)) == len(numbers):
             break
-    return texts
+    return labels
 
 
 def _short(number: float, digits: int) -> str:
