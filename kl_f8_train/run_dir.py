@@ -85,9 +85,13 @@ def skipped_images(files: Iterable[Path]) -> dict[str, str]:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Deletes temporary files that a killed run left beside its checkpoints."""
-    for path in (run_dir / "checkpoints").glob(".*.part"):
-        path.unlink(missing_ok=True)
+    """Deletes temporary files that a killed run left beside its checkpoints.
+
+    Some are ours, others safetensors', which writes to `.tmpXXXXXX` beside the name it is given.
+    """
+    for pattern in (".*.part", ".tmp*"):
+        for path in (run_dir / "checkpoints").glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

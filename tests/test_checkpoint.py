@@ -4,6 +4,8 @@ import os
 import resource
 import struct
 import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -547,6 +549,33 @@ def test_leftovers_are_no_checkpoints(tmp_path):
     remove_leftovers(tmp_path)
     assert not leftover.exists()
     assert names(tmp_path) == ["000000005"]
+
+
+WRITE = """
+import sys, pathlib, torch
+from kl_f8_train.weights.weight_file import write_safetensors
+while True:
+    write_safetensors(pathlib.Path(sys.argv[1]), {"a": torch.ones(50_000_000)}, {})
+"""
+
+
+def hidden_bytes(folder: Path) -> int:
+    """Of files that are being written; one may be renamed meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        return sum(file.stat().st_size for file in folder.glob(".*"))
+    return 0
+
+
+def test_a_write_that_is_killed_leaves_nothing_the_next_start_does_not_remove(tmp_path):
+    path = checkpoint_path(tmp_path, 9)
+    with subprocess.Popen([sys.executable, "-c", WRITE, str(path)]) as writer:
+        while not hidden_bytes(path.parent):
+            assert writer.poll() is None
+            time.sleep(0.001)
+        writer.kill()
+    assert list(path.parent.glob(".*"))
+    remove_leftovers(tmp_path)
+    assert not list(path.parent.glob(".*"))
 
 
 @pytest.mark.parametrize(
