@@ -827,9 +827,9 @@ def _status(args: argparse.Namespace) -> int:
 
 def _print_schema(keys: list[str]) -> None:
     """Every setting, or those of the keys and groups that are named."""
-    from kl_f8_train import config as configs
+    from kl_f8_train.settings import schema
 
-    settings = configs.schema()
+    settings = schema()
     for key in keys:
         if not any(name == key or name.startswith(f"{key}.") for name, *_ in settings):
             raise UsageError(

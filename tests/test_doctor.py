@@ -14,7 +14,6 @@ import runs
 import samples
 import torch
 
-from kl_f8_train import config
 from kl_f8_train.__main__ import _after_doctor, main
 from kl_f8_train.check import cost, doctor, scaling, screen
 from kl_f8_train.core import machine
@@ -24,6 +23,7 @@ from kl_f8_train.errors import RunFailedError
 from kl_f8_train.files import file_sha256
 from kl_f8_train.run.train import train
 from kl_f8_train.run_dir import checkpoint_path, list_checkpoints, remove_old_checkpoints
+from kl_f8_train.settings import Checkpoint
 from kl_f8_train.weights import pretrained, weight_file
 
 
@@ -90,7 +90,7 @@ def test_the_checkpoints_it_announces_are_those_that_come(examined, folder):
 @pytest.mark.parametrize("milestone", [0, 4, 5, 10, 107])
 def test_count_of_kept_checkpoints(tmp_path, start, last, milestone):
     """Against the program's own clearing away, on empty files."""
-    settings = config.Checkpoint(every=2, keep_last=last, keep_every=milestone)
+    settings = Checkpoint(every=2, keep_last=last, keep_every=milestone)
     for iteration in range(start + 1, 108):
         if iteration % 2 == 0 or iteration == 107:
             path = checkpoint_path(tmp_path, iteration)

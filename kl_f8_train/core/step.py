@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 
-from kl_f8_train.config import Config
 from kl_f8_train.core import machine
 from kl_f8_train.core.batch import Batch, parts, phase, plain_batch
 from kl_f8_train.core.discriminator import Discriminator
@@ -57,6 +56,7 @@ from kl_f8_train.core.updates import (
 )
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.images import to_float
+from kl_f8_train.settings import Config
 
 
 @dataclass(frozen=True)

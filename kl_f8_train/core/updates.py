@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.optim import Adam
 
-from kl_f8_train.config import Optimizer
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.output import say
+from kl_f8_train.settings import Optimizer
 from kl_f8_train.units import shortest
 
 Step = Callable[[Adam], None]
