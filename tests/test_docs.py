@@ -25,7 +25,8 @@ import torch
 from PIL import Image
 
 from kl_f8_train import config, shipped
-from kl_f8_train.__main__ import build_parser, main
+from kl_f8_train.__main__ import main
+from kl_f8_train.arguments import build_parser
 from kl_f8_train.run_dir import read_rows
 from kl_f8_train.settings import schema
 from kl_f8_train.weights import weight_file

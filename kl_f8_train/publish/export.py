@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kl_f8_train import __version__, images
 from kl_f8_train import config as configs
+from kl_f8_train.averages import label, module_name, selection
 from kl_f8_train.core.hashes import data_sha256, frozen_sha256
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
-from kl_f8_train.core.updates import label, module_name, selection
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import ENTRY, FAMILIES, Facts, combined, settled
 from kl_f8_train.files import check_writable, file_sha256, write_json, write_text

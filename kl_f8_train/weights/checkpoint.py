@@ -14,9 +14,10 @@ from torch.optim import Adam
 
 from kl_f8_train import config as configs
 from kl_f8_train import facts
+from kl_f8_train.averages import module_names
 from kl_f8_train.core.hashes import frozen_sha256, tensors_sha256
 from kl_f8_train.core.step import Finetuner
-from kl_f8_train.core.updates import HostCopy, module_names
+from kl_f8_train.core.updates import HostCopy
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import Facts
 from kl_f8_train.run_dir import checkpoint_path
