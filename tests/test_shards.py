@@ -230,6 +230,19 @@ def test_shards_elsewhere_or_compressed_are_explained(folder, make, named):
         index.expand(str(folder / "x.tar.gz"))
 
 
+def test_a_link_in_a_circle_is_neither_shard_nor_photograph(folder):
+    shards, before = folder / "shards", index.expand(str(folder / "shards"))
+    for name in ("loop.tar", "loop.jpg", "loop"):
+        (shards / name).symlink_to(shards / name)
+    assert index.expand(str(shards)) == before
+    photographs = folder / "photographs"
+    photographs.mkdir()
+    (photographs / "loop.jpg").symlink_to(photographs / "loop.jpg")
+    (photographs / "a.jpg").write_bytes(samples.encode(samples.noise_picture(0)))
+    source = sources.open_source("x", str(photographs), [], ShardCache(folder / "cache"))
+    assert source.describe() == ["1 image in a folder; not used: 1 broken link"]
+
+
 def test_a_stray_tar_does_not_make_photographs_shards(tmp_path):
     samples.write_tar(tmp_path / "photos" / "backup.tar", {"1.jpg": b"x"})
     for name in "abc":

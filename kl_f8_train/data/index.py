@@ -35,7 +35,15 @@ from kl_f8_train.files import (
     temporary_dir,
     write_json,
 )
-from kl_f8_train.folders import FIRST_BYTES, NO_IMAGES, SUFFIXES, is_system, looks_like_image
+from kl_f8_train.folders import (
+    FIRST_BYTES,
+    NO_IMAGES,
+    SUFFIXES,
+    is_file,
+    is_folder,
+    is_system,
+    looks_like_image,
+)
 from kl_f8_train.images import MAX_BYTES
 from kl_f8_train.lifetime import end_with_parent
 from kl_f8_train.output import Progress
@@ -89,7 +97,7 @@ def expand(pattern: str) -> list[str]:
 
 def tars_in(folder: Path) -> list[str]:
     """The shards of a folder itself, sorted."""
-    names = (entry.name for entry in os.scandir(folder) if entry.is_file())
+    names = (entry.name for entry in os.scandir(folder) if is_file(entry))
     tars = sorted(n for n in names if n.lower().endswith(".tar") and not n.startswith("."))
     return [str(folder / name) for name in tars]
 
@@ -100,7 +108,7 @@ def _other_shards(folder: Path) -> str:
     packed = [entry.name for entry in entries if COMPRESSED.search(entry.name)]
     if packed:
         return f", but {packed[0]}: {UNPACK}"
-    below = [entry.name for entry in entries if entry.is_dir() and tars_in(Path(entry.path))]
+    below = [entry.name for entry in entries if is_folder(entry) and tars_in(Path(entry.path))]
     if below:
         return (
             f", but in its folders {', '.join(below[:3])}{', ...' * (len(below) > 3)}: name them, "
