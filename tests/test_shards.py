@@ -109,11 +109,22 @@ def test_broken_header_in_the_middle(tmp_path, picture):
         index.index_tar(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"x" * 300, b"<html>404</html>" * 100, b"\x1f\x8b" * 600])
-def test_no_tar(tmp_path, data):
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", "an empty file"),
+        (b"x" * 300, "begins with b'xxxxxxxxx'; expected shards, or a folder of images"),
+        (b"<html>404</html>" * 100, "a web page"),
+        (b"\x1f\x8b" * 600, "compressed by gzip; unpack it"),
+        (b"PK\3\4" + bytes(600), "a zip archive; unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "`git lfs pull`"),
+        (samples.encode(samples.noise_picture(0)), "an image; name the folder"),
+    ],
+)
+def test_no_tar(tmp_path, data, what):
     path = tmp_path / "x.tar"
     path.write_bytes(data)
-    with pytest.raises(MissingInputError, match=r"x\.tar") as caught:
+    with pytest.raises(MissingInputError, match=f"x.tar is not a tar but.*{what}") as caught:
         index.index_tar(path)
     assert caught.value.exit_code == 3
 
@@ -204,6 +215,12 @@ def test_remote_shards_are_named_and_not_listed(folder, pattern):
 def test_a_list_may_begin_with_a_byte_order_mark(folder):
     (folder / "list.txt").write_bytes(b"\xef\xbb\xbfshards/002.tar\r\nshards/000.tar\r\n")
     assert index.expand("list.txt") == ["shards/002.tar", "shards/000.tar"]
+
+
+def test_a_shard_that_is_there_is_not_taken_for_a_pattern(folder):
+    name = "shards/a [x] {b} *.tar"
+    (folder / "shards/000.tar").rename(folder / name)
+    assert index.expand(name) == [name]
 
 
 def test_upper_case_shards(folder):

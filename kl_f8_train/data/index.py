@@ -5,6 +5,7 @@ number known of it. The index of a source is a directory of arrays that are mapp
 that 100,000 shards of 1,000 images open in seconds.
 """
 
+import contextlib
 import glob
 import hashlib
 import importlib.util
@@ -29,6 +30,7 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, like_path
 from kl_f8_train.files import (
     DiskError,
     atomic_path,
+    beginning,
     cache_dir,
     check_writable,
     is_writable,
@@ -73,13 +75,14 @@ def expand(pattern: str) -> list[str]:
     Raises MissingInputError naming what is not there.
     """
     path = Path(pattern)
-    if path.is_dir():
+    if os.path.isdir(pattern):
         found = tars_in(path)
         if not found:
             raise MissingInputError(f"no shards and no images in {path}{_other_shards(path)}")
         return found
-    if path.suffix.lower() == ".txt" and path.is_file():
-        return _existing(_list_file(path), pattern)
+    if os.path.isfile(pattern):  # whatever signs its name holds
+        is_list = path.suffix.lower() == ".txt"
+        return _existing(_list_file(path) if is_list else [pattern], pattern)
     if pattern.startswith("pipe:"):
         return [pattern]
     try:
@@ -229,14 +232,25 @@ def index_tar(path: Path) -> TarIndex:
             file.seek(end)
             block = file.read(TAR_BLOCK)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise MissingInputError(
-            f"shard {path} is broken: {error} after {_images(members)}"
-        ) from error
+        found = f"is broken: {error} after {_images(members)}"
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            head = file.read(TAR_BLOCK)
+            if not members and head[257:262] != b"ustar":  # POSIX, the header's magic
+                found = f"is not a tar but {_what(head)}"
+        raise MissingInputError(f"shard {path} {found}") from error
     # A tar ends with blocks of zeros (POSIX). tarfile also stops, without an error, where a file
     # was cut between two members.
     if len(block) != TAR_BLOCK or block.strip(b"\0"):
         raise MissingInputError(f"shard {path} is cut short: no end mark after {_images(members)}")
     return _index(members)
+
+
+def _what(head: bytes) -> str:
+    """What a file in place of a shard is."""
+    if looks_like_image(head[:FIRST_BYTES]):
+        return "an image; name the folder it lies in"
+    known = beginning(head[:FIRST_BYTES])
+    return known or f"a file that begins with {head[:9]!r}; expected shards, or a folder of images"
 
 
 def _images(members: list[_Member]) -> str:

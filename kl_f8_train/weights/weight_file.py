@@ -32,7 +32,7 @@ from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError, UsageError, like_path
 from kl_f8_train.facts import Facts
-from kl_f8_train.files import atomic_path, file_sha256
+from kl_f8_train.files import atomic_path, beginning, file_sha256
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.units import are, counted, shortest
 from kl_f8_train.weights import hub, torch_file
@@ -88,7 +88,7 @@ def read(path: str | Path, wanted: torch_file.Wanted = lambda names: names) -> C
         if path.name.endswith(INDEX):
             return _with_config(_read_sharded(path, wanted))
         with path.open("rb") as file:
-            head = file.read(9)
+            head = file.read(64)
         if head[8:9] == b"{":  # first: the header's length before it may look like anything
             return _with_config(_read_safetensors(path, wanted))
         if torch_file.is_torch(head):
@@ -102,19 +102,8 @@ def read(path: str | Path, wanted: torch_file.Wanted = lambda names: names) -> C
         ) from error
     raise MissingInputError(
         f"{path} is not a weight file: expected .safetensors, or a torch .ckpt, .pt or .bin, got "
-        f"{_beginning(head)}"
+        + (beginning(head) or f"a file that begins with {head[:9]!r}; check where it came from")
     )
-
-
-def _beginning(head: bytes) -> str:
-    """What a file is by its first bytes, and how to get the one that was meant."""
-    if not head:
-        return "an empty file; copy or download it again"
-    if head.startswith(b"version "):
-        return "a pointer of git lfs; `git lfs pull` downloads the file"
-    if head.lstrip().startswith(b"<"):
-        return "a web page; download the file itself"
-    return f"a file that begins with {head!r}; check where it came from"
 
 
 def read_weights(
