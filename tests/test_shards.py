@@ -295,6 +295,16 @@ def test_fields_and_dotted_names(tmp_path, members, found):
     assert read_all(open_source(tmp_path / "x.tar")) == found
 
 
+@pytest.mark.parametrize(
+    "numbers", [b'{"a": 1' + b"0" * 400 + b"}", b'{"a": ' + b"[" * 20_000, b'{"a": 1e999}', b"[1]"]
+)
+def test_metadata_that_are_no_numbers_do_not_matter(tmp_path, numbers):
+    good = b'{"a": 5}'
+    members = {"0.jpg": b"x", "0.json": numbers, "1.jpg": b"x", "1.json": good}
+    found = index.index_tar(samples.write_tar(tmp_path / "x.tar", members))
+    assert found.numbers == [{}, {"a": 5.0}]
+
+
 def test_several_conditions_in_one_filter():
     assert [str(f) for f in sources.parse_filters(["a >= 1, b < 2", "c == 3"])] == [
         *("a >= 1", "b < 2", "c == 3")

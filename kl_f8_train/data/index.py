@@ -347,19 +347,20 @@ def _parquet_numbers(table: Path) -> dict[str, dict[str, float]]:
 
 
 def _json_numbers(text: bytes) -> dict[str, float]:
-    """The numeric fields of a JSON object; broken JSON has none."""
+    """The numeric fields of a JSON object; broken JSON, or one nested too deep, has none."""
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return _numeric(values) if isinstance(values, dict) else {}
 
 
 def _numeric(values: dict[Any, Any]) -> dict[str, float]:
+    largest = float(np.finfo(np.float32).max)  # a column's type
     return {
         str(key): float(value)
         for key, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= largest
     }
 
 
