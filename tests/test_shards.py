@@ -14,7 +14,7 @@ import samples
 from PIL import Image
 from pyarrow import parquet
 
-from kl_f8_train import files
+from kl_f8_train import files, transfer
 from kl_f8_train.__main__ import main
 from kl_f8_train.data import index, sources
 from kl_f8_train.data.shard_cache import ShardCache
@@ -256,7 +256,7 @@ def test_a_link_in_a_circle_is_neither_shard_nor_photograph(folder):
     photographs.mkdir()
     (photographs / "loop.jpg").symlink_to(photographs / "loop.jpg")
     (photographs / "a.jpg").write_bytes(samples.encode(samples.noise_picture(0)))
-    source = sources.open_source("x", str(photographs), [], ShardCache(folder / "cache"))
+    source = open_source(photographs)
     assert source.describe() == ["1 image in a folder; not used: 1 broken link"]
 
 
@@ -333,6 +333,22 @@ def test_what_could_not_be_fetched_is_tried_again(tmp_path, monkeypatch):
     assert source.counts.tolist() == [1]
     assert source.changed() == []
     assert answers == []
+
+
+@pytest.mark.parametrize("first", [b"<html>log in</html>", None])
+def test_a_remote_shard_that_came_broken_is_fetched_again(tmp_path, monkeypatch, first):
+    """Servers answer with a page of a login, or cut a body whose length they did not announce."""
+    whole = samples.write_tar(tmp_path / "0.tar", {"1.jpg": b"x" * 2000}).read_bytes()
+    bodies, url = [first or whole[:1500], whole], "https://example.org/0.tar"
+    monkeypatch.setattr(transfer, "_http_blocks", lambda *_: (body for body in [bodies.pop(0)]))
+    cache = ShardCache(tmp_path / "cache", 2**30)
+    index.build_index([url], tmp_path / "index", cache)
+    (message,) = sources.TarSource(tmp_path / "index", [], cache).broken.values()
+    assert message.startswith(f"shard {url} is")
+    index.build_index([url], tmp_path / "index", cache)
+    source = sources.TarSource(tmp_path / "index", [], cache)
+    assert not source.broken
+    assert source.read(0, 0)[1] == b"x" * 2000
 
 
 @pytest.mark.parametrize(

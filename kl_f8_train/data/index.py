@@ -452,8 +452,10 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
                 one = index_tar(path)
                 one = one if is_remote(place) else add_neighbours(one, path)
             except MissingInputError as error:
-                one, broken[place] = TarIndex(), str(error)
-                if isinstance(error.__cause__, OSError):  # not the shard's fault
+                one, broken[place] = TarIndex(), str(error).replace(str(path), shown(place))
+                if is_remote(place):  # perhaps cut short, or a page in its place: not the shard's
+                    cache.forget(place)
+                if is_remote(place) or isinstance(error.__cause__, OSError):
                     fingerprints[number] = GONE
         blocks += one.blocks
         sizes += one.sizes
