@@ -74,6 +74,27 @@ def test_tensors_do_not_change_with_their_file(tmp_path, save):
     assert equal(contents.tensors, TENSORS)
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_names_that_are_not_utf8(tmp_path, suffix):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mod\xe8les"))
+    path = folder / os.fsdecode(b"v\xe9ritable." + suffix.encode())
+    model = samples.tiny_vae()
+    weight_file.save_autoencoder(model, path)
+    assert samples.equal(weight_file.load_autoencoder(path).state_dict(), model.state_dict())
+    assert [file.suffix for file in folder.iterdir()] == [f".{suffix}"]
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    save_file(dict(samples.tiny_vae().state_dict()), tmp_path / "w.safetensors")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read every file
+    with pytest.raises(MissingInputError, match="may not be read; change its permissions"):
+        weight_file.read(tmp_path / "w.safetensors")
+
+
 def test_safetensors_without_metadata(tmp_path):
     save_file(TENSORS, tmp_path / "w.safetensors")
     assert weight_file.read(tmp_path / "w.safetensors").metadata == {}

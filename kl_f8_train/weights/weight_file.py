@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from kl_f8_train import facts, shipped
@@ -48,7 +48,8 @@ from kl_f8_train.weights.names import (
     shapes_of,
 )
 
-INDEX = ".index.json"  # of weights that lie in several files
+INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # of weights that lie in several files
+PART = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.\w+$")  # one of them
 HEADER_BYTES = 16 << 20  # of a safetensors file; a whole Stable Diffusion's takes 0.2 MB
 
 
@@ -85,7 +86,7 @@ def read(path: str | Path, wanted: torch_file.Wanted = lambda names: names) -> C
     """
     path = find(Path(path))
     try:
-        if path.name.endswith(INDEX):
+        if INDEX.search(path.name):
             return _with_config(_read_sharded(path, wanted))
         with path.open("rb") as file:
             head = file.read(64)
@@ -95,6 +96,8 @@ def read(path: str | Path, wanted: torch_file.Wanted = lambda names: names) -> C
             return _with_config(_read_torch(path, wanted))
     except MissingInputError as error:
         raise MissingInputError(f"{path}: {error}") from error
+    except PermissionError as error:
+        raise MissingInputError(f"{path}: may not be read; change its permissions") from error
     except Exception as error:  # whatever a broken file makes its parser raise
         raise MissingInputError(
             f"{path} ({path.stat().st_size:,} bytes) is broken or cut short: "
@@ -116,6 +119,10 @@ def read_weights(
     none, or is of an architecture that is not trained here.
     """
     contents = read(path, lambda names: relevant(names, prefix, select))
+    if PART.search(contents.path.name):
+        raise MissingInputError(
+            f"{contents.path} is one of several files; give their folder, or the index beside them"
+        )
     try:
         if refused := refused_class(str(_diffusers_config(contents.path).get("_class_name", ""))):
             raise MissingInputError(refused)
@@ -397,13 +404,19 @@ def find(path: Path) -> Path:
 
 
 def _read_safetensors(path: Path, wanted: torch_file.Wanted) -> Contents:
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-    if length > min(HEADER_BYTES, path.stat().st_size):
-        raise MissingInputError(
-            f"its header claims {length:,} bytes; the file is broken; copy it again"
-        )
-    with safe_open(path, framework="pt", device="cpu") as file:
+    with path.open("rb") as raw:
+        (length,) = struct.unpack("<Q", raw.read(8))
+        if length > min(HEADER_BYTES, path.stat().st_size):
+            raise MissingInputError(
+                f"its header claims {length:,} bytes; the file is broken; copy it again"
+            )
+        return _tensors_of(path, raw.fileno(), wanted)
+
+
+def _tensors_of(path: Path, descriptor: int, wanted: torch_file.Wanted) -> Contents:
+    """What an open safetensors file holds."""
+    name = path if _is_utf8(path) else f"/dev/fd/{descriptor}"
+    with safe_open(name, framework="pt", device="cpu") as file:
         names = list(file.keys())
         chosen = set(wanted(names))
         tensors = {
@@ -417,6 +430,15 @@ def _read_safetensors(path: Path, wanted: torch_file.Wanted) -> Contents:
     contents = Contents(path, tensors, metadata, optimizer=optimizer)
     contents.facts = facts.from_metadata(metadata)
     return contents
+
+
+def _is_utf8(path: Path) -> bool:
+    """Whether safetensors takes this name."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_torch(path: Path, wanted: torch_file.Wanted) -> Contents:
@@ -434,9 +456,16 @@ def _read_sharded(path: Path, wanted: torch_file.Wanted) -> Contents:
     places = _weight_map(path)
     chosen = set(wanted(places))
     whole = Contents(path, {}, container="several files with an index")
-    for name in dict.fromkeys(places.values()):
+    files = list(dict.fromkeys(places.values()))
+    absent = [name for name in files if not path.with_name(name).is_file()]
+    if absent:
+        raise MissingInputError(
+            f"{len(absent)} of the {counted(len(files), 'file', 's')} that it names "
+            f"{are(len(absent))} not there, {absent[0]} first; copy or download it too"
+        )
+    for name in files:
         part = read(path.with_name(name), lambda names: [n for n in names if n in chosen])
-        whole.tensors |= part.tensors
+        whole.tensors |= {k: v for k, v in part.tensors.items() if places.get(k) == name}
         whole.stubbed += part.stubbed
     missing = [name for name in places if name not in whole.tensors]
     if missing:
@@ -448,7 +477,7 @@ def _read_sharded(path: Path, wanted: torch_file.Wanted) -> Contents:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a weight file's bytes; of an index, over the hashes of the files that it names."""
-    if not path.name.endswith(INDEX):
+    if not INDEX.search(path.name):
         return file_sha256(path)
     parts = sorted(set(_weight_map(path).values()))
     hashes = "".join(file_sha256(path.with_name(name)) for name in parts)
@@ -459,8 +488,10 @@ def _weight_map(path: Path) -> dict[str, str]:
     """Tensor -> name of the file beside the index that holds it."""
     with path.open("rb") as file:
         values = json.loads(file.read(HEADER_BYTES))
-    found = values["weight_map"]
-    if any(Path(name).name != name or name.endswith(INDEX) for name in found.values()):
+    found = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise MissingInputError("it is no index: expected weight_map, the file of each tensor")
+    if any(Path(name).name != name or INDEX.search(name) for name in found.values()):
         raise MissingInputError("it names files outside its folder")
     return {str(key): name for key, name in found.items()}
 
@@ -506,8 +537,12 @@ def write_safetensors(
 def write_plain(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes contiguous tensors on the host that do not overlap, and metadata, atomically."""
     with atomic_path(path) as temporary:
+        about = {"format": "pt", **metadata}
         try:
-            save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+            if _is_utf8(temporary):
+                save_file(tensors, temporary, metadata=about)
+            else:  # costs memory for a second copy
+                temporary.write_bytes(save(tensors, metadata=about))
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
