@@ -711,6 +711,33 @@ def test_rounding_is_told_by_what_it_does_to_latents(tmp_path, dtype):
     assert 0.1 < share / true < 10
 
 
+@pytest.mark.parametrize(
+    "scale",
+    [
+        "decoder.conv_in.scale_weight",
+        "decoder.mid.attn_1.q.weight_scale",
+        "decoder.mid.attn_1.q.weight.quant_state.bitsandbytes__nf4",
+        "decoder.mid.attn_1.q.SCB",
+    ],
+)
+def test_scales_beside_weights_show_that_they_are_quantised(tmp_path, scale):
+    """Without its scale a float8 weight is another number."""
+    state = {k: v.to(torch.float8_e4m3fn) for k, v in samples.tiny_vae().state_dict().items()}
+    state[scale] = torch.ones(1)
+    assert f"WARNING: {scale} shows quantised weights" in quality(tmp_path, state)
+    with pytest.raises(MissingInputError, match=f"{scale} shows quantised weights.*from before"):
+        weight_file.load_autoencoder(tmp_path / "w.safetensors")
+
+
+def test_weights_of_zeros_are_named(tmp_path):
+    """Downloaders make a file of the final size first; what did not come is zeros."""
+    state = {k: v.clone() for k, v in samples.tiny_vae().state_dict().items()}
+    assert "all zeros" not in quality(tmp_path, state)
+    for key in ("decoder.conv_in.weight", "decoder.conv_out.weight"):
+        state[key].zero_()
+    assert "WARNING: 2 weights are all zeros, decoder.conv_in.weight" in quality(tmp_path, state)
+
+
 def test_quantised_weights_are_refused_and_named(tmp_path):
     state = dict(samples.tiny_vae().state_dict())
     state["decoder.conv_in.weight"] = state["decoder.conv_in.weight"].to(torch.int8)

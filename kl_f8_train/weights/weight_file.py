@@ -37,6 +37,8 @@ from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.units import are, counted, shortest
 from kl_f8_train.weights import hub, torch_file
 from kl_f8_train.weights.names import (
+    QUANTISED,
+    SCALES,
     State,
     Weights,
     architecture,
@@ -257,8 +259,15 @@ def quality(contents: Contents, weights: Weights) -> list[str]:
     if whole:
         lines.append(
             f"WARNING: {counted(len(whole), 'tensor', 's')} {are(len(whole))} of whole numbers, "
-            f"{whole[0]} first: quantised weights "
-            "cannot be trained or written; give the file from before"
+            f"{whole[0]} first: {QUANTISED}"
+        )
+    elif scale := next(filter(SCALES.search, state), None):
+        lines.append(f"WARNING: {scale} shows {QUANTISED}")
+    zeros = [k for k, v in state.items() if v.ndim > 1 and not v.float().count_nonzero()]
+    if zeros:
+        lines.append(
+            f"WARNING: {counted(len(zeros), 'weight', 's')} {are(len(zeros))} all zeros, "
+            f"{zeros[0]} first, as an unfinished download leaves them; copy or download it again"
         )
     steps = {dtype: torch.finfo(dtype).eps for dtype in types if dtype.is_floating_point}
     coarsest = max(steps, key=lambda dtype: steps[dtype], default=torch.float32)
