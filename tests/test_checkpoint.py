@@ -346,6 +346,9 @@ def test_a_config_that_is_none(tmp_path, text):
     state = to_diffusers(samples.tiny_vae().state_dict())
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
     assert found(tmp_path)["family"] is None
+    assert "config.json cannot be read" in found(tmp_path)["notes"][0]
+    save_file(state, tmp_path / "w.safetensors")  # whose configuration it need not be
+    assert not found(tmp_path / "w.safetensors")["notes"]
 
 
 def test_an_iteration_that_is_none(tmp_path):

@@ -383,12 +383,29 @@ def test_other_architectures_are_refused_by_name(tmp_path, tensors, what):
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("AutoencoderKLWan", "Wan's"), ("AutoencoderTiny", "TAESD"), ("AutoencoderKLNew", "KLNew")],
+    [
+        ("AutoencoderKLWan", "Wan's"),
+        ("AutoencoderTiny", "TAESD"),
+        ("AutoencoderKLNew", "KLNew"),
+        ("VQModel", "VQ autoencoder"),
+        ("ConsistencyDecoderVAE", "consistency decoder"),
+    ],
 )
 def test_other_classes_are_refused_by_name(tmp_path, name, what):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
     save_file(to_diffusers(raw()), tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(MissingInputError, match=f"{what}.*another architecture"):
+        read(tmp_path)
+
+
+def test_another_activation_is_refused(tmp_path):
+    """No tensor shows it, and the network would compute something else."""
+    save_file(to_diffusers(raw()), tmp_path / "diffusion_pytorch_model.safetensors")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"_class_name": "AutoencoderKL", "act_fn": "swish"}))
+    assert same(read(tmp_path).autoencoder, raw())
+    config.write_text(json.dumps({"_class_name": "AutoencoderKL", "act_fn": "gelu"}))
+    with pytest.raises(MissingInputError, match="act_fn=gelu, another architecture"):
         read(tmp_path)
 
 

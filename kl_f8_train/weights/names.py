@@ -516,6 +516,7 @@ CLASSES = {
     "AutoencoderKLTemporalDecoder": "Stable Video Diffusion's autoencoder",
     "AsymmetricAutoencoderKL": "an asymmetric autoencoder, for inpainting",
     "VQModel": "a VQ autoencoder",
+    "ConsistencyDecoderVAE": "a consistency decoder",
 }
 REFUSED = (
     "{what}, another architecture: this program trains the decoders of kl-f8 (Stable Diffusion "
@@ -523,11 +524,19 @@ REFUSED = (
 )
 
 
-def refused_class(name: str) -> str | None:
-    """Why a folder whose config.json names this class of diffusers' is refused, if it is."""
-    if name == "AutoencoderKL" or not re.search("Autoencoder|VAE|VQ", name):
-        return None
-    return REFUSED.format(what=f"{CLASSES.get(name, 'an autoencoder')} ({name})")
+def names_autoencoder(class_name: str) -> bool:
+    """Whether a class of diffusers' is an autoencoder, of whatever kind."""
+    return bool(re.search("Autoencoder|VAE|VQ", class_name))
+
+
+def refused_config(values: Mapping[str, Any]) -> str | None:
+    """Why a folder whose config.json holds these values is refused, if it is."""
+    name, activation = str(values.get("_class_name", "")), values.get("act_fn", "silu")
+    if name != "AutoencoderKL" and names_autoencoder(name):
+        return REFUSED.format(what=f"{CLASSES.get(name, 'an autoencoder')} ({name})")
+    if activation not in ("silu", "swish"):  # which no tensor shows
+        return REFUSED.format(what=f"its config.json states act_fn={activation}")
+    return None
 
 
 def _refuse_other_architectures(places: _Places, state: Mapping[str, Tensor]) -> None:

@@ -44,8 +44,9 @@ from kl_f8_train.weights.names import (
     architecture,
     check_shapes,
     differences,
+    names_autoencoder,
     recognise,
-    refused_class,
+    refused_config,
     relevant,
     shapes_of,
 )
@@ -126,7 +127,7 @@ def read_weights(
             f"{contents.path} is one of several files; give their folder, or the index beside them"
         )
     try:
-        if refused := refused_class(str(_diffusers_config(contents.path).get("_class_name", ""))):
+        if refused := refused_config(_diffusers_config(contents.path)):
             raise MissingInputError(refused)
         return contents, recognise(contents.tensors, kept_selection(contents, select), prefix)
     except MissingInputError as error:
@@ -250,6 +251,8 @@ def check_finite(contents: Contents, state: Mapping[str, Tensor]) -> None:
 def quality(contents: Contents, weights: Weights) -> list[str]:
     """Faults of a file's values, and what they mean."""
     state, lines = weights.autoencoder, []
+    if fault := _config_fault(contents.path):
+        lines.append(fault)
     try:
         check_finite(contents, state)
     except MissingInputError as error:
@@ -516,15 +519,36 @@ def _with_config(contents: Contents) -> Contents:
 
 
 def _diffusers_config(weights: Path) -> dict[str, Any]:
-    """The config.json beside a weight file, if it is an autoencoder's."""
+    """The config.json beside a weight file, if it is an autoencoder's and can be read."""
     try:
-        with weights.with_name("config.json").open("rb") as file:
-            values = json.loads(file.read(1_000_000))
+        return _read_config(weights)
     except (OSError, ValueError, RecursionError):
         return {}
+
+
+def _read_config(weights: Path) -> dict[str, Any]:
+    """The same; raises what reading or parsing it does."""
+    with weights.with_name("config.json").open("rb") as file:
+        values = json.loads(file.read(1_000_000))
     if not isinstance(values, dict):
-        return {}
-    return values if "Autoencoder" in str(values.get("_class_name", "Autoencoder")) else {}
+        raise ValueError(f"it holds a {type(values).__name__}")
+    return values if names_autoencoder(str(values.get("_class_name", "Autoencoder"))) else {}
+
+
+def _config_fault(weights: Path) -> str:
+    """Why diffusers' config.json, which is there, cannot be read; empty if it can be."""
+    if not weights.name.startswith("diffusion_pytorch_model"):
+        return ""
+    try:
+        _read_config(weights)
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, RecursionError) as error:
+        return (
+            f"WARNING: {weights.with_name('config.json')} cannot be read ({error}): what it states "
+            "of latents and norms is not known; copy or download it again"
+        )
+    return ""
 
 
 # --- writing --------------------------------------------------------------------------------
