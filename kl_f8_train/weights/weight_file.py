@@ -403,7 +403,7 @@ def find(path: Path) -> Path:
                 return path / name
         raise MissingInputError(
             f"{path}: neither a run directory with checkpoints nor a diffusers folder; give one, "
-            "or the weight file itself"
+            f"or the weight file itself{_held(path)}"
         )
     if path.is_file():
         return path
@@ -413,6 +413,13 @@ def find(path: Path) -> Path:
         return hub.fetch(str(path))
     meant = like_path(path, [shipped.BASE_NAME])
     raise MissingInputError(f"weights {path}: no such file; check the path{meant}")
+
+
+def _held(folder: Path) -> str:
+    """The weight files of a folder, or the snapshots of a hub's cache, that may be meant."""
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in hub.WEIGHT_SUFFIXES)
+    files = files or sorted(folder.glob("snapshots/*"))
+    return f": {', '.join(map(str, files[:3]))}{', ...' * (len(files) > 3)}" if files else ""
 
 
 def _read_safetensors(path: Path, wanted: torch_file.Wanted) -> Contents:
