@@ -2,6 +2,7 @@
 
 import csv
 import ctypes
+import errno
 import functools
 import os
 import re
@@ -128,6 +129,32 @@ def test_a_damaged_line_of_the_metrics_does_not_stop_a_run(tmp_path):
         "102",
         "103",
     ]
+
+
+def test_lines_that_a_full_disk_cut_or_joined_do_not_stop_a_run(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("iteration,rec\n101,0.5\n102,0.102,0.25\n103,0.125\n10")
+    table = MetricsFile(path, start=103)
+    table.write(104, {"rec": 0.0625})
+    rows = path.read_text().splitlines()
+    assert rows == ["iteration,rec", "101,0.5", "102,0.102", "103,0.125", "104,0.0625"]
+
+
+def test_a_row_that_a_full_disk_cut_is_written_again_whole(tmp_path, monkeypatch):
+    table = MetricsFile(tmp_path / "metrics.csv", start=100)
+    table.write(101, {"rec": 0.5})
+
+    def cut(writer: object, row: dict[str, str]) -> None:
+        with table.path.open("a") as file:
+            file.write("102,0.")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="No space"):
+        broken.setattr(csv.DictWriter, "writerow", cut)
+        table.write(102, {"rec": 0.25})
+    table.write(103, {"rec": 0.125})
+    rows = table.path.read_text().splitlines()
+    assert rows == ["iteration,rec", "101,0.5", "102,0.25", "103,0.125"]
 
 
 @pytest.mark.slow
