@@ -5,6 +5,7 @@ import ctypes
 import errno
 import functools
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -155,6 +156,33 @@ def test_a_row_that_a_full_disk_cut_is_written_again_whole(tmp_path, monkeypatch
     table.write(103, {"rec": 0.125})
     rows = table.path.read_text().splitlines()
     assert rows == ["iteration,rec", "101,0.5", "102,0.25", "103,0.125"]
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_ends_no_run_unsaved(folder, undisturbed):
+    for ignored in (False, True):  # a dropped connection; one that `disown` was for
+        name = f"closed-{ignored}"
+        ours, theirs = pty.openpty()
+        arguments = runs.overrides(folder, name, "stop_iteration=108")
+        prefix = ["env", "--ignore-signal=HUP"] * ignored
+        process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "kl_f8_train", "train", "demo", *arguments],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+        )
+        os.close(theirs)
+        shown = b""
+        while b"iteration 102 of" not in shown:
+            shown += os.read(ours, 4096)
+        os.close(ours)
+        if not ignored:
+            os.killpg(process.pid, signal.SIGHUP)
+        assert process.wait(60) == (0 if ignored else 128 + signal.SIGHUP)
+        assert list_checkpoints(folder / name)
+        assert train(runs.recipe(folder, name, "stop_iteration=108")) == 0
+        runs.assert_same_state(runs.final_state(folder, name), undisturbed)
 
 
 @pytest.mark.slow
