@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 
 from kl_f8_train import config as configs
-from kl_f8_train.config import Config
 from kl_f8_train.core.metrics import SCORES
 from kl_f8_train.core.perceptual import LABELS, OTHER_VGG
 from kl_f8_train.errors import MissingInputError, UsageError
@@ -27,6 +26,7 @@ from kl_f8_train.output import Say, markdown_table, rendered
 from kl_f8_train.publish import half_precision
 from kl_f8_train.score.compare import not_measured
 from kl_f8_train.score.scores import BIASED_BELOW, score_text
+from kl_f8_train.settings import KL_F8_SHAPES, Config
 from kl_f8_train.units import shortest
 
 README, STRIP, LICENSE = "README.md", "strip.png", "LICENSE"  # written here, and may be edited
@@ -154,7 +154,7 @@ def model_card(
     values = {
         "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         "name": _cell(config.name),
-        "fits": config.model in (configs.KL_F8, configs.KL_F8_16),
+        "fits": config.model in KL_F8_SHAPES,
         "family": FAMILIES.get(record.get("facts", {}).get("family", "")),
         "encoder": _encoder(record),
         "scale": _scale(record.get("facts", {})),
