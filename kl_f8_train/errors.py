@@ -69,8 +69,8 @@ def like(given: str, known: Iterable[str]) -> str:
 def like_path(absent: str | Path, names: Iterable[str] = ()) -> str:
     """What a path that does not exist may have meant, as `; did you mean ...?`.
 
-    By what lies beside it and by further names; or why it is none: a broken link, a `~` that no
-    shell has replaced, an address.
+    By what lies beside it and by further names; or why it does not exist: a broken link, a `~` that
+    no shell has replaced, an address.
     """
     path, known = Path(absent), {name: name for name in names}
     if os.path.islink(path):
