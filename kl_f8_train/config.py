@@ -120,6 +120,7 @@ class Model:
 
 KL_F8 = Model(ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=4, embed_dim=4)
 KL_F8_16 = replace(KL_F8, z_channels=16, embed_dim=16, quant_conv=False)  # SD3's and FLUX's
+PUBLISHED_SHAPES = (KL_F8, KL_F8_16)
 
 
 @dataclass(kw_only=True)

@@ -53,6 +53,7 @@ class Family:
     channels: int  # of the latents
     modelspec: str  # its name in the metadata of single files
     facts: Facts
+    tags: tuple[str, ...]  # on the hub, as the models' authors set them
 
 
 # Scale and shift as in the config.json that the models' authors publish.
@@ -62,24 +63,28 @@ FAMILIES = {
         4,
         "stable-diffusion-v1",
         Facts(scaling_factor=0.18215, force_upcast=True),
+        ("stable-diffusion",),
     ),
     "sdxl": Family(
         "Stable Diffusion XL",
         4,
         "stable-diffusion-xl-v1-base",
         Facts(scaling_factor=0.13025, force_upcast=True, sample_size=1024),
+        ("stable-diffusion", "stable-diffusion-xl"),
     ),
     "sd3": Family(
         "Stable Diffusion 3 and 3.5",
         16,
         "stable-diffusion-3",
         Facts(scaling_factor=1.5305, shift_factor=0.0609, force_upcast=True, sample_size=1024),
+        ("stable-diffusion", "stable-diffusion-3"),
     ),
     "flux": Family(
         "FLUX.1",
         16,
         "flux-1",
         Facts(scaling_factor=0.3611, shift_factor=0.1159, force_upcast=True, sample_size=1024),
+        ("flux",),
     ),
 }
 OTHER = "other"  # none of them: what the file states is taken, and nothing else

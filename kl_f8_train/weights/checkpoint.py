@@ -180,7 +180,7 @@ def base_facts(contents: weight_file.Contents, weights: Weights, config: Config)
     Raises UsageError if the two disagree, or if neither names a family although the shape is one
     that several share.
     """
-    published = config.model in (configs.KL_F8, configs.KL_F8_16)
+    published = config.model in configs.PUBLISHED_SHAPES
     channels = config.model.embed_dim
     stated = weight_file.facts_of(contents, weights)
     try:
