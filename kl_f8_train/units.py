@@ -3,6 +3,7 @@
 import re
 
 SIZES = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
+MEMORY_SIZES = {"GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "B": 1.0}
 
 
 def duration(seconds: float) -> str:
@@ -18,10 +19,20 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in powers of 1000: 950 B, 12 MB, 1.23 GB."""
-    for unit, factor in SIZES.items():
+    """Bytes of files, disks and networks, in powers of 1000: 950 B, 12 MB, 1.23 GB."""
+    return _scaled(count, SIZES)
+
+
+def memory(count: float) -> str:
+    """Bytes of memory in powers of 1024, as torch and nvidia-smi count: 512 MiB, 7.33 GiB."""
+    return _scaled(count, MEMORY_SIZES)
+
+
+def _scaled(count: float, units: dict[str, float]) -> str:
+    for unit, factor in units.items():
         if abs(count) >= 0.9995 * factor:
-            return f"{count / factor:.3g} {unit}"
+            digits = f"{count / factor:.3g}"  # 1,000 to 1,023 MiB would get an exponent
+            return f"{count / factor:,.0f} {unit}" if "e" in digits else f"{digits} {unit}"
     return "0 B"
 
 
