@@ -17,11 +17,12 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, Node, OmegaConf
 from omegaconf.errors import KeyValidationError, OmegaConfBaseException, ValidationError
 
 from kl_f8_train.errors import MissingInputError, UsageError, like_path
 from kl_f8_train.run_dir import CONFIG_FILE
+from kl_f8_train.units import written
 
 SHIPPED = tuple(folder / "configs" for folder in Path(__file__).parents[:2])  # installed, cloned
 
@@ -585,6 +586,9 @@ class Config:
 # --- one table of all settings --------------------------------------------------------------
 
 
+PLAIN_NAMES = {"bool": "true | false", "str": "string"}  # of types, for people
+
+
 @dataclass(frozen=True)
 class Setting:
     """A dotted key, or a group of them; the name of a source in it is NAME."""
@@ -612,7 +616,10 @@ class Setting:
             name = f"{number} | list[{number}]"
         else:
             name = self.kind.__name__ if isinstance(self.kind, type) else str(self.kind)
-        name = str(self.kind) if get_origin(self.kind) is list else name
+        if get_origin(self.kind) is list:
+            (inner,) = get_args(self.kind)
+            name = f"list[{PLAIN_NAMES.get(inner.__name__, inner.__name__)}]"
+        name = PLAIN_NAMES.get(name, name)
         return f"{name} | null" if self.nullable else name
 
 
@@ -625,7 +632,7 @@ def _settings(kind: Any, prefix: str = "") -> Iterator[tuple[str, Setting]]:
             nullable = NoneType in get_args(declared)
             kinds = tuple(arg for arg in get_args(declared) if arg is not NoneType)
             declared = Union[kinds]  # noqa: UP007, of one is that one
-        default = "" if item.default is NO_DEFAULT else item.default
+        default = [] if item.default is NO_DEFAULT else item.default  # of a group, unused
         found = Setting(declared, nullable, default, **item.metadata)
         yield f"{prefix}{item.name}", found
         inner = declared
@@ -652,9 +659,12 @@ def setting_of(key: str) -> Setting | None:
 
 
 def schema() -> list[tuple[str, str, str, str]]:
-    """Rows (key, type, default, meaning) of every setting."""
+    """Rows (key, type, default as a recipe has it, meaning) of every setting.
+
+    The default is empty where there is none: every recipe states the value.
+    """
     return [
-        (key, s.type_name, "in the recipe" if s.default == MISSING else str(s.default), s.doc)
+        (key, s.type_name, "" if s.default == MISSING else written(s.default), s.doc)
         for key, s in SETTINGS.items()
         if not s.is_group
     ]
@@ -712,9 +722,10 @@ def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> di
 def _merge(path: Path, overrides: list[str] | tuple[str, ...]) -> DictConfig:
     raw = _read_yaml(path)
     _expand_source_shorthand(raw, path)
+    _refuse_dotted(raw, path)
     for key, value in leaves(raw):
         if _known(key, str(path)).is_group and isinstance(value, bool | int | float | str | list):
-            _parse(key, str(value), str(path))
+            _parse(key, written(value), str(path))
     with _in_our_words(str(path)):
         merged = OmegaConf.merge(OmegaConf.structured(Config), _exactly_typed(raw))
         assert isinstance(merged, DictConfig)
@@ -740,7 +751,12 @@ def _in_our_words(where: str) -> Iterator[None]:
             )
         else:
             if isinstance(error, ValidationError) and not isinstance(error, KeyValidationError):
-                reason = f"got {repr(error.value).replace('None', 'null')}"
+                # A value, or omegaconf's node around one.
+                value = error.value._value() if isinstance(error.value, Node) else error.value
+                if OmegaConf.is_config(error.value):
+                    value = OmegaConf.to_container(error.value)
+                shown = repr(value) if isinstance(value, str) else written(value)
+                reason = f"got {shown}"
             expected = "a group of settings" if found.is_group else found.type_name
             text = f"{key}: {reason}; expected {expected}: {found.doc}"
         raise UsageError(f"{where}: {text}") from error
@@ -808,7 +824,7 @@ def differences(
         found = setting_of(key)
         unknown_then = old == ABSENT and found is not None and new == found.default
         if not unknown_then and (machine or not (found and found.machine)):
-            lines.append(f"{key}: {_shown(old)} -> {_shown(new)}")
+            lines.append(f"{key}: {written(old)} -> {written(new)}")
     return lines
 
 
@@ -821,12 +837,6 @@ def _changes(
             yield from _changes(before, after, f"{key}.")
         elif before != after:
             yield key, before, after
-
-
-def _shown(value: Any) -> str:
-    if not isinstance(value, Mapping):
-        return str(value)
-    return "{" + ", ".join(f"{key}: {_shown(inner)}" for key, inner in value.items()) + "}"
 
 
 # --- checking -------------------------------------------------------------------------------
@@ -958,7 +968,7 @@ def _ranges(config: Config) -> Iterator[str]:
     """What single values, and values beside each other, may not be."""
     values = dict(leaves(to_dict(config)))
     nested = [
-        f"{key}={value}: expected a list without lists or groups in it"
+        f"{key}={written(value)}: expected a list without lists or groups in it"
         for key, value in values.items()
         if isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
     ]
@@ -1004,7 +1014,7 @@ def _bounds(values: Mapping[str, Any], levels: int) -> Iterator[str]:
             least, most = found.bounds
             most = levels if key == "compute.checkpoint_levels" else most
             if not all(least <= n <= most for n in (value if isinstance(value, list) else [value])):
-                yield f"{key}={value}: expected {_interval(least, most)}"
+                yield f"{key}={written(value)}: expected {_interval(least, most)}"
 
 
 def _sizes(config: Config) -> Iterator[str]:
@@ -1081,6 +1091,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in raw.items()}
 
 
+def _refuse_dotted(raw: Mapping[str, Any], path: Path) -> None:
+    """Raises UsageError for a key of the command line in a file: its groups must be nested."""
+    for key, value in raw.items():
+        group, dot, name = key.partition(".")
+        if dot and setting_of(key):
+            nested = name.replace(".", ": {") + f": {written(value)}" + "}" * key.count(".")
+            raise UsageError(
+                f"{path}: {key}: dots are for key=value on the command line; in a file write "
+                f"{group}: {{{nested}"
+            )
+
+
 def _expand_source_shorthand(raw: dict[str, Any], path: Path) -> None:
     """`sources: PATTERN` and `sources: [PATTERN, ...]` mean one source for each pattern."""
     data = raw.get("data")
@@ -1096,9 +1118,8 @@ def _expand_source_shorthand(raw: dict[str, Any], path: Path) -> None:
             if isinstance(source, str):
                 sources[name] = {"shards": source}
             elif not isinstance(source, dict):
-                shown = "null" if source is None else source
                 raise UsageError(
-                    f"{path}: data.sources.{name}: got {shown}, expected "
+                    f"{path}: data.sources.{name}: got {written(source)}, expected "
                     f"{_doc('data.sources.NAME.shards')}"
                 )
 
@@ -1178,7 +1199,7 @@ def _parse(key: str, text: str, where: str = "") -> Any:
     """Text -> value by the declared type, never by YAML's guess."""
     found, shown = _known(key), f"{where}: {key}" if where else key
     kind, origin = found.kind, get_origin(found.kind)
-    if found.nullable and text in ("null", "none", ""):
+    if found.nullable and text.strip().lower() in ("null", "none", "~", ""):
         return None
     if text.strip() in ("null", "~") and (origin is dict or kind in (Source, str)):  # as in YAML
         raise UsageError(f"{shown}={text}: cannot be null; expected {found.doc}")
@@ -1234,6 +1255,8 @@ def _exactly_typed(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any
             value = _exactly_typed(value, f"{prefix}{name}.")
         elif found and get_origin(found.kind) is Union:
             value = _typed(value, get_args(found.kind)[0])
+        elif found and found.kind is str and isinstance(value, bool):
+            value = written(value)  # name: true
         typed[name] = value
     return typed
 

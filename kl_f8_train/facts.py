@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from kl_f8_train.errors import MissingInputError, UsageError
+from kl_f8_train.units import written
 
 METADATA_PREFIX = "kl_f8_train."  # of our keys in a safetensors file's metadata
 ENTRY = "architecture"  # of a torch file, beside its state_dict
@@ -103,7 +104,7 @@ def from_values(values: Mapping[str, Any]) -> Facts:
             continue
         accepts, expected = ACCEPTED[name]
         if not accepts(value):
-            raise MissingInputError(f"it states {name}={str(value)[:80]}; expected {expected}")
+            raise MissingInputError(f"it states {name}={written(value)[:80]}; expected {expected}")
         found[name] = tuple(value) if isinstance(value, list | tuple) else value
     return Facts(**found)
 

@@ -1,6 +1,8 @@
 """Numbers and names as people read them."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 SIZES = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
 MEMORY_SIZES = {"GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "B": 1.0}
@@ -50,6 +52,21 @@ def batch(global_batch: int, processes: int, micro_batch: int) -> str:
         else f"in {micro_batches:,} micro-batches of {micro_batch:,}"
     )
     return f"{counted(global_batch, 'image', 's')}, {dealt}"
+
+
+def written(value: Any) -> str:
+    """A setting's value as a recipe has it: null, true, {weight: 0.5}; strings bare, but in lists.
+
+    [1, null], ['width >= 256']: a list's strings may contain commas.
+    """
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {written(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        items = (repr(item) if isinstance(item, str) else written(item) for item in value)
+        return f"[{', '.join(items)}]"
+    return str(value) if value != "" else "''"
 
 
 def shortest(value: float) -> str:

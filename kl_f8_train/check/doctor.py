@@ -194,8 +194,8 @@ def _note_useless_settings(report: Report, config: Config) -> None:
         given = {"pictures": config.log.pictures, "pictures_size": config.log.pictures_size}
         for name in (name for name, value in given.items() if value is not None):
             report.remark(
-                f"log.{name}={given[name]} is not used, as log.pictures_every=0 switches "
-                "validation off"
+                f"log.{name}={units.written(given[name])} is not used, as log.pictures_every=0 "
+                "switches validation off"
             )
 
 
@@ -311,7 +311,9 @@ def _tell_settings(report: Report, config: Config, path: Path, overrides: list[s
         key: {"value": value, "origin": where[key]} for key, value in values.items()
     }
     for origin in dict.fromkeys(where.values()):
-        texts = [f"{key}={value}" for key, value in values.items() if where[key] == origin]
+        texts = [
+            f"{key}={units.written(value)}" for key, value in values.items() if where[key] == origin
+        ]
         report.say(textwrap.fill(", ".join(texts), 100, **_hanging(f"  {origin:<9}")))
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kl_f8_train import __version__, images
+from kl_f8_train import __version__, images, units
 from kl_f8_train import config as configs
 from kl_f8_train.config import Config
 from kl_f8_train.core.hashes import data_sha256, frozen_sha256
@@ -555,7 +555,9 @@ def _verify(
         frozen, facts = _read_back(path, FROZEN, weights, stored)
         written = replace(stated, family=None) if layout == "diffusers" else stated
         if combined(written, facts) != facts:
-            raise RunFailedError(f"{path} does not state what its base did: {facts.stated()}")
+            raise RunFailedError(
+                f"{path} does not state what its base did: {units.written(facts.stated())}"
+            )
         again = _autoencoder_of({**weights, **frozen}, facts)
         latents_error = float((again.encode(probe).mean - latents).abs().max())
         del frozen, again  # half of the file at a time: memory
