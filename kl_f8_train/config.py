@@ -22,7 +22,7 @@ from omegaconf.errors import KeyValidationError, OmegaConfBaseException, Validat
 
 from kl_f8_train.errors import MissingInputError, UsageError, like_path
 from kl_f8_train.run_dir import CONFIG_FILE
-from kl_f8_train.units import written
+from kl_f8_train.units import quoted, written
 
 SHIPPED = tuple(folder / "configs" for folder in Path(__file__).parents[:2])  # installed, cloned
 
@@ -755,8 +755,7 @@ def _in_our_words(where: str) -> Iterator[None]:
                 value = error.value._value() if isinstance(error.value, Node) else error.value
                 if OmegaConf.is_config(error.value):
                     value = OmegaConf.to_container(error.value)
-                shown = repr(value) if isinstance(value, str) else written(value)
-                reason = f"got {shown}"
+                reason = f"got {quoted(value)}"
             expected = "a group of settings" if found.is_group else found.type_name
             text = f"{key}: {reason}; expected {expected}: {found.doc}"
         raise UsageError(f"{where}: {text}") from error

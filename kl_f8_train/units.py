@@ -64,9 +64,13 @@ def written(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {written(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list | tuple):
-        items = (repr(item) if isinstance(item, str) else written(item) for item in value)
-        return f"[{', '.join(items)}]"
+        return f"[{', '.join(map(quoted, value))}]"
     return str(value) if value != "" else "''"
+
+
+def quoted(value: Any) -> str:
+    """`written`, with quotes around a string: 'abc', null."""
+    return repr(value) if isinstance(value, str) else written(value)
 
 
 def shortest(value: float) -> str:

@@ -12,7 +12,6 @@ import samples
 import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from safetensors import safe_open
 
 from kl_f8_train import config
 from kl_f8_train.__main__ import main
@@ -149,16 +148,6 @@ def test_a_network_of_no_family_has_no_familys_tags(exported):
     assert small["tags"] == ["vae", "autoencoder"]
     other = card.model_card(samples.recipe("ft_ema"), {**record, "facts": {"family": "other"}})
     assert front_matter(other)["tags"] == ["vae", "autoencoder", "kl-f8"]
-
-
-def test_a_narrow_networks_file_names_no_architecture_it_does_not_fit(tmp_path):
-    runs.make_shards(tmp_path)
-    runs.make_weights(tmp_path / "model.ckpt")
-    train(runs.recipe(tmp_path, "run", "stop_iteration=101", "name=tiny", "init.family=sd"))
-    out = export(tmp_path / "run")
-    assert json.loads((out / "export.json").read_text())["facts"]["family"] == "sd"
-    with safe_open(out / "tiny-ema-pruned.safetensors", "np") as file:
-        assert file.metadata()["modelspec.architecture"] == "autoencoder-kl"
 
 
 def test_the_card_describes_no_file_that_is_not_there(exported):

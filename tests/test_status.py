@@ -479,6 +479,7 @@ def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path):
         ({"init": 3.5, "log": {"every": []}}, "log.every: got [], expected a number"),
         ({"init": "x"}, "init.iteration: got 'x', expected a number"),
         ({"adversarial": {"start_iteration": "soon"}}, "start_iteration: got 'soon'"),
+        ({"stop_iteration": [True]}, "stop_iteration: got [true], expected a number"),
         ({"global_batch": -8}, "global_batch: got -8, expected a number"),
         ({"stop_iteration": float("nan")}, "stop_iteration: got nan, expected a number"),
     ],

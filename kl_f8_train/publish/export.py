@@ -19,7 +19,7 @@ from kl_f8_train.core.hashes import data_sha256, frozen_sha256
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
 from kl_f8_train.core.updates import label, module_name, selection
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
-from kl_f8_train.facts import ENTRY, Facts, combined, settled
+from kl_f8_train.facts import ENTRY, FAMILIES, Facts, combined, settled
 from kl_f8_train.files import check_writable, file_sha256, write_json, write_text
 from kl_f8_train.publish import card, half_precision, rescale
 from kl_f8_train.run import outcome
@@ -515,7 +515,7 @@ def _metadata(
 
     The date is the checkpoint's: when the weights were made, not when they were exported.
     """
-    known = card.family_served(config, record["facts"])
+    known = FAMILIES.get(record["facts"].get("family") or "")
     written = datetime.datetime.fromtimestamp(header.path.stat().st_mtime, datetime.UTC)
     ours = ("iteration", "base_name", "base_sha256", "ema_decay", "config_sha256", "frozen_sha256")
     return {
