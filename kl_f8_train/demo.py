@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from kl_f8_train import config, images, shipped
-from kl_f8_train.config import Config
 from kl_f8_train.data.pack import pack
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import atomic_path, write_json, write_text
@@ -22,6 +21,7 @@ from kl_f8_train.publish import export
 from kl_f8_train.run.train import train
 from kl_f8_train.score import compare, evaluate, report, scores
 from kl_f8_train.score.compare import Verdict, verdict
+from kl_f8_train.settings import ITERATIONS, Config
 from kl_f8_train.weights import weight_file
 
 STAGE_A, STAGE_B = 340, 180  # iterations of each stage, at length 1
@@ -97,10 +97,10 @@ def _ends(length: float) -> tuple[int, int]:
     """The iterations at which the stages end. Raises UsageError if one has none."""
     parts = [round(part * length) for part in (STAGE_A, STAGE_B)]
     base = base_iteration()
-    if not min(parts) or base + sum(parts) > config.ITERATIONS:
+    if not min(parts) or base + sum(parts) > ITERATIONS:
         raise UsageError(
             f"--length {length:g}: leaves a part of the demo without iterations, or gives more "
-            f"than {config.ITERATIONS:,}; expected 0.01 to 100,000"
+            f"than {ITERATIONS:,}; expected 0.01 to 100,000"
         )
     return base + parts[0], base + sum(parts)
 

@@ -1,13 +1,12 @@
-"""The settings page of the documentation, generated from the declarations in `config`."""
+"""The settings page of the documentation, generated from the declarations in `settings`."""
 
 import inspect
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, Literal, Union, get_args, get_origin
 
-from kl_f8_train import config
-from kl_f8_train.config import SETTINGS, Setting
 from kl_f8_train.output import markdown_table
+from kl_f8_train.settings import ABOVE_0, ANY, BELOW_1, MISSING, SETTINGS, Config, Setting
 from kl_f8_train.units import written
 
 HEAD = ("setting", "value", "default", "usual", "resume", "meaning")
@@ -53,7 +52,7 @@ def _title(prefix: str) -> str:
 
 def _preface(prefix: str) -> str:
     """First paragraph of the docstring of a group's dataclass."""
-    kind = SETTINGS[prefix].kind if prefix else config.Config
+    kind = SETTINGS[prefix].kind if prefix else Config
     return inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0]
 
 
@@ -95,13 +94,13 @@ def _range(setting: Setting) -> str:
     if setting.bounds is None:
         return ""
     least, most = setting.bounds
-    start = "above 0" if least == config.ABOVE_0 else f"from {least:,}"
-    end = {config.ANY: "", config.BELOW_1: ", below 1"}.get(most, f" to {most:,}")
+    start = "above 0" if least == ABOVE_0 else f"from {least:,}"
+    end = {ANY: "", BELOW_1: ", below 1"}.get(most, f" to {most:,}")
     return f" {start}{end}"
 
 
 def _default(setting: Setting) -> str:
     value = setting.default
-    if value == config.MISSING:
+    if value == MISSING:
         return "-"
     return f"`{written(value)}`"

@@ -30,6 +30,7 @@ from kl_f8_train.core import perceptual
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.step import Finetuner
+from kl_f8_train.settings import Config
 from kl_f8_train.weights import pretrained
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -176,7 +177,7 @@ def folder(tmp_path_factory):
 def tiny():
     """tiny(recipe, *overrides) -> Config: a shipped recipe for the tiny network, batch 2."""
 
-    def build(recipe: str = "ft_ema", *overrides: str) -> config.Config:
+    def build(recipe: str = "ft_ema", *overrides: str) -> Config:
         return config.load(RECIPES / f"{recipe}.yaml", [*TINY, *overrides])
 
     return build

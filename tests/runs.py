@@ -9,10 +9,10 @@ import skimage.data
 import torch
 
 from kl_f8_train import config, images
-from kl_f8_train.config import Config
 from kl_f8_train.core.discriminator import Discriminator, initialize
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.data.pack import pack
+from kl_f8_train.settings import Config
 from kl_f8_train.weights import weight_file
 
 TINY = (

@@ -14,6 +14,7 @@ from kl_f8_train import config
 from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.data.pack import pack
+from kl_f8_train.settings import Config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 YOURS = ("run_dir=runs/x", "init.weights=model.ckpt", "data.sources=/data/photos")
@@ -28,12 +29,12 @@ TENSORS = {
 }
 
 
-def recipe(name: str = "ft_ema", *overrides: str) -> config.Config:
+def recipe(name: str = "ft_ema", *overrides: str) -> Config:
     """A shipped recipe with what it leaves to the user filled in."""
     return config.load(CONFIGS / f"{name}.yaml", [*YOURS, *overrides])
 
 
-def data_config(folders: dict[str, Path], *overrides: str) -> config.Config:
+def data_config(folders: dict[str, Path], *overrides: str) -> Config:
     """A configuration for small shards: 8 images an iteration, 48 x 48 crops, 6 x 6 latents."""
     sources = ",".join(str(folder) for folder in folders.values())
     fixed = (

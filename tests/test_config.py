@@ -13,6 +13,8 @@ import yaml
 from kl_f8_train import config
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError, UsageError
+from kl_f8_train.rules import micro_batch, nearest, source_shares
+from kl_f8_train.settings import SETTINGS, Model, Source, schema, to_dict
 
 FT_EMA = samples.CONFIGS / "ft_ema.yaml"
 ORIGINS = ("card", "original", "inferred", "open", "yours")
@@ -74,7 +76,7 @@ def test_published_numbers(name, start, stop, pixel, weight):
     assert (settings.loss.pixel, settings.loss.perceptual_weight) == (pixel, weight)
     assert settings.loss.perceptual == "lpips_vgg"
     assert settings.init.select == "ema"
-    assert settings.model == config.Model(
+    assert settings.model == Model(
         ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=4, embed_dim=4
     )
 
@@ -338,8 +340,8 @@ def test_values_out_of_range(override):
 
 
 def test_every_number_has_bounds():
-    numbers = {row[0] for row in config.schema() if re.search(r"\b(int|float)\b", row[1])}
-    assert set(config.BOUNDS) == numbers
+    numbers = {row[0] for row in schema() if re.search(r"\b(int|float)\b", row[1])}
+    assert {key for key, found in SETTINGS.items() if found.bounds} == numbers
 
 
 def test_what_was_got_is_told():
@@ -460,7 +462,7 @@ def test_sources_one_by_one_into_a_recipe_without(overrides):
 def test_source_weights(overrides):
     settings = config.load(FT_EMA, [*samples.YOURS[:2], *overrides])
     assert {name: s.weight for name, s in settings.data.sources.items()} == {"x": 2.0, "y": 1.0}
-    assert config.source_shares(settings) == {"x": 128, "y": 64}
+    assert source_shares(settings) == {"x": 128, "y": 64}
 
 
 def test_source_weight_without_shards_is_missing_shards():
@@ -488,19 +490,19 @@ def test_sources_in_the_file(tmp_path, new, names):
     ("ranks", "images"), [(1, 12), (2, 12), (4, 12), (8, 12), (16, 12), (32, 6)]
 )
 def test_micro_batch(ranks, images):
-    assert config.micro_batch(samples.recipe(), ranks) == images
+    assert micro_batch(samples.recipe(), ranks) == images
 
 
 def test_micro_batch_as_given():
     settings = samples.recipe("ft_ema", "compute.per_device_batch=24")
-    assert config.micro_batch(settings, 8) == 24
+    assert micro_batch(settings, 8) == 24
     with pytest.raises(UsageError, match=r"per_device_batch=24.*12"):
-        config.micro_batch(settings, 16)
+        micro_batch(settings, 16)
 
 
 def test_micro_batch_that_does_not_divide():
     with pytest.raises(UsageError, match=r"5 processes; it divides over \[1, 2, 3, 4, 6, 8, 12"):
-        config.micro_batch(samples.recipe(), 5)
+        micro_batch(samples.recipe(), 5)
     assert "does not divide over 5" in refused("compute.devices=5")
     assert "does not divide over 40" in refused("compute.devices=8", "compute.num_nodes=5")
 
@@ -518,14 +520,14 @@ def test_round_trip():
     for name in ("ft_ema", "ft_mse", "demo"):
         shares = ("data.sources=/d/x,/d/y", "data.sources.x.weight=3", "global_batch=192")
         before = samples.recipe(name, *shares)
-        values = json.loads(json.dumps(config.to_dict(before)))
+        values = json.loads(json.dumps(to_dict(before)))
         assert config.from_dict(values) == before
         assert config.from_dict(yaml.safe_load(config.to_yaml(before))) == before
 
 
 def test_a_setting_that_an_older_version_did_not_have_is_no_change():
     config_now = samples.recipe("ft_mse")
-    before = config.to_dict(config_now)
+    before = to_dict(config_now)
     del before["model"]["norm_num_groups"]
     assert config.differences(before, config_now) == []
     del before["model"]["ch"]  # it has no default
@@ -633,9 +635,9 @@ def test_differences():
 
 
 def test_schema_explains_every_key():
-    rows = config.schema()
+    rows = schema()
     settings = samples.recipe("ft_ema", "data.sources=/d/NAME")
-    assert {row[0] for row in rows} == set(flat(config.to_dict(settings)))
+    assert {row[0] for row in rows} == set(flat(to_dict(settings)))
     for key, kind, default, meaning in rows:
         assert kind, key
         assert len(meaning) > 2, key
@@ -690,7 +692,7 @@ def test_a_typo_is_told_at_once():
 def test_a_name_is_one_part_of_a_file_name(name):
     assert "name=" in refused(f"name={name}")
     with pytest.raises(UsageError, match="expected one part of a file name"):
-        config.from_dict({**config.to_dict(samples.recipe("ft_ema")), "name": name})
+        config.from_dict({**to_dict(samples.recipe("ft_ema")), "name": name})
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\0b", "a\x1bb"])
@@ -704,12 +706,12 @@ def test_other_names_are_taken(name):
 
 
 def test_a_split_that_does_not_divide_names_the_nearest():
-    pair = {"a": config.Source(shards="a", weight=0.7), "b": config.Source(shards="b", weight=0.3)}
+    pair = {"a": Source(shards="a", weight=0.7), "b": Source(shards="b", weight=0.3)}
     recipe = samples.recipe()
     uneven = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=pair))
     with pytest.raises(UsageError, match=r"data.sources.a.weight=134 data.sources.b.weight=58"):
-        config.source_shares(uneven)
-    assert config.nearest({"a": 0.2, "b": 7.8}) == {"a": 1, "b": 7}
+        source_shares(uneven)
+    assert nearest({"a": 0.2, "b": 7.8}) == {"a": 1, "b": 7}
 
 
 @pytest.mark.parametrize("side", ["[512,384]", "[384]", "[100,300]", "[384,400,512]", "x,y"])
@@ -742,7 +744,7 @@ def test_a_decay_or_several_are_read_from_both_places(tmp_path, given, decay):
     for found in (
         samples.recipe("ft_ema", f"ema.decay={given}"),
         config.load(file, samples.YOURS),
-        config.from_dict(config.to_dict(samples.recipe("ft_ema", f"ema.decay={given}"))),
+        config.from_dict(to_dict(samples.recipe("ft_ema", f"ema.decay={given}"))),
     ):
         assert found.ema.decay == decay
         kinds = {type(value) for value in found.ema.decays}
@@ -762,6 +764,6 @@ def test_decays_that_cannot_be(tmp_path, given):
 
 
 def test_the_types_of_unions_are_shown():
-    shown = {key: kind for key, kind, _, _ in config.schema()}
+    shown = {key: kind for key, kind, _, _ in schema()}
     assert shown["ema.decay"] == "float | list[float]"
     assert shown["data.shorter_side"] == "int | list[int] | null"

@@ -25,8 +25,10 @@ import torch
 from PIL import Image
 
 from kl_f8_train import config, shipped
-from kl_f8_train.__main__ import build_parser, main
+from kl_f8_train.__main__ import main
+from kl_f8_train.arguments import build_parser
 from kl_f8_train.run_dir import read_rows
+from kl_f8_train.settings import schema
 from kl_f8_train.weights import weight_file
 
 ROOT = Path(__file__).parents[1]
@@ -385,7 +387,7 @@ def test_links_lead_somewhere(doc):
 
 @pytest.mark.parametrize("doc", DOCS)
 def test_settings_named_in_the_text_exist(doc):
-    known = {row[0] for row in config.schema()}
+    known = {row[0] for row in schema()}
     groups = {key.partition(".")[0] for key in known if "." in key}
     for span in spans(doc):
         key = span.partition("=")[0]

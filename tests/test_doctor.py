@@ -14,16 +14,17 @@ import runs
 import samples
 import torch
 
-from kl_f8_train import config
-from kl_f8_train.__main__ import _after_doctor, main
+from kl_f8_train.__main__ import main
 from kl_f8_train.check import cost, doctor, scaling, screen
 from kl_f8_train.core import machine
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.losses import reconstruction_loss
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.files import file_sha256
+from kl_f8_train.next_command import after_doctor
 from kl_f8_train.run.train import train
 from kl_f8_train.run_dir import checkpoint_path, list_checkpoints, remove_old_checkpoints
+from kl_f8_train.settings import Checkpoint
 from kl_f8_train.weights import pretrained, weight_file
 
 
@@ -90,7 +91,7 @@ def test_the_checkpoints_it_announces_are_those_that_come(examined, folder):
 @pytest.mark.parametrize("milestone", [0, 4, 5, 10, 107])
 def test_count_of_kept_checkpoints(tmp_path, start, last, milestone):
     """Against the program's own clearing away, on empty files."""
-    settings = config.Checkpoint(every=2, keep_last=last, keep_every=milestone)
+    settings = Checkpoint(every=2, keep_last=last, keep_every=milestone)
     for iteration in range(start + 1, 108):
         if iteration % 2 == 0 or iteration == 107:
             path = checkpoint_path(tmp_path, iteration)
@@ -525,13 +526,13 @@ def test_without_all_it_is_one_screen_with_the_next_command(folder, capsys):
 
 def test_the_next_command_is_printed_where_it_is_short():
     assert (
-        _after_doctor("demo", ["run_dir=a b"], False, False)
+        after_doctor("demo", ["run_dir=a b"], False, False)
         == "kl-f8-train train demo 'run_dir=a b'"
     )
-    assert _after_doctor("demo", [], True, True) == "kl-f8-train train demo --allow-changes"
+    assert after_doctor("demo", [], True, True) == "kl-f8-train train demo --allow-changes"
     long = ["x" * 300]
-    assert _after_doctor("demo", long, False, True) == "the same command without --dry-run"
-    assert _after_doctor("demo", long, False, False) == f"kl-f8-train train demo {long[0]}"
+    assert after_doctor("demo", long, False, True) == "the same command without --dry-run"
+    assert after_doctor("demo", long, False, False) == f"kl-f8-train train demo {long[0]}"
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import torch
 from diffusers import AutoencoderKL as DiffusersAutoencoderKL
 from safetensors.torch import save_file
 
-from kl_f8_train import config, facts
+from kl_f8_train import facts
 from kl_f8_train.__main__ import main
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.facts import Facts
 from kl_f8_train.publish.export import export
 from kl_f8_train.run.train import train
+from kl_f8_train.settings import SETTINGS
 from kl_f8_train.weights import weight_file
 from kl_f8_train.weights.names import Weights, diffusers_config, to_diffusers
 
@@ -140,7 +141,7 @@ def test_metadata_there_and_back():
 
 
 def test_the_setting_knows_every_family():
-    names = config.SETTINGS["init.family"].kind
+    names = SETTINGS["init.family"].kind
     assert set(get_args(names)) == {*facts.FAMILIES, facts.OTHER}
 
 

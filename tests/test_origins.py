@@ -5,13 +5,14 @@ import samples
 
 from kl_f8_train import config
 from kl_f8_train.check import origins
+from kl_f8_train.settings import leaves, to_dict
 
 
 def found(name: str, *overrides: str) -> dict[str, str]:
     """Origin of every setting of a shipped recipe."""
     given = [*samples.YOURS, *overrides]
     path = samples.CONFIGS / f"{name}.yaml"
-    keys = dict(config.leaves(config.to_dict(config.load(path, given))))
+    keys = dict(leaves(to_dict(config.load(path, given))))
     return origins.origins(path, given, keys)
 
 

@@ -23,7 +23,6 @@ import torch
 
 from kl_f8_train import __version__
 from kl_f8_train.check import cost
-from kl_f8_train.config import Config, micro_batch
 from kl_f8_train.core import machine, perceptual
 from kl_f8_train.core.batch import Batch, timed_by
 from kl_f8_train.core.discriminator import Discriminator, initialize
@@ -31,6 +30,8 @@ from kl_f8_train.core.model import AutoencoderKL, kernels
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data.loading import IterationSampler, PositionDataset, loader, open_data
 from kl_f8_train.errors import MissingInputError, UsageError
+from kl_f8_train.rules import micro_batch
+from kl_f8_train.settings import Config
 from kl_f8_train.units import counted, duration, memory, speed
 from kl_f8_train.weights import pretrained
 

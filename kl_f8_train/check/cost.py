@@ -24,14 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from kl_f8_train import config as configs
-from kl_f8_train.config import Config
 from kl_f8_train.core import machine, perceptual
 from kl_f8_train.core.batch import Batch, timed_by
 from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.losses import GROUP
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL, autocast
 from kl_f8_train.core.step import Finetuner, Loop
+from kl_f8_train.settings import KL_F8, Config
 from kl_f8_train.weights import pretrained
 
 GIB = 2**30
@@ -311,7 +310,7 @@ def on_gpu(config: Config) -> bool:
 
 def is_full_size(config: Config) -> bool:
     """Whether the networks have kl-f8's shape: figures for GPUs say nothing about smaller ones."""
-    return config.model == configs.KL_F8
+    return config.model == KL_F8
 
 
 def run_compiles(config: Config) -> bool:

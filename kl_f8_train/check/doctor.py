@@ -24,7 +24,6 @@ from torch import Tensor
 from kl_f8_train import config as configs
 from kl_f8_train import facts, images, units
 from kl_f8_train.check import benchmark, cost, origins, overlap, scaling, screen
-from kl_f8_train.config import Config
 from kl_f8_train.core import machine, perceptual
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.losses import generator_loss, reconstruction_loss
@@ -38,9 +37,11 @@ from kl_f8_train.data.sources import FolderSource, ImageSource, open_source
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError, UserError
 from kl_f8_train.files import check_writable
 from kl_f8_train.output import Say
+from kl_f8_train.rules import micro_batch, side_range
 from kl_f8_train.run.tracking import check_tensorboard, wandb_reachable
 from kl_f8_train.run.train import adopt, check_model, fixed_photographs, start_or_resume
 from kl_f8_train.run_dir import list_checkpoints
+from kl_f8_train.settings import Checkpoint, Config, leaves, to_dict
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted, duration, memory, size
 from kl_f8_train.units import speed as rate
@@ -205,7 +206,7 @@ def _plan_without_inputs(report: Report, path: Path, overrides: list[str]) -> Co
     Whatever else is wrong also becomes a problem: a missing value would hide it.
     """
     with contextlib.suppress(UserError):  # already reported
-        values = dict(configs.leaves(configs.resolve(path, overrides)))
+        values = dict(leaves(configs.resolve(path, overrides)))
         absent = [f"{key}={ABSENT}" for key, value in values.items() if value == "???"]
         if absent:
             with report.section("the other settings"):
@@ -305,7 +306,7 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
 
 
 def _tell_settings(report: Report, config: Config, path: Path, overrides: list[str]) -> None:
-    values = dict(configs.leaves(configs.to_dict(config)))
+    values = dict(leaves(to_dict(config)))
     where = origins.origins(path, overrides, values)
     report.facts["settings"] = {
         key: {"value": value, "origin": where[key]} for key, value in values.items()
@@ -333,7 +334,7 @@ def planned_processes(config: Config) -> int:
 
 
 def _check_batch(report: Report, config: Config, world: int) -> None:
-    micro = configs.micro_batch(config, world)
+    micro = micro_batch(config, world)
     batch, rate = config.global_batch, config.optimizer.learning_rate
     parts = batch // world // micro
     updates = config.stop_iteration - (config.init.iteration or 0)
@@ -486,7 +487,7 @@ def _check_source(report: Report, config: Config, name: str) -> None:
     speed = count / (time.perf_counter() - began)
     bad = sum(len(sample.skipped) for sample in samples)
     profiles = Counter(sample.profile for sample in samples if sample.profile)
-    sides = configs.side_range(config.data)
+    sides = side_range(config.data)
     side = sides[1] if sides else None
     small = 0 if side is None else _count_smaller(side, dataset, range(count))
     report.facts.setdefault("data", {})[name] = {
@@ -598,7 +599,7 @@ def _try_iteration(
     report.facts |= {"start_iteration": finetuner.iteration, "warmup": finetuner.warmup_left}
     cuda = machine.on_cuda(config.compute)
     device = torch.device("cuda" if cuda else "cpu")
-    micro = configs.micro_batch(config, world)
+    micro = micro_batch(config, world)
     count = micro if cuda else min(micro, FEW_IMAGES)
     plan, sources = open_data(config, report.tell)
     adopt(finetuner, identity.of_data(sources), config.run_dir, allow_changes)
@@ -741,7 +742,7 @@ def _device_name(cuda: bool) -> str:
 # --- the bill -------------------------------------------------------------------------------
 
 
-def kept_checkpoints(config: configs.Checkpoint, start: int, stop: int) -> int:
+def kept_checkpoints(config: Checkpoint, start: int, stop: int) -> int:
     """How many checkpoints are there in the end: the newest, and the milestones before them."""
     saved = range(start - start % config.every + config.every, stop, config.every)
     newest = [*saved[max(0, len(saved) - config.keep_last + 1) :], stop]

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from kl_f8_train.check import cost
-from kl_f8_train.config import Config, divisor_up_to
+from kl_f8_train.divisors import divisor_up_to
+from kl_f8_train.settings import Config
 
 PRODUCT_SHARE = 0.6  # of the peak rate that convolutions are assumed to reach
 MEMORY_SHARE = 0.8  # of memory's rate that other kernels are assumed to reach

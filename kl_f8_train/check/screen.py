@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from kl_f8_train import units
-from kl_f8_train.config import Config
 from kl_f8_train.core.machine import on_cuda
 from kl_f8_train.core.perceptual import LABELS
+from kl_f8_train.settings import Config
 from kl_f8_train.units import counted, duration, memory, size
 
 

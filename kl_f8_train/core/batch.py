@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from kl_f8_train.config import divisor_up_to
+from kl_f8_train.divisors import divisor_up_to
 
 
 @dataclass

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from kl_f8_train.config import Config
 from kl_f8_train.core.batch import parts, phase
 from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.machine import Compiled
@@ -42,6 +41,7 @@ from kl_f8_train.core.updates import (
     step_if_finite,
     total,
 )
+from kl_f8_train.settings import Config
 
 GROUP = 12  # images; the original: 16 GPUs x 12
 Distance = Callable[[Tensor, Tensor], Tensor]  # images, reconstructions -> (B, 1, 1, 1)

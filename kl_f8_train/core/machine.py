@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from kl_f8_train.config import Compute
 from kl_f8_train.core.model import AutoencoderKL, NormSwish, UpLevel, Upsample
 from kl_f8_train.errors import RunFailedError, UsageError
 from kl_f8_train.files import check_writable
+from kl_f8_train.settings import Compute
 from kl_f8_train.units import written
 
 Compiled = Callable[[Callable[..., Any]], Callable[..., Any]]  # compiles a function

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from kl_f8_train.config import divisor_up_to
+from kl_f8_train.divisors import divisor_up_to
 
 FROZEN = ("encoder", "quant_conv")
 TRAINED = ("decoder", "post_quant_conv")

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kl_f8_train.config import Config
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.output import say
+from kl_f8_train.settings import Config
 from kl_f8_train.units import counted, memory
 
 SHARED_MEMORY = Path("/dev/shm")

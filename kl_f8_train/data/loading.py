@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from kl_f8_train import images
-from kl_f8_train.config import Config, side_range, source_shares
 from kl_f8_train.core.batch import Batch, random_state
 from kl_f8_train.data.handover import FEW_FILES, Handover, Parcel, raise_open_files
 from kl_f8_train.data.shard_cache import ShardCache
@@ -35,6 +34,8 @@ from kl_f8_train.errors import ImageError, MissingInputError, SmallImageError
 from kl_f8_train.files import cache_dir
 from kl_f8_train.launch import SIGNALS, end_children
 from kl_f8_train.lifetime import end_with_parent
+from kl_f8_train.rules import side_range, source_shares
+from kl_f8_train.settings import Config
 from kl_f8_train.units import counted
 
 MAX_NEIGHBOURS = 100  # bad samples in a row before the run stops

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kl_f8_train.config import source_setting
 from kl_f8_train.data.index import (
     COMPRESSED,
     GONE,
@@ -33,6 +32,7 @@ from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, UsageError
 from kl_f8_train.files import cache_dir, one_at_a_time
 from kl_f8_train.folders import Listing, describe_count, list_folder, read_file
+from kl_f8_train.overrides import source_setting
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import are, counted, printable
 

@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 
 from kl_f8_train import config as configs
-from kl_f8_train.config import Config
 from kl_f8_train.core.metrics import SCORES
 from kl_f8_train.core.perceptual import LABELS, OTHER_VGG
 from kl_f8_train.errors import MissingInputError, UsageError
@@ -27,6 +26,7 @@ from kl_f8_train.output import Say, markdown_table, rendered
 from kl_f8_train.publish import half_precision
 from kl_f8_train.score.compare import not_measured
 from kl_f8_train.score.scores import BIASED_BELOW, score_text
+from kl_f8_train.settings import KL_F8, KL_F8_SHAPES, Config
 from kl_f8_train.units import shortest
 
 README, STRIP, LICENSE = "README.md", "strip.png", "LICENSE"  # written here, and may be edited
@@ -154,7 +154,7 @@ def model_card(
     values = {
         "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         "name": _cell(config.name),
-        "fits": config.model in configs.PUBLISHED_SHAPES,
+        "fits": config.model in KL_F8_SHAPES,
         "family": family,
         "encoder": _encoder(record),
         "scale": _scale(record.get("facts", {})),
@@ -316,7 +316,7 @@ def _finite_score(value: Any, metric: str) -> Any:
 
 def family_served(config: Config, stated: Mapping[str, Any]) -> Family | None:
     """The family whose models can use this VAE; None if its shape or its latents are of no one."""
-    fits = config.model in configs.PUBLISHED_SHAPES
+    fits = config.model in KL_F8_SHAPES
     return FAMILIES.get(stated.get("family") or "") if fits else None
 
 
@@ -326,7 +326,7 @@ def _tags(config: Config, record: Mapping[str, Any]) -> list[str]:
     served = list(family.tags) if family else []
     if served and DIFFUSERS in record["files"]:
         served.append(f"{served[0]}-diffusers")
-    kind = ["kl-f8"] if config.model == configs.KL_F8 else []
+    kind = ["kl-f8"] if config.model == KL_F8 else []
     return [*served, "vae", "autoencoder", *kind]
 
 
@@ -404,7 +404,7 @@ def _programs(config: Config, record: Mapping[str, Any]) -> str:
 
     AUTOMATIC1111 and the code of the first Stable Diffusion have no VAEs of 16 channels.
     """
-    four = config.model.z_channels == configs.KL_F8.z_channels
+    four = config.model.z_channels == KL_F8.z_channels
     files = {suffix: f"{record['stem']}.{suffix}" for suffix in ("safetensors", "ckpt")}
     files = {suffix: file for suffix, file in files.items() if file in record["files"]}
     safetensors, ckpt = files.get("safetensors"), files.get("ckpt")

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from kl_f8_train import __version__, images, units
 from kl_f8_train import config as configs
-from kl_f8_train.config import Config
+from kl_f8_train.averages import label, module_name, selection
 from kl_f8_train.core.hashes import data_sha256, frozen_sha256
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
-from kl_f8_train.core.updates import label, module_name, selection
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import ENTRY, FAMILIES, Facts, combined, settled
 from kl_f8_train.files import check_writable, file_sha256, write_json, write_text
 from kl_f8_train.publish import card, half_precision, rescale
 from kl_f8_train.run import outcome
 from kl_f8_train.run_dir import best_checkpoint, is_run
+from kl_f8_train.settings import KL_F8_SHAPES, Config, to_dict
 from kl_f8_train.units import counted
 from kl_f8_train.weights import checkpoint, names, weight_file
 from kl_f8_train.weights.names import State
@@ -118,7 +118,7 @@ def _provenance(header: weight_file.Contents, config: Config, ema: float | None)
         "ema_decay": config.ema.decays[0] if ema is None else ema,
         "config_sha256": hashlib.sha256(header.metadata["config"].encode()).hexdigest(),
         "frozen_sha256": header.metadata["frozen_sha256"],
-        "config": configs.to_dict(config),
+        "config": to_dict(config),
     }
 
 
@@ -263,7 +263,7 @@ def _summary(out: Path, record: dict[str, Any]) -> list[str]:
 
 def _stated_facts(header: weight_file.Contents, config: Config, family: str | None) -> Facts:
     """What the run's base stated; UsageError if a family must be given, or another is."""
-    published = config.model in configs.PUBLISHED_SHAPES
+    published = config.model in KL_F8_SHAPES
     stated = checkpoint.stored_facts(header, config)
     given = family or config.init.family
     return _settled(header.path, stated, config.model.embed_dim, given, published)

@@ -14,7 +14,6 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from kl_f8_train.config import Config
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.core.updates import average_over_ranks, ema_distance
@@ -24,6 +23,7 @@ from kl_f8_train.output import say
 from kl_f8_train.run.callback import Course, finetuner_of, tolerated
 from kl_f8_train.run.tracking import Trackers
 from kl_f8_train.run_dir import METRICS_FILE, MetricsFile, skipped_images
+from kl_f8_train.settings import Config
 from kl_f8_train.units import counted, duration, figure, shortest, speed
 
 SHOWN_SKIPPED = 20  # images named in the log; all are in the run's skipped-RANK.txt

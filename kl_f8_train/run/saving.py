@@ -15,7 +15,6 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Adam
 
-from kl_f8_train import config as configs
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.core.updates import HostCopy, to_host
 from kl_f8_train.errors import RunFailedError
@@ -29,6 +28,7 @@ from kl_f8_train.run_dir import (
     checkpoint_path,
     remove_old_checkpoints,
 )
+from kl_f8_train.settings import Checkpoint
 from kl_f8_train.weights import checkpoint
 
 ANSWER = 60.0  # seconds for an iteration to end after a signal; launchers wait 120 (torchrun)
@@ -46,7 +46,7 @@ class Checkpoints(Callback):
     """
 
     def __init__(
-        self, run_dir: Path, config: configs.Checkpoint, frozen_sha256: str, course: Course
+        self, run_dir: Path, config: Checkpoint, frozen_sha256: str, course: Course
     ) -> None:
         self.run_dir, self.config, self.frozen = run_dir, config, frozen_sha256
         self.course = course

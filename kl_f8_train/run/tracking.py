@@ -16,11 +16,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from kl_f8_train import config as configs
-from kl_f8_train.config import Config
 from kl_f8_train.errors import UsageError
 from kl_f8_train.files import write_text
 from kl_f8_train.output import Say
+from kl_f8_train.settings import Config, to_dict
 
 FINISH_SECONDS = 120.0  # for wandb's last upload; what is not uploaded stays in run_dir/wandb
 SERVER_VARIABLES = ("WANDB_BASE_URL", "WANDB_API_KEY")  # offline logging needs neither
@@ -200,7 +199,7 @@ class WandbTracker:
             id=self._id(),
             resume="allow",
             dir=str(self.run_dir),
-            config=configs.to_dict(self.config),
+            config=to_dict(self.config),
         )
 
     def _id(self) -> str:

@@ -30,7 +30,6 @@ from torch.utils.data import DataLoader
 
 from kl_f8_train import config as configs
 from kl_f8_train import facts, images, output, units
-from kl_f8_train.config import Config, micro_batch, validation_sizes
 from kl_f8_train.core import machine
 from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
 from kl_f8_train.core.hashes import frozen_sha256
@@ -62,6 +61,8 @@ from kl_f8_train.files import check_writable, write_text
 from kl_f8_train.folders import is_system, load_sizes
 from kl_f8_train.launch import SRUN, TORCHRUN, launched
 from kl_f8_train.lifetime import announce_to_ranks
+from kl_f8_train.overrides import source_setting
+from kl_f8_train.rules import micro_batch, validation_sizes
 from kl_f8_train.run import outcome
 from kl_f8_train.run.callback import Course
 from kl_f8_train.run.compiling import Compiling
@@ -81,6 +82,7 @@ from kl_f8_train.run_dir import (
     note_failure,
     remove_leftovers,
 )
+from kl_f8_train.settings import Config
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
 from kl_f8_train.weights.names import State, architecture, check_like
@@ -591,7 +593,7 @@ def _source_of_pictures(config: Config, sources: Mapping[str, ImageSource]) -> s
         if isinstance(source, FolderSource) and pictures.is_relative_to(source.folder.resolve()):
             inside = pictures.relative_to(source.folder.resolve()).parts
             if not any(map(is_system, inside)):  # such folders are not trained on
-                return configs.source_setting(name, config.data.sources[name].shards)
+                return source_setting(name, config.data.sources[name].shards)
     return None
 
 

@@ -9,13 +9,13 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from kl_f8_train import images, output
-from kl_f8_train.config import Config
 from kl_f8_train.core import metrics
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.files import atomic_path
 from kl_f8_train.run.callback import finetuner_of, tolerated
 from kl_f8_train.run.outcome import badness
 from kl_f8_train.run_dir import VALIDATION_FILE, MetricsFile
+from kl_f8_train.settings import Config
 from kl_f8_train.units import counted, shortest
 
 ReportScores = Callable[[int, dict[str, float], Path], None]  # of an iteration's row and its strip

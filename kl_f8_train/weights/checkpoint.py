@@ -14,13 +14,14 @@ from torch.optim import Adam
 
 from kl_f8_train import config as configs
 from kl_f8_train import facts
-from kl_f8_train.config import Config
+from kl_f8_train.averages import module_names
 from kl_f8_train.core.hashes import frozen_sha256, tensors_sha256
 from kl_f8_train.core.step import Finetuner
-from kl_f8_train.core.updates import HostCopy, module_names
+from kl_f8_train.core.updates import HostCopy
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import Facts
 from kl_f8_train.run_dir import checkpoint_path
+from kl_f8_train.settings import KL_F8_SHAPES, Config, Model, to_dict
 from kl_f8_train.units import are, counted
 from kl_f8_train.weights import weight_file
 from kl_f8_train.weights.names import State, Weights, check_like
@@ -130,7 +131,7 @@ def snapshot(
         **run.facts.metadata(),
         "changes": "\n".join(run.changes),
         "identity": json.dumps(run.identity),
-        "config": json.dumps(configs.to_dict(finetuner.config)),
+        "config": json.dumps(to_dict(finetuner.config)),
     }
     return Snapshot(memory.copy(tensors), metadata, (run.iteration, run.warmup_left))
 
@@ -180,7 +181,7 @@ def base_facts(contents: weight_file.Contents, weights: Weights, config: Config)
     Raises UsageError if the two disagree, or if neither names a family although the shape is one
     that several share.
     """
-    published = config.model in configs.PUBLISHED_SHAPES
+    published = config.model in KL_F8_SHAPES
     channels = config.model.embed_dim
     stated = weight_file.facts_of(contents, weights)
     try:
@@ -298,7 +299,7 @@ def _averages_of(networks: State, before: list[float], now: list[float]) -> Stat
     return taken
 
 
-def check_groups(stated: Facts, model: configs.Model) -> None:
+def check_groups(stated: Facts, model: Model) -> None:
     """Raises MissingInputError if a file states other norms than the recipe's."""
     groups = stated.norm_num_groups
     if groups not in (None, model.norm_num_groups):

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from kl_f8_train.errors import MissingInputError
+from kl_f8_train import shipped
+from kl_f8_train.errors import MissingInputError, like_path
 
 FILES = tuple(
     f"{folder}diffusion_pytorch_model.{suffix}"
@@ -22,6 +23,16 @@ def is_id(text: str) -> bool:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) or text.endswith(WEIGHT_SUFFIXES):
         return False
     return not Path(text).parent.is_dir()
+
+
+def check_exists(weights: str, key: str = "") -> None:
+    """Raises MissingInputError for weights that are neither here nor named as on the hub."""
+    here = weights == shipped.BASE_NAME or Path(weights).exists()
+    if not here and not is_id(weights):
+        raise MissingInputError(
+            f"{key}{weights}: no such file; expected a weight file, a diffusers folder, a run "
+            f"directory or a hub id OWNER/NAME{like_path(weights, [shipped.BASE_NAME])}"
+        )
 
 
 def fetch(repo: str) -> Path:

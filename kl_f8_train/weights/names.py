@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kl_f8_train.core.updates import label, module_name
+from kl_f8_train.averages import label, module_name
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.facts import GROUPS, Facts
 

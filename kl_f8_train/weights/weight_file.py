@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kl_f8_train import facts, shipped
+from kl_f8_train.averages import selection
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.core.updates import selection
 from kl_f8_train.errors import MissingInputError, UsageError, like_path
 from kl_f8_train.facts import Facts
 from kl_f8_train.files import atomic_path, file_sha256

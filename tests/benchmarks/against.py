@@ -20,7 +20,6 @@ from torch import Tensor
 
 from kl_f8_train import config as configs
 from kl_f8_train.check import benchmark
-from kl_f8_train.config import Config
 from kl_f8_train.core import machine
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.losses import (
@@ -33,6 +32,7 @@ from kl_f8_train.core.model import kernels
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.images import to_float
 from kl_f8_train.output import say
+from kl_f8_train.settings import Config
 from kl_f8_train.units import counted, duration
 
 

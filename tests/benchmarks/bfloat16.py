@@ -15,9 +15,9 @@ import torch
 
 from kl_f8_train import config, demo, images, shipped
 from kl_f8_train.check import benchmark
-from kl_f8_train.config import Config
 from kl_f8_train.core import metrics
 from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.settings import Config
 from kl_f8_train.weights import weight_file
 
 SMALL = ("data.crop=64", "global_batch=4", "data.workers=0", "ema.decay=0.98")

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from kl_f8_train import config, images, shipped
 from kl_f8_train.check import benchmark
-from kl_f8_train.config import Config
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.step import Finetuner
+from kl_f8_train.settings import Config
 from kl_f8_train.weights import weight_file
 
 LOSSES = {

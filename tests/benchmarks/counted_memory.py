@@ -24,6 +24,7 @@ import torch
 from kl_f8_train import config
 from kl_f8_train.check import benchmark
 from kl_f8_train.core.batch import timed_by
+from kl_f8_train.settings import Config
 
 RECIPES = ("ft_ema", "ft_mse", "flux_vae")
 LEVELS = (0, 2, 4)
@@ -32,7 +33,7 @@ HEAD = ("recipe", "compiled", "levels", "micro_batch", "images", "bytes", "phase
 PATHS = ("run_dir=none", "init.weights=none", "data.sources=none")
 
 
-def settings(recipe: str, compiled: bool, levels: int, micro: int, images: int) -> config.Config:
+def settings(recipe: str, compiled: bool, levels: int, micro: int, images: int) -> Config:
     """A shipped recipe with these switches."""
     switches = (
         f"compute.compile={str(compiled).lower()}",
@@ -43,7 +44,7 @@ def settings(recipe: str, compiled: bool, levels: int, micro: int, images: int) 
     return config.load(config.find_recipe(recipe), [*PATHS, *switches])
 
 
-def peaks(setup: config.Config, images: int) -> dict[str, int]:
+def peaks(setup: Config, images: int) -> dict[str, int]:
     """The most bytes that torch had allocated in each phase of an iteration."""
     found: dict[str, int] = {}
 

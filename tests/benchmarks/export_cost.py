@@ -19,6 +19,7 @@ from kl_f8_train import config
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.run_dir import checkpoint_path
+from kl_f8_train.settings import to_dict
 from kl_f8_train.weights import checkpoint, weight_file
 
 NETWORK = 83_653_863 * 4
@@ -63,7 +64,7 @@ def write_checkpoint(run_dir: Path) -> None:
         "kl_f8_train.format": checkpoint.FORMAT,
         "iteration": "5",
         "frozen_sha256": frozen_sha256(weights),
-        "config": json.dumps(config.to_dict(settings)),
+        "config": json.dumps(to_dict(settings)),
     }
     weight_file.write_safetensors(checkpoint_path(run_dir, 5), tensors, metadata)
 

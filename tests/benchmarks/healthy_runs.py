@@ -19,6 +19,7 @@ from kl_f8_train.run import curves, status
 from kl_f8_train.run.curves import Chart
 from kl_f8_train.run.train import train
 from kl_f8_train.run_dir import Row, read_rows
+from kl_f8_train.settings import Config
 from kl_f8_train.weights import weight_file
 
 LENGTH = 150  # iterations of a run
@@ -90,7 +91,7 @@ def main(root: Path, pictures: Path = Path("docs/healthy-run")) -> None:
             print(f"{name}: {warning}")
 
 
-def recipe(root: Path, *overrides: str) -> config.Config:
+def recipe(root: Path, *overrides: str) -> Config:
     """The demo's recipe on its photographs below `root`."""
     shards = f"data.sources={root}/shards"
     return config.load(config.find_recipe("demo"), [shards, *overrides])

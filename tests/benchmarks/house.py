@@ -139,6 +139,7 @@ def traced_way() -> dict[str, dict[str, int]]:
     from kl_f8_train import config, shipped
     from kl_f8_train.data.pack import pack
     from kl_f8_train.run import train
+    from kl_f8_train.settings import Config
 
     called: set[tuple[str, int]] = set()
 
@@ -162,7 +163,7 @@ def traced_way() -> dict[str, dict[str, int]]:
 
     build = train._trainer
 
-    def with_tracer(recipe: config.Config, callbacks: list[Any]) -> Any:
+    def with_tracer(recipe: Config, callbacks: list[Any]) -> Any:
         return build(recipe, [*callbacks, Tracer()])
 
     train._trainer = with_tracer  # type: ignore[assignment]

@@ -18,6 +18,7 @@ import scaling_tables
 from kl_f8_train import config
 from kl_f8_train.check import cost, scaling
 from kl_f8_train.output import markdown_table
+from kl_f8_train.settings import Config
 
 PATHS = ("run_dir=none", "init.weights=none", "data.sources=none", "data.shorter_side=null")
 CARDS = tuple(gpu for gpu in scaling.GPUS if gpu.torch_name in ("A100", "H100", "RTX 4090"))
@@ -59,7 +60,7 @@ def predict(name: str, levels: int, gpu: scaling.Gpu, count: int) -> scaling.Pre
     return scaling.predict(work, scaling.seconds_per_image(work, gpu, count), count, gpu)
 
 
-def load(name: str, levels: int) -> config.Config:
+def load(name: str, levels: int) -> Config:
     """A shipped recipe with so many levels checkpointed."""
     settings = scaling_tables.load_published(name)
     return replace(settings, compute=replace(settings.compute, checkpoint_levels=levels))

@@ -4,8 +4,9 @@ python tests/benchmarks/scaling_tables.py
 """
 
 from kl_f8_train.check import scaling
-from kl_f8_train.config import Config, find_recipe, load
+from kl_f8_train.config import find_recipe, load
 from kl_f8_train.output import markdown_table
+from kl_f8_train.settings import Config
 
 
 def table() -> str:

@@ -22,6 +22,7 @@ from kl_f8_train import config, demo, images, shipped
 from kl_f8_train.core import metrics
 from kl_f8_train.run.train import train
 from kl_f8_train.run_dir import checkpoint_path
+from kl_f8_train.settings import Config
 from kl_f8_train.weights import pretrained, weight_file
 
 BASE = demo.base_iteration()
@@ -95,7 +96,7 @@ def rates(root: Path, warmups: list[int]) -> None:
     print(f"{time.process_time() - began:.0f} s of CPU, {torch.get_num_threads()} thread(s)")
 
 
-def recipe(root: Path, *overrides: str) -> config.Config:
+def recipe(root: Path, *overrides: str) -> Config:
     """The demo's recipe on its photographs below `root`, with many checkpoints and little talk."""
     common = (
         f"data.sources={root}/shards",

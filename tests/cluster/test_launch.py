@@ -14,6 +14,7 @@ from launched import FEW, ROOT, Running, environment, wait_for
 
 from kl_f8_train import config
 from kl_f8_train.launch import launched
+from kl_f8_train.rules import micro_batch
 
 ALLOCATION = {
     **{"SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"},
@@ -46,7 +47,7 @@ def test_multi_node_defaults_are_16_gpus_times_12():
         recipe = config.load(
             config.find_recipe(name), ["run_dir=x", "init.weights=x", "data.sources=x"]
         )
-        assert config.micro_batch(recipe, 16) == 12
+        assert micro_batch(recipe, 16) == 12
         assert recipe.global_batch == 16 * 12
 
 

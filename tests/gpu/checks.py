@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kl_f8_train import config as configs
 from kl_f8_train.check import benchmark, cost
-from kl_f8_train.config import Config
+from kl_f8_train.settings import Config
 
 REHEARSING = os.environ.get("ACCEPTANCE") == "cpu"
 PRETENDED = pretended.is_here()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from checks import REHEARSED
 
-from kl_f8_train.config import Compute
 from kl_f8_train.core import machine
+from kl_f8_train.settings import Compute
 
 pytestmark = REHEARSED
 

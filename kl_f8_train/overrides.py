@@ -1,0 +1,143 @@
+"""A setting as it is written: its key, and its value as a string, read by the declared type."""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from kl_f8_train.errors import UsageError
+from kl_f8_train.settings import SETTINGS, Setting, Source, setting_of
+from kl_f8_train.units import written
+
+
+def parse_sources(text: str) -> dict[str, dict[str, str]]:
+    """`A,B` -> one source for each pattern, named after the directory that holds its shards."""
+    body = text.strip().removesuffix("{}")
+    if body.startswith("[") and body.endswith("]"):
+        body = body[1:-1]
+    patterns = [part.strip() for part in re.split(r",(?![^{]*\})", body) if part.strip()]
+    sources: dict[str, dict[str, str]] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        name = path.name if not path.suffix else path.parent.name
+        name = re.sub(r"\W+", "_", name).strip("_") or "images"
+        while name in sources:
+            name += "_2"
+        sources[name] = {"shards": pattern}
+    return sources
+
+
+def source_setting(name: str, pattern: str) -> str:
+    """A source as its user named it: `data.sources=PATTERN` where its name follows from that."""
+    derived = next(iter(parse_sources(pattern)), "")
+    if re.fullmatch(f"{re.escape(derived)}(_2)*", name):
+        return f"data.sources={pattern}"
+    return f"data.sources.{name}.shards={pattern}"
+
+
+def known_setting(key: str, where: str = "command line") -> Setting:
+    """What is known of a key; UsageError with the nearest key if it is unknown."""
+    if found := setting_of(key):
+        return found
+    source = re.match(r"data\.sources\.([^.]+)\.", key)
+    known = [name.replace("NAME", source[1] if source else "NAME") for name in SETTINGS]
+    nearest = max(known, key=lambda name: _likeness(key, name))
+    if _likeness(key, nearest):
+        raise UsageError(f"{where}: unknown key {key!r}. Did you mean {nearest!r}?")
+    group = key.rpartition(".")[0]
+    names = ", ".join(_below(group)) or "no keys below it"
+    raise UsageError(f"{where}: unknown key {key!r}; {group or 'the top level'} has {names}")
+
+
+def _below(group: str) -> list[str]:
+    """Names of the settings right below a group."""
+    parts = [name.rpartition(".") for name in SETTINGS]
+    return [name for parent, _, name in parts if parent == group]
+
+
+def _likeness(key: str, known: str) -> float:
+    """How much two keys look alike, group and last part; 0 where the last part may be another."""
+    (group, _, name), (known_group, _, known_name) = key.rpartition("."), known.rpartition(".")
+    names = difflib.SequenceMatcher(None, name, known_name).ratio()
+    groups = difflib.SequenceMatcher(None, group, known_group).ratio() if group else 1.0
+    return names + groups if names == 1 or min(names, groups) > 0.7 else 0.0
+
+
+def read_value(key: str, text: str, where: str = "") -> Any:
+    """Text -> value by the declared type, never by YAML's guess."""
+    found, shown = known_setting(key), f"{where}: {key}" if where else key
+    kind, origin = found.kind, get_origin(found.kind)
+    if found.nullable and text.strip().lower() in ("null", "none", "~", ""):
+        return None
+    if text.strip() in ("null", "~") and (origin is dict or kind in (Source, str)):  # as in YAML
+        raise UsageError(f"{shown}={text}: cannot be null; expected {found.doc}")
+    if origin is dict:
+        sources = parse_sources(text)
+        return {name: Source(shards=sources[name]["shards"]) for name in sources}
+    if kind is Source:
+        return Source(shards=text)
+    if is_dataclass(kind):
+        names = ", ".join(f"{key}.{name}" for name in _below(key))
+        raise UsageError(f"{shown}={text}: this is a group of settings; set {names}")
+    values = [p.strip() for p in text.strip().strip("[]").split(",") if p.strip()]
+    if origin is Union:
+        numbers = [_typed(value, get_args(kind)[0]) for value in values]
+        if not values or any(isinstance(number, str) for number in numbers):
+            raise UsageError(f"{shown}={text}: expected {SEVERAL[get_args(kind)[0]]}")
+        return numbers if "[" in text or len(numbers) > 1 else numbers[0]
+    inner = get_args(kind)[0] if origin is list else kind
+    try:
+        return [READERS[inner](v) for v in values] if origin is list else READERS[inner](text)
+    except KeyError:
+        pass
+    except ValueError:
+        raise UsageError(f"{shown}={text}: expected {EXPECTED[inner]}") from None
+    if origin is Literal and text not in get_args(kind):
+        near = difflib.get_close_matches(text, get_args(kind), n=1)
+        hint = f". Did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"{shown}={text}: expected one of {', '.join(get_args(kind))}{hint}")
+    return values if origin is list else text
+
+
+def _bool(text: str) -> bool:
+    return bool(("false", "true").index(text.lower()))
+
+
+READERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, bool: _bool}
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
+SEVERAL = {  # of a setting that takes one number or several
+    int: "a whole number, or several as [384,512]",
+    float: "a number, or several as [0.999,0.9999]",
+}
+
+
+def exactly_typed(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values, where one number or several are taken in exactly the declared type.
+
+    Elsewhere omegaconf converts, as 0 or "1e-3" to a float; of a union it wants the type itself.
+    """
+    typed = {}
+    for name, value in values.items():
+        found = setting_of(f"{prefix}{name}")
+        if isinstance(value, Mapping):
+            value = exactly_typed(value, f"{prefix}{name}.")
+        elif found and get_origin(found.kind) is Union:
+            value = _typed(value, get_args(found.kind)[0])
+        elif found and found.kind is str and isinstance(value, bool):
+            value = written(value)  # name: true
+        typed[name] = value
+    return typed
+
+
+def _typed(value: Any, kind: type) -> Any:
+    """A number, or a text that reads as one, in a type; anything else unchanged, to be refused."""
+    if isinstance(value, list):
+        return [_typed(item, kind) for item in value]
+    if not isinstance(value, int | str) or isinstance(value, bool):
+        return value
+    try:
+        return READERS[kind](str(value))
+    except ValueError:
+        return value
