@@ -534,7 +534,8 @@ def _print_schema(keys: list[str]) -> None:
     beginnings = tuple(f"{key}." for key in keys)
     for name, kind, default, doc in settings:
         if not keys or name in keys or name.startswith(beginnings):
-            print(f"{name}\n    {doc}\n    {kind}; {default}")
+            stated = f"default {default}" if default else "no default, a recipe states it"
+            print(f"{name}\n    {doc}\n    {kind}; {stated}")
 
 
 def _config(args: argparse.Namespace) -> int:

@@ -310,7 +310,7 @@ def change_a_file(folder: Path) -> dict[str, int]:
     ("change", "named"),
     [
         (change_shard_size, "per_shard: 4 there, 5 asked for"),
-        (change_reencoding, "reencode: False there, True asked for"),
+        (change_reencoding, "reencode: false there, true asked for"),
         (add_a_file, r"1 file new \(new.png\)"),
         (remove_a_file, r"1 file missing \(photo 0.jpg\)"),
         (change_a_file, r"1 file of another size \(photo 0.jpg\)"),
