@@ -106,7 +106,7 @@ def from_values(values: Mapping[str, Any]) -> Facts:
         if not accepts(value):
             raise MissingInputError(f"it states {name}={written(value)[:80]}; expected {expected}")
         if name == "sample_size" and isinstance(value, list | tuple):
-            value = value[0]  # height and width: diffusers, too, takes the first
+            value = value[0]  # of height and width diffusers takes the first
         found[name] = tuple(value) if isinstance(value, list | tuple) else value
     return Facts(**found)
 
