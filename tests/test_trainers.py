@@ -247,7 +247,7 @@ def test_an_index_that_lacks_a_tensor(tmp_path):
 )
 def test_an_index_that_is_none(tmp_path, content):
     several_files(tmp_path)[0].write_text(content)
-    with pytest.raises(MissingInputError, match="it is no index: expected weight_map"):
+    with pytest.raises(MissingInputError, match="not an index: expected weight_map"):
         read(tmp_path)
 
 

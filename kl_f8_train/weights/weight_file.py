@@ -509,7 +509,7 @@ def _weight_map(path: Path) -> dict[str, str]:
         values = json.loads(file.read(HEADER_BYTES))
     found = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise MissingInputError("it is no index: expected weight_map, the file of each tensor")
+        raise MissingInputError("not an index: expected weight_map, the file of each tensor")
     if any(Path(name).name != name or INDEX.search(name) for name in found.values()):
         raise MissingInputError("it names files outside its folder")
     return {str(key): name for key, name in found.items()}
