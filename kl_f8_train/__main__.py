@@ -185,7 +185,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from kl_f8_train.weights import weight_file
 
     select = "raw" if args.raw else "ema" if args.ema is None else selection(args.ema)
-    found = weight_file.report(*weight_file.read_weights(args.weights, select))
+    found = weight_file.report(*weight_file.read_weights(args.weights, select, args.prefix))
     print(json.dumps(found, indent=2) if args.json else weight_file.describe(found))
     return 0
 
