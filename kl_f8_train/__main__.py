@@ -462,6 +462,9 @@ def _index(args: argparse.Namespace) -> int:
             f"{are(len(source.broken))} broken, as said above; download "
             "them again, then rerun this command, or train with data.bad_shards=skip"
         )
+    if not source.counts.sum():
+        remedy = "loosen the filters" if filters else "expected images beside their metadata"
+        raise MissingInputError(f"{args.source}: no image to train on, as counted above; {remedy}")
     return 0
 
 
