@@ -391,6 +391,17 @@ def test_a_discriminator_of_another_size_names_it_and_a_new_one_can_be_asked_for
     assert train(runs.recipe(tmp_path, "run", *extra, "init.discriminator=new")) == 0
 
 
+def test_a_discriminator_that_is_not_finite_is_refused_at_the_start(tmp_path):
+    """Training would leave out every update, and blame the learning rate."""
+    shards = runs.make_shards(tmp_path)
+    content = torch.load(runs.make_weights(tmp_path / "model.ckpt"), weights_only=True)
+    content["state_dict"]["loss.discriminator.main.0.weight"][0] = torch.nan
+    torch.save(content, tmp_path / "model.ckpt")
+    extra = (f"data.sources={shards}", "stop_iteration=101")
+    with pytest.raises(MissingInputError, match=r"main\.0\.weight first.*init\.discriminator=new"):
+        train(runs.recipe(tmp_path, "run", *extra))
+
+
 # --- other architectures --------------------------------------------------------------------
 
 
