@@ -35,7 +35,7 @@ from kl_f8_train.units import are, counted, duration
 from kl_f8_train.weights import hub
 
 if TYPE_CHECKING:
-    from kl_f8_train.check.doctor import Report
+    from kl_f8_train.check.findings import Report
 
 
 def main(arguments: list[str] | None = None) -> int:
