@@ -246,7 +246,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise UsageError("--latents-scaled is of saved latents; give --latents with it")
     _check_places(args.images, args.out)
     from kl_f8_train.score import report
-    from kl_f8_train.score.evaluate import PROTOCOLS, evaluate
+    from kl_f8_train.score.evaluate import evaluate
+    from kl_f8_train.score.protocol import PROTOCOLS
 
     sizes = args.size or [256]
     with _bar("image") as progress:
@@ -298,7 +299,7 @@ def _evaluate_latents(args: argparse.Namespace, named: list[tuple[str, Path, str
     if args.images:
         _check_places(args.images, args.out)
     from kl_f8_train.score import generated
-    from kl_f8_train.score.evaluate import PROTOCOLS
+    from kl_f8_train.score.protocol import PROTOCOLS
 
     with _bar("latent") as progress:
         generated.evaluate_latents(

@@ -28,9 +28,20 @@ from kl_f8_train.files import check_writable, file_sha256, write_json, write_tex
 from kl_f8_train.launch import world_size
 from kl_f8_train.output import Progress, markdown_table
 from kl_f8_train.output import say as say_aloud
-from kl_f8_train.score import evaluate, report, saved_latents
-from kl_f8_train.score.evaluate import CARD, Candidate, Networks, Protocol
+from kl_f8_train.score import report, saved_latents
+from kl_f8_train.score.candidates import Candidate, autoencoder, load_candidates
+from kl_f8_train.score.image_set import ImageSet
 from kl_f8_train.score.inception import FEATURES, Inception
+from kl_f8_train.score.measure import (
+    Networks,
+    describe_networks,
+    exact_float32,
+    find_inception,
+    find_perceptual,
+    own_device,
+    score,
+)
+from kl_f8_train.score.protocol import CARD, Protocol
 from kl_f8_train.score.saved_latents import SavedLatent, Scale
 from kl_f8_train.score.scores import (
     BIASED_BELOW,
@@ -92,15 +103,15 @@ def evaluate_latents(
     if world_size() > 1:
         raise UsageError("--latents takes one process; start it without torchrun")
     latents = saved_latents.survey(Path(where), limit)
-    candidates = evaluate.load_candidates(named, "cpu")
-    vaes = [(c.name, c.facts, evaluate.autoencoder(c).embed_dim) for c in candidates]
+    candidates = load_candidates(named, "cpu")
+    vaes = [(c.name, c.facts, autoencoder(c).embed_dim) for c in candidates]
     for vae in candidates:
-        model = evaluate.autoencoder(vae)
+        model = autoencoder(vae)
         saved_latents.check_fit(latents, vae.name, model.embed_dim, model.downsampling)
     scales = saved_latents.scales(latents, scaled, vaes)
     check_writable(out)
-    with evaluate.exact_float32():
-        device = evaluate.own_device(device)
+    with exact_float32():
+        device = own_device(device)
         counts = f"{counted(len(vaes), 'model', 's')}, {counted(len(latents), 'latent', 's')}"
         for line in (counts, *saved_latents.describe(latents, scales)):
             say_aloud(line)
@@ -110,9 +121,9 @@ def evaluate_latents(
         found = _decode_all(latents, scales, candidates, networks, protocol, out, device, progress)
         conditions = {
             **_conditions(latents, scales, scaled, protocol),
-            **evaluate.describe_networks(networks),
+            **describe_networks(networks),
         }
-        side = size or min(latents[0].shape[1:]) * evaluate.autoencoder(candidates[0]).downsampling
+        side = size or min(latents[0].shape[1:]) * autoencoder(candidates[0]).downsampling
         reference = None
         if photographs and networks.inception:
             reference = _photograph_features(photographs, side, out, networks.inception, device)
@@ -137,9 +148,9 @@ def _networks(
     """Those that are needed: one for pairs, Inception for FID."""
     found = Networks()
     if len(vaes) > 1:
-        evaluate.find_perceptual(found, perceptual, vgg, device, say_aloud)
+        find_perceptual(found, perceptual, vgg, device, say_aloud)
     if with_fid:
-        evaluate.find_inception(found, inception, device, say_aloud)
+        find_inception(found, inception, device, say_aloud)
     return found
 
 
@@ -193,7 +204,7 @@ def _decoded(
 ) -> Iterator[tuple[str, Tensor]]:
     """(name of the VAE, uint8 (1, 3, H, W)); notes the scores of the images by themselves."""
     for candidate in candidates:
-        output = evaluate.autoencoder(candidate).decode(z)
+        output = autoencoder(candidate).decode(z)
         if not bool(output.isfinite().all()):
             raise RunFailedError(
                 f"{candidate.name}: decodes {latent.name} to values that are not finite; its "
@@ -224,7 +235,7 @@ def own_scores(output: Tensor, levels: Tensor) -> dict[str, float]:
 
 def pair_scores(a: Tensor, b: Tensor, networks: Networks) -> dict[str, float]:
     """How far two uint8 (1, 3, H, W) decodes of one latent are apart; shifts are b minus a."""
-    scores = evaluate.score(a, b, network=networks.perceptual)
+    scores = score(a, b, network=networks.perceptual)
     return {name: float(value) for name, value in scores.items() if name != "sharpness"}
 
 
@@ -234,7 +245,7 @@ def _photograph_features(
 ) -> FeatureStatistics:
     """Inception's statistics of photographs; unreadable ones are left out and reported."""
     statistics = FeatureStatistics.empty(FEATURES, device)
-    images = evaluate.ImageSet(where, size, warn=say_aloud, out=out)
+    images = ImageSet(where, size, warn=say_aloud, out=out)
     for sample in images.stream(range(images.count), threads=2):
         if sample.image is None:
             say_aloud(sample.problem)
