@@ -356,7 +356,7 @@ def _check_compared(compared: list[str] | None, names: list[str]) -> None:
 
 
 def _card(args: argparse.Namespace) -> int:
-    from kl_f8_train.run_dir import export_meant
+    from kl_f8_train.run_dir import EXPORT_FILE, export_meant
 
     if args.license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", args.license):
         raise UsageError(
@@ -366,7 +366,7 @@ def _card(args: argparse.Namespace) -> int:
     if args.base_model and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.base_model):
         raise UsageError(f"--base-model {args.base_model}: expected OWNER/NAME, as on the hub")
     needed = (
-        (args.export / "export.json", f"; give {export_meant(args.export)}"),
+        (args.export / EXPORT_FILE, f"; give {export_meant(args.export)}"),
         (args.scores, "; `kl-f8-train evaluate` writes scores.json"),
         (args.license_file, "; give the text of the license"),
     )

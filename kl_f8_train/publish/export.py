@@ -22,15 +22,14 @@ from kl_f8_train.facts import ENTRY, FAMILIES, Facts, combined, settled
 from kl_f8_train.files import check_writable, file_sha256, write_json, write_text
 from kl_f8_train.publish import card, half_precision, rescale
 from kl_f8_train.run import outcome
-from kl_f8_train.run_dir import best_checkpoint, is_run
+from kl_f8_train.run_dir import CONFIG_FILE, EXPORT_FILE, best_checkpoint, is_run
 from kl_f8_train.settings import KL_F8_SHAPES, Config, to_dict
 from kl_f8_train.weights import checkpoint, names, weight_file
 from kl_f8_train.weights.names import State
 
 LAYOUTS = ("safetensors", "ckpt", "diffusers")
 DTYPES = {"float32": "", "float16": "fp16", "bfloat16": "bf16"}  # and their short names
-SUMMARY = "export.json"
-SIZE = 128  # of the images that try half precision, in pixels
+TRIED_SIDE = 128  # pixels, of the images that try half precision
 
 
 class WeightFile(NamedTuple):
@@ -69,6 +68,7 @@ def export(
     if `out` is a run directory; MissingInputError if there is no training checkpoint, or no such
     EMA in it; RunFailedError if a written file does not read back as what was exported.
     """
+    # What is exported, and where to: nothing is read in full before both are known to work.
     source = _best(source) if best else source
     _check_choice(source, average, raw, ema)
     header = weight_file.read(source, _nothing)
@@ -79,11 +79,12 @@ def export(
     out = out or _home(source) / "-".join(["export", *marks])
     stem = "-".join([config.name, kind, "pruned", *(m for m in marks if m != kind)])
     files = _weight_files(out, stem, layouts, dtype)
-    written = [*_paths(files), out / "config.yaml"]
-    _refuse_to_overwrite(out, [*written, out / "README.md", out / SUMMARY], force)
-    before = _listed_files(out / SUMMARY)
+    written = [*_paths(files), out / CONFIG_FILE]
+    _refuse_to_overwrite(out, [*written, out / card.README, out / EXPORT_FILE], force)
+    before = _listed_files(out / EXPORT_FILE)
 
-    named, tried = half_precision.choose_images(pictures, min(SIZE, config.data.crop))
+    # The weights in memory, averaged and made safe, and what is known of them.
+    named, tried = half_precision.choose_images(pictures, min(TRIED_SIDE, config.data.crop))
     weights = _stored_weights(header, select)
     record: dict[str, Any] = {"name": config.name, "stem": stem, "weights": kind, "dtype": dtype}
     record |= _provenance(header, config, ema)
@@ -93,6 +94,7 @@ def export(
     model, stated, measured = _fp16_safe(model, stated, tried, fp16_safe, say)
     record |= {"facts": stated.stated(), "half_precision": {"images": named, **measured}}
 
+    # The files, each read back; the card and the record last, as they hold hashes of the others.
     about = {**_metadata(config, header, record), **stated.metadata()}
     _write_weights(files, model, stated, about, config.data.crop, record["iteration"])
     record["checks"] = _verify(out, files, model, stated)
@@ -156,11 +158,11 @@ def _write_weights(
 
 def _describe(out: Path, written: Sequence[Path], record: dict[str, Any], config: Config) -> None:
     """Writes the configuration, the card and the summary, which has all other files' hashes."""
-    write_text(out / "config.yaml", configs.to_yaml(config))
+    write_text(out / CONFIG_FILE, configs.to_yaml(config))
     record["files"] = {str(path.relative_to(out)): file_sha256(path) for path in written}
-    write_text(out / "README.md", card.model_card(config, record))
-    record["files"]["README.md"] = file_sha256(out / "README.md")
-    write_json(out / SUMMARY, record)
+    write_text(out / card.README, card.model_card(config, record))
+    record["files"][card.README] = file_sha256(out / card.README)
+    write_json(out / EXPORT_FILE, record)
 
 
 def _fp16_safe(
@@ -224,7 +226,7 @@ def _summary(out: Path, record: dict[str, Any]) -> list[str]:
         mean = record["half_precision"]["bfloat16"]["mean"]
         rounding = [f"WARNING: bfloat16 costs {mean:.2g} levels of 255; publish float32"]
     return [
-        *(f"{check}: {outcome}" for check, outcome in record["checks"].items()),
+        *(f"{check}: {result}" for check, result in record["checks"].items()),
         *half_precision.describe(record["half_precision"]),
         *rounding,
         *(
@@ -303,9 +305,9 @@ def make_fp16_safe(
     out = out or Path(stem)
     files = _weight_files(out, stem, ("safetensors", "diffusers"), "float32")
     written = _paths(files)
-    _refuse_to_overwrite(out, [*written, out / SUMMARY], force)
+    _refuse_to_overwrite(out, [*written, out / EXPORT_FILE], force)
 
-    named, tried = half_precision.choose_images(pictures, SIZE)
+    named, tried = half_precision.choose_images(pictures, TRIED_SIDE)
     frozen = frozen_sha256(model.state_dict())
     model, stated, measured = _fp16_safe(model, stated, tried, True, say)
     record: dict[str, Any] = {
@@ -324,7 +326,7 @@ def make_fp16_safe(
             f"{source}: its encoder changed; the files in {out} are not to be used"
         )
     record["files"] = {str(path.relative_to(out)): file_sha256(path) for path in written}
-    write_json(out / SUMMARY, record)
+    write_json(out / EXPORT_FILE, record)
     for line in _summary(out, {"dtype": "float32", **record}):
         say(line)
     return out
@@ -557,7 +559,7 @@ def _read_back(
 ) -> tuple[State, Facts]:
     """Encoder or decoder of a written file, in float32, and what the file states.
 
-    Raises RunFailedError unless the file has the names of `weights`, and there its numbers.
+    Raises RunFailedError unless the file has the names of `weights`, and these parts their values.
     """
     prefixes = tuple(f"{part}." for part in parts)
     read = weight_file.read(path, lambda names: [n for n in names if n.startswith(prefixes)])

@@ -1,9 +1,9 @@
 """Decodes latents that no photograph belongs to, such as a sampler's, with every VAE.
 
 Nothing shows what such an image should be, so nothing here is a quality: each VAE's sharpness and
-colours, how far two VAEs are apart on the same latents, and pictures of both. Where photographs of
-the same kind are given, the Frechet distance of Inception's features to those of the photographs
-comes to it. Latents go through one at a time: they may have any size.
+colours, how far two VAEs are apart on the same latents, and pictures of both. Given photographs of
+the same kind, also FID against them: the Frechet distance of Inception's features. Latents are
+decoded one at a time, as they may have any size.
 """
 
 import csv
@@ -424,7 +424,7 @@ def _write_pictures(
 
 
 def _write_strip(out: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """One row a latent, a column each VAE and each difference from the first; one size of image."""
+    """A row for each latent of the first's size, a column for each VAE and each difference."""
     first = _load(out, entries[0]["models"])
     shape = next(iter(first.values())).shape
     most = max(1, min(report.STRIP_ROWS, STRIP_SIDE // shape[1]))

@@ -113,8 +113,7 @@ def write_comparison(
     values: dict[str, Any] = {
         "a": a,
         "b": b,
-        "interval": f"{compare.LEVEL:.0%} BCa bootstrap of the mean of "
-        f"{b} minus {a} per image, "
+        "interval": f"{compare.LEVEL:.0%} BCa bootstrap of the mean of {b} minus {a} per image, "
         f"{compare.RESAMPLES:,} resamples, seed 0",
         "per_image_sha256": _rows_sha256(directory),
         "verdicts": [verdict.as_dict() for verdict in found],
@@ -434,15 +433,10 @@ def _facts(values: Mapping[str, Any]) -> dict[str, str]:
     for key, value in values.items():
         if value is not None and value != "":
             whole = isinstance(value, int) and not isinstance(value, bool)
-            facts[key.replace("_", " ")] = f"{value:,}" if whole else str(_listed(value))
+            if isinstance(value, Mapping):  # versions and the like, in one line
+                value = ", ".join(f"{name} {entry}" for name, entry in value.items())
+            facts[key.replace("_", " ")] = f"{value:,}" if whole else str(value)
     return facts
-
-
-def _listed(value: Any) -> Any:
-    """Versions and the like in one line."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {entry}" for key, entry in value.items())
-    return value
 
 
 # --- what the page's script reads --------------------------------------------------------------
