@@ -1,4 +1,4 @@
-"""Launcher variables, the signals a launcher sends, and the end of loader processes."""
+"""Launcher variables, a launcher's signals, cores, and the end of loader processes."""
 
 import multiprocessing
 import os
@@ -120,6 +120,13 @@ def _number(name: str, launcher: str, least: int = 0, most: int = 99_999) -> int
 def _remedy(launcher: str) -> str:
     there = ", ".join(name for name in SIGNS if name in os.environ)
     return f", as {launcher} sets it; start the processes with it, or unset {there}"
+
+
+def available_cores() -> int:
+    """Cores that this process may run on; on macOS all of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def end_children() -> None:

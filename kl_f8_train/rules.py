@@ -192,7 +192,7 @@ def _sizes(config: Config) -> Iterator[str]:
     if not 1 <= levels <= MOST_LEVELS:
         yield f"model.ch_mult={config.model.ch_mult}: expected 1 to {MOST_LEVELS} numbers"
     else:
-        multiple = 2 ** (levels - 1)
+        multiple = config.model.downsampling
         if config.data.crop % multiple:
             yield f"data.crop={config.data.crop}: expected a multiple of {multiple}"
         sizes = validation_sizes(config)

@@ -105,6 +105,11 @@ class Model:
         "1x1 convolutions around the latents", True, usual="true; SD3 and FLUX: false"
     )
 
+    @property
+    def downsampling(self) -> int:
+        """Pixels of a latent's side: each level but the last halves an image."""
+        return 2 ** (len(self.ch_mult) - 1)
+
 
 KL_F8 = Model(ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=4, embed_dim=4)
 KL_F8_16 = replace(KL_F8, z_channels=16, embed_dim=16, quant_conv=False)  # SD3's and FLUX's

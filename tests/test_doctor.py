@@ -127,7 +127,7 @@ def test_a_run_that_would_resume_is_left_as_it_is(examined, folder):
 
 
 def test_a_cold_iteration_is_called_one(examined, monkeypatch):
-    monkeypatch.setattr(doctor, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(trial, "PATIENCE_SECONDS", 0.0)
     _, found, printed = examined("cold", "stop_iteration=110", *runs.NO_ADVERSARIAL)
     assert found["cold_iteration"]
     assert "s (the first, cold iteration; later ones are quicker) on " in printed
@@ -144,8 +144,8 @@ def test_an_iteration_that_compiled_is_run_again(examined, monkeypatch):
         return norms
 
     gradient_audit = trial.gradient_audit
-    monkeypatch.setattr(doctor, "gradient_audit", audit)
-    monkeypatch.setattr(doctor, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(trial, "gradient_audit", audit)
+    monkeypatch.setattr(trial, "PATIENCE_SECONDS", 0.0)
     eager = partial(machine.compile_networks, backend="eager")
     monkeypatch.setattr(machine, "compile_networks", eager)
     switches = "compute.compile=true", "stop_iteration=110", *runs.NO_ADVERSARIAL

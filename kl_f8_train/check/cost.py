@@ -30,6 +30,7 @@ from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.losses import GROUP
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL, autocast
 from kl_f8_train.core.step import Finetuner, Loop
+from kl_f8_train.divisors import divisors
 from kl_f8_train.settings import KL_F8, Config
 from kl_f8_train.weights import pretrained
 
@@ -448,10 +449,10 @@ def largest_divisor(config: Config, share: int, room_bytes: float) -> int:
 
     0 if not even one image fits.
     """
-    divisors = (n for n in range(share, 0, -1) if share % n == 0)
-    return next((n for n in divisors if peak_bytes(config, n, share) <= room_bytes), 0)
+    largest_first = reversed(divisors(share))
+    return next((n for n in largest_first if peak_bytes(config, n, share) <= room_bytes), 0)
 
 
 def latent_side(config: Config) -> int:
     """Latents per side: crop / 8 for kl-f8."""
-    return int(config.data.crop // 2 ** (len(config.model.ch_mult) - 1))
+    return config.data.crop // config.model.downsampling

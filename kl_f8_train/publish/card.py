@@ -155,7 +155,7 @@ def model_card(
     """README.md of an export: how to use it, how it was made, what was measured and checked."""
     details = details or Details()
     front = _front_matter(record, details, evaluated)
-    factor, files = 2 ** (len(config.model.ch_mult) - 1), record["files"]
+    factor, files = config.model.downsampling, record["files"]
     values = {
         "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         "name": _cell(config.name),

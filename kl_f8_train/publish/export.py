@@ -68,7 +68,6 @@ def export(
     if `out` is a run directory; MissingInputError if there is no training checkpoint, or no such
     EMA in it; RunFailedError if a written file does not read back as what was exported.
     """
-    # What is exported, and where to: nothing is read in full before both are known to work.
     source = _best(source) if best else source
     _check_choice(source, average, raw, ema)
     header = weight_file.read(source, _nothing)
@@ -83,7 +82,6 @@ def export(
     _refuse_to_overwrite(out, [*written, out / card.README, out / EXPORT_FILE], force)
     before = _listed_files(out / EXPORT_FILE)
 
-    # The weights in memory, averaged and made safe, and what is known of them.
     named, tried = half_precision.choose_images(pictures, min(TRIED_SIDE, config.data.crop))
     weights = _stored_weights(header, select)
     record: dict[str, Any] = {"name": config.name, "stem": stem, "weights": kind, "dtype": dtype}
@@ -94,7 +92,6 @@ def export(
     model, stated, measured = _fp16_safe(model, stated, tried, fp16_safe, say)
     record |= {"facts": stated.stated(), "half_precision": {"images": named, **measured}}
 
-    # The files, each read back; the card and the record last, as they hold hashes of the others.
     about = {**_metadata(config, header, record), **stated.metadata()}
     _write_weights(files, model, stated, about, config.data.crop, record["iteration"])
     record["checks"] = _verify(out, files, model, stated)

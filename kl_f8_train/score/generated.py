@@ -94,7 +94,7 @@ def evaluate_latents(
 ) -> dict[str, Any]:
     """Decodes the latents saved in a folder or file with weights (name, file, "ema" or "raw").
 
-    `scaled` is one of saved_latents.SCALED, for files that do not say; `photographs` a folder or
+    `scaled` is "no", "yes" or a family, for files that do not say; `photographs` a folder or
     shards for FID, cut to squares of `size` pixels (None: the shorter side of the first decoded
     image). Writes decoded.json, per_latent.csv, table.md, strip.png and pictures to `out`, prints
     the table, and returns what decoded.json holds. Raises MissingInputError for files that are not
