@@ -483,6 +483,41 @@ def test_an_index_that_cannot_be_read_is_made_anew(tmp_path, cut):
         assert source.columns == before.columns
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda shard: shard.unlink(), "cannot be opened any more: No such file"),
+        (
+            lambda shard: shard.write_bytes(shard.read_bytes()[:1100]),
+            "has changed since it was indexed",
+        ),
+        (lambda shard: shard.write_bytes(b"<html>" * 500), "has changed since it was indexed"),
+        (lambda shard: repacked(shard), "has changed since it was indexed"),
+    ],
+)
+def test_a_shard_that_goes_or_changes_while_it_is_used_is_named(tmp_path, change, said):
+    shard = samples.write_tar(tmp_path / "0.tar", {"0.jpg": b"one", "1.jpg": b"second"})
+    source = open_source(shard)
+    source.read(0, 1)
+    change(shard)
+    with pytest.raises(MissingInputError, match=f"shard {shard} {said}"):
+        source.read(0, 1)
+
+
+def repacked(shard: Path) -> None:
+    """Other images, in a shard of the same name."""
+    samples.write_tar(shard, {"0.jpg": b"other", "1.jpg": b"other"})
+
+
+def test_a_copy_of_a_shard_is_the_same_shard(tmp_path):
+    shard = samples.write_tar(tmp_path / "0.tar", {"0.jpg": b"one", "1.jpg": b"second"})
+    source = open_source(shard)
+    before = source.read(0, 1)
+    shutil.copy(shard, tmp_path / "copy")
+    (tmp_path / "copy").replace(shard)
+    assert source.read(0, 1) == before
+
+
 def test_a_changed_shard_is_indexed_anew(tmp_path):
     paths = samples.packed(tmp_path / "photos", count=4, per_shard=2)
     open_source(tmp_path / "photos")

@@ -259,6 +259,7 @@ def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple
     for path in found:
         try:
             contents = weight_file.read(path)
+            checkpoint.check_metadata(contents)
             before = checkpoint.stored_config(contents)
             checkpoint.stored_identity(contents.metadata)
             checkpoint.check_content(contents)
