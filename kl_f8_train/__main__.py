@@ -112,6 +112,7 @@ def _train(args: argparse.Namespace) -> int:
     run_dir = Path(config.run_dir)
     if not run_dir.is_dir():
         hub.check_exists(config.init.weights, "init.weights=")
+    # The first process of the run speaks for it; torch, which would know, is not imported yet.
     first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     if first:
         print(f"{config.name} in {config.run_dir}: loading ...", flush=True)
@@ -138,6 +139,7 @@ def _examine(args: argparse.Namespace, allow_changes: bool = False, in_full: boo
     recipe, overrides, as_json = args.config, args.overrides, args.json
     path = configs.find_recipe(recipe)
     launched()
+    # With --json, standard output holds that object alone.
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         if as_json or in_full:
             say("loading ...")

@@ -16,7 +16,8 @@ def parse_sources(text: str) -> dict[str, dict[str, str]]:
     body = text.strip().removesuffix("{}")
     if body.startswith("[") and body.endswith("]"):
         body = body[1:-1]
-    patterns = [part.strip() for part in re.split(r",(?![^{]*\})", body) if part.strip()]
+    outer_comma = r",(?![^{]*\})"  # not one of `{a,b}`
+    patterns = [part.strip() for part in re.split(outer_comma, body) if part.strip()]
     sources: dict[str, dict[str, str]] = {}
     for pattern in patterns:
         path = Path(pattern)

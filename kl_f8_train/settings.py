@@ -14,6 +14,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 MISSING: Any = "???"  # omegaconf's mark of a value that must be given
+# Bounds are inclusive, so the floats next to 0 and 1 stand for "above 0" and "below 1".
 ABOVE_0, BELOW_1, ANY = math.ulp(0.0), math.nextafter(1.0, 0.0), sys.float_info.max
 ITERATIONS = 10**9 - 1  # a checkpoint's name has nine digits
 IMAGES, PIXELS, CHANNELS, MOST_LEVELS = 10**6, 2**16, 2048, 8  # beyond any use
@@ -113,7 +114,7 @@ class Model:
 
 KL_F8 = Model(ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=4, embed_dim=4)
 KL_F8_16 = replace(KL_F8, z_channels=16, embed_dim=16, quant_conv=False)  # SD3's and FLUX's
-KL_F8_SHAPES = (KL_F8, KL_F8_16)
+KL_F8_SHAPES = {"kl-f8": KL_F8, "16-channel kl-f8": KL_F8_16}  # that are published
 
 
 @dataclass(kw_only=True)

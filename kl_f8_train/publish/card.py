@@ -159,7 +159,7 @@ def model_card(
     values = {
         "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         "name": _cell(config.name),
-        "fits": config.model in KL_F8_SHAPES,
+        "fits": config.model in KL_F8_SHAPES.values(),
         "family": FAMILIES.get(record.get("facts", {}).get("family", "")),
         "encoder": _encoder(record),
         "scale": _scale(record.get("facts", {})),

@@ -235,7 +235,7 @@ def _summary(out: Path, record: dict[str, Any]) -> list[str]:
 
 def _stated_facts(header: weight_file.Contents, config: Config, family: str | None) -> Facts:
     """What the run's base stated; UsageError if a family must be given, or another is."""
-    published = config.model in KL_F8_SHAPES
+    published = config.model in KL_F8_SHAPES.values()
     stated = checkpoint.stored_facts(header, config)
     given = family or config.init.family
     return _settled(header.path, stated, config.model.embed_dim, given, published)
@@ -353,6 +353,7 @@ def _weight_files(out: Path, stem: str, layouts: Sequence[str], dtype: str) -> l
         if layout in layouts
     ]
     if "diffusers" in layouts:
+        # from_pretrained takes the plain file, or the one that `variant` names: fp16, bf16.
         for name in dict.fromkeys(["float32", "float16", dtype]):
             variant = f".{DTYPES[name]}" if DTYPES[name] else ""
             path = out / "diffusers" / f"diffusion_pytorch_model{variant}.safetensors"

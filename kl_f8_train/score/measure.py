@@ -196,6 +196,11 @@ def _measure_batch(
     batch_size: int,
     statistics: Sequence[FeatureStatistics],
 ) -> list[ImageScores]:
+    """Scores of each image of a batch by each VAE; adds Inception's features to `statistics`.
+
+    uint8 (B, 3, H, W) images and reconstructions, B = `batch_size`. Raises RunFailedError if a VAE
+    decodes one to values that are not finite.
+    """
     real = len(batch)
     filled = [*batch, *[batch[-1]] * (batch_size - real)]  # other shapes may round differently
     images = torch.stack([s.image for s in filled if s.image is not None]).to(device)
