@@ -7,14 +7,15 @@ optimizers, EMA) is below a thousandth. Memory is that of all tensors alive at a
 kernels read and write of it.
 
 torch.compile fuses everything but products into few kernels. Counted is then what those kernels
-need: a tensor between two products is in memory only if a product reads it or if it
-outlives its phase (what the backward pass needs does); a sum is, and reads what it is a sum of.
+need: a tensor between two products is in memory only if a product reads it or if it outlives its
+phase (what the backward pass needs does); a sum is in memory, and reads what it is a sum of.
 tests/counted_memory.csv holds what torch's allocator and inductor really took.
 """
 
+import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -40,9 +41,8 @@ ALLOCATED = 512  # bytes: CUDA's allocator hands out multiples of it
 FEW, MORE = 3, 6  # micro-batches, in images or perceptual parts, between which memory is a line
 SUM = 8  # a result this many times smaller than what it is computed from is a sum
 ONCE = ("optimizer", "ema")  # phases that an iteration has once, however many micro-batches
-ADAM_PASSES = (
-    7  # over each trained parameter: weight, gradient and moments read, all but one written
-)
+# Over each trained parameter: weight, gradient and two moments read, all but the gradient written.
+ADAM_PASSES = 7
 
 
 class FlopCounter(TorchDispatchMode):
@@ -435,12 +435,20 @@ def _peaks(found: Counts) -> dict[str, int]:
 
 def batch_that_fits(config: Config, room_bytes: float) -> int:
     """Images per micro-batch that fit into `room_bytes`, by `peak_bytes`; 0 if not even one."""
-    low, high = 0, 1
-    while peak_bytes(config, high) <= room_bytes:
+    return largest_that_fits(lambda images: peak_bytes(config, images) <= room_bytes)
+
+
+def largest_that_fits(fits: Callable[[int], bool], start: int = 1, most: float = math.inf) -> int:
+    """The largest number for which `fits` holds, by doubling from `start`, then by bisection.
+
+    Beyond `most` it is not doubled any more.
+    """
+    low, high = 0, start
+    while high <= most and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if peak_bytes(config, middle) <= room_bytes else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 

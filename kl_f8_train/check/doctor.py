@@ -16,6 +16,7 @@ import torch
 from kl_f8_train import config as configs
 from kl_f8_train import units
 from kl_f8_train.check import (
+    benchmark,
     bill,
     cost,
     inputs,
@@ -264,11 +265,7 @@ def _check_batch(report: Report, config: Config, world: int) -> None:
         f"{parts} x {micro} x {world} x {BASE_RATE:g} = {batch * BASE_RATE:g}; this is "
         f"{rate / BASE_RATE:.3g} x its base rate"
     )
-    if config.compute.accelerator == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "compute.accelerator=cuda, but torch sees no GPU here; fix the driver, or give "
-            "compute.accelerator=cpu"
-        )
+    benchmark.find_device(config)  # raises for a GPU that is asked for and not there
     gpus = torch.cuda.device_count()
     if gpus and (config.compute.devices or 1) > gpus:
         raise UsageError(

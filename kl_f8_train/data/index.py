@@ -403,7 +403,7 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
     """Indexes a chunk of shards into one part file, unless it is there and still right."""
     part, chunk, cache = task
     fingerprints = [fingerprint(place) for place in chunk]
-    # made of the same files, in an earlier call that was interrupted or is repeated
+    # Made of the same files, in an earlier call that was interrupted or is repeated.
     if _fingerprints(part) == fingerprints:
         return len(chunk)
     blocks: list[int] = []

@@ -194,7 +194,7 @@ class ShardCache:
                     total += size
                 elif PART_NAME.fullmatch(name):
                     total += size
-            # least recently used first
+            # The least recently used first.
             for _, size, path in sorted(files):
                 if total <= self.max_bytes:
                     break

@@ -168,6 +168,7 @@ def _decode_all(
     device: str,
     progress: Progress | None,
 ) -> Found:
+    """Decodes each latent with each VAE; writes the pictures of the first few."""
     names = [candidate.name for candidate in candidates]
     found = Found(
         {name: [] for name in names}, {pair: [] for pair in itertools.combinations(names, 2)}
@@ -425,19 +426,14 @@ def _write_pictures(
 
 def _write_strip(out: Path, entries: Sequence[Mapping[str, Any]]) -> None:
     """A row for each latent of the first's size, a column for each VAE and each difference."""
-    first = _load(out, entries[0]["models"])
-    shape = next(iter(first.values())).shape
-    most = max(1, min(report.STRIP_ROWS, STRIP_SIDE // shape[1]))
+    rows = [(_load(out, entry["models"]), entry["differences"]) for entry in entries]
+    base, first = next(iter(rows[0][0].items()))
+    fitting = [row for row in rows if row[0][base].shape == first.shape]
     columns: dict[str, list[Tensor]] = {}
-    for entry in entries:
-        shown = _load(out, entry["models"])
-        if (
-            next(iter(shown.values())).shape != shape
-            or len(next(iter(columns.values()), [])) == most
-        ):
-            continue
-        base = next(iter(shown))
-        shown |= {f"|{n} - {base}|": p for n, p in _load(out, entry["differences"]).items()}
+    for shown, differences in fitting[
+        : max(1, min(report.STRIP_ROWS, STRIP_SIDE // first.shape[1]))
+    ]:
+        shown |= {f"|{n} - {base}|": p for n, p in _load(out, differences).items()}
         for name, picture in shown.items():
             columns.setdefault(name, []).append(picture)
     report.save_png(out / "strip.png", report.strip(list(columns.items())))

@@ -53,21 +53,24 @@ class Evaluation:
     pictures: list[dict[str, Any]]
     comparison: dict[str, Any] | None
 
+    def weights(self, name: str) -> dict[str, Any]:
+        """What is known of a row's file; {} in scores of an older version."""
+        found: dict[str, Any] = self.scores.get("weights", {}).get(name, {})
+        return found
+
     @property
     def models(self) -> list[str]:
         """Names of the VAEs, in the order given; baselines stand in the table only."""
-        weights = self.scores.get("weights", {})
-        return [n for n in self.scores["models"] if not weights.get(n, {}).get("baseline")]
+        return [name for name in self.scores["models"] if not self.weights(name).get("baseline")]
 
     def is_clean(self, name: str) -> bool:
         """Whether a row is that of a VAE, and not of one with noise on its latents."""
-        return "latent_noise" not in self.scores.get("weights", {}).get(name, {})
+        return "latent_noise" not in self.weights(name)
 
     @property
     def base(self) -> str:
         """The model that the others are seen against: the one marked so, or else the first."""
-        weights = self.scores.get("weights", {})
-        marked = [name for name in self.models if weights.get(name, {}).get("base")]
+        marked = [name for name in self.models if self.weights(name).get("base")]
         return (marked or self.models)[0]
 
 
@@ -244,8 +247,7 @@ def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
         for column in ("rfid", *ALWAYS, "st_lpips")
         if column == "psnr" or any(row.get(column) is not None for row in rows.values())
     ]
-    weights = scores.get("weights", {})
-    sigmas = {name: weights.get(name, {}).get("latent_noise") for name in models}
+    sigmas = {name: evaluation.weights(name).get("latent_noise") for name in models}
     pairs = [
         _pair(evaluation, a, b)
         for a, b in itertools.combinations(models, 2)
@@ -288,11 +290,10 @@ def _scores(evaluation: Evaluation, columns: Sequence[str]) -> list[dict[str, An
     """A row for each model: name, iteration, and a cell for each column."""
     rows = evaluation.scores["models"]
     best = {column: _best_models(column, rows) for column in columns}
-    weights = evaluation.scores.get("weights", {})
     return [
         {
             "name": name,
-            "iteration": weights.get(name, {}).get("iteration"),
+            "iteration": evaluation.weights(name).get("iteration"),
             "cells": [_score_cell(evaluation, name, c, name in best[c]) for c in columns],
         }
         for name in rows
@@ -412,18 +413,13 @@ def _protocol(evaluation: Evaluation) -> dict[str, str]:
 
 
 def _weights(evaluation: Evaluation) -> dict[str, dict[str, str]]:
-    weights = evaluation.scores.get("weights", {})
-    return {
-        name: _facts({**weights[name], "base": None})
-        for name in evaluation.models
-        if name in weights
-    }
+    known = {name: evaluation.weights(name) for name in evaluation.models}
+    return {name: _facts({**one, "base": None}) for name, one in known.items() if one}
 
 
 def _is_one_encoder(evaluation: Evaluation) -> bool:
     """Whether several models share one encoder."""
-    weights = evaluation.scores.get("weights", {})
-    encoders = {weights[name].get("frozen_sha256") for name in evaluation.models if name in weights}
+    encoders = {evaluation.weights(name).get("frozen_sha256") for name in evaluation.models}
     return len(evaluation.models) > 1 and len(encoders) == 1 and None not in encoders
 
 
