@@ -21,13 +21,7 @@ from typing import TYPE_CHECKING
 from kl_f8_train import next_command
 from kl_f8_train.arguments import build_parser, name_path_select
 from kl_f8_train.averages import selection
-from kl_f8_train.errors import (
-    MissingInputError,
-    RunFailedError,
-    UsageError,
-    UserError,
-    like_path,
-)
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError, like_path
 from kl_f8_train.launch import end_children, launched
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import say

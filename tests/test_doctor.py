@@ -23,7 +23,8 @@ from kl_f8_train.data.loading import PositionDataset, collate, open_data
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.files import file_sha256
 from kl_f8_train.next_command import after_doctor
-from kl_f8_train.run.train import start_or_resume, train
+from kl_f8_train.run.start import start_or_resume
+from kl_f8_train.run.train import train
 from kl_f8_train.run_dir import checkpoint_path, list_checkpoints, remove_old_checkpoints
 from kl_f8_train.settings import Checkpoint
 from kl_f8_train.weights import pretrained, weight_file

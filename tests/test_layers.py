@@ -11,7 +11,7 @@ ORDER = ("root", "core", "data weights", "run score", "publish check", "top")
 TOP = {"arguments", "next_command", "demo", "__main__"}
 PLACES = {
     "pytorch_lightning": "core.step run.callback run.compiling run.log run.prefetch run.saving "
-    "run.train run.validation run.watchdog",
+    "run.start run.train run.trainer run.validation run.watchdog",
     "omegaconf": "config",
     "webdataset": "data.index",
     "lpips": "core.perceptual",

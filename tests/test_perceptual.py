@@ -3,12 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from kl_f8_train.core.losses import (
-    PerceptualDistance,
-    squared_differences,
-    unit_length,
-    unweighted,
-)
+from kl_f8_train.core.losses import PerceptualDistance, squared_differences, unit_length, unweighted
 from kl_f8_train.core.perceptual import Slices, lpips_vgg
 from kl_f8_train.weights import pretrained
 

@@ -15,16 +15,7 @@ import torch
 
 from kl_f8_train import config as configs
 from kl_f8_train import units
-from kl_f8_train.check import (
-    benchmark,
-    bill,
-    cost,
-    inputs,
-    origins,
-    scaling,
-    screen,
-    trial,
-)
+from kl_f8_train.check import benchmark, bill, cost, inputs, origins, scaling, screen, trial
 from kl_f8_train.check.findings import PLACEHOLDER, WARNING, Report, silent
 from kl_f8_train.core import machine, perceptual
 from kl_f8_train.core.updates import describe_rate
@@ -34,8 +25,9 @@ from kl_f8_train.data.sources import open_source
 from kl_f8_train.errors import RunFailedError, UsageError, UserError
 from kl_f8_train.output import Say
 from kl_f8_train.rules import micro_batch
+from kl_f8_train.run.start import start_or_resume
 from kl_f8_train.run.tracking import check_tensorboard
-from kl_f8_train.run.train import fixed_photographs, start_or_resume
+from kl_f8_train.run.train import fixed_photographs
 from kl_f8_train.settings import Config, leaves, to_dict
 from kl_f8_train.units import counted, size
 from kl_f8_train.weights import pretrained

@@ -13,8 +13,8 @@ from kl_f8_train.data.loading import PositionDataset, open_data
 from kl_f8_train.data.sources import FolderSource, ImageSource
 from kl_f8_train.errors import ImageError, MissingInputError
 from kl_f8_train.rules import side_range
+from kl_f8_train.run.start import check_model
 from kl_f8_train.run.tracking import wandb_reachable
-from kl_f8_train.run.train import check_model
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.settings import Config
 from kl_f8_train.transfer import is_remote

@@ -19,7 +19,7 @@ from kl_f8_train.data import identity
 from kl_f8_train.data.loading import PositionDataset, collate, open_data
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.rules import micro_batch
-from kl_f8_train.run.train import adopt
+from kl_f8_train.run.start import adopt
 from kl_f8_train.settings import Config
 from kl_f8_train.units import counted, size
 from kl_f8_train.units import speed as rate

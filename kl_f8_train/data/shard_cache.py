@@ -20,13 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kl_f8_train.errors import RunFailedError
-from kl_f8_train.files import (
-    atomic_path,
-    disk_failure,
-    has_no_locks,
-    hidden_beside,
-    write_json,
-)
+from kl_f8_train.files import atomic_path, disk_failure, has_no_locks, hidden_beside, write_json
 from kl_f8_train.transfer import (
     PATIENCE,
     Patience,

@@ -22,12 +22,7 @@ from kl_f8_train.launch import RANKS, SIGNALS
 from kl_f8_train.output import say
 from kl_f8_train.run.callback import Course, finetuner_of, tolerated
 from kl_f8_train.run.watchdog import end_process, show_stacks
-from kl_f8_train.run_dir import (
-    best_checkpoint,
-    best_path,
-    checkpoint_path,
-    remove_old_checkpoints,
-)
+from kl_f8_train.run_dir import best_checkpoint, best_path, checkpoint_path, remove_old_checkpoints
 from kl_f8_train.settings import Checkpoint
 from kl_f8_train.weights import checkpoint
 

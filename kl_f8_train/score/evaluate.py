@@ -39,14 +39,7 @@ from kl_f8_train.score.measure import (
     own_device,
 )
 from kl_f8_train.score.protocol import CARD, Protocol
-from kl_f8_train.score.scores import (
-    Tally,
-    choose_pictures,
-    screen,
-    slugs,
-    summarise,
-    write_scores,
-)
+from kl_f8_train.score.scores import Tally, choose_pictures, screen, slugs, summarise, write_scores
 from kl_f8_train.units import counted
 
 BATCH_SIDE = 256  # pixels; the size of images that a batch size is given for

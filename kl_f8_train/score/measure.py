@@ -28,11 +28,7 @@ from kl_f8_train.score.candidates import Candidate, outputs
 from kl_f8_train.score.image_set import EvaluatedImage
 from kl_f8_train.score.inception import FEATURES, Inception
 from kl_f8_train.score.protocol import CARD, Protocol
-from kl_f8_train.score.scores import (
-    SHIFT_METRICS,
-    ImageScores,
-    Tally,
-)
+from kl_f8_train.score.scores import SHIFT_METRICS, ImageScores, Tally
 from kl_f8_train.weights import pretrained
 
 
