@@ -29,7 +29,7 @@ from kl_f8_train.run.start import start_or_resume
 from kl_f8_train.run.tracking import check_tensorboard
 from kl_f8_train.run.train import fixed_photographs
 from kl_f8_train.settings import Config, leaves, to_dict
-from kl_f8_train.units import counted, size
+from kl_f8_train.units import counted, memory
 from kl_f8_train.weights import pretrained
 
 BASE_RATE = 4.5e-6  # the original's base learning rate
@@ -99,8 +99,8 @@ def _note_useless_settings(report: Report, config: Config) -> None:
         given = {"pictures": config.log.pictures, "pictures_size": config.log.pictures_size}
         for name in (name for name, value in given.items() if value is not None):
             report.remark(
-                f"log.{name}={given[name]} is not used, as log.pictures_every=0 switches "
-                "validation off"
+                f"log.{name}={units.written(given[name])} is not used, as log.pictures_every=0 "
+                "switches validation off"
             )
 
 
@@ -216,7 +216,9 @@ def _tell_settings(report: Report, config: Config, path: Path, overrides: list[s
         key: {"value": value, "origin": where[key]} for key, value in values.items()
     }
     for origin in dict.fromkeys(where.values()):
-        texts = [f"{key}={value}" for key, value in values.items() if where[key] == origin]
+        texts = [
+            f"{key}={units.written(value)}" for key, value in values.items() if where[key] == origin
+        ]
         report.say(textwrap.fill(", ".join(texts), 100, **_hanging(f"  {origin:<9}")))
 
 
@@ -277,7 +279,7 @@ def _tell_memory(
     report.facts["computed_memory"] = {"bytes": needed, "networks": compiled}
     report.tell(
         f"{'GPU memory' if cost.on_gpu(config) else 'memory'} that this takes, computed: "
-        f"{size(needed)}, {compiled}"
+        f"{memory(needed)}, {compiled}"
     )
     fits = {name: cost.largest_divisor(config, share, here[name]) for name in here}
     if cost.is_full_size(config) and not machine.on_cuda(config.compute):
@@ -289,7 +291,7 @@ def _tell_memory(
     if fits:
         named = screen.fitting(fits, share, config.global_batch)
         gpus = fits.keys() != {THIS_MACHINE}
-        left = f", with {size(cost.HEADROOM_BYTES)} for CUDA and its allocator" if gpus else ""
+        left = f", with {memory(cost.HEADROOM_BYTES)} for CUDA and its allocator" if gpus else ""
         report.tell(f"the largest compute.per_device_batch that fits, computed{left}: {named}")
 
 
@@ -312,8 +314,8 @@ def check_fits(config: Config, micro: int, share: int, rooms: Mapping[str, float
             smaller = f"give compute.per_device_batch={largest}, or " if largest else ""
             raise RunFailedError(
                 f"compute.per_device_batch={micro} takes "
-                f"{size(cost.peak_bytes(config, micro, share))}, computed, but {name} has "
-                f"{size(room)} for it; {smaller}"
+                f"{memory(cost.peak_bytes(config, micro, share))}, computed, but {name} has "
+                f"{memory(room)} for it; {smaller}"
                 "raise compute.checkpoint_levels, or lower data.crop"
             )
 

@@ -21,7 +21,7 @@ from kl_f8_train.errors import RunFailedError
 from kl_f8_train.rules import micro_batch
 from kl_f8_train.run.start import adopt
 from kl_f8_train.settings import Config
-from kl_f8_train.units import counted, size
+from kl_f8_train.units import counted, memory
 from kl_f8_train.units import speed as rate
 
 FEW_IMAGES = 2  # of the gradient audit, and of the trial iteration without a GPU
@@ -63,7 +63,7 @@ def try_iteration(
             f"out of GPU memory with {counted(count, 'image', 's')}: {error}\n"
             "Halve compute.per_device_batch (the global batch stays, by accumulation)"
         ) from error
-    memory = (
+    most = (
         torch.cuda.max_memory_allocated()
         if cuda
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -72,13 +72,13 @@ def try_iteration(
         "device": _device_name(cuda),
         "seconds_per_image": seconds / count,
         "cold_iteration": cold,
-        "memory_bytes": memory,
+        "memory_bytes": most,
     }
     note = " (the first, cold iteration; later ones are quicker)" if cold else ""
     tried = f"{count} of {micro} images" if count < micro else counted(count, "image", "s")
     report.tell(
         f"{tried} in {seconds:.2f} s{note} on {_device_name(cuda)}: "
-        f"{rate(count / seconds)}; memory at most {size(memory)}"
+        f"{rate(count / seconds)}; memory at most {memory(most)}"
     )
     if not cuda:
         report.remark("time and memory were measured on this machine's CPU, not on a GPU")
