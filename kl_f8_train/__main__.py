@@ -329,6 +329,7 @@ def _check_places(images: str, out: Path) -> None:
     """Raises UsageError or MissingInputError for what the two paths alone show."""
     source = Path(images)
     _check_out(out)
+    # Whether a pattern or an address names something is seen when it is opened.
     if not any(sign in images for sign in "{*?[:") and not source.exists():
         raise MissingInputError(
             f"--images {images}: no such folder, shard or list of shards; check the path"

@@ -12,6 +12,7 @@ from kl_f8_train.errors import UsageError
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # loaders ignore them
 TORCHRUN, SRUN = "torchrun", "srun"
 RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID")
+# By these a launcher is recognised; a message names those to unset.
 SIGNS = ("LOCAL_WORLD_SIZE", "WORLD_SIZE", *RANKS, "MASTER_PORT", "SLURM_STEP_ID")
 
 

@@ -145,7 +145,7 @@ def _ranges(config: Config) -> Iterator[str]:
         for key, value in values.items()
         if isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
     ]
-    if nested:
+    if nested:  # what follows compares numbers
         yield from nested
         return
     yield from _bounds(values, levels=len(config.model.ch_mult))

@@ -628,6 +628,7 @@ def _settings(kind: Any, prefix: str = "") -> Iterator[tuple[str, Setting]]:
             kinds = tuple(arg for arg in get_args(declared) if arg is not NoneType)
             declared = Union[kinds]  # noqa: UP007, of one is that one
         default = [] if item.default is NO_DEFAULT else item.default  # of a group, unused
+        # A group has a row of its own before its settings; of sources also `data.sources.NAME`.
         found = Setting(declared, nullable, default, **item.metadata)
         yield f"{prefix}{item.name}", found
         inner = declared

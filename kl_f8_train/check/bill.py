@@ -20,10 +20,12 @@ from kl_f8_train.units import speed as rate
 
 def kept_checkpoints(config: Checkpoint, start: int, stop: int) -> int:
     """How many checkpoints are there in the end: the newest, and the milestones before them."""
+    # Saved at the multiples of `every` after the start, and at the end.
     saved = range(start - start % config.every + config.every, stop, config.every)
     newest = [*saved[max(0, len(saved) - config.keep_last + 1) :], stop]
     if not config.keep_every:
         return len(newest)
+    # A milestone is a multiple of `keep_every` at which there is a save.
     step = math.lcm(config.every, config.keep_every)
     milestones = range(start - start % step + step, stop, step)
     return len(milestones) + sum(iteration not in milestones for iteration in newest)
@@ -50,6 +52,7 @@ def check_disk(report: Report, config: Config) -> None:
     kept = kept_checkpoints(config.checkpoint, start, config.stop_iteration)
     kept += config.checkpoint.keep_best
     there = sum(path.stat().st_size for path in list_checkpoints(run_dir))
+    # One more: a new file is whole before the oldest goes. Those of an earlier start count as kept.
     needed, free = (kept + 1) * one - there, shutil.disk_usage(parent).free
     report.facts |= {"checkpoint_bytes": kept * one, "checkpoints": kept}
     if planned:

@@ -188,7 +188,7 @@ def _record(export_dir: Path) -> dict[str, Any]:
     record = _json(path, "export")
     if "config" not in record:
         raise MissingInputError(f"{path} is of an older version. Run `kl-f8-train export` again")
-    for file, digest in record["files"].items():
+    for file, digest in record["files"].items():  # but for those that people edit
         if file not in (README, STRIP, LICENSE) and _sha256(export_dir / file) != digest:
             raise MissingInputError(
                 f"{export_dir / file} is not the file that export.json describes: its SHA-256 "
@@ -256,7 +256,7 @@ def _evaluated(scores_file: Path, record: Mapping[str, Any]) -> Evaluated:
 
 
 def _problems(scores: Mapping[str, Any]) -> Iterator[str]:
-    """Which parts of scores.json are missing or malformed."""
+    """Which parts of scores.json are missing or malformed: it may be of any version, or edited."""
     if "weights" not in scores:
         yield (
             'it holds no hashes of weights ("weights"), so it is unknown whether its scores '

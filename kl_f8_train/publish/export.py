@@ -456,6 +456,7 @@ def _stored_weights(header: weight_file.Contents, select: str) -> State:
     except MissingInputError as error:
         raise MissingInputError(f"{path}: {error}") from error
     part = "autoencoder" if kept == "raw" else module_name(kept)
+    # An average covers the trained part; encoder and quant_conv lie beside the raw weights alone.
     parts = (f"{part}.", *(f"autoencoder.{name}." for name in FROZEN))
     contents = weight_file.read(path, lambda names: [n for n in names if n.startswith(parts)])
     checkpoint.check_content(contents, part)
@@ -548,7 +549,7 @@ def _verify(
     """
     weights = model.state_dict()
     probe = images.to_float(half_precision.pattern(8 * model.downsampling)[None])
-    latents = model.encode(probe).mean
+    latents = model.encode(probe).mean  # (1, C, 8, 8)
     decoded = model.decode(latents)
     checks: dict[str, str] = {}
     for path, layout, stored in files:

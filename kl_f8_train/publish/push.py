@@ -88,6 +88,7 @@ def push(upload: Upload, private: bool, say: Callable[[str], None]) -> str:
     try:
         api = hub.HfApi()
         api.create_repo(upload.repository, private=private, exist_ok=True)
+        # In one commit: the repository has all of the export or nothing of it.
         operations = [hub.CommitOperationAdd(name, _content(upload, name)) for name in upload.files]
         say(f"uploading {counted(len(operations), 'file', 's')} ...")
         commit = api.create_commit(
@@ -137,5 +138,5 @@ def _read_record(export_dir: Path) -> dict[str, Any]:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a path leads nowhere but into the export."""
+    """Whether a path leads nowhere but into the export: export.json may be somebody else's."""
     return not Path(name).is_absolute() and ".." not in Path(name).parts

@@ -27,7 +27,7 @@ from kl_f8_train.weights.names import State, architecture, check_like
 def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple[Finetuner, str]:
     """The finetuner at its newest readable checkpoint, or at the imported weights."""
     found = list_checkpoints(run_dir)
-    for path in found:
+    for path in found:  # newest first; one that is broken, or that the disk changed, is skipped
         try:
             contents = weight_file.read(path)
             checkpoint.check_metadata(contents)
@@ -38,6 +38,7 @@ def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple
             say_once(f"{error}\n  trying the checkpoint before it")
             continue
         changes = configs.differences(before, config)
+        # Before any network is built, so that a refusal takes seconds.
         _refuse_changes(path, "by another recipe", changes, allow_changes)
         autoencoder = AutoencoderKL(**asdict(config.model))
         finetuner, program = _build(config, autoencoder, RunState())
@@ -100,6 +101,7 @@ def _import(config: Config) -> tuple[Finetuner, str]:
         raise UsageError(
             f"{contents.path} does not state its iteration; give init.iteration (kl-f8: 246803)"
         )
+    # All that the file may be wrong in, before networks are built from it.
     check_model(config, contents, weights.autoencoder)
     stated = checkpoint.base_facts(contents, weights, config)
     say_once(f"  family: {facts.described(stated.family, stated)}")

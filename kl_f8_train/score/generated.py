@@ -179,7 +179,7 @@ def _decode_all(
     for number, (latent, loaded) in enumerate(saved_latents.load_latents(latents)):
         values = loaded.to(device)
         found.deviations.append(float(values.std()))
-        z = scales[latent.says].undo(values)
+        z = scales[latent.says].undo(values)  # (1, C, h, w), as an encoder makes them
         levels = dict(_decoded(candidates, z, latent, protocol, found))
         for name, image in levels.items():
             if networks.inception is not None:
@@ -331,6 +331,7 @@ def _scale_doubts(
     scale = scales.get(saved_latents.UNSAID)
     if not own or scale is None or not (factors or scale.factor != 1.0):
         return []
+    # The median: a few odd latents say nothing about the scale of all.
     scaled = scale != Scale()
     factor = scale.factor if scaled else factors[0]
     doubt = saved_latents.doubt(float(np.median(own)), factor, scaled)

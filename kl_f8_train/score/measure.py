@@ -50,6 +50,7 @@ class Networks:
     @property
     def measured(self) -> tuple[str, ...]:
         """Metrics with a number an image."""
+        # LPIPS and PSIM are distances in VGG16's features, ST-LPIPS in those of another network.
         network = self.perceptual.name if self.perceptual else ""
         absent = {"lpips_vgg": {"st_lpips"}, "st_lpips_alex": {"psim", "lpips"}}
         without = absent.get(network, {"psim", "lpips", "st_lpips"})
@@ -107,7 +108,7 @@ def score(
     targets: Sequence[Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """uint8 (B, 3, H, W) pairs -> metric -> (B,) float64; `targets` are the images' features."""
-    x, y = images.double() / 255.0, reconstructions.double() / 255.0
+    x, y = images.double() / 255.0, reconstructions.double() / 255.0  # (B, 3, H, W) in [0, 1]
     scores = {
         "psnr": metrics.psnr(x, y),
         "ssim": metrics.ssim(x, y, border),
@@ -199,12 +200,13 @@ def _measure_batch(
     """
     real = len(batch)
     filled = [*batch, *[batch[-1]] * (batch_size - real)]  # other shapes may round differently
+    # (B, 3, H, W), uint8
     images = torch.stack([s.image for s in filled if s.image is not None]).to(device)
     network, inception = networks.perceptual, networks.inception
     targets = None if network is None else network.features(pixels.to_float(images))
     if inception is not None:
         statistics[0].add(inception(images)[:real])
-    columns: list[Tensor] = []
+    columns: list[Tensor] = []  # of each VAE (real, metrics and finite)
     decoded = outputs(candidates, images, [s.key for s in filled], protocol)
     for number, output in enumerate(decoded, start=1):
         levels = pixels.to_uint8(output, protocol.quantize)
