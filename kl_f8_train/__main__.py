@@ -28,7 +28,7 @@ from kl_f8_train.errors import (
     UserError,
     like_path,
 )
-from kl_f8_train.launch import end_children, launched
+from kl_f8_train.launch import end_children, is_first_to_say, launched
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import say
 from kl_f8_train.units import are, counted, duration
@@ -58,8 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return _complain(str(error), error.exit_code, args.debug)
     except KeyboardInterrupt:
-        say("kl-f8-train: interrupted", aside=True)
-        return 130
+        return _complain("interrupted", 130, debug=False)
     except BrokenPipeError:  # `... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -88,6 +87,8 @@ def _remedy(error: OSError) -> str:
 
 
 def _complain(message: str, exit_code: int, debug: bool) -> int:
+    if not is_first_to_say(message):
+        return exit_code
     if debug:
         traceback.print_exc()
     say(f"kl-f8-train: {message}", aside=True)

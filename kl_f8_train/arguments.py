@@ -4,13 +4,15 @@ import argparse
 import contextlib
 import os
 import re
+import sys
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from kl_f8_train import __version__
 from kl_f8_train.averages import selection
-from kl_f8_train.errors import like
+from kl_f8_train.errors import UsageError, like
+from kl_f8_train.launch import is_first_to_say
 
 
 class _Parser(argparse.ArgumentParser):
@@ -19,6 +21,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         found = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
         hint = like(found[1], re.findall(r"[\w-]+", found[2])) if found else ""
+        if not is_first_to_say(message):
+            sys.exit(UsageError.exit_code)
         super().error(f"{message}{hint}")
 
 
