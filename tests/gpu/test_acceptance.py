@@ -226,16 +226,19 @@ def test_nothing_is_started_where_nothing_can_be_checked(monkeypatch, capsys, se
         ({"DEVICE": "cpu", "DEADLINE": "90"}, 90.0),
     ],
 )
-def test_a_rehearsal_on_a_cpu_has_more_time(monkeypatch, given, seconds):
+def test_a_rehearsal_on_a_cpu_has_more_time(monkeypatch, tmp_path, given, seconds):
     monkeypatch.setattr(os, "environ", given)
-    assert acceptance.chosen_deadline() == seconds
+    monkeypatch.setenv("LIMITS", acceptance.ON_CPU)
+    assert acceptance.chosen_deadline(acceptance.our_steps(tmp_path)) == seconds
+    short = acceptance.Step("short", 60, [])
+    assert acceptance.chosen_deadline([short]) == min(seconds, 600)
 
 
 @pytest.mark.parametrize("given", ["0", "ten", "-5", "1e3"])
 def test_a_deadline_that_is_none_is_refused(monkeypatch, capsys, given):
     monkeypatch.setattr(os, "environ", {"DEVICE": "cuda", "DEADLINE": given})
     with pytest.raises(SystemExit):
-        acceptance.chosen_deadline()
+        acceptance.chosen_deadline([])
     assert f"DEADLINE={given}: give whole seconds" in capsys.readouterr().err
 
 
