@@ -434,7 +434,12 @@ def _split(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from kl_f8_train.data.index import build_index, expand, index_directory
+    from kl_f8_train.data.index import (
+        build_index,
+        expand,
+        index_directories,
+        index_directory,
+    )
     from kl_f8_train.data.shard_cache import ShardCache
     from kl_f8_train.data.sources import TarSource, parse_filters
     from kl_f8_train.files import cache_dir
@@ -444,6 +449,9 @@ def _index(args: argparse.Namespace) -> int:
     directory = index_directory(locations, args.index_dir)
     root = Path(args.cache_dir) if args.cache_dir else cache_dir() / "shards"
     cache = ShardCache(root, round(args.cache_gib * 2**30))
+    best = index_directories(locations, args.index_dir)[0]
+    why = f", as {best.parent} cannot be written" if directory != best else ""
+    say(f"indexing {counted(len(locations), 'shard', 's')} into {directory}{why}")
     with _bar("shard") as progress:
         build_index(locations, directory, cache, args.workers, progress)
     source = TarSource(directory, filters, cache)

@@ -210,7 +210,7 @@ def build_parser() -> argparse.ArgumentParser:
     index = add("index", "Indexes shards once: where the images are, and their metadata.")
     index.add_argument("source", help="brace pattern, glob, directory, list file or address")
     index.add_argument("--filter", action="append", default=[], help="such as 'width >= 256'")
-    index.add_argument("--index-dir", help="where to keep it (beside the shards)")
+    index.add_argument("--index-dir", help="where to keep it (beside the shards, else the cache)")
     index.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes")
     index.add_argument("--cache-dir", help="where remote shards are cached")
     index.add_argument("--cache-gib", type=_above_zero, default=100.0, help="its size, at most")
