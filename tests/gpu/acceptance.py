@@ -291,7 +291,7 @@ def announce(steps: list[Step], folder: Path, deadline: float, machine: list[str
 
 
 def chosen_deadline(steps: list[Step]) -> float:
-    """DEADLINE in seconds: as given, else by the device, on a CPU so that all steps have their time.
+    """DEADLINE in seconds: as given, else by the device; on a CPU all steps get their time.
 
     Ends the program if it is no number.
     """
