@@ -21,6 +21,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         found = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
         hint = like(found[1], re.findall(r"[\w-]+", found[2])) if found else ""
+        for text in sys.argv[1:]:
+            if re.match(r"-\w", text) and os.path.exists(text):
+                hint += f"; a file whose name begins with a dash is ./{text}"
         if not is_first_to_say(message):
             sys.exit(UsageError.exit_code)
         super().error(f"{message}{hint}")

@@ -105,6 +105,8 @@ def from_values(values: Mapping[str, Any]) -> Facts:
         accepts, expected = ACCEPTED[name]
         if not accepts(value):
             raise MissingInputError(f"it states {name}={written(value)[:80]}; expected {expected}")
+        if name == "sample_size" and isinstance(value, list | tuple):
+            value = value[0]  # of height and width diffusers takes the first
         found[name] = tuple(value) if isinstance(value, list | tuple) else value
     return Facts(**found)
 
@@ -142,8 +144,16 @@ def settled(stated: Facts, channels: int, given: str | None, published_shape: bo
     """What a file states, with the rest of its family's facts; `given` is `init.family`.
 
     Raises UsageError if the file does not show its family although it has the shape of several
-    (`published_shape`), or if it is not of the family that was given.
+    (`published_shape`), or if it is not of the family that was given; MissingInputError if it
+    states means or deviations of another number of channels.
     """
+    for name in ("latents_mean", "latents_std"):
+        values = getattr(stated, name)
+        if values is not None and len(values) != channels:
+            raise MissingInputError(
+                f"it states {name} of {len(values)} channels; its latents have {channels}. Correct "
+                "its config.json"
+            )
     found = family_of(stated, channels)
     fitting = [name for name, family in FAMILIES.items() if family.channels == channels]
     if found and given not in (None, OTHER, found):
@@ -187,6 +197,10 @@ def _is_whole(value: Any) -> bool:
     return type(value) is int and value >= 1
 
 
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_whole, value))
+
+
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
@@ -214,5 +228,8 @@ ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "latents_mean": (_are_numbers, "a list of numbers"),
     "latents_std": (_are_numbers, "a list of numbers"),
     "force_upcast": (lambda value: type(value) is bool, "true or false"),
-    "sample_size": (_is_whole, "a whole number, in pixels"),
+    "sample_size": (
+        lambda value: _is_whole(value) or _is_size(value),
+        "a whole number, or two, in pixels",
+    ),
 }

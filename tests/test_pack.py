@@ -117,7 +117,7 @@ def test_unreadable_images_are_named_and_counted(tmp_path):
     assert stats["failed_to_download"] == 0
     assert stats["failed_to_resize"] == 3
     assert sum(stats["status_dict"].values()) == 9
-    assert stats["status_dict"]["not a readable image: of no known format"] == 2
+    assert stats["status_dict"]["not a readable image: a web page; download the file itself"] == 2
     assert stats["skipped"] == result.skipped
 
 

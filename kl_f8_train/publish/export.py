@@ -275,9 +275,9 @@ def _settled(
     """`facts.settled` for a file, with the verbs' name of the family in its errors."""
     try:
         return settled(stated, channels, family, published)
-    except UsageError as error:
+    except (UsageError, MissingInputError) as error:
         message = str(error).replace("init.family=", "--family ")
-        raise UsageError(f"{path}: {message}") from error
+        raise type(error)(f"{path}: {message}") from error
 
 
 def _best(source: Path) -> Path:
