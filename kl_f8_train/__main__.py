@@ -22,7 +22,7 @@ from kl_f8_train import next_command
 from kl_f8_train.arguments import build_parser, name_path_select
 from kl_f8_train.averages import selection
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError, like_path
-from kl_f8_train.launch import end_children, launched
+from kl_f8_train.launch import end_children, is_first_to_say, launched
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import say
 from kl_f8_train.units import are, counted, duration
@@ -52,8 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return _complain(str(error), error.exit_code, args.debug)
     except KeyboardInterrupt:
-        say("kl-f8-train: interrupted", aside=True)
-        return 130
+        return _complain("interrupted", 130, debug=False)
     except BrokenPipeError:  # `... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -85,6 +84,8 @@ def _remedy(error: OSError) -> str:
 
 
 def _complain(message: str, exit_code: int, debug: bool) -> int:
+    if not is_first_to_say(message):
+        return exit_code
     if debug:
         traceback.print_exc()
     say(f"kl-f8-train: {message}", aside=True)
@@ -181,7 +182,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from kl_f8_train.weights import weight_file
 
     select = "raw" if args.raw else "ema" if args.ema is None else selection(args.ema)
-    found = weight_file.report(*weight_file.read_weights(args.weights, select))
+    found = weight_file.report(*weight_file.read_weights(args.weights, select, args.prefix))
     print(json.dumps(found, indent=2) if args.json else weight_file.describe(found))
     return 0
 
@@ -435,7 +436,12 @@ def _split(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from kl_f8_train.data.index import build_index, expand, index_directory
+    from kl_f8_train.data.index import (
+        build_index,
+        expand,
+        index_directories,
+        index_directory,
+    )
     from kl_f8_train.data.shard_cache import ShardCache
     from kl_f8_train.data.sources import TarSource, parse_filters
     from kl_f8_train.files import cache_dir
@@ -445,6 +451,9 @@ def _index(args: argparse.Namespace) -> int:
     directory = index_directory(locations, args.index_dir)
     root = Path(args.cache_dir) if args.cache_dir else cache_dir() / "shards"
     cache = ShardCache(root, round(args.cache_gib * 2**30))
+    best = index_directories(locations, args.index_dir)[0]
+    why = f", as {best.parent} cannot be written" if directory != best else ""
+    say(f"indexing {counted(len(locations), 'shard', 's')} into {directory}{why}")
     with _bar("shard") as progress:
         build_index(locations, directory, cache, args.workers, progress)
     source = TarSource(directory, filters, cache)
@@ -460,6 +469,9 @@ def _index(args: argparse.Namespace) -> int:
             f"{are(len(source.broken))} broken, as said above; download "
             "them again, then rerun this command, or train with data.bad_shards=skip"
         )
+    if not source.counts.sum():
+        remedy = "loosen the filters" if filters else "expected images beside their metadata"
+        raise MissingInputError(f"{args.source}: no image to train on, as counted above; {remedy}")
     return 0
 
 
