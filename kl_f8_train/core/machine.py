@@ -180,8 +180,7 @@ def compile_networks(
     function in the same way.
     """
     decoder = autoencoder.decoder
-    parts = [autoencoder.encoder, decoder.mid, *decoder.up, decoder.norm_out]
-    compile_each([*parts, perceptual], backend)
+    compile_each([autoencoder.encoder, decoder.mid, *decoder.up, perceptual], backend)
     return partial(torch.compile, **_options(backend))
 
 
@@ -211,7 +210,12 @@ def inductor_options() -> dict[str, Any]:
     GroupNorm and swish to memory, and reads them again. Small kernels that do not depend on each
     other, mostly casts of weights and sums for biases, become one; a CPU has no such kernels.
     """
-    fusion: dict[str, Any] = {"realize_reads_threshold": 64, "realize_opcount_threshold": 1000}
+    fusion: dict[str, Any] = {
+        "realize_reads_threshold": 64,
+        "realize_acc_reads_threshold": 64,
+        "realize_opcount_threshold": 1000,
+        "triton.tiling_prevents_reduction_fusion": False,
+    }
     return fusion | ({"combo_kernels": True} if torch.cuda.is_available() else {})
 
 
