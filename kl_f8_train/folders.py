@@ -5,8 +5,10 @@ systems keep for themselves (hidden files, thumbnails, bins) is left out; whatev
 counted by its kind.
 """
 
+import errno
 import os
 import re
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -59,6 +61,8 @@ ONE = {  # kind of files that are left out -> what a single one is
 }
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)  # errors of a disk or server
+PAUSES = (0.1, 1.0, 2.0)  # seconds between attempts; a hundred images in a row may fail
 FIRST_BYTES = 64  # bytes that say what a file is
 
 
@@ -132,7 +136,7 @@ def _walk(
         prefix = f"{here}/" if here else ""
         files: list[os.DirEntry[str]] = []
         for entry in inside:
-            if not _is_folder(entry):
+            if not is_folder(entry):
                 files.append(entry)
             elif is_system(entry.name):
                 found.left_out["in hidden folders"] += _images_below(entry.path)
@@ -143,9 +147,18 @@ def _walk(
         yield prefix, files
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is one, perhaps by a link; a link in a circle is not."""
     try:
         return entry.is_dir()
+    except OSError:
+        return False
+
+
+def is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is a file, perhaps by a link; a link in a circle is not."""
+    try:
+        return entry.is_file()
     except OSError:
         return False
 
@@ -162,11 +175,7 @@ def _suffix(name: str) -> str:
 
 def _sort_in(found: Listing, prefix: str, entry: os.DirEntry[str]) -> None:
     suffix = _suffix(entry.name)
-    try:
-        regular = entry.is_file()
-    except OSError:
-        regular = False
-    if not regular:
+    if not is_file(entry):
         kind = "broken links" if entry.is_symlink() else "pipes, sockets or devices"
         found.left_out[kind] += suffix in (*SUFFIXES, *OTHER_SUFFIXES)
     elif is_system(entry.name):
@@ -201,13 +210,32 @@ def _kind(suffix: str) -> str:
 
 def read_file(path: str | Path) -> bytes:
     """The bytes of an image file. Raises ImageError if it cannot be read."""
-    try:
+
+    def read() -> bytes:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size > images.MAX_BYTES:
                 raise ImageError(f"too large: more than {images.MAX_BYTES / 2**30:g} GiB")
             return file.read()
+
+    try:
+        return patiently(read)
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
+
+
+def patiently(read: Callable[[], Loaded]) -> Loaded:
+    """What `read` returns; where a disk or its server fails, another attempt or three.
+
+    A run would otherwise take another image for one that is well, and end otherwise.
+    """
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+        time.sleep(pause)
+    return read()
 
 
 def ahead(

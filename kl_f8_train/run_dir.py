@@ -177,11 +177,11 @@ class MetricsFile:
         self.rows: list[dict[str, str]] = []
         self.appends = False  # once this process has written the whole file
         if path.is_file():
-            with path.open(newline="", encoding="utf-8", errors="replace") as file:
-                reader = csv.DictReader(file)
-                kept = [row for row in reader if (row.get("iteration") or "").isdigit()]
-                self.columns = list(reader.fieldnames or self.columns)
-                self.rows = [row for row in kept if int(row["iteration"]) <= start]
+            reader = csv.DictReader(_whole_lines(path))
+            kept = [row for row in reader if (row.get("iteration") or "").isdecimal()]
+            self.columns = list(reader.fieldnames or self.columns)
+            named = [{key: row[key] for key in self.columns} for row in kept]
+            self.rows = [row for row in named if int(row["iteration"]) <= start]
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """Adds a row; a new column, or the first row, rewrites the file."""
@@ -190,10 +190,11 @@ class MetricsFile:
             **{key: f"{value:.8g}" for key, value in values.items()},
         }
         new = [key for key in row if key not in self.columns]
-        first = not self.rows or not self.path.is_file() or bool(new) or not self.appends
+        whole = not self.rows or not self.path.is_file() or bool(new) or not self.appends
         self.columns += new
         self.rows.append(row)
-        if first:
+        self.appends = False  # a row that fails may be there in part, or be missing
+        if whole:
             with (
                 atomic_path(self.path) as temporary,
                 temporary.open("w", newline="") as file,
@@ -201,21 +202,26 @@ class MetricsFile:
                 writer = csv.DictWriter(file, self.columns, restval="")
                 writer.writeheader()
                 writer.writerows(self.rows)
-            self.appends = True
         else:
             with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.columns, restval="").writerow(row)
+        self.appends = True
 
 
 def read_rows(path: Path) -> list[Row]:
     """The whole lines of a CSV, numbers only; [] without a file."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        lines = _whole_lines(path)
     except FileNotFoundError:
         return []
-    whole = text[: text.rfind("\n") + 1].replace("\0", "")  # a last line may be half written
-    rows = (_parsed_row(row) for row in csv.DictReader(whole.splitlines()))
+    rows = (_parsed_row(row) for row in csv.DictReader(lines))
     return [row for row in rows if "iteration" in row]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a text file without a last one that is half written, and without NULs."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text[: text.rfind("\n") + 1].replace("\0", "").splitlines()
 
 
 def _parsed_row(row: Mapping[str | Any, str | Any]) -> Row:

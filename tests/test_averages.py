@@ -9,7 +9,8 @@ import pytest
 import runs
 import torch
 
-from kl_f8_train.__main__ import _name_path_select, main
+from kl_f8_train.__main__ import main
+from kl_f8_train.arguments import name_path_select
 from kl_f8_train.check import cost, scaling
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.step import Finetuner, trained_part
@@ -279,7 +280,7 @@ def test_an_average_that_the_disk_changed_is_not_exported(folder, tmp_path):
 
 def test_evaluate_takes_averages_by_their_decay(folder):
     texts = [f"{folder / 'run'}{mark}" for mark in ("", "@0.9", "@.50", "@0.99", "@raw")]
-    named = [_name_path_select(text) for text in texts]
+    named = [name_path_select(text) for text in texts]
     assert [name for name, *_ in named] == ["run", "run@0.9", "run@.50", "run@0.99", "run@raw"]
     found = evaluate.load_candidates(named, "cpu")
     tensors = runs.final_state(folder, "run").tensors
@@ -290,13 +291,13 @@ def test_evaluate_takes_averages_by_their_decay(folder):
     selected = [candidate.record["select"] for candidate in found]
     assert selected == ["ema", "ema-0.9", "ema-0.5", "ema-0.99", "raw"]
     with pytest.raises(MissingInputError, match=r"no EMA of decay 0\.7 in it: it keeps 0\.9, 0\.5"):
-        evaluate.load_candidates([_name_path_select(f"{folder / 'run'}@0.7")], "cpu")
+        evaluate.load_candidates([name_path_select(f"{folder / 'run'}@0.7")], "cpu")
     with pytest.raises(MissingInputError, match="it is not a training checkpoint of a run"):
-        evaluate.load_candidates([_name_path_select(f"{folder / 'model.ckpt'}@0.9")], "cpu")
+        evaluate.load_candidates([name_path_select(f"{folder / 'model.ckpt'}@0.9")], "cpu")
 
 
 def test_a_path_that_ends_like_a_decay_is_a_path(tmp_path):
     place = tmp_path / "run@0.9"
-    assert _name_path_select(str(place)) == ("run@0.9", tmp_path / "run", "ema-0.9")
+    assert name_path_select(str(place)) == ("run@0.9", tmp_path / "run", "ema-0.9")
     place.mkdir()
-    assert _name_path_select(str(place)) == ("run@0.9", place, "ema")
+    assert name_path_select(str(place)) == ("run@0.9", place, "ema")

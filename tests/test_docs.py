@@ -25,7 +25,8 @@ import torch
 from PIL import Image
 
 from kl_f8_train import config, shipped
-from kl_f8_train.__main__ import build_parser, main
+from kl_f8_train.__main__ import main
+from kl_f8_train.arguments import build_parser
 from kl_f8_train.run_dir import read_rows
 from kl_f8_train.settings import schema
 from kl_f8_train.weights import weight_file
@@ -151,6 +152,16 @@ def check_words(line: list[str]) -> None:
         assert set(",".join(extras).split(",")) <= {"", *known}, rest
     else:
         assert program in FOREIGN or program.startswith("python"), program
+
+
+def test_lower_bounds_are_those_the_tests_were_run_with():
+    lines = (ROOT / "tests/lowest.txt").read_text().splitlines()
+    tried = re.findall(r"^([\w-]+)==([\d.]+?)(?:\.0)*$", "\n".join(lines), re.MULTILINE)
+    extras = PROJECT["project"]["optional-dependencies"]
+    of_users = [extras[name] for name in extras if name not in ("s3", "test")]
+    stated = " ".join(sum(of_users, PROJECT["project"]["dependencies"]))
+    bounds = re.findall(r"([\w-]+)>=([\d.]+?)(?:\.0)*(?![\d.])", stated)
+    assert sorted(bounds) == sorted(tried)
 
 
 def check_verb(line: list[str]) -> None:

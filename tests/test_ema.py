@@ -2,16 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from kl_f8_train.core.updates import (
-    ema_decay,
-    ema_distance,
-    label,
-    module_name,
-    module_names,
-    move,
-    paired,
-    selection,
-)
+from kl_f8_train.averages import label, module_name, module_names, selection
+from kl_f8_train.core.updates import ema_decay, ema_distance, move, paired
 
 
 @pytest.mark.parametrize(

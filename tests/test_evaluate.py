@@ -19,7 +19,8 @@ from test_images import wide_gamut
 from torch import Tensor
 
 from kl_f8_train import images
-from kl_f8_train.__main__ import _check_places, _name_path_select
+from kl_f8_train.__main__ import _check_places
+from kl_f8_train.arguments import name_path_select
 from kl_f8_train.core import perceptual
 from kl_f8_train.core.model import TRAINED
 from kl_f8_train.data.pack import pack
@@ -673,7 +674,7 @@ def test_vgg_gives_lpips_and_psim(folder, vgg_file):
     ],
 )
 def test_how_weights_are_named(text, expected):
-    name, path, select = _name_path_select(text)
+    name, path, select = name_path_select(text)
     assert (name, str(path), select) == expected
 
 
@@ -681,10 +682,10 @@ def test_a_directory_keeps_its_whole_name(tmp_path, monkeypatch):
     (tmp_path / "r 1.5").mkdir()
     (tmp_path / "r.pt").mkdir()
     (tmp_path / "r.ckpt").touch()
-    names = [_name_path_select(str(tmp_path / name))[0] for name in ("r 1.5", "r.pt", "r.ckpt")]
+    names = [name_path_select(str(tmp_path / name))[0] for name in ("r 1.5", "r.pt", "r.ckpt")]
     assert names == ["r 1.5", "r.pt", "r"]
     monkeypatch.chdir(tmp_path / "r 1.5")
-    assert _name_path_select(".")[0] == "r 1.5"
+    assert name_path_select(".")[0] == "r 1.5"
 
 
 def test_a_run_has_ema_and_raw_weights(folder):

@@ -26,11 +26,12 @@ from safetensors.torch import load_file
 from test_checkpoint import no_room
 
 from kl_f8_train import config, images
-from kl_f8_train.__main__ import _after_export, main
+from kl_f8_train.__main__ import main
 from kl_f8_train.core.hashes import data_sha256
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import file_sha256
+from kl_f8_train.next_command import after_export
 from kl_f8_train.publish import card, half_precision
 from kl_f8_train.publish.export import export
 from kl_f8_train.run.train import train
@@ -365,7 +366,7 @@ def test_what_follows_an_export(folder, tmp_path, monkeypatch):
         (tmp_path / "base.ckpt").touch()
         values["init"]["weights"] = base
         (out / "config.yaml").write_text(yaml.safe_dump(values))
-        assert _after_export(Path("out")).removesuffix(" --perceptual st_lpips_alex") == command
+        assert after_export(Path("out")).removesuffix(" --perceptual st_lpips_alex") == command
     (out / "config.yaml").write_text(exported)
     (tmp_path / "evaluation").mkdir()
     digest = file_sha256(out / "tiny-ema-pruned.safetensors")
@@ -374,7 +375,7 @@ def test_what_follows_an_export(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(card, "_problems", lambda scores: [])
     monkeypatch.setattr(card, "_taken", lambda scores: {})
     expected = "kl-f8-train card out --scores evaluation/scores.json"
-    assert _after_export(Path("out")) == expected
+    assert after_export(Path("out")) == expected
 
 
 @pytest.mark.parametrize(

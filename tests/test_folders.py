@@ -1,5 +1,8 @@
+import errno
 import os
 import socket
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -144,6 +147,23 @@ def test_unreadable_files_are_image_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MAX_BYTES", 10)
     with pytest.raises(ImageError, match="too large"):
         folders.read_file(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize(("failures", "well"), [(1, True), (3, True), (4, False)])
+def test_a_server_that_fails_is_asked_again(tmp_path, monkeypatch, failures, well):
+    make(tmp_path, {"a.jpg": JPEG})
+    left, pauses, fstat = [errno.ESTALE] * failures, [], os.fstat
+
+    def failing(descriptor: int) -> os.stat_result:
+        if left:
+            raise OSError(left.pop(), "Stale file handle")
+        return fstat(descriptor)
+
+    monkeypatch.setattr(os, "fstat", failing)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with nullcontext() if well else pytest.raises(ImageError, match="cannot be read: Stale"):
+        assert folders.read_file(tmp_path / "a.jpg") == JPEG
+    assert len(pauses) == min(failures, len(folders.PAUSES))
 
 
 def test_a_folder_that_cannot_be_read(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kl_f8_train"
 ORDER = ("root", "core", "data weights", "run score", "publish check", "top")
-TOP = {"demo", "__main__"}
+TOP = {"demo", "next_command", "__main__"}
 PLACES = {
     "pytorch_lightning": "core.step run.callback run.compiling run.log run.prefetch run.saving "
     "run.train run.validation run.watchdog",

@@ -1,5 +1,6 @@
 """Saves while training goes on: copies, order, faults in the thread, and kills."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -17,7 +18,7 @@ import torch
 
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.step import Finetuner
-from kl_f8_train.errors import RunFailedError
+from kl_f8_train.errors import MissingInputError, RunFailedError
 from kl_f8_train.run.callback import Course
 from kl_f8_train.run.saving import Checkpoints, Signals
 from kl_f8_train.run.train import train
@@ -288,6 +289,23 @@ def test_an_error_elsewhere_waits_for_what_is_being_written(alone, tmp_path, gat
     assert names(tmp_path) == ["iteration-000000001.safetensors"]
 
 
+def test_what_was_trained_is_saved_when_the_data_end_a_run(alone, tmp_path, capsys):
+    alone.saving.config = replace(alone.saving.config, every=1000)
+    alone.turn()
+    alone.turn()
+    alone.saving.on_exception(alone.trainer, alone.tuner, MissingInputError("a shard is gone"))
+    assert names(tmp_path) == ["iteration-000000002.safetensors"]
+    assert "saved iteration 2, the last before the error" in capsys.readouterr().out
+
+
+def test_an_iteration_that_failed_in_its_middle_is_not_saved(alone, tmp_path):
+    alone.saving.config = replace(alone.saving.config, every=1000)
+    alone.turn()
+    alone.saving.on_train_batch_start(alone.trainer, alone.tuner, None, 1)
+    alone.saving.on_exception(alone.trainer, alone.tuner, RuntimeError("out of memory"))
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_frozen_part_that_moved_is_not_written(alone, tmp_path):
     alone.tuner.autoencoder.encoder.conv_in.weight.data[0, 0, 0, 0] += 1
     alone.turn()
@@ -373,6 +391,33 @@ def killed_while(step: str, iteration: int) -> None:
 def undisturbed(folder: Path) -> weight_file.Contents:
     assert train(runs.recipe(folder, "undisturbed", "stop_iteration=108")) == 0
     return runs.final_state(folder, "undisturbed")
+
+
+def kill_a_loader() -> None:
+    """In the middle of iteration 103."""
+    run_iteration = Finetuner.run_iteration
+
+    def run(tuner: Finetuner, *arguments):
+        if tuner.iteration == 102:
+            child = multiprocessing.active_children()[0]
+            os.kill(child.pid, signal.SIGKILL)
+            time.sleep(0.5)
+        return run_iteration(tuner, *arguments)
+
+    Finetuner.run_iteration = run
+
+
+def test_a_killed_loader_loses_no_iteration(folder, undisturbed):
+    extra = ("stop_iteration=108", "data.workers=1")
+    (run,) = ranks.start(folder, "no-loader", *extra, prepare=kill_a_loader)
+    assert run.end() == RunFailedError.exit_code
+    assert "saved iteration 103, the last before the error" in run.output
+    assert "killed by signal: Killed" in run.output
+    assert "lower data.workers" in run.output
+    (run,) = ranks.start(folder, "no-loader", *extra)
+    ranks.finish([run])
+    assert "resuming iteration-000000103" in run.output
+    runs.assert_same_state(runs.final_state(folder, "no-loader"), undisturbed)
 
 
 @pytest.mark.slow

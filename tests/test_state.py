@@ -24,6 +24,7 @@ def saved(finetuner, batch, tmp_path):
 def take(path: Path) -> weight_file.Contents:
     """Reads a checkpoint as a resuming run does."""
     contents = weight_file.read(path)
+    checkpoint.check_metadata(contents)
     checkpoint.stored_config(contents)
     checkpoint.check_content(contents)
     return contents
@@ -50,6 +51,27 @@ def test_a_file_cut_or_changed_anywhere_is_refused(saved):
     with pytest.raises(MissingInputError, match="does not match its own SHA-256"):
         take(path)
     path.write_bytes(whole)
+    assert take(path).iteration == 1
+
+
+@pytest.mark.parametrize(
+    "text", [b'"iteration":"1', b'"ema_updates":"1', b'"first_iteration":"', b'_left":"', b"seed"]
+)
+def test_a_counter_or_a_setting_that_the_disk_changed_is_refused(saved, text):
+    _, _, path = saved
+    whole = path.read_bytes()
+    last = whole.index(text) + len(text) - 1
+    for place in (last, last - 3):  # in the value, mostly, and in the key
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(MissingInputError):
+            take(path)
+
+
+def test_a_checkpoint_without_hashes_of_its_metadata_is_taken(saved):
+    _, _, path = saved
+    contents = weight_file.read(path)
+    del contents.metadata["metadata_sha256"]
+    weight_file.write_safetensors(path, contents.tensors, contents.metadata)
     assert take(path).iteration == 1
 
 

@@ -2,8 +2,10 @@
 
 import csv
 import ctypes
+import errno
 import functools
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -128,6 +130,60 @@ def test_a_damaged_line_of_the_metrics_does_not_stop_a_run(tmp_path):
         "102",
         "103",
     ]
+
+
+def test_lines_that_a_full_disk_cut_or_joined_do_not_stop_a_run(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("iteration,rec\n101,0.5\n102,0.102,0.25\n103,0.125\n10")
+    table = MetricsFile(path, start=103)
+    table.write(104, {"rec": 0.0625})
+    rows = path.read_text().splitlines()
+    assert rows == ["iteration,rec", "101,0.5", "102,0.102", "103,0.125", "104,0.0625"]
+
+
+def test_a_row_that_a_full_disk_cut_is_written_again_whole(tmp_path, monkeypatch):
+    table = MetricsFile(tmp_path / "metrics.csv", start=100)
+    table.write(101, {"rec": 0.5})
+
+    def cut(writer: object, row: dict[str, str]) -> None:
+        with table.path.open("a") as file:
+            file.write("102,0.")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(csv.DictWriter, "writerow", cut)
+        with pytest.raises(OSError, match="No space"):
+            table.write(102, {"rec": 0.25})
+    table.write(103, {"rec": 0.125})
+    rows = table.path.read_text().splitlines()
+    assert rows == ["iteration,rec", "101,0.5", "102,0.25", "103,0.125"]
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_ends_no_run_unsaved(folder, undisturbed):
+    for ignored in (False, True):  # a dropped connection; one that `disown` was for
+        name = f"closed-{ignored}"
+        ours, theirs = pty.openpty()
+        arguments = runs.overrides(folder, name, "stop_iteration=108")
+        prefix = ["env", "--ignore-signal=HUP"] * ignored
+        process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "kl_f8_train", "train", "demo", *arguments],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+        )
+        os.close(theirs)
+        shown = b""
+        while b"iteration 102 of" not in shown:
+            shown += os.read(ours, 4096)
+        os.close(ours)
+        if not ignored:
+            os.killpg(process.pid, signal.SIGHUP)
+        assert process.wait(60) == (0 if ignored else 128 + signal.SIGHUP)
+        assert list_checkpoints(folder / name)
+        assert train(runs.recipe(folder, name, "stop_iteration=108")) == 0
+        runs.assert_same_state(runs.final_state(folder, name), undisturbed)
 
 
 @pytest.mark.slow

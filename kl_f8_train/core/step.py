@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 
+from kl_f8_train.averages import module_names
 from kl_f8_train.core import machine
 from kl_f8_train.core.batch import Batch, parts, phase, plain_batch
 from kl_f8_train.core.discriminator import Discriminator
@@ -48,7 +49,6 @@ from kl_f8_train.core.updates import (
     joined,
     learning_rate,
     mean_of_each,
-    module_names,
     move,
     paired,
     parameters_of,

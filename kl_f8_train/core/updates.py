@@ -3,10 +3,6 @@
 The host never waits for the device inside an iteration: a fused Adam looks at a flag of its own
 (`found_inf`, made for torch's GradScaler), and the flags travel to the host while it queues on. It
 reads and reports them an iteration later.
-
-A run has one moving average, `ema`, and perhaps further ones of other decays beside it. A selection
-of weights is called `ema`, `ema-0.9999` or `raw`; the averages lie in checkpoints below `ema.`,
-`ema_0_9999.`
 """
 
 import math
@@ -26,7 +22,6 @@ from torch.optim import Adam
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.output import say
 from kl_f8_train.settings import Optimizer
-from kl_f8_train.units import shortest
 
 Step = Callable[[Adam], None]
 PLAINLY: Step = methodcaller("step")  # without a trainer
@@ -303,27 +298,6 @@ def suspects(keys: list[str], finite: list[bool]) -> str:
 
 
 # --- moving averages -------------------------------------------------------------------------
-
-
-def selection(decay: float) -> str:
-    """The name of the weights averaged with a decay: `ema-0.9999`."""
-    return f"ema-{shortest(decay)}"
-
-
-def label(selected: str) -> str:
-    """A selection for people: `EMA`, `EMA 0.9999`, `raw`."""
-    return selected.replace("ema", "EMA").replace("-", " ", 1)
-
-
-def module_name(selected: str) -> str:
-    """`ema-0.9999` -> `ema_0_9999`: a further average's part of a finetuner and its checkpoints."""
-    return selected.replace("-", "_", 1).replace(".", "_")
-
-
-def module_names(decays: Sequence[float]) -> dict[float, str]:
-    """Each decay's average in a finetuner and its checkpoints; the first is the run's, `ema`."""
-    further = {decay: module_name(selection(decay)) for decay in decays[1:]}
-    return {decays[0]: "ema", **further}
 
 
 def ema_decay(number: int, decay: float, warmup: bool) -> float:

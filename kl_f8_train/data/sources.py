@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from kl_f8_train.data.index import (
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, UsageError
 from kl_f8_train.files import cache_dir, one_at_a_time
-from kl_f8_train.folders import Listing, describe_count, list_folder, read_file
+from kl_f8_train.folders import Listing, describe_count, list_folder, patiently, read_file
 from kl_f8_train.overrides import source_setting
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import are, counted, printable
@@ -150,20 +150,41 @@ class TarSource:
         return self.fingerprints.count(UNFETCHED)
 
     def read(self, shard: int, sample: int) -> tuple[str, bytes]:
-        """Name, from the header in front of the data, and encoded image."""
+        """Name, from the header in front of the data, and encoded image.
+
+        Raises MissingInputError if the shard is gone, or is another than the one indexed.
+        """
         row = self._kept(shard)[sample]
         # One read: the header, a block in front of the data, begins with 100 bytes of name (POSIX
         # ustar).
         offset, size = (int(self.blocks[row]) - 1) * TAR_BLOCK, int(self.sizes[row])
         place = self.locations[shard]
         try:
-            with self.cache.open(place) if self.remote[shard] else open(place, "rb") as file:
-                data = os.pread(file.fileno(), TAR_BLOCK + size, offset)
+            file = patiently(lambda: self._open(shard))
         except OSError as error:
-            raise ImageError(f"cannot be read: {error.strerror or error}") from error
+            raise MissingInputError(
+                f"shard {place} cannot be opened any more: {error.strerror or error}; put it back, "
+                "then run the same command again"
+            ) from error
+        with file:
+            try:
+                data = patiently(lambda: os.pread(file.fileno(), TAR_BLOCK + size, offset))
+            except OSError as error:
+                raise ImageError(f"cannot be read: {error.strerror or error}") from error
+            status = os.fstat(file.fileno())
+        same = [status.st_size, status.st_mtime_ns] == self.fingerprints[shard]
+        if not (same or self.remote[shard] or _is_member(data, size)):
+            raise MissingInputError(
+                f"shard {place} has changed since it was indexed; put the old one back, or run the "
+                "same command again, which indexes it anew and says what has changed"
+            )
         member = data[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
         name = f"{os.path.basename(place)}/{os.path.basename(member)}"
         return printable(name), data[TAR_BLOCK:]
+
+    def _open(self, shard: int) -> BinaryIO:
+        place = self.locations[shard]
+        return self.cache.open(place) if self.remote[shard] else open(place, "rb")
 
     def name(self, shard: int, sample: int) -> str:
         """The shard, and the number of the image in it."""
@@ -235,6 +256,15 @@ class TarSource:
         if len(array) != self.starts[-1]:
             raise ValueError(f"{name}.npy: got {len(array)} rows, expected {self.starts[-1]}")
         return array
+
+
+def _is_member(data: bytes, size: int) -> bool:
+    """Whether a tar's header and as many bytes as it states, `size`, are there."""
+    try:
+        stated = int(data[124:136].strip(b" \0"), 8)  # POSIX ustar
+    except ValueError:
+        return False
+    return stated == size and len(data) == TAR_BLOCK + size
 
 
 class FolderSource:

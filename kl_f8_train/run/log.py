@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ class RunLog(Callback):
         self.trackers = Trackers(self.config, self.run_dir, self.start, self.say)
         if sys.stdout.isatty():
             total, unit = self.config.stop_iteration, "iteration"
-            self.bar = tqdm(total=total, initial=self.start, unit=unit, mininterval=1.0)
+            self.bar = tqdm(
+                total=total, initial=self.start, unit=unit, mininterval=1.0, file=sys.stdout
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Counts the time spent waiting for data."""
@@ -253,9 +256,8 @@ class RunLog(Callback):
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar if there is one."""
-        if self.bar is not None:
-            self.bar.write(line)
-        else:
+        # tqdm's own `write` would end the run when the terminal is closed.
+        with nullcontext() if self.bar is None else self.bar.external_write_mode():
             say(line)
 
 

@@ -57,6 +57,9 @@ class Checkpoints(Callback):
         self.saved: tuple[int, int] | None = None  # counters of what is on the disk
         self.failures = 0  # in a row
         self.failure = ""  # the last one
+        self.waiting = False  # for data, after a whole iteration
+        self.child_ended = False  # in an iteration
+        self.judge_loaders: Any = None  # torch's handler of SIGCHLD, which raises if one was killed
         self.mark = 0.0  # end of the last save, or the start
         self.warned = False  # that saving takes long
 
@@ -68,7 +71,9 @@ class Checkpoints(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Gets the memory for copies, once loaders have been forked: they would share its pages."""
+        self.waiting = False
         if batch_idx == 0 and trainer.is_global_zero:
+            self.judge_loaders = signal.signal(signal.SIGCHLD, self._note_child)
             size = checkpoint.snapshot_bytes(finetuner_of(pl_module), _adams(trainer))
             pinned = pl_module.device.type == "cuda"
             self.writing.append(self.thread.submit(self.memory.reserve, size, pinned))
@@ -85,9 +90,21 @@ class Checkpoints(Callback):
                 began = time.perf_counter()
                 self._save(trainer, finetuner_of(pl_module))
                 self._judge_pause(began)
+        self.waiting = True
+        if self.child_ended:
+            self.child_ended = False
+            self._note_child(signal.SIGCHLD, None)
+
+    def _note_child(self, number: int, frame: Any) -> None:
+        """Lets a killed loader fail the wait for data, not the iteration, which can be saved."""
+        if not self.waiting:
+            self.child_ended = True
+        elif callable(self.judge_loaders):
+            self.judge_loaders(number, frame)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last state, if it is not; here a failure is final."""
+        self.waiting = False
         finetuner = finetuner_of(pl_module)
         finetuner.guard.judge()
         failure = None
@@ -98,18 +115,25 @@ class Checkpoints(Callback):
                 self._look(wait=True)
             if self.saved != counters(finetuner):
                 failure = self.failure
-        self.thread.shutdown()
+        self._stop()
         failure = trainer.strategy.broadcast(failure)  # all ranks end alike
         if failure is not None:
             raise RunFailedError(failure)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
-        """Lets the thread finish what it is writing."""
-        self.thread.shutdown()
-        faults: list[object] = [future.exception() for future in self.writing]
-        for fault in faults + [self.failure] * (self.failures > 1):
-            if fault is not None and str(fault) != str(exception):
+        """Lets the thread finish what it is writing; where data are missing, saves first."""
+        between, self.waiting = self.waiting, False
+        if between and trainer.is_global_zero:
+            self._save_whole(trainer, finetuner_of(pl_module))
+        self._stop()
+        for fault in [*self._faults(), *[self.failure] * (self.failures > 1)]:
+            if str(fault) != str(exception):
                 say(f"and a checkpoint could not be saved: {fault}")
+
+    def _stop(self) -> None:
+        self.thread.shutdown()
+        if self.judge_loaders is not None:
+            signal.signal(signal.SIGCHLD, self.judge_loaders)
 
     def save_best(self, trainer: Trainer, finetuner: Finetuner) -> None:
         """Writes the best checkpoint so far, and then removes the one before; first rank only.
@@ -125,6 +149,21 @@ class Checkpoints(Callback):
         path = checkpoint_path(self.run_dir, finetuner.iteration, finetuner.warmup_done)
         if not self.course.cannot_save:
             self.writing.append(self.thread.submit(self._write, snapshot, path))
+
+    def _save_whole(self, trainer: Trainer, finetuner: Finetuner) -> None:
+        """Saves the last iteration, which ended well, unless that is done or cannot be."""
+        if self._faults() or self.failures or self.saved == counters(finetuner):
+            return
+        with contextlib.suppress(RunFailedError):  # what ends the run is another error
+            finetuner.guard.judge()
+            self._save(trainer, finetuner)
+            if not self._faults() and self.saved == counters(finetuner):
+                say(f"saved iteration {finetuner.iteration:,}, the last before the error")
+
+    def _faults(self) -> list[BaseException]:
+        """What went wrong in the thread unforeseen, once all is written."""
+        faults = [future.exception() for future in self.writing]
+        return [fault for fault in faults if fault is not None]
 
     def _copy(self, trainer: Trainer, finetuner: Finetuner) -> checkpoint.Snapshot:
         """The state as it is; what was copied before is written first."""

@@ -3,6 +3,7 @@
 Nothing random is in it: images, crops and noise follow from the seed and the iteration.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from torch.optim import Adam
 
 from kl_f8_train import config as configs
 from kl_f8_train import facts
+from kl_f8_train.averages import module_names
 from kl_f8_train.core.hashes import frozen_sha256, tensors_sha256
 from kl_f8_train.core.step import Finetuner
-from kl_f8_train.core.updates import HostCopy, module_names
+from kl_f8_train.core.updates import HostCopy
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.facts import Facts
 from kl_f8_train.run_dir import checkpoint_path
@@ -26,6 +28,7 @@ from kl_f8_train.weights import weight_file
 from kl_f8_train.weights.names import State, Weights, check_like
 
 FORMAT = "kl_f8_train.checkpoint.1"
+TEXTS = "metadata_sha256"  # JSON: key of the metadata -> hash of its string
 OPTIMIZERS = ("decoder", "discriminator")
 ALIGNMENT = 64  # bytes: where a copy begins
 
@@ -106,7 +109,9 @@ def write(state: Snapshot, path: Path) -> Path:
             f"{frozen[:12]}); no checkpoint was written, the last one is untouched"
         )
     _check_finite(tensors)
-    weight_file.write_plain(path, tensors, {**state.metadata, **content_sha256(tensors)})
+    metadata = {**state.metadata, **content_sha256(tensors)}
+    hashes = {key: _text_sha256(text) for key, text in metadata.items()}
+    weight_file.write_plain(path, tensors, {**metadata, TEXTS: json.dumps(hashes)})
     return path
 
 
@@ -185,8 +190,8 @@ def base_facts(contents: weight_file.Contents, weights: Weights, config: Config)
     stated = weight_file.facts_of(contents, weights)
     try:
         known = facts.settled(stated, channels, config.init.family, published)
-    except UsageError as error:
-        raise UsageError(f"{contents.path}: {error}") from error
+    except (UsageError, MissingInputError) as error:
+        raise type(error)(f"{contents.path}: {error}") from error
     return facts.combined(known, _shown_value(config))
 
 
@@ -230,6 +235,29 @@ def check_content(contents: weight_file.Contents, only: str | None = None) -> No
             raise MissingInputError(
                 f"{contents.path}: its {part} does not match its own SHA-256; the disk changed it"
             )
+
+
+def check_metadata(contents: weight_file.Contents) -> None:
+    """Compares the strings of a training checkpoint, such as its counters, with their own hashes.
+
+    Raises MissingInputError if one is not what was once written.
+    """
+    texts = dict(contents.metadata)
+    if TEXTS not in texts:
+        return  # an older file
+    try:
+        hashes = dict(json.loads(texts.pop(TEXTS)))
+    except (ValueError, TypeError):
+        hashes = {}
+    for key, text in texts.items():
+        if hashes.get(key) != _text_sha256(text):
+            raise MissingInputError(
+                f"{contents.path}: its {key} does not match its own SHA-256; the disk changed it"
+            )
+
+
+def _text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _part_sha256(tensors: dict[str, Tensor], part: str) -> str:

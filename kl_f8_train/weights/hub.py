@@ -3,14 +3,15 @@
 import re
 from pathlib import Path
 
-from kl_f8_train.errors import MissingInputError
+from kl_f8_train import shipped
+from kl_f8_train.errors import MissingInputError, like_path
 
 FILES = tuple(
     f"{folder}diffusion_pytorch_model.{suffix}"
     for folder in ("", "vae/", "diffusers/")
     for suffix in (
         *("safetensors", "safetensors.index.json", "bin", "bin.index.json"),
-        *("fp16.safetensors", "fp16.bin"),
+        *("fp16.safetensors", "fp16.bin", "safetensors.index.fp16.json"),
     )
 )
 WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".zip")
@@ -22,6 +23,16 @@ def is_id(text: str) -> bool:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) or text.endswith(WEIGHT_SUFFIXES):
         return False
     return not Path(text).parent.is_dir()
+
+
+def check_exists(weights: str, key: str = "") -> None:
+    """Raises MissingInputError for weights that are neither here nor named as on the hub."""
+    here = weights == shipped.BASE_NAME or Path(weights).exists()
+    if not here and not is_id(weights):
+        raise MissingInputError(
+            f"{key}{weights}: no such file; expected a weight file, a diffusers folder, a run "
+            f"directory or a hub id OWNER/NAME{like_path(weights, [shipped.BASE_NAME])}"
+        )
 
 
 def fetch(repo: str) -> Path:
@@ -46,8 +57,8 @@ def fetch(repo: str) -> Path:
         chosen = next((name for name in FILES if name in names), None)
         if chosen:
             beside = {str(Path(chosen).with_name("config.json"))}  # whose weights they are
-            if chosen.endswith(".index.json"):
-                stem = chosen.removesuffix(".index.json").rpartition(".")[0]
+            if index := re.fullmatch(r"(.*)\.\w+\.index(\.\w+)?\.json", chosen):
+                stem = f"{index[1]}{index[2] or ''}"
                 beside |= {name for name in names if name.startswith(f"{stem}-0")}
             for name in sorted(beside & names):
                 hub.hf_hub_download(repo, name)

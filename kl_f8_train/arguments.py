@@ -1,0 +1,316 @@
+"""The verbs of the command line, their flags, and how the flags' values are read."""
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from kl_f8_train import __version__
+from kl_f8_train.averages import selection
+from kl_f8_train.errors import like
+
+
+class _Parser(argparse.ArgumentParser):
+    """Suggests what a mistyped verb or choice may have meant."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        hint = like(found[1], re.findall(r"[\w-]+", found[2])) if found else ""
+        for text in sys.argv[1:]:
+            if re.match(r"-\w", text) and os.path.exists(text):
+                hint += f"; a file whose name begins with a dash is ./{text}"
+        super().error(f"{message}{hint}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every verb and flag."""
+    parser = _Parser(
+        prog="kl-f8-train",
+        description="Finetunes the decoder of Stable Diffusion's kl-f8 autoencoder.",
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=16),
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    shared = _Parser(add_help=False)
+    shared.add_argument("--debug", action="store_true", help="show tracebacks")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def add(verb: str, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(verb, help=text, description=text, parents=[shared])
+        sub.set_defaults(verb=verb, parser=sub)
+        return sub
+
+    train = add("train", "Starts a run; the same command again resumes it.")
+    train.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    train.add_argument("--allow-changes", action="store_true", help="resume with another recipe")
+    train.add_argument("--dry-run", action="store_true", help="only check it, as doctor does")
+    train.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object")
+
+    doctor = add("doctor", "Checks a run before it costs anything: go, or no go.")
+    doctor.add_argument("config", nargs="?", help="recipe: a YAML file, or a shipped one's name")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.add_argument("--all", action="store_true", help="every setting and figure")
+
+    inspect = add("inspect", "Reports what a VAE file holds, without running any of it.")
+    inspect.add_argument("weights", help="file, diffusers folder, run directory or hub id")
+    taken = inspect.add_mutually_exclusive_group()
+    taken.add_argument("--raw", action="store_true", help="a run's raw weights, not its EMA")
+    taken.add_argument("--ema", type=_decay, metavar="DECAY", help="its EMA of this decay")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
+    export = add("export", "Writes a run's EMA weights for every consumer.")
+    export.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
+    export.add_argument("--out", type=Path, help="directory to write (RUN/export)")
+    taken = export.add_mutually_exclusive_group()
+    taken.add_argument("--raw", action="store_true", help="the raw weights in place of the EMA")
+    taken.add_argument("--ema", type=_decay, metavar="DECAY", help="the EMA of this decay")
+    export.add_argument("--best", action="store_true", help="of the best validation, if it is kept")
+    export.add_argument(
+        "--average", nargs="+", type=Path, default=[], metavar="CKPT", help="mean EMA; after RUN"
+    )
+    export.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "float16", "bfloat16"],
+        help="type of the single files (float32)",
+    )
+    export.add_argument(
+        "--format", action="append", choices=["safetensors", "ckpt", "diffusers"], help="only this"
+    )
+    export.add_argument("--images", type=Path, help="photographs that try half precision")
+    export.add_argument(
+        "--family",
+        choices=["sd", "sdxl", "sd3", "flux", "other"],
+        help="models whose VAE it is, if the checkpoint does not know",
+    )
+    export.add_argument(
+        "--fp16-safe",
+        action=argparse.BooleanOptionalAction,
+        help="rescale the decoder, exactly, so that fp16 does not overflow (where it would)",
+    )
+    export.add_argument("--force", action="store_true", help="overwrite files")
+
+    safe = add("fp16-safe", "Rescales a VAE's decoder, exactly, for fp16.")
+    safe.add_argument("weights", help="file, diffusers folder, run directory or hub id")
+    safe.add_argument("--out", type=Path, help="directory to write (NAME-fp16-safe)")
+    safe.add_argument("--images", type=Path, help="photographs that try half precision")
+    safe.add_argument(
+        "--family",
+        choices=["sd", "sdxl", "sd3", "flux", "other"],
+        help="models whose VAE it is, if the file does not show it",
+    )
+    safe.add_argument("--force", action="store_true", help="overwrite files")
+
+    inject = add("inject", "Writes a VAE into a copy of a Stable Diffusion checkpoint.")
+    inject.add_argument("vae", type=Path, help="any VAE file, or a run directory (its EMA)")
+    inject.add_argument("into", type=Path, help="full checkpoint, .safetensors or .ckpt")
+    inject.add_argument("--out", type=Path, required=True, help="file to write")
+    inject.add_argument("--force", action="store_true", help="overwrite it")
+
+    score = add("evaluate", "Scores VAEs on the same images, as the model card does.")
+    score.add_argument(
+        "weights",
+        nargs="+",
+        metavar="[NAME=]WEIGHTS[@raw]",
+        help="file or run; @raw: not its EMA; @0.9999: its EMA of this decay",
+    )
+    inputs = score.add_argument_group("what they are scored on, one of").add_argument
+    inputs("--images", help="folder of photographs, or shards; with --latents: for FID")
+    inputs("--latents", type=Path, metavar="DIR", help="saved latents, to decode and compare")
+    score.add_argument("--out", type=Path, default=Path("evaluation"), help="directory to write")
+    score.add_argument("--protocol", default="card", choices=["card", "standard"])
+    score.add_argument(
+        "--size", type=_sizes, help="resize and centre crop, in pixels; several: 256,512 (256)"
+    )
+    score.add_argument("--limit", type=_positive, help="only the first images")
+    score.add_argument("--perceptual", default="lpips_vgg", choices=["lpips_vgg", "st_lpips_alex"])
+    score.add_argument("--vgg", help="VGG16 features file")
+    score.add_argument("--inception", help="Inception file, for rFID")
+    score.add_argument("--device", type=_device, help="cpu or cuda")
+    score.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=16,
+        help="on a GPU, at 256 pixels; fewer at larger sizes; a CPU takes 1",
+    )
+    score.add_argument("--compare", nargs=2, metavar=("A", "B"), help="is B better than A?")
+    score.add_argument(
+        "--baselines", action="store_true", help="add the rows mean colour and 8 x 8 means"
+    )
+    score.add_argument(
+        "--latent-noise",
+        type=_sigmas,
+        default=[],
+        metavar="SIGMA,...",
+        help="add rows decoded from z + sigma std(z) e, such as 0.1,0.2,0.4",
+    )
+    score.add_argument(
+        "--tiled",
+        type=_positive,
+        nargs="?",
+        const=512,
+        metavar="PIXELS",
+        help="measure the seams of decoding in tiles as diffusers and ComfyUI do (512)",
+    )
+    score.add_argument(
+        "--latents-scaled",
+        choices=["no", "yes", "sd", "sdxl", "sd3", "flux"],
+        help="whether --latents are a sampler's: by the scale the VAE states, or that of a family",
+    )
+
+    card = add("card", "Writes the model card of an export, with measured numbers only.")
+    card.add_argument("export", type=Path, help="directory that export wrote")
+    card.add_argument("--scores", type=Path, help="scores.json that evaluate wrote")
+    licenses = card.add_mutually_exclusive_group()
+    licenses.add_argument("--license", help="identifier on the hub, such as mit; never guessed")
+    licenses.add_argument("--license-file", type=Path, help="text of a license of your own")
+    card.add_argument("--base-model", metavar="OWNER/NAME", help="on the hub; never guessed")
+    card.add_argument("--published", action="store_true", help="quote the published scores too")
+    card.add_argument(
+        "--no-pictures",
+        action="store_true",
+        help="leave out strip.png, photographs of the evaluation, which is copied otherwise",
+    )
+
+    push = add("push", "Uploads an export to the Hugging Face hub; a dry run first.")
+    push.add_argument("export", type=Path, help="directory that export wrote")
+    push.add_argument("repository", metavar="OWNER/NAME", help="on the hub; made if needed")
+    push.add_argument("--upload", action="store_true", help="do it; without, only list the files")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--pictures", action="store_true", help="upload strip.png, of photographs")
+
+    pack = add("pack", "Packs images into WebDataset shards.")
+    pack.add_argument(
+        "images",
+        type=Path,
+        nargs="+",
+        help="folder, searched recursively; or parquet files of the Hugging Face hub, or a glob",
+    )
+    pack.add_argument("out", type=Path, help="directory of the shards")
+    pack.add_argument("--per-shard", type=int, default=1000, help="images in each shard")
+    pack.add_argument("--workers", type=_positive, help="processes (all cores)")
+    pack.add_argument("--reencode", action="store_true", help="re-encode the images as JPEG")
+
+    split = add("split", "Splits photographs into training and held-out, by content.")
+    split.add_argument("images", type=Path, help="folder, searched recursively; only read")
+    split.add_argument("out", type=Path, help="new directory: training/ and held_out/ in it")
+    split.add_argument(
+        "--held-out",
+        type=_count_or_share,
+        metavar="N|SHARE",
+        help="how many, or which share such as 0.05 or 5%% (5%%, but 10 to 500)",
+    )
+    split.add_argument("--seed", type=int, default=0, help="another seed, another choice (0)")
+
+    index = add("index", "Indexes shards once: where the images are, and their metadata.")
+    index.add_argument("source", help="brace pattern, glob, directory, list file or address")
+    index.add_argument("--filter", action="append", default=[], help="such as 'width >= 256'")
+    index.add_argument("--index-dir", help="where to keep it (beside the shards)")
+    index.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes")
+    index.add_argument("--cache-dir", help="where remote shards are cached")
+    index.add_argument("--cache-gib", type=_above_zero, default=100.0, help="its size, at most")
+
+    fetch = add("fetch", "Downloads VGG16's features and Inception, once.")
+    fetch.add_argument(
+        "networks", nargs="*", metavar="vgg|inception", help="both, if none is named"
+    )
+    fetch.add_argument("--url", help="another place of the same file, of one network")
+
+    state = add("status", "Reports the state of a run from its files: running, ended or dead.")
+    state.add_argument("run", type=Path, help="run directory")
+    state.add_argument("--json", action="store_true", help="print one JSON object")
+    state.add_argument("--html", type=Path, help="write a page with curves to this file")
+
+    config = add("config", "Shows, compares or explains recipes.")
+    config.add_argument("action", choices=["show", "diff", "schema"])
+    config.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]")
+    config.add_argument("--markdown", action="store_true", help="schema: print docs/settings.md")
+
+    speed = add("benchmark", "Measures a recipe's speed and memory on this machine.")
+    speed.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
+    speed.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    speed.add_argument("--json", action="store_true", help="print one JSON object")
+    speed.add_argument("--iterations", type=int, default=10, help="iterations measured")
+
+    demo = add("demo", "Runs the whole chain in minutes on a CPU.")
+    demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
+    demo.add_argument("--training", help="shards in place of the package's photographs")
+    demo.add_argument("--held-out", type=Path, help="folder of photographs to score on")
+    demo.add_argument("--length", type=_above_zero, default=1.0, help="multiplies the iterations")
+    return parser
+
+
+def name_path_select(text: str) -> tuple[str, Path, str]:
+    """[NAME=]WEIGHTS[@raw|@DECAY] -> name, path, and which weights of a training checkpoint."""
+    name, equals, path = text.partition("=")
+    if not equals or os.sep in name:
+        name, path = "", text
+    mark = re.search(r"@(raw|[0-9]*\.?[0-9]+(e-[0-9]+)?)$", path)
+    if mark and mark[1] != "raw" and Path(path).exists():
+        mark = None  # a name that ends so
+    place = Path(path[: mark.start()] if mark else path)
+    if not name:
+        ending = "" if place.is_dir() else r"(\.vae)?\.(safetensors|ckpt|pth?|bin|zip)$"
+        name = re.sub(ending, "", place.absolute().name) + (mark[0] if mark else "")
+    if mark is None or mark[1] == "raw":
+        return name, place, mark[1] if mark else "ema"
+    return name, place, selection(float(mark[1]))
+
+
+def _decay(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"got {text}, expected a decay from 0, below 1, as 0.9999")
+
+
+def _above_zero(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0")
+
+
+def _count_or_share(text: str) -> float:
+    """50 -> 50, 0.05 and 5% -> 0.05."""
+    with contextlib.suppress(ValueError):
+        found = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        if 0 < found < 1 or (found.is_integer() and found >= 1 and not text.endswith("%")):
+            return found
+    raise argparse.ArgumentTypeError(
+        f"got {text}, expected a whole number, or a share above 0 and below 1 such as 0.05 or 5%"
+    )
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"got {text}, expected cpu, cuda or cuda:NUMBER")
+    return text
+
+
+def _sizes(text: str) -> list[int]:
+    """256,512 -> those sizes, each once."""
+    return list(dict.fromkeys(_positive(part.strip()) for part in text.split(",")))
+
+
+def _sigmas(text: str) -> list[float]:
+    """0,0.1,0.4 -> those sigmas, each once; 0 is always measured."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [-1.0]
+    if not all(0 <= sigma <= 10 for sigma in found):
+        raise argparse.ArgumentTypeError(f"got {text}, expected numbers from 0 to 10: 0.1,0.2,0.4")
+    return list(dict.fromkeys(found))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number above 0")
+    return int(text)

@@ -1,0 +1,75 @@
+"""The command that comes next, which a verb prints at its end."""
+
+import contextlib
+import itertools
+import shlex
+from pathlib import Path
+
+from kl_f8_train.errors import MissingInputError
+from kl_f8_train.run_dir import is_run
+from kl_f8_train.weights import hub
+
+LONGEST_NEXT = 200  # letters of a command that is printed although a flag less would do
+USUAL_BASE = "stabilityai/sd-vae-ft-mse"  # on the hub, for those who have named none
+
+
+def after_doctor(recipe: str, overrides: list[str], allow_changes: bool, dry_run: bool) -> str:
+    """The command that trains; from a long one with --dry-run, how to get it."""
+    allowed = ["--allow-changes"] * allow_changes
+    command = shlex.join(["kl-f8-train", "train", recipe, *overrides, *allowed])
+    if dry_run and len(command) > LONGEST_NEXT:
+        return "the same command without --dry-run"
+    return command
+
+
+def after_export(out: Path) -> str:
+    """The card of an export with its scores; before there are any, the evaluation that makes them.
+
+    Of an export without held-out photographs, or whose base is not here, the card without scores.
+    """
+    import yaml
+
+    from kl_f8_train.publish import card
+
+    scores = Path("evaluation") / "scores.json"
+    if card.are_scores_of(scores, out):
+        return _card_command(out, str(scores))
+    config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+    base, pictures = config["init"]["weights"], config["log"]["pictures"]
+    files = sorted([*out.glob("*.safetensors"), *out.glob("*.ckpt"), *out.glob("diffusers")])
+    with contextlib.suppress(MissingInputError):
+        hub.check_exists(base)
+        if files and pictures and Path(pictures).is_dir():
+            command = ["kl-f8-train", "evaluate", f"base={base}", f"mine={files[-1]}"]
+            command += ["--images", pictures, "--compare", "base", "mine"]
+            network = config["loss"]["perceptual"]
+            return shlex.join([*command, *["--perceptual", network] * (network != "lpips_vgg")])
+    return shlex.join(["kl-f8-train", "card", str(out)])
+
+
+def _card_command(export: Path, scores: str) -> str:
+    """How the card of an export gets its scores."""
+    return shlex.join(["kl-f8-train", "card", str(export), "--scores", scores])
+
+
+def after_scores(out: Path, path: Path, select: str) -> str:
+    """What comes next for scored weights: export, the card of their export, or nothing."""
+    if (path.parent / "export.json").is_file():
+        return _card_command(path.parent, str(out / "scores.json"))
+    if is_run(path) or is_run(path.parent.parent):
+        decay = ["--ema", select.removeprefix("ema-")]
+        taken = {"ema": [], "raw": ["--raw"]}.get(select, decay)
+        return shlex.join(["kl-f8-train", "export", str(path), *taken])
+    return ""
+
+
+def before_training(out: Path, *settings: str) -> str:
+    """How to look at a training on images that were just made ready, in a new run directory."""
+    name = out.resolve().name
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    run = next(place for place in (Path("runs", name) for name in names) if not place.exists())
+    given = [f"init.weights={USUAL_BASE}", "init.family=sd", *settings, f"run_dir={run}"]
+    return (
+        "to start from a VAE of your own, give its file as init.weights\n"
+        f"next: {shlex.join(['kl-f8-train', 'doctor', 'single_gpu', *given])}"
+    )
