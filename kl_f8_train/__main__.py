@@ -64,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:  # a full, closed or vanished disk, where nothing said it better
-        return _complain(_remedy(error), UserError.exit_code, args.debug)
+        kind = MissingInputError if error.errno == errno.ENAMETOOLONG else UserError
+        return _complain(_remedy(error), kind.exit_code, args.debug)
     except Exception as error:
         text = f"unexpected {type(error).__name__}: {error}\n--debug shows where"
         return _complain(text, UserError.exit_code, args.debug)
@@ -81,6 +82,8 @@ def _remedy(error: OSError) -> str:
     if error.errno in (errno.ENOMEM, errno.EAGAIN):
         return f"{error.strerror}; raise the limits of memory and processes (`ulimit -v`, `-u`)"
     where = f"{error.filename}: " if error.filename else ""
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{where}{error.strerror}, so that it cannot exist; check the path"
     return (
         f"{where}{error.strerror or error}; check that the path exists, is writable and has space"
         "\n--debug shows where"
@@ -404,6 +407,7 @@ def _pack(args: argparse.Namespace) -> int:
     if absent:
         raise MissingInputError(
             f"{absent[0]}: no such folder; expected one of photographs, or .parquet files"
+            f"{like_path(absent[0])}"
         )
     from kl_f8_train.data.pack import pack
 
@@ -530,7 +534,8 @@ def _print_schema(keys: list[str]) -> None:
     beginnings = tuple(f"{key}." for key in keys)
     for name, kind, default, doc in settings:
         if not keys or name in keys or name.startswith(beginnings):
-            print(f"{name}\n    {doc}\n    {kind}; {default}")
+            stated = f"default {default}" if default else "no default, a recipe states it"
+            print(f"{name}\n    {doc}\n    {kind}; {stated}")
 
 
 def _config(args: argparse.Namespace) -> int:

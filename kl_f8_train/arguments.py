@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import re
+import sys
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -19,6 +20,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         found = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
         hint = like(found[1], re.findall(r"[\w-]+", found[2])) if found else ""
+        for text in sys.argv[1:]:
+            if re.match(r"-\w", text) and os.path.exists(text):
+                hint += f"; a file whose name begins with a dash is ./{text}"
         super().error(f"{message}{hint}")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, Node, OmegaConf
 from omegaconf.errors import KeyValidationError, OmegaConfBaseException, ValidationError
 
 from kl_f8_train.errors import MissingInputError, UsageError, like_path
@@ -20,6 +20,7 @@ from kl_f8_train.overrides import exactly_typed, known_setting, parse_sources, r
 from kl_f8_train.rules import check, name_problems
 from kl_f8_train.run_dir import CONFIG_FILE
 from kl_f8_train.settings import MISSING, SETTINGS, Config, Source, leaves, setting_of, to_dict
+from kl_f8_train.units import quoted, written
 
 SHIPPED = tuple(folder / "configs" for folder in Path(__file__).parents[:2])  # installed, cloned
 
@@ -72,11 +73,12 @@ def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> di
 def _merge(path: Path, overrides: list[str] | tuple[str, ...]) -> DictConfig:
     raw = _read_yaml(path)
     _expand_source_shorthand(raw, path)
+    _refuse_dotted(raw, path)
     for key, value in leaves(raw):
         if known_setting(key, str(path)).is_group and isinstance(
             value, bool | int | float | str | list
         ):
-            read_value(key, str(value), str(path))
+            read_value(key, written(value), str(path))
     with _in_our_words(str(path)):
         merged = OmegaConf.merge(OmegaConf.structured(Config), exactly_typed(raw))
         assert isinstance(merged, DictConfig)
@@ -114,6 +116,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in raw.items()}
 
 
+def _refuse_dotted(raw: Mapping[str, Any], path: Path) -> None:
+    """Raises UsageError for a key of the command line in a file: its groups must be nested."""
+    for key, value in raw.items():
+        group, dot, name = key.partition(".")
+        if dot and setting_of(key):
+            nested = name.replace(".", ": {") + f": {written(value)}" + "}" * key.count(".")
+            raise UsageError(
+                f"{path}: {key}: dots are for key=value on the command line; in a file write "
+                f"{group}: {{{nested}"
+            )
+
+
 def _expand_source_shorthand(raw: dict[str, Any], path: Path) -> None:
     """`sources: PATTERN` and `sources: [PATTERN, ...]` mean one source for each pattern."""
     data = raw.get("data")
@@ -129,9 +143,8 @@ def _expand_source_shorthand(raw: dict[str, Any], path: Path) -> None:
             if isinstance(source, str):
                 sources[name] = {"shards": source}
             elif not isinstance(source, dict):
-                shown = "null" if source is None else source
                 raise UsageError(
-                    f"{path}: data.sources.{name}: got {shown}, expected "
+                    f"{path}: data.sources.{name}: got {written(source)}, expected "
                     f"{SETTINGS['data.sources.NAME.shards'].doc}"
                 )
 
@@ -171,7 +184,11 @@ def _in_our_words(where: str) -> Iterator[None]:
             )
         else:
             if isinstance(error, ValidationError) and not isinstance(error, KeyValidationError):
-                reason = f"got {repr(error.value).replace('None', 'null')}"
+                # A value, or omegaconf's node around one.
+                value = error.value._value() if isinstance(error.value, Node) else error.value
+                if OmegaConf.is_config(error.value):
+                    value = OmegaConf.to_container(error.value)
+                reason = f"got {quoted(value)}"
             expected = "a group of settings" if found.is_group else found.type_name
             text = f"{key}: {reason}; expected {expected}: {found.doc}"
         raise UsageError(f"{where}: {text}") from error
@@ -234,7 +251,7 @@ def differences(
         found = setting_of(key)
         unknown_then = old == ABSENT and found is not None and new == found.default
         if not unknown_then and (machine or not (found and found.machine)):
-            lines.append(f"{key}: {_shown(old)} -> {_shown(new)}")
+            lines.append(f"{key}: {written(old)} -> {written(new)}")
     return lines
 
 
@@ -247,12 +264,6 @@ def _changes(
             yield from _changes(before, after, f"{key}.")
         elif before != after:
             yield key, before, after
-
-
-def _shown(value: Any) -> str:
-    if not isinstance(value, Mapping):
-        return str(value)
-    return "{" + ", ".join(f"{key}: {_shown(inner)}" for key, inner in value.items()) + "}"
 
 
 def _plain(config: Config | Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The command line prints the message without a traceback and ends with the exit c
 import contextlib
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -66,8 +67,18 @@ def like(given: str, known: Iterable[str]) -> str:
 
 
 def like_path(absent: str | Path, names: Iterable[str] = ()) -> str:
-    """`like` for a path that does not exist, by what lies beside it, and by further names."""
+    """What a path that does not exist may have meant, as `; did you mean ...?`.
+
+    By what lies beside it and by further names; or why it does not exist: a broken link, a `~` that
+    no shell has replaced, an address.
+    """
     path, known = Path(absent), {name: name for name in names}
+    if os.path.islink(path):
+        return f"; it is a link to {os.readlink(path)}, which does not exist"
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        return f"; no shell has replaced its ~: write {os.path.expanduser(path)}"
+    if re.match(r"\w+:/+", str(absent)):
+        return "; it is an address: download the file, and give its path"
     with contextlib.suppress(OSError, ValueError):
         beside = islice(os.listdir(path.parent), MOST_SIBLINGS)
         known |= {name: str(path.parent / name) for name in beside if not name.startswith(".")}

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from kl_f8_train.errors import MissingInputError, UsageError
+from kl_f8_train.units import written
 
 METADATA_PREFIX = "kl_f8_train."  # of our keys in a safetensors file's metadata
 ENTRY = "architecture"  # of a torch file, beside its state_dict
@@ -53,6 +54,7 @@ class Family:
     channels: int  # of the latents
     modelspec: str  # its name in the metadata of single files
     facts: Facts
+    tags: tuple[str, ...]  # on the hub, as the models' authors set them
 
 
 # Scale and shift as in the config.json that the models' authors publish.
@@ -62,24 +64,28 @@ FAMILIES = {
         4,
         "stable-diffusion-v1",
         Facts(scaling_factor=0.18215, force_upcast=True),
+        ("stable-diffusion",),
     ),
     "sdxl": Family(
         "Stable Diffusion XL",
         4,
         "stable-diffusion-xl-v1-base",
         Facts(scaling_factor=0.13025, force_upcast=True, sample_size=1024),
+        ("stable-diffusion", "stable-diffusion-xl"),
     ),
     "sd3": Family(
         "Stable Diffusion 3 and 3.5",
         16,
         "stable-diffusion-3",
         Facts(scaling_factor=1.5305, shift_factor=0.0609, force_upcast=True, sample_size=1024),
+        ("stable-diffusion", "stable-diffusion-3"),
     ),
     "flux": Family(
         "FLUX.1",
         16,
         "flux-1",
         Facts(scaling_factor=0.3611, shift_factor=0.1159, force_upcast=True, sample_size=1024),
+        ("flux",),
     ),
 }
 OTHER = "other"  # none of them: what the file states is taken, and nothing else
@@ -98,7 +104,9 @@ def from_values(values: Mapping[str, Any]) -> Facts:
             continue
         accepts, expected = ACCEPTED[name]
         if not accepts(value):
-            raise MissingInputError(f"it states {name}={str(value)[:80]}; expected {expected}")
+            raise MissingInputError(f"it states {name}={written(value)[:80]}; expected {expected}")
+        if name == "sample_size" and isinstance(value, list | tuple):
+            value = value[0]  # of height and width diffusers takes the first
         found[name] = tuple(value) if isinstance(value, list | tuple) else value
     return Facts(**found)
 
@@ -136,8 +144,16 @@ def settled(stated: Facts, channels: int, given: str | None, published_shape: bo
     """What a file states, with the rest of its family's facts; `given` is `init.family`.
 
     Raises UsageError if the file does not show its family although it has the shape of several
-    (`published_shape`), or if it is not of the family that was given.
+    (`published_shape`), or if it is not of the family that was given; MissingInputError if it
+    states means or deviations of another number of channels.
     """
+    for name in ("latents_mean", "latents_std"):
+        values = getattr(stated, name)
+        if values is not None and len(values) != channels:
+            raise MissingInputError(
+                f"it states {name} of {len(values)} channels; its latents have {channels}. Correct "
+                "its config.json"
+            )
     found = family_of(stated, channels)
     fitting = [name for name, family in FAMILIES.items() if family.channels == channels]
     if found and given not in (None, OTHER, found):
@@ -181,6 +197,10 @@ def _is_whole(value: Any) -> bool:
     return type(value) is int and value >= 1
 
 
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_whole, value))
+
+
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
@@ -208,5 +228,8 @@ ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "latents_mean": (_are_numbers, "a list of numbers"),
     "latents_std": (_are_numbers, "a list of numbers"),
     "force_upcast": (lambda value: type(value) is bool, "true or false"),
-    "sample_size": (_is_whole, "a whole number, in pixels"),
+    "sample_size": (
+        lambda value: _is_whole(value) or _is_size(value),
+        "a whole number, or two, in pixels",
+    ),
 }

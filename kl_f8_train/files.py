@@ -138,6 +138,35 @@ def check_writable(directory: Path) -> None:
         ) from error
 
 
+BEGINNINGS = (  # of files that arrive in place of another
+    (b"version https://git-lfs", "a pointer of git lfs; `git lfs pull` downloads the file"),
+    (b"<", "a web page; download the file itself"),
+    (b"{", "JSON, perhaps a server's answer; download the file itself"),
+    (b"\x1f\x8b", "compressed by gzip; unpack it"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it"),
+    (b"BZh", "compressed by bzip2; unpack it"),
+    (b"\xfd7zXZ", "compressed by xz; unpack it"),
+    (b"PK\3\4", "a zip archive; unpack it"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it"),
+    (b"Rar!", "a rar archive; unpack it"),
+    (b"\0\0\0\x0cJXL ", "a JPEG XL image; convert it to PNG or JPEG"),
+    (b"\xff\x0a", "a JPEG XL image; convert it to PNG or JPEG"),
+    (b"\0\0\0\x0cjP  ", "a JPEG 2000 image; convert it to PNG or JPEG"),
+    (b"%PDF", "a PDF document"),
+    (b"GGUF", "a GGUF file, whose weights are quantised; give the file from before"),
+)
+
+
+def beginning(head: bytes) -> str:
+    """What a file is by its first bytes, and what to do; empty if it may be what was expected."""
+    if not head:
+        return "an empty file; copy or download it again"
+    if not head.strip(b"\0"):
+        return "zeros, as an unfinished download leaves them; download it again"
+    known = (text for start, text in BEGINNINGS if head.lstrip().startswith(start))
+    return next(known, "")
+
+
 def cache_dir() -> Path:
     """$KL_F8_TRAIN_CACHE, or kl_f8_train in the user's cache directory; nothing is made there."""
     if given := os.environ.get("KL_F8_TRAIN_CACHE"):

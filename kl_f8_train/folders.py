@@ -136,7 +136,7 @@ def _walk(
         prefix = f"{here}/" if here else ""
         files: list[os.DirEntry[str]] = []
         for entry in inside:
-            if not _is_folder(entry):
+            if not is_folder(entry):
                 files.append(entry)
             elif is_system(entry.name):
                 found.left_out["in hidden folders"] += _images_below(entry.path)
@@ -147,9 +147,18 @@ def _walk(
         yield prefix, files
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is one, perhaps by a link; a link in a circle is not."""
     try:
         return entry.is_dir()
+    except OSError:
+        return False
+
+
+def is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is a file, perhaps by a link; a link in a circle is not."""
+    try:
+        return entry.is_file()
     except OSError:
         return False
 
@@ -166,11 +175,7 @@ def _suffix(name: str) -> str:
 
 def _sort_in(found: Listing, prefix: str, entry: os.DirEntry[str]) -> None:
     suffix = _suffix(entry.name)
-    try:
-        regular = entry.is_file()
-    except OSError:
-        regular = False
-    if not regular:
+    if not is_file(entry):
         kind = "broken links" if entry.is_symlink() else "pipes, sockets or devices"
         found.left_out[kind] += suffix in (*SUFFIXES, *OTHER_SUFFIXES)
     elif is_system(entry.name):

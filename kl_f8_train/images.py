@@ -16,6 +16,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError, features
 from torch import Tensor
 
 from kl_f8_train.errors import ImageError, SmallImageError
+from kl_f8_train.files import beginning
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # by content; the suffix may lie
 ISO_MEDIA = b"ftyp"  # bytes 4 to 7 of a file of one of these brands
@@ -90,7 +91,8 @@ def picture(data: bytes, draft_side: int | None = None) -> Picture:
     except Image.DecompressionBombError as error:
         raise ImageError(f"too many pixels: {error}") from error
     except UnidentifiedImageError as error:  # its message has an address, new in each process
-        raise ImageError("not a readable image: of no known format") from error
+        what = beginning(data[:64]) or "of no known format"
+        raise ImageError(f"not a readable image: {what}") from error
     except Exception as error:  # whatever a broken file makes its parser raise
         raise ImageError(f"not a readable image: {error or type(error).__name__}") from error
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from kl_f8_train.errors import UsageError
 from kl_f8_train.settings import SETTINGS, Setting, Source, setting_of
+from kl_f8_train.units import written
 
 
 def parse_sources(text: str) -> dict[str, dict[str, str]]:
@@ -68,7 +69,7 @@ def read_value(key: str, text: str, where: str = "") -> Any:
     """Text -> value by the declared type, never by YAML's guess."""
     found, shown = known_setting(key), f"{where}: {key}" if where else key
     kind, origin = found.kind, get_origin(found.kind)
-    if found.nullable and text in ("null", "none", ""):
+    if found.nullable and text.strip().lower() in ("null", "none", "~", ""):
         return None
     if text.strip() in ("null", "~") and (origin is dict or kind in (Source, str)):  # as in YAML
         raise UsageError(f"{shown}={text}: cannot be null; expected {found.doc}")
@@ -124,6 +125,8 @@ def exactly_typed(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
             value = exactly_typed(value, f"{prefix}{name}.")
         elif found and get_origin(found.kind) is Union:
             value = _typed(value, get_args(found.kind)[0])
+        elif found and found.kind is str and isinstance(value, bool):
+            value = written(value)  # name: true
         typed[name] = value
     return typed
 

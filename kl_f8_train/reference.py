@@ -3,11 +3,11 @@
 import inspect
 from collections.abc import Iterator
 from itertools import groupby
-from types import NoneType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from kl_f8_train.output import markdown_table
 from kl_f8_train.settings import ABOVE_0, ANY, BELOW_1, MISSING, SETTINGS, Config, Setting
+from kl_f8_train.units import written
 
 HEAD = ("setting", "value", "default", "usual", "resume", "meaning")
 INTRODUCTION = """\
@@ -103,7 +103,4 @@ def _default(setting: Setting) -> str:
     value = setting.default
     if value == MISSING:
         return "-"
-    if get_origin(setting.kind) is list:
-        return "`[]`"
-    names: dict[Any, str] = {NoneType: "null", bool: str(value).lower()}
-    return f"`{names.get(type(value), value)}`"
+    return f"`{written(value)}`"

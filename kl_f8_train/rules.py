@@ -19,6 +19,7 @@ from kl_f8_train.settings import (
     setting_of,
     to_dict,
 )
+from kl_f8_train.units import written
 
 
 def check(config: Config) -> None:
@@ -137,7 +138,7 @@ def _ranges(config: Config) -> Iterator[str]:
     """What single values, and values beside each other, may not be."""
     values = dict(leaves(to_dict(config)))
     nested = [
-        f"{key}={value}: expected a list without lists or groups in it"
+        f"{key}={written(value)}: expected a list without lists or groups in it"
         for key, value in values.items()
         if isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
     ]
@@ -183,7 +184,7 @@ def _bounds(values: Mapping[str, Any], levels: int) -> Iterator[str]:
             least, most = found.bounds
             most = levels if key == "compute.checkpoint_levels" else most
             if not all(least <= n <= most for n in (value if isinstance(value, list) else [value])):
-                yield f"{key}={value}: expected {_interval(least, most)}"
+                yield f"{key}={written(value)}: expected {_interval(least, most)}"
 
 
 def _sizes(config: Config) -> Iterator[str]:

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from kl_f8_train.units import written
+
 MISSING: Any = "???"  # omegaconf's mark of a value that must be given
 ABOVE_0, BELOW_1, ANY = math.ulp(0.0), math.nextafter(1.0, 0.0), sys.float_info.max
 ITERATIONS = 10**9 - 1  # a checkpoint's name has nine digits
@@ -573,6 +575,9 @@ class Config:
 # --- one table of all settings --------------------------------------------------------------
 
 
+PLAIN_NAMES = {"bool": "true | false", "str": "string"}  # of types, for people
+
+
 @dataclass(frozen=True)
 class Setting:
     """A dotted key, or a group of them; the name of a source in it is NAME."""
@@ -600,7 +605,10 @@ class Setting:
             name = f"{number} | list[{number}]"
         else:
             name = self.kind.__name__ if isinstance(self.kind, type) else str(self.kind)
-        name = str(self.kind) if get_origin(self.kind) is list else name
+        if get_origin(self.kind) is list:
+            (inner,) = get_args(self.kind)
+            name = f"list[{PLAIN_NAMES.get(inner.__name__, inner.__name__)}]"
+        name = PLAIN_NAMES.get(name, name)
         return f"{name} | null" if self.nullable else name
 
 
@@ -613,7 +621,7 @@ def _settings(kind: Any, prefix: str = "") -> Iterator[tuple[str, Setting]]:
             nullable = NoneType in get_args(declared)
             kinds = tuple(arg for arg in get_args(declared) if arg is not NoneType)
             declared = Union[kinds]  # noqa: UP007, of one is that one
-        default = "" if item.default is NO_DEFAULT else item.default
+        default = [] if item.default is NO_DEFAULT else item.default  # of a group, unused
         found = Setting(declared, nullable, default, **item.metadata)
         yield f"{prefix}{item.name}", found
         inner = declared
@@ -639,9 +647,12 @@ def setting_of(key: str) -> Setting | None:
 
 
 def schema() -> list[tuple[str, str, str, str]]:
-    """Rows (key, type, default, meaning) of every setting."""
+    """Rows (key, type, default as a recipe has it, meaning) of every setting.
+
+    The default is empty where there is none: every recipe states the value.
+    """
     return [
-        (key, s.type_name, "in the recipe" if s.default == MISSING else str(s.default), s.doc)
+        (key, s.type_name, "" if s.default == MISSING else written(s.default), s.doc)
         for key, s in SETTINGS.items()
         if not s.is_group
     ]

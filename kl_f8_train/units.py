@@ -1,8 +1,11 @@
 """Numbers and names as people read them."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 SIZES = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
+MEMORY_SIZES = {"GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "B": 1.0}
 
 
 def duration(seconds: float) -> str:
@@ -18,10 +21,20 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in powers of 1000: 950 B, 12 MB, 1.23 GB."""
-    for unit, factor in SIZES.items():
+    """Bytes of files, disks and networks, in powers of 1000: 950 B, 12 MB, 1.23 GB."""
+    return _scaled(count, SIZES)
+
+
+def memory(count: float) -> str:
+    """Bytes of memory in powers of 1024, as torch and nvidia-smi count: 512 MiB, 7.33 GiB."""
+    return _scaled(count, MEMORY_SIZES)
+
+
+def _scaled(count: float, units: dict[str, float]) -> str:
+    for unit, factor in units.items():
         if abs(count) >= 0.9995 * factor:
-            return f"{count / factor:.3g} {unit}"
+            digits = f"{count / factor:.3g}"  # 1,000 to 1,023 MiB would get an exponent
+            return f"{count / factor:,.0f} {unit}" if "e" in digits else f"{digits} {unit}"
     return "0 B"
 
 
@@ -39,6 +52,25 @@ def batch(global_batch: int, processes: int, micro_batch: int) -> str:
         else f"in {micro_batches:,} micro-batches of {micro_batch:,}"
     )
     return f"{counted(global_batch, 'image', 's')}, {dealt}"
+
+
+def written(value: Any) -> str:
+    """A setting's value as a recipe has it: null, true, {weight: 0.5}; strings bare, but in lists.
+
+    [1, null], ['width >= 256']: a list's strings may contain commas.
+    """
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {written(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(quoted, value))}]"
+    return str(value) if value != "" else "''"
+
+
+def quoted(value: Any) -> str:
+    """`written`, with quotes around a string: 'abc', null."""
+    return repr(value) if isinstance(value, str) else written(value)
 
 
 def shortest(value: float) -> str:

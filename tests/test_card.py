@@ -16,6 +16,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from kl_f8_train import config
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError
+from kl_f8_train.facts import FAMILIES
 from kl_f8_train.files import file_sha256
 from kl_f8_train.publish import card
 from kl_f8_train.publish.export import export
@@ -101,6 +102,52 @@ def test_only_kl_f8s_own_shape_is_offered_to_stable_diffusion(exported):
     assert "| AUTOMATIC1111 | `tiny-ema-pruned.safetensors` | `models/VAE/` |" in full
     assert "The encoder is bit for bit the imported one" in full
     assert "4 numbers for each 8 x 8 pixels" in full
+
+
+FAMILY_TAGS = {
+    "sd": ["stable-diffusion", "stable-diffusion-diffusers", "vae", "autoencoder", "kl-f8"],
+    "sdxl": [
+        "stable-diffusion",
+        "stable-diffusion-xl",
+        "stable-diffusion-diffusers",
+        "vae",
+        "autoencoder",
+        "kl-f8",
+    ],
+    "sd3": [
+        "stable-diffusion",
+        "stable-diffusion-3",
+        "stable-diffusion-diffusers",
+        "vae",
+        "autoencoder",
+    ],
+    "flux": ["flux", "flux-diffusers", "vae", "autoencoder"],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("fits", [True, False])
+def test_tags_and_programs_are_those_of_the_models_that_can_use_it(exported, family, fits):
+    record = json.loads((exported / "export.json").read_text())
+    record["facts"] = {**FAMILIES[family].facts.stated(), "family": family}
+    sixteen = FAMILIES[family].channels == 16
+    shape = ["model.z_channels=16", "model.embed_dim=16", "model.quant_conv=false"] * sixteen
+    settings = samples.recipe("ft_ema", *shape, *["model.ch=64"] * (not fits))
+    text = card.model_card(settings, record)
+    expected = FAMILY_TAGS[family] if fits else ["vae", "autoencoder"]
+    assert front_matter(text)["tags"] == expected
+    assert ("ComfyUI" in text) == fits
+    assert ("AUTOMATIC1111" in text) == ("original code" in text) == (fits and not sixteen)
+    assert (FAMILIES[family].title in text) == fits
+    assert f"`scaling_factor` {FAMILIES[family].facts.scaling_factor}" in text
+
+
+def test_a_network_of_no_family_has_no_familys_tags(exported):
+    record = json.loads((exported / "export.json").read_text())
+    small = front_matter((exported / "README.md").read_text())
+    assert small["tags"] == ["vae", "autoencoder"]
+    other = card.model_card(samples.recipe("ft_ema"), {**record, "facts": {"family": "other"}})
+    assert front_matter(other)["tags"] == ["vae", "autoencoder", "kl-f8"]
 
 
 def test_the_card_describes_no_file_that_is_not_there(exported):

@@ -74,6 +74,27 @@ def test_tensors_do_not_change_with_their_file(tmp_path, save):
     assert equal(contents.tensors, TENSORS)
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_names_that_are_not_utf8(tmp_path, suffix):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mod\xe8les"))
+    path = folder / os.fsdecode(b"v\xe9ritable." + suffix.encode())
+    model = samples.tiny_vae()
+    weight_file.save_autoencoder(model, path)
+    assert samples.equal(weight_file.load_autoencoder(path).state_dict(), model.state_dict())
+    assert [file.suffix for file in folder.iterdir()] == [f".{suffix}"]
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    save_file(dict(samples.tiny_vae().state_dict()), tmp_path / "w.safetensors")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read every file
+    with pytest.raises(MissingInputError, match="may not be read; change its permissions"):
+        weight_file.read(tmp_path / "w.safetensors")
+
+
 def test_safetensors_without_metadata(tmp_path):
     save_file(TENSORS, tmp_path / "w.safetensors")
     assert weight_file.read(tmp_path / "w.safetensors").metadata == {}
@@ -325,6 +346,9 @@ def test_a_config_that_is_none(tmp_path, text):
     state = to_diffusers(samples.tiny_vae().state_dict())
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
     assert found(tmp_path)["family"] is None
+    assert "config.json cannot be read" in found(tmp_path)["notes"][0]
+    save_file(state, tmp_path / "w.safetensors")  # whose configuration it need not be
+    assert not found(tmp_path / "w.safetensors")["notes"]
 
 
 def test_an_iteration_that_is_none(tmp_path):
@@ -721,6 +745,33 @@ def test_rounding_is_told_by_what_it_does_to_latents(tmp_path, dtype):
         before, after = exact.encode(x).mean, rounded.encode(x).mean
     true = float((after - before).square().mean().sqrt() / before.std())
     assert 0.1 < share / true < 10
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        "decoder.conv_in.scale_weight",
+        "decoder.mid.attn_1.q.weight_scale",
+        "decoder.mid.attn_1.q.weight.quant_state.bitsandbytes__nf4",
+        "decoder.mid.attn_1.q.SCB",
+    ],
+)
+def test_scales_beside_weights_show_that_they_are_quantised(tmp_path, scale):
+    """Without its scale a float8 weight is another number."""
+    state = {k: v.to(torch.float8_e4m3fn) for k, v in samples.tiny_vae().state_dict().items()}
+    state[scale] = torch.ones(1)
+    assert f"WARNING: {scale} shows quantised weights" in quality(tmp_path, state)
+    with pytest.raises(MissingInputError, match=f"{scale} shows quantised weights.*from before"):
+        weight_file.load_autoencoder(tmp_path / "w.safetensors")
+
+
+def test_weights_of_zeros_are_named(tmp_path):
+    """Downloaders make a file of the final size first; what did not come is zeros."""
+    state = {k: v.clone() for k, v in samples.tiny_vae().state_dict().items()}
+    assert "all zeros" not in quality(tmp_path, state)
+    for key in ("decoder.conv_in.weight", "decoder.conv_out.weight"):
+        state[key].zero_()
+    assert "WARNING: 2 weights are all zeros, decoder.conv_in.weight" in quality(tmp_path, state)
 
 
 def test_quantised_weights_are_refused_and_named(tmp_path):

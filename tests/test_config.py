@@ -11,6 +11,7 @@ import samples
 import yaml
 
 from kl_f8_train import config
+from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.rules import micro_batch, nearest, source_shares
 from kl_f8_train.settings import SETTINGS, Model, Source, schema, to_dict
@@ -533,6 +534,71 @@ def test_a_setting_that_an_older_version_did_not_have_is_no_change():
     assert config.differences(before, config_now) == ["model.ch: (none) -> 128"]
 
 
+PYTHONS_WORDS = re.compile(r"\b(None|True|False|NoneType|str|bool)\b")
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [
+        ("seed: null", "seed: got null; expected int"),
+        ("seed: true", "seed: got true; expected int"),
+        ("seed: [1, null, true]", "seed: got [1, null, true]; expected int"),
+        ("seed: abc", "seed: got 'abc'; expected int"),
+        ("name: null", "name: got null; expected string"),
+        ("name: [a, true]", "name: got ['a', true]; expected string"),
+        ("data: {flip: null}", "data.flip: got null; expected true | false"),
+        ("init: {iteration: false}", "init.iteration: got false; expected int | null"),
+        ("ema: {decay: [0.9, null]}", "ema.decay: got [0.9, null]; expected float"),
+        ("optimizer: null", "optimizer: got null; expected a group of settings"),
+        ("adversarial: true", "adversarial=true: this is a group of settings"),
+        ("data: {sources: {a: null}}", "data.sources.a: got null, expected shards"),
+        ("data: {sources: {a: [true]}}", "data.sources.a: got [true], expected shards"),
+        ("data: {sources: {a: {shards: x, filters: null}}}", "filters: got null; expected list"),
+        ("ema.decay: [0.9, true]", "in a file write ema: {decay: [0.9, true]}"),
+        ("data.sources.a.shards: x", "in a file write data: {sources: {a: {shards: x}}}"),
+    ],
+)
+def test_values_are_named_as_a_recipe_has_them(tmp_path, text, got):
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        config.resolve(file)
+    assert got in str(caught.value)
+    assert not PYTHONS_WORDS.search(str(caught.value))
+
+
+def test_no_screen_of_config_shows_values_of_python(capsys):
+    for command in (["diff", "ft_ema", "ft_mse"], ["diff", "ft_ema", "demo"], ["schema"]):
+        assert main(["config", *command]) == 0
+        shown = capsys.readouterr().out
+        assert not PYTHONS_WORDS.search(shown)
+    assert "string; no default, a recipe states it" in shown
+    assert "true | false; default false" in shown
+    assert "list[string]; default []" in shown
+    assert "; \n" not in shown
+    assert "compute.devices\n    GPUs per node; null: all\n    int | null; default null" in shown
+
+
+@pytest.mark.parametrize("text", ["null", "None", "NONE", "~", " null "])
+def test_null_is_understood_however_it_is_written(text):
+    assert samples.recipe("ft_ema", f"data.index_dir={text}").data.index_dir is None
+    assert samples.recipe("ft_ema", f"adversarial={text}").adversarial is None
+
+
+@pytest.mark.parametrize("word", ["true", "on", "True"])
+def test_a_name_that_yaml_takes_for_true_keeps_its_spelling_in_yaml(tmp_path, word):
+    file = tmp_path / "r.yaml"
+    file.write_text(f"name: {word}")
+    assert config.resolve(file)["name"] in ("true", "on")
+
+
+def test_a_list_that_an_older_version_did_not_have_is_no_change():
+    now = samples.recipe("ft_mse")
+    before = config.to_dict(now)
+    del before["data"]["sources"]["photos"]["filters"]
+    assert config.differences(before, now) == []
+
+
 def test_saved_yaml_is_a_recipe(tmp_path):
     before = samples.recipe("ft_mse")
     file = tmp_path / "config.yaml"
@@ -559,9 +625,9 @@ def test_differences():
     assert block.startswith(
         "adversarial: {weight: 0.5, start_iteration: 50001, warmup_iterations: "
     )
-    assert block.endswith(", run_before_start: False} -> None")
+    assert block.endswith(", run_before_start: false} -> null")
     with_machine = config.differences(before, after, machine=True)
-    assert {"compute.num_nodes: None -> 2", "data.workers: 4 -> 9"} < set(with_machine)
+    assert {"compute.num_nodes: null -> 2", "data.workers: 4 -> 9"} < set(with_machine)
     assert config.differences(before, before, machine=True) == []
     more = samples.recipe("ft_ema", "data.sources=/data/photos,/d/b", "data.workers=9")
     source = "data.sources.b: (none) -> {shards: /d/b, weight: 1.0, filters: []}"

@@ -154,6 +154,16 @@ def check_words(line: list[str]) -> None:
         assert program in FOREIGN or program.startswith("python"), program
 
 
+def test_lower_bounds_are_those_the_tests_were_run_with():
+    lines = (ROOT / "tests/lowest.txt").read_text().splitlines()
+    tried = re.findall(r"^([\w-]+)==([\d.]+?)(?:\.0)*$", "\n".join(lines), re.MULTILINE)
+    extras = PROJECT["project"]["optional-dependencies"]
+    of_users = [extras[name] for name in extras if name not in ("s3", "test")]
+    stated = " ".join(sum(of_users, PROJECT["project"]["dependencies"]))
+    bounds = re.findall(r"([\w-]+)>=([\d.]+?)(?:\.0)*(?![\d.])", stated)
+    assert sorted(bounds) == sorted(tried)
+
+
 def check_verb(line: list[str]) -> None:
     """Parses a command of ours, and its settings."""
     args, rest = build_parser().parse_known_args(line)

@@ -225,16 +225,34 @@ def test_a_micro_batch_that_only_the_batch_bounds_is_named_so(share, batch, said
     assert screen.fitting({"a": 4, "b": 2, "c": 0}, share, batch) == said
 
 
+def test_the_screen_counts_memory_as_torch_does_and_disk_as_files():
+    batch = {"global": 192, "processes": 1, "per_device": 12}
+    facts = {
+        "batch": batch,
+        "computed_memory": {"bytes": 13.7 * 2**30, "networks": "compiled"},
+        "per_device_batch_that_fits": {},
+        "checkpoints": 9,
+        "checkpoint_bytes": 8.64e9,
+        "free_bytes": 2e12,
+    }
+    shown = "\n".join(screen.lines(facts, samples.recipe()))
+    assert "memory   13.7 GiB a process" in shown
+    assert "disk     8.64 GB for 9 checkpoints; 2 TB free" in shown
+    measured = {"seconds_per_image": 1, "cold_iteration": False, "device": "an H100"}
+    facts |= {**measured, "memory_bytes": 7.5 * 2**30}
+    assert "on an H100, 7.5 GiB" in "\n".join(screen.lines(facts, samples.recipe()))
+
+
 @pytest.mark.parametrize(
     ("memory", "problem"),
     [
-        (8e9, "has 5.85 GB for it; give compute.per_device_batch=8, or raise compute.checkpoint"),
-        (3e9, "has 853 MB for it; raise compute.checkpoint_levels"),
+        (8e9, "has 5.45 GiB for it; give compute.per_device_batch=8, or raise compute.checkpoint"),
+        (3e9, "has 813 MiB for it; raise compute.checkpoint_levels"),
     ],
 )
 def test_a_micro_batch_that_does_not_fit_is_refused(memory, problem):
     settings = samples.recipe()
-    with pytest.raises(RunFailedError, match=r"batch=12 takes 7\.87 GB") as caught:
+    with pytest.raises(RunFailedError, match=r"batch=12 takes 7\.33 GiB") as caught:
         doctor.check_fits(settings, 12, 96, {"this one": memory - cost.HEADROOM_BYTES})
     assert problem in str(caught.value)
     doctor.check_fits(settings, 12, 96, {"this one": 12e9 - cost.HEADROOM_BYTES})

@@ -190,6 +190,16 @@ WEIGHTS = {
     "random": Case(
         "inspect random.bin", MISSING, "not a weight file: expected|got a file that begins"
     ),
+    "broken link": Case("inspect link.ckpt", MISSING, "it is a link to gone.ckpt, which does not"),
+    "circle": Case("inspect circle.ckpt", MISSING, "it is a link to circle.ckpt, which does not"),
+    "home": Case("inspect ~/vae.ckpt", MISSING, "no shell has replaced its ~: write /"),
+    "setting home": Case(
+        "doctor demo init.weights=~/vae.ckpt run_dir=x", MISSING, "no shell has replaced its ~"
+    ),
+    "address": Case("inspect https://x.org/vae.ckpt", MISSING, "an address: download the file"),
+    "long name": Case(f"inspect {'x' * 300}", MISSING, "File name too long, so that it cannot"),
+    "other folder": Case("inspect directory/of", MISSING, "nor a diffusers folder|of/sdxl_vae.pt"),
+    "part": Case("inspect directory/a-00001-of-00002.safetensors", MISSING, "give their folder"),
     "no bytes": Case(
         "inspect empty.ckpt", MISSING, "expected .safetensors|got an empty file|again"
     ),
@@ -545,9 +555,13 @@ def _break_weights(here: Path) -> None:
     with warnings.catch_warnings(action="ignore"):  # it is deprecated, and in old files
         torch.jit.script(torch.nn.Linear(2, 2)).save(here / "script.pt")
     torch.save([torch.zeros(2)], here / "list.pt")
-    (here / "directory").mkdir()
+    (here / "directory" / "of").mkdir(parents=True)
+    (here / "directory" / "of" / "sdxl_vae.pt").touch()
+    (here / "link.ckpt").symlink_to("gone.ckpt")
+    (here / "circle.ckpt").symlink_to("circle.ckpt")
     model = weight_file.load_autoencoder(here / "model.ckpt").state_dict()
     save_file(model, here / "plain.safetensors")
+    save_file(model, here / "directory" / "a-00001-of-00002.safetensors")
     save_file({"lora_up.weight": torch.zeros(2, 2)}, here / "lora.safetensors")
     part = {key: value for key, value in model.items() if not key.startswith("decoder.up.")}
     save_file(part, here / "part.safetensors")

@@ -117,6 +117,7 @@ def test_inspect_shows_what_a_file_states(tmp_path, kind, capsys):
         ("force_upcast", 1),
         ("latents_mean", [0.0, "x"]),
         ("sample_size", 2.5),
+        ("sample_size", [512, 2.5]),
     ],
 )
 @pytest.mark.parametrize("kind", ["safetensors", "ckpt", "diffusers"])
@@ -124,6 +125,18 @@ def test_a_fact_of_another_type_is_refused_by_name(tmp_path, kind, name, value):
     base = write_base(tmp_path, kind, {name: value})
     with pytest.raises(MissingInputError, match=f"{base.name}.*states {name}="):
         weight_file.read(base)
+
+
+def test_a_sample_size_of_height_and_width(tmp_path):
+    """diffusers takes the first of the two."""
+    base = write_base(tmp_path, "diffusers", {"sample_size": [512, 768]})
+    assert weight_file.read(base).facts.sample_size == 512
+
+
+def test_facts_of_another_number_of_channels_are_refused():
+    for name in ("latents_mean", "latents_std"):
+        with pytest.raises(MissingInputError, match=f"states {name} of 2 channels.*have 4"):
+            facts.settled(Facts(scaling_factor=0.5, **{name: (0.0, 1.0)}), 4, None, True)
 
 
 def test_a_file_without_facts_states_none(tmp_path):

@@ -95,7 +95,7 @@ def test_a_small_shared_memory_is_named_with_its_remedy(monkeypatch):
 
     monkeypatch.setattr(handover.os, "statvfs", lambda path: Small)
     note = handover.shared_memory_note(settings, 192, 1)
-    assert "/dev/shm has 67.1 MB free" in note
+    assert "/dev/shm has 64 MiB free" in note
     assert "--shm-size=1g" in note
     assert "data.workers" in note
     assert handover.shared_memory_note(settings, 1, 1) == ""

@@ -199,7 +199,23 @@ def test_damage_is_an_image_error_or_nothing(kind):
 def test_messages_are_the_same_in_every_process():
     """Pillow's own names the address of an object; packed shards count messages."""
     with pytest.raises(ImageError, match=r"^not a readable image: of no known format$"):
-        images.decode(b"<html>404 Not Found</html>")
+        images.decode(b"404 Not Found")
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", "an empty file"),
+        (bytes(500), "zeros, as an unfinished download"),
+        (b"<html>404 Not Found</html>", "a web page"),
+        (b'\n{"error": "not found"}', "JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\n", "`git lfs pull`"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(100), "JPEG XL"),
+    ],
+)
+def test_what_came_in_place_of_an_image_is_named(data, what):
+    with pytest.raises(ImageError, match=f"^not a readable image: .*{what}"):
+        images.decode(data)
 
 
 # --- size -----------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def test_unreadable_images_are_named_and_counted(tmp_path):
     assert stats["failed_to_download"] == 0
     assert stats["failed_to_resize"] == 3
     assert sum(stats["status_dict"].values()) == 9
-    assert stats["status_dict"]["not a readable image: of no known format"] == 2
+    assert stats["status_dict"]["not a readable image: a web page; download the file itself"] == 2
     assert stats["skipped"] == result.skipped
 
 
@@ -310,7 +310,7 @@ def change_a_file(folder: Path) -> dict[str, int]:
     ("change", "named"),
     [
         (change_shard_size, "per_shard: 4 there, 5 asked for"),
-        (change_reencoding, "reencode: False there, True asked for"),
+        (change_reencoding, "reencode: false there, true asked for"),
         (add_a_file, r"1 file new \(new.png\)"),
         (remove_a_file, r"1 file missing \(photo 0.jpg\)"),
         (change_a_file, r"1 file of another size \(photo 0.jpg\)"),

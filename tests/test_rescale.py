@@ -146,7 +146,62 @@ def test_a_lone_file_is_made_safe(tmp_path, capsys, monkeypatch):
     assert main(["fp16-safe", "loud.safetensors", "--out", "safe"]) == 2  # there already
 
 
-def test_nothing_is_rescaled_where_nothing_overflows(tmp_path, capsys):
-    save_file(samples.tiny_vae().state_dict(), tmp_path / "w.safetensors")
-    assert main(["fp16-safe", str(tmp_path / "w.safetensors"), "--out", str(tmp_path / "o")]) == 0
-    assert "nothing to rescale" in capsys.readouterr().out
+def written(tmp_path: Path, model: AutoencoderKL, *flags: str, **config: object) -> dict:
+    """config.json of `fp16-safe` of a diffusers-like file that states `config`."""
+    about = {name: json.dumps(value) for name, value in config.items()}
+    save_file(model.state_dict(), tmp_path / "w.safetensors", metadata=about)
+    out = tmp_path / "o"
+    assert main(["fp16-safe", str(tmp_path / "w.safetensors"), "--out", str(out), *flags]) == 0
+    return json.loads((out / "diffusers/config.json").read_text())
+
+
+@pytest.mark.parametrize("stated", [{}, {"force_upcast": True}, {"force_upcast": False}])
+def test_nothing_is_rescaled_where_nothing_overflows(tmp_path, capsys, stated):
+    assert written(tmp_path, samples.tiny_vae(), **stated)["force_upcast"] is False
+    said = capsys.readouterr().out
+    assert "nothing to rescale" in said
+    assert "the same weights, bit for bit" in said
+    changed = "stays" if stated.get("force_upcast") is False else "becomes"
+    assert f"force_upcast {changed} false" in said
+    copy = weight_file.load_autoencoder(tmp_path / "o/w-fp16-safe.safetensors").state_dict()
+    assert samples.equal(copy, samples.tiny_vae().state_dict())
+
+
+def loud_encoder() -> AutoencoderKL:
+    model = samples.tiny_vae()
+    model.encoder.mid.block_1.conv1.weight *= 2.0**20  # the norm behind it undoes that
+    return model
+
+
+@pytest.mark.parametrize("make", [loud_encoder, lambda: with_loud_attention(samples.tiny_vae())])
+def test_pipelines_still_turn_to_float32_where_rescaling_cannot_help(tmp_path, capsys, make):
+    assert written(tmp_path, make(), force_upcast=False)["force_upcast"] is True
+    said = capsys.readouterr().out
+    assert "force_upcast becomes true: the " in said
+
+
+def with_loud_attention(model: AutoencoderKL) -> AutoencoderKL:
+    """v large and proj_out small: an overflow that is neither in the stream nor in a block."""
+    attention = model.decoder.mid.attn_1
+    attention.v.weight *= 2.0**24
+    attention.v.bias *= 2.0**24
+    attention.proj_out.weight *= 2.0**-24
+    return model
+
+
+def test_a_run_exported_as_safe_states_it_and_one_that_overflows_does_not(loud_run, tmp_path):
+    runs.make_weights(tmp_path / "model.ckpt")
+    (tmp_path / "shards").symlink_to(loud_run / "shards")
+    train(runs.recipe(tmp_path, "run", "stop_iteration=101", *runs.NO_ADVERSARIAL))
+    said: list[str] = []
+    for safe, folder in ((True, "safe"), (None, "as_is")):
+        export(tmp_path / "run", tmp_path / folder, fp16_safe=safe, say=said.append)
+    assert (
+        json.loads((tmp_path / "safe/diffusers/config.json").read_text())["force_upcast"] is False
+    )
+    assert (
+        json.loads((tmp_path / "as_is/diffusers/config.json").read_text())["force_upcast"] is True
+    )
+    assert sum("nothing to rescale" in line for line in said) == 1
+    export(loud_run / "run", tmp_path / "loud", fp16_safe=False)
+    assert json.loads((tmp_path / "loud/export.json").read_text())["facts"]["force_upcast"] is True

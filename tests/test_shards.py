@@ -14,7 +14,7 @@ import samples
 from PIL import Image
 from pyarrow import parquet
 
-from kl_f8_train import files
+from kl_f8_train import files, transfer
 from kl_f8_train.__main__ import main
 from kl_f8_train.data import index, sources
 from kl_f8_train.data.shard_cache import ShardCache
@@ -109,11 +109,22 @@ def test_broken_header_in_the_middle(tmp_path, picture):
         index.index_tar(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"x" * 300, b"<html>404</html>" * 100, b"\x1f\x8b" * 600])
-def test_no_tar(tmp_path, data):
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", "an empty file"),
+        (b"x" * 300, "begins with b'xxxxxxxxx'; expected shards, or a folder of images"),
+        (b"<html>404</html>" * 100, "a web page"),
+        (b"\x1f\x8b" * 600, "compressed by gzip; unpack it"),
+        (b"PK\3\4" + bytes(600), "a zip archive; unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "`git lfs pull`"),
+        (samples.encode(samples.noise_picture(0)), "an image; name the folder"),
+    ],
+)
+def test_no_tar(tmp_path, data, what):
     path = tmp_path / "x.tar"
     path.write_bytes(data)
-    with pytest.raises(MissingInputError, match=r"x\.tar") as caught:
+    with pytest.raises(MissingInputError, match=f"x.tar is not a tar but.*{what}") as caught:
         index.index_tar(path)
     assert caught.value.exit_code == 3
 
@@ -206,6 +217,12 @@ def test_a_list_may_begin_with_a_byte_order_mark(folder):
     assert index.expand("list.txt") == ["shards/002.tar", "shards/000.tar"]
 
 
+def test_a_shard_that_is_there_is_not_taken_for_a_pattern(folder):
+    name = "shards/a [x] {b} *.tar"
+    (folder / "shards/000.tar").rename(folder / name)
+    assert index.expand(name) == [name]
+
+
 def test_upper_case_shards(folder):
     (folder / "shards/000.tar").rename(folder / "shards/000.TAR")
     assert index.expand("shards")[0] == "shards/000.TAR"
@@ -228,6 +245,19 @@ def test_shards_elsewhere_or_compressed_are_explained(folder, make, named):
     (folder / "x.tar.gz").write_bytes(b"packed")
     with pytest.raises(MissingInputError, match="compressed shards"):
         index.expand(str(folder / "x.tar.gz"))
+
+
+def test_a_link_in_a_circle_is_neither_shard_nor_photograph(folder):
+    shards, before = folder / "shards", index.expand(str(folder / "shards"))
+    for name in ("loop.tar", "loop.jpg", "loop"):
+        (shards / name).symlink_to(shards / name)
+    assert index.expand(str(shards)) == before
+    photographs = folder / "photographs"
+    photographs.mkdir()
+    (photographs / "loop.jpg").symlink_to(photographs / "loop.jpg")
+    (photographs / "a.jpg").write_bytes(samples.encode(samples.noise_picture(0)))
+    source = open_source(photographs)
+    assert source.describe() == ["1 image in a folder; not used: 1 broken link"]
 
 
 def test_a_stray_tar_does_not_make_photographs_shards(tmp_path):
@@ -265,6 +295,16 @@ def test_fields_and_dotted_names(tmp_path, members, found):
     assert read_all(open_source(tmp_path / "x.tar")) == found
 
 
+@pytest.mark.parametrize(
+    "numbers", [b'{"a": 1' + b"0" * 400 + b"}", b'{"a": ' + b"[" * 20_000, b'{"a": 1e999}', b"[1]"]
+)
+def test_metadata_that_are_no_numbers_do_not_matter(tmp_path, numbers):
+    good = b'{"a": 5}'
+    members = {"0.jpg": b"x", "0.json": numbers, "1.jpg": b"x", "1.json": good}
+    found = index.index_tar(samples.write_tar(tmp_path / "x.tar", members))
+    assert found.numbers == [{}, {"a": 5.0}]
+
+
 def test_several_conditions_in_one_filter():
     assert [str(f) for f in sources.parse_filters(["a >= 1, b < 2", "c == 3"])] == [
         *("a >= 1", "b < 2", "c == 3")
@@ -293,6 +333,22 @@ def test_what_could_not_be_fetched_is_tried_again(tmp_path, monkeypatch):
     assert source.counts.tolist() == [1]
     assert source.changed() == []
     assert answers == []
+
+
+@pytest.mark.parametrize("first", [b"<html>log in</html>", None])
+def test_a_remote_shard_that_came_broken_is_fetched_again(tmp_path, monkeypatch, first):
+    """Servers answer with a page of a login, or cut a body whose length they did not announce."""
+    whole = samples.write_tar(tmp_path / "0.tar", {"1.jpg": b"x" * 2000}).read_bytes()
+    bodies, url = [first or whole[:1500], whole], "https://example.org/0.tar"
+    monkeypatch.setattr(transfer, "_http_blocks", lambda *_: (body for body in [bodies.pop(0)]))
+    cache = ShardCache(tmp_path / "cache", 2**30)
+    index.build_index([url], tmp_path / "index", cache)
+    (message,) = sources.TarSource(tmp_path / "index", [], cache).broken.values()
+    assert message.startswith(f"shard {url} is")
+    index.build_index([url], tmp_path / "index", cache)
+    source = sources.TarSource(tmp_path / "index", [], cache)
+    assert not source.broken
+    assert source.read(0, 0)[1] == b"x" * 2000
 
 
 @pytest.mark.parametrize(

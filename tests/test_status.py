@@ -387,6 +387,22 @@ def test_large_numbers_have_no_exponent():
 
 
 @pytest.mark.parametrize(
+    ("count", "memory", "size"),
+    [
+        (0, "0 B", "0 B"),
+        (1000, "1,000 B", "1 kB"),
+        (2**20, "1 MiB", "1.05 MB"),
+        (1020 * 2**20, "1,020 MiB", "1.07 GB"),
+        (7.33 * 2**30, "7.33 GiB", "7.87 GB"),
+        (141 * 2**30, "141 GiB", "151 GB"),
+        (2**40, "1,024 GiB", "1.1 TB"),
+    ],
+)
+def test_memory_is_in_powers_of_1024_and_files_in_powers_of_1000(count, memory, size):
+    assert (units.memory(count), units.size(count)) == (memory, size)
+
+
+@pytest.mark.parametrize(
     ("line", "span"),
     [([(1, 0)], (1, 1)), ([(1, 0.1 + 0.2), (2, 0.3)], (1, 2)), ([(1, -4), (1, -4)], (0, 3))],
 )
@@ -463,6 +479,7 @@ def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path):
         ({"init": 3.5, "log": {"every": []}}, "log.every: got [], expected a number"),
         ({"init": "x"}, "init.iteration: got 'x', expected a number"),
         ({"adversarial": {"start_iteration": "soon"}}, "start_iteration: got 'soon'"),
+        ({"stop_iteration": [True]}, "stop_iteration: got [true], expected a number"),
         ({"global_batch": -8}, "global_batch: got -8, expected a number"),
         ({"stop_iteration": float("nan")}, "stop_iteration: got nan, expected a number"),
     ],

@@ -196,25 +196,74 @@ def test_attention_in_every_spelling_and_rank(tmp_path, state):
     assert same(read(save_zip(state, tmp_path / "x.pt")).autoencoder, raw())
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_a_folder_in_several_files(tmp_path, suffix):
+def several_files(folder: Path, suffix: str = "safetensors") -> tuple[Path, dict[str, str]]:
+    """A folder as save_pretrained writes it with max_shard_size: its index, and what that maps."""
     state, places = to_diffusers(raw()), {}
     for number in (1, 2):
         name = f"diffusion_pytorch_model-0000{number}-of-00002.{suffix}"
         part = {k: v.clone() for i, (k, v) in enumerate(state.items()) if i % 2 == number - 1}
-        (save_file if suffix == "safetensors" else save_zip)(part, tmp_path / name)
+        (save_file if suffix == "safetensors" else save_zip)(part, folder / name)
         places |= dict.fromkeys(part, name)
-    index = tmp_path / f"diffusion_pytorch_model.{suffix}.index.json"
+    index = folder / f"diffusion_pytorch_model.{suffix}.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return index, places
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_folder_in_several_files(tmp_path, suffix):
+    index, places = several_files(tmp_path, suffix)
     assert same(read(tmp_path).autoencoder, raw())
     digest = weight_file.sha256(index)
     index.write_text(json.dumps({"weight_map": {**places, "x": "../secret.safetensors"}}))
     with pytest.raises(MissingInputError, match="outside its folder"):
         read(tmp_path)
-    index.write_text(json.dumps({"weight_map": {**places, "decoder.x": places[next(iter(state))]}}))
+    index.write_text(
+        json.dumps({"weight_map": {**places, "decoder.x": next(iter(places.values()))}})
+    )
     with pytest.raises(MissingInputError, match=r"its files lack decoder\.x"):
         read(tmp_path)
     assert len(digest) == 64
+
+
+def test_several_files_of_a_variant(tmp_path):
+    index, _ = several_files(tmp_path)
+    index.rename(tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json")
+    assert same(read(tmp_path).autoencoder, raw())
+
+
+def test_an_index_that_lacks_a_tensor(tmp_path):
+    """The tensor is in a file, but the index does not name it: it was never read."""
+    index, places = several_files(tmp_path)
+    del places["decoder.conv_in.weight"]
+    index.write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(MissingInputError, match=r"decoder\.conv_in\.weight"):
+        weight_file.load_autoencoder(tmp_path)
+    found = weight_file.report(*weight_file.read_weights(tmp_path))
+    assert found["tensors"] == len(places)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}']
+)
+def test_an_index_that_is_none(tmp_path, content):
+    several_files(tmp_path)[0].write_text(content)
+    with pytest.raises(MissingInputError, match="not an index: expected weight_map"):
+        read(tmp_path)
+
+
+def test_an_index_without_all_its_files(tmp_path):
+    index, _ = several_files(tmp_path)
+    second = tmp_path / "diffusion_pytorch_model-00002-of-00002.safetensors"
+    second.unlink()
+    for _ in ("gone", "a broken link"):
+        with pytest.raises(
+            MissingInputError, match=r"1 of the 2 files .* not there.*00002-of-00002"
+        ):
+            read(tmp_path)
+        second.unlink(missing_ok=True)
+        second.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(MissingInputError, match="is one of several files; give their folder"):
+        read(index.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
 
 
 # --- objects and counts ---------------------------------------------------------------------
@@ -334,12 +383,29 @@ def test_other_architectures_are_refused_by_name(tmp_path, tensors, what):
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("AutoencoderKLWan", "Wan's"), ("AutoencoderTiny", "TAESD"), ("AutoencoderKLNew", "KLNew")],
+    [
+        ("AutoencoderKLWan", "Wan's"),
+        ("AutoencoderTiny", "TAESD"),
+        ("AutoencoderKLNew", "KLNew"),
+        ("VQModel", "VQ autoencoder"),
+        ("ConsistencyDecoderVAE", "consistency decoder"),
+    ],
 )
 def test_other_classes_are_refused_by_name(tmp_path, name, what):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
     save_file(to_diffusers(raw()), tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(MissingInputError, match=f"{what}.*another architecture"):
+        read(tmp_path)
+
+
+def test_another_activation_is_refused(tmp_path):
+    """No tensor shows it, and the network would compute something else."""
+    save_file(to_diffusers(raw()), tmp_path / "diffusion_pytorch_model.safetensors")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"_class_name": "AutoencoderKL", "act_fn": "swish"}))
+    assert same(read(tmp_path).autoencoder, raw())
+    config.write_text(json.dumps({"_class_name": "AutoencoderKL", "act_fn": "gelu"}))
+    with pytest.raises(MissingInputError, match="act_fn=gelu, another architecture"):
         read(tmp_path)
 
 

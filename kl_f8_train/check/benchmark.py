@@ -32,7 +32,7 @@ from kl_f8_train.data.loading import IterationSampler, PositionDataset, loader, 
 from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.rules import micro_batch
 from kl_f8_train.settings import Config
-from kl_f8_train.units import counted, duration, speed
+from kl_f8_train.units import counted, duration, memory, speed
 from kl_f8_train.weights import pretrained
 
 WARM_UP = 3  # iterations before the clock starts: kernels are chosen, and compiled
@@ -174,8 +174,8 @@ def describe(result: Mapping[str, Any]) -> str:
         f"{result['flops_floor'] / giga:,.1f}; {result['flops_per_second'] / giga:,.0f} GFLOP/s, "
         f"{result['share_of_matmul']:.0%} of this machine's matmul "
         f"(float32 {rates['float32'] / giga:,.0f}, bfloat16 {rates['bfloat16'] / giga:,.0f})",
-        f"memory: {result['peak_memory_bytes'] / cost.GIB:.2f} GiB at the peak (computed "
-        f"{result['computed_memory_bytes'] / cost.GIB:.2f}); largest per-device batch "
+        f"memory: {memory(result['peak_memory_bytes'])} at the peak (computed "
+        f"{memory(result['computed_memory_bytes'])}); largest per-device batch "
         f"{result['largest_batch']}",
         f"limited by: {result['limited_by']}",
     ]

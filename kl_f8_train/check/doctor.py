@@ -43,7 +43,7 @@ from kl_f8_train.run.train import adopt, check_model, fixed_photographs, start_o
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.settings import Checkpoint, Config, leaves, to_dict
 from kl_f8_train.transfer import is_remote
-from kl_f8_train.units import counted, duration, size
+from kl_f8_train.units import counted, duration, memory, size
 from kl_f8_train.units import speed as rate
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
 from kl_f8_train.weights.names import Weights
@@ -195,8 +195,8 @@ def _note_useless_settings(report: Report, config: Config) -> None:
         given = {"pictures": config.log.pictures, "pictures_size": config.log.pictures_size}
         for name in (name for name, value in given.items() if value is not None):
             report.remark(
-                f"log.{name}={given[name]} is not used, as log.pictures_every=0 switches "
-                "validation off"
+                f"log.{name}={units.written(given[name])} is not used, as log.pictures_every=0 "
+                "switches validation off"
             )
 
 
@@ -312,7 +312,9 @@ def _tell_settings(report: Report, config: Config, path: Path, overrides: list[s
         key: {"value": value, "origin": where[key]} for key, value in values.items()
     }
     for origin in dict.fromkeys(where.values()):
-        texts = [f"{key}={value}" for key, value in values.items() if where[key] == origin]
+        texts = [
+            f"{key}={units.written(value)}" for key, value in values.items() if where[key] == origin
+        ]
         report.say(textwrap.fill(", ".join(texts), 100, **_hanging(f"  {origin:<9}")))
 
 
@@ -377,7 +379,7 @@ def _tell_memory(
     report.facts["computed_memory"] = {"bytes": needed, "networks": compiled}
     report.tell(
         f"{'GPU memory' if cost.on_gpu(config) else 'memory'} that this takes, computed: "
-        f"{size(needed)}, {compiled}"
+        f"{memory(needed)}, {compiled}"
     )
     fits = {name: cost.largest_divisor(config, share, here[name]) for name in here}
     if cost.is_full_size(config) and not machine.on_cuda(config.compute):
@@ -389,7 +391,7 @@ def _tell_memory(
     if fits:
         named = screen.fitting(fits, share, config.global_batch)
         gpus = fits.keys() != {THIS_MACHINE}
-        left = f", with {size(cost.HEADROOM_BYTES)} for CUDA and its allocator" if gpus else ""
+        left = f", with {memory(cost.HEADROOM_BYTES)} for CUDA and its allocator" if gpus else ""
         report.tell(f"the largest compute.per_device_batch that fits, computed{left}: {named}")
 
 
@@ -417,8 +419,8 @@ def check_fits(config: Config, micro: int, share: int, rooms: Mapping[str, float
             smaller = f"give compute.per_device_batch={largest}, or " if largest else ""
             raise RunFailedError(
                 f"compute.per_device_batch={micro} takes "
-                f"{size(cost.peak_bytes(config, micro, share))}, computed, but {name} has "
-                f"{size(room)} for it; {smaller}"
+                f"{memory(cost.peak_bytes(config, micro, share))}, computed, but {name} has "
+                f"{memory(room)} for it; {smaller}"
                 "raise compute.checkpoint_levels, or lower data.crop"
             )
 
@@ -625,7 +627,7 @@ def _try_iteration(
             f"out of GPU memory with {counted(count, 'image', 's')}: {error}\n"
             "Halve compute.per_device_batch (the global batch stays, by accumulation)"
         ) from error
-    memory = (
+    most = (
         torch.cuda.max_memory_allocated()
         if cuda
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -634,13 +636,13 @@ def _try_iteration(
         "device": _device_name(cuda),
         "seconds_per_image": seconds / count,
         "cold_iteration": cold,
-        "memory_bytes": memory,
+        "memory_bytes": most,
     }
     note = " (the first, cold iteration; later ones are quicker)" if cold else ""
     tried = f"{count} of {micro} images" if count < micro else counted(count, "image", "s")
     report.tell(
         f"{tried} in {seconds:.2f} s{note} on {_device_name(cuda)}: "
-        f"{rate(count / seconds)}; memory at most {size(memory)}"
+        f"{rate(count / seconds)}; memory at most {memory(most)}"
     )
     if not cuda:
         report.remark("time and memory were measured on this machine's CPU, not on a GPU")

@@ -44,7 +44,7 @@ class Gpu:
     flops: float  # bfloat16 tensor cores, dense, accumulating in float32, per second
     tf32: float  # the same in TF32
     float32: float  # without tensor cores
-    memory_bytes: float
+    memory_bytes: float  # the maker's GB as 1e9 bytes: at most what torch finds
     memory_rate: float  # bytes/s
     link: float  # to the other GPUs of a node, bytes/s in one direction
     network: float  # between nodes, assumed: what such machines are usually sold with

@@ -8,7 +8,7 @@ from kl_f8_train import units
 from kl_f8_train.core.machine import on_cuda
 from kl_f8_train.core.perceptual import LABELS
 from kl_f8_train.settings import Config
-from kl_f8_train.units import counted, duration, size
+from kl_f8_train.units import counted, duration, memory, size
 
 
 def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
@@ -40,10 +40,10 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
         yield f"  held out {pictures}, {known} among the {held_out['checked']}"
     if seconds := facts.get("seconds_per_image"):
         cold = ", measured on a first, cold iteration" if facts["cold_iteration"] else ""
-        memory = size(facts["memory_bytes"])
-        yield f"  speed    {units.speed(1 / seconds)} on {facts['device']}, {memory}{cold}"
+        most = memory(facts["memory_bytes"])
+        yield f"  speed    {units.speed(1 / seconds)} on {facts['device']}, {most}{cold}"
     elif computed := facts.get("computed_memory"):
-        needed, networks = size(computed["bytes"]), computed["networks"]
+        needed, networks = memory(computed["bytes"]), computed["networks"]
         yield f"  memory   {needed} a process, computed for {networks} networks"
         if fits := facts["per_device_batch_that_fits"]:
             dealt = facts["batch"]

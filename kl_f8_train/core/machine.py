@@ -21,6 +21,7 @@ from kl_f8_train.core.model import AutoencoderKL, NormSwish, UpLevel, Upsample
 from kl_f8_train.errors import RunFailedError, UsageError
 from kl_f8_train.files import check_writable
 from kl_f8_train.settings import Compute
+from kl_f8_train.units import written
 
 Compiled = Callable[[Callable[..., Any]], Callable[..., Any]]  # compiles a function
 COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's name for the folder of compiled kernels
@@ -104,7 +105,7 @@ def compiles(config: Compute) -> bool:
 def compilation(config: Compute) -> tuple[bool, str]:
     """Whether to compile, and why: as set, or on CUDA if there are a C compiler and Python.h."""
     if config.compile is not None:
-        return config.compile, f"compute.compile={str(config.compile).lower()}"
+        return config.compile, f"compute.compile={written(config.compile)}"
     if not on_cuda(config):
         return False, "on a CPU, unless compute.compile=true"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):

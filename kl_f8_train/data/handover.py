@@ -20,7 +20,7 @@ import torch
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.output import say
 from kl_f8_train.settings import Config
-from kl_f8_train.units import counted, size
+from kl_f8_train.units import counted, memory
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # batches that each loader prepares ahead
@@ -99,8 +99,8 @@ def shared_memory_note(config: Config, images: int, processes: int) -> str:
         return ""
     wanted = -(-needed * 5 // 4 // 2**30)  # GiB, with a quarter to spare
     return (
-        f"{SHARED_MEMORY} has {size(free)} free, but the batches of "
-        f"{counted(loaders, 'loader', 's')} take up to {size(needed)}: those that do not fit go "
+        f"{SHARED_MEMORY} has {memory(free)} free, but the batches of "
+        f"{counted(loaders, 'loader', 's')} take up to {memory(needed)}: those that do not fit go "
         f"through pipes, which is slower. In Docker give --shm-size={wanted}g or --ipc=host (in "
         "Kubernetes an emptyDir of medium Memory there), or lower data.workers"
     )

@@ -5,6 +5,7 @@ number known of it. The index of a source is a directory of arrays that are mapp
 that 100,000 shards of 1,000 images open in seconds.
 """
 
+import contextlib
 import glob
 import hashlib
 import importlib.util
@@ -29,13 +30,22 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, like_path
 from kl_f8_train.files import (
     DiskError,
     atomic_path,
+    beginning,
     cache_dir,
     check_writable,
     is_writable,
     temporary_dir,
     write_json,
 )
-from kl_f8_train.folders import FIRST_BYTES, NO_IMAGES, SUFFIXES, is_system, looks_like_image
+from kl_f8_train.folders import (
+    FIRST_BYTES,
+    NO_IMAGES,
+    SUFFIXES,
+    is_file,
+    is_folder,
+    is_system,
+    looks_like_image,
+)
 from kl_f8_train.images import MAX_BYTES
 from kl_f8_train.lifetime import end_with_parent
 from kl_f8_train.output import Progress
@@ -65,13 +75,14 @@ def expand(pattern: str) -> list[str]:
     Raises MissingInputError naming what is not there.
     """
     path = Path(pattern)
-    if path.is_dir():
+    if os.path.isdir(pattern):
         found = tars_in(path)
         if not found:
             raise MissingInputError(f"no shards and no images in {path}{_other_shards(path)}")
         return found
-    if path.suffix.lower() == ".txt" and path.is_file():
-        return _existing(_list_file(path), pattern)
+    if os.path.isfile(pattern):  # whatever signs its name holds
+        is_list = path.suffix.lower() == ".txt"
+        return _existing(_list_file(path) if is_list else [pattern], pattern)
     if pattern.startswith("pipe:"):
         return [pattern]
     try:
@@ -89,7 +100,7 @@ def expand(pattern: str) -> list[str]:
 
 def tars_in(folder: Path) -> list[str]:
     """The shards of a folder itself, sorted."""
-    names = (entry.name for entry in os.scandir(folder) if entry.is_file())
+    names = (entry.name for entry in os.scandir(folder) if is_file(entry))
     tars = sorted(n for n in names if n.lower().endswith(".tar") and not n.startswith("."))
     return [str(folder / name) for name in tars]
 
@@ -100,7 +111,7 @@ def _other_shards(folder: Path) -> str:
     packed = [entry.name for entry in entries if COMPRESSED.search(entry.name)]
     if packed:
         return f", but {packed[0]}: {UNPACK}"
-    below = [entry.name for entry in entries if entry.is_dir() and tars_in(Path(entry.path))]
+    below = [entry.name for entry in entries if is_folder(entry) and tars_in(Path(entry.path))]
     if below:
         return (
             f", but in its folders {', '.join(below[:3])}{', ...' * (len(below) > 3)}: name them, "
@@ -221,14 +232,25 @@ def index_tar(path: Path) -> TarIndex:
             file.seek(end)
             block = file.read(TAR_BLOCK)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise MissingInputError(
-            f"shard {path} is broken: {error} after {_images(members)}"
-        ) from error
+        found = f"is broken: {error} after {_images(members)}"
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            head = file.read(TAR_BLOCK)
+            if not members and head[257:262] != b"ustar":  # POSIX, the header's magic
+                found = f"is not a tar but {_what(head)}"
+        raise MissingInputError(f"shard {path} {found}") from error
     # A tar ends with blocks of zeros (POSIX). tarfile also stops, without an error, where a file
     # was cut between two members.
     if len(block) != TAR_BLOCK or block.strip(b"\0"):
         raise MissingInputError(f"shard {path} is cut short: no end mark after {_images(members)}")
     return _index(members)
+
+
+def _what(head: bytes) -> str:
+    """What a file in place of a shard is."""
+    if looks_like_image(head[:FIRST_BYTES]):
+        return "an image; name the folder it lies in"
+    known = beginning(head[:FIRST_BYTES])
+    return known or f"a file that begins with {head[:9]!r}; expected shards, or a folder of images"
 
 
 def _images(members: list[_Member]) -> str:
@@ -325,19 +347,20 @@ def _parquet_numbers(table: Path) -> dict[str, dict[str, float]]:
 
 
 def _json_numbers(text: bytes) -> dict[str, float]:
-    """The numeric fields of a JSON object; broken JSON has none."""
+    """The numeric fields of a JSON object; broken JSON, or one nested too deep, has none."""
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return _numeric(values) if isinstance(values, dict) else {}
 
 
 def _numeric(values: dict[Any, Any]) -> dict[str, float]:
+    largest = float(np.finfo(np.float32).max)  # a column's type
     return {
         str(key): float(value)
         for key, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= largest
     }
 
 
@@ -429,8 +452,10 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
                 one = index_tar(path)
                 one = one if is_remote(place) else add_neighbours(one, path)
             except MissingInputError as error:
-                one, broken[place] = TarIndex(), str(error)
-                if isinstance(error.__cause__, OSError):  # not the shard's fault
+                one, broken[place] = TarIndex(), str(error).replace(str(path), shown(place))
+                if is_remote(place):  # perhaps cut short, or a page in its place: not the shard's
+                    cache.forget(place)
+                if is_remote(place) or isinstance(error.__cause__, OSError):
                     fingerprints[number] = GONE
         blocks += one.blocks
         sizes += one.sizes

@@ -31,7 +31,7 @@ from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, Us
 from kl_f8_train.files import atomic_path, write_text
 from kl_f8_train.folders import SUFFIXES, Listing, list_folder, read_file
 from kl_f8_train.lifetime import end_with_parent
-from kl_f8_train.units import counted, printable
+from kl_f8_train.units import counted, printable, written
 
 MAX_PER_SHARD = 10_000  # four digits
 MAX_SHARDS = 100_000  # five digits
@@ -257,7 +257,7 @@ def _compare(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         "of another size": {name for name in both if before[name] != after[name]},
     }
     differences = [
-        f"{key}: {old[key]} there, {new[key]} asked for"
+        f"{key}: {written(old[key])} there, {written(new[key])} asked for"
         for key in ("per_shard", "reencode")
         if old[key] != new[key]
     ]

@@ -115,6 +115,14 @@ class ShardCache:
         with self.open(url, size, sha256):
             return _Entry(self.root, url).path
 
+    def forget(self, url: str) -> None:
+        """Removes a remote file that is not what it should be: the next `open` fetches it anew."""
+        self._prepare()
+        entry = _Entry(self.root, url)
+        with _locked(entry.lock, fcntl.LOCK_EX):
+            entry.record_path.unlink(missing_ok=True)
+            entry.path.unlink(missing_ok=True)
+
     def prefetch(self, urls: Iterable[str]) -> int:
         """Hands urls to the background thread; returns at once how many it took.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from kl_f8_train.data import near
-from kl_f8_train.errors import ImageError, MissingInputError, UsageError
+from kl_f8_train.errors import ImageError, MissingInputError, UsageError, like_path
 from kl_f8_train.files import (
     disk_failure,
     hidden_part,
@@ -113,8 +113,8 @@ def split(
     photographs, unusable = _read_all(folder, listing.files, progress)
     if not photographs:
         raise MissingInputError(
-            f"no photographs in {folder}: {listing.describe() or 'it is empty'}"
-            + (f"; {unusable[0]}" if unusable else "")
+            f"no photographs in {folder}: "
+            + "; ".join([*unusable[:1], *filter(None, [listing.describe()])] or ["it is empty"])
         )
     looks = np.stack([photograph.look for photograph in photographs])
     groups = near.groups(looks, [photograph.sha256 for photograph in photographs])
@@ -139,7 +139,11 @@ def split(
 
 def _check_places(folder: Path, out: Path) -> None:
     if not folder.is_dir():
-        raise MissingInputError(f"{folder}: no such folder; expected one of photographs")
+        what = "not a folder" if folder.exists() else "no such folder"
+        raise MissingInputError(
+            f"{folder}: {what}; expected one of photographs"
+            f"{'' if folder.exists() else like_path(folder)}"
+        )
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; expected a new or empty directory")
     if out.is_dir() and any(out.iterdir()):

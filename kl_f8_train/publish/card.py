@@ -20,18 +20,17 @@ from kl_f8_train import config as configs
 from kl_f8_train.core.metrics import SCORES
 from kl_f8_train.core.perceptual import LABELS, OTHER_VGG
 from kl_f8_train.errors import MissingInputError, UsageError
-from kl_f8_train.facts import FAMILIES
+from kl_f8_train.facts import FAMILIES, Family
 from kl_f8_train.files import atomic_path, file_sha256, write_json, write_text
 from kl_f8_train.output import Say, markdown_table, rendered
 from kl_f8_train.publish import half_precision
 from kl_f8_train.score.compare import not_measured
 from kl_f8_train.score.scores import BIASED_BELOW, score_text
-from kl_f8_train.settings import KL_F8_SHAPES, Config
+from kl_f8_train.settings import KL_F8, KL_F8_SHAPES, Config
 from kl_f8_train.units import shortest
 
 README, STRIP, LICENSE = "README.md", "strip.png", "LICENSE"  # written here, and may be edited
 DIFFUSERS = "diffusers/diffusion_pytorch_model.safetensors"
-TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "vae", "autoencoder", "kl-f8"]
 HUB_TYPES = {"rfid": "fid", "psnr": "psnr", "ssim": "ssim", "psim": "psim", "lpips": "lpips"}
 TEMPLATE = Path(__file__).with_name("card.md")
 
@@ -149,17 +148,18 @@ def model_card(
 ) -> str:
     """README.md of an export: how to use it, how it was made, what was measured and checked."""
     details = details or Details()
-    front = _front_matter(record, details, evaluated)
+    family = family_served(config, record.get("facts", {}))
+    front = _front_matter(config, record, details, evaluated)
     factor, files = 2 ** (len(config.model.ch_mult) - 1), record["files"]
     values = {
         "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         "name": _cell(config.name),
         "fits": config.model in KL_F8_SHAPES,
-        "family": FAMILIES.get(record.get("facts", {}).get("family", "")),
+        "family": family,
         "encoder": _encoder(record),
         "scale": _scale(record.get("facts", {})),
         "diffusers": DIFFUSERS in files,
-        "programs": _programs(record),
+        "programs": _programs(config, record),
         "training": _training(config, record),
         "details": details,
         "latent": f"{config.model.z_channels} numbers for each {factor} x {factor} pixels",
@@ -314,15 +314,31 @@ def _finite_score(value: Any, metric: str) -> Any:
     return value if known else None
 
 
+def family_served(config: Config, stated: Mapping[str, Any]) -> Family | None:
+    """The family whose models can use this VAE; None if its shape or its latents are of no one."""
+    fits = config.model in KL_F8_SHAPES
+    return FAMILIES.get(stated.get("family") or "") if fits else None
+
+
+def _tags(config: Config, record: Mapping[str, Any]) -> list[str]:
+    """The hub's tags: those of the family that the VAE serves, and its kind."""
+    family = family_served(config, record.get("facts", {}))
+    served = list(family.tags) if family else []
+    if served and DIFFUSERS in record["files"]:
+        served.append(f"{served[0]}-diffusers")
+    kind = ["kl-f8"] if config.model == KL_F8 else []
+    return [*served, "vae", "autoencoder", *kind]
+
+
 def _front_matter(
-    record: Mapping[str, Any], details: Details, evaluated: Evaluated | None
+    config: Config, record: Mapping[str, Any], details: Details, evaluated: Evaluated | None
 ) -> dict[str, Any]:
     """The hub's fields; what is not known is absent."""
     front: dict[str, Any] = {
         **details.license,
         **({"library_name": "diffusers"} if DIFFUSERS in record["files"] else {}),
         "pipeline_tag": "image-to-image",
-        "tags": TAGS,
+        "tags": _tags(config, record),
     }
     if details.base_model:
         front["base_model"] = details.base_model
@@ -383,8 +399,12 @@ def _encoder(record: Mapping[str, Any]) -> str:
     )
 
 
-def _programs(record: Mapping[str, Any]) -> str:
-    """Where the single files go; nothing if there are none."""
+def _programs(config: Config, record: Mapping[str, Any]) -> str:
+    """Where the single files go; nothing if there are none.
+
+    AUTOMATIC1111 and the code of the first Stable Diffusion have no VAEs of 16 channels.
+    """
+    four = config.model.z_channels == KL_F8.z_channels
     files = {suffix: f"{record['stem']}.{suffix}" for suffix in ("safetensors", "ckpt")}
     files = {suffix: file for suffix, file in files.items() if file in record["files"]}
     safetensors, ckpt = files.get("safetensors"), files.get("ckpt")
@@ -395,7 +415,7 @@ def _programs(record: Mapping[str, Any]) -> str:
             ("AUTOMATIC1111", safetensors or ckpt, "`models/VAE/`", 'Settings, "SD VAE"'),
             ("original code", ckpt, "anywhere", '`torch.load(FILE)["state_dict"]`'),
         )
-        if file
+        if file and (four or program == "ComfyUI")
     ]
     if not rows:
         return ""

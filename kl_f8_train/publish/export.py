@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kl_f8_train import __version__, images
+from kl_f8_train import __version__, images, units
 from kl_f8_train import config as configs
 from kl_f8_train.averages import label, module_name, selection
 from kl_f8_train.core.hashes import data_sha256, frozen_sha256
@@ -24,6 +24,7 @@ from kl_f8_train.publish import card, half_precision, rescale
 from kl_f8_train.run import outcome
 from kl_f8_train.run_dir import best_checkpoint, is_run
 from kl_f8_train.settings import KL_F8_SHAPES, Config, to_dict
+from kl_f8_train.units import counted
 from kl_f8_train.weights import checkpoint, names, weight_file
 from kl_f8_train.weights.names import State
 
@@ -175,48 +176,74 @@ def _fp16_safe(
 ) -> tuple[AutoencoderKL, Facts, dict[str, Any]]:
     """The model, what it states and half precision's measurement, rescaled if that is wanted.
 
-    Rescaled, `force_upcast` becomes false if the encoder does not overflow either.
+    `force_upcast` follows from the measurement: false where --fp16-safe found or made both halves
+    safe, true where the decoder overflows.
     """
     before = half_precision.measure(model, tried)
-    if wanted is False or (wanted is None and not half_precision.overflows(before)):
-        return model, stated, before
+    overflows = half_precision.overflows(before)
+    if wanted is False or (wanted is None and not overflows):
+        return model, replace(stated, force_upcast=True) if overflows else stated, before
     with half_precision.largest_outputs(model, FROZEN) as encoder:
         latents = [model.encode(images.to_float(picture[None])).mean for picture in tried]
     probes = rescale.probes(latents)
     rescaling = rescale.plan_rescaling(model, probes)
-    if not rescaling.changes:
+    measured = before
+    if rescaling.changes:
+        try:
+            safe = _autoencoder_of(rescaling.apply(model.state_dict()), stated)
+            rescale.prove(rescaling, model, safe, probes)
+        except RunFailedError as error:
+            if wanted:
+                raise
+            say(f"WARNING: not rescaled: {error}")
+            return model, replace(stated, force_upcast=True), before
+        model, measured = safe, half_precision.measure(safe, tried)
+        measured["rescaled"] = {**rescaling.proof, "before": before}
+        say(_rescaled(rescaling, before, measured))
+    else:
         say(
-            "fp16-safe: nothing to rescale, all activations are below "
-            f"1/{rescale.HEADROOM} of fp16's limit"
+            f"fp16-safe: nothing to rescale: on {len(probes)} probes the decoder's residual stream "
+            f"and its blocks stay below 1/{rescale.HEADROOM} of fp16's limit; what is written has "
+            "the same weights, bit for bit"
         )
-        return model, stated, before
-    try:
-        safe = _autoencoder_of(rescaling.apply(model.state_dict()), stated)
-        rescale.prove(rescaling, model, safe, probes)
-    except RunFailedError as error:
-        if wanted:
-            raise
-        say(f"WARNING: not rescaled: {error}")
-        return model, stated, before
-    after = half_precision.measure(safe, tried)
-    after["rescaled"] = {**rescaling.proof, "before": before}
-    if half_precision.overflows(after):
-        say("fp16-safe: rescaled, but it still overflows in fp16, inside attention or at the end")
-    # diffusers' force_upcast moves encoder and decoder to float32: false only if neither needs it.
-    elif max(encoder.values()) * rescale.HEADROOM < half_precision.LIMIT:
-        stated = replace(stated, force_upcast=False)
-    inner = f", {len(rescaling.inner)} blocks inside" * bool(rescaling.inner)
+    upcast, why = _upcast(measured, max(encoder.values()))
+    was = stated.force_upcast is not False  # diffusers takes what is not stated as true
+    changed = "stays" if was == upcast else "becomes"
+    say(f"fp16-safe: diffusers' force_upcast {changed} {json.dumps(upcast)}: {why}")
+    return model, replace(stated, force_upcast=upcast), measured
+
+
+def _rescaled(
+    rescaling: rescale.Rescaling, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> str:
+    """What was rescaled, and what that does."""
+    proof = rescaling.proof
+    inner = f", {counted(len(rescaling.inner), 'block', 's')} inside" * bool(rescaling.inner)
     same = (
         "bit for bit the same"
-        if rescaling.proof["float32_bit_equal"]
-        else (f"within {rescaling.proof['float32_largest_difference_in_levels']:.1g} of 255 levels")
+        if proof["float32_bit_equal"]
+        else f"within {proof['float32_largest_difference_in_levels']:.1g} of 255 levels"
     )
-    say(
-        f"fp16-safe: the decoder's residual stream x {rescaling.proof['stream']}{inner}; largest "
+    return (
+        f"fp16-safe: the decoder's residual stream x {proof['stream']}{inner}; largest "
         f"activation {before['largest_activation']:,.4g} -> {after['largest_activation']:,.4g}; in "
-        f"float32 {len(probes)} probes decode {same}; the encoder is untouched"
+        f"float32 {proof['probes']} probes decode {same}; the encoder is untouched"
     )
-    return safe, stated, after
+
+
+def _upcast(measured: Mapping[str, Any], encoder: float) -> tuple[bool, str]:
+    """diffusers' force_upcast, and why; `encoder` is the encoder's largest activation.
+
+    Pipelines that heed it (SDXL's) move encoder and decoder to float32 together.
+    """
+    if half_precision.overflows(measured):
+        return True, "the decoder overflows in fp16, inside attention or at its end"
+    if encoder * rescale.HEADROOM >= half_precision.LIMIT:
+        return True, (
+            f"the encoder, which is not rescaled, reaches {encoder:,.4g}, above "
+            f"1/{rescale.HEADROOM} of fp16's limit"
+        )
+    return False, "encoder and decoder are safe in fp16, so pipelines need not turn to float32"
 
 
 def _summary(out: Path, record: dict[str, Any]) -> list[str]:
@@ -251,9 +278,9 @@ def _settled(
     """`facts.settled` for a file, with the verbs' name of the family in its errors."""
     try:
         return settled(stated, channels, family, published)
-    except UsageError as error:
+    except (UsageError, MissingInputError) as error:
         message = str(error).replace("init.family=", "--family ")
-        raise UsageError(f"{path}: {message}") from error
+        raise type(error)(f"{path}: {message}") from error
 
 
 def _best(source: Path) -> Path:
@@ -531,7 +558,9 @@ def _verify(
         frozen, facts = _read_back(path, FROZEN, weights, stored)
         written = replace(stated, family=None) if layout == "diffusers" else stated
         if combined(written, facts) != facts:
-            raise RunFailedError(f"{path} does not state what its base did: {facts.stated()}")
+            raise RunFailedError(
+                f"{path} does not state what its base did: {units.written(facts.stated())}"
+            )
         again = _autoencoder_of({**weights, **frozen}, facts)
         latents_error = float((again.encode(probe).mean - latents).abs().max())
         del frozen, again  # half of the file at a time: memory

@@ -6,7 +6,7 @@ where the CPU has no half-precision convolutions. What happens inside attention 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def describe(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def overflows(result: dict[str, Any]) -> bool:
+def overflows(result: Mapping[str, Any]) -> bool:
     """Whether fp16 turns images black, or is about to."""
     return bool(result["float16"]["black"] or result["largest_activation"] > LIMIT)
 

@@ -33,7 +33,7 @@ from kl_f8_train.run_dir import (
     read_rows,
     skipped_images,
 )
-from kl_f8_train.units import counted, duration, speed
+from kl_f8_train.units import counted, duration, quoted, speed
 
 SPEED = "images_per_second"
 SHOWN_PICTURES = 3  # validations on the page
@@ -128,7 +128,7 @@ def _check_number(config: Mapping[str, Any], key: str) -> None:
     held = config.get(group) or {} if group else config
     value = held.get(name) if isinstance(held, Mapping) else held
     if value is not None and not (isinstance(value, int | float) and 0 <= value < 2**63):
-        raise ValueError(f"{key}: got {value!r}, expected a number")
+        raise ValueError(f"{key}: got {quoted(value)}, expected a number")
 
 
 def _age(paths: Iterable[Path], now: float) -> float | None:

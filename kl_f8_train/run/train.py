@@ -367,7 +367,7 @@ def _settings_of(contents: weight_file.Contents, weights: State) -> str:
         found = architecture(weights, contents.facts)
     except MissingInputError:
         return ""
-    shown = {name: str(value).lower() for name, value in found.items() if name != "ch_mult"}
+    shown = {name: units.written(value) for name, value in found.items() if name != "ch_mult"}
     shown["ch_mult"] = f"[{','.join(map(str, found['ch_mult']))}]"
     return ": " + shlex.join(f"model.{name}={value}" for name, value in shown.items())
 

@@ -190,8 +190,8 @@ def base_facts(contents: weight_file.Contents, weights: Weights, config: Config)
     stated = weight_file.facts_of(contents, weights)
     try:
         known = facts.settled(stated, channels, config.init.family, published)
-    except UsageError as error:
-        raise UsageError(f"{contents.path}: {error}") from error
+    except (UsageError, MissingInputError) as error:
+        raise type(error)(f"{contents.path}: {error}") from error
     return facts.combined(known, _shown_value(config))
 
 

@@ -11,7 +11,7 @@ FILES = tuple(
     for folder in ("", "vae/", "diffusers/")
     for suffix in (
         *("safetensors", "safetensors.index.json", "bin", "bin.index.json"),
-        *("fp16.safetensors", "fp16.bin"),
+        *("fp16.safetensors", "fp16.bin", "safetensors.index.fp16.json"),
     )
 )
 WEIGHT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".zip")
@@ -57,8 +57,8 @@ def fetch(repo: str) -> Path:
         chosen = next((name for name in FILES if name in names), None)
         if chosen:
             beside = {str(Path(chosen).with_name("config.json"))}  # whose weights they are
-            if chosen.endswith(".index.json"):
-                stem = chosen.removesuffix(".index.json").rpartition(".")[0]
+            if index := re.fullmatch(r"(.*)\.\w+\.index(\.\w+)?\.json", chosen):
+                stem = f"{index[1]}{index[2] or ''}"
                 beside |= {name for name in names if name.startswith(f"{stem}-0")}
             for name in sorted(beside & names):
                 hub.hf_hub_download(repo, name)

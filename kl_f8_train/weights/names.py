@@ -314,6 +314,14 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in state.items()}
 
 
+# Names that stand beside quantised weights: ComfyUI's and torchao's scales, bitsandbytes' states.
+SCALES = re.compile(
+    r"\.(scale_weight|weight_scale(_inv)?|scale_input|input_scale|comfy_quant|weight_zero_point"
+    r"|(weight\.)?(SCB|absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*))$"
+)
+QUANTISED = "quantised weights cannot be trained or written; give the file from before"
+
+
 def check_like(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], differ: str, remedy: str
 ) -> None:
@@ -330,6 +338,8 @@ def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, 
     if problems:
         shown = "\n  ".join(problems[:5])
         more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+        if scale := next(filter(SCALES.search, state), None):
+            more += f"\n{scale} shows {QUANTISED}"
         raise MissingInputError(f"not this architecture:\n  {shown}{more}")
 
 
@@ -342,10 +352,7 @@ def differences(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, .
         elif tuple(state[key].shape) != tuple(shape):
             problems.append(f"{key} is {tuple(state[key].shape)}, expected {tuple(shape)}")
         elif not key.endswith(COUNTERS) and not state[key].is_floating_point():
-            problems.append(
-                f"{key} is {state[key].dtype}, expected floating point (quantised weights "
-                "cannot be trained or written; give the file from before)"
-            )
+            problems.append(f"{key} is {state[key].dtype}, expected floating point ({QUANTISED})")
     return problems + [f"unexpected {key}" for key in state if key not in expected]
 
 
@@ -509,6 +516,7 @@ CLASSES = {
     "AutoencoderKLTemporalDecoder": "Stable Video Diffusion's autoencoder",
     "AsymmetricAutoencoderKL": "an asymmetric autoencoder, for inpainting",
     "VQModel": "a VQ autoencoder",
+    "ConsistencyDecoderVAE": "a consistency decoder",
 }
 REFUSED = (
     "{what}, another architecture: this program trains the decoders of kl-f8 (Stable Diffusion "
@@ -516,11 +524,19 @@ REFUSED = (
 )
 
 
-def refused_class(name: str) -> str | None:
-    """Why a folder whose config.json names this class of diffusers' is refused, if it is."""
-    if name == "AutoencoderKL" or not re.search("Autoencoder|VAE|VQ", name):
-        return None
-    return REFUSED.format(what=f"{CLASSES.get(name, 'an autoencoder')} ({name})")
+def names_autoencoder(class_name: str) -> bool:
+    """Whether a class of diffusers' is an autoencoder, of whatever kind."""
+    return bool(re.search("Autoencoder|VAE|VQ", class_name))
+
+
+def refused_config(values: Mapping[str, Any]) -> str | None:
+    """Why a folder whose config.json holds these values is refused, if it is."""
+    name, activation = str(values.get("_class_name", "")), values.get("act_fn", "silu")
+    if name != "AutoencoderKL" and names_autoencoder(name):
+        return REFUSED.format(what=f"{CLASSES.get(name, 'an autoencoder')} ({name})")
+    if activation not in ("silu", "swish"):  # which no tensor shows
+        return REFUSED.format(what=f"its config.json states act_fn={activation}")
+    return None
 
 
 def _refuse_other_architectures(places: _Places, state: Mapping[str, Tensor]) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from kl_f8_train import facts, shipped
@@ -32,23 +32,27 @@ from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError, UsageError, like_path
 from kl_f8_train.facts import Facts
-from kl_f8_train.files import atomic_path, file_sha256
+from kl_f8_train.files import atomic_path, beginning, file_sha256
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.units import are, counted, shortest
 from kl_f8_train.weights import hub, torch_file
 from kl_f8_train.weights.names import (
+    QUANTISED,
+    SCALES,
     State,
     Weights,
     architecture,
     check_shapes,
     differences,
+    names_autoencoder,
     recognise,
-    refused_class,
+    refused_config,
     relevant,
     shapes_of,
 )
 
-INDEX = ".index.json"  # of weights that lie in several files
+INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # of weights that lie in several files
+PART = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.\w+$")  # one of them
 HEADER_BYTES = 16 << 20  # of a safetensors file; a whole Stable Diffusion's takes 0.2 MB
 
 
@@ -85,16 +89,18 @@ def read(path: str | Path, wanted: torch_file.Wanted = lambda names: names) -> C
     """
     path = find(Path(path))
     try:
-        if path.name.endswith(INDEX):
+        if INDEX.search(path.name):
             return _with_config(_read_sharded(path, wanted))
         with path.open("rb") as file:
-            head = file.read(9)
+            head = file.read(64)
         if head[8:9] == b"{":  # first: the header's length before it may look like anything
             return _with_config(_read_safetensors(path, wanted))
         if torch_file.is_torch(head):
             return _with_config(_read_torch(path, wanted))
     except MissingInputError as error:
         raise MissingInputError(f"{path}: {error}") from error
+    except PermissionError as error:
+        raise MissingInputError(f"{path}: may not be read; change its permissions") from error
     except Exception as error:  # whatever a broken file makes its parser raise
         raise MissingInputError(
             f"{path} ({path.stat().st_size:,} bytes) is broken or cut short: "
@@ -102,19 +108,8 @@ def read(path: str | Path, wanted: torch_file.Wanted = lambda names: names) -> C
         ) from error
     raise MissingInputError(
         f"{path} is not a weight file: expected .safetensors, or a torch .ckpt, .pt or .bin, got "
-        f"{_beginning(head)}"
+        + (beginning(head) or f"a file that begins with {head[:9]!r}; check where it came from")
     )
-
-
-def _beginning(head: bytes) -> str:
-    """What a file is by its first bytes, and how to get the one that was meant."""
-    if not head:
-        return "an empty file; copy or download it again"
-    if head.startswith(b"version "):
-        return "a pointer of git lfs; `git lfs pull` downloads the file"
-    if head.lstrip().startswith(b"<"):
-        return "a web page; download the file itself"
-    return f"a file that begins with {head!r}; check where it came from"
 
 
 def read_weights(
@@ -127,8 +122,12 @@ def read_weights(
     none, or is of an architecture that is not trained here.
     """
     contents = read(path, lambda names: relevant(names, prefix, select))
+    if PART.search(contents.path.name):
+        raise MissingInputError(
+            f"{contents.path} is one of several files; give their folder, or the index beside them"
+        )
     try:
-        if refused := refused_class(str(_diffusers_config(contents.path).get("_class_name", ""))):
+        if refused := refused_config(_diffusers_config(contents.path)):
             raise MissingInputError(refused)
         return contents, recognise(contents.tensors, kept_selection(contents, select), prefix)
     except MissingInputError as error:
@@ -252,6 +251,8 @@ def check_finite(contents: Contents, state: Mapping[str, Tensor]) -> None:
 def quality(contents: Contents, weights: Weights) -> list[str]:
     """Faults of a file's values, and what they mean."""
     state, lines = weights.autoencoder, []
+    if fault := _config_fault(contents.path):
+        lines.append(fault)
     try:
         check_finite(contents, state)
     except MissingInputError as error:
@@ -261,8 +262,15 @@ def quality(contents: Contents, weights: Weights) -> list[str]:
     if whole:
         lines.append(
             f"WARNING: {counted(len(whole), 'tensor', 's')} {are(len(whole))} of whole numbers, "
-            f"{whole[0]} first: quantised weights "
-            "cannot be trained or written; give the file from before"
+            f"{whole[0]} first: {QUANTISED}"
+        )
+    elif scale := next(filter(SCALES.search, state), None):
+        lines.append(f"WARNING: {scale} shows {QUANTISED}")
+    zeros = [k for k, v in state.items() if v.ndim > 1 and not v.float().count_nonzero()]
+    if zeros:
+        lines.append(
+            f"WARNING: {counted(len(zeros), 'weight', 's')} {are(len(zeros))} all zeros, "
+            f"{zeros[0]} first, as an unfinished download leaves them; copy or download it again"
         )
     steps = {dtype: torch.finfo(dtype).eps for dtype in types if dtype.is_floating_point}
     coarsest = max(steps, key=lambda dtype: steps[dtype], default=torch.float32)
@@ -395,7 +403,7 @@ def find(path: Path) -> Path:
                 return path / name
         raise MissingInputError(
             f"{path}: neither a run directory with checkpoints nor a diffusers folder; give one, "
-            "or the weight file itself"
+            f"or the weight file itself{_held(path)}"
         )
     if path.is_file():
         return path
@@ -407,14 +415,27 @@ def find(path: Path) -> Path:
     raise MissingInputError(f"weights {path}: no such file; check the path{meant}")
 
 
+def _held(folder: Path) -> str:
+    """The weight files of a folder, or the snapshots of a hub's cache, that may be meant."""
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in hub.WEIGHT_SUFFIXES)
+    files = files or sorted(folder.glob("snapshots/*"))
+    return f": {', '.join(map(str, files[:3]))}{', ...' * (len(files) > 3)}" if files else ""
+
+
 def _read_safetensors(path: Path, wanted: torch_file.Wanted) -> Contents:
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-    if length > min(HEADER_BYTES, path.stat().st_size):
-        raise MissingInputError(
-            f"its header claims {length:,} bytes; the file is broken; copy it again"
-        )
-    with safe_open(path, framework="pt", device="cpu") as file:
+    with path.open("rb") as raw:
+        (length,) = struct.unpack("<Q", raw.read(8))
+        if length > min(HEADER_BYTES, path.stat().st_size):
+            raise MissingInputError(
+                f"its header claims {length:,} bytes; the file is broken; copy it again"
+            )
+        return _tensors_of(path, raw.fileno(), wanted)
+
+
+def _tensors_of(path: Path, descriptor: int, wanted: torch_file.Wanted) -> Contents:
+    """What an open safetensors file holds."""
+    name = path if _is_utf8(path) else f"/dev/fd/{descriptor}"
+    with safe_open(name, framework="pt", device="cpu") as file:
         names = list(file.keys())
         chosen = set(wanted(names))
         tensors = {
@@ -428,6 +449,15 @@ def _read_safetensors(path: Path, wanted: torch_file.Wanted) -> Contents:
     contents = Contents(path, tensors, metadata, optimizer=optimizer)
     contents.facts = facts.from_metadata(metadata)
     return contents
+
+
+def _is_utf8(path: Path) -> bool:
+    """Whether safetensors takes this name."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_torch(path: Path, wanted: torch_file.Wanted) -> Contents:
@@ -445,9 +475,16 @@ def _read_sharded(path: Path, wanted: torch_file.Wanted) -> Contents:
     places = _weight_map(path)
     chosen = set(wanted(places))
     whole = Contents(path, {}, container="several files with an index")
-    for name in dict.fromkeys(places.values()):
+    files = list(dict.fromkeys(places.values()))
+    absent = [name for name in files if not path.with_name(name).is_file()]
+    if absent:
+        raise MissingInputError(
+            f"{len(absent)} of the {counted(len(files), 'file', 's')} that it names "
+            f"{are(len(absent))} not there, {absent[0]} first; copy or download it too"
+        )
+    for name in files:
         part = read(path.with_name(name), lambda names: [n for n in names if n in chosen])
-        whole.tensors |= part.tensors
+        whole.tensors |= {k: v for k, v in part.tensors.items() if places.get(k) == name}
         whole.stubbed += part.stubbed
     missing = [name for name in places if name not in whole.tensors]
     if missing:
@@ -459,7 +496,7 @@ def _read_sharded(path: Path, wanted: torch_file.Wanted) -> Contents:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a weight file's bytes; of an index, over the hashes of the files that it names."""
-    if not path.name.endswith(INDEX):
+    if not INDEX.search(path.name):
         return file_sha256(path)
     parts = sorted(set(_weight_map(path).values()))
     hashes = "".join(file_sha256(path.with_name(name)) for name in parts)
@@ -470,8 +507,10 @@ def _weight_map(path: Path) -> dict[str, str]:
     """Tensor -> name of the file beside the index that holds it."""
     with path.open("rb") as file:
         values = json.loads(file.read(HEADER_BYTES))
-    found = values["weight_map"]
-    if any(Path(name).name != name or name.endswith(INDEX) for name in found.values()):
+    found = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise MissingInputError("not an index: expected weight_map, the file of each tensor")
+    if any(Path(name).name != name or INDEX.search(name) for name in found.values()):
         raise MissingInputError("it names files outside its folder")
     return {str(key): name for key, name in found.items()}
 
@@ -487,15 +526,36 @@ def _with_config(contents: Contents) -> Contents:
 
 
 def _diffusers_config(weights: Path) -> dict[str, Any]:
-    """The config.json beside a weight file, if it is an autoencoder's."""
+    """The config.json beside a weight file, if it is an autoencoder's and can be read."""
     try:
-        with weights.with_name("config.json").open("rb") as file:
-            values = json.loads(file.read(1_000_000))
+        return _read_config(weights)
     except (OSError, ValueError, RecursionError):
         return {}
+
+
+def _read_config(weights: Path) -> dict[str, Any]:
+    """The same; raises what reading or parsing it does."""
+    with weights.with_name("config.json").open("rb") as file:
+        values = json.loads(file.read(1_000_000))
     if not isinstance(values, dict):
-        return {}
-    return values if "Autoencoder" in str(values.get("_class_name", "Autoencoder")) else {}
+        raise ValueError(f"it holds a {type(values).__name__}")
+    return values if names_autoencoder(str(values.get("_class_name", "Autoencoder"))) else {}
+
+
+def _config_fault(weights: Path) -> str:
+    """Why diffusers' config.json, which is there, cannot be read; empty if it can be."""
+    if not weights.name.startswith("diffusion_pytorch_model"):
+        return ""
+    try:
+        _read_config(weights)
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, RecursionError) as error:
+        return (
+            f"WARNING: {weights.with_name('config.json')} cannot be read ({error}): what it states "
+            "of latents and norms is not known; copy or download it again"
+        )
+    return ""
 
 
 # --- writing --------------------------------------------------------------------------------
@@ -517,8 +577,12 @@ def write_safetensors(
 def write_plain(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes contiguous tensors on the host that do not overlap, and metadata, atomically."""
     with atomic_path(path) as temporary:
+        about = {"format": "pt", **metadata}
         try:
-            save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+            if _is_utf8(temporary):
+                save_file(tensors, temporary, metadata=about)
+            else:  # costs memory for a second copy
+                temporary.write_bytes(save(tensors, metadata=about))
         except SafetensorError as error:
             raise OSError(str(error)) from error
 

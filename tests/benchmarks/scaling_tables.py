@@ -12,7 +12,7 @@ from kl_f8_train.settings import Config
 def table() -> str:
     """A row for each GPU: its data-sheet rates, and both stages on each number of GPUs."""
     works = [published_workload(load_published(name)) for name in ("ft_ema", "ft_mse")]
-    head = ["GPU", "bf16, tf32, float32 TFLOP/s", "memory, GB", "GB/s", "link, GB/s"]
+    head = ["GPU", "bf16, tf32, float32 TFLOP/s", "sold with, GB", "GB/s", "link, GB/s"]
     head += ["network, GB/s", "source"]
     stages = [f"{work.name} on {count}, days" for work in works for count in scaling.GPU_COUNTS]
     rows = [
