@@ -28,7 +28,7 @@ from kl_f8_train.errors import (
     UserError,
     like_path,
 )
-from kl_f8_train.launch import end_children, launched
+from kl_f8_train.launch import end_children, is_first_to_say, launched
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import say
 from kl_f8_train.units import are, counted, duration
@@ -58,8 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return _complain(str(error), error.exit_code, args.debug)
     except KeyboardInterrupt:
-        say("kl-f8-train: interrupted", aside=True)
-        return 130
+        return _complain("interrupted", 130, debug=False)
     except BrokenPipeError:  # `... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -91,6 +90,8 @@ def _remedy(error: OSError) -> str:
 
 
 def _complain(message: str, exit_code: int, debug: bool) -> int:
+    if not is_first_to_say(message):
+        return exit_code
     if debug:
         traceback.print_exc()
     say(f"kl-f8-train: {message}", aside=True)
@@ -185,7 +186,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from kl_f8_train.weights import weight_file
 
     select = "raw" if args.raw else "ema" if args.ema is None else selection(args.ema)
-    found = weight_file.report(*weight_file.read_weights(args.weights, select))
+    found = weight_file.report(*weight_file.read_weights(args.weights, select, args.prefix))
     print(json.dumps(found, indent=2) if args.json else weight_file.describe(found))
     return 0
 
@@ -437,7 +438,12 @@ def _split(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from kl_f8_train.data.index import build_index, expand, index_directory
+    from kl_f8_train.data.index import (
+        build_index,
+        expand,
+        index_directories,
+        index_directory,
+    )
     from kl_f8_train.data.shard_cache import ShardCache
     from kl_f8_train.data.sources import TarSource, parse_filters
     from kl_f8_train.files import cache_dir
@@ -447,6 +453,9 @@ def _index(args: argparse.Namespace) -> int:
     directory = index_directory(locations, args.index_dir)
     root = Path(args.cache_dir) if args.cache_dir else cache_dir() / "shards"
     cache = ShardCache(root, round(args.cache_gib * 2**30))
+    best = index_directories(locations, args.index_dir)[0]
+    why = f", as {best.parent} cannot be written" if directory != best else ""
+    say(f"indexing {counted(len(locations), 'shard', 's')} into {directory}{why}")
     with _bar("shard") as progress:
         build_index(locations, directory, cache, args.workers, progress)
     source = TarSource(directory, filters, cache)
@@ -462,6 +471,9 @@ def _index(args: argparse.Namespace) -> int:
             f"{are(len(source.broken))} broken, as said above; download "
             "them again, then rerun this command, or train with data.bad_shards=skip"
         )
+    if not source.counts.sum():
+        remedy = "loosen the filters" if filters else "expected images beside their metadata"
+        raise MissingInputError(f"{args.source}: no image to train on, as counted above; {remedy}")
     return 0
 
 

@@ -11,7 +11,8 @@ from typing import NoReturn
 
 from kl_f8_train import __version__
 from kl_f8_train.averages import selection
-from kl_f8_train.errors import like
+from kl_f8_train.errors import UsageError, like
+from kl_f8_train.launch import is_first_to_say
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,6 +24,8 @@ class _Parser(argparse.ArgumentParser):
         for text in sys.argv[1:]:
             if re.match(r"-\w", text) and os.path.exists(text):
                 hint += f"; a file whose name begins with a dash is ./{text}"
+        if not is_first_to_say(message):
+            sys.exit(UsageError.exit_code)
         super().error(f"{message}{hint}")
 
 
@@ -61,6 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     taken = inspect.add_mutually_exclusive_group()
     taken.add_argument("--raw", action="store_true", help="a run's raw weights, not its EMA")
     taken.add_argument("--ema", type=_decay, metavar="DECAY", help="its EMA of this decay")
+    inspect.add_argument(
+        "--prefix", metavar="NAME", help="what stands before its names, of several"
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
     export = add("export", "Writes a run's EMA weights for every consumer.")
@@ -210,7 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
     index = add("index", "Indexes shards once: where the images are, and their metadata.")
     index.add_argument("source", help="brace pattern, glob, directory, list file or address")
     index.add_argument("--filter", action="append", default=[], help="such as 'width >= 256'")
-    index.add_argument("--index-dir", help="where to keep it (beside the shards)")
+    index.add_argument("--index-dir", help="where to keep it (beside the shards, else the cache)")
     index.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes")
     index.add_argument("--cache-dir", help="where remote shards are cached")
     index.add_argument("--cache-gib", type=_above_zero, default=100.0, help="its size, at most")
