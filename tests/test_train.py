@@ -103,7 +103,7 @@ def test_another_recipe_is_refused_or_remembered(folder, capsys):
     train(runs.recipe(folder, "changed", *extra, "stop_iteration=103", "data.flip=true"), True)
     assert checkpoint.stored_changes(runs.final_state(folder, "changed").metadata) == [
         f"from iteration 101: {change}",
-        "from iteration 102: data.flip: False -> True",
+        "from iteration 102: data.flip: false -> true",
     ]
 
 
