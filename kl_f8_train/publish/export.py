@@ -77,7 +77,10 @@ def export(
     select = "raw" if raw else "ema" if ema is None else selection(ema)
     kind = f"{select}-average" if average else select
     marks = ["best"] * best + [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
-    out = out or _home(source) / "-".join(["export", *marks])
+    if out is None:
+        out = _home(source) / "-".join(["export", *marks])
+        for left in (*out.glob(".tmp*"), *out.glob("diffusers/.tmp*")):
+            left.unlink()  # of safetensors, in an export that was killed
     stem = "-".join([config.name, kind, "pruned", *(m for m in marks if m != kind)])
     files = _weight_files(out, stem, layouts, dtype)
     written = [*_paths(files), out / "config.yaml"]
