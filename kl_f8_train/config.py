@@ -24,7 +24,7 @@ from kl_f8_train.overrides import (
     read_value,
 )
 from kl_f8_train.rules import check, name_problems
-from kl_f8_train.run_dir import CONFIG_FILE
+from kl_f8_train.run_dir import CONFIG_FILE, is_run
 from kl_f8_train.settings import MISSING, SETTINGS, Config, Source, leaves, setting_of, to_dict
 from kl_f8_train.units import quoted, written
 
@@ -79,6 +79,8 @@ def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> di
 def _merge(path: Path, overrides: list[str] | tuple[str, ...]) -> DictConfig:
     """The declared settings, over them the recipe's, and over those the overrides."""
     raw = _read_yaml(path)
+    if path.name == CONFIG_FILE and is_run(path.parent):
+        raw["run_dir"] = str(path.parent)  # a run may be moved, or named from another directory
     _expand_source_shorthand(raw, path)
     _refuse_dotted(raw, path)
     # One value for a whole group: said here which settings it has, as omegaconf names a class.

@@ -87,7 +87,8 @@ def read_value(key: str, text: str, where: str = "") -> Any:
         return Source(shards=text)
     if is_dataclass(kind):
         names = ", ".join(f"{key}.{name}" for name in _below(key))
-        raise UsageError(f"{shown}={text}: this is a group of settings; set {names}")
+        none = f", or {key}=null for none" if found.nullable else ""
+        raise UsageError(f"{shown}={text}: this is a group of settings; set {names}{none}")
     values = [p.strip() for p in text.strip().strip("[]").split(",") if p.strip()]
     if origin is Union:
         numbers = [_typed(value, get_args(kind)[0]) for value in values]

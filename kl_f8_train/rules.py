@@ -1,6 +1,7 @@
 """Rules between settings: what follows from several of them, and what contradicts."""
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,6 +21,8 @@ from kl_f8_train.settings import (
     to_dict,
 )
 from kl_f8_train.units import written
+
+MADE = ("run_dir", "data.index_dir", "data.cache_dir")  # directories that are made if need be
 
 
 def check(config: Config) -> None:
@@ -183,6 +186,8 @@ def _bounds(values: Mapping[str, Any], levels: int) -> Iterator[str]:
     for key, value in values.items():
         if isinstance(value, str) and "\0" in value:
             yield f"{key}={value!r}: expected a text without a NUL byte"
+        if key in MADE and value and (meant := os.path.expanduser(value)) != value:
+            yield f"{key}={value}: no shell has replaced its ~; write {meant}"
         if (found := setting_of(key)) and found.bounds and value is not None:
             least, most = found.bounds
             most = levels if key == "compute.checkpoint_levels" else most

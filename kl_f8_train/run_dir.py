@@ -86,12 +86,12 @@ def skipped_images(files: Iterable[Path]) -> dict[str, str]:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Deletes temporary files that a killed run left beside its checkpoints.
+    """Deletes temporary files that a killed run left beside its own.
 
     Some are ours, others safetensors', which writes to `.tmpXXXXXX` beside the name it is given.
     """
-    for pattern in (".*.part", ".tmp*"):
-        for path in (run_dir / "checkpoints").glob(pattern):
+    for pattern in (".*.part", "pictures/.*.part", "checkpoints/.*.part", "checkpoints/.tmp*"):
+        for path in run_dir.glob(pattern):
             path.unlink(missing_ok=True)
 
 

@@ -301,6 +301,18 @@ def test_a_broken_newest_checkpoint_gives_way_to_the_one_before(folder, undistur
     runs.assert_same_state(runs.final_state(folder, "broken"), undisturbed)
 
 
+def test_a_run_directory_that_was_moved_is_resumed_where_it_lies(folder, undisturbed, monkeypatch):
+    monkeypatch.chdir(folder)  # and a relative path means another place elsewhere
+    train(runs.recipe(folder, "before", "run_dir=before", "stop_iteration=104"))
+    (folder / "before").rename(folder / "after")
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert main(["train", str(folder / "after"), "stop_iteration=108"]) == 0
+    assert not list(elsewhere.iterdir())
+    runs.assert_same_state(runs.final_state(folder, "after"), undisturbed)
+
+
 def test_only_broken_checkpoints_stop_and_change_nothing(folder):
     train(runs.recipe(folder, "all-broken", "stop_iteration=101"))
     for path in list_checkpoints(folder / "all-broken"):

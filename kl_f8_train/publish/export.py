@@ -76,7 +76,7 @@ def export(
     select = "raw" if raw else "ema" if ema is None else selection(ema)
     kind = f"{select}-average" if average else select
     marks = ["best"] * best + [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
-    out = out or _home(source) / "-".join(["export", *marks])
+    out = out or _own_place(source, marks)
     stem = "-".join([config.name, kind, "pruned", *(m for m in marks if m != kind)])
     files = _weight_files(out, stem, layouts, dtype)
     written = [*_paths(files), out / CONFIG_FILE]
@@ -370,6 +370,14 @@ def _home(source: Path) -> Path:
         return source
     folder = source.parent.resolve()
     return folder.parent if folder.name == "checkpoints" else folder
+
+
+def _own_place(source: Path, marks: Sequence[str]) -> Path:
+    """RUN/export-..., without what safetensors was writing there when an export was killed."""
+    out = _home(source) / "-".join(["export", *marks])
+    for left in (*out.glob(".tmp*"), *out.glob("diffusers/.tmp*")):
+        left.unlink()
+    return out
 
 
 def _weight_files(out: Path, stem: str, layouts: Sequence[str], dtype: str) -> list[WeightFile]:
