@@ -11,7 +11,9 @@ from typing import NoReturn
 
 from kl_f8_train import __version__
 from kl_f8_train.averages import selection
-from kl_f8_train.errors import like
+from kl_f8_train.errors import UsageError, like
+from kl_f8_train.facts import FAMILIES, OTHER
+from kl_f8_train.launch import is_first_to_say
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,6 +25,8 @@ class _Parser(argparse.ArgumentParser):
         for text in sys.argv[1:]:
             if re.match(r"-\w", text) and os.path.exists(text):
                 hint += f"; a file whose name begins with a dash is ./{text}"
+        if not is_first_to_say(message):
+            sys.exit(UsageError.exit_code)
         super().error(f"{message}{hint}")
 
 
@@ -88,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--images", type=Path, help="photographs that try half precision")
     export.add_argument(
         "--family",
-        choices=["sd", "sdxl", "sd3", "flux", "other"],
+        choices=[*FAMILIES, OTHER],
         help="models whose VAE it is, if the checkpoint does not know",
     )
     export.add_argument(
@@ -104,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     safe.add_argument("--images", type=Path, help="photographs that try half precision")
     safe.add_argument(
         "--family",
-        choices=["sd", "sdxl", "sd3", "flux", "other"],
+        choices=[*FAMILIES, OTHER],
         help="models whose VAE it is, if the file does not show it",
     )
     safe.add_argument("--force", action="store_true", help="overwrite files")
@@ -156,13 +160,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--tiled",
         type=_positive,
         nargs="?",
-        const=512,
+        const=512,  # ComfyUI's; diffusers takes sample_size of its config.json, such as 512
         metavar="PIXELS",
         help="measure the seams of decoding in tiles as diffusers and ComfyUI do (512)",
     )
     score.add_argument(
         "--latents-scaled",
-        choices=["no", "yes", "sd", "sdxl", "sd3", "flux"],
+        choices=["no", "yes", *FAMILIES],
         help="whether --latents are a sampler's: by the scale the VAE states, or that of a family",
     )
 
@@ -213,7 +217,7 @@ def build_parser() -> argparse.ArgumentParser:
     index = add("index", "Indexes shards once: where the images are, and their metadata.")
     index.add_argument("source", help="brace pattern, glob, directory, list file or address")
     index.add_argument("--filter", action="append", default=[], help="such as 'width >= 256'")
-    index.add_argument("--index-dir", help="where to keep it (beside the shards)")
+    index.add_argument("--index-dir", help="where to keep it (beside the shards, else the cache)")
     index.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes")
     index.add_argument("--cache-dir", help="where remote shards are cached")
     index.add_argument("--cache-gib", type=_above_zero, default=100.0, help="its size, at most")

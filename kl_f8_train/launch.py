@@ -1,10 +1,16 @@
-"""Launcher variables, the signals a launcher sends, and the end of loader processes."""
+"""Launcher variables and signals, errors that all ranks have, cores, and the end of loaders."""
 
+import contextlib
+import hashlib
 import multiprocessing
 import os
 import re
 import signal
+import sys
+import tempfile
 import threading
+import time
+from pathlib import Path
 from typing import NamedTuple
 
 from kl_f8_train.errors import UsageError
@@ -12,6 +18,8 @@ from kl_f8_train.errors import UsageError
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # loaders ignore them
 TORCHRUN, SRUN = "torchrun", "srun"
 RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID")
+TORCHELASTIC, RESTARTS = "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"  # of torchrun alone
+# By these a launcher is recognised; a message names those to unset.
 SIGNS = ("LOCAL_WORLD_SIZE", "WORLD_SIZE", *RANKS, "MASTER_PORT", "SLURM_STEP_ID")
 
 
@@ -120,6 +128,62 @@ def _number(name: str, launcher: str, least: int = 0, most: int = 99_999) -> int
 def _remedy(launcher: str) -> str:
     there = ", ".join(name for name in SIGNS if name in os.environ)
     return f", as {launcher} sets it; start the processes with it, or unset {there}"
+
+
+def available_cores() -> int:
+    """Cores that this process may run on; on macOS all of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def is_first_to_say(message: str) -> bool:
+    """Whether no other process of this launch has written `message` to this very stderr.
+
+    The processes of a node that share a stream, as torchrun's do, claim a message by creating a
+    file; each with a log of its own writes there. True also where that cannot be found out: a
+    message twice is better than none.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    folder = Path(tempfile.gettempdir()) / f"kl_f8_train-{os.getuid()}"
+    try:
+        stream = os.fstat(sys.stderr.fileno())
+        launch = (_starter(), os.environ.get("MASTER_PORT"), os.environ.get(RESTARTS))
+        said = repr((*launch, stream.st_dev, stream.st_ino, message))
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        if folder.lstat().st_uid != os.getuid():
+            return True
+        _remove_old(folder)
+    except (OSError, ValueError):  # no temporary directory, or no stream
+        return True
+    try:
+        (folder / hashlib.sha256(said.encode(errors="replace")).hexdigest()).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _starter() -> str:
+    """The process that started the ranks of this node, and when: torchrun, or the first rank."""
+    is_first = TORCHELASTIC not in os.environ and os.environ.get("LOCAL_RANK", "0") == "0"
+    pid = os.getpid() if is_first else os.getppid()
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return f"{pid} {fields[19]}"  # since the machine's start
+    except (OSError, IndexError):
+        return str(pid)
+
+
+def _remove_old(folder: Path) -> None:
+    """Removes what launches of more than an hour ago have claimed."""
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < time.time() - 3600:
+                path.unlink()
 
 
 def end_children() -> None:

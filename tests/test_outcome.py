@@ -36,12 +36,24 @@ def rows(*scores: tuple[float, float]) -> list[dict[str, float]]:
         ((19.9, 0.302), True),
         ((18.9, 0.28), True),
         ((21.0, 0.38), True),
+        ((20.05, 0.316), True),  # PSNR stands still, and it looks worse
+        ((20.0, 0.314), False),
+        ((20.8, 0.316), False),  # ft_mse trades some of it for PSNR
+        ((20.05, 0.27), False),
     ],
 )
 def test_what_counts_as_worse(last, worse):
     found = outcome.compare(rows((20.0, 0.3), (5.0, 9.0), last))
     assert [change.is_worse for change in found.changes] == [worse, False]
     assert len(found.warnings()) == worse
+
+
+def test_what_psnr_does_not_show_is_said_so_and_of_averages_alone():
+    (line,) = outcome.compare(rows((20.0, 0.3), (20.05, 0.33))).warnings()
+    assert "PSNR 20.00 -> 20.05 dB, perceptual 0.3 -> 0.33. PSNR does not show it" in line
+    (line,) = outcome.compare(rows((20.0, 0.3), (19.8, 0.33))).warnings()
+    assert "does not show it" not in line
+    assert not outcome.Change("raw", (20.0, 20.05), (0.3, 0.33)).is_worse  # restless by nature
 
 
 def test_one_validation_compares_with_nothing():

@@ -1,7 +1,13 @@
 """What the variables of torchrun and srun say, and what is said of wrong ones."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
+from kl_f8_train import launch
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import UsageError
 from kl_f8_train.launch import launched, world_size
@@ -103,3 +109,89 @@ def test_nodes_started_by_hand_need_a_place_to_meet(monkeypatch, capsys):
     assert "MASTER_ADDR, MASTER_PORT, NODE_RANK are not set" in capsys.readouterr().err
     given(monkeypatch, {"MASTER_ADDR": "node1", "MASTER_PORT": "29500", "NODE_RANK": "1"})
     assert launched(2) == ("", 0, 0)
+
+
+# --- errors of all ranks ---------------------------------------------------------------------
+
+# A rank that has failed stays until the others have: torchrun ends all when the first one ends.
+PROGRAM = """
+import os, sys, time
+from kl_f8_train.__main__ import main
+
+def run(arguments):
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        return end.code
+
+commands = {commands}
+given = commands.get(os.environ["RANK"], commands["others"])
+code = run(given) if given else 0
+time.sleep(4)
+sys.exit(code)
+"""
+
+
+def torchrun(folder: Path, world: int, **commands: list[str]) -> str:
+    """The output of `world` real processes, each with its command, or that of the others."""
+    program = folder / "program.py"
+    program.write_text(PROGRAM.format(commands=commands))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, f"--nproc-per-node={world}", str(program)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode != 0
+    return done.stdout
+
+
+def command(folder: Path, weights: str) -> list[str]:
+    given = [f"init.weights={weights}", f"run_dir={folder / 'run'}", "data.sources=none"]
+    return ["train", "demo", *given]
+
+
+def test_an_error_of_all_ranks_is_printed_once_and_that_of_one_is_seen(tmp_path):
+    others, odd = (command(tmp_path, name) for name in ("absent.ckpt", "odd.ckpt"))
+    output = torchrun(tmp_path, 4, others=others, **{"2": odd})
+    assert output.count("init.weights=absent.ckpt: no such file") == 1, output
+    assert output.count("init.weights=odd.ckpt: no such file") == 1, output
+
+
+def test_an_error_of_the_last_rank_alone_is_seen(tmp_path):
+    output = torchrun(tmp_path, 2, others=[], **{"1": command(tmp_path, "odd.ckpt")})
+    assert output.count("init.weights=odd.ckpt: no such file") == 1, output
+
+
+def test_a_wrong_command_is_explained_once(tmp_path):
+    output = torchrun(tmp_path, 3, others=["train", "demo", "--no-such-flag"])
+    assert output.count("unrecognized arguments: --no-such-flag") == 1, output
+    assert output.count("usage: ") == 1, output
+
+
+def claims(monkeypatch, tmp_path, capfd, **variables: str) -> list[bool]:
+    monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: str(tmp_path))
+    given(monkeypatch, {"WORLD_SIZE": "2", "LOCAL_RANK": "0", **variables})
+    with capfd.disabled():  # a real stream
+        return [launch.is_first_to_say("the same"), launch.is_first_to_say("the same")]
+
+
+def test_a_message_is_claimed_once_a_launch(monkeypatch, tmp_path, capfd):
+    assert claims(monkeypatch, tmp_path, capfd) == [True, False]
+    assert claims(monkeypatch, tmp_path, capfd, TORCHELASTIC_RESTART_COUNT="1") == [True, False]
+    assert claims(monkeypatch, tmp_path, capfd, WORLD_SIZE="1") == [True, True]
+
+
+def test_a_message_is_printed_where_nothing_can_be_claimed(monkeypatch, tmp_path, capfd):
+    (tmp_path / f"kl_f8_train-{os.getuid()}").write_text("a file in the directory's place")
+    assert claims(monkeypatch, tmp_path, capfd) == [True, True]
+
+
+def test_old_claims_are_removed(monkeypatch, tmp_path, capfd):
+    assert claims(monkeypatch, tmp_path, capfd) == [True, False]
+    (claim,) = (tmp_path / f"kl_f8_train-{os.getuid()}").iterdir()
+    os.utime(claim, (0, 0))
+    assert claims(monkeypatch, tmp_path, capfd) == [True, False]

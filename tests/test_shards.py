@@ -622,6 +622,30 @@ def test_a_read_only_source_is_indexed_elsewhere(tmp_path, monkeypatch):
     assert source.directory.is_relative_to(tmp_path / "cache" / "index")
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+def test_the_verb_says_where_it_writes_before_it_does(tmp_path, monkeypatch, capsys, read_only):
+    monkeypatch.setenv("KL_F8_TRAIN_CACHE", str(tmp_path / "cache"))
+    writable = index.is_writable  # root may write anywhere
+    beside = tmp_path / "photos" / ".kl_f8_index"
+    if read_only:
+        monkeypatch.setattr(index, "is_writable", lambda p: "photos" not in p.parts and writable(p))
+    samples.packed(tmp_path / "photos", count=2, per_shard=1)
+    build, seen = index.build_index, []
+
+    def watched(*arguments, **options):
+        seen.append(capsys.readouterr().out)
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(index, "build_index", watched)
+    assert main(["index", str(tmp_path / "photos")]) == 0
+    ((said,),) = (text.splitlines() for text in seen)
+    folder = tmp_path / "cache" / "index" if read_only else beside
+    assert said.startswith(f"indexing 2 shards into {folder}")
+    assert said.endswith(f", as {beside} cannot be written") == read_only
+    assert beside.exists() == (not read_only)
+    assert (folder / f"{Path(capsys.readouterr().out.split('index: ')[1].strip()).name}").is_dir()
+
+
 def test_sources_travel_to_loader_processes(tmp_path):
     samples.packed(tmp_path / "photos", count=3, per_shard=2)
     source = open_source(tmp_path / "photos", ["width >= 1"])

@@ -30,6 +30,7 @@ RESULTS = ("PASS", "FAIL", "SKIP", "NOTE")
 WORTH_STARTING = 1 / 3  # of a step's limit must be left: most need no more
 MOST_GPUS = 8  # of a machine
 ON_CPU = "3"  # times the limits of a GPU, in a rehearsal
+DEADLINE, LONGEST = 600, 3600  # seconds, if none is given: on a GPU, and at most on a CPU
 TICK = 0.2  # seconds, in which a signal is answered
 GRACE_SECONDS = 15  # for a step to end its own processes
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -289,6 +290,20 @@ def announce(steps: list[Step], folder: Path, deadline: float, machine: list[str
     print("  Ctrl-C ends it; the table is then written as it is", flush=True)
 
 
+def chosen_deadline(steps: list[Step]) -> float:
+    """DEADLINE in seconds: as given, else by the device; on a CPU all steps get their time.
+
+    Ends the program if it is no number.
+    """
+    given = os.environ.get("DEADLINE", "")
+    if not given:
+        needed = sum(step.seconds for step in steps) if os.environ["DEVICE"] == "cpu" else 0
+        return min(LONGEST, max(DEADLINE, needed))
+    if not (given.isdecimal() and int(given) > 0):
+        give_up(f"DEADLINE={given}: give whole seconds, such as 600")
+    return float(given)
+
+
 def write_details(folder: Path) -> None:
     """The machine in detail, in machine_details.log."""
     commands = [["nvidia-smi"], ["nvidia-smi", "topo", "-m"], ["df", "-h", "/dev/shm"]]
@@ -333,7 +348,7 @@ def main() -> int:
     print("acceptance: asking torch what is here", flush=True)
     machine = describe_machine()
     steps = read_steps(Path(sys.argv[2])) if len(sys.argv) > 2 else our_steps(folder)
-    deadline = float(os.environ.get("DEADLINE", "600"))
+    deadline = chosen_deadline(steps)
     for name in ("logs", "runs"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)

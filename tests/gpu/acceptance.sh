@@ -10,7 +10,7 @@
 # and the signal's number if a signal ended it, else 0.
 #
 # Edit, or give in front:
-#   DEADLINE=600    seconds; a step that cannot end before is skipped
+#   DEADLINE=600    seconds; a step that cannot end before is skipped; 600, or 3600 on a CPU
 #   LIMITS=2        times the limits of the steps, for a slow machine; 1, or 3 on a CPU
 #   GPUS=2          how many to use; all, but at most 8, if not given
 #   PYTHON=python3  with torch and the package

@@ -217,6 +217,31 @@ def test_nothing_is_started_where_nothing_can_be_checked(monkeypatch, capsys, se
     assert re.search(re.escape(why).replace(r"\.\*", ".*"), capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        ({"DEVICE": "cuda"}, 600.0),
+        ({"DEVICE": "cpu"}, 3600.0),
+        ({"DEVICE": "cpu", "DEADLINE": ""}, 3600.0),
+        ({"DEVICE": "cpu", "DEADLINE": "90"}, 90.0),
+    ],
+)
+def test_a_rehearsal_on_a_cpu_has_more_time(monkeypatch, tmp_path, given, seconds):
+    monkeypatch.setattr(os, "environ", given)
+    monkeypatch.setenv("LIMITS", acceptance.ON_CPU)
+    assert acceptance.chosen_deadline(acceptance.our_steps(tmp_path)) == seconds
+    short = acceptance.Step("short", 60, [])
+    assert acceptance.chosen_deadline([short]) == min(seconds, 600)
+
+
+@pytest.mark.parametrize("given", ["0", "ten", "-5", "1e3"])
+def test_a_deadline_that_is_none_is_refused(monkeypatch, capsys, given):
+    monkeypatch.setattr(os, "environ", {"DEVICE": "cuda", "DEADLINE": given})
+    with pytest.raises(SystemExit):
+        acceptance.chosen_deadline([])
+    assert f"DEADLINE={given}: give whole seconds" in capsys.readouterr().err
+
+
 def test_the_machine_is_described_by_what_is_used(monkeypatch):
     asked = subprocess.CompletedProcess([], 0, '["A", "A", "B"]\nversions\n', "")
     monkeypatch.setattr(subprocess, "run", lambda *given, **options: asked)
