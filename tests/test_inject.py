@@ -252,7 +252,9 @@ def test_values_that_the_checkpoints_type_cannot_hold_are_refused(tmp_path, vae)
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
 def test_checkpoints_of_types_that_ruin_a_vae_are_refused(tmp_path, vae, save, dtype):
     save(full_checkpoint(dtype=dtype), tmp_path / "sd")
-    with pytest.raises(MissingInputError, match=rf"{dtype}, too coarse for a VAE".split(".")[1]):
+    with pytest.raises(
+        MissingInputError, match=rf"{dtype}, which is too coarse for a VAE".split(".")[1]
+    ):
         inject(vae, tmp_path / "sd", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

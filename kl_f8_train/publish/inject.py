@@ -112,8 +112,8 @@ def _stored(
         name = str(place.dtype).removeprefix("torch.")
         if not place.dtype.is_floating_point or place.dtype.itemsize == 1:
             raise MissingInputError(
-                f"{into} stores {key} as {name}, too coarse for a VAE; give the checkpoint of "
-                "float16, bfloat16 or float32"
+                f"{into} stores {key} as {name}, which is too coarse for a VAE; give the "
+                "checkpoint of float16, bfloat16 or float32"
             )
         stored[key] = state[key].to(place.dtype)
         if not stored[key].isfinite().all():
