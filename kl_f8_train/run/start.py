@@ -30,8 +30,8 @@ def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple
     for path in found:  # newest first; one that is broken, or that the disk changed, is skipped
         try:
             contents = weight_file.read(path)
-            checkpoint.check_metadata(contents)
             before = checkpoint.stored_config(contents)
+            checkpoint.check_metadata(contents)
             checkpoint.stored_identity(contents.metadata)
             checkpoint.check_content(contents)
         except MissingInputError as error:
