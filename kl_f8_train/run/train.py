@@ -272,6 +272,8 @@ def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple
         finetuner, program = _build(config, autoencoder, RunState())
         frozen = checkpoint.restore(finetuner, finetuner.adams, contents)
         say_once(f"resuming {path.name}")
+        for line in _of_the_start(configs.differences(before, config, machine=True), changes):
+            say_once(f"  note: only the start of a run reads it, another run_dir would: {line}")
         _record_changes(finetuner, changes)
         adopt(finetuner, program, str(path), allow_changes)
         return finetuner, frozen
@@ -281,6 +283,11 @@ def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple
             "read; nothing was changed. Move them away to start over"
         )
     return _import(config)
+
+
+def _of_the_start(differences: list[str], refused: list[str]) -> list[str]:
+    """Settings of `init` that are other than at the start, and change nothing."""
+    return [line for line in differences if line.startswith("init.") and line not in refused]
 
 
 def adopt(finetuner: Finetuner, inputs: identity.Identity, where: str, allow_changes: bool) -> None:
@@ -316,6 +323,8 @@ def _import(config: Config) -> tuple[Finetuner, str]:
     contents, weights = weight_file.read_weights(
         config.init.weights, config.init.select, config.init.prefix
     )
+    for part in ("autoencoder", "ema", "discriminator"):
+        checkpoint.check_content(contents, part)  # of a checkpoint of another run
     say_once(f"init: {weight_file.describe(weight_file.report(contents, weights))}")
     iteration = config.init.iteration
     if iteration is None:
