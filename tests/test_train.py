@@ -318,8 +318,8 @@ def test_a_resuming_run_says_that_it_does_not_begin_from_other_weights(folder, c
     capsys.readouterr()
     train(runs.recipe(folder, "from", "stop_iteration=102", "init.weights=kl_f8_mini"))
     said = capsys.readouterr().out
-    assert "note: only the start of a run reads it" in said
-    assert f"init.weights: {folder / 'model.ckpt'} -> kl_f8_mini" in said
+    assert "note: only the start of a run reads init.weights" in said
+    assert f": {folder / 'model.ckpt'} -> kl_f8_mini" in said
     train(runs.recipe(folder, "from", "stop_iteration=102", "init.weights=kl_f8_mini"))
     assert "note: only the start" not in capsys.readouterr().out
 

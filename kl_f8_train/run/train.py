@@ -272,8 +272,11 @@ def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple
         finetuner, program = _build(config, autoencoder, RunState())
         frozen = checkpoint.restore(finetuner, finetuner.adams, contents)
         say_once(f"resuming {path.name}")
-        for line in _of_the_start(configs.differences(before, config, machine=True), changes):
-            say_once(f"  note: only the start of a run reads it, another run_dir would: {line}")
+        if before.init.weights != config.init.weights:
+            say_once(
+                "  note: only the start of a run reads init.weights, and another run_dir would: "
+                f"{before.init.weights} -> {config.init.weights}"
+            )
         _record_changes(finetuner, changes)
         adopt(finetuner, program, str(path), allow_changes)
         return finetuner, frozen
@@ -283,11 +286,6 @@ def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple
             "read; nothing was changed. Move them away to start over"
         )
     return _import(config)
-
-
-def _of_the_start(differences: list[str], refused: list[str]) -> list[str]:
-    """Settings of `init` that are other than at the start, and change nothing."""
-    return [line for line in differences if line.startswith("init.") and line not in refused]
 
 
 def adopt(finetuner: Finetuner, inputs: identity.Identity, where: str, allow_changes: bool) -> None:
