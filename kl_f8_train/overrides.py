@@ -20,7 +20,7 @@ def parse_sources(text: str) -> dict[str, dict[str, str]]:
         return name_sources([body])
     if body.startswith("[") and body.endswith("]"):
         body = body[1:-1]
-    return name_sources(re.split(r",(?![^{]*\})", body))
+    return name_sources(re.split(r",(?![^{]*\})", body))  # not at those of `{a,b}`
 
 
 def name_sources(patterns: Iterable[str]) -> dict[str, dict[str, str]]:
