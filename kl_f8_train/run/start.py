@@ -173,6 +173,12 @@ def _import_discriminator(config: Config, finetuner: Finetuner, weights: Any) ->
             "init.discriminator=new for a new one"
         )
         check_like(weights, finetuner.discriminator.state_dict(), differ, remedy)
+        bad = [key for key, value in weights.items() if not value.float().isfinite().all()]
+        if bad:
+            raise MissingInputError(
+                f"{config.init.weights}: its discriminator is not finite, {bad[0]} first: NaN or "
+                "infinity; give other weights, or init.discriminator=new for a new one"
+            )
         finetuner.discriminator.load_state_dict(weights)
         say_once(
             "  its discriminator is taken over, as trained against that file's decoder; without "
