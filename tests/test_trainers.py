@@ -19,7 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 from kl_f8_train.__main__ import main
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.errors import MissingInputError
-from kl_f8_train.run.train import check_model, train
+from kl_f8_train.run.start import check_model
+from kl_f8_train.run.train import train
 from kl_f8_train.weights import names, weight_file
 from kl_f8_train.weights.names import State, to_diffusers
 
