@@ -186,7 +186,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from kl_f8_train.weights import weight_file
 
     select = "raw" if args.raw else "ema" if args.ema is None else selection(args.ema)
-    found = weight_file.report(*weight_file.read_weights(args.weights, select))
+    found = weight_file.report(*weight_file.read_weights(args.weights, select, args.prefix))
     print(json.dumps(found, indent=2) if args.json else weight_file.describe(found))
     return 0
 
@@ -471,6 +471,9 @@ def _index(args: argparse.Namespace) -> int:
             f"{are(len(source.broken))} broken, as said above; download "
             "them again, then rerun this command, or train with data.bad_shards=skip"
         )
+    if not source.counts.sum():
+        remedy = "loosen the filters" if filters else "expected images beside their metadata"
+        raise MissingInputError(f"{args.source}: no image to train on, as counted above; {remedy}")
     return 0
 
 

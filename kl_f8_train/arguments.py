@@ -64,6 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     taken = inspect.add_mutually_exclusive_group()
     taken.add_argument("--raw", action="store_true", help="a run's raw weights, not its EMA")
     taken.add_argument("--ema", type=_decay, metavar="DECAY", help="its EMA of this decay")
+    inspect.add_argument(
+        "--prefix", metavar="NAME", help="what stands before its names, of several"
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
     export = add("export", "Writes a run's EMA weights for every consumer.")

@@ -16,7 +16,13 @@ from omegaconf import DictConfig, Node, OmegaConf
 from omegaconf.errors import KeyValidationError, OmegaConfBaseException, ValidationError
 
 from kl_f8_train.errors import MissingInputError, UsageError, like_path
-from kl_f8_train.overrides import exactly_typed, known_setting, parse_sources, read_value
+from kl_f8_train.overrides import (
+    exactly_typed,
+    known_setting,
+    name_sources,
+    parse_sources,
+    read_value,
+)
 from kl_f8_train.rules import check, name_problems
 from kl_f8_train.run_dir import CONFIG_FILE
 from kl_f8_train.settings import MISSING, SETTINGS, Config, Source, leaves, setting_of, to_dict
@@ -137,7 +143,7 @@ def _expand_source_shorthand(raw: dict[str, Any], path: Path) -> None:
     if isinstance(sources, str) and sources != MISSING:
         data["sources"] = parse_sources(sources)
     elif isinstance(sources, list):
-        data["sources"] = parse_sources(",".join(str(item) for item in sources))
+        data["sources"] = name_sources(map(str, sources))
     elif isinstance(sources, dict):
         for name, source in sources.items():
             if isinstance(source, str):

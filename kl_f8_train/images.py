@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, UnidentifiedImageError, features
+from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError, features
 from torch import Tensor
 
 from kl_f8_train.errors import ImageError, SmallImageError
@@ -41,6 +41,11 @@ UPRIGHT: dict[int, Callable[[Tensor], Tensor]] = {  # EXIF's numbers; (3, H, W)
 SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK", "LAB": "Lab "}  # mode -> ICC's name
 SRGB_LEVELS = 2  # a profile that moves no colour further is sRGB
 SUBFILE, BITS, PHOTOMETRIC, SAMPLE_FORMAT, DNG = 254, 258, 262, 339, 50706  # tags of TIFF
+
+
+# Editors and ComfyUI keep whole workflows and profiles in PNGs: Pillow refuses an image for one of
+# 1 MiB, although it allows 64 MiB of them together.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 class Picture(NamedTuple):

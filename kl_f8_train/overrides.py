@@ -1,8 +1,9 @@
 """A setting as it is written: its key, and its value as a string, read by the declared type."""
 
 import difflib
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -13,13 +14,19 @@ from kl_f8_train.units import written
 
 
 def parse_sources(text: str) -> dict[str, dict[str, str]]:
-    """`A,B` -> one source for each pattern, named after the directory that holds its shards."""
+    """`A,B` -> one source for each pattern; a path that exists is one, whatever its commas."""
     body = text.strip().removesuffix("{}")
+    if os.path.exists(body):
+        return name_sources([body])
     if body.startswith("[") and body.endswith("]"):
         body = body[1:-1]
-    patterns = [part.strip() for part in re.split(r",(?![^{]*\})", body) if part.strip()]
+    return name_sources(re.split(r",(?![^{]*\})", body))
+
+
+def name_sources(patterns: Iterable[str]) -> dict[str, dict[str, str]]:
+    """One source for each pattern, named after the directory that holds its shards."""
     sources: dict[str, dict[str, str]] = {}
-    for pattern in patterns:
+    for pattern in filter(None, map(str.strip, patterns)):
         path = Path(pattern)
         name = path.name if not path.suffix else path.parent.name
         name = re.sub(r"\W+", "_", name).strip("_") or "images"
@@ -31,7 +38,7 @@ def parse_sources(text: str) -> dict[str, dict[str, str]]:
 
 def source_setting(name: str, pattern: str) -> str:
     """A source as its user named it: `data.sources=PATTERN` where its name follows from that."""
-    derived = next(iter(parse_sources(pattern)), "")
+    derived = next(iter(name_sources([pattern])), "")
     if re.fullmatch(f"{re.escape(derived)}(_2)*", name):
         return f"data.sources={pattern}"
     return f"data.sources.{name}.shards={pattern}"

@@ -6,6 +6,7 @@ back to the `aws` client. gs:// and hf:// share the code of s3:// but were never
 their servers. pipe:COMMAND takes what a shell command prints.
 """
 
+import base64
 import contextlib
 import hashlib
 import http.client
@@ -167,8 +168,22 @@ def _blocks(url: str, timeout: float) -> Generator[bytes, None, None]:
     )
 
 
+def _request(url: str) -> urllib.request.Request:
+    """A request with what urllib leaves to its callers: signs that are not ASCII, a password."""
+    parts = urllib.parse.urlsplit(url)
+    user, _, host = parts.netloc.rpartition("@")
+    path = urllib.parse.quote(parts.path, safe="/%:@!$&'()*+,;=~[]")
+    query = urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~[]?")
+    plain = urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
+    request = urllib.request.Request(plain, headers={"User-Agent": "kl-f8-train"})
+    if user:  # RFC 7617; not sent on to where the server redirects
+        token = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")
+    return request
+
+
 def _http_blocks(url: str, timeout: float) -> Generator[bytes, None, None]:
-    request = urllib.request.Request(url, headers={"User-Agent": "kl-f8-train"})
+    request = _request(url)
     try:
         with urllib.request.urlopen(request, timeout=timeout) as response:
             announced: int | None = response.length  # None if the server does not say

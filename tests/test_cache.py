@@ -270,6 +270,16 @@ def test_messages_hide_signatures_and_passwords(server, tmp_path):
     assert transfer.shown("https://me:secret@host/a.tar") == "https://host/a.tar"
 
 
+def test_addresses_with_a_password_or_signs_that_are_not_ascii(server, tmp_path):
+    url = server.add("caf%C3%A9%20a.tar", BODY)
+    address = url.replace("caf%C3%A9%20a", "café a").replace("//", "//me:se%40cret@")
+    fetch(f"{address}?name=b c&x=%20#part", tmp_path / "a.tar", **CALM)
+    assert (tmp_path / "a.tar").read_bytes() == BODY
+    request = transfer._request(address)
+    assert request.unredirected_hdrs["Authorization"] == "Basic bWU6c2VAY3JldA=="
+    assert "secret" not in request.full_url
+
+
 def test_a_disk_failure_is_not_tried_again(server, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFailedError, match=r"cannot write .*(?s:.)*bytes are free there"):

@@ -727,8 +727,8 @@ def test_scales_beside_weights_show_that_they_are_quantised(tmp_path, scale):
     """Without its scale a float8 weight is another number."""
     state = {k: v.to(torch.float8_e4m3fn) for k, v in samples.tiny_vae().state_dict().items()}
     state[scale] = torch.ones(1)
-    assert f"WARNING: {scale} shows quantised weights" in quality(tmp_path, state)
-    with pytest.raises(MissingInputError, match=f"{scale} shows quantised weights.*from before"):
+    assert f"WARNING: {scale} is a scale: quantised weights" in quality(tmp_path, state)
+    with pytest.raises(MissingInputError, match=f"{scale} is a scale: quantised.*from before"):
         weight_file.load_autoencoder(tmp_path / "w.safetensors")
 
 

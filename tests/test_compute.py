@@ -88,14 +88,46 @@ def test_group_statistics_are_those_of_the_group(height, width, biased):
 
 
 @pytest.mark.parametrize("nhwc", [False, True])
-def test_interleaving_has_autograds_gradient(nhwc):
+def test_interleaving_has_autograds_gradient(monkeypatch, nhwc):
     layout = torch.channels_last if nhwc else torch.contiguous_format
     parts = torch.randn(2, 8, 5, 7, dtype=torch.float64).contiguous(memory_format=layout)
     parts.requires_grad_()
     assert torch.autograd.gradcheck(model.interleave, parts)
     whole = model.interleave(parts)
-    (gradient,) = torch.autograd.grad(whole, parts, torch.ones_like(whole))
+    seed = torch.randn_like(whole)
+    (gradient,) = torch.autograd.grad(whole, parts, seed)
     assert gradient.is_contiguous(memory_format=layout)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    compiled = model.interleave(parts)
+    assert torch.equal(compiled, whole)
+    assert torch.equal(torch.autograd.grad(compiled, parts, seed)[0], gradient)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("subpixel", [False, True])
+@pytest.mark.parametrize("lean", [False, True])
+def test_biases_that_wait_for_the_next_norm_change_nothing(monkeypatch, lean, subpixel, recompute):
+    """Through a doubling, a block whose widths differ, one whose do not, and a norm."""
+    torch.manual_seed(0)
+    below, norm = UpLevel(8, 16, 1, 4, upsample=True), NormSwish(4, 12)
+    level = UpLevel(16, 12, 2, 4, upsample=False)
+    level.recompute, below.upsample.subpixel = recompute, subpixel
+    network = nn.ModuleList((below, level, norm)).double()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    for part in network.modules():
+        if isinstance(part, NormSwish):
+            part.lean = lean
+    x = torch.randn(2, 8, 4, 6, dtype=torch.float64, requires_grad=True)
+    results = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", partial(bool, compiling))
+        y = level(below(x), below.upsample, norm)
+        gradients = torch.autograd.grad(y.cos().sum(), (x, *network.parameters()))
+        results.append([y, *gradients])
+    assert results[0][0].shape == (2, 12, 8, 12)
+    for plain, compiled in zip(*results, strict=True):
+        assert (plain - compiled).norm() < 1e-12 * max(1.0, float(plain.norm()))
 
 
 def test_lean_norm_keeps_its_input_alone_and_hands_on_autocasts_type():
@@ -248,7 +280,7 @@ def test_compiled_is_exact_without_breaks_or_recompiles(finetuner, tiny, batch, 
         assert float(tuner.metrics[name]) == pytest.approx(float(value), rel=1e-9, abs=1e-12), name
     tuner.run_iteration(batch(1, side=32))
     graphs = machine.compiled_graphs()
-    # encoder, middle, four levels, norm, discriminator, perceptual, and four functions
+    # encoder, middle, four levels, discriminator, perceptual, and functions
     assert graphs >= 14
     for step in (2, 3):
         tuner.run_iteration(batch(step, side=32))

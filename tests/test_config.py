@@ -436,6 +436,19 @@ def test_sources_are_named_after_their_directories(text, expected):
     assert {source.weight for source in settings.data.sources.values()} == {1.0}
 
 
+def test_a_folder_with_a_comma_in_its_name_is_one_source(tmp_path):
+    folder = tmp_path / "Paris, 2019"
+    folder.mkdir()
+    for text in (f"data.sources={folder}", f"data.sources={folder},/d"):
+        shards = [s.shards for s in samples.recipe("ft_ema", text).data.sources.values()]
+        assert shards == ([str(folder)] if text.endswith("9") else [*str(folder).split(", "), "/d"])
+    recipe = tmp_path / "r.yaml"
+    text = (samples.CONFIGS / "ft_ema.yaml").read_text()
+    recipe.write_text(text.replace("sources: ???", f"sources: ['{folder}', /d]"))
+    found = config.load(recipe, ["run_dir=x", "init.weights=y"]).data.sources.values()
+    assert [source.shards for source in found] == [str(folder), "/d"]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

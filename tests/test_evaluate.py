@@ -614,9 +614,9 @@ def test_images_are_resized_and_cut_in_the_centre(tmp_path):
     assert torch.equal(sample.image, resized[:, :, 16:80])
 
 
-def test_nothing_usable_is_a_failure(folder, tmp_path):
+def test_nothing_usable_is_missing_input(folder, tmp_path):
     (tmp_path / "x.png").write_bytes(b"no image")
-    with pytest.raises(RunFailedError, match=r"no image of .* can be used: x.png"):
+    with pytest.raises(MissingInputError, match=r"no image of .* can be used: x.png"):
         evaluate.evaluate(
             [("a", folder / "a.safetensors", "ema")], str(tmp_path), tmp_path / "out", size=SIZE
         )

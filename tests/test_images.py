@@ -13,7 +13,7 @@ import pytest
 import samples
 import skimage
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from kl_f8_train import images
 from kl_f8_train.errors import ImageError
@@ -454,6 +454,19 @@ def test_profiles_that_cannot_be_read_are_ignored(profile):
     found = images.picture(samples.encode(PICTURE, "PNG", icc_profile=profile))
     assert found.profile == ""
     assert np.array_equal(as_array(found.pixels), PICTURE)
+
+
+def test_long_texts_and_profiles_do_not_make_a_png_unreadable():
+    """ComfyUI's workflows and Photoshop's profiles pass 1 MiB, compressed to little."""
+    about = PngImagePlugin.PngInfo()
+    about.add_text("workflow", "x" * 2_000_000, zip=True)
+    long = wide_gamut() + bytes(3_000_000)
+    for options in ({"pnginfo": about}, {"icc_profile": long}):
+        assert images.decode(samples.encode(PICTURE, "PNG", **options)).shape[0] == 3
+    bomb = PngImagePlugin.PngInfo()
+    bomb.add_text("workflow", "x" * 70_000_000, zip=True)
+    with pytest.raises(ImageError, match="too large"):
+        images.decode(samples.encode(PICTURE, "PNG", pnginfo=bomb))
 
 
 def test_transparency_and_grey_keep_their_profile():

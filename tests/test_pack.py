@@ -121,6 +121,19 @@ def test_unreadable_images_are_named_and_counted(tmp_path):
     assert stats["skipped"] == result.skipped
 
 
+def test_nothing_usable_leaves_nothing(tmp_path):
+    """As where git lfs left its pointers; after `git lfs pull` the same command works."""
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jpg").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(MissingInputError, match=r"none of its 3 images can be used.*git lfs pull"):
+        pack.pack(folder, out, per_shard=2)
+    assert list(out.iterdir()) == []
+    (folder / "0.jpg").write_bytes(samples.encode(samples.noise_picture(0)))
+    assert pack.pack(folder, out, per_shard=2).images == 1
+
+
 def test_what_the_command_line_says(tmp_path, monkeypatch):
     folder = make_folder(tmp_path)
     (folder / "x.png").write_bytes(b"<html>")

@@ -1,3 +1,6 @@
+import copy
+from functools import partial
+
 import lpips
 import pytest
 import torch
@@ -9,7 +12,7 @@ from kl_f8_train.core.losses import (
     unit_length,
     unweighted,
 )
-from kl_f8_train.core.perceptual import Slices, lpips_vgg
+from kl_f8_train.core.perceptual import Halving, Slices, lpips_vgg
 from kl_f8_train.weights import pretrained
 
 PAIRS = ("sq", "rect", "flat", "small")  # 64x64, 80x112, constant images, 32x32
@@ -115,15 +118,37 @@ def test_bfloat16_is_in_the_convolutions_alone(golden, monkeypatch):
     assert set(types) == {torch.bfloat16}
     torch.testing.assert_close(rough, exact, rtol=0.02, atol=0)
     assert 0 < 1 - torch.cosine_similarity(gradient.flatten(), exact_gradient.flatten(), 0) < 0.05
-    assert {part.dtype for part in network.features(x, "bfloat16")} == {torch.float32}
+    assert {part.dtype for part in network.layers(x, "bfloat16")} == {torch.float32}
 
 
-def test_the_compiled_sum_over_channels_is_the_convolution(golden, monkeypatch):
-    network = pretrained.build("st_lpips_alex").double()
-    x, y = (golden.tensor(f"lpips/sq.{name}") for name in "xy")
+@pytest.mark.parametrize("name", ["vgg", "st_lpips_alex"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_what_is_compiled_is_the_same(golden, monkeypatch, vgg, name, pair):
+    """A sum over channels for a convolution, lengths computed twice, a halving that gathers."""
+    network = vgg if name == "vgg" else pretrained.build(name)
+    network = copy.deepcopy(network).double()
+    x, y = (golden.tensor(f"lpips/{pair}.{name}").double().requires_grad_() for name in "xy")
     plain = network(x, y)
+    (gradient,) = torch.autograd.grad(plain.sum(), y)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    torch.testing.assert_close(network(x, y), plain, rtol=1e-12, atol=0)
+    compiled = network(x, y)
+    torch.testing.assert_close(compiled, plain, rtol=1e-12, atol=1e-15)
+    (found,) = torch.autograd.grad(compiled.sum(), y)
+    assert (found - gradient).norm() <= 1e-12 * gradient.norm()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 6), (1, 2, 7, 6), (1, 2, 6, 7), (2, 1, 2, 2)])
+def test_halving_is_the_largest_of_four_and_the_first_of_equal_ones(monkeypatch, shape):
+    torch.manual_seed(0)
+    x = torch.randint(0, 3, shape).double().requires_grad_()
+    plain = torch.nn.functional.max_pool2d(x, 2)
+    seed = torch.randn_like(plain)
+    (gradient,) = torch.autograd.grad(plain, x, seed)
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", partial(bool, compiling))
+        halved = Halving()(x)
+        assert torch.equal(halved, plain)
+        assert torch.equal(torch.autograd.grad(halved, x, seed)[0], gradient)
 
 
 @torch.no_grad()

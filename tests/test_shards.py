@@ -440,6 +440,16 @@ def test_broken_shards_are_named_and_left_out(damaged):
     assert "left out" in warnings[0]
 
 
+def test_an_index_without_an_image_is_missing_input(tmp_path, capsys):
+    shard = samples.write_tar(tmp_path / "0.tar", {"1.txt": b"a caption"})
+    assert main(["index", str(shard)]) == MissingInputError.exit_code
+    assert "no image to train on" in capsys.readouterr().err
+    shard = samples.write_tar(tmp_path / "1.tar", {"1.jpg": b"x", "1.json": b'{"width": 3}'})
+    assert main(["index", str(shard)]) == 0
+    assert main(["index", str(shard), "--filter", "width > 3"]) == MissingInputError.exit_code
+    assert "loosen the filters" in capsys.readouterr().err
+
+
 def test_all_shards_broken(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"")
     with pytest.raises(MissingInputError, match="no image is left"):

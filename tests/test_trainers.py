@@ -5,6 +5,7 @@ import datetime
 import functools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ import runs
 import samples
 import torch
 from safetensors.torch import save_file
-from samples import save_legacy, save_zip
+from samples import recipe, save_legacy, save_zip
 from torch.optim.swa_utils import AveragedModel
 
+from kl_f8_train.__main__ import main
+from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.errors import MissingInputError
-from kl_f8_train.run.train import train
+from kl_f8_train.run.train import check_model, train
 from kl_f8_train.weights import names, weight_file
 from kl_f8_train.weights.names import State, to_diffusers
 
@@ -85,6 +88,36 @@ def test_of_several_autoencoders_one_is_chosen(tmp_path):
     assert same(read(path, prefix="student.").autoencoder, raw())
     with pytest.raises(MissingInputError, match=r"init\.prefix=pupil: no autoencoder below it"):
         read(path, prefix="pupil")
+
+
+def test_inspect_chooses_as_a_run_does(tmp_path, capsys):
+    path = save_zip({"student": raw(), "teacher": ema()}, tmp_path / "x.pt")
+    assert main(["inspect", str(path)]) == MissingInputError.exit_code
+    assert "inspect --prefix NAME" in capsys.readouterr().err
+    assert main(["inspect", str(path), "--prefix", "teacher"]) == 0
+    assert frozen_sha256(ema()) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("beside", [{"vae": raw()}, {}])
+def test_ema_pytorch_keeps_a_copy_of_the_raw_weights(tmp_path, beside):
+    """It is a second autoencoder below an EMA's name, and not a second EMA."""
+    kept = {f"online_model.{k}": v for k, v in raw().items()}
+    kept |= {f"ema_model.{k}": v for k, v in ema().items()} | {"step": torch.tensor(3)}
+    path = save_zip({**beside, "ema": kept}, tmp_path / "x.pt")
+    assert same(read(path).autoencoder, ema())
+    assert same(read(path, select="raw").autoencoder, raw())
+
+
+def test_settings_that_cannot_help_are_not_advised(tmp_path):
+    """The file has another tensor, but the sizes of the recipe's network."""
+    contents = weight_file.Contents(tmp_path / "x.ckpt", {})
+    with pytest.raises(MissingInputError, match=r"or set model.* as theirs"):
+        check_model(recipe("demo"), contents, raw())
+    config = recipe("demo")
+    config = replace(config, model=replace(config.model, **samples.TINY, norm_num_groups=32))
+    with pytest.raises(MissingInputError) as caught:
+        check_model(config, contents, {**raw(), "decoder.extra.weight": torch.ones(1)})
+    assert str(caught.value).endswith("Give other weights")
 
 
 def test_names_of_what_is_there(tmp_path):

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -161,6 +162,11 @@ class CostCounter(FlopCounter):
         else:
             self._fused[address] = Fused(size, tuple(sources))
 
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Writes a tensor that is kept for the backward pass at once, and returns it."""
+        self._write([tensor.untyped_storage()._cdata])
+        return tensor
+
     def _write(self, addresses: Iterable[int]) -> None:
         """Puts fused tensors into memory, by a kernel that reads what they are computed from."""
         for address in addresses:
@@ -172,7 +178,7 @@ class CostCounter(FlopCounter):
                 self._take(size)
 
     def _read(self, sources: Iterable[Tensor | UntypedStorage]) -> int:
-        """Bytes in memory behind these; 0 if the kernel before read the same: they are one."""
+        """Bytes in memory behind these; 0 if the kernel before read them too: they are one."""
         found: dict[int, int] = {}
         ahead = [s.untyped_storage() if isinstance(s, Tensor) else s for s in sources]
         while ahead:
@@ -183,8 +189,10 @@ class CostCounter(FlopCounter):
             found[address] = 0 if fused else self._alive.get(address, 0)
             ahead += fused.sources if fused else ()
         read = frozenset(address for address, size in found.items() if size)
-        same, self._last_read = read == self._last_read, read
-        return 0 if same else sum(found.values())
+        if read <= self._last_read:
+            return 0
+        self._last_read = read
+        return sum(found.values())
 
     def _take(self, size: int) -> None:
         self._bytes += size
@@ -263,7 +271,12 @@ def _count(config: Config, images: int, fuse: bool) -> Counts:
             ahead = accumulating and "backward" not in counter.phases
             counter(phase + AHEAD if ahead and phase in ("decode", "losses") else phase)
 
+        def decode(*args: Any) -> Tensor:  # what is kept is written by a kernel that there is
+            with saved_tensors_hooks(counter.keep, lambda kept: kept):
+                return Finetuner.decode(finetuner, *args)
+
         accumulating = config.adversarial is not None and len(finetuner.micro_batches(images)) > 1
+        finetuner.decode = decode  # type: ignore[method-assign,assignment]
         counter.reset()
         with timed_by(ended):
             finetuner.run_iteration(Batch(pixels, noise, [""] * images, []), Loop(backward))

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
+from torch.utils.checkpoint import checkpoint
 
 from kl_f8_train.core.batch import parts, phase
 from kl_f8_train.core.discriminator import Discriminator
@@ -196,20 +197,29 @@ class PerceptualDistance(nn.Module):
     ) -> Tensor:
         """Both (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1). Only the second may need a gradient."""
         with torch.no_grad():
-            targets = self.features(images, precision)
-        features = self.features(reconstructions, precision)
-        return self.weighted(squared_differences(targets, features))
+            targets = self.layers(images, precision)
+        layers = self.layers(reconstructions, precision)
+        compare = squared_difference
+        if torch.compiler.is_compiling():  # the backward pass computes again what it would keep
+            compare = partial(checkpoint, compare, use_reentrant=False, preserve_rng_state=False)
+        with autocast("float32", images.device):
+            squared = [compare(a, b) for a, b in zip(targets, layers, strict=True)]
+        return self.weighted(squared)
 
-    def features(self, images: Tensor, precision: str = "float32") -> list[Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> the layers' features, of unit length over channels.
+    def features(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> the layers' features, of unit length over channels."""
+        with autocast("float32", images.device):
+            return [unit_length(layer) for layer in self.layers(images)]
+
+    def layers(self, images: Tensor, precision: str = "float32") -> list[Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> the trunk's layers, each (B, C, h, w).
 
         With "bfloat16" the convolutions run in it; lengths and distances never do.
         """
         exact = self.heads[0].dtype
         with autocast(precision, images.device):
-            layers = self.trunk(self.scaling(images.to(exact)))  # each (B, C, h, w)
-        with autocast("float32", images.device):
-            return [unit_length(layer.to(exact)) for layer in layers]
+            layers = self.trunk(self.scaling(images.to(exact)))
+        return [layer.to(exact) for layer in layers]
 
     def weighted(self, squared: Sequence[Tensor]) -> Tensor:
         """Squared differences of features -> the distance, (B, 1, 1, 1)."""
@@ -262,6 +272,11 @@ class _DistanceInParts(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (of_y,) = ctx.saved_tensors
         return None, None, gradient * of_y, None
+
+
+def squared_difference(target: Tensor, layer: Tensor) -> Tensor:
+    """Of a layer's two outputs, each pixel's of unit length over channels: (B, C, h, w)."""
+    return (unit_length(target) - unit_length(layer)).square()
 
 
 def squared_differences(targets: Sequence[Tensor], features: Sequence[Tensor]) -> list[Tensor]:

@@ -177,12 +177,11 @@ def compile_networks(
     """Compiles encoder, decoder and perceptual network, each in place.
 
     The decoder in parts, without its last convolution: a compiled region computes all its gradients
-    or none, and the adaptive weight needs the last layer's alone, twice. Returns what compiles a
-    function in the same way.
+    or none, and the adaptive weight needs the last layer's alone, twice. A part is a level, with
+    the doubling before it and the norm behind it. Returns what compiles a function in the same way.
     """
     decoder = autoencoder.decoder
-    parts = [autoencoder.encoder, decoder.mid, *decoder.up, decoder.norm_out]
-    compile_each([*parts, perceptual], backend)
+    compile_each([autoencoder.encoder, decoder.mid, *decoder.up, perceptual], backend)
     return partial(torch.compile, **_options(backend))
 
 
@@ -209,10 +208,16 @@ def inductor_options() -> dict[str, Any]:
     """How inductor fuses.
 
     Within its own limits on what a kernel may read and compute it writes the images between
-    GroupNorm and swish to memory, and reads them again. Small kernels that do not depend on each
-    other, mostly casts of weights and sums for biases, become one; a CPU has no such kernels.
+    GroupNorm and swish to memory, and reads them again; and sums over rows join the kernel that
+    writes an image only where its loops may be cut as theirs. Small kernels that do not depend on
+    each other, mostly casts of weights and sums for biases, become one; a CPU has no such kernels.
     """
-    fusion: dict[str, Any] = {"realize_reads_threshold": 64, "realize_opcount_threshold": 1000}
+    fusion: dict[str, Any] = {
+        "realize_reads_threshold": 64,
+        "realize_acc_reads_threshold": 64,
+        "realize_opcount_threshold": 1000,
+        "triton.tiling_prevents_reduction_fusion": False,
+    }
     return fusion | ({"combo_kernels": True} if torch.cuda.is_available() else {})
 
 

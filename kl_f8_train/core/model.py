@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from kl_f8_train.divisors import divisor_up_to
-
 FROZEN = ("encoder", "quant_conv")
 TRAINED = ("decoder", "post_quant_conv")
-CHUNKS, LEAST = 768, 32  # of a micro-batch's pixels, each with its sum; the pixels of one
+Pending = tuple[Tensor, Tensor | None]  # (B, C, H, W), and what is still to be added to it, (C,)
 
 
 @dataclass(frozen=True)
@@ -183,9 +181,12 @@ class Decoder(nn.Module):
         """(B, z_channels, h, w) -> the last layer's input, (B, ch, H, W)."""
         h = self.conv_in(z)
         h = self.mid(h.to(_autocast_dtype(h) or h.dtype))
+        doubling = None
         for level in reversed(self.up):
-            h = level(h)
-        return self.norm_out(h)
+            norm = self.norm_out if level is self.up[0] else None
+            h = level(h, doubling=doubling, norm=norm)
+            doubling = getattr(level, "upsample", None)
+        return h
 
 
 class DownLevel(nn.Module):
@@ -208,7 +209,7 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """Residual blocks at one resolution, then a doubling."""
+    """Residual blocks at one resolution; `upsample` is the doubling that leads to the next."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int, groups: int, upsample: bool) -> None:
         super().__init__()
@@ -219,13 +220,22 @@ class UpLevel(nn.Module):
         if upsample:
             self.upsample = Upsample(outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, doubling: "Upsample | None" = None, norm: "NormSwish | None" = None
+    ) -> Tensor:
+        """With the doubling before it and the norm behind it, which are compiled with it."""
+        added = None
+        if doubling is not None:
+            x, added = doubling.pending(x)
         for block in self.block:
+            assert isinstance(block, ResnetBlock)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+                x, added = checkpoint(
+                    block.pending, x, added, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x = block(x)
-        return self.upsample(x) if hasattr(self, "upsample") else x
+                x, added = block.pending(x, added)
+        return _plus(x, added) if norm is None else norm(x, added=added)
 
 
 class Middle(nn.Module):
@@ -254,14 +264,33 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm1(x)
-        if torch.compiler.is_compiling() and self.norm2.lean:  # the norm adds the bias: no pass
-            h = self.norm2(F.conv2d(h, self.conv1.weight, padding=1), self.conv1.bias)
-        else:
-            h = self.norm2(self.conv1(h))
-        h = self.conv2(h)
-        shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
-        return shortcut + h
+        if torch.compiler.is_compiling():
+            return _plus(*self.pending(x))
+        h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+    def pending(self, x: Tensor, added: Tensor | None = None) -> Pending:
+        """As of x + added, (C,), with a bias that is still to be added if it is compiled.
+
+        Biases wait for the next norm: its backward pass has the sums that are their gradients, so
+        that no pass over the image is needed for them.
+        """
+        if not torch.compiler.is_compiling():
+            return self(x), None
+        h, bias = _apart(self.conv1, self.norm1(x, added))
+        h, bias = _apart(self.conv2, self.norm2(h, bias))
+        if hasattr(self, "nin_shortcut"):
+            if added is not None:  # as constant channels, through the 1x1 convolution
+                added = (self.nin_shortcut.weight.flatten(1) * added).sum(1)
+            x, of_shortcut = _apart(self.nin_shortcut, x)
+            bias = bias + of_shortcut
+        return x + h, bias if added is None else bias + added
+
+
+def _apart(layer: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A convolution without its bias, (B, D, h, w), and the bias, (D,)."""
+    assert layer.bias is not None
+    return F.conv2d(x, layer.weight, None, layer.stride, layer.padding), layer.bias
 
 
 class Attention(nn.Module):
@@ -311,14 +340,21 @@ class Upsample(nn.Module):
         self.subpixel = True
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return _plus(*self.pending(x))
         if not self.subpixel:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         assert self.conv.bias is not None
-        kernel = subpixel_kernel(self.conv.weight)
-        if torch.compiler.is_compiling():  # adds the bias in the pass that interleaves
-            bias = self.conv.bias.to(_autocast_dtype(x) or x.dtype)
-            return interleave(F.conv2d(x, kernel, padding=1)) + _column(bias)
-        return interleave(F.conv2d(x, kernel, self.conv.bias.repeat(4), padding=1))
+        bias = self.conv.bias.repeat(4)
+        return interleave(F.conv2d(x, subpixel_kernel(self.conv.weight), bias, padding=1))
+
+    def pending(self, x: Tensor) -> Pending:
+        """As a residual block's."""
+        if not torch.compiler.is_compiling():
+            return self(x), None
+        if not self.subpixel:
+            return _apart(self.conv, F.interpolate(x, scale_factor=2.0))
+        return interleave(F.conv2d(x, subpixel_kernel(self.conv.weight), padding=1)), self.conv.bias
 
 
 def subpixel_kernel(weight: Tensor) -> Tensor:
@@ -347,7 +383,8 @@ def interleave(parts: Tensor) -> Tensor:
     A part of even rows begins one pixel early, as its window reaches up; so do even columns. The
     layout in memory, NCHW or NHWC, stays.
     """
-    whole: Tensor = _Interleave.apply(parts)
+    kind = _FusedInterleave if torch.compiler.is_compiling() else _Interleave
+    whole: Tensor = kind.apply(parts)
     return whole
 
 
@@ -380,6 +417,24 @@ class _Interleave(torch.autograd.Function):
             F.pad(gradient[:, :, p::2, q::2], (q, 1 - q, p, 1 - p)) for p in (0, 1) for q in (0, 1)
         ]
         return torch.cat(parts, dim=1)
+
+
+class _FusedInterleave(torch.autograd.Function):
+    """The same by plain indexing in NHWC order, for the compiler to fuse with what is around it."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor) -> Tensor:
+        rows, columns = (torch.arange(2 * n - 2, device=parts.device) for n in parts.shape[2:])
+        rows = rows[:, None]
+        cells = parts.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))  # (B, H + 1, W + 1, 2, 2, C)
+        places = rows // 2 + rows % 2, columns // 2 + columns % 2, rows % 2, columns % 2
+        return cells[:, *places].permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        padded = F.pad(gradient, (1, 1, 1, 1)).permute(0, 2, 3, 1)  # begins with an odd row
+        cells = padded.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).flip(2, 4)
+        return cells.permute(0, 1, 3, 2, 4, 5).flatten(3).permute(0, 3, 1, 2)
 
 
 class Norm(nn.GroupNorm):
@@ -486,10 +541,9 @@ class _FusedNormSwish(torch.autograd.Function):
         y = normal * _column(weight) + _column(bias)
         share = torch.sigmoid(y)
         of_y = gradient.to(mean.dtype) * share * (1 + y * (1 - share))  # d silu(y) / d y
-        of_bias = _chunk_sums(of_y)  # (B, C, chunks)
-        of_weight = _chunk_sums(of_y * normal)
+        of_bias, of_weight = of_y.sum(3), (of_y * normal).sum(3)  # (B, C, H)
         first, second = (  # means over each group of w d y and of w d y (x - mean) / std
-            (part * weight[:, None]).unflatten(1, (mean.shape[1], -1)).mean((2, 3)) / _chunk_size(x)
+            (part * weight[:, None]).unflatten(1, (mean.shape[1], -1)).mean((2, 3)) / x.shape[3]
             for part in (of_bias, of_weight)
         )
         first, second, scale = (_of_channels(part, x) for part in (first, second, rstd))
@@ -497,8 +551,7 @@ class _FusedNormSwish(torch.autograd.Function):
         of_added = None
         if added is not None:  # of_x summed over pixels, from sums that are there
             first, second, scale = (part.flatten(2) for part in (first, second, scale))
-            sums = of_bias * weight[:, None] - _chunk_size(x) * first
-            sums = sums - _chunk_sums(normal) * second
+            sums = of_bias * weight[:, None] - x.shape[3] * first - normal.sum(3) * second
             of_added = (scale * sums).sum((0, 2)).to(added.dtype)
         of_weight = of_weight.sum((0, 2)).to(weight.dtype)
         of_bias = of_bias.sum((0, 2)).to(bias.dtype)
@@ -510,38 +563,20 @@ def group_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(variance + eps) of each group of x + added, both (B, groups).
 
-    x is (B, C, H, W), `added` (C,). Sums are of the distance from each channel's first pixel: a
-    mean that is large beside the deviation would cost the variance its digits.
+    x is (B, C, H, W), `added` (C,). The variance is that within rows and that between their means:
+    a mean that is large beside the deviation costs it no digits.
     """
-    origin = x[:, :, :1, :1]
-    distance = x - origin
-    count = _chunk_size(x)
-    first = _chunk_sums(distance) / count  # (B, C, chunks)
-    within = _chunk_sums(distance.square()) / count - first.square()
-    means = _plus(origin, added).flatten(2) + first
+    first = x.mean(3)  # (B, C, H)
+    within = (x - first[..., None]).square().mean(3)
+    means = first if added is None else first + added[:, None]
     between, mean = torch.var_mean(means.unflatten(1, (groups, -1)), (2, 3), correction=0)
-    within = within.unflatten(1, (groups, -1)).mean((2, 3))  # reads `first`: in the same kernel
-    return mean, (within + between + eps).clamp_min(eps).rsqrt()
-
-
-def _chunk_sums(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> sums over chunks of neighbouring pixels, (B, C, chunks).
-
-    As many chunks as keep a GPU busy, so that one more sum is all that is left to do.
-    """
-    return x.flatten(2).unflatten(2, (-1, _chunk_size(x))).sum(3)
-
-
-def _chunk_size(x: Tensor) -> int:
-    """Pixels of a chunk."""
-    pixels = x.shape[2] * x.shape[3]
-    chunks = divisor_up_to(pixels, max(1, min(CHUNKS // x.shape[0], pixels // LEAST)))
-    return pixels // chunks
+    within = within.unflatten(1, (groups, -1)).mean((2, 3))
+    return mean, (within + between + eps).rsqrt()
 
 
 def _plus(x: Tensor, added: Tensor | None) -> Tensor:
-    """x + added, (C,), if there is one."""
-    return x if added is None else x + _column(added)
+    """x + added, (C,), if there is one, in x's type."""
+    return x if added is None else x + _column(added.to(x.dtype))
 
 
 def _shape(x: Tensor) -> tuple[int, int, int]:

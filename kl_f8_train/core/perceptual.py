@@ -8,7 +8,9 @@ the `stlpips-pytorch` wheel. It is never called LPIPS.
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,6 +40,8 @@ def lpips_vgg(state: Mapping[str, Tensor], published: bool = False) -> Perceptua
         for index, layer in part.named_children():
             if isinstance(layer, nn.ReLU):
                 layer.inplace = False  # inplace would overwrite what the backward pass needs
+            elif isinstance(layer, nn.MaxPool2d):
+                setattr(part, index, Halving())
             elif isinstance(layer, nn.Conv2d) and state:
                 layer.weight.data.copy_(state[f"features.{index}.weight"])
                 assert layer.bias is not None
@@ -64,6 +68,38 @@ class Slices(nn.Module):
             x = part(x)
             outputs.append(x)
         return outputs
+
+
+class Halving(nn.Module):
+    """The largest of each 2x2 pixels: (B, C, H, W) -> (B, C, H // 2, W // 2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and x.shape[2] % 2 == x.shape[3] % 2 == 0:
+            halved: Tensor = _FusedHalving.apply(x)
+            return halved
+        return F.max_pool2d(x, 2)
+
+
+class _FusedHalving(torch.autograd.Function):
+    """The same, with a gradient that is read where it goes: the compiler's own is scattered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        cells = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(3, 5, 0, 1, 2, 4)
+        halved = F.max_pool2d(x, 2)
+        # Which of the four is the largest, the first of equal ones: 0 to 3.
+        first, second, third, _ = (part == halved for part in cells.flatten(0, 1))
+        place = torch.where(third, 2, 3)
+        ctx.save_for_backward(torch.where(first, 0, torch.where(second, 1, place)).to(torch.int8))
+        return halved
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (place,) = ctx.saved_tensors
+        rows, columns = (torch.arange(2 * n, device=place.device) for n in place.shape[2:])
+        rows = rows[:, None]
+        chosen = place[:, :, rows // 2, columns // 2] == 2 * (rows % 2) + columns % 2
+        return torch.where(chosen, gradient[:, :, rows // 2, columns // 2], 0.0)
 
 
 # --- ST-LPIPS on AlexNet, the stand-in -------------------------------------------------------

@@ -112,8 +112,8 @@ def pack(
     stays unused. `reencode` stores upright RGB JPEGs of quality 95 without chroma subsampling, in
     place of the files' own bytes. `workers` processes; None: as many as cores, fewer for few
     images. `progress(done, all)` counts images. Files that changed but kept their size are not
-    noticed by a pack that goes on. Raises MissingInputError if there are no images, UsageError if
-    `out` holds anything else, RunFailedError if it cannot be written.
+    noticed by a pack that goes on. Raises MissingInputError if there are no images, or none that
+    can be used, UsageError if `out` holds anything else, RunFailedError if it cannot be written.
     """
     if not 1 <= per_shard <= MAX_PER_SHARD:
         raise UsageError(f"{per_shard} images in each shard: expected 1 to {MAX_PER_SHARD:,}")
@@ -134,10 +134,19 @@ def pack(
         done += entry["count"]
         if progress:
             progress(done, held.count)
+    packed = sum(entry["successes"] for entry in stats.values())
+    skipped = [line for job in jobs for line in stats[job.number]["skipped"]]
+    if not packed:
+        for path in (out / MANIFEST, *(file for job in jobs for file in (job.tar, job.stats))):
+            path.unlink()  # so that the same command packs what is there by then
+        raise MissingInputError(
+            f"{held.folder}: none of its {counted(held.count, 'image', 's')} can be used, from "
+            f"{skipped[0]}; nothing is left in {out}"
+        )
     return PackResult(
         shards=[job.tar for job in jobs],
-        images=sum(entry["successes"] for entry in stats.values()),
-        skipped=[line for job in jobs for line in stats[job.number]["skipped"]],
+        images=packed,
+        skipped=skipped,
         written=len(open_jobs),
         not_used=held.not_used,
     )

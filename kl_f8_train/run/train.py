@@ -353,8 +353,10 @@ def check_model(config: Config, contents: weight_file.Contents, weights: State) 
     with torch.device("meta"):
         expected = AutoencoderKL(**asdict(config.model))
     differ = f"{contents.path} and the recipe's model differ"
-    remedy = f"Give other weights, or set model.* as theirs{_settings_of(contents, weights)}"
-    check_like(weights, expected.state_dict(), differ, remedy)
+    settings, other = _settings_of(contents, weights), "Give other weights"
+    remedy = f"{other}, or set model.* as theirs{settings}"
+    helps = settings != _settings_of(contents, expected.state_dict())
+    check_like(weights, expected.state_dict(), differ, remedy if helps else other)
     try:
         checkpoint.check_groups(contents.facts, config.model)
     except MissingInputError as error:

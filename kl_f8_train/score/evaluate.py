@@ -630,8 +630,8 @@ def evaluate(
     tiled decoding. Of several sizes each is an evaluation of its own, in a folder of `out` of that
     name. Prints how the second of the `compared` models does against the first, and the table.
     Returns what scores.json holds, or of several sizes the same by size ("512"), on the first
-    process, and None on the others. Raises MissingInputError for missing files, UsageError for a
-    size that does not divide, RunFailedError if no image can be used or an output is not finite.
+    process, and None on the others. Raises MissingInputError for missing files, or if no image can
+    be used, UsageError for a size that does not divide, RunFailedError if an output is not finite.
     """
     sizes = [size] if isinstance(size, int) else size
     with processes() as (rank, world), exact_float32():

@@ -21,7 +21,7 @@ import numpy as np
 from kl_f8_train.core import metrics
 from kl_f8_train.core.metrics import METRICS, SCORES, FeatureStatistics
 from kl_f8_train.core.perceptual import OTHER_VGG
-from kl_f8_train.errors import RunFailedError
+from kl_f8_train.errors import MissingInputError
 from kl_f8_train.files import write_json, write_text
 from kl_f8_train.output import markdown_table
 from kl_f8_train.score import tiled
@@ -69,10 +69,11 @@ def summarise(
     """The contents of scores.json: means and deviations, and all that they depend on.
 
     `weights`: name of each VAE -> what is known of its file, in the order of the rows' scores.
-    Raises RunFailedError if no image could be used.
+    Raises MissingInputError if no image could be used.
     """
     if not tally.rows:
-        raise RunFailedError(f"no image of {where} can be used: {tally.problems[0]}; give others")
+        why = tally.problems[0]
+        raise MissingInputError(f"no image of {where} can be used: {why}; give others")
     warnings = list(tally.problems)
     unmeasured = dict(unmeasured)
     models: dict[str, dict[str, Any]] = {}

@@ -27,6 +27,7 @@ FIRST_STAGE = "first_stage_model."
 # So called by CompVis and by diffusers; and in the original's EMA, which has no dots.
 ANCHORS = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoderconv_inweight")
 CURRENT = "current_model_state."  # raw weights in a checkpoint of Lightning's WeightAveraging
+ONLINE = "online_model."  # a copy of the raw weights beside ema-pytorch's average
 WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
     r"|_forward_module)\."
@@ -109,8 +110,9 @@ def _places(keys: Collection[str], prefix: str | None = None) -> _Places:
             there = ", ".join(sorted(found)) or "none"
             raise MissingInputError(f"init.prefix={prefix}: no autoencoder below it, but: {there}")
         return _Places(names, chosen[0], None)
-    averages = [one for one in found if EMA_MARK.search(one)]
-    raw = _only([one for one in found if one not in averages], "autoencoders")
+    averages = [one for one in found if EMA_MARK.search(one) and not one.endswith(ONLINE)]
+    others = [one for one in found if one not in averages]
+    raw = _only([one for one in others if not one.endswith(ONLINE)] or others, "autoencoders")
     raw = "" if raw is None and not averages else raw  # parts of one have no prefix
     lists = dict.fromkeys(m[1] for m in map(LISTED.fullmatch, names) if m)
     listed = _only(list(lists), "EMAs") if raw is not None and raw != FIRST_STAGE else None
@@ -137,7 +139,7 @@ def _only(prefixes: list[str], what: str) -> str | None:
     if len(prefixes) > 1:
         raise MissingInputError(
             f"several {what} in this file, below {', '.join(sorted(prefixes))}; init.prefix=NAME "
-            "chooses one, or give a file with one"
+            "(inspect --prefix NAME) chooses one, or give a file with one"
         )
     return prefixes[0] if prefixes else None
 
@@ -339,7 +341,7 @@ def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, 
         shown = "\n  ".join(problems[:5])
         more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
         if scale := next(filter(SCALES.search, state), None):
-            more += f"\n{scale} shows {QUANTISED}"
+            more += f"\n{scale} is a scale: {QUANTISED}"
         raise MissingInputError(f"not this architecture:\n  {shown}{more}")
 
 

@@ -265,7 +265,7 @@ def quality(contents: Contents, weights: Weights) -> list[str]:
             f"{whole[0]} first: {QUANTISED}"
         )
     elif scale := next(filter(SCALES.search, state), None):
-        lines.append(f"WARNING: {scale} shows {QUANTISED}")
+        lines.append(f"WARNING: {scale} is a scale: {QUANTISED}")
     zeros = [k for k, v in state.items() if v.ndim > 1 and not v.float().count_nonzero()]
     if zeros:
         lines.append(

@@ -54,8 +54,8 @@ def test_a_use_that_is_wrong_is_explained(given, code, said):
     assert "Traceback" not in done.stderr
 
 
-# Kernels: 2,400 and 2,132 were counted.
-@pytest.mark.parametrize(("recipe", "kernels"), [("ft_ema", 2450), ("ft_mse", 2190)])
+# Kernels: 2,370 and 2,116 were counted.
+@pytest.mark.parametrize(("recipe", "kernels"), [("ft_ema", 2400), ("ft_mse", 2150)])
 def test_uncompiled_iteration(gpu, recipe, kernels):
     """12 images of 256 px, as by default."""
     found = count_apart(gpu, recipe, "compute.compile=false")
@@ -73,12 +73,12 @@ def test_compiled_iteration(gpu):
         for switch in ("false", "true")
     )
     assert plain["graphs"] == 0
-    assert compiled["graphs"] >= 8  # encoder, two levels, middle, norm, discriminator, perceptual
+    assert compiled["graphs"] >= 8  # encoder, two levels, middle, discriminator, perceptual
     assert (compiled["graph breaks"], compiled["recompiles"]) == (0, 0)
     assert (compiled["host waits"], compiled["waits"]) == (0, 1)
     assert compiled["triton"] > 100
-    assert compiled["kernels"] < 0.38 * plain["kernels"]  # 513 and 1,517 were counted
-    assert compiled["triton gigabytes"] > 0
+    assert compiled["kernels"] < 0.34 * plain["kernels"]  # 495 and 1,517 were counted
+    assert 0 < compiled["triton gigabytes"] <= 0.11  # 0.11 was counted
     assert compiled["peak bytes"] < plain["peak bytes"]
 
 
