@@ -100,7 +100,7 @@ class Report:
         number = [str(problem) for problem in self.problems].index(str(error)) + 1
         self.say(f"  PROBLEM {number}, below")
 
-    def tell(self, text: str) -> None:
+    def detail(self, text: str) -> None:
         """A line of the current section."""
         self.say(f"  {text}")
 
@@ -149,7 +149,7 @@ def examine(
     config = None
     with report.section("settings"):
         config = configs.load(path, overrides)
-        _tell_settings(report, config, path, overrides)
+        _list_settings(report, config, path, overrides)
     with report.guard("examination"):
         if config is not None:
             _examine_run(report, config, allow_changes)
@@ -174,7 +174,7 @@ def _examine_plan(report: Report, config: Config) -> None:
     _note_useless_settings(report, config)
     with report.section("disk"):
         _check_disk(report, config)
-    _tell_bill(report, config, world)
+    _report_bill(report, config, world)
 
 
 def _note_useless_settings(report: Report, config: Config) -> None:
@@ -242,12 +242,12 @@ def _examine_inputs(report: Report, path: Path, overrides: list[str]) -> None:
         cache = shard_cache(config)
         for name, source in config.data.sources.items():
             with report.section(f"data: {name}"):
-                open_source(name, source.shards, source.filters, cache, warn=report.tell)
+                open_source(name, source.shards, source.filters, cache, warn=report.detail)
         with report.section("perceptual network"):
             pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
         if config.log.pictures_every and config.log.pictures is not None:
             with report.section("photographs of validation"):
-                fixed_photographs(config, report.tell)
+                fixed_photographs(config, report.detail)
 
 
 def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
@@ -255,16 +255,16 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
     with report.section("batch and learning rate"):
         _check_batch(report, config, world)
     with report.section("networks"):
-        report.tell(machine.describe(config.compute))
+        report.detail(machine.describe(config.compute))
         if machine.compiles(config.compute):
-            report.tell(machine.compile_cache())
+            report.detail(machine.compile_cache())
             machine.check_compile_cache(config.compute)
     with report.section("weights"):
         _check_weights(report, config)
     with report.section(f"perceptual network: {perceptual.LABELS[config.loss.perceptual]}"):
         network = pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
         if network.published:
-            report.tell("found")
+            report.detail("found")
         else:
             report.remark(f"the loss is {network.label}: the result is not the published recipe's")
     for name in config.data.sources:
@@ -272,9 +272,9 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
             _check_source(report, config, name)
     if config.log.pictures_every and config.log.pictures is not None:
         with report.section("photographs of validation"):
-            found = fixed_photographs(config, report.tell)
+            found = fixed_photographs(config, report.detail)
             count = len(found[config.data.crop])
-            report.tell(f"{counted(count, 'photograph', 's')} of {config.log.pictures}")
+            report.detail(f"{counted(count, 'photograph', 's')} of {config.log.pictures}")
             _check_overlap(report, config, Path(config.log.pictures))
     elif config.log.pictures_every:
         report.remark(
@@ -286,7 +286,7 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
     if config.log.tensorboard:
         with report.section("TensorBoard"):
             check_tensorboard()
-            report.tell("installed")
+            report.detail("installed")
     if report.problems:
         report.say("one iteration: not tried until these are fixed")
     else:
@@ -294,18 +294,18 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 finetuner, _ = start_or_resume(config, Path(config.run_dir), allow_changes)
             for line in printed.getvalue().splitlines():
-                report.tell(line.strip())
+                report.detail(line.strip())
             _try_iteration(report, config, finetuner, world, allow_changes)
     with report.section("disk"):
         _check_disk(report, config)
     _note_useless_settings(report, config)
-    _tell_bill(report, config, world)
+    _report_bill(report, config, world)
 
 
 # --- settings -------------------------------------------------------------------------------
 
 
-def _tell_settings(report: Report, config: Config, path: Path, overrides: list[str]) -> None:
+def _list_settings(report: Report, config: Config, path: Path, overrides: list[str]) -> None:
     values = dict(leaves(to_dict(config)))
     where = origins.origins(path, overrides, values)
     report.facts["settings"] = {
@@ -341,15 +341,15 @@ def _check_batch(report: Report, config: Config, world: int) -> None:
     report.facts["batch"] = {
         "processes": world, "per_device": micro, "accumulation": parts, "global": batch
     }  # fmt: skip
-    report.tell(units.batch(batch, world, micro))
+    report.detail(units.batch(batch, world, micro))
     processes = world // (config.compute.num_nodes or 1)
     if note := shared_memory_note(config, batch // world, processes):
         report.remark(note)
     if (files := raise_open_files()) < FEW_FILES:
         report.remark(f"only {files} files may be open; raise it (`ulimit -n 4096`)")
     here = _memory_here(config)
-    _tell_memory(report, config, micro, batch // world, here)
-    report.tell(
+    _report_memory(report, config, micro, batch // world, here)
+    report.detail(
         f"learning rate {describe_rate(config.optimizer, updates)}: nothing scales it. The "
         "original's rule would give "
         f"{parts} x {micro} x {world} x {BASE_RATE:g} = {batch * BASE_RATE:g}; this is "
@@ -370,14 +370,14 @@ def _check_batch(report: Report, config: Config, world: int) -> None:
         check_fits(config, micro, batch // world, here)
 
 
-def _tell_memory(
+def _report_memory(
     report: Report, config: Config, micro: int, share: int, here: Mapping[str, float]
 ) -> None:
     """Memory of micro-batches of `micro`, and the largest that would fit here or on known GPUs."""
     needed = cost.peak_bytes(config, micro, share)
     compiled = "compiled" if cost.run_compiles(config) else "uncompiled"
     report.facts["computed_memory"] = {"bytes": needed, "networks": compiled}
-    report.tell(
+    report.detail(
         f"{'GPU memory' if cost.on_gpu(config) else 'memory'} that this takes, computed: "
         f"{memory(needed)}, {compiled}"
     )
@@ -392,7 +392,7 @@ def _tell_memory(
         named = screen.fitting(fits, share, config.global_batch)
         gpus = fits.keys() != {THIS_MACHINE}
         left = f", with {memory(cost.HEADROOM_BYTES)} for CUDA and its allocator" if gpus else ""
-        report.tell(f"the largest compute.per_device_batch that fits, computed{left}: {named}")
+        report.detail(f"the largest compute.per_device_batch that fits, computed{left}: {named}")
 
 
 def _for_gpus(config: Config) -> Config:
@@ -432,7 +432,7 @@ def _check_weights(report: Report, config: Config) -> None:
     found = list_checkpoints(Path(config.run_dir))
     if found:
         held = counted(len(found), "checkpoint", "s")
-        report.tell(f"{config.run_dir} holds {held}: this run would resume")
+        report.detail(f"{config.run_dir} holds {held}: this run would resume")
     paths = found or [Path(config.init.weights)]
     contents, weights = _first_readable(report, paths, config.init.select, config.init.prefix)
     start = contents.iteration
@@ -442,8 +442,8 @@ def _check_weights(report: Report, config: Config) -> None:
     digest = weight_file.sha256(contents.path)
     shown = weight_file.report(contents, weights)
     report.facts["weights"] = {"sha256": digest, **shown}
-    report.tell(weight_file.describe(shown))
-    report.tell(f"{size(contents.path.stat().st_size)}, SHA-256 {digest}")
+    report.detail(weight_file.describe(shown))
+    report.detail(f"{size(contents.path.stat().st_size)}, SHA-256 {digest}")
     if not found and contents.iteration not in (None, start):
         report.remark(
             f"init.iteration={start} is taken, although {contents.path.name} says "
@@ -453,7 +453,7 @@ def _check_weights(report: Report, config: Config) -> None:
         check_model(config, contents, weights.autoencoder)
         stated = checkpoint.base_facts(contents, weights, config)
         report.facts["weights"]["facts"] = stated.stated()
-        report.tell(f"family: {facts.described(stated.family, stated)}")
+        report.detail(f"family: {facts.described(stated.family, stated)}")
 
 
 def _first_readable(
@@ -471,14 +471,14 @@ def _first_readable(
 def _check_source(report: Report, config: Config, name: str) -> None:
     """Opens one source, reads its first shard, and decodes a sample as training would."""
     alone = replace(config.data, sources={name: config.data.sources[name]})
-    plan, sources = open_data(replace(config, data=alone), report.tell)
+    plan, sources = open_data(replace(config, data=alone), report.detail)
     source = sources[name]
     for line in source.describe():
-        report.tell(line)
+        report.detail(line)
     # The first shard, unless filters leave nothing of it.
     first = int(source.counts.argmax() if source.counts[0] == 0 else 0)
     place = source.location(first)
-    report.tell(f"first shard {place}: {_describe_image(source, first, 0)}")
+    report.detail(f"first shard {place}: {_describe_image(source, first, 0)}")
     dealt = plan.plans[name].lanes * plan.plans[name].lane_length  # in a pass, none twice
     count = min(plan.batch * 4, dealt, REMOTE_SAMPLE if is_remote(place) else SAMPLE)
     dataset = PositionDataset(plan, sources, config)
@@ -506,13 +506,13 @@ def _check_source(report: Report, config: Config, name: str) -> None:
         of, bad = f"all {counted(len(source.files), 'image', 's')}", len(lines)
         report.facts["data"][name] |= {"sampled": len(source.files), "unusable": bad}
     report.facts["data"][name] |= {"checked": of, "about": "; ".join(source.describe())}
-    report.tell(f"{bad} of {of} cannot be used; {rate(speed)} in one process")
+    report.detail(f"{bad} of {of} cannot be used; {rate(speed)} in one process")
     if lines:
         more = f", and {len(lines) - 1} more" if len(lines) > 1 else ""
         report.remark(f"{name}: {bad} of {of} cannot be used, as {lines[0]}{more}")
     if profiles:
         named = ", ".join(f"{number} {profile}" for profile, number in profiles.most_common(3))
-        report.tell(f"{profiles.total()} of {count} are converted to sRGB from: {named}")
+        report.detail(f"{profiles.total()} of {count} are converted to sRGB from: {named}")
     if small:
         report.remark(
             f"{name}: {small} of {count} sampled images are smaller than data.shorter_side={side}, "
@@ -559,7 +559,7 @@ def _check_overlap(report: Report, config: Config, pictures: Path) -> None:
     """Notes validation pictures that are also trained on, as they are or nearly so."""
     found = overlap.find(pictures, open_data(config, _ignored)[1])
     report.facts["validation"] = asdict(found)
-    report.tell(str(found))
+    report.detail(str(found))
     if found.common:
         one, other = next(iter(found.common.items()))
         verb = "is a training image" if len(found.common) == 1 else "are training images"
@@ -581,7 +581,7 @@ def _check_wandb(report: Report, config: Config) -> None:
     if outcome == "auto":
         outcome = "online" if wandb_reachable() else "offline: its server does not answer"
     report.facts["wandb"] = outcome
-    report.tell(outcome)
+    report.detail(outcome)
 
 
 def existing_parent(path: Path) -> Path:
@@ -601,7 +601,7 @@ def _try_iteration(
     device = torch.device("cuda" if cuda else "cpu")
     micro = micro_batch(config, world)
     count = micro if cuda else min(micro, FEW_IMAGES)
-    plan, sources = open_data(config, report.tell)
+    plan, sources = open_data(config, report.detail)
     adopt(finetuner, identity.of_data(sources), config.run_dir, allow_changes)
     dataset = PositionDataset(plan, sources, config)
     first = finetuner.iteration * config.global_batch
@@ -618,7 +618,7 @@ def _try_iteration(
             audit = gradient_audit(finetuner, batch.first(FEW_IMAGES))
         report.facts["gradient_audit"] = audit
         for name, norm in audit.items():
-            report.tell(f"gradient norm at decoder.conv_out.weight: {name} {norm:.4g}")
+            report.detail(f"gradient norm at decoder.conv_out.weight: {name} {norm:.4g}")
         seconds, cold = _timed_iteration(finetuner, batch)
     except RuntimeError as error:
         if not (cuda and machine.is_out_of_memory(error)):
@@ -640,7 +640,7 @@ def _try_iteration(
     }
     note = " (the first, cold iteration; later ones are quicker)" if cold else ""
     tried = f"{count} of {micro} images" if count < micro else counted(count, "image", "s")
-    report.tell(
+    report.detail(
         f"{tried} in {seconds:.2f} s{note} on {_device_name(cuda)}: "
         f"{rate(count / seconds)}; memory at most {memory(most)}"
     )
@@ -723,7 +723,7 @@ def _check_workers(report: Report, config: Config, wanted: float) -> None:
     """Compares one loader process with what the device takes."""
     slowest = min(entry["images_per_second_per_worker"] for entry in report.facts["data"].values())
     workers = math.ceil(wanted / slowest)
-    report.tell(
+    report.detail(
         f"data: {counted(workers, 'loader process', 'es')} can keep it busy; "
         f"data.workers={config.data.workers}"
     )
@@ -768,7 +768,7 @@ def _check_disk(report: Report, config: Config) -> None:
     start = _start_iteration(report, config)
     if start is None:
         writable = "" if planned else f"{run_dir} can be written; "
-        report.tell(f"{writable}how much is not known without the first iteration")
+        report.detail(f"{writable}how much is not known without the first iteration")
         return
     one = scaling.checkpoint_bytes(config)
     kept = kept_checkpoints(config.checkpoint, start, config.stop_iteration)
@@ -777,10 +777,10 @@ def _check_disk(report: Report, config: Config) -> None:
     needed, free = (kept + 1) * one - there, shutil.disk_usage(parent).free
     report.facts |= {"checkpoint_bytes": kept * one, "checkpoints": kept}
     if planned:
-        report.tell(f"{counted(kept, 'checkpoint', 's')} of {size(one)}: {size(kept * one)}")
+        report.detail(f"{counted(kept, 'checkpoint', 's')} of {size(one)}: {size(kept * one)}")
         return
     report.facts["free_bytes"] = free
-    report.tell(
+    report.detail(
         f"{counted(kept, 'checkpoint', 's')} of {size(one)} will be kept: {size(kept * one)}, and "
         f"one more while it is written; {size(free)} are free"
     )
@@ -791,23 +791,25 @@ def _check_disk(report: Report, config: Config) -> None:
         )
 
 
-def _tell_bill(report: Report, config: Config, world: int) -> None:
+def _report_bill(report: Report, config: Config, world: int) -> None:
     report.say("the bill:")
     _bill(report, config, world)
-    _tell_scaling(report, config, world)
+    _report_scaling(report, config, world)
 
 
 def _bill(report: Report, config: Config, world: int) -> None:
     start, seconds = _start_iteration(report, config), report.facts.get("seconds_per_image")
     if start is None:
-        report.tell("not known: weights that state their iteration, or init.iteration, are missing")
+        report.detail(
+            "not known: weights that state their iteration, or init.iteration, are missing"
+        )
         return
     warmup = report.facts.get("warmup", 0)
     iterations = max(0, config.stop_iteration - start) + warmup
     total = iterations * config.global_batch
     report.facts["images_total"] = total
     extra = f", {warmup:,} of them the discriminator's warm-up" if warmup else ""
-    report.tell(
+    report.detail(
         f"{counted(iterations, 'iteration', 's')}{extra} x {config.global_batch} = "
         f"{counted(total, 'image', 's')}"
     )
@@ -826,7 +828,7 @@ def _bill(report: Report, config: Config, world: int) -> None:
     took = duration(days * 86400)
     if machine.on_cuda(config.compute):
         took = f"{hours:,.3g} GPU-hours; with {counted(world, 'GPU', 's')} {took}"
-    report.tell(f"at the speed {measured} here: {took}, until {until} if it starts now")
+    report.detail(f"at the speed {measured} here: {took}, until {until} if it starts now")
 
 
 def date_in(days: float) -> datetime.datetime | None:
@@ -837,7 +839,7 @@ def date_in(days: float) -> datetime.datetime | None:
         return None
 
 
-def _tell_scaling(report: Report, config: Config, world: int) -> None:
+def _report_scaling(report: Report, config: Config, world: int) -> None:
     """More devices like this one from its measured speed; without a GPU, also the known kinds.
 
     The known kinds for kl-f8's shape alone.
@@ -851,18 +853,18 @@ def _tell_scaling(report: Report, config: Config, world: int) -> None:
         report.say(f"scaling, by docs/performance.md, from the speed of {_device_name(cuda)}:")
         if gpu is not None:
             computed = 1 / scaling.seconds_per_image(work, gpu)
-            report.tell(f"computed for {gpu.name}, not measured: {rate(computed)}")
+            report.detail(f"computed for {gpu.name}, not measured: {rate(computed)}")
         for count in scaling.GPU_COUNTS:
             if config.global_batch % count == 0:
                 found = scaling.predict(work, seconds, count, gpu)
-                report.tell(f"{count:>2}: {_predicted(found, work)}")
+                report.detail(f"{count:>2}: {_predicted(found, work)}")
     if not cuda and cost.is_full_size(config):
         work = scaling.workload(_for_gpus(config), iterations)
         report.say(f"predicted, not measured: {world} of each of these, by a roofline:")
         for kind in scaling.GPUS:
             seconds = scaling.seconds_per_image(work, kind, world)
             found = scaling.predict(work, seconds, world, kind)
-            report.tell(f"{kind.name:<14} {_predicted(found, work)}")
+            report.detail(f"{kind.name:<14} {_predicted(found, work)}")
             if found.days:
                 report.facts.setdefault("predicted", {})[kind.name] = found.days
 
