@@ -21,13 +21,7 @@ from typing import TYPE_CHECKING
 from kl_f8_train import next_command
 from kl_f8_train.arguments import build_parser, name_path_select
 from kl_f8_train.averages import selection
-from kl_f8_train.errors import (
-    MissingInputError,
-    RunFailedError,
-    UsageError,
-    UserError,
-    like_path,
-)
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError, like_path
 from kl_f8_train.launch import end_children, is_first_to_say, launched
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import say
@@ -35,7 +29,7 @@ from kl_f8_train.units import are, counted, duration
 from kl_f8_train.weights import hub
 
 if TYPE_CHECKING:
-    from kl_f8_train.check.doctor import Report
+    from kl_f8_train.check.findings import Report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,6 +110,7 @@ def _train(args: argparse.Namespace) -> int:
     run_dir = Path(config.run_dir)
     if not run_dir.is_dir():
         hub.check_exists(config.init.weights, "init.weights=")
+    # The first process of the run speaks for it; torch, which would know, is not imported yet.
     first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     if first:
         print(f"{config.name} in {config.run_dir}: loading ...", flush=True)
@@ -142,6 +137,7 @@ def _examine(args: argparse.Namespace, allow_changes: bool = False, in_full: boo
     recipe, overrides, as_json = args.config, args.overrides, args.json
     path = configs.find_recipe(recipe)
     launched()
+    # With --json, standard output holds that object alone.
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         if as_json or in_full:
             say("loading ...")
@@ -250,7 +246,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise UsageError("--latents-scaled is of saved latents; give --latents with it")
     _check_places(args.images, args.out)
     from kl_f8_train.score import report
-    from kl_f8_train.score.evaluate import PROTOCOLS, evaluate
+    from kl_f8_train.score.evaluate import evaluate
+    from kl_f8_train.score.protocol import PROTOCOLS
 
     sizes = args.size or [256]
     with _bar("image") as progress:
@@ -302,7 +299,7 @@ def _evaluate_latents(args: argparse.Namespace, named: list[tuple[str, Path, str
     if args.images:
         _check_places(args.images, args.out)
     from kl_f8_train.score import generated
-    from kl_f8_train.score.evaluate import PROTOCOLS
+    from kl_f8_train.score.protocol import PROTOCOLS
 
     with _bar("latent") as progress:
         generated.evaluate_latents(
@@ -333,6 +330,7 @@ def _check_places(images: str, out: Path) -> None:
     """Raises UsageError or MissingInputError for what the two paths alone show."""
     source = Path(images)
     _check_out(out)
+    # Whether a pattern or an address names something is seen when it is opened.
     if not any(sign in images for sign in "{*?[:") and not source.exists():
         raise MissingInputError(
             f"--images {images}: no such folder, shard or list of shards; check the path"
@@ -359,7 +357,7 @@ def _check_compared(compared: list[str] | None, names: list[str]) -> None:
 
 
 def _card(args: argparse.Namespace) -> int:
-    from kl_f8_train.run_dir import export_meant
+    from kl_f8_train.run_dir import EXPORT_FILE, export_meant
 
     if args.license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", args.license):
         raise UsageError(
@@ -369,7 +367,7 @@ def _card(args: argparse.Namespace) -> int:
     if args.base_model and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.base_model):
         raise UsageError(f"--base-model {args.base_model}: expected OWNER/NAME, as on the hub")
     needed = (
-        (args.export / "export.json", f"; give {export_meant(args.export)}"),
+        (args.export / EXPORT_FILE, f"; give {export_meant(args.export)}"),
         (args.scores, "; `kl-f8-train evaluate` writes scores.json"),
         (args.license_file, "; give the text of the license"),
     )

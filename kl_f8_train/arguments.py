@@ -12,6 +12,7 @@ from typing import NoReturn
 from kl_f8_train import __version__
 from kl_f8_train.averages import selection
 from kl_f8_train.errors import UsageError, like
+from kl_f8_train.facts import FAMILIES, OTHER
 from kl_f8_train.launch import is_first_to_say
 
 
@@ -91,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--images", type=Path, help="photographs that try half precision")
     export.add_argument(
         "--family",
-        choices=["sd", "sdxl", "sd3", "flux", "other"],
+        choices=[*FAMILIES, OTHER],
         help="models whose VAE it is, if the checkpoint does not know",
     )
     export.add_argument(
@@ -107,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     safe.add_argument("--images", type=Path, help="photographs that try half precision")
     safe.add_argument(
         "--family",
-        choices=["sd", "sdxl", "sd3", "flux", "other"],
+        choices=[*FAMILIES, OTHER],
         help="models whose VAE it is, if the file does not show it",
     )
     safe.add_argument("--force", action="store_true", help="overwrite files")
@@ -159,13 +160,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--tiled",
         type=_positive,
         nargs="?",
-        const=512,
+        const=512,  # ComfyUI's; diffusers takes sample_size of its config.json, such as 512
         metavar="PIXELS",
         help="measure the seams of decoding in tiles as diffusers and ComfyUI do (512)",
     )
     score.add_argument(
         "--latents-scaled",
-        choices=["no", "yes", "sd", "sdxl", "sd3", "flux"],
+        choices=["no", "yes", *FAMILIES],
         help="whether --latents are a sampler's: by the scale the VAE states, or that of a family",
     )
 

@@ -5,6 +5,7 @@ of weights is called `ema`, `ema-0.9999` or `raw`; the averages lie in checkpoin
 `ema_0_9999.`
 """
 
+import re
 from collections.abc import Sequence
 
 from kl_f8_train.units import shortest
@@ -16,8 +17,8 @@ def selection(decay: float) -> str:
 
 
 def label(selected: str) -> str:
-    """A selection for people: `EMA`, `EMA 0.9999`, `raw`."""
-    return selected.replace("ema", "EMA").replace("-", " ", 1)
+    """A selection, or a column's ending (`ema_0.9999`), for people: `EMA`, `EMA 0.9999`, `raw`."""
+    return re.sub("[-_]", " ", selected.replace("ema", "EMA"), count=1)
 
 
 def module_name(selected: str) -> str:

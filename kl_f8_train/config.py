@@ -24,7 +24,7 @@ from kl_f8_train.overrides import (
     read_value,
 )
 from kl_f8_train.rules import check, name_problems
-from kl_f8_train.run_dir import CONFIG_FILE
+from kl_f8_train.run_dir import CONFIG_FILE, is_run
 from kl_f8_train.settings import MISSING, SETTINGS, Config, Source, leaves, setting_of, to_dict
 from kl_f8_train.units import quoted, written
 
@@ -77,9 +77,13 @@ def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> di
 
 
 def _merge(path: Path, overrides: list[str] | tuple[str, ...]) -> DictConfig:
+    """The declared settings, over them the recipe's, and over those the overrides."""
     raw = _read_yaml(path)
+    if path.name == CONFIG_FILE and is_run(path.parent):
+        raw["run_dir"] = str(path.parent)  # a run may be moved, or named from another directory
     _expand_source_shorthand(raw, path)
     _refuse_dotted(raw, path)
+    # One value for a whole group: said here which settings it has, as omegaconf names a class.
     for key, value in leaves(raw):
         if known_setting(key, str(path)).is_group and isinstance(
             value, bool | int | float | str | list
@@ -170,6 +174,7 @@ def _override(merged: DictConfig, text: str) -> None:
         if not parent.startswith("data.sources."):
             raise UsageError(f"{key}: {parent} is null in this recipe; set it in the file")
         OmegaConf.update(merged, parent, Source(), force_add=True)
+    # Without `merge`, which would add the sources of an override to the recipe's.
     OmegaConf.update(merged, key, parsed, force_add=True, merge=False)
 
 
@@ -182,7 +187,7 @@ def _in_our_words(where: str) -> Iterator[None]:
         raise UsageError(f"{where}: {error}; give a smaller number") from error
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        key = re.sub(r"\[\d+\]$", "", str(error.full_key or ""))
+        key = re.sub(r"\[\d+\]$", "", str(error.full_key or ""))  # without an element's number
         found = setting_of(key)
         if found is None:
             text = (

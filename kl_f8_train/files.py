@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -28,18 +29,23 @@ def atomic_path(path: Path, temporary: Path | None = None, sync: bool = True) ->
 
     `temporary` names it, for a file that one process at a time writes. `sync=False` does not wait
     for the disk: for files that are quickly made again. Raises RunFailedError with the free space
-    if it cannot be written.
+    if it cannot be written. What killed processes left of the same file is removed first.
     """
-    temporary = temporary or hidden_beside(path, f"{os.getpid()}-{secrets.token_hex(4)}.part")
+    own = temporary is None
+    temporary = temporary or hidden_part(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if own and sync:
+            remove_abandoned(path)
         temporary.touch()
         mode = temporary.stat().st_mode  # by the umask, which cannot be read without changing it
-        yield temporary
-        if sync:
-            _sync(temporary)
-        temporary.chmod(stat.S_IMODE(mode))  # safetensors writes 0600
-        temporary.replace(path)
+        with in_use(temporary):
+            yield temporary
+        with in_use(temporary):  # safetensors puts another file in its place
+            if sync:
+                _sync(temporary)
+            temporary.chmod(stat.S_IMODE(mode))  # safetensors writes 0600
+            temporary.replace(path)
         if sync:  # the rename changes the directory, which a power failure could undo
             _sync(path.parent)
     except (OSError, RuntimeError) as error:
@@ -47,6 +53,40 @@ def atomic_path(path: Path, temporary: Path | None = None, sync: bool = True) ->
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def hidden_part(path: Path) -> Path:
+    """Where this process makes a file or directory that will be `path`."""
+    return hidden_beside(path, f"{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+@contextlib.contextmanager
+def in_use(part: Path) -> Iterator[None]:
+    """Holds a lock on a file or directory, by which others see that its process is alive."""
+    descriptor = os.open(part, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Deletes what `hidden_part` named for `path` and no process has in use.
+
+    It stays where the file system has no locks.
+    """
+    ours = re.compile(rf"\.{re.escape(path.name)}\.\d+-[0-9a-f]{{8}}\.part")
+    for name in filter(ours.fullmatch, os.listdir(path.parent)):
+        part = path.parent / name
+        with contextlib.suppress(OSError):
+            descriptor = os.open(part, os.O_RDONLY if part.is_dir() else os.O_RDWR)  # for NFS
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def _sync(path: Path) -> None:

@@ -306,16 +306,11 @@ def crop(image: Tensor, side: int, top_share: float = 0.5, left_share: float = 0
     return image[..., top : top + side, left : left + side].contiguous()
 
 
-def square(data: bytes, side: int) -> Tensor:
-    """Encoded image -> its centre as uint8 (3, side, side), the shorter side resized to `side`.
-
-    Raises ImageError as `decode` does.
-    """
-    return squares(data, [side])[0]
-
-
 def squares(data: bytes, sides: Iterable[int]) -> list[Tensor]:
-    """`square` for each of `sides`; the image is decoded once."""
+    """Encoded image -> its centre as uint8 (3, side, side) for each of `sides`, decoded once.
+
+    The shorter side is resized to `side`. Raises ImageError as `decode` does.
+    """
     whole = decode(data)
     return [crop(resize_shorter(whole, side), side) for side in sides]
 

@@ -1,4 +1,4 @@
-"""Launcher variables and signals, errors that all ranks have, and the end of loader processes."""
+"""Launcher variables and signals, errors that all ranks have, cores, and the end of loaders."""
 
 import contextlib
 import hashlib
@@ -19,6 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # load
 TORCHRUN, SRUN = "torchrun", "srun"
 RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID")
 TORCHELASTIC, RESTARTS = "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"  # of torchrun alone
+# By these a launcher is recognised; a message names those to unset.
 SIGNS = ("LOCAL_WORLD_SIZE", "WORLD_SIZE", *RANKS, "MASTER_PORT", "SLURM_STEP_ID")
 
 
@@ -127,6 +128,13 @@ def _number(name: str, launcher: str, least: int = 0, most: int = 99_999) -> int
 def _remedy(launcher: str) -> str:
     there = ", ".join(name for name in SIGNS if name in os.environ)
     return f", as {launcher} sets it; start the processes with it, or unset {there}"
+
+
+def available_cores() -> int:
+    """Cores that this process may run on; on macOS all of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def is_first_to_say(message: str) -> bool:

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from kl_f8_train.errors import MissingInputError
-from kl_f8_train.run_dir import is_run
+from kl_f8_train.run_dir import CONFIG_FILE, EXPORT_FILE, is_run
 from kl_f8_train.weights import hub
 
 LONGEST_NEXT = 200  # letters of a command that is printed although a flag less would do
@@ -34,7 +34,7 @@ def after_export(out: Path) -> str:
     scores = Path("evaluation") / "scores.json"
     if card.are_scores_of(scores, out):
         return _card_command(out, str(scores))
-    config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load((out / CONFIG_FILE).read_text(encoding="utf-8"))
     base, pictures = config["init"]["weights"], config["log"]["pictures"]
     files = sorted([*out.glob("*.safetensors"), *out.glob("*.ckpt"), *out.glob("diffusers")])
     with contextlib.suppress(MissingInputError):
@@ -54,7 +54,7 @@ def _card_command(export: Path, scores: str) -> str:
 
 def after_scores(out: Path, path: Path, select: str) -> str:
     """What comes next for scored weights: export, the card of their export, or nothing."""
-    if (path.parent / "export.json").is_file():
+    if (path.parent / EXPORT_FILE).is_file():
         return _card_command(path.parent, str(out / "scores.json"))
     if is_run(path) or is_run(path.parent.parent):
         decay = ["--ema", select.removeprefix("ema-")]

@@ -20,7 +20,7 @@ def parse_sources(text: str) -> dict[str, dict[str, str]]:
         return name_sources([body])
     if body.startswith("[") and body.endswith("]"):
         body = body[1:-1]
-    return name_sources(re.split(r",(?![^{]*\})", body))
+    return name_sources(re.split(r",(?![^{]*\})", body))  # not at those of `{a,b}`
 
 
 def name_sources(patterns: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -87,7 +87,8 @@ def read_value(key: str, text: str, where: str = "") -> Any:
         return Source(shards=text)
     if is_dataclass(kind):
         names = ", ".join(f"{key}.{name}" for name in _below(key))
-        raise UsageError(f"{shown}={text}: this is a group of settings; set {names}")
+        none = f", or {key}=null for none" if found.nullable else ""
+        raise UsageError(f"{shown}={text}: this is a group of settings; set {names}{none}")
     values = [p.strip() for p in text.strip().strip("[]").split(",") if p.strip()]
     if origin is Union:
         numbers = [_typed(value, get_args(kind)[0]) for value in values]

@@ -1,6 +1,7 @@
 """Rules between settings: what follows from several of them, and what contradicts."""
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,10 +22,13 @@ from kl_f8_train.settings import (
 )
 from kl_f8_train.units import written
 
+MADE = ("run_dir", "data.index_dir", "data.cache_dir")  # directories that are made if need be
+
 
 def check(config: Config) -> None:
     """Raises UsageError naming every value that cannot be used."""
     problems = list(_ranges(config))
+    # Shares and micro-batches are computed from these: reported only where they can be.
     if not any(line.startswith(("global_batch", "compute.", "data.sources")) for line in problems):
         problems += _batch_problems(config)
     if config.loss.perceptual != "lpips_vgg" and not config.loss.allow_stand_in:
@@ -74,12 +78,14 @@ def source_shares(config: Config) -> dict[str, int]:
 
 def nearest(shares: Mapping[str, float]) -> dict[str, int]:
     """Whole numbers of the same sum, at least 1 if there are enough, as near as can be."""
+    # The largest-remainder method: all shares rounded down, and what is missing to the largest
+    # remainders. 1e-9 for a whole number that division made a little smaller.
     left = {name: max(1, math.floor(share + 1e-9)) for name, share in shares.items()}
     missing = round(sum(shares.values())) - sum(left.values())
     for name in sorted(shares, key=lambda name: left[name] - shares[name])[: max(0, missing)]:
         left[name] += 1
     largest = max(left, key=lambda name: left[name])
-    left[largest] += min(0, missing)
+    left[largest] += min(0, missing)  # where the 1s came to too many
     return left
 
 
@@ -142,7 +148,7 @@ def _ranges(config: Config) -> Iterator[str]:
         for key, value in values.items()
         if isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
     ]
-    if nested:
+    if nested:  # what follows compares numbers
         yield from nested
         return
     yield from _bounds(values, levels=len(config.model.ch_mult))
@@ -180,6 +186,8 @@ def _bounds(values: Mapping[str, Any], levels: int) -> Iterator[str]:
     for key, value in values.items():
         if isinstance(value, str) and "\0" in value:
             yield f"{key}={value!r}: expected a text without a NUL byte"
+        if key in MADE and value and (meant := os.path.expanduser(value)) != value:
+            yield f"{key}={value}: no shell has replaced its ~; write {meant}"
         if (found := setting_of(key)) and found.bounds and value is not None:
             least, most = found.bounds
             most = levels if key == "compute.checkpoint_levels" else most
@@ -193,7 +201,7 @@ def _sizes(config: Config) -> Iterator[str]:
     if not 1 <= levels <= MOST_LEVELS:
         yield f"model.ch_mult={config.model.ch_mult}: expected 1 to {MOST_LEVELS} numbers"
     else:
-        multiple = 2 ** (levels - 1)
+        multiple = config.model.downsampling
         if config.data.crop % multiple:
             yield f"data.crop={config.data.crop}: expected a multiple of {multiple}"
         sizes = validation_sizes(config)

@@ -16,6 +16,7 @@ from kl_f8_train.errors import LostContactError, RunFailedError, UserError
 from kl_f8_train.files import atomic_path, write_json
 
 CONFIG_FILE, METRICS_FILE, VALIDATION_FILE = "config.yaml", "metrics.csv", "validation.csv"
+EXPORT_FILE = "export.json"  # of an export: what was written, from what, with which hashes
 NAME = re.compile(r"iteration-(\d{9})(-warmup-\d{6})?\.safetensors$")
 FAILURE_FILE = "failure.json"  # why the last start failed; the next one removes it
 CLAIM = ".claim"  # of the process that trains in a run directory
@@ -36,7 +37,7 @@ def is_run(directory: Path) -> bool:
 def export_meant(directory: Path) -> str:
     """What to give in place of a directory that is not an export, such as a run's own."""
     inside = directory / "export"
-    if (inside / "export.json").is_file():
+    if (inside / EXPORT_FILE).is_file():
         return f"its export, {inside}"
     return "a directory that `kl-f8-train export` wrote"
 
@@ -85,12 +86,12 @@ def skipped_images(files: Iterable[Path]) -> dict[str, str]:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Deletes temporary files that a killed run left beside its checkpoints.
+    """Deletes temporary files that a killed run left beside its own.
 
     Some are ours, others safetensors', which writes to `.tmpXXXXXX` beside the name it is given.
     """
-    for pattern in (".*.part", ".tmp*"):
-        for path in (run_dir / "checkpoints").glob(pattern):
+    for pattern in (".*.part", "pictures/.*.part", "checkpoints/.*.part", "checkpoints/.tmp*"):
+        for path in run_dir.glob(pattern):
             path.unlink(missing_ok=True)
 
 
@@ -103,9 +104,8 @@ def claimed(run_dir: Path) -> Iterator[None]:
     """
     with (run_dir / CLAIM).open("a+", encoding="utf-8") as file:
         try:
-            fcntl.lockf(
-                file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # held by the process; forks do not inherit it
+            # Held by the process: a forked loader does not inherit it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
             owner = file.read().strip() or "another process"

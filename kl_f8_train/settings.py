@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from kl_f8_train.units import written
 
 MISSING: Any = "???"  # omegaconf's mark of a value that must be given
+# Bounds are inclusive, so the floats next to 0 and 1 stand for "above 0" and "below 1".
 ABOVE_0, BELOW_1, ANY = math.ulp(0.0), math.nextafter(1.0, 0.0), sys.float_info.max
 ITERATIONS = 10**9 - 1  # a checkpoint's name has nine digits
 IMAGES, PIXELS, CHANNELS, MOST_LEVELS = 10**6, 2**16, 2048, 8  # beyond any use
@@ -107,10 +108,15 @@ class Model:
         "1x1 convolutions around the latents", True, usual="true; SD3 and FLUX: false"
     )
 
+    @property
+    def downsampling(self) -> int:
+        """Pixels of a latent's side: each level but the last halves an image."""
+        return 2 ** (len(self.ch_mult) - 1)
+
 
 KL_F8 = Model(ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=4, embed_dim=4)
 KL_F8_16 = replace(KL_F8, z_channels=16, embed_dim=16, quant_conv=False)  # SD3's and FLUX's
-KL_F8_SHAPES = (KL_F8, KL_F8_16)
+KL_F8_SHAPES = {"kl-f8": KL_F8, "16-channel kl-f8": KL_F8_16}  # that are published
 
 
 @dataclass(kw_only=True)
@@ -622,6 +628,7 @@ def _settings(kind: Any, prefix: str = "") -> Iterator[tuple[str, Setting]]:
             kinds = tuple(arg for arg in get_args(declared) if arg is not NoneType)
             declared = Union[kinds]  # noqa: UP007, of one is that one
         default = [] if item.default is NO_DEFAULT else item.default  # of a group, unused
+        # A group has a row of its own before its settings; of sources also `data.sources.NAME`.
         found = Setting(declared, nullable, default, **item.metadata)
         yield f"{prefix}{item.name}", found
         inner = declared

@@ -19,7 +19,7 @@ from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.publish.export import export
 from kl_f8_train.run import status
 from kl_f8_train.run.train import train
-from kl_f8_train.score import evaluate
+from kl_f8_train.score.candidates import load_candidates
 from kl_f8_train.weights import checkpoint, weight_file
 
 DECAYS = (0.9, 0.5, 0.99)  # the first is the run's
@@ -282,7 +282,7 @@ def test_evaluate_takes_averages_by_their_decay(folder):
     texts = [f"{folder / 'run'}{mark}" for mark in ("", "@0.9", "@.50", "@0.99", "@raw")]
     named = [name_path_select(text) for text in texts]
     assert [name for name, *_ in named] == ["run", "run@0.9", "run@.50", "run@0.99", "run@raw"]
-    found = evaluate.load_candidates(named, "cpu")
+    found = load_candidates(named, "cpu")
     tensors = runs.final_state(folder, "run").tensors
     places = ("ema.", "ema.", "ema_0_5.", "ema_0_99.", "autoencoder.")
     for candidate, place in zip(found, places, strict=True):
@@ -291,9 +291,9 @@ def test_evaluate_takes_averages_by_their_decay(folder):
     selected = [candidate.record["select"] for candidate in found]
     assert selected == ["ema", "ema-0.9", "ema-0.5", "ema-0.99", "raw"]
     with pytest.raises(MissingInputError, match=r"no EMA of decay 0\.7 in it: it keeps 0\.9, 0\.5"):
-        evaluate.load_candidates([name_path_select(f"{folder / 'run'}@0.7")], "cpu")
+        load_candidates([name_path_select(f"{folder / 'run'}@0.7")], "cpu")
     with pytest.raises(MissingInputError, match="it is not a training checkpoint of a run"):
-        evaluate.load_candidates([name_path_select(f"{folder / 'model.ckpt'}@0.9")], "cpu")
+        load_candidates([name_path_select(f"{folder / 'model.ckpt'}@0.9")], "cpu")
 
 
 def test_a_path_that_ends_like_a_decay_is_a_path(tmp_path):

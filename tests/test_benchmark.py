@@ -180,7 +180,7 @@ def test_recompiles_are_counted_for_each_variant(tiny):
 @pytest.mark.parametrize("largest", [0, 1, 2, 7, 12, 100])
 @pytest.mark.parametrize("start", [1, 12])
 def test_largest_batch_is_found(largest, start):
-    assert benchmark.largest_that_fits(lambda number: number <= largest, start) == largest
+    assert cost.largest_that_fits(lambda number: number <= largest, start) == largest
 
 
 @pytest.mark.parametrize(

@@ -567,12 +567,45 @@ def test_warm_up_is_older_than_its_end(tmp_path):
 
 def test_leftovers_are_no_checkpoints(tmp_path):
     make_checkpoints(tmp_path, (5, 0))
-    leftover = tmp_path / "checkpoints" / ".iteration-000000009.safetensors.77.part"
-    leftover.write_text("half")
+    hidden = (".config.yaml.7.part", "pictures/.iteration-000000009.jpg.7.part")
+    leftovers = [tmp_path / name for name in hidden]
+    leftovers += [tmp_path / "checkpoints" / ".iteration-000000009.safetensors.77.part"]
+    for leftover in leftovers:
+        leftover.parent.mkdir(exist_ok=True)
+        leftover.write_text("half")
     assert names(tmp_path) == ["000000005"]
     remove_leftovers(tmp_path)
-    assert not leftover.exists()
+    assert not any(leftover.exists() for leftover in leftovers)
     assert names(tmp_path) == ["000000005"]
+
+
+STOP_IN_THE_MIDDLE = """
+import pathlib, sys, time
+from kl_f8_train.files import atomic_path
+with atomic_path(pathlib.Path(sys.argv[1])) as part:
+    part.write_text("half")
+    print("half", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_next_write_removes_what_killed_ones_left_and_nothing_else(tmp_path):
+    path = tmp_path / "x.safetensors"
+    other = tmp_path / ".y.safetensors.7-01234567.part"
+    other.touch()
+    command = [sys.executable, "-c", STOP_IN_THE_MIDDLE, str(path)]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    for writer in writers:
+        assert writer.stdout.readline() == b"half\n"
+    writers[0].kill()
+    writers[0].wait()
+    write_text(path, "whole")
+    (left,) = tmp_path.glob(".x.*")
+    assert f".{writers[1].pid}-" in left.name
+    writers[1].kill()
+    writers[1].wait()
+    write_text(path, "whole")
+    assert sorted(tmp_path.iterdir()) == [other, path]
 
 
 WRITE = """

@@ -411,12 +411,20 @@ def test_a_text_is_never_null(key):
     assert f"{key}=null: cannot be null; expected " in refused(f"{key}=null")
 
 
+@pytest.mark.parametrize("key", ["run_dir", "data.index_dir", "data.cache_dir"])
+def test_a_tilde_makes_no_directory_of_that_name(key):
+    said = refused(f"{key}=~/here")
+    assert f"{key}=~/here: no shell has replaced its ~; write {Path.home()}/here" in said
+    samples.recipe("ft_ema", f"{key}=./~here")
+
+
 def test_null():
     settings = samples.recipe("ft_ema", "adversarial=null", "data.shorter_side=null")
     assert settings.adversarial is None
     assert settings.data.shorter_side is None
     assert "adversarial is null" in refused("adversarial=null", "adversarial.weight=1")
     assert "adversarial is null" in refused("adversarial.weight=1", name="ft_mse")
+    assert "or adversarial=null for none" in refused("adversarial=false")
 
 
 @pytest.mark.parametrize(

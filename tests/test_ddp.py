@@ -25,7 +25,8 @@ from kl_f8_train.core.hashes import tensors_sha256
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.run import saving
-from kl_f8_train.run.train import Iterations, _DecoderDDP
+from kl_f8_train.run.train import Iterations
+from kl_f8_train.run.trainer import DecoderDDP
 from kl_f8_train.run.watchdog import FIRST, longest_wait
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.weights import weight_file
@@ -429,7 +430,7 @@ def test_torch_waits_longer_than_the_watchdog():
     for minutes in (0.1, 10, 10**6):
         assert longest_wait(minutes).total_seconds() > 60 * FIRST * minutes
     settings = config.load(config.find_recipe("demo"), [*runs.TINY, "data.sources=x"])
-    assert _DecoderDDP(settings)._timeout == longest_wait(10)
+    assert DecoderDDP(settings)._timeout == longest_wait(10)
 
 
 def test_a_stopped_rank_is_named(folder):

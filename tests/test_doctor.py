@@ -15,13 +15,15 @@ import samples
 import torch
 
 from kl_f8_train.__main__ import main
-from kl_f8_train.check import cost, doctor, scaling, screen
+from kl_f8_train.check import bill, cost, doctor, findings, scaling, screen, trial
 from kl_f8_train.core import machine
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.losses import reconstruction_loss
+from kl_f8_train.data.loading import PositionDataset, collate, open_data
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.files import file_sha256
 from kl_f8_train.next_command import after_doctor
+from kl_f8_train.run.start import start_or_resume
 from kl_f8_train.run.train import train
 from kl_f8_train.run_dir import checkpoint_path, list_checkpoints, remove_old_checkpoints
 from kl_f8_train.settings import Checkpoint
@@ -99,7 +101,7 @@ def test_count_of_kept_checkpoints(tmp_path, start, last, milestone):
             path.touch()
             remove_old_checkpoints(path, last, milestone)
     left = len(list_checkpoints(tmp_path))
-    assert doctor.kept_checkpoints(settings, start, 107) == left
+    assert bill.kept_checkpoints(settings, start, 107) == left
 
 
 def test_a_run_that_would_resume_is_left_as_it_is(examined, folder):
@@ -126,7 +128,7 @@ def test_a_run_that_would_resume_is_left_as_it_is(examined, folder):
 
 
 def test_a_cold_iteration_is_called_one(examined, monkeypatch):
-    monkeypatch.setattr(doctor, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(trial, "PATIENCE_SECONDS", 0.0)
     _, found, printed = examined("cold", "stop_iteration=110", *runs.NO_ADVERSARIAL)
     assert found["cold_iteration"]
     assert "s (the first, cold iteration; later ones are quicker) on " in printed
@@ -142,9 +144,9 @@ def test_an_iteration_that_compiled_is_run_again(examined, monkeypatch):
         graphs.append(machine.compiled_graphs() - before)
         return norms
 
-    gradient_audit = doctor.gradient_audit
-    monkeypatch.setattr(doctor, "gradient_audit", audit)
-    monkeypatch.setattr(doctor, "PATIENCE_SECONDS", 0.0)
+    gradient_audit = trial.gradient_audit
+    monkeypatch.setattr(trial, "gradient_audit", audit)
+    monkeypatch.setattr(trial, "PATIENCE_SECONDS", 0.0)
     eager = partial(machine.compile_networks, backend="eager")
     monkeypatch.setattr(machine, "compile_networks", eager)
     switches = "compute.compile=true", "stop_iteration=110", *runs.NO_ADVERSARIAL
@@ -155,8 +157,8 @@ def test_an_iteration_that_compiled_is_run_again(examined, monkeypatch):
 
 
 def test_an_end_beyond_the_calendar_has_no_date():
-    assert doctor.date_in(1.0) is not None
-    assert [doctor.date_in(days) for days in (4e6, 1e300)] == [None, None]
+    assert bill.date_in(1.0) is not None
+    assert [bill.date_in(days) for days in (4e6, 1e300)] == [None, None]
 
 
 def test_dry_run_is_the_same_and_trains_nothing(folder, capsys):
@@ -285,10 +287,10 @@ def test_a_login_machine_s_memory_says_nothing_about_the_plan_for_gpus():
 def audited(folder: Path, *extra: str):
     """The audit of a tiny run's first batch, with its finetuner and the batch."""
     settings = runs.recipe(folder, "audit", *extra)
-    finetuner, _ = doctor.start_or_resume(settings, folder / "audit", False)
-    dataset = doctor.PositionDataset(*doctor.open_data(settings), settings)
-    batch: Batch = doctor.collate([dataset[400 + slot] for slot in range(4)])
-    return doctor.gradient_audit(finetuner, batch), finetuner, batch
+    finetuner, _ = start_or_resume(settings, folder / "audit", False)
+    dataset = PositionDataset(*open_data(settings), settings)
+    batch: Batch = collate([dataset[400 + slot] for slot in range(4)])
+    return trial.gradient_audit(finetuner, batch), finetuner, batch
 
 
 def test_the_pixel_norm_is_that_of_the_training_step(folder):
@@ -537,7 +539,7 @@ def test_the_next_command_is_printed_where_it_is_short():
 
 @pytest.mark.parametrize(
     ("part", "where"),
-    [("check.doctor._check_source", "data: shards"), ("check.screen.lines", "screen")],
+    [("check.inputs.check_source", "data: shards"), ("check.screen.lines", "screen")],
 )
 def test_a_crash_in_a_check_is_no_go(folder, capsys, monkeypatch, part, where):
     """Whatever a check does not foresee: the others go on, and the verdict comes."""
@@ -576,7 +578,7 @@ def test_a_plan_shows_the_disk_that_it_takes(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_settings_that_do_nothing_beside_others_are_noted(folder, settings, note):
-    report = doctor.Report(lambda line: None, facts={"start_iteration": 100})
+    report = findings.Report(lambda line: None, facts={"start_iteration": 100})
     chosen = runs.recipe(folder, "useless", "stop_iteration=200", *settings)
     doctor._note_useless_settings(report, chosen)
     assert [line[: len(note or "")] for line in report.remarks] == ([note] if note else [])

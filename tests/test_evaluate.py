@@ -27,8 +27,19 @@ from kl_f8_train.data.pack import pack
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import file_sha256
 from kl_f8_train.run_dir import checkpoint_path
-from kl_f8_train.score import evaluate, report, scores, tiled
-from kl_f8_train.score.evaluate import CARD, STANDARD, Candidate, EvaluatedImage, ImageSet, Networks
+from kl_f8_train.score import evaluate, measure, report, scores, tiled
+from kl_f8_train.score.candidates import (
+    Candidate,
+    load_candidates,
+    perturbed,
+    posterior_noise,
+    reconstruct,
+    with_noise,
+)
+from kl_f8_train.score.image_set import EvaluatedImage, ImageSet
+from kl_f8_train.score.inception import FEATURES, Inception
+from kl_f8_train.score.measure import Networks
+from kl_f8_train.score.protocol import CARD, STANDARD
 from kl_f8_train.score.scores import SHIFT_METRICS, ImageScores, Tally
 from kl_f8_train.weights import pretrained, weight_file
 
@@ -86,7 +97,7 @@ def loaded(folder: Path, where="photos") -> list[EvaluatedImage]:
 
 def candidates(folder: Path, names="abc") -> list[Candidate]:
     named = [(name, folder / f"{name}.safetensors", "ema") for name in names]
-    return evaluate.load_candidates(named, "cpu")
+    return load_candidates(named, "cpu")
 
 
 def stack(some: list[EvaluatedImage]) -> Tensor:
@@ -181,7 +192,7 @@ def test_pictures_are_exactly_what_was_scored(folder, single):
         x = images.decode((folder / "single" / entry["input"]).read_bytes())
         for name, file in entry["models"].items():
             y = images.decode((folder / "single" / file).read_bytes())
-            again = evaluate.score(x[None], y[None])
+            again = measure.score(x[None], y[None])
             for metric in ("psnr", "ssim", "sharpness", "blue_shift"):
                 expected = float(rows[name, entry["image"]][metric])
                 assert again[metric].item() == pytest.approx(expected, rel=1e-5, abs=1e-4)
@@ -283,7 +294,7 @@ def test_standard_scores_are_skimage_s():
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
     x, y = pair()
-    ours = evaluate.score(x, y, STANDARD.border)
+    ours = measure.score(x, y, STANDARD.border)
     x01, y01 = (image[0].permute(1, 2, 0).numpy() / 255.0 for image in (x, y))
     expected = structural_similarity(
         x01,
@@ -303,7 +314,7 @@ def test_standard_scores_are_skimage_s():
 def test_psim_restated_in_float64(vgg, vgg_file):
     """The sum over five layers of 1 - the mean cosine between the features at each place."""
     x, y = pair()
-    ours = evaluate.score(x, y, network=perceptual.lpips_vgg(*pretrained.vgg_features(vgg_file)))
+    ours = measure.score(x, y, network=perceptual.lpips_vgg(*pretrained.vgg_features(vgg_file)))
     layers = [vgg.trunk(vgg.scaling(image.double() / 127.5 - 1)) for image in (x, y)]
     expected = 0.0
     for a, b in zip(*layers, strict=True):
@@ -321,10 +332,10 @@ def test_protocols_differ_where_they_say(folder):
     with torch.no_grad():
         posterior = model.encode(images.to_float(batch))
         mode = (model.decode(posterior.mean).clamp(-1, 1) + 1) / 2 * 255
-        noise = evaluate.posterior_noise(keys, posterior.mean)
+        noise = posterior_noise(keys, posterior.mean)
         sampled = (model.decode(posterior.sample(noise)).clamp(-1, 1) + 1) / 2 * 255
-    (standard,) = evaluate.reconstruct(group, batch, keys, STANDARD)
-    (card,) = evaluate.reconstruct(group, batch, keys, CARD)
+    (standard,) = reconstruct(group, batch, keys, STANDARD)
+    (card,) = reconstruct(group, batch, keys, CARD)
     assert (standard.double() - mode.double().round()).abs().max() <= 1  # at .5, by float32
     assert (standard != mode.round().byte()).float().mean() < 1e-3
     assert (card != sampled.floor().byte()).float().mean() < 1e-3
@@ -334,17 +345,17 @@ def test_protocols_differ_where_they_say(folder):
 
 def test_noise_follows_from_seed_and_name_alone():
     like = torch.zeros(3, 4, 2, 2)
-    noise = evaluate.posterior_noise(["a", "b", "c"], like)
-    assert torch.equal(noise.flip(0), evaluate.posterior_noise(["c", "b", "a"], like))
+    noise = posterior_noise(["a", "b", "c"], like)
+    assert torch.equal(noise.flip(0), posterior_noise(["c", "b", "a"], like))
     assert not torch.equal(noise[0], noise[1])
-    assert not torch.equal(noise, evaluate.posterior_noise(["a", "b", "c"], like, seed=1))
+    assert not torch.equal(noise, posterior_noise(["a", "b", "c"], like, seed=1))
 
 
 def test_frechet_is_that_of_torch_fidelity(folder, inception_file, tmp_path):
     """On the same features; see the slow test for the whole way."""
-    network = evaluate.Inception(inception_file)
+    network = Inception(inception_file)
     features = network(stack(loaded(folder)[1:3]))
-    assert features.shape == (2, evaluate.FEATURES)
+    assert features.shape == (2, FEATURES)
     theirs = network.network(stack(loaded(folder)[1:3]))[0]
     assert torch.equal(features, theirs)
     assert features.std() > 0
@@ -363,7 +374,7 @@ def test_rfid_is_torch_fidelity_s(folder, inception_file):
     some = loaded(folder, "seven")
     group = candidates(folder, "a")
     for sample in some:
-        (output,) = evaluate.reconstruct(group, sample.image[None], [sample.key])
+        (output,) = reconstruct(group, sample.image[None], [sample.key])
         for kind, image in (("x", sample.image), ("y", output[0])):
             path = folder / "rfid" / kind / sample.key
             path.parent.mkdir(exist_ok=True)
@@ -386,7 +397,7 @@ def test_rfid_is_torch_fidelity_s(folder, inception_file):
 
 def measured(group, some: list[EvaluatedImage], batch_size: int) -> Tally:
     networks = Networks(pretrained.build("st_lpips_alex"))
-    return evaluate.measure(group, networks, CARD, some, device="cpu", batch_size=batch_size)
+    return measure.measure(group, networks, CARD, some, device="cpu", batch_size=batch_size)
 
 
 def test_batches_do_not_change_a_printed_digit(folder):
@@ -532,9 +543,9 @@ def test_equal_encoders_encode_once(folder):
     for module, kind in modules:
         module.register_forward_hook(lambda *_, kind=kind: calls.update({kind: calls[kind] + 1}))
     some = loaded(folder)[:3]
-    outputs = list(evaluate.reconstruct(group, stack(some), [s.key for s in some]))
+    outputs = list(reconstruct(group, stack(some), [s.key for s in some]))
     assert calls == {"encoder": 2, "decoder": 3}
-    alone = list(evaluate.reconstruct(candidates(folder, "b"), stack(some), [s.key for s in some]))
+    alone = list(reconstruct(candidates(folder, "b"), stack(some), [s.key for s in some]))
     assert torch.equal(outputs[1], alone[0])
 
 
@@ -547,7 +558,7 @@ def test_an_image_is_decoded_once_and_its_features_computed_once(folder, monkeyp
     network.trunk.register_forward_hook(lambda *_: seen.append(1))
     image_set = ImageSet(str(folder / "seven"), SIZE)
     samples_ = image_set.stream(range(7), threads=2)
-    evaluate.measure(group, Networks(network), CARD, samples_, device="cpu", batch_size=1)
+    measure.measure(group, Networks(network), CARD, samples_, device="cpu", batch_size=1)
     assert len(decoded) == 7
     assert len(seen) == 7 * (1 + 3)
 
@@ -696,7 +707,7 @@ def test_a_run_has_ema_and_raw_weights(folder):
     path = checkpoint_path(folder / "run", 9)
     weight_file.write_safetensors(path, state, {"iteration": "9"})
     named = [("ema", folder / "run", "ema"), ("raw", folder / "run", "raw")]
-    ema, other = evaluate.load_candidates(named, "cpu")
+    ema, other = load_candidates(named, "cpu")
     for candidate, model in ((ema, averaged), (other, raw)):
         assert candidate.record["iteration"] == 9
         assert torch.equal(candidate.model.last_layer, model.last_layer)
@@ -713,11 +724,11 @@ def test_noise_follows_from_image_and_sigma_and_is_shared_by_all_vaes():
     keys = ["a", "b", "c"]
 
     def draw(latents: Tensor, names: list[str], sigma: float) -> Tensor:
-        noisy = evaluate.with_noise(latents, names, sigma)
+        noisy = with_noise(latents, names, sigma)
         return (noisy - latents) / (sigma * latents.std(dim=(1, 2, 3), keepdim=True))
 
     first = draw(z, keys, 0.4)
-    assert torch.equal(evaluate.with_noise(z, keys, 0.0), z)
+    assert torch.equal(with_noise(z, keys, 0.0), z)
     torch.testing.assert_close(draw(2 * z * scales + 5, keys, 0.4), first, atol=1e-4, rtol=0)
     torch.testing.assert_close(draw(z.flip(0), keys[::-1], 0.4).flip(0), first, atol=1e-5, rtol=0)
     assert (draw(z, keys, 0.2) - first).abs().max() > 1  # another draw, not a part of this one
@@ -751,8 +762,8 @@ def test_what_is_scored_at_a_sigma_is_what_it_decodes(folder):
     model = candidates(folder, "b")[0].model
     with torch.no_grad():
         z = model.encode(images.to_float(sample.image[None])).mean
-        noisy = evaluate.with_noise(z, [sample.key], 0.3)
-        again = evaluate.score(
+        noisy = with_noise(z, [sample.key], 0.3)
+        again = measure.score(
             sample.image[None], images.to_uint8(model.decode(noisy)), STANDARD.border
         )
     rows = table_rows(folder / "noisy-mode" / "per_image.csv")
@@ -786,9 +797,9 @@ def test_a_name_that_a_sigma_takes_is_refused(folder):
         ("a", folder / "a.safetensors", "ema"),
         ("a, sigma 1", folder / "b.safetensors", "ema"),
     ]
-    loaded_ = evaluate.load_candidates(named, "cpu")
+    loaded_ = load_candidates(named, "cpu")
     with pytest.raises(UsageError, match="a, sigma 1 is the name of a row of --latent-noise"):
-        evaluate.perturbed(loaded_, [1.0])
+        perturbed(loaded_, [1.0])
 
 
 # --- sizes ----------------------------------------------------------------------------------
@@ -847,7 +858,7 @@ def test_tiled_decoding_is_measured_beside_the_scores(folder):
     for sample in some:
         with torch.no_grad():
             posterior = model.encode(images.to_float(sample.image[None]))
-            z = posterior.sample(evaluate.posterior_noise([sample.key], posterior.mean))
+            z = posterior.sample(posterior_noise([sample.key], posterior.mean))
         decodes = tiled.tiled_decodes(model.decode, z, 16, 2)
         values.append(tiled.seams(sample.image[None].double() / 255, decodes)["diffusers"])
     found = result["tiled"]["models"]["b"]["diffusers"]

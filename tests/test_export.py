@@ -300,6 +300,17 @@ def test_a_resumed_run_still_knows_its_base_and_what_was_changed(folder):
     assert exported["kl_f8_train.changes"] == change
 
 
+def test_what_a_killed_export_left_is_removed(folder):
+    out = export(folder / "run", layouts=["safetensors"], force=True)
+    (out / "diffusers").mkdir(exist_ok=True)
+    left = [out / ".tmpAbCdEf", out / "diffusers" / ".tmp012345"]
+    left += [out / ".tiny-ema-pruned.safetensors.7-01234567.part"]
+    for file in left:
+        file.write_bytes(b"half")
+    export(folder / "run", layouts=["safetensors"], force=True)
+    assert not any(file.exists() for file in left)
+
+
 def changed_checkpoint(folder: Path, path: Path, change=None, **metadata: str) -> Path:
     """A copy of the run's newest checkpoint with other tensors or texts."""
     contents = runs.final_state(folder, "run")

@@ -44,7 +44,7 @@ def test_a_folders_first_images_name_what_is_left_out(tmp_path):
     said: list[str] = []
     found = folders.load_folder(tmp_path, 32, 3, said.append)
     assert [tuple(image.shape) for image in found] == 3 * [(3, 32, 32)]
-    assert torch.equal(found[0], images.square((tmp_path / "b.png").read_bytes(), 32))
+    assert torch.equal(found[0], images.squares((tmp_path / "b.png").read_bytes(), [32])[0])
     assert len(said) == 1
     assert "broken.jpg" in said[0]
 
@@ -63,7 +63,7 @@ def test_several_sizes_read_and_name_each_image_once(tmp_path, monkeypatch):
     assert read == ["_broken.jpg", "a.png", "b.png"]
     assert len(said) == 1
     assert {side: len(pictures) for side, pictures in found.items()} == {16: 2, 24: 2}
-    assert torch.equal(found[24][1], images.square((tmp_path / "b.png").read_bytes(), 24))
+    assert torch.equal(found[24][1], images.squares((tmp_path / "b.png").read_bytes(), [24])[0])
 
 
 @pytest.mark.parametrize("name", ["", "absent"])

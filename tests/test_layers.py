@@ -8,10 +8,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kl_f8_train"
 ORDER = ("root", "core", "data weights", "run score", "publish check", "top")
-TOP = {"demo", "next_command", "__main__"}
+TOP = {"arguments", "next_command", "demo", "__main__"}
 PLACES = {
     "pytorch_lightning": "core.step run.callback run.compiling run.log run.prefetch run.saving "
-    "run.train run.validation run.watchdog",
+    "run.start run.train run.trainer run.validation run.watchdog",
     "omegaconf": "config",
     "webdataset": "data.index",
     "lpips": "core.perceptual",

@@ -15,7 +15,7 @@ import torch
 
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError, RunFailedError
-from kl_f8_train.score import evaluate
+from kl_f8_train.score.measure import find_networks
 from kl_f8_train.weights import pretrained, weight_file
 from kl_f8_train.weights.pretrained import INCEPTION, VGG16
 
@@ -151,7 +151,7 @@ def test_a_missing_network_names_the_package_that_it_needs(cache, monkeypatch, i
 
 def test_a_missing_network_is_named_as_its_verb_names_it():
     said: list[str] = []
-    evaluate.find_networks("lpips_vgg", None, None, "cpu", said.append)
+    find_networks("lpips_vgg", None, None, "cpu", said.append)
     vgg, inception = said
     assert vgg.endswith("name it: --vgg FILE")
     assert inception.endswith("name it: --inception FILE")

@@ -264,6 +264,15 @@ def test_missing_photographs(tmp_path):
         split(tmp_path / "photos", tmp_path / "out")
 
 
+def test_the_next_split_removes_what_a_killed_one_left(photos, tmp_path):
+    out = tmp_path / "out"
+    left = tmp_path / ".out.7-01234567.part"
+    (left / "training").mkdir(parents=True)
+    (left / "training" / "0.jpg").write_bytes(b"half")
+    split(photos, out, 2)
+    assert sorted(tmp_path.iterdir()) == [out, photos]
+
+
 def test_a_failure_leaves_nothing(photos, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(28, "No space left on device")

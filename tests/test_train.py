@@ -103,7 +103,7 @@ def test_another_recipe_is_refused_or_remembered(folder, capsys):
     train(runs.recipe(folder, "changed", *extra, "stop_iteration=103", "data.flip=true"), True)
     assert checkpoint.stored_changes(runs.final_state(folder, "changed").metadata) == [
         f"from iteration 101: {change}",
-        "from iteration 102: data.flip: False -> True",
+        "from iteration 102: data.flip: false -> true",
     ]
 
 
@@ -299,6 +299,18 @@ def test_a_broken_newest_checkpoint_gives_way_to_the_one_before(folder, undistur
     assert "broken or cut short" in output
     assert f"resuming {second.name}" in output
     runs.assert_same_state(runs.final_state(folder, "broken"), undisturbed)
+
+
+def test_a_run_directory_that_was_moved_is_resumed_where_it_lies(folder, undisturbed, monkeypatch):
+    monkeypatch.chdir(folder)  # and a relative path means another place elsewhere
+    train(runs.recipe(folder, "before", "run_dir=before", "stop_iteration=104"))
+    (folder / "before").rename(folder / "after")
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert main(["train", str(folder / "after"), "stop_iteration=108"]) == 0
+    assert not list(elsewhere.iterdir())
+    runs.assert_same_state(runs.final_state(folder, "after"), undisturbed)
 
 
 def test_only_broken_checkpoints_stop_and_change_nothing(folder):

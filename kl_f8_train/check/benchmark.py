@@ -374,7 +374,7 @@ def matmul_rate(device: torch.device, kind: torch.dtype, repeats: int = 5) -> fl
         a @ b
         synchronize(device)
         seconds.append(time.perf_counter() - began)
-    # a multiplication and an addition each; the first warms up
+    # A multiplication and an addition for each of side^3 products; the first run warms up.
     return 2 * side**3 / min(seconds[1:])
 
 
@@ -502,15 +502,4 @@ def largest_batch(config: Config, device: torch.device, size: int) -> int:
         finally:
             torch.cuda.empty_cache()
 
-    return largest_that_fits(fits, size)
-
-
-def largest_that_fits(fits: Callable[[int], bool], start: int) -> int:
-    """The largest number for which `fits` holds, by doubling, then halving the interval."""
-    low, high = 0, start
-    while high <= 4096 and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return cost.largest_that_fits(fits, size, most=4096)  # a small network never fills a GPU

@@ -7,14 +7,15 @@ optimizers, EMA) is below a thousandth. Memory is that of all tensors alive at a
 kernels read and write of it.
 
 torch.compile fuses everything but products into few kernels. Counted is then what those kernels
-need: a tensor between two products is in memory only if a product reads it or if it
-outlives its phase (what the backward pass needs does); a sum is, and reads what it is a sum of.
+need: a tensor between two products is in memory only if a product reads it or if it outlives its
+phase (what the backward pass needs does); a sum is in memory, and reads what it is a sum of.
 tests/counted_memory.csv holds what torch's allocator and inductor really took.
 """
 
+import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.losses import GROUP
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL, autocast
 from kl_f8_train.core.step import Finetuner, Loop
+from kl_f8_train.divisors import divisors
 from kl_f8_train.settings import KL_F8, Config
 from kl_f8_train.weights import pretrained
 
@@ -40,9 +42,8 @@ ALLOCATED = 512  # bytes: CUDA's allocator hands out multiples of it
 FEW, MORE = 3, 6  # micro-batches, in images or perceptual parts, between which memory is a line
 SUM = 8  # a result this many times smaller than what it is computed from is a sum
 ONCE = ("optimizer", "ema")  # phases that an iteration has once, however many micro-batches
-ADAM_PASSES = (
-    7  # over each trained parameter: weight, gradient and moments read, all but one written
-)
+# Over each trained parameter: weight, gradient and two moments read, all but the gradient written.
+ADAM_PASSES = 7
 
 
 class FlopCounter(TorchDispatchMode):
@@ -447,12 +448,20 @@ def _peaks(found: Counts) -> dict[str, int]:
 
 def batch_that_fits(config: Config, room_bytes: float) -> int:
     """Images per micro-batch that fit into `room_bytes`, by `peak_bytes`; 0 if not even one."""
-    low, high = 0, 1
-    while peak_bytes(config, high) <= room_bytes:
+    return largest_that_fits(lambda images: peak_bytes(config, images) <= room_bytes)
+
+
+def largest_that_fits(fits: Callable[[int], bool], start: int = 1, most: float = math.inf) -> int:
+    """The largest number for which `fits` holds, by doubling from `start`, then by bisection.
+
+    Beyond `most` it is not doubled any more.
+    """
+    low, high = 0, start
+    while high <= most and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if peak_bytes(config, middle) <= room_bytes else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
@@ -461,10 +470,10 @@ def largest_divisor(config: Config, share: int, room_bytes: float) -> int:
 
     0 if not even one image fits.
     """
-    divisors = (n for n in range(share, 0, -1) if share % n == 0)
-    return next((n for n in divisors if peak_bytes(config, n, share) <= room_bytes), 0)
+    largest_first = reversed(divisors(share))
+    return next((n for n in largest_first if peak_bytes(config, n, share) <= room_bytes), 0)
 
 
 def latent_side(config: Config) -> int:
     """Latents per side: crop / 8 for kl-f8."""
-    return int(config.data.crop // 2 ** (len(config.model.ch_mult) - 1))
+    return config.data.crop // config.model.downsampling

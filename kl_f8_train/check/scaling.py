@@ -13,7 +13,7 @@ across nodes one network adapter. Roofline: Williams, Waterman and Patterson, "R
 insightful visual performance model for multicore architectures", 2009.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -123,6 +123,11 @@ class Workload:
     def of_image(self, gpus: int) -> cost.Work:
         """The work of one image on one of so many GPUs."""
         return self.several if self.micro_batch(gpus) * gpus < self.global_batch else self.one
+
+
+def for_gpus(config: Config) -> Config:
+    """The same run on GPUs, of another machine."""
+    return replace(config, compute=replace(config.compute, accelerator="cuda"))
 
 
 def workload(config: Config, iterations: int, name: str = "") -> Workload:

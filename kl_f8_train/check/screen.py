@@ -13,6 +13,7 @@ from kl_f8_train.units import counted, duration, memory, size
 
 def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
     """The run, its inputs, its speed and its bill; what was not found out is left out."""
+    # `facts` has the keys that doctor's sections have set; one that failed has set none.
     loss, adversarial = config.loss, config.adversarial
     start = facts.get("start_iteration", config.init.iteration)
     begin = "?" if start is None else f"{start:,}"

@@ -81,7 +81,7 @@ def plain_batch(
 
 def random_state(*parts: int | str) -> np.random.RandomState:
     """A generator that depends on its arguments alone; its stream is frozen across releases."""
-    # hash() is another in each process
+    # Not hash(), which differs from process to process.
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return np.random.RandomState(np.frombuffer(digest, np.uint32))
 

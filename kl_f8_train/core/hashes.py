@@ -21,7 +21,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
-        # else a reshape would pass
+        # With the shape: a reshape keeps the bytes.
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()

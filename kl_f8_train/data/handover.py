@@ -54,7 +54,7 @@ class Parcel:
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
         if self.shared is not None:
             return pickle.loads, (self.shared,)  # in the main process: maps the shared memory
-        # numpy's arrays are pickled by value, torch's tensors by a handle of shared memory
+        # numpy's arrays are pickled by value, torch's tensors by a handle of shared memory.
         b = self.batch
         return _unpack, (b.images.numpy(), b.noise.numpy(), b.keys, b.skipped, b.profiles)
 
@@ -75,7 +75,7 @@ def raise_open_files() -> int:
 
 def batch_bytes(config: Config, images: int) -> int:
     """Bytes of a batch of that many images, with their noise."""
-    latent = config.data.crop // 2 ** (len(config.model.ch_mult) - 1)
+    latent = config.data.crop // config.model.downsampling
     draws = 2 if config.second_forward else 1
     noise = 4 * draws * config.model.embed_dim * latent**2
     return images * (3 * config.data.crop**2 + noise)  # uint8 pixels, float32 noise
@@ -93,7 +93,7 @@ def shared_memory_note(config: Config, images: int, processes: int) -> str:
     else:
         free = status.f_bavail * status.f_frsize
     loaders = config.data.workers * processes
-    # what loaders hold ready, and one batch that each process works on
+    # What loaders hold ready, and one batch that each process works on.
     needed = batch_bytes(config, images) * (PREFETCH * loaders + processes)
     if not loaders or needed <= free:
         return ""

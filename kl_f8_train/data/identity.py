@@ -62,7 +62,7 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
         for name, value in now.items()
         if before.get(name, value) != value
     ]
-    # A source that was renamed: plan.py draws by its name, so the same images come in another
+    # A source that was renamed: the plan draws by its name, so the same images come in another
     # order.
     former = {value: name for name, value in before.items() if name not in now}
     for name, value in now.items():

@@ -426,13 +426,11 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
     """Indexes a chunk of shards into one part file, unless it is there and still right."""
     part, chunk, cache = task
     fingerprints = [fingerprint(place) for place in chunk]
-    # made of the same files, in an earlier call that was interrupted or is repeated
+    # Made of the same files, in an earlier call that was interrupted or is repeated.
     if _fingerprints(part) == fingerprints:
         return len(chunk)
-    blocks: list[int] = []
-    sizes: list[int] = []
-    numbers: list[dict[str, float]] = []
-    counts, without, broken = [], 0, {}
+    tars: list[TarIndex] = []
+    broken: dict[str, str] = {}
     unreachable = 0
     for number, place in enumerate(chunk):
         one = TarIndex()
@@ -457,11 +455,16 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
                     cache.forget(place)
                 if is_remote(place) or isinstance(error.__cause__, OSError):
                     fingerprints[number] = GONE
-        blocks += one.blocks
-        sizes += one.sizes
-        numbers += one.numbers
-        counts.append(len(one.sizes))
-        without += one.without_image
+        tars.append(one)
+    _write_part(part, tars, fingerprints, broken)
+    return len(chunk)
+
+
+def _write_part(
+    part: Path, tars: Sequence[TarIndex], fingerprints: list[list[int]], broken: dict[str, str]
+) -> None:
+    """Writes what was found in a chunk's shards as arrays over its images, and a header."""
+    numbers = [row for one in tars for row in one.numbers]
     names = sorted({key for row in numbers for key in row})
     columns = {
         f"column_{i}": np.array([row.get(key, np.nan) for row in numbers], np.float32)
@@ -469,20 +472,19 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
     }
     header = {
         "fingerprints": fingerprints,
-        "counts": counts,
+        "counts": [len(one.sizes) for one in tars],
         "columns": names,
         "broken": broken,
-        "without_image": without,
+        "without_image": sum(one.without_image for one in tars),
     }
     with atomic_path(part) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
             header=np.frombuffer(json.dumps(header).encode(), np.uint8),
-            blocks=np.array(blocks, np.uint32),  # of 512 bytes: up to 2 TiB
-            sizes=np.array(sizes, np.uint32),
+            blocks=np.array([n for one in tars for n in one.blocks], np.uint32),  # up to 2 TiB
+            sizes=np.array([n for one in tars for n in one.sizes], np.uint32),
             **columns,  # type: ignore[arg-type]
         )
-    return len(chunk)
 
 
 def _fingerprints(part: Path) -> list[list[int]] | None:

@@ -148,7 +148,7 @@ class PositionDataset(Dataset[Sample]):
         self.sides = side_range(config.data)
         self.shown_side = "null" if self.sides is None else str(config.data.shorter_side)
         self.crop, self.flip, self.draft = config.data.crop, config.data.flip, config.data.draft
-        self.factor = 2 ** (len(config.model.ch_mult) - 1)
+        self.factor = config.model.downsampling
         side = config.data.crop // self.factor
         self.watch(workers=0)
         self.perturbs = config.latents.noise > 0

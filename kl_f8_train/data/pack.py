@@ -30,6 +30,7 @@ from kl_f8_train.data import parquet
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import atomic_path, write_text
 from kl_f8_train.folders import SUFFIXES, Listing, list_folder, read_file
+from kl_f8_train.launch import available_cores
 from kl_f8_train.lifetime import end_with_parent
 from kl_f8_train.units import counted, printable, written
 
@@ -286,9 +287,8 @@ def _compare(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 def _processes(workers: int | None, jobs: list[Job]) -> int:
     if workers is None:
-        many = hasattr(os, "sched_getaffinity")  # not on macOS
-        cores = len(os.sched_getaffinity(0)) if many else os.cpu_count() or 1
-        workers = min(cores, math.ceil(sum(len(job.files) for job in jobs) / PER_PROCESS))
+        enough = math.ceil(sum(len(job.files) for job in jobs) / PER_PROCESS)
+        workers = min(available_cores(), enough)
     return max(1, min(workers, len(jobs)))
 
 

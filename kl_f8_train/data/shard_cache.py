@@ -20,13 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kl_f8_train.errors import RunFailedError
-from kl_f8_train.files import (
-    atomic_path,
-    disk_failure,
-    has_no_locks,
-    hidden_beside,
-    write_json,
-)
+from kl_f8_train.files import atomic_path, disk_failure, has_no_locks, hidden_beside, write_json
 from kl_f8_train.transfer import (
     PATIENCE,
     Patience,
@@ -202,7 +196,7 @@ class ShardCache:
                     total += size
                 elif PART_NAME.fullmatch(name):
                     total += size
-            # least recently used first
+            # The least recently used first.
             for _, size, path in sorted(files):
                 if total <= self.max_bytes:
                     break

@@ -32,6 +32,7 @@ from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, UsageError
 from kl_f8_train.files import cache_dir, one_at_a_time
 from kl_f8_train.folders import Listing, describe_count, list_folder, patiently, read_file
+from kl_f8_train.launch import available_cores
 from kl_f8_train.overrides import source_setting
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import are, counted, printable
@@ -123,7 +124,7 @@ class TarSource:
         self.blocks, self.sizes = self._mapped("blocks"), self._mapped("sizes")
         self.dropped: dict[str, int] = {}
         self.counts = self._filtered_counts()
-        # a loader reads from a few shards at a time
+        # A loader reads from a few shards at a time.
         self._kept = lru_cache(maxsize=256)(self._kept_rows)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -136,7 +137,7 @@ class TarSource:
     def changed(self) -> list[str]:
         """Local shards that are not what was indexed."""
         with ThreadPoolExecutor(16) as pool:
-            # threads: a stat on a network disk mostly waits
+            # Threads: a stat on a network disk mostly waits.
             now = list(pool.map(fingerprint, self.locations))
         pairs = zip(self.locations, self.fingerprints, now, strict=True)
         return [
@@ -422,10 +423,5 @@ def _build_here(locations: Sequence[str], directory: Path, cache: ShardCache, co
             f"{counted(len(locations), 'shard', 's')} ({remote:,} remote) not indexed yet; run "
             f"once, which reads every shard: {command}"
         )
-    build_index(
-        locations, directory, cache, workers=_cores() if len(locations) > PART_SHARDS else 1
-    )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+    workers = available_cores() if len(locations) > PART_SHARDS else 1
+    build_index(locations, directory, cache, workers)

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,13 @@ import numpy as np
 
 from kl_f8_train.data import near
 from kl_f8_train.errors import ImageError, MissingInputError, UsageError, like_path
-from kl_f8_train.files import disk_failure, hidden_beside, write_json
+from kl_f8_train.files import (
+    disk_failure,
+    hidden_part,
+    in_use,
+    remove_abandoned,
+    write_json,
+)
 from kl_f8_train.folders import ahead, list_folder, read_file
 from kl_f8_train.units import counted, printable, size
 
@@ -232,18 +237,22 @@ def _choose(
 def _write(folder: Path, out: Path, sides: dict[str, list[str]], listed: object) -> int:
     """Fills a directory beside `out`, then gives it that name; returns the bytes copied."""
     out = out.absolute()
-    part = hidden_beside(out, f"{secrets.token_hex(4)}.part")
+    part = hidden_part(out)
     copied = 0
     try:
-        for side, names in sides.items():
-            for name in names:
-                target = part / side / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                copied += _link(folder / name, target)
-        write_json(part / SPLIT_FILE, listed)
-        with contextlib.suppress(FileNotFoundError):
-            out.rmdir()
-        part.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(out)
+        part.mkdir()
+        with in_use(part):
+            for side, names in sides.items():
+                for name in names:
+                    target = part / side / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    copied += _link(folder / name, target)
+            write_json(part / SPLIT_FILE, listed)
+            with contextlib.suppress(FileNotFoundError):
+                out.rmdir()
+            part.rename(out)
     except OSError as error:
         raise disk_failure(out, error) from error
     finally:

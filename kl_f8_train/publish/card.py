@@ -24,6 +24,7 @@ from kl_f8_train.facts import FAMILIES, Family
 from kl_f8_train.files import atomic_path, file_sha256, write_json, write_text
 from kl_f8_train.output import Say, markdown_table, rendered
 from kl_f8_train.publish import half_precision
+from kl_f8_train.run_dir import EXPORT_FILE
 from kl_f8_train.score.compare import not_measured
 from kl_f8_train.score.scores import BIASED_BELOW, score_text
 from kl_f8_train.settings import KL_F8, KL_F8_SHAPES, Config
@@ -31,6 +32,7 @@ from kl_f8_train.units import shortest
 
 README, STRIP, LICENSE = "README.md", "strip.png", "LICENSE"  # written here, and may be edited
 DIFFUSERS = "diffusers/diffusion_pytorch_model.safetensors"
+# metric -> its type in the hub's model-index, in the order of the card's columns
 HUB_TYPES = {"rfid": "fid", "psnr": "psnr", "ssim": "ssim", "psim": "psim", "lpips": "lpips"}
 TEMPLATE = Path(__file__).with_name("card.md")
 
@@ -65,24 +67,26 @@ def write(
     """Writes README.md, the evaluation's strip.png and LICENSE into an export directory.
 
     Without `pictures` strip.png, which shows photographs, is not copied, and the copy of an earlier
-    call is removed.
-    Details of an earlier call are kept in export.json and used where this call gives none.
+    call is removed. Details of an earlier call are kept in export.json and used where this call
+    gives none.
     Raises MissingInputError if the directory is not an export, if its files are not those that
     export.json names, or if the scores are damaged or belong to other weights.
     """
+    # export.json keeps what a card was given, so that a later call need not give it again.
     record = _record(export_dir)
     config = _stored_settings(export_dir, record)
     details = _with_kept(details or Details(), record.get("card", {}))
     evaluated = _evaluated(scores_file, record) if scores_file else _kept_scores(export_dir, record)
+    # Files that lie beside the card. A strip in the export's own folder is the scores', not a copy.
     if not pictures:
         evaluated = evaluated and replace(evaluated, strip=False)
         if scores_file is None or not scores_file.parent.samefile(export_dir):
             _remove_strip(export_dir, record)
     elif scores_file and evaluated and evaluated.strip:
-        _bring(scores_file.with_name(STRIP), export_dir / STRIP)
+        _copy(scores_file.with_name(STRIP), export_dir / STRIP)
         say(f"copied {STRIP}, photographs of the evaluation (--no-pictures leaves it out)")
     if license_file is not None:
-        _bring(license_file, export_dir / LICENSE)
+        _copy(license_file, export_dir / LICENSE)
     record["card"] = asdict(details)
     if evaluated:
         record["card"] |= {"scores": evaluated.scores, "model": evaluated.name}
@@ -92,10 +96,11 @@ def write(
         files.pop(file, None)
         if used:
             files[file] = _sha256(export_dir / file)
+    # The card lists all other files with their hashes, and the record has the card's: last.
     readme = export_dir / README
     write_text(readme, model_card(config, record, details, evaluated))
     files[README] = file_sha256(readme)
-    write_json(export_dir / "export.json", record)
+    write_json(export_dir / EXPORT_FILE, record)
     return readme
 
 
@@ -125,7 +130,7 @@ def _remove_strip(export_dir: Path, record: Mapping[str, Any]) -> None:
         strip.unlink()
 
 
-def _bring(file: Path, target: Path) -> None:
+def _copy(file: Path, target: Path) -> None:
     """Copies a file, unless it is there already."""
     if not (target.exists() and file.samefile(target)):
         with atomic_path(target) as temporary:
@@ -135,7 +140,7 @@ def _bring(file: Path, target: Path) -> None:
 def license_fields(identifier: str | None, file: Path | None) -> dict[str, str]:
     """The front matter's license fields: an identifier of the hub's, or a text of one's own."""
     if file is not None:
-        # The hub's fields for a license that has no identifier there.
+        # As the hub's documentation asks for a license that has no identifier there.
         return {"license": "other", "license_name": file.stem.lower(), "license_link": "LICENSE"}
     return {} if identifier is None else {"license": identifier}
 
@@ -150,11 +155,11 @@ def model_card(
     details = details or Details()
     family = family_served(config, record.get("facts", {}))
     front = _front_matter(config, record, details, evaluated)
-    factor, files = 2 ** (len(config.model.ch_mult) - 1), record["files"]
+    factor, files = config.model.downsampling, record["files"]
     values = {
         "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         "name": _cell(config.name),
-        "fits": config.model in KL_F8_SHAPES,
+        "fits": config.model in KL_F8_SHAPES.values(),
         "family": family,
         "encoder": _encoder(record),
         "scale": _scale(record.get("facts", {})),
@@ -177,13 +182,13 @@ def model_card(
 
 def _record(export_dir: Path) -> dict[str, Any]:
     """export.json, its hashes compared with the files."""
-    path = export_dir / "export.json"
+    path = export_dir / EXPORT_FILE
     if not path.is_file():
         raise MissingInputError(f"{export_dir}: not an export: no export.json in it")
     record = _json(path, "export")
     if "config" not in record:
         raise MissingInputError(f"{path} is of an older version. Run `kl-f8-train export` again")
-    for file, digest in record["files"].items():
+    for file, digest in record["files"].items():  # but for those that people edit
         if file not in (README, STRIP, LICENSE) and _sha256(export_dir / file) != digest:
             raise MissingInputError(
                 f"{export_dir / file} is not the file that export.json describes: its SHA-256 "
@@ -202,7 +207,7 @@ def _stored_settings(export_dir: Path, record: Mapping[str, Any]) -> Config:
     try:
         return configs.from_dict(record["config"])
     except UsageError as error:
-        raise MissingInputError(f"{export_dir / 'export.json'}: its config: {error}") from error
+        raise MissingInputError(f"{export_dir / EXPORT_FILE}: its config: {error}") from error
 
 
 def _json(path: Path, verb: str) -> dict[str, Any]:
@@ -251,7 +256,7 @@ def _evaluated(scores_file: Path, record: Mapping[str, Any]) -> Evaluated:
 
 
 def _problems(scores: Mapping[str, Any]) -> Iterator[str]:
-    """Which parts of scores.json are missing or malformed."""
+    """Which parts of scores.json are missing or malformed: it may be of any version, or edited."""
     if "weights" not in scores:
         yield (
             'it holds no hashes of weights ("weights"), so it is unknown whether its scores '
@@ -282,6 +287,8 @@ def _problems(scores: Mapping[str, Any]) -> Iterator[str]:
 
 def _is_source(entry: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
     """Whether the scored weights are those of the checkpoint that were exported, in float32."""
+    # A checkpoint holds several selections of weights. Half precision decodes slightly differently,
+    # so scores of the checkpoint are those of an exported file only if one is float32.
     return (
         entry["sha256"] == record.get("source_sha256")
         and entry.get("select") == record["weights"]
@@ -316,7 +323,7 @@ def _finite_score(value: Any, metric: str) -> Any:
 
 def family_served(config: Config, stated: Mapping[str, Any]) -> Family | None:
     """The family whose models can use this VAE; None if its shape or its latents are of no one."""
-    fits = config.model in KL_F8_SHAPES
+    fits = config.model in KL_F8_SHAPES.values()
     return FAMILIES.get(stated.get("family") or "") if fits else None
 
 
@@ -367,7 +374,10 @@ def _dataset(scores: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _measured(evaluated: Evaluated) -> list[dict[str, Any]]:
-    """Metrics for model-index: never a stand-in or of another VGG16, no rFID on few images."""
+    """Metrics for model-index, which the hub lists beside those of other models.
+
+    So without the stand-in, distances of another VGG16, and rFID on few images, which is biased.
+    """
     row = evaluated.scores["models"][evaluated.name]
     other = str(evaluated.scores["protocol"].get("perceptual")).endswith(OTHER_VGG)
     found = []
@@ -432,9 +442,8 @@ def _training(config: Config, record: Mapping[str, Any]) -> str:
     loss, adversarial, data = config.loss, config.adversarial, config.data
     start, iteration = record["init_iteration"], record["iteration"]
     kept = [shortest(decay) for decay in config.ema.decays]
-    chosen = shortest(
-        record.get("ema_decay", config.ema.decays[0])
-    ) + f", of {', '.join(kept)} kept" * (len(kept) > 1)
+    chosen = shortest(record.get("ema_decay", config.ema.decays[0]))
+    chosen += f", of {', '.join(kept)} kept" * (len(kept) > 1)
     weights = "raw weights, not the EMA" if record["weights"] == "raw" else "EMA weights"
     if record["averaged"]:
         weights = f"mean EMA of {', '.join(record['averaged'])}"
@@ -504,7 +513,7 @@ def _table(evaluated: Evaluated) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A text that neither ends a table's cell nor becomes markup; a mapping in one line."""
+    """A string that neither ends a table's cell nor becomes markup; a mapping in one line."""
     if isinstance(value, Mapping):
         value = ", ".join(f"{key} {entry}" for key, entry in value.items())
     text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")

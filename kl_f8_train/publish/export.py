@@ -22,7 +22,7 @@ from kl_f8_train.facts import ENTRY, FAMILIES, Facts, combined, settled
 from kl_f8_train.files import check_writable, file_sha256, write_json, write_text
 from kl_f8_train.publish import card, half_precision, rescale
 from kl_f8_train.run import outcome
-from kl_f8_train.run_dir import best_checkpoint, is_run
+from kl_f8_train.run_dir import CONFIG_FILE, EXPORT_FILE, best_checkpoint, is_run
 from kl_f8_train.settings import KL_F8_SHAPES, Config, to_dict
 from kl_f8_train.units import counted
 from kl_f8_train.weights import checkpoint, names, weight_file
@@ -30,8 +30,7 @@ from kl_f8_train.weights.names import State
 
 LAYOUTS = ("safetensors", "ckpt", "diffusers")
 DTYPES = {"float32": "", "float16": "fp16", "bfloat16": "bf16"}  # and their short names
-SUMMARY = "export.json"
-SIZE = 128  # of the images that try half precision, in pixels
+TRIED_SIDE = 128  # pixels, of the images that try half precision
 
 
 class WeightFile(NamedTuple):
@@ -77,14 +76,14 @@ def export(
     select = "raw" if raw else "ema" if ema is None else selection(ema)
     kind = f"{select}-average" if average else select
     marks = ["best"] * best + [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
-    out = out or _home(source) / "-".join(["export", *marks])
+    out = out or _own_place(source, marks)
     stem = "-".join([config.name, kind, "pruned", *(m for m in marks if m != kind)])
     files = _weight_files(out, stem, layouts, dtype)
-    written = [*_paths(files), out / "config.yaml"]
-    _refuse_to_overwrite(out, [*written, out / "README.md", out / SUMMARY], force)
-    before = _listed_files(out / SUMMARY)
+    written = [*_paths(files), out / CONFIG_FILE]
+    _refuse_to_overwrite(out, [*written, out / card.README, out / EXPORT_FILE], force)
+    before = _listed_files(out / EXPORT_FILE)
 
-    named, tried = half_precision.choose_images(pictures, min(SIZE, config.data.crop))
+    named, tried = half_precision.choose_images(pictures, min(TRIED_SIDE, config.data.crop))
     weights = _stored_weights(header, select)
     record: dict[str, Any] = {"name": config.name, "stem": stem, "weights": kind, "dtype": dtype}
     record |= _provenance(header, config, ema)
@@ -157,11 +156,11 @@ def _write_weights(
 
 def _describe(out: Path, written: Sequence[Path], record: dict[str, Any], config: Config) -> None:
     """Writes the configuration, the card and the summary, which has all other files' hashes."""
-    write_text(out / "config.yaml", configs.to_yaml(config))
+    write_text(out / CONFIG_FILE, configs.to_yaml(config))
     record["files"] = {str(path.relative_to(out)): file_sha256(path) for path in written}
-    write_text(out / "README.md", card.model_card(config, record))
-    record["files"]["README.md"] = file_sha256(out / "README.md")
-    write_json(out / SUMMARY, record)
+    write_text(out / card.README, card.model_card(config, record))
+    record["files"][card.README] = file_sha256(out / card.README)
+    write_json(out / EXPORT_FILE, record)
 
 
 def _fp16_safe(
@@ -251,7 +250,7 @@ def _summary(out: Path, record: dict[str, Any]) -> list[str]:
         mean = record["half_precision"]["bfloat16"]["mean"]
         rounding = [f"WARNING: bfloat16 costs {mean:.2g} levels of 255; publish float32"]
     return [
-        *(f"{check}: {outcome}" for check, outcome in record["checks"].items()),
+        *(f"{check}: {result}" for check, result in record["checks"].items()),
         *half_precision.describe(record["half_precision"]),
         *rounding,
         *(
@@ -263,7 +262,7 @@ def _summary(out: Path, record: dict[str, Any]) -> list[str]:
 
 def _stated_facts(header: weight_file.Contents, config: Config, family: str | None) -> Facts:
     """What the run's base stated; UsageError if a family must be given, or another is."""
-    published = config.model in KL_F8_SHAPES
+    published = config.model in KL_F8_SHAPES.values()
     stated = checkpoint.stored_facts(header, config)
     given = family or config.init.family
     return _settled(header.path, stated, config.model.embed_dim, given, published)
@@ -330,9 +329,9 @@ def make_fp16_safe(
     out = out or Path(stem)
     files = _weight_files(out, stem, ("safetensors", "diffusers"), "float32")
     written = _paths(files)
-    _refuse_to_overwrite(out, [*written, out / SUMMARY], force)
+    _refuse_to_overwrite(out, [*written, out / EXPORT_FILE], force)
 
-    named, tried = half_precision.choose_images(pictures, SIZE)
+    named, tried = half_precision.choose_images(pictures, TRIED_SIDE)
     frozen = frozen_sha256(model.state_dict())
     model, stated, measured = _fp16_safe(model, stated, tried, True, say)
     record: dict[str, Any] = {
@@ -351,7 +350,7 @@ def make_fp16_safe(
             f"{source}: its encoder changed; the files in {out} are not to be used"
         )
     record["files"] = {str(path.relative_to(out)): file_sha256(path) for path in written}
-    write_json(out / SUMMARY, record)
+    write_json(out / EXPORT_FILE, record)
     for line in _summary(out, {"dtype": "float32", **record}):
         say(line)
     return out
@@ -373,6 +372,14 @@ def _home(source: Path) -> Path:
     return folder.parent if folder.name == "checkpoints" else folder
 
 
+def _own_place(source: Path, marks: Sequence[str]) -> Path:
+    """RUN/export-..., without what safetensors was writing there when an export was killed."""
+    out = _home(source) / "-".join(["export", *marks])
+    for left in (*out.glob(".tmp*"), *out.glob("diffusers/.tmp*")):
+        left.unlink()
+    return out
+
+
 def _weight_files(out: Path, stem: str, layouts: Sequence[str], dtype: str) -> list[WeightFile]:
     """The weight files to write."""
     files = [
@@ -381,6 +388,7 @@ def _weight_files(out: Path, stem: str, layouts: Sequence[str], dtype: str) -> l
         if layout in layouts
     ]
     if "diffusers" in layouts:
+        # from_pretrained takes the plain file, or the one that `variant` names: fp16, bf16.
         for name in dict.fromkeys(["float32", "float16", dtype]):
             variant = f".{DTYPES[name]}" if DTYPES[name] else ""
             path = out / "diffusers" / f"diffusion_pytorch_model{variant}.safetensors"
@@ -456,6 +464,7 @@ def _stored_weights(header: weight_file.Contents, select: str) -> State:
     except MissingInputError as error:
         raise MissingInputError(f"{path}: {error}") from error
     part = "autoencoder" if kept == "raw" else module_name(kept)
+    # An average covers the trained part; encoder and quant_conv lie beside the raw weights alone.
     parts = (f"{part}.", *(f"autoencoder.{name}." for name in FROZEN))
     contents = weight_file.read(path, lambda names: [n for n in names if n.startswith(parts)])
     checkpoint.check_content(contents, part)
@@ -548,7 +557,7 @@ def _verify(
     """
     weights = model.state_dict()
     probe = images.to_float(half_precision.pattern(8 * model.downsampling)[None])
-    latents = model.encode(probe).mean
+    latents = model.encode(probe).mean  # (1, C, 8, 8)
     decoded = model.decode(latents)
     checks: dict[str, str] = {}
     for path, layout, stored in files:
@@ -586,7 +595,7 @@ def _read_back(
 ) -> tuple[State, Facts]:
     """Encoder or decoder of a written file, in float32, and what the file states.
 
-    Raises RunFailedError unless the file has the names of `weights`, and there its numbers.
+    Raises RunFailedError unless the file has the names of `weights`, and these parts their values.
     """
     prefixes = tuple(f"{part}." for part in parts)
     read = weight_file.read(path, lambda names: [n for n in names if n.startswith(prefixes)])

@@ -21,7 +21,7 @@ from kl_f8_train.folders import load_folder
 from kl_f8_train.units import counted
 
 LIMIT = torch.finfo(torch.float16).max  # 65504
-COUNT = 3
+TRIED = 3  # images
 DECODES = ("decoder", "post_quant_conv")
 
 
@@ -92,7 +92,7 @@ def overflows(result: Mapping[str, Any]) -> bool:
 
 def levels(one: Tensor, other: Tensor) -> tuple[float, float]:
     """Mean and largest difference of two images in [-1, 1], clamped, in 8-bit levels."""
-    difference = (one.clamp(-1, 1) - other.clamp(-1, 1)).abs() * 127.5
+    difference = (one.clamp(-1, 1) - other.clamp(-1, 1)).abs() * 127.5  # 255 levels over [-1, 1]
     return float(difference.mean()), float(difference.max())
 
 
@@ -101,7 +101,7 @@ def choose_images(folder: Path | None, size: int) -> tuple[str, list[Tensor]]:
 
     Raises MissingInputError if there is none in `folder`.
     """
-    chosen = load_folder(folder or shipped.HELD_OUT, size, COUNT)
+    chosen = load_folder(folder or shipped.HELD_OUT, size, TRIED)
     kind, source = ("image", folder.name) if folder else ("photograph", "the package")
     return f"{counted(len(chosen), kind, 's')} of {source} at {size} x {size}", chosen
 

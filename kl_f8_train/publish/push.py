@@ -14,12 +14,10 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import file_sha256
 from kl_f8_train.folders import SUFFIXES
 from kl_f8_train.publish.card import README
-from kl_f8_train.run_dir import export_meant
+from kl_f8_train.run_dir import EXPORT_FILE, export_meant
 from kl_f8_train.units import counted, size
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
-NOT_UPLOADED = "export.json"  # what this program knows of the export, for `card` and `push`
 
 
 @dataclass
@@ -67,7 +65,7 @@ def plan_upload(export_dir: Path, repository: str, pictures: bool = False) -> Up
     upload.files = dict(sorted(upload.files.items()))
     if upload.left_out and README in upload.files:
         upload.readme = without_pictures(upload.files[README].read_text(encoding="utf-8"))
-    others = [p for p in sorted(export_dir.iterdir()) if p.is_file() and p.name != NOT_UPLOADED]
+    others = [p for p in sorted(export_dir.iterdir()) if p.is_file() and p.name != EXPORT_FILE]
     upload.left_out += [
         f"{p.name} (not written by export or card)" for p in others if p.name not in record["files"]
     ]
@@ -90,6 +88,7 @@ def push(upload: Upload, private: bool, say: Callable[[str], None]) -> str:
     try:
         api = hub.HfApi()
         api.create_repo(upload.repository, private=private, exist_ok=True)
+        # In one commit: the repository has all of the export or nothing of it.
         operations = [hub.CommitOperationAdd(name, _content(upload, name)) for name in upload.files]
         say(f"uploading {counted(len(operations), 'file', 's')} ...")
         commit = api.create_commit(
@@ -121,7 +120,7 @@ def _is_picture(path: Path) -> bool:
 
 
 def _read_record(export_dir: Path) -> dict[str, Any]:
-    file = export_dir / NOT_UPLOADED
+    file = export_dir / EXPORT_FILE
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         names = record["files"]
@@ -132,12 +131,12 @@ def _read_record(export_dir: Path) -> dict[str, Any]:
         safe = False
     if not safe:
         raise MissingInputError(
-            f"{export_dir} is not an export: no usable {NOT_UPLOADED}; give "
+            f"{export_dir} is not an export: no usable {EXPORT_FILE}; give "
             f"{export_meant(export_dir)}"
         )
     return record
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a path leads nowhere but into the export."""
+    """Whether a path leads nowhere but into the export: export.json may be somebody else's."""
     return not Path(name).is_absolute() and ".." not in Path(name).parts

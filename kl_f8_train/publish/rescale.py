@@ -114,7 +114,7 @@ def prove(
 
 
 def _power(most: float) -> int:
-    # The least k with most / 2^k <= LIMIT / HEADROOM.
+    """The least k with most / 2^k <= LIMIT / HEADROOM; negative where there is room to spare."""
     return math.ceil(math.log2(max(most, 1e-30) * HEADROOM / half_precision.LIMIT))
 
 

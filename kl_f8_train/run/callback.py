@@ -1,4 +1,4 @@
-"""What the callbacks share; they do not know each other."""
+"""What the parts of a run share; callbacks do not know each other."""
 
 import contextlib
 import time
@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities import rank_zero_only
 
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.output import say
+
+say_once = rank_zero_only(say)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from tqdm import tqdm
 
+from kl_f8_train.averages import label
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.core.updates import average_over_ranks, ema_distance
@@ -82,7 +83,7 @@ class RunLog(Callback):
         self._note_skipped(batch, trainer)
         names, values = zip(*finetuner.metrics.items(), strict=True)
         numbers = torch.stack(values).double()
-        finite = numbers.isfinite()  # not of every update that was left out
+        finite = numbers.isfinite()  # not those of an update that was left out
         pairs = torch.stack([torch.where(finite, numbers, 0.0), finite.double()], dim=1)
         self.sums[names] = pairs + self.sums.get(names, 0.0)
         self.count += 1
@@ -114,9 +115,8 @@ class RunLog(Callback):
     def validated(self, iteration: int, row: dict[str, float], path: Path) -> None:
         """Logs the scores of the fixed photographs, and their strip."""
         names = [key.removeprefix("psnr_") for key in row if key.startswith("psnr_")]
-        labels = {name: name.replace("ema", "EMA").replace("_", " ") for name in names}
-        psnr = ", ".join(f"{row[f'psnr_{name}']:.2f} {label}" for name, label in labels.items())
-        ssim = ", ".join(f"{row[f'ssim_{name}']:.3f} {label}" for name, label in labels.items())
+        psnr = ", ".join(f"{row[f'psnr_{name}']:.2f} {label(name)}" for name in names)
+        ssim = ", ".join(f"{row[f'ssim_{name}']:.3f} {label(name)}" for name in names)
         self.say(f"validation at iteration {iteration:,}: PSNR {psnr}; SSIM {ssim}")
         if self.bar is not None:
             self.bar.unpause()  # its estimate is of iterations alone
@@ -179,8 +179,8 @@ class RunLog(Callback):
         else:
             head = f"iteration {finetuner.iteration:,} of {stop:,}"
         shown = [
-            f"{label} {figure(row[key])}"
-            for label, key in (
+            f"{short} {figure(row[key])}"
+            for short, key in (
                 ("rec", "reconstruction_loss"),
                 ("g", "generator_loss"),
                 ("d", "discriminator_loss"),

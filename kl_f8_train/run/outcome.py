@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from kl_f8_train.averages import label
 from kl_f8_train.run_dir import VALIDATION_FILE, Row, read_rows
 
 NOISE_DB, NOISE_SHARE = 0.02, 0.005  # smaller changes are not reported
@@ -88,8 +89,7 @@ def compare(rows: Sequence[Row]) -> Outcome | None:
         keys = (f"psnr_{name}", f"perceptual_{name}")
         if all(key in row for key in keys for row in (first, last)):
             psnr, perceptual = ((first[key], last[key]) for key in keys)
-            label = name.replace("ema", "EMA").replace("_", " ")
-            changes.append(Change(label, psnr, perceptual))
+            changes.append(Change(label(name), psnr, perceptual))
     return Outcome((int(first["iteration"]), int(last["iteration"])), tuple(changes))
 
 

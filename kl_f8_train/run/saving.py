@@ -22,12 +22,7 @@ from kl_f8_train.launch import RANKS, SIGNALS
 from kl_f8_train.output import say
 from kl_f8_train.run.callback import Course, finetuner_of, tolerated
 from kl_f8_train.run.watchdog import end_process, show_stacks
-from kl_f8_train.run_dir import (
-    best_checkpoint,
-    best_path,
-    checkpoint_path,
-    remove_old_checkpoints,
-)
+from kl_f8_train.run_dir import best_checkpoint, best_path, checkpoint_path, remove_old_checkpoints
 from kl_f8_train.settings import Checkpoint
 from kl_f8_train.weights import checkpoint
 
@@ -229,16 +224,16 @@ def _adams(trainer: Trainer) -> list[Adam]:
 
 
 class Signals(Callback):
-    """SIGTERM, SIGINT, SIGUSR1, SIGHUP set a flag; all ranks agree on it after an iteration, stop.
+    """Ends a run after an iteration, on all ranks together, when one of them gets a signal.
 
-    They agree in the same way that the first rank cannot save.
-
-    What they agreed on is read after one iteration more, so that no host waits for its device.
-    The last state is then saved by `Checkpoints`. A second SIGINT ends the program at once.
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP set a flag, and so does a first rank that cannot save. The
+    ranks exchange their flags after each iteration and read the outcome one iteration later, so
+    that no host waits for its device. Then `Checkpoints` saves the last state. A second SIGINT ends
+    the program at once.
 
     Python's handlers run between instructions of the main thread. One that hangs in C (in a
-    collective whose other rank is dead, say) never runs them, so a thread also hears of signals,
-    and ends the process if no iteration ends in time.
+    collective whose other rank is dead, say) never runs them, so a thread watches for signals as
+    well, and ends the process if no iteration ends in time.
     """
 
     def __init__(self, course: Course) -> None:
@@ -309,8 +304,7 @@ class Signals(Callback):
         """Stops all ranks if one of them got a signal."""
         mine = FAILED if self.course.cannot_save else self.received
         if trainer.world_size > 1:
-            # The largest wins: a failed save (255) before any signal, and any signal before none
-            # (0).
+            # The largest wins: a failed save (255) over a signal, and a signal over none (0).
             flag = torch.full((), mine, device=pl_module.device)  # filled there
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             before, self._agreed = self._agreed, to_host(flag)

@@ -58,7 +58,7 @@ CHARTS = (  # title, columns, logarithmic
     ("PSNR of fixed photographs", ("psnr_ema", "psnr_raw"), False),
     ("SSIM of fixed photographs", ("ssim_ema", "ssim_raw"), False),
     ("Perceptual distance of fixed photographs", ("perceptual_ema", "perceptual_raw"), False),
-    ("Images per second", ("images_per_second",), False),
+    ("Images per second", (SPEED,), False),
     ("Share of time waiting for data", ("data_wait_share",), False),
     ("Peak memory, GiB", ("peak_memory_gib",), False),
 )
@@ -149,14 +149,14 @@ def read_status(run: Path, now: float) -> Status:
     """State of a run at `now`, seconds since the epoch; MissingInputError if there is no run."""
     config = read_settings(run)
     stop, batch = config["stop_iteration"], config.get("global_batch") or 1
-    rows = read_rows(run / METRICS_FILE)
+    rows, validated = read_rows(run / METRICS_FILE), read_rows(run / VALIDATION_FILE)
     training = [row for row in rows if "decoder_gradient_norm" in row]
     path, saved = newest_checkpoint(run) or (None, None)
     start = _start(config, rows)
     logged = int(rows[-1]["iteration"]) if rows else None
     iteration = max((i for i in (logged, saved) if i is not None), default=None)
+    # A median: one slow row, as after a validation, says nothing about the rest of the run.
     speed = _median(row[SPEED] for row in _lately(rows) if SPEED in row)
-    # a median: one slow row, as after a validation, says nothing about the rest of the run
     left = max(0, stop - iteration) * batch / speed if speed and iteration is not None else None
     interval = _group(config, "log").get("every", 1) * batch / speed if speed else 0.0
     share = None
@@ -181,13 +181,13 @@ def read_status(run: Path, now: float) -> Status:
         checkpoint=str(path) if path else None,
         checkpoint_iteration=saved,
         checkpoint_age_seconds=_age([path], now) if path else None,
-        validation=_validation(read_rows(run / "validation.csv")),
+        validation=_validation(validated),
         losses=compare_losses(training),
         warnings=[
             *_discriminator_warnings(_lately(training)),
             *_skipped_warnings(run, rows),
             *_row_warnings(config, rows),
-            *_validation_warnings(read_rows(run / VALIDATION_FILE)),
+            *_validation_warnings(validated),
             *_checkpoint_warnings(config, iteration, start if saved is None else saved),
         ],
     )
@@ -217,10 +217,8 @@ def _state(run: Path, log_interval_seconds: float, now: float) -> str:
         ago = duration(_age([run / FAILURE_FILE], now) or 0.0)
         then = "goes on" if failure[1] else "fails again until that is fixed"
         return f"failed {ago} ago, by the error below; the same command {then}"
-    news = (
-        _age([run / CLAIM, run / CONFIG_FILE, run / METRICS_FILE, *run.glob("*/iteration-*")], now)
-        or 0.0
-    )
+    written = (run / CLAIM, run / CONFIG_FILE, run / METRICS_FILE, *run.glob("*/iteration-*"))
+    news = _age(written, now) or 0.0
     if claimed is False:
         return f"stopped {duration(news)} ago; the same command resumes it"
     if news > max(SILENT_SECONDS, SILENT_INTERVALS * log_interval_seconds):

@@ -1,42 +1,26 @@
 """Builds the parts of a run and hands them to Lightning. To resume, run the same command again."""
 
 import atexit
-import inspect
-import logging
 import os
 import shlex
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from pytorch_lightning import LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning import LightningDataModule, Trainer
 from pytorch_lightning.utilities import rank_zero_only
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from kl_f8_train import config as configs
-from kl_f8_train import facts, images, output, units
+from kl_f8_train import images, units
 from kl_f8_train.core import machine
-from kl_f8_train.core.discriminator import Discriminator, initialize, shape_of
-from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.machine import is_out_of_memory, on_cuda, with_remedy
-from kl_f8_train.core.model import AutoencoderKL, kernels
-from kl_f8_train.core.run_state import RunState
-from kl_f8_train.core.step import Finetuner, bound_to
+from kl_f8_train.core.model import kernels
+from kl_f8_train.core.step import Finetuner
 from kl_f8_train.core.updates import describe_rate
 from kl_f8_train.data import identity
 from kl_f8_train.data.handover import shared_memory_note
@@ -50,28 +34,22 @@ from kl_f8_train.data.loading import (
     shard_cache,
 )
 from kl_f8_train.data.sources import FolderSource, ImageSource, TarSource
-from kl_f8_train.errors import (
-    ImageError,
-    LostContactError,
-    MissingInputError,
-    RunFailedError,
-    UsageError,
-)
+from kl_f8_train.errors import ImageError, LostContactError, MissingInputError, RunFailedError
 from kl_f8_train.files import check_writable, write_text
 from kl_f8_train.folders import is_system, load_sizes
-from kl_f8_train.launch import SRUN, TORCHRUN, launched
-from kl_f8_train.lifetime import announce_to_ranks
 from kl_f8_train.overrides import source_setting
 from kl_f8_train.rules import micro_batch, validation_sizes
 from kl_f8_train.run import outcome
-from kl_f8_train.run.callback import Course
+from kl_f8_train.run.callback import Course, say_once
 from kl_f8_train.run.compiling import Compiling
 from kl_f8_train.run.log import RunLog
 from kl_f8_train.run.prefetch import Prefetch
 from kl_f8_train.run.saving import Checkpoints, Signals
+from kl_f8_train.run.start import adopt, start_or_resume
 from kl_f8_train.run.tracking import check_tensorboard
+from kl_f8_train.run.trainer import build_trainer, quiet_lightning
 from kl_f8_train.run.validation import Validation
-from kl_f8_train.run.watchdog import FIRST, Watchdog, longest_wait
+from kl_f8_train.run.watchdog import FIRST, Watchdog
 from kl_f8_train.run_dir import (
     CONFIG_FILE,
     best_checkpoint,
@@ -84,10 +62,7 @@ from kl_f8_train.run_dir import (
 )
 from kl_f8_train.settings import Config
 from kl_f8_train.transfer import is_remote
-from kl_f8_train.weights import checkpoint, pretrained, weight_file
-from kl_f8_train.weights.names import State, architecture, check_like
 
-say_once = rank_zero_only(output.say)
 MOST_TRIED = 64  # images that are tried for the picture strip
 
 
@@ -111,7 +86,7 @@ def train(config: Config, allow_changes: bool = False) -> int:
 
 @with_remedy()
 def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
-    _quiet_lightning()
+    quiet_lightning()
     course = Course()
     signals = Signals(course)
     signals.install()
@@ -144,7 +119,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             callbacks.append(Prefetch(plan, sources, shard_cache(config)))
         note = partial(note_failure, run_dir, passing=True)
         callbacks.append(Watchdog(config.compute.timeout_minutes, course, note))  # the last
-        trainer = _trainer(config, callbacks)
+        trainer = build_trainer(config, callbacks)
         if trainer.is_global_zero:
             remove_leftovers(run_dir)
             write_text(run_dir / CONFIG_FILE, configs.to_yaml(config))
@@ -250,269 +225,6 @@ class Iterations(LightningDataModule):
         return loader(dataset, sampler, self.config.data.workers, on_cuda(self.config.compute))
 
 
-# --- start or resume ------------------------------------------------------------------------
-
-
-def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple[Finetuner, str]:
-    """The finetuner at its newest readable checkpoint, or at the imported weights."""
-    found = list_checkpoints(run_dir)
-    for path in found:
-        try:
-            contents = weight_file.read(path)
-            checkpoint.check_metadata(contents)
-            before = checkpoint.stored_config(contents)
-            checkpoint.stored_identity(contents.metadata)
-            checkpoint.check_content(contents)
-        except MissingInputError as error:
-            say_once(f"{error}\n  trying the checkpoint before it")
-            continue
-        changes = configs.differences(before, config)
-        _refuse_changes(path, "by another recipe", changes, allow_changes)
-        autoencoder = AutoencoderKL(**asdict(config.model))
-        finetuner, program = _build(config, autoencoder, RunState())
-        frozen = checkpoint.restore(finetuner, finetuner.adams, contents)
-        say_once(f"resuming {path.name}")
-        _record_changes(finetuner, changes)
-        adopt(finetuner, program, str(path), allow_changes)
-        return finetuner, frozen
-    if found:
-        raise MissingInputError(
-            f"{units.counted(len(found), 'checkpoint', 's')} in {run_dir}, none of which can be "
-            "read; nothing was changed. Move them away to start over"
-        )
-    return _import(config)
-
-
-def adopt(finetuner: Finetuner, inputs: identity.Identity, where: str, allow_changes: bool) -> None:
-    """Compares today's inputs with those of the checkpoint, and puts them in their place.
-
-    Raises UsageError if they differ, unless changes are allowed; then they are recorded.
-    """
-    changes = identity.differences(finetuner.run_state.identity, inputs)
-    _refuse_changes(where, "from other inputs", changes, allow_changes)
-    _record_changes(finetuner, changes)
-    finetuner.run_state.identity |= inputs
-
-
-def _refuse_changes(where: Path | str, how: str, changes: list[str], allowed: bool) -> None:
-    if changes and not allowed:
-        raise UsageError(
-            f"{where} was made {how}:\n  " + "\n  ".join(changes) + "\n"
-            "Give the same again, another run_dir, or --allow-changes"
-        )
-
-
-def _record_changes(finetuner: Finetuner, changes: list[str]) -> None:
-    """Says what changes on resuming; the next checkpoints, and the card, keep it."""
-    for change in changes:
-        line = " ".join(f"from iteration {finetuner.iteration:,}: {change}".split())
-        finetuner.run_state.changes.append(line)
-        say_once(f"  {line}")
-
-
-def _import(config: Config) -> tuple[Finetuner, str]:
-    """A finetuner with the weights of `init.weights`."""
-    say_once(f"reading {config.init.weights} ...")
-    contents, weights = weight_file.read_weights(
-        config.init.weights, config.init.select, config.init.prefix
-    )
-    say_once(f"init: {weight_file.describe(weight_file.report(contents, weights))}")
-    iteration = config.init.iteration
-    if iteration is None:
-        iteration = contents.iteration
-    elif contents.iteration not in (None, iteration):
-        say_once(
-            f"  init.iteration={iteration} is taken, although the file says {contents.iteration:,}"
-            "; leave it out (null) to start from the file's count"
-        )
-    if iteration is None:
-        raise UsageError(
-            f"{contents.path} does not state its iteration; give init.iteration (kl-f8: 246803)"
-        )
-    check_model(config, contents, weights.autoencoder)
-    stated = checkpoint.base_facts(contents, weights, config)
-    say_once(f"  family: {facts.described(stated.family, stated)}")
-    weight_file.check_finite(contents, weights.autoencoder)
-    autoencoder = AutoencoderKL(**asdict(config.model))
-    autoencoder.load_state_dict(weights.autoencoder)
-    run_state = RunState(
-        iteration,
-        base=checkpoint.base(contents.path),
-        facts=stated,
-    )
-    finetuner, program = _build(config, autoencoder, run_state)
-    if weights.logvar is not None:
-        finetuner.logvar.data.copy_(weights.logvar.reshape(()))
-    finetuner.run_state.identity = program
-    _import_discriminator(config, finetuner, weights.discriminator)
-    return finetuner, frozen_sha256(finetuner.autoencoder.state_dict())
-
-
-def check_model(config: Config, contents: weight_file.Contents, weights: State) -> None:
-    """Raises MissingInputError if the network of a file is not the recipe's."""
-    with torch.device("meta"):
-        expected = AutoencoderKL(**asdict(config.model))
-    differ = f"{contents.path} and the recipe's model differ"
-    settings, other = _settings_of(contents, weights), "Give other weights"
-    remedy = f"{other}, or set model.* as theirs{settings}"
-    helps = settings != _settings_of(contents, expected.state_dict())
-    check_like(weights, expected.state_dict(), differ, remedy if helps else other)
-    try:
-        checkpoint.check_groups(contents.facts, config.model)
-    except MissingInputError as error:
-        raise MissingInputError(f"{differ}: {error}\n{remedy}") from error
-
-
-def _settings_of(contents: weight_file.Contents, weights: State) -> str:
-    """The settings of a file's network, to be copied; empty if it is of another architecture."""
-    try:
-        found = architecture(weights, contents.facts)
-    except MissingInputError:
-        return ""
-    shown = {name: units.written(value) for name, value in found.items() if name != "ch_mult"}
-    shown["ch_mult"] = f"[{','.join(map(str, found['ch_mult']))}]"
-    return ": " + shlex.join(f"model.{name}={value}" for name, value in shown.items())
-
-
-def _import_discriminator(config: Config, finetuner: Finetuner, weights: Any) -> None:
-    """Loads the discriminator, or plans its warm-up."""
-    if finetuner.discriminator is None or config.adversarial is None:
-        if weights:
-            say_once("  its discriminator is not used: the recipe has no adversarial term")
-        return
-    missing = "no discriminator in it"
-    if weights and config.init.discriminator == "new":
-        weights, missing = None, "its discriminator is left out (init.discriminator=new)"
-    shape = shape_of(weights) if weights else None
-    if weights and shape is None:
-        weights, missing = None, "its discriminator is of another kind and left out"
-    if weights and shape:
-        differ = f"{config.init.weights}: its discriminator and the recipe's differ"
-        remedy = (
-            f"Set adversarial.ndf={shape[0]} and adversarial.n_layers={shape[1]} as the file's, or "
-            "init.discriminator=new for a new one"
-        )
-        check_like(weights, finetuner.discriminator.state_dict(), differ, remedy)
-        finetuner.discriminator.load_state_dict(weights)
-        say_once(
-            "  its discriminator is taken over, as trained against that file's decoder; without "
-            "a warm-up, and with new moments for Adam"
-        )
-        return
-    finetuner.run_state.warmup_left = config.adversarial.warmup_iterations
-    say_once(
-        f"  {missing}: a new one trains alone for "
-        f"{finetuner.warmup_left:,} iterations (adversarial.warmup_iterations)"
-    )
-
-
-def _build(
-    config: Config, autoencoder: AutoencoderKL, run_state: RunState
-) -> tuple[Finetuner, identity.Identity]:
-    """A finetuner of these weights, with a seeded new discriminator; the program's identity."""
-    discriminator = None
-    if config.adversarial is not None:
-        adversary = config.adversarial
-        discriminator = Discriminator(adversary.ndf, adversary.n_layers, adversary.sync_batchnorm)
-        initialize(discriminator, config.seed)
-    network = pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
-    program = identity.of_program(network)  # before it is compiled, or moved
-    ours = bound_to(LightningModule)  # whatever else is imported
-    parts = (autoencoder, discriminator, network, run_state)
-    return ours(config, *parts, log_metrics=False), program
-
-
-# --- the trainer ----------------------------------------------------------------------------
-
-
-def _trainer(config: Config, callbacks: list[Any]) -> Trainer:
-    compute = config.compute
-    accelerator = compute.accelerator
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    gpus = torch.cuda.device_count()
-    launcher, local, nodes = launched(compute.num_nodes)
-    per_node = local or compute.devices or (gpus if accelerator == "cuda" else 1)
-    nodes = nodes or compute.num_nodes or 1
-    if accelerator == "cuda" and not 0 < per_node <= gpus:
-        raise UsageError(
-            f"{per_node or 'all'} processes with a GPU each, but torch sees {gpus} GPUs here; "
-            + (
-                "each task must see all of its node's: srun --gpus-per-node, not --gpus-per-task "
-                "or --gpu-bind"
-                if launcher == SRUN
-                else "fix the driver, or start fewer processes (without a launcher: "
-                "compute.devices), or give compute.accelerator=cpu"
-            )
-        )
-    if local and compute.devices not in (None, local):
-        say_once(
-            f"{local} processes here, as the launcher started them; compute.devices="
-            f"{compute.devices} is for a start without one"
-        )
-    if accelerator == "cuda" and gpus > per_node:
-        say_once(f"using {per_node} of {gpus} GPUs here: one for each process the launcher started")
-    cluster = _cluster(launcher)
-    if nodes * per_node > 1:
-        announce_to_ranks()
-        say_once(
-            f"waiting for {nodes * per_node} processes at "
-            f"{cluster.main_address}:{cluster.main_port}"
-        )
-    trainer = Trainer(
-        accelerator=accelerator,
-        devices=per_node,
-        num_nodes=nodes,
-        strategy=_DecoderDDP(config) if nodes * per_node > 1 else "auto",
-        plugins=[cluster],
-        precision="32-true",  # the finetuner autocasts by itself
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=callbacks,
-    )
-    # Signals are for `Signals` alone: Lightning would end a run on SIGTERM without a checkpoint,
-    # and send a flag of its own before each iteration and read it from the device.
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-    return trainer
-
-
-# Buffers are never broadcast. torch renamed the argument in 2026, and warns of the old name on
-# every rank; the new one still broadcasts buffers once at the start, but DDP here has none.
-NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if NEW_NAME else "broadcast_buffers": False}
-
-
-class _DecoderDDP(DDPStrategy):
-    """DDP over the decoder, on the training's own stream."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(
-            timeout=longest_wait(config.compute.timeout_minutes),
-            # Gradients lie in DDP's buckets: without it there would be a second copy of them.
-            gradient_as_bucket_view=True,
-            **NO_BUFFERS,
-        )
-
-    def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
-        """On the stream of the training: Lightning's own would make it wait in each iteration."""
-        return DistributedDataParallel(
-            model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs
-        )
-
-
-def _cluster(launcher: str) -> ClusterEnvironment:
-    if launcher == TORCHRUN:
-        return TorchElasticEnvironment()
-    if launcher == SRUN:
-        return SLURMEnvironment(auto_requeue=False)
-    return LightningEnvironment()  # an installed srun does not mean that this runs under SLURM
-
-
 def fixed_photographs(
     config: Config, report: Callable[[str], None]
 ) -> dict[int, list[torch.Tensor]]:
@@ -602,10 +314,3 @@ def _source_of_pictures(config: Config, sources: Mapping[str, ImageSource]) -> s
 
 def _locations(sources: Mapping[str, ImageSource]) -> list[str]:
     return [source.location(0) for source in sources.values()]
-
-
-def _quiet_lightning() -> None:
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-    warnings.filterwarnings("ignore", module="lightning_fabric")

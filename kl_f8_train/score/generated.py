@@ -1,9 +1,9 @@
 """Decodes latents that no photograph belongs to, such as a sampler's, with every VAE.
 
 Nothing shows what such an image should be, so nothing here is a quality: each VAE's sharpness and
-colours, how far two VAEs are apart on the same latents, and pictures of both. Where photographs of
-the same kind are given, the Frechet distance of Inception's features to those of the photographs
-comes to it. Latents go through one at a time: they may have any size.
+colours, how far two VAEs are apart on the same latents, and pictures of both. Given photographs of
+the same kind, also FID against them: the Frechet distance of Inception's features. Latents are
+decoded one at a time, as they may have any size.
 """
 
 import csv
@@ -28,9 +28,20 @@ from kl_f8_train.files import check_writable, file_sha256, write_json, write_tex
 from kl_f8_train.launch import world_size
 from kl_f8_train.output import Progress, markdown_table
 from kl_f8_train.output import say as say_aloud
-from kl_f8_train.score import evaluate, report, saved_latents
-from kl_f8_train.score.evaluate import CARD, Candidate, Networks, Protocol
+from kl_f8_train.score import report, saved_latents
+from kl_f8_train.score.candidates import Candidate, autoencoder, load_candidates
+from kl_f8_train.score.image_set import ImageSet
 from kl_f8_train.score.inception import FEATURES, Inception
+from kl_f8_train.score.measure import (
+    Networks,
+    describe_networks,
+    exact_float32,
+    find_inception,
+    find_perceptual,
+    own_device,
+    score,
+)
+from kl_f8_train.score.protocol import CARD, Protocol
 from kl_f8_train.score.saved_latents import SavedLatent, Scale
 from kl_f8_train.score.scores import (
     BIASED_BELOW,
@@ -83,7 +94,7 @@ def evaluate_latents(
 ) -> dict[str, Any]:
     """Decodes the latents saved in a folder or file with weights (name, file, "ema" or "raw").
 
-    `scaled` is one of saved_latents.SCALED, for files that do not say; `photographs` a folder or
+    `scaled` is "no", "yes" or a family, for files that do not say; `photographs` a folder or
     shards for FID, cut to squares of `size` pixels (None: the shorter side of the first decoded
     image). Writes decoded.json, per_latent.csv, table.md, strip.png and pictures to `out`, prints
     the table, and returns what decoded.json holds. Raises MissingInputError for files that are not
@@ -92,15 +103,15 @@ def evaluate_latents(
     if world_size() > 1:
         raise UsageError("--latents takes one process; start it without torchrun")
     latents = saved_latents.survey(Path(where), limit)
-    candidates = evaluate.load_candidates(named, "cpu")
-    vaes = [(c.name, c.facts, evaluate.autoencoder(c).embed_dim) for c in candidates]
+    candidates = load_candidates(named, "cpu")
+    vaes = [(c.name, c.facts, autoencoder(c).embed_dim) for c in candidates]
     for vae in candidates:
-        model = evaluate.autoencoder(vae)
+        model = autoencoder(vae)
         saved_latents.check_fit(latents, vae.name, model.embed_dim, model.downsampling)
     scales = saved_latents.scales(latents, scaled, vaes)
     check_writable(out)
-    with evaluate.exact_float32():
-        device = evaluate.own_device(device)
+    with exact_float32():
+        device = own_device(device)
         counts = f"{counted(len(vaes), 'model', 's')}, {counted(len(latents), 'latent', 's')}"
         for line in (counts, *saved_latents.describe(latents, scales)):
             say_aloud(line)
@@ -110,9 +121,9 @@ def evaluate_latents(
         found = _decode_all(latents, scales, candidates, networks, protocol, out, device, progress)
         conditions = {
             **_conditions(latents, scales, scaled, protocol),
-            **evaluate.describe_networks(networks),
+            **describe_networks(networks),
         }
-        side = size or min(latents[0].shape[1:]) * evaluate.autoencoder(candidates[0]).downsampling
+        side = size or min(latents[0].shape[1:]) * autoencoder(candidates[0]).downsampling
         reference = None
         if photographs and networks.inception:
             reference = _photograph_features(photographs, side, out, networks.inception, device)
@@ -137,9 +148,9 @@ def _networks(
     """Those that are needed: one for pairs, Inception for FID."""
     found = Networks()
     if len(vaes) > 1:
-        evaluate.find_perceptual(found, perceptual, vgg, device, say_aloud)
+        find_perceptual(found, perceptual, vgg, device, say_aloud)
     if with_fid:
-        evaluate.find_inception(found, inception, device, say_aloud)
+        find_inception(found, inception, device, say_aloud)
     return found
 
 
@@ -157,6 +168,7 @@ def _decode_all(
     device: str,
     progress: Progress | None,
 ) -> Found:
+    """Decodes each latent with each VAE; writes the pictures of the first few."""
     names = [candidate.name for candidate in candidates]
     found = Found(
         {name: [] for name in names}, {pair: [] for pair in itertools.combinations(names, 2)}
@@ -167,7 +179,7 @@ def _decode_all(
     for number, (latent, loaded) in enumerate(saved_latents.load_latents(latents)):
         values = loaded.to(device)
         found.deviations.append(float(values.std()))
-        z = scales[latent.says].undo(values)
+        z = scales[latent.says].undo(values)  # (1, C, h, w), as an encoder makes them
         levels = dict(_decoded(candidates, z, latent, protocol, found))
         for name, image in levels.items():
             if networks.inception is not None:
@@ -193,7 +205,7 @@ def _decoded(
 ) -> Iterator[tuple[str, Tensor]]:
     """(name of the VAE, uint8 (1, 3, H, W)); notes the scores of the images by themselves."""
     for candidate in candidates:
-        output = evaluate.autoencoder(candidate).decode(z)
+        output = autoencoder(candidate).decode(z)
         if not bool(output.isfinite().all()):
             raise RunFailedError(
                 f"{candidate.name}: decodes {latent.name} to values that are not finite; its "
@@ -224,7 +236,7 @@ def own_scores(output: Tensor, levels: Tensor) -> dict[str, float]:
 
 def pair_scores(a: Tensor, b: Tensor, networks: Networks) -> dict[str, float]:
     """How far two uint8 (1, 3, H, W) decodes of one latent are apart; shifts are b minus a."""
-    scores = evaluate.score(a, b, network=networks.perceptual)
+    scores = score(a, b, network=networks.perceptual)
     return {name: float(value) for name, value in scores.items() if name != "sharpness"}
 
 
@@ -234,7 +246,7 @@ def _photograph_features(
 ) -> FeatureStatistics:
     """Inception's statistics of photographs; unreadable ones are left out and reported."""
     statistics = FeatureStatistics.empty(FEATURES, device)
-    images = evaluate.ImageSet(where, size, warn=say_aloud, out=out)
+    images = ImageSet(where, size, warn=say_aloud, out=out)
     for sample in images.stream(range(images.count), threads=2):
         if sample.image is None:
             say_aloud(sample.problem)
@@ -319,6 +331,7 @@ def _scale_doubts(
     scale = scales.get(saved_latents.UNSAID)
     if not own or scale is None or not (factors or scale.factor != 1.0):
         return []
+    # The median: a few odd latents say nothing about the scale of all.
     scaled = scale != Scale()
     factor = scale.factor if scaled else factors[0]
     doubt = saved_latents.doubt(float(np.median(own)), factor, scaled)
@@ -413,20 +426,15 @@ def _write_pictures(
 
 
 def _write_strip(out: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """One row a latent, a column each VAE and each difference from the first; one size of image."""
-    first = _load(out, entries[0]["models"])
-    shape = next(iter(first.values())).shape
-    most = max(1, min(report.STRIP_ROWS, STRIP_SIDE // shape[1]))
+    """A row for each latent of the first's size, a column for each VAE and each difference."""
+    rows = [(_load(out, entry["models"]), entry["differences"]) for entry in entries]
+    base, first = next(iter(rows[0][0].items()))
+    fitting = [row for row in rows if row[0][base].shape == first.shape]
     columns: dict[str, list[Tensor]] = {}
-    for entry in entries:
-        shown = _load(out, entry["models"])
-        if (
-            next(iter(shown.values())).shape != shape
-            or len(next(iter(columns.values()), [])) == most
-        ):
-            continue
-        base = next(iter(shown))
-        shown |= {f"|{n} - {base}|": p for n, p in _load(out, entry["differences"]).items()}
+    for shown, differences in fitting[
+        : max(1, min(report.STRIP_ROWS, STRIP_SIDE // first.shape[1]))
+    ]:
+        shown |= {f"|{n} - {base}|": p for n, p in _load(out, differences).items()}
         for name, picture in shown.items():
             columns.setdefault(name, []).append(picture)
     report.save_png(out / "strip.png", report.strip(list(columns.items())))

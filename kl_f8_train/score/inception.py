@@ -11,7 +11,7 @@ from kl_f8_train.core.hashes import tensors_sha256
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.weights import weight_file
 
-FEATURES = 2048  # of the features
+FEATURES = 2048  # values of an image: the width of the last pooled layer
 
 
 class Inception(nn.Module):

@@ -53,21 +53,24 @@ class Evaluation:
     pictures: list[dict[str, Any]]
     comparison: dict[str, Any] | None
 
+    def weights(self, name: str) -> dict[str, Any]:
+        """What is known of a row's file; {} in scores of an older version."""
+        found: dict[str, Any] = self.scores.get("weights", {}).get(name, {})
+        return found
+
     @property
     def models(self) -> list[str]:
         """Names of the VAEs, in the order given; baselines stand in the table only."""
-        weights = self.scores.get("weights", {})
-        return [n for n in self.scores["models"] if not weights.get(n, {}).get("baseline")]
+        return [name for name in self.scores["models"] if not self.weights(name).get("baseline")]
 
     def is_clean(self, name: str) -> bool:
         """Whether a row is that of a VAE, and not of one with noise on its latents."""
-        return "latent_noise" not in self.scores.get("weights", {}).get(name, {})
+        return "latent_noise" not in self.weights(name)
 
     @property
     def base(self) -> str:
         """The model that the others are seen against: the one marked so, or else the first."""
-        weights = self.scores.get("weights", {})
-        marked = [name for name in self.models if weights.get(name, {}).get("base")]
+        marked = [name for name in self.models if self.weights(name).get("base")]
         return (marked or self.models)[0]
 
 
@@ -113,8 +116,7 @@ def write_comparison(
     values: dict[str, Any] = {
         "a": a,
         "b": b,
-        "interval": f"{compare.LEVEL:.0%} BCa bootstrap of the mean of "
-        f"{b} minus {a} per image, "
+        "interval": f"{compare.LEVEL:.0%} BCa bootstrap of the mean of {b} minus {a} per image, "
         f"{compare.RESAMPLES:,} resamples, seed 0",
         "per_image_sha256": _rows_sha256(directory),
         "verdicts": [verdict.as_dict() for verdict in found],
@@ -245,8 +247,7 @@ def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
         for column in ("rfid", *ALWAYS, "st_lpips")
         if column == "psnr" or any(row.get(column) is not None for row in rows.values())
     ]
-    weights = scores.get("weights", {})
-    sigmas = {name: weights.get(name, {}).get("latent_noise") for name in models}
+    sigmas = {name: evaluation.weights(name).get("latent_noise") for name in models}
     pairs = [
         _pair(evaluation, a, b)
         for a, b in itertools.combinations(models, 2)
@@ -289,11 +290,10 @@ def _scores(evaluation: Evaluation, columns: Sequence[str]) -> list[dict[str, An
     """A row for each model: name, iteration, and a cell for each column."""
     rows = evaluation.scores["models"]
     best = {column: _best_models(column, rows) for column in columns}
-    weights = evaluation.scores.get("weights", {})
     return [
         {
             "name": name,
-            "iteration": weights.get(name, {}).get("iteration"),
+            "iteration": evaluation.weights(name).get("iteration"),
             "cells": [_score_cell(evaluation, name, c, name in best[c]) for c in columns],
         }
         for name in rows
@@ -413,18 +413,13 @@ def _protocol(evaluation: Evaluation) -> dict[str, str]:
 
 
 def _weights(evaluation: Evaluation) -> dict[str, dict[str, str]]:
-    weights = evaluation.scores.get("weights", {})
-    return {
-        name: _facts({**weights[name], "base": None})
-        for name in evaluation.models
-        if name in weights
-    }
+    known = {name: evaluation.weights(name) for name in evaluation.models}
+    return {name: _facts({**one, "base": None}) for name, one in known.items() if one}
 
 
 def _is_one_encoder(evaluation: Evaluation) -> bool:
     """Whether several models share one encoder."""
-    weights = evaluation.scores.get("weights", {})
-    encoders = {weights[name].get("frozen_sha256") for name in evaluation.models if name in weights}
+    encoders = {evaluation.weights(name).get("frozen_sha256") for name in evaluation.models}
     return len(evaluation.models) > 1 and len(encoders) == 1 and None not in encoders
 
 
@@ -434,15 +429,10 @@ def _facts(values: Mapping[str, Any]) -> dict[str, str]:
     for key, value in values.items():
         if value is not None and value != "":
             whole = isinstance(value, int) and not isinstance(value, bool)
-            facts[key.replace("_", " ")] = f"{value:,}" if whole else str(_listed(value))
+            if isinstance(value, Mapping):  # versions and the like, in one line
+                value = ", ".join(f"{name} {entry}" for name, entry in value.items())
+            facts[key.replace("_", " ")] = f"{value:,}" if whole else str(value)
     return facts
-
-
-def _listed(value: Any) -> Any:
-    """Versions and the like in one line."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {entry}" for key, entry in value.items())
-    return value
 
 
 # --- what the page's script reads --------------------------------------------------------------

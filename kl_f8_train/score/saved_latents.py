@@ -36,7 +36,6 @@ NAMES = ("latents", "latent", "samples", "z")  # which tensor is meant, where a 
 SMALLEST = 32  # pixels of a decoded image that every metric can take
 MOST_TENSORS = 16  # of a file of latents; a model has hundreds
 OURS, LEGACY, UNSAID = "z", "legacy", "unsaid"  # what a file says of its scale
-SCALED = ("no", "yes", *FAMILIES)  # what the user may say
 
 
 @dataclass(frozen=True)
@@ -205,8 +204,9 @@ def scales(
 ) -> dict[str, Scale]:
     """What a file says of its scale -> how to undo it, for what these latents say.
 
-    `scaled` is one of SCALED, for the files that say nothing; `vaes` are name, facts and channels
-    of the latents. Raises UsageError if it is needed and not given, or if no VAE states a scale.
+    `scaled` is "no", "yes" or a family, for the files that say nothing; `vaes` are name, facts and
+    channels of the latents. Raises UsageError if it is needed and not given, or if no VAE states a
+    scale.
     """
     found = {OURS: Scale(), LEGACY: Scale(LEGACY_FACTOR)}
     says = {latent.says for latent in latents}

@@ -23,7 +23,6 @@ from torch import Tensor
 from kl_f8_train.core import metrics
 from kl_f8_train.output import Progress, markdown_table
 
-TILE = 512  # pixels, ComfyUI's; diffusers takes its config.json's sample_size, such as 512
 OVERLAP = 64  # pixels, ComfyUI's; a quarter of tiles smaller than four of them
 Decode = Callable[[Tensor], Tensor]
 

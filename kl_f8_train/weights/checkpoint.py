@@ -185,7 +185,7 @@ def base_facts(contents: weight_file.Contents, weights: Weights, config: Config)
     Raises UsageError if the two disagree, or if neither names a family although the shape is one
     that several share.
     """
-    published = config.model in KL_F8_SHAPES
+    published = config.model in KL_F8_SHAPES.values()
     channels = config.model.embed_dim
     stated = weight_file.facts_of(contents, weights)
     try:

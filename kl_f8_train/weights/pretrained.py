@@ -6,7 +6,6 @@ torch-fidelity) in rFID. A file is kept in `files.cache_dir()`, as safetensors.
 
 import fcntl
 import importlib.util
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from kl_f8_train.core.hashes import tensors_sha256
 from kl_f8_train.core.losses import PerceptualDistance
 from kl_f8_train.core.perceptual import lpips_vgg, st_lpips_alex
 from kl_f8_train.errors import MissingInputError, RunFailedError
-from kl_f8_train.files import cache_dir, check_writable, file_sha256
+from kl_f8_train.files import cache_dir, check_writable, file_sha256, hidden_beside
 from kl_f8_train.weights import weight_file
 
 
@@ -100,10 +99,12 @@ def fetch(
     with (target.parent / f".{network.file}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_file():
-            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                download = Path(folder) / "download"
+            download = hidden_beside(target, "download")
+            try:
                 transfer.fetch(url, download, attempts=attempts)
                 _keep(network, url, download, target)
+            finally:
+                download.unlink(missing_ok=True)
     return target
 
 

@@ -260,7 +260,7 @@ def _read_inside(archive: zipfile.ZipFile, total: int, wanted: Wanted) -> TorchF
     entry = _weights_inside(archive)
     if entry.file_size > UNPACKED * total + 1_000_000:
         raise MissingInputError(f"it unpacks to more than {UNPACKED} times its own size")
-    with tempfile.NamedTemporaryFile(prefix="kl_f8_train-") as unpacked:
+    with tempfile.TemporaryFile() as unpacked:  # it has no name that a killed process could leave
         try:
             with archive.open(entry) as member:
                 shutil.copyfileobj(member, unpacked, READ_BYTES)
@@ -270,7 +270,7 @@ def _read_inside(archive: zipfile.ZipFile, total: int, wanted: Wanted) -> TorchF
                 f"unpacking its {entry.filename} takes {entry.file_size:,} bytes in "
                 f"{tempfile.gettempdir()}: {error}. Set TMPDIR to a place with room"
             ) from error
-        result = read_torch(Path(unpacked.name), wanted, inside=True)
+        result = read_torch(Path(f"/dev/fd/{unpacked.fileno()}"), wanted, inside=True)
     result.container = f"{result.container}, {entry.filename} in a zip"
     return result
 

@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from kl_f8_train.errors import MissingInputError, UsageError, like_path
 from kl_f8_train.facts import Facts
 from kl_f8_train.files import atomic_path, beginning, file_sha256
 from kl_f8_train.run_dir import list_checkpoints
+from kl_f8_train.settings import KL_F8_SHAPES
 from kl_f8_train.units import are, counted, shortest
 from kl_f8_train.weights import hub, torch_file
 from kl_f8_train.weights.names import (
@@ -213,13 +214,6 @@ def report(contents: Contents, weights: Weights) -> dict[str, Any]:
     }
 
 
-# Arguments of AutoencoderKL, by name; all else has its default.
-PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
-    "kl-f8": {},
-    "16-channel kl-f8": {"z_channels": 16, "embed_dim": 16, "quant_conv": False},
-}
-
-
 def _other_shape(state: State) -> str:
     """How the network of a file differs from kl-f8: only in size, or in its architecture."""
     with torch.device("meta"):
@@ -309,9 +303,9 @@ def _latents_moved(model: AutoencoderKL, dtype: torch.dtype) -> float:
 
 def published_shape(weights: Weights) -> str | None:
     """The name of a file's shape, if it is a published one."""
-    for name, arguments in PUBLISHED_SHAPES.items():
+    for name, shape in KL_F8_SHAPES.items():
         with torch.device("meta"):
-            expected = shapes_of(AutoencoderKL(**arguments).state_dict())
+            expected = shapes_of(AutoencoderKL(**asdict(shape)).state_dict())
         if shapes_of(weights.autoencoder) == expected:
             return name
     return None

@@ -47,7 +47,7 @@ def main(count: str = "4", side: str = "128") -> None:
 def photographs(count: int, side: int) -> Batch:
     """Held-out photographs as a batch."""
     paths = sorted(shipped.HELD_OUT.iterdir())[:count]
-    pixels = torch.stack([images.square(path.read_bytes(), side) for path in paths])
+    pixels = torch.stack([images.squares(path.read_bytes(), [side])[0] for path in paths])
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, count, 4, side // 8, side // 8, generator=generator)
     return Batch(pixels, noise, [path.stem for path in paths], [])

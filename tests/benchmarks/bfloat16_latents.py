@@ -24,7 +24,9 @@ def main(vae: str, folder: str | None = None) -> None:
     model = load_autoencoder(vae)
     root = Path(folder) if folder else Path(skimage.data.__file__).parent
     names = sorted(root.iterdir()) if folder else [root / f"{n}.png" for n in ("coffee", "chelsea")]
-    x = torch.stack([images.to_float(images.square(path.read_bytes(), 256)) for path in names])
+    x = torch.stack(
+        [images.to_float(images.squares(path.read_bytes(), [256])[0]) for path in names]
+    )
     noise = torch.randn(model.encode(x[:1]).mean.shape, generator=torch.Generator().manual_seed(0))
     exact = model.encode(x)
     z = exact.sample(noise)

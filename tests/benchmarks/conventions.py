@@ -22,8 +22,9 @@ from kl_f8_train import images
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.folders import list_folder, read_file
-from kl_f8_train.score import evaluate
-from kl_f8_train.score.evaluate import CARD, STANDARD
+from kl_f8_train.score import measure
+from kl_f8_train.score.candidates import load_candidates, posterior_noise
+from kl_f8_train.score.protocol import CARD, STANDARD
 from kl_f8_train.weights import pretrained
 
 Scores = dict[str, float]
@@ -58,7 +59,7 @@ class Bench:
     """One VAE and one perceptual network."""
 
     def __init__(self, weights: Path) -> None:
-        ((self.candidate),) = evaluate.load_candidates([("vae", weights, "ema")], "cpu")
+        ((self.candidate),) = load_candidates([("vae", weights, "ema")], "cpu")
         assert isinstance(self.candidate.model, AutoencoderKL)
         self.model = self.candidate.model
         try:
@@ -71,14 +72,14 @@ class Bench:
     def reconstruct(self, x: Tensor, key: str, sampled: bool = True, seed: int = 0) -> Tensor:
         """uint8 (1, 3, H, W) -> float, not clamped."""
         posterior = self.model.encode(images.to_float(x))
-        noise = evaluate.posterior_noise([key], posterior.mean, seed)
+        noise = posterior_noise([key], posterior.mean, seed)
         return self.model.decode(posterior.sample(noise) if sampled else posterior.mean)
 
     def score(self, x: Tensor, y: Tensor, border: str = CARD.border) -> Scores:
         """Of a uint8 pair, or of levels in 0..255 that are not whole numbers."""
         if self.target is not x:  # its features serve all variants that leave the image alone
             self.target, self.features = x, self.network.features(images.to_float(x))
-        scores = evaluate.score(x, y, border, self.network, self.features)
+        scores = measure.score(x, y, border, self.network, self.features)
         keep = ("psnr", "ssim", "psim", "lpips", "st_lpips", "sharpness")
         return {name: float(scores[name]) for name in keep if name in scores}
 

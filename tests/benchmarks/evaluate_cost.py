@@ -23,8 +23,11 @@ from torchvision.models import vgg16
 from kl_f8_train.core import perceptual
 from kl_f8_train.core.losses import PerceptualDistance
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.score import evaluate
-from kl_f8_train.score.evaluate import CARD, ImageSet, Networks
+from kl_f8_train.score import measure
+from kl_f8_train.score.candidates import load_candidates
+from kl_f8_train.score.image_set import ImageSet
+from kl_f8_train.score.measure import Networks
+from kl_f8_train.score.protocol import CARD
 from kl_f8_train.weights import pretrained, weight_file
 
 DEMO = {"ch": 32, "ch_mult": (1, 2, 2, 2), "num_res_blocks": 1}
@@ -85,13 +88,13 @@ def seconds(
     named: list[tuple[str, Path, str]], photos: Path, size: int, count: int, networks: Networks
 ) -> float:
     """CPU seconds an image, from the file to the scores; the median of some repeats."""
-    group = evaluate.load_candidates(named, "cpu")
+    group = load_candidates(named, "cpu")
     image_set = ImageSet(str(photos), size)
     taken = []
     for _ in range(REPEATS + 1):  # the first warms up
         began = time.process_time()
         stream = image_set.stream(range(count), threads=1)
-        evaluate.measure(group, networks, CARD, stream, device="cpu", batch_size=1)
+        measure.measure(group, networks, CARD, stream, device="cpu", batch_size=1)
         taken.append((time.process_time() - began) / count)
     return statistics.median(taken[1:])
 

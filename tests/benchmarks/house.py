@@ -161,12 +161,12 @@ def traced_way() -> dict[str, dict[str, int]]:
         def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
             sys.setprofile(note if module.run_state.iteration == 1 else None)
 
-    build = train._trainer
+    build = train.build_trainer
 
     def with_tracer(recipe: Config, callbacks: list[Any]) -> Any:
         return build(recipe, [*callbacks, Tracer()])
 
-    train._trainer = with_tracer  # type: ignore[assignment]
+    train.build_trainer = with_tracer  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
         pack(shipped.TRAINING, Path(name) / "shards", per_shard=20)
         places = [f"data.sources={name}/shards", f"run_dir={name}/run"]

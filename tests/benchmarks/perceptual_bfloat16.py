@@ -29,7 +29,7 @@ def main(weights: str, count: str = "8", side: str = "256") -> int:
     paths = sorted(shipped.HELD_OUT.iterdir())[: int(count)]
     rows = []
     for path in paths:
-        x = images.to_float(images.square(path.read_bytes(), int(side)))[None]
+        x = images.to_float(images.squares(path.read_bytes(), [int(side)])[0])[None]
         with torch.no_grad():
             y = model.decode(model.encode(x).mean)
         rows.append([gradient(network, x, y, kind) for kind in ("float32", "bfloat16")])
