@@ -305,7 +305,9 @@ DATA = {
     ),
     "cut shard": train("data.sources=cut_shards", MISSING, "0.tar is broken: unexpected end|=skip"),
     "empty tar": train("data.sources=empty_tar", MISSING, "=empty_tar: no image is left|pack"),
-    "text as tar": train("data.sources=text_tar", MISSING, "text_tar/0.tar is broken|repair them"),
+    "text as tar": train(
+        "data.sources=text_tar", MISSING, "text_tar/0.tar is not a tar but|begins with|repair them"
+    ),
     "empty folder": train(
         "data.sources=directory", MISSING, "no shards and no images|expected .tar"
     ),
@@ -373,7 +375,7 @@ DATA = {
         f"{EVALUATE} --images directory", MISSING, "no images in directory|expected"
     ),
     "evaluate junk": Case(
-        f"{EVALUATE} --images not_images", FAILED, "no image of not_images can|0.jpg"
+        f"{EVALUATE} --images not_images", MISSING, "no image of not_images can|0.jpg"
     ),
     "pack nowhere": Case("pack nowhere o", MISSING, "nowhere: no such folder; expected"),
     "pack empty": Case("pack directory o", MISSING, "no images in directory: expected .jpg"),

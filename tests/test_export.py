@@ -77,6 +77,12 @@ def test_diffusers_loads_the_single_files(folder, ema, suffix):
     torch.testing.assert_close(vae.decode(LATENTS).sample, ema.decode(LATENTS), atol=1e-5, rtol=0)
 
 
+def test_a_run_whose_directory_is_not_utf8_is_exported(folder, tmp_path):
+    run = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mod\xe8le"))
+    shutil.copytree(folder / "run", run, ignore=shutil.ignore_patterns("export"))
+    assert len(list(export(run).glob("tiny-ema-pruned.*"))) == 2
+
+
 def test_the_encoder_is_the_imported_one(folder):
     before = weight_file.read(folder / "model.ckpt").tensors
     after = weight_file.read(folder / "run" / "export" / "tiny-ema-pruned.safetensors").tensors

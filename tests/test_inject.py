@@ -230,3 +230,39 @@ def test_a_vae_that_is_not_finite_is_refused_because_of_that(tmp_path):
     with pytest.raises(MissingInputError, match="not finite"):
         inject(tmp_path / "nan.safetensors", tmp_path / "sd.safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_values_that_the_checkpoints_type_cannot_hold_are_refused(tmp_path, vae):
+    """They would be written as infinity, and read back equal to it."""
+    state = dict(weight_file.read(vae).tensors)
+    state["decoder.conv_in.weight"] = state["decoder.conv_in.weight"].clone().fill_(1e6)
+    save_file(state, tmp_path / "large.safetensors")
+    for dtype, fits in ((torch.float16, False), (torch.bfloat16, True)):
+        save_file(full_checkpoint(dtype=dtype), tmp_path / "sd.safetensors")
+        out = tmp_path / f"out-{fits}.safetensors"
+        if fits:
+            inject(tmp_path / "large.safetensors", tmp_path / "sd.safetensors", out)
+            continue
+        with pytest.raises(MissingInputError, match=r"conv_in\.weight holds 1e\+06, more than fl"):
+            inject(tmp_path / "large.safetensors", tmp_path / "sd.safetensors", out)
+        assert not out.exists()
+
+
+@pytest.mark.parametrize("save", [save_file, torch.save])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_checkpoints_of_types_that_ruin_a_vae_are_refused(tmp_path, vae, save, dtype):
+    save(full_checkpoint(dtype=dtype), tmp_path / "sd")
+    with pytest.raises(
+        MissingInputError, match=rf"{dtype}, which is too coarse for a VAE".split(".")[1]
+    ):
+        inject(vae, tmp_path / "sd", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "what"), [(b"", "an empty file"), (b"version https://git-lfs", "git lfs pull")]
+)
+def test_what_came_in_place_of_a_checkpoint_is_named(tmp_path, vae, data, what):
+    (tmp_path / "sd.safetensors").write_bytes(data)
+    with pytest.raises(MissingInputError, match=what):
+        inject(vae, tmp_path / "sd.safetensors", tmp_path / "out")

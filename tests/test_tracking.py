@@ -117,6 +117,20 @@ def test_whatever_fails_online_is_logged_offline(
     assert not [line for line in said if "without it" in line]
 
 
+@pytest.mark.parametrize("mode", ["disabled", "offline", "dryrun", "nonsense"])
+def test_the_mode_in_the_environment_holds(settings, monkeypatch, mode):
+    """A launcher's or cluster's WANDB_MODE is not overridden by log.wandb=auto."""
+    monkeypatch.setenv("WANDB_MODE", mode)
+    asked = []
+    monkeypatch.setattr("kl_f8_train.run.tracking.wandb_reachable", lambda: asked.append(mode))
+    recipe, said = settings("log.wandb=auto"), []
+    track(recipe, said)
+    assert len(logged_offline(Path(recipe.run_dir))) == (mode != "disabled")
+    assert asked == ["nonsense"] * (mode == "nonsense")
+    assert ("nothing is logged there" in said[0]) is (mode == "disabled")
+    assert not [line for line in said if "without it" in line]
+
+
 def test_a_failure_in_the_middle_moves_the_run_offline(settings, monkeypatch):
     class Broken:
         def log(self, values):

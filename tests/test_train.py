@@ -313,6 +313,30 @@ def test_a_run_directory_that_was_moved_is_resumed_where_it_lies(folder, undistu
     runs.assert_same_state(runs.final_state(folder, "after"), undisturbed)
 
 
+def test_a_resuming_run_says_that_it_does_not_begin_from_other_weights(folder, capsys):
+    train(runs.recipe(folder, "from", "stop_iteration=101"))
+    capsys.readouterr()
+    train(runs.recipe(folder, "from", "stop_iteration=102", "init.weights=kl_f8_mini"))
+    said = capsys.readouterr().out
+    assert "note: only the start of a run reads init.weights" in said
+    assert f": {folder / 'model.ckpt'} -> kl_f8_mini" in said
+    train(runs.recipe(folder, "from", "stop_iteration=102", "init.weights=kl_f8_mini"))
+    assert "note: only the start" not in capsys.readouterr().out
+
+
+def test_a_run_does_not_start_from_a_damaged_checkpoint_of_another(folder):
+    train(runs.recipe(folder, "source", "stop_iteration=101"))
+    (path,) = list_checkpoints(folder / "source")
+    whole = path.read_bytes()
+    place = whole.index(b'"ema.decoder.conv_out.weight"')
+    (offset,) = re.findall(rb"\[(\d+),", whole[place : place + 200])[-1:]
+    place = 8 + int.from_bytes(whole[:8], "little") + int(offset)
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    settings = runs.recipe(folder, "next", f"init.weights={folder / 'source'}", "init.iteration=0")
+    with pytest.raises(MissingInputError, match="its ema does not match its own SHA-256"):
+        train(settings)
+
+
 def test_only_broken_checkpoints_stop_and_change_nothing(folder):
     train(runs.recipe(folder, "all-broken", "stop_iteration=101"))
     for path in list_checkpoints(folder / "all-broken"):

@@ -19,7 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 from kl_f8_train.__main__ import main
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.errors import MissingInputError
-from kl_f8_train.run.train import check_model, train
+from kl_f8_train.run.start import check_model
+from kl_f8_train.run.train import train
 from kl_f8_train.weights import names, weight_file
 from kl_f8_train.weights.names import State, to_diffusers
 
@@ -389,6 +390,17 @@ def test_a_discriminator_of_another_size_names_it_and_a_new_one_can_be_asked_for
     with pytest.raises(MissingInputError, match=r"adversarial\.ndf=16 and adversarial\.n_layers=2"):
         train(runs.recipe(tmp_path, "run", *extra))
     assert train(runs.recipe(tmp_path, "run", *extra, "init.discriminator=new")) == 0
+
+
+def test_a_discriminator_that_is_not_finite_is_refused_at_the_start(tmp_path):
+    """Training would leave out every update, and blame the learning rate."""
+    shards = runs.make_shards(tmp_path)
+    content = torch.load(runs.make_weights(tmp_path / "model.ckpt"), weights_only=True)
+    content["state_dict"]["loss.discriminator.main.0.weight"][0] = torch.nan
+    torch.save(content, tmp_path / "model.ckpt")
+    extra = (f"data.sources={shards}", "stop_iteration=101")
+    with pytest.raises(MissingInputError, match=r"main\.0\.weight first.*init\.discriminator=new"):
+        train(runs.recipe(tmp_path, "run", *extra))
 
 
 # --- other architectures --------------------------------------------------------------------

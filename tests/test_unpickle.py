@@ -4,6 +4,7 @@ import argparse
 import collections
 import contextlib
 import gc
+import importlib
 import os
 import pathlib
 import pickle
@@ -290,6 +291,23 @@ def test_the_attacks_would_work(tmp_path):
         path = save_zip({"extra": attacks(marker)[name]}, tmp_path / "model.ckpt")
         torch.load(path, weights_only=False)
         assert marker.exists()
+
+
+@pytest.mark.parametrize("name", ["http.client.HTTPConnection", "smtplib.SMTP", "cProfile.run"])
+def test_modules_of_networks_and_profilers_are_refused_by_name(tmp_path, name):
+    module, _, function = name.rpartition(".")
+    reference = getattr(importlib.import_module(module), function)
+    path = save_zip({"state_dict": {}, "x": reference}, tmp_path / "x.ckpt")
+    package = module.partition(".")[0]  # by Python 2's names: http.client is httplib
+    with pytest.raises(MissingInputError, match=f"asks to run {package}"):
+        weight_file.read(path)
+
+
+def test_an_opcode_that_torch_never_wrote_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"a": 1}, 0))
+    with pytest.raises(MissingInputError, match="opcode 112, which torch never wrote"):
+        weight_file.read(tmp_path / "x.ckpt")
 
 
 @pytest.mark.parametrize("save", [save_zip, save_legacy])

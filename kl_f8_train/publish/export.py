@@ -611,7 +611,11 @@ def _read_back(
 
 def _check_strictly(path: Path, count: int) -> None:
     """What torch's own safe loader sees of a .ckpt; raises RunFailedError if it is too much."""
-    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    mapped = weight_file.is_utf8(path)  # torch maps no other names
+    with path.open("rb") as file:
+        loaded = torch.load(
+            path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped
+        )
     names = {"state_dict", "global_step", ENTRY}
     if set(loaded) != names or len(loaded["state_dict"]) != count:
         raise RunFailedError(f"{path} holds other things than {', '.join(sorted(names))}")

@@ -18,7 +18,7 @@ from torch import Tensor
 from kl_f8_train.core.hashes import frozen_sha256, tensor_bytes
 from kl_f8_train.core.model import FROZEN
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
-from kl_f8_train.files import atomic_path, file_sha256
+from kl_f8_train.files import atomic_path, beginning, file_sha256
 from kl_f8_train.weights import names, torch_file, weight_file
 
 COPIED_BYTES = 1 << 24  # at a time, so that a checkpoint of any size takes no memory
@@ -28,6 +28,10 @@ SAFETENSORS = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,  # these are refused by name
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
 
 
@@ -72,7 +76,7 @@ def inject(vae: Path, into: Path, out: Path, force: bool = False) -> list[str]:
         names.check_shapes(weights.autoencoder, shapes)
     except MissingInputError as error:
         raise MissingInputError(f"{source.path} does not fit {into}: {error}") from error
-    tensors = {key: weights.autoencoder[key].to(place.dtype) for key, place in places.items()}
+    tensors = _stored(source, into, weights.autoencoder, places)
 
     lines = [_compare_encoders(into, places, tensors)]
     with atomic_path(out) as temporary:
@@ -91,6 +95,33 @@ def inject(vae: Path, into: Path, out: Path, force: bool = False) -> list[str]:
         "everything else is copied as it was",
         f"{out}  {out.stat().st_size:,} bytes  sha256 {file_sha256(out)[:12]}",
     ]
+
+
+def _stored(
+    source: weight_file.Contents,
+    into: Path,
+    state: Mapping[str, Tensor],
+    places: Mapping[str, Place],
+) -> dict[str, Tensor]:
+    """The VAE in the types of a checkpoint.
+
+    Raises MissingInputError for types that ruin any VAE, and for values that one cannot hold.
+    """
+    stored = {}
+    for key, place in places.items():
+        name = str(place.dtype).removeprefix("torch.")
+        if not place.dtype.is_floating_point or place.dtype.itemsize == 1:
+            raise MissingInputError(
+                f"{into} stores {key} as {name}, which is too coarse for a VAE; give the "
+                "checkpoint of float16, bfloat16 or float32"
+            )
+        stored[key] = state[key].to(place.dtype)
+        if not stored[key].isfinite().all():
+            raise MissingInputError(
+                f"{source.path}: {key} holds {float(state[key].abs().max()):.3g}, more than "
+                f"{name} can, which {into} stores; give the checkpoint of float32 or bfloat16"
+            )
+    return stored
 
 
 def _compare_encoders(
@@ -135,12 +166,13 @@ def _view(record: bytearray, place: Place) -> Tensor:
 def _safetensors_places(path: Path) -> dict[str, Place]:
     """Where the tensors of a safetensors file lie; raises MissingInputError for another file."""
     with weight_file.find(path).open("rb") as file:
-        head = file.read(9)
-        if head[8:] != b"{":
-            raise MissingInputError(
-                f"{path} is neither .safetensors nor a torch zip. A .ckpt of before torch 1.6 "
-                "becomes one by torch.save(torch.load(FILE, weights_only=True), NEW)"
+        head = file.read(64)
+        if head[8:9] != b"{":
+            what = beginning(head) or (
+                "a .ckpt of before torch 1.6 becomes one by torch.save(torch.load(FILE, "
+                "weights_only=True), NEW)"
             )
+            raise MissingInputError(f"{path} is neither .safetensors nor a torch zip: {what}")
         weight_file.read(path, lambda names: ())  # validates the header
         file.seek(8)
         header = json.loads(file.read(struct.unpack("<Q", head[:8])[0]))

@@ -30,8 +30,8 @@ def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple
     for path in found:  # newest first; one that is broken, or that the disk changed, is skipped
         try:
             contents = weight_file.read(path)
-            checkpoint.check_metadata(contents)
             before = checkpoint.stored_config(contents)
+            checkpoint.check_metadata(contents)
             checkpoint.stored_identity(contents.metadata)
             checkpoint.check_content(contents)
         except MissingInputError as error:
@@ -44,6 +44,11 @@ def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple
         finetuner, program = _build(config, autoencoder, RunState())
         frozen = checkpoint.restore(finetuner, finetuner.adams, contents)
         say_once(f"resuming {path.name}")
+        if before.init.weights != config.init.weights:
+            say_once(
+                "  note: only the start of a run reads init.weights, and another run_dir would: "
+                f"{before.init.weights} -> {config.init.weights}"
+            )
         _record_changes(finetuner, changes)
         adopt(finetuner, program, str(path), allow_changes)
         return finetuner, frozen
@@ -88,6 +93,8 @@ def _import(config: Config) -> tuple[Finetuner, str]:
     contents, weights = weight_file.read_weights(
         config.init.weights, config.init.select, config.init.prefix
     )
+    for part in ("autoencoder", "ema", "discriminator"):
+        checkpoint.check_content(contents, part)  # of a checkpoint of another run
     say_once(f"init: {weight_file.describe(weight_file.report(contents, weights))}")
     iteration = config.init.iteration
     if iteration is None:
@@ -166,6 +173,12 @@ def _import_discriminator(config: Config, finetuner: Finetuner, weights: Any) ->
             "init.discriminator=new for a new one"
         )
         check_like(weights, finetuner.discriminator.state_dict(), differ, remedy)
+        bad = [key for key, value in weights.items() if not value.float().isfinite().all()]
+        if bad:
+            raise MissingInputError(
+                f"{config.init.weights}: its discriminator is not finite, {bad[0]} first: NaN or "
+                "infinity; give other weights, or init.discriminator=new for a new one"
+            )
         finetuner.discriminator.load_state_dict(weights)
         say_once(
             "  its discriminator is taken over, as trained against that file's decoder; without "

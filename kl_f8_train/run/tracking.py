@@ -22,6 +22,7 @@ from kl_f8_train.output import Say
 from kl_f8_train.settings import Config, to_dict
 
 FINISH_SECONDS = 120.0  # for wandb's last upload; what is not uploaded stays in run_dir/wandb
+MODE = "WANDB_MODE"  # wandb's own switch, which its init(mode=...) would override
 SERVER_VARIABLES = ("WANDB_BASE_URL", "WANDB_API_KEY")  # offline logging needs neither
 
 
@@ -46,7 +47,9 @@ class Trackers:
         if config.log.tensorboard:
             with self._may_fail("TensorBoard"):
                 self.trackers.append(TensorBoardTracker(run_dir, start))
-        if config.log.wandb != "off":
+        if config.log.wandb != "off" and os.environ.get(MODE) == "disabled":
+            say(f"wandb: {MODE}=disabled; nothing is logged there")
+        elif config.log.wandb != "off":
             with self._may_fail("wandb"):
                 self.trackers.append(WandbTracker(config, run_dir, say))
 
@@ -132,7 +135,8 @@ class WandbTracker:
 
     def __init__(self, config: Config, run_dir: Path, say: Say) -> None:
         self.config, self.run_dir, self.say = config, run_dir, say
-        self.online = config.log.wandb == "auto" and wandb_reachable()
+        wanted = config.log.wandb == "auto" and os.environ.get(MODE) not in ("offline", "dryrun")
+        self.online = wanted and wandb_reachable()
         self.run = self._start_online() if self.online else self._start_offline()
 
     def log(self, iteration: int, values: Mapping[str, float], picture: Path | None) -> None:
@@ -191,16 +195,17 @@ class WandbTracker:
         options: dict[str, Any] = {"init_timeout": 15, "silent": True}
         if "finish_timeout" in wandb.Settings.model_fields:  # new in 2026
             options["finish_timeout"] = FINISH_SECONDS
-        return wandb.init(
-            mode=mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(**options),
-            project=self.config.log.project,
-            name=self.config.name,
-            id=self._id(),
-            resume="allow",
-            dir=str(self.run_dir),
-            config=to_dict(self.config),
-        )
+        with _without((MODE,)):  # whatever else it holds would be refused
+            return wandb.init(
+                mode=mode,  # type: ignore[arg-type]
+                settings=wandb.Settings(**options),
+                project=self.config.log.project,
+                name=self.config.name,
+                id=self._id(),
+                resume="allow",
+                dir=str(self.run_dir),
+                config=to_dict(self.config),
+            )
 
     def _id(self) -> str:
         with contextlib.suppress(OSError, UnicodeDecodeError):

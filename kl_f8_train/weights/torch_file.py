@@ -87,6 +87,19 @@ HOSTILE_MODULES = {
     *("runpy", "code", "codeop", "pdb", "bdb", "timeit", "webbrowser", "multiprocessing", "io"),
     *("_io", "pickle", "_pickle", "marshal", "operator", "_operator", "urllib", "asyncio"),
     *("pkgutil", "imp", "zipimport", "tempfile", "commands", "popen2", "dill", "cloudpickle"),
+    *(
+        "http",
+        "httplib",
+        "smtplib",
+        "ftplib",
+        "telnetlib",
+        "poplib",
+        "imaplib",
+        "nntplib",
+        "xmlrpc",
+    ),
+    *("requests", "aiohttp", "paramiko", "ssl", "cProfile", "profile", "trace", "pydoc", "doctest"),
+    *("unittest", "pytest", "pip", "ensurepip", "venv", "distutils", "setuptools", "idlelib"),
 }
 HOSTILE = {
     *(f"builtins.{name}" for name in ("eval", "exec", "compile", "open", "getattr", "setattr")),
@@ -467,6 +480,9 @@ class _Counted(dict[int, Any]):
         if self.left < 0:
             raise ValueError(f"its pickle takes more than {OPERATIONS:,} operations")
         return super().__getitem__(code)
+
+    def __missing__(self, code: int) -> Any:
+        raise ValueError(f"its pickle holds opcode {code}, which torch never wrote")
 
 
 class _Window:

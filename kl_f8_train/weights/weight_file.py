@@ -428,7 +428,7 @@ def _read_safetensors(path: Path, wanted: torch_file.Wanted) -> Contents:
 
 def _tensors_of(path: Path, descriptor: int, wanted: torch_file.Wanted) -> Contents:
     """What an open safetensors file holds."""
-    name = path if _is_utf8(path) else f"/dev/fd/{descriptor}"
+    name = path if is_utf8(path) else f"/dev/fd/{descriptor}"
     with safe_open(name, framework="pt", device="cpu") as file:
         names = list(file.keys())
         chosen = set(wanted(names))
@@ -445,8 +445,8 @@ def _tensors_of(path: Path, descriptor: int, wanted: torch_file.Wanted) -> Conte
     return contents
 
 
-def _is_utf8(path: Path) -> bool:
-    """Whether safetensors takes this name."""
+def is_utf8(path: Path) -> bool:
+    """Whether a name is UTF-8; safetensors takes no others."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -573,7 +573,7 @@ def write_plain(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, s
     with atomic_path(path) as temporary:
         about = {"format": "pt", **metadata}
         try:
-            if _is_utf8(temporary):
+            if is_utf8(temporary):
                 save_file(tensors, temporary, metadata=about)
             else:  # costs memory for a second copy
                 temporary.write_bytes(save(tensors, metadata=about))
