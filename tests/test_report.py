@@ -320,11 +320,39 @@ def test_images_and_sides_are_chosen(page, odd):
     assert page.value("document.getElementById('picture-name').textContent") == items[3]["image"]
 
 
+@pytest.mark.parametrize(
+    ("compared", "added", "opened"),
+    [
+        (("kl-f8", "ft-EMA"), {}, "ft-EMA"),
+        (("ft-MSE", "kl-f8"), {}, "kl-f8"),
+        ((), {}, "ft-MSE"),
+        ((), {"ft-MSE": {"baseline": True}}, "ft-EMA"),
+        ((), {"ft-MSE": {"latent_noise": 0.1}, "ft-EMA": {"baseline": True}}, "kl-f8"),
+    ],
+)
+def test_the_page_opens_on_what_was_finetuned(tmp_path, compared, added, opened):
+    directory = evaluations.write(tmp_path / "scores", count=3)
+    values = json.loads((directory / "scores.json").read_text())
+    for name, record in added.items():
+        values["weights"][name] |= record
+    (directory / "scores.json").write_text(json.dumps(values))
+    if compared:
+        report.write_comparison(directory, *compared)
+    text = report.write(directory).read_text()
+    data = json.loads(re.search(r'<script[^>]*id="data"[^>]*>(.*?)</script>', text, re.S)[1])
+    assert data["models"][data["opened"]] == opened
+
+
 @needs_chromium
 @pytest.mark.browser
 def test_worst_median_and_best_have_pictures(page, plain):
     page.open(plain / "report.html", 1400)
     titles = "[...document.querySelectorAll('#extremes h3')].map((e) => e.textContent)"
+    chosen = "document.getElementById('extreme-model')"
+    assert page.value(f"{chosen}.selectedOptions[0].textContent") == "ft-MSE"  # the compared one
+    worst, _, best = page.value(titles)
+    assert (worst[:9], best[:8]) == ("Worst: 25", "Best: 31")
+    page.value(f"({chosen}.value = 0, {chosen}.dispatchEvent(new Event('change')))")
     worst, _, best = page.value(titles)
     assert (worst[:9], best) == ("Worst: 28", "Best: \u221e")
     page.value(

@@ -75,6 +75,24 @@ def test_messages_and_docstrings_are_plain_english(path):
     assert found == []
 
 
+def defined(path: Path) -> Iterator[str]:
+    """Names that a module gives to functions, classes, parameters and variables."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
+                yield name
+            case ast.Name(id=name, ctx=ast.Store()):
+                yield name
+
+
+def test_identifiers_are_plain_english():
+    """The old words for saying something; `file.tell()` is Python's."""
+    old = re.compile(r"(^|_)(tells?|told|teller|telling)(_|$)")
+    names = {name for path in (ROOT / "kl_f8_train").rglob("*.py") for name in defined(path)}
+    assert {"settings_page", "AutoencoderKL"} < names
+    assert sorted(filter(old.search, names)) == []
+
+
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.name)
 def test_documents_recipes_and_scripts_are_plain_english(path):
     lines = path.read_text(encoding="utf-8").splitlines()

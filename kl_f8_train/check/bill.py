@@ -46,7 +46,7 @@ def check_disk(report: Report, config: Config) -> None:
     start = report.start_iteration(config)
     if start is None:
         writable = "" if planned else f"{run_dir} can be written; "
-        report.tell(f"{writable}how much is not known without the first iteration")
+        report.detail(f"{writable}how much is not known without the first iteration")
         return
     one = scaling.checkpoint_bytes(config)
     kept = kept_checkpoints(config.checkpoint, start, config.stop_iteration)
@@ -56,10 +56,10 @@ def check_disk(report: Report, config: Config) -> None:
     needed, free = (kept + 1) * one - there, shutil.disk_usage(parent).free
     report.facts |= {"checkpoint_bytes": kept * one, "checkpoints": kept}
     if planned:
-        report.tell(f"{counted(kept, 'checkpoint', 's')} of {size(one)}: {size(kept * one)}")
+        report.detail(f"{counted(kept, 'checkpoint', 's')} of {size(one)}: {size(kept * one)}")
         return
     report.facts["free_bytes"] = free
-    report.tell(
+    report.detail(
         f"{counted(kept, 'checkpoint', 's')} of {size(one)} will be kept: {size(kept * one)}, and "
         f"one more while it is written; {size(free)} are free"
     )
@@ -70,24 +70,26 @@ def check_disk(report: Report, config: Config) -> None:
         )
 
 
-def tell_bill(report: Report, config: Config, world: int) -> None:
+def report_bill(report: Report, config: Config, world: int) -> None:
     """Images, hours and the end, here and on other machines."""
     report.say("the bill:")
     _bill(report, config, world)
-    _tell_scaling(report, config, world)
+    _report_scaling(report, config, world)
 
 
 def _bill(report: Report, config: Config, world: int) -> None:
     start, seconds = report.start_iteration(config), report.facts.get("seconds_per_image")
     if start is None:
-        report.tell("not known: weights that state their iteration, or init.iteration, are missing")
+        report.detail(
+            "not known: weights that state their iteration, or init.iteration, are missing"
+        )
         return
     warmup = report.facts.get("warmup", 0)
     iterations = max(0, config.stop_iteration - start) + warmup
     total = iterations * config.global_batch
     report.facts["images_total"] = total
     extra = f", {warmup:,} of them the discriminator's warm-up" if warmup else ""
-    report.tell(
+    report.detail(
         f"{counted(iterations, 'iteration', 's')}{extra} x {config.global_batch} = "
         f"{counted(total, 'image', 's')}"
     )
@@ -106,7 +108,7 @@ def _bill(report: Report, config: Config, world: int) -> None:
     took = duration(days * 86400)
     if machine.on_cuda(config.compute):
         took = f"{hours:,.3g} GPU-hours; with {counted(world, 'GPU', 's')} {took}"
-    report.tell(f"at the speed {measured} here: {took}, until {until} if it starts now")
+    report.detail(f"at the speed {measured} here: {took}, until {until} if it starts now")
 
 
 def date_in(days: float) -> datetime.datetime | None:
@@ -117,7 +119,7 @@ def date_in(days: float) -> datetime.datetime | None:
         return None
 
 
-def _tell_scaling(report: Report, config: Config, world: int) -> None:
+def _report_scaling(report: Report, config: Config, world: int) -> None:
     """More devices like this one from its measured speed; without a GPU, also the known kinds.
 
     The known kinds for kl-f8's shape alone.
@@ -131,18 +133,18 @@ def _tell_scaling(report: Report, config: Config, world: int) -> None:
         report.say(f"scaling, by docs/performance.md, from the speed of {report.facts['device']}:")
         if gpu is not None:
             computed = 1 / scaling.seconds_per_image(work, gpu)
-            report.tell(f"computed for {gpu.name}, not measured: {rate(computed)}")
+            report.detail(f"computed for {gpu.name}, not measured: {rate(computed)}")
         for count in scaling.GPU_COUNTS:
             if config.global_batch % count == 0:
                 found = scaling.predict(work, seconds, count, gpu)
-                report.tell(f"{count:>2}: {_predicted(found, work)}")
+                report.detail(f"{count:>2}: {_predicted(found, work)}")
     if not cuda and cost.is_full_size(config):
         work = scaling.workload(scaling.for_gpus(config), iterations)
         report.say(f"predicted, not measured: {world} of each of these, by a roofline:")
         for kind in scaling.GPUS:
             seconds = scaling.seconds_per_image(work, kind, world)
             found = scaling.predict(work, seconds, world, kind)
-            report.tell(f"{kind.name:<14} {_predicted(found, work)}")
+            report.detail(f"{kind.name:<14} {_predicted(found, work)}")
             if found.days:
                 report.facts.setdefault("predicted", {})[kind.name] = found.days
 

@@ -53,7 +53,7 @@ def examine(
     config = None
     with report.section("settings"):
         config = configs.load(path, overrides)
-        _tell_settings(report, config, path, overrides)
+        _list_settings(report, config, path, overrides)
     with report.guard("examination"):
         if config is not None:
             _examine_run(report, config, allow_changes)
@@ -78,7 +78,7 @@ def _examine_plan(report: Report, config: Config) -> None:
     _note_useless_settings(report, config)
     with report.section("disk"):
         bill.check_disk(report, config)
-    bill.tell_bill(report, config, world)
+    bill.report_bill(report, config, world)
 
 
 def _note_useless_settings(report: Report, config: Config) -> None:
@@ -146,12 +146,12 @@ def _examine_inputs(report: Report, path: Path, overrides: list[str]) -> None:
         cache = shard_cache(config)
         for name, source in config.data.sources.items():
             with report.section(f"data: {name}"):
-                open_source(name, source.shards, source.filters, cache, warn=report.tell)
+                open_source(name, source.shards, source.filters, cache, warn=report.detail)
         with report.section("perceptual network"):
             pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
         if config.log.pictures_every and config.log.pictures is not None:
             with report.section("photographs of validation"):
-                fixed_photographs(config, report.tell)
+                fixed_photographs(config, report.detail)
 
 
 def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
@@ -159,16 +159,16 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
     with report.section("batch and learning rate"):
         _check_batch(report, config, world)
     with report.section("networks"):
-        report.tell(machine.describe(config.compute))
+        report.detail(machine.describe(config.compute))
         if machine.compiles(config.compute):
-            report.tell(machine.compile_cache())
+            report.detail(machine.compile_cache())
             machine.check_compile_cache(config.compute)
     with report.section("weights"):
         inputs.check_weights(report, config)
     with report.section(f"perceptual network: {perceptual.LABELS[config.loss.perceptual]}"):
         network = pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
         if network.published:
-            report.tell("found")
+            report.detail("found")
         else:
             report.remark(f"the loss is {network.label}: the result is not the published recipe's")
     for name in config.data.sources:
@@ -176,9 +176,9 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
             inputs.check_source(report, config, name)
     if config.log.pictures_every and config.log.pictures is not None:
         with report.section("photographs of validation"):
-            found = fixed_photographs(config, report.tell)
+            found = fixed_photographs(config, report.detail)
             count = len(found[config.data.crop])
-            report.tell(f"{counted(count, 'photograph', 's')} of {config.log.pictures}")
+            report.detail(f"{counted(count, 'photograph', 's')} of {config.log.pictures}")
             inputs.check_overlap(report, config, Path(config.log.pictures))
     elif config.log.pictures_every:
         report.remark(
@@ -190,7 +190,7 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
     if config.log.tensorboard:
         with report.section("TensorBoard"):
             check_tensorboard()
-            report.tell("installed")
+            report.detail("installed")
     if report.problems:
         report.say("one iteration: not tried until these are fixed")
     else:
@@ -198,18 +198,18 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 finetuner, _ = start_or_resume(config, Path(config.run_dir), allow_changes)
             for line in printed.getvalue().splitlines():
-                report.tell(line.strip())
+                report.detail(line.strip())
             trial.try_iteration(report, config, finetuner, world, allow_changes)
     with report.section("disk"):
         bill.check_disk(report, config)
     _note_useless_settings(report, config)
-    bill.tell_bill(report, config, world)
+    bill.report_bill(report, config, world)
 
 
 # --- settings -------------------------------------------------------------------------------
 
 
-def _tell_settings(report: Report, config: Config, path: Path, overrides: list[str]) -> None:
+def _list_settings(report: Report, config: Config, path: Path, overrides: list[str]) -> None:
     values = dict(leaves(to_dict(config)))
     where = origins.origins(path, overrides, values)
     report.facts["settings"] = {
@@ -245,15 +245,15 @@ def _check_batch(report: Report, config: Config, world: int) -> None:
     report.facts["batch"] = {
         "processes": world, "per_device": micro, "accumulation": parts, "global": batch
     }  # fmt: skip
-    report.tell(units.batch(batch, world, micro))
+    report.detail(units.batch(batch, world, micro))
     processes = world // (config.compute.num_nodes or 1)
     if note := shared_memory_note(config, batch // world, processes):
         report.remark(note)
     if (files := raise_open_files()) < FEW_FILES:
         report.remark(f"only {files} files may be open; raise it (`ulimit -n 4096`)")
     here = _memory_here(config)
-    _tell_memory(report, config, micro, batch // world, here)
-    report.tell(
+    _report_memory(report, config, micro, batch // world, here)
+    report.detail(
         f"learning rate {describe_rate(config.optimizer, updates)}: nothing scales it. The "
         "original's rule would give "
         f"{parts} x {micro} x {world} x {BASE_RATE:g} = {batch * BASE_RATE:g}; this is "
@@ -270,14 +270,14 @@ def _check_batch(report: Report, config: Config, world: int) -> None:
         check_fits(config, micro, batch // world, here)
 
 
-def _tell_memory(
+def _report_memory(
     report: Report, config: Config, micro: int, share: int, here: Mapping[str, float]
 ) -> None:
     """Memory of micro-batches of `micro`, and the largest that would fit here or on known GPUs."""
     needed = cost.peak_bytes(config, micro, share)
     compiled = "compiled" if cost.run_compiles(config) else "uncompiled"
     report.facts["computed_memory"] = {"bytes": needed, "networks": compiled}
-    report.tell(
+    report.detail(
         f"{'GPU memory' if cost.on_gpu(config) else 'memory'} that this takes, computed: "
         f"{memory(needed)}, {compiled}"
     )
@@ -292,7 +292,7 @@ def _tell_memory(
         named = screen.fitting(fits, share, config.global_batch)
         gpus = fits.keys() != {THIS_MACHINE}
         left = f", with {memory(cost.HEADROOM_BYTES)} for CUDA and its allocator" if gpus else ""
-        report.tell(f"the largest compute.per_device_batch that fits, computed{left}: {named}")
+        report.detail(f"the largest compute.per_device_batch that fits, computed{left}: {named}")
 
 
 def _memory_here(config: Config) -> dict[str, float]:

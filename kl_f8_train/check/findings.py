@@ -55,7 +55,7 @@ class Report:
         number = [str(problem) for problem in self.problems].index(str(error)) + 1
         self.say(f"  PROBLEM {number}, below")
 
-    def tell(self, text: str) -> None:
+    def detail(self, text: str) -> None:
         """A line of the current section."""
         self.say(f"  {text}")
 

@@ -33,7 +33,7 @@ def check_weights(report: Report, config: Config) -> None:
     found = list_checkpoints(Path(config.run_dir))
     if found:
         held = counted(len(found), "checkpoint", "s")
-        report.tell(f"{config.run_dir} holds {held}: this run would resume")
+        report.detail(f"{config.run_dir} holds {held}: this run would resume")
     paths = found or [Path(config.init.weights)]
     contents, weights = _first_readable(report, paths, config.init.select, config.init.prefix)
     start = contents.iteration
@@ -43,8 +43,8 @@ def check_weights(report: Report, config: Config) -> None:
     digest = weight_file.sha256(contents.path)
     shown = weight_file.report(contents, weights)
     report.facts["weights"] = {"sha256": digest, **shown}
-    report.tell(weight_file.describe(shown))
-    report.tell(f"{size(contents.path.stat().st_size)}, SHA-256 {digest}")
+    report.detail(weight_file.describe(shown))
+    report.detail(f"{size(contents.path.stat().st_size)}, SHA-256 {digest}")
     if not found and contents.iteration not in (None, start):
         report.remark(
             f"init.iteration={start} is taken, although {contents.path.name} says "
@@ -54,7 +54,7 @@ def check_weights(report: Report, config: Config) -> None:
         check_model(config, contents, weights.autoencoder)
         stated = checkpoint.base_facts(contents, weights, config)
         report.facts["weights"]["facts"] = stated.stated()
-        report.tell(f"family: {facts.described(stated.family, stated)}")
+        report.detail(f"family: {facts.described(stated.family, stated)}")
 
 
 def _first_readable(
@@ -72,14 +72,14 @@ def _first_readable(
 def check_source(report: Report, config: Config, name: str) -> None:
     """Opens one source, reads its first shard, and decodes a sample as training would."""
     alone = replace(config.data, sources={name: config.data.sources[name]})
-    plan, sources = open_data(replace(config, data=alone), report.tell)
+    plan, sources = open_data(replace(config, data=alone), report.detail)
     source = sources[name]
     for line in source.describe():
-        report.tell(line)
+        report.detail(line)
     # The first shard, unless filters leave nothing of it.
     first = int(source.counts.argmax() if source.counts[0] == 0 else 0)
     place = source.location(first)
-    report.tell(f"first shard {place}: {_describe_image(source, first, 0)}")
+    report.detail(f"first shard {place}: {_describe_image(source, first, 0)}")
     dealt = plan.plans[name].lanes * plan.plans[name].lane_length  # in a pass, none twice
     count = min(plan.batch * 4, dealt, REMOTE_SAMPLE if is_remote(place) else SAMPLE)
     dataset = PositionDataset(plan, sources, config)
@@ -107,13 +107,13 @@ def check_source(report: Report, config: Config, name: str) -> None:
         of, bad = f"all {counted(len(source.files), 'image', 's')}", len(lines)
         report.facts["data"][name] |= {"sampled": len(source.files), "unusable": bad}
     report.facts["data"][name] |= {"checked": of, "about": "; ".join(source.describe())}
-    report.tell(f"{bad} of {of} cannot be used; {rate(speed)} in one process")
+    report.detail(f"{bad} of {of} cannot be used; {rate(speed)} in one process")
     if lines:
         more = f", and {len(lines) - 1} more" if len(lines) > 1 else ""
         report.remark(f"{name}: {bad} of {of} cannot be used, as {lines[0]}{more}")
     if profiles:
         named = ", ".join(f"{number} {profile}" for profile, number in profiles.most_common(3))
-        report.tell(f"{profiles.total()} of {count} are converted to sRGB from: {named}")
+        report.detail(f"{profiles.total()} of {count} are converted to sRGB from: {named}")
     if small:
         report.remark(
             f"{name}: {small} of {count} sampled images are smaller than data.shorter_side={side}, "
@@ -160,7 +160,7 @@ def check_overlap(report: Report, config: Config, pictures: Path) -> None:
     """Notes validation pictures that are also trained on, as they are or nearly so."""
     found = overlap.find(pictures, open_data(config, silent)[1])
     report.facts["validation"] = asdict(found)
-    report.tell(str(found))
+    report.detail(str(found))
     if found.common:
         one, other = next(iter(found.common.items()))
         verb = "is a training image" if len(found.common) == 1 else "are training images"
@@ -183,4 +183,4 @@ def check_wandb(report: Report, config: Config) -> None:
     if outcome == "auto":
         outcome = "online" if wandb_reachable() else "offline: its server does not answer"
     report.facts["wandb"] = outcome
-    report.tell(outcome)
+    report.detail(outcome)

@@ -37,7 +37,7 @@ def try_iteration(
     device = torch.device("cuda" if cuda else "cpu")
     micro = micro_batch(config, world)
     count = micro if cuda else min(micro, FEW_IMAGES)
-    plan, sources = open_data(config, report.tell)
+    plan, sources = open_data(config, report.detail)
     adopt(finetuner, identity.of_data(sources), config.run_dir, allow_changes)
     dataset = PositionDataset(plan, sources, config)
     first = finetuner.iteration * config.global_batch
@@ -54,7 +54,7 @@ def try_iteration(
             audit = gradient_audit(finetuner, batch.first(FEW_IMAGES))
         report.facts["gradient_audit"] = audit
         for name, norm in audit.items():
-            report.tell(f"gradient norm at decoder.conv_out.weight: {name} {norm:.4g}")
+            report.detail(f"gradient norm at decoder.conv_out.weight: {name} {norm:.4g}")
         seconds, cold = _timed_iteration(finetuner, batch)
     except RuntimeError as error:
         if not (cuda and machine.is_out_of_memory(error)):
@@ -76,7 +76,7 @@ def try_iteration(
     }
     note = " (the first, cold iteration; later ones are quicker)" if cold else ""
     tried = f"{count} of {micro} images" if count < micro else counted(count, "image", "s")
-    report.tell(
+    report.detail(
         f"{tried} in {seconds:.2f} s{note} on {_device_name(cuda)}: "
         f"{rate(count / seconds)}; memory at most {memory(most)}"
     )
@@ -159,7 +159,7 @@ def _check_workers(report: Report, config: Config, wanted: float) -> None:
     """Compares one loader process with what the device takes."""
     slowest = min(entry["images_per_second_per_worker"] for entry in report.facts["data"].values())
     workers = math.ceil(wanted / slowest)
-    report.tell(
+    report.detail(
         f"data: {counted(workers, 'loader process', 'es')} can keep it busy; "
         f"data.workers={config.data.workers}"
     )

@@ -106,7 +106,7 @@ class RunLog(Callback):
         if self.count:
             self._report(trainer, finetuner_of(pl_module))
         if trainer.is_global_zero:
-            self._tell_mixture(finetuner_of(pl_module).iteration)
+            self._log_mixture(finetuner_of(pl_module).iteration)
         if self.bar is not None:
             self.bar.close()
         if self.trackers is not None:
@@ -236,7 +236,7 @@ class RunLog(Callback):
                 counts[reason] += number
         return ", ".join(f"{reason} {number:,}" for reason, number in counts.most_common())
 
-    def _tell_mixture(self, iteration: int) -> None:
+    def _log_mixture(self, iteration: int) -> None:
         for name, source in self.plan.plans.items():
             done = iteration - self.first
             share = 100 * source.share / self.plan.batch

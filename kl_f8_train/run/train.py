@@ -134,11 +134,11 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             f"the same command resumes it, or: kl-f8-train train {shlex.quote(str(run_dir))}"
         )
         return 128 + signals.received
-    _tell_end(run_dir, finetuner.iteration)
+    _say_end(run_dir, finetuner.iteration)
     return 0
 
 
-def _tell_end(run_dir: Path, iteration: int) -> None:
+def _say_end(run_dir: Path, iteration: int) -> None:
     """The last lines of a run: what it has done to the fixed photographs, and what comes next."""
     there, found = shlex.quote(str(run_dir)), outcome.read(run_dir)
     for line in found.lines() if found else ():

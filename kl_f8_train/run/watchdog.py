@@ -103,10 +103,10 @@ class Watchdog(Callback):
         say(f"kl-f8-train: {what}", aside=True)
         show_stacks()
         if trainer.world_size > 1:  # in a thread: the store itself may not answer
-            teller = threading.Thread(target=_tell_silent, args=(trainer, mine), daemon=True)
-            teller.start()
-            teller.join(3 * GRACE)
-            if teller.is_alive():
+            reporter = threading.Thread(target=_report_silent, args=(trainer, mine), daemon=True)
+            reporter.start()
+            reporter.join(3 * GRACE)
+            if reporter.is_alive():
                 host = "rank 0, or torchrun on the first node"
                 say(f"the ranks' meeting point ({host}) did not answer", aside=True)
         say("the same command resumes from the newest checkpoint", aside=True)
@@ -130,7 +130,7 @@ def reading_now(dataset: PositionDataset) -> list[str]:
     return lines
 
 
-def _tell_silent(trainer: Trainer, mine: str) -> None:
+def _report_silent(trainer: Trainer, mine: str) -> None:
     """Each rank leaves its line and names those that left none."""
     # Over the store that the ranks met at: collectives may be what hangs.
     store = dist.distributed_c10d._get_default_store()

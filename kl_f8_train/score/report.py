@@ -458,6 +458,7 @@ def _data(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> str:
     data = {
         "models": evaluation.models,
         "compared": _compared(evaluation),
+        "opened": _opened(evaluation),
         "images": list(index),
         "values": values,
         "metrics": [
@@ -482,6 +483,20 @@ def _compared(evaluation: Evaluation) -> list[int] | None:
     if not evaluation.comparison:
         return None
     return [evaluation.models.index(evaluation.comparison[side]) for side in ("a", "b")]
+
+
+def _opened(evaluation: Evaluation) -> int:
+    """Position of the model that the page opens on: the compared one, else the last VAE given."""
+    if compared := _compared(evaluation):
+        return compared[1]
+    records = evaluation.scores.get("weights", {})
+    added = ("baseline", "latent_noise")  # rows that evaluate adds to the VAEs it is given
+    given = [
+        place
+        for place, name in enumerate(evaluation.models)
+        if not any(records.get(name, {}).get(key) for key in added)
+    ]
+    return given[-1] if given else len(evaluation.models) - 1
 
 
 def _json_number(value: float | None) -> float | str | None:
