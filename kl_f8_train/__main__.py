@@ -507,7 +507,7 @@ def _fetch(args: argparse.Namespace) -> int:
     names = args.networks or ["vgg", "inception"]
     unknown = [name for name in names if name not in ("vgg", "inception")]
     if unknown:
-        raise UsageError(f"fetch {unknown[0]}: there are vgg and inception")
+        raise UsageError(f"fetch {unknown[0]}: unknown network; expected vgg or inception")
     if args.url and len(names) > 1:
         raise UsageError("--url is the place of one network: fetch vgg --url ...")
     from kl_f8_train.weights.pretrained import NETWORKS, fetch

@@ -67,7 +67,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
             "README.md: is a file",
         ),
         (["evaluate", "x.ckpt", "--images", "README.md"], 3, "expected a folder of images"),
-        (["fetch", "clip"], 2, "there are vgg and inception"),
+        (["fetch", "clip"], 2, "unknown network; expected vgg or inception"),
         (["fetch", "--url", "http://x"], 2, "fetch vgg --url"),
         (["doctor"], 2, "doctor takes a recipe"),
         (["status", "nowhere"], 3, "no such directory"),

@@ -62,6 +62,10 @@ def test_after_the_demo_its_recipe_is_at_its_end(tmp_path, monkeypatch, capsys):
     assert main(["demo", "--length", "0.004", "--held-out", str(photographs), *small]) == 0
     assert main(["train", "demo", *small, one]) == 0
     assert "its end; nothing to do" in capsys.readouterr().out
+    below = f"stop_iteration={demo.base_iteration()}"
+    assert main(["train", "demo", *small, below, "--allow-changes"]) == 0
+    beyond = f"already beyond stop_iteration={demo.base_iteration():,}; nothing to do"
+    assert beyond in capsys.readouterr().out
     assert main(["doctor", "demo", *small, one]) == 0
     assert "GO" in capsys.readouterr().out
 

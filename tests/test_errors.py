@@ -170,7 +170,7 @@ CONFIG = {
     "index cache": Case("index shards --cache-gib -1", USAGE, "got -1, expected a number above 0"),
     "pack shard": Case("pack tiles packed --per-shard 0", USAGE, "0 images in each|1 to 10,000"),
     "pack workers": Case("pack tiles packed --workers 0", USAGE, "got 0, expected a whole number"),
-    "fetch": Case("fetch clip", USAGE, "fetch clip: there are vgg and inception"),
+    "fetch": Case("fetch clip", USAGE, "fetch clip: unknown network; expected vgg or inception"),
     "same name": Case("evaluate a.ckpt a/a.ckpt --images tiles", USAGE, "same name|NAME=WEIGHTS"),
     "size": Case(
         "evaluate model.ckpt --images tiles --size 7", USAGE, "--size 7: expected at least"

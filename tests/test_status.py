@@ -113,7 +113,9 @@ def test_the_claim_tells_running_from_stopped(tmp_path):
         assert "end" in status.facts(status.read_status(run, NOW))
         process.kill()
     found = status.read_status(run, NOW)
-    assert found.state == "stopped 10 s ago; the same command resumes it"
+    assert found.state == "stopped 10 s ago; the same command starts it over (no checkpoint yet)"
+    (run / "checkpoints" / "iteration-000001010.safetensors").write_bytes(b"x")
+    assert status.read_status(run, NOW).state.endswith("; the same command resumes it")
     assert "end, if resumed now" in status.facts(found)
 
 
@@ -456,6 +458,11 @@ def test_what_is_no_run_is_told(tmp_path, capsys):
         status.read_status(tmp_path / "nowhere", NOW)
     with pytest.raises(MissingInputError, match=r"no config\.yaml"):
         status.read_status(tmp_path, NOW)
+    run = make_run(tmp_path, [], saved=(1000,))
+    with pytest.raises(MissingInputError, match=f"; did you mean {run}"):
+        status.read_status(tmp_path, NOW)
+    with pytest.raises(MissingInputError, match=f"no such directory.*; did you mean {run}"):
+        status.read_status(tmp_path / "runn", NOW)
     (tmp_path / "config.yaml").write_text("stop_iteration: [")
     with pytest.raises(MissingInputError, match="not a run's configuration"):
         status.read_status(tmp_path, NOW)

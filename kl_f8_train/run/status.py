@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, like_path
 from kl_f8_train.files import write_text
 from kl_f8_train.run import outcome
 from kl_f8_train.run.curves import RECENT, Chart, Points, page
@@ -28,6 +28,7 @@ from kl_f8_train.run_dir import (
     VALIDATION_FILE,
     Row,
     is_claimed,
+    is_run,
     newest_checkpoint,
     read_failure,
     read_rows,
@@ -102,7 +103,9 @@ def read_settings(run: Path) -> dict[str, Any]:
     """The run's config.yaml as plain values; MissingInputError if there is none."""
     file = run / CONFIG_FILE
     if not run.is_dir():
-        raise MissingInputError(f"run {run}: no such directory; give the run_dir of a training")
+        raise MissingInputError(
+            f"run {run}: no such directory; give the run_dir of a training{like_path(run)}"
+        )
     if not file.is_file() and is_claimed(run):
         raise MissingInputError(f"{run} is {STARTING}; ask again once it has written config.yaml")
     if not file.is_file() and (failure := read_failure(run)):
@@ -110,7 +113,7 @@ def read_settings(run: Path) -> dict[str, Any]:
     if not file.is_file():
         raise MissingInputError(
             f"{run} is not a run directory yet: it has no config.yaml, which `train` writes once "
-            "weights and data are open"
+            f"weights and data are open{_runs_inside(run)}"
         )
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -124,6 +127,13 @@ def read_settings(run: Path) -> dict[str, Any]:
             f"{file} is not a run's configuration, as `train` writes it: "
             f"{type(error).__name__} {error}"
         ) from error
+
+
+def _runs_inside(directory: Path) -> str:
+    """`; did you mean runs/mine?` by the newest run inside it; empty if there is none."""
+    found = [file for file in directory.glob(f"*/{CONFIG_FILE}") if is_run(file.parent)]
+    found.sort(key=lambda file: file.stat().st_mtime)
+    return f"; did you mean {found[-1].parent}?" if found else ""
 
 
 def _check_number(config: Mapping[str, Any], key: str) -> None:
@@ -224,7 +234,8 @@ def _state(run: Path, log_interval_seconds: float, now: float) -> str:
     written = (run / CLAIM, run / CONFIG_FILE, run / METRICS_FILE, *run.glob("*/iteration-*"))
     news = _age(written, now) or 0.0
     if claimed is False:
-        return f"stopped {duration(news)} ago; the same command resumes it"
+        then = "resumes it" if newest_checkpoint(run) else "starts it over (no checkpoint yet)"
+        return f"stopped {duration(news)} ago; the same command {then}"
     if news > max(SILENT_SECONDS, SILENT_INTERVALS * log_interval_seconds):
         return f"silent for {duration(news)}"
     return "seems to be running" if log_interval_seconds else "seems to be starting"

@@ -93,7 +93,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
     try:
         finetuner, frozen = start_or_resume(config, run_dir, allow_changes)
         if finetuner.iteration >= config.stop_iteration and not finetuner.warmup_left:
-            say_once(f"{run_dir} is at iteration {finetuner.iteration:,}, its end; nothing to do")
+            say_once(f"{run_dir} is {_end_reached(finetuner.iteration, config)}; nothing to do")
             return 0
         plan, sources = open_data(config, say_once)
         adopt(finetuner, identity.of_data(sources), f"{run_dir}", allow_changes)
@@ -136,6 +136,13 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
         return 128 + signals.received
     _say_end(run_dir, finetuner.iteration)
     return 0
+
+
+def _end_reached(iteration: int, config: Config) -> str:
+    """Where a run is that has no iteration left: at its end, or beyond the one that is set now."""
+    if iteration == config.stop_iteration:
+        return f"at iteration {iteration:,}, its end"
+    return f"at iteration {iteration:,}, already beyond stop_iteration={config.stop_iteration:,}"
 
 
 def _say_end(run_dir: Path, iteration: int) -> None:
