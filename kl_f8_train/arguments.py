@@ -7,7 +7,7 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from kl_f8_train import __version__
 from kl_f8_train.averages import selection
@@ -15,9 +15,33 @@ from kl_f8_train.errors import UsageError, like
 from kl_f8_train.facts import FAMILIES, OTHER
 from kl_f8_train.launch import is_first_to_say
 
+PURPOSES = {  # in the order of use, as in README; what --help says of each
+    "fetch": "Downloads VGG16's features and Inception, once.",
+    "split": "Splits photographs into training and held-out, by content.",
+    "pack": "Packs images into WebDataset shards.",
+    "index": "Indexes shards once: where the images are, and their metadata.",
+    "inspect": "Reports what a VAE file holds, without running any of it.",
+    "doctor": "Checks a run before it costs anything: go, or no go.",
+    "train": "Starts a run; the same command again resumes it.",
+    "status": "Reports the state of a run from its files: running, stopped, failed or ended.",
+    "export": "Writes a run's EMA weights as .safetensors, .ckpt and a diffusers folder.",
+    "inject": "Writes a VAE into a copy of a Stable Diffusion checkpoint.",
+    "fp16-safe": "Rescales a VAE's decoder, exactly, for fp16.",
+    "evaluate": "Scores VAEs on the same images, as the model card does.",
+    "card": "Writes the model card of an export, with measured numbers only.",
+    "push": "Uploads an export to the Hugging Face hub; a dry run first.",
+    "config": "Shows, compares or explains recipes.",
+    "benchmark": "Measures a recipe's speed and memory on this machine.",
+    "demo": "Runs both stages, export and evaluation on a small example; minutes on a CPU.",
+}
+DOCUMENTATION = "README.md and docs/ (docs/quickstart.md: your own photographs)"
+
 
 class _Parser(argparse.ArgumentParser):
-    """Suggests what a mistyped verb or choice may have meant."""
+    """Suggests what a mistyped verb or choice may have meant; takes no abbreviated flag."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**settings, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         found = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
@@ -35,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="kl-f8-train",
         description="Finetunes the decoder of Stable Diffusion's kl-f8 autoencoder.",
+        epilog=f"Start with: kl-f8-train demo. Documentation: {DOCUMENTATION}",
         formatter_class=partial(argparse.HelpFormatter, max_help_position=16),
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -42,25 +67,26 @@ def build_parser() -> argparse.ArgumentParser:
     shared.add_argument("--debug", action="store_true", help="show tracebacks")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
-    def add(verb: str, text: str) -> argparse.ArgumentParser:
+    subs = {}
+    for verb, text in PURPOSES.items():
         sub = verbs.add_parser(verb, help=text, description=text, parents=[shared])
         sub.set_defaults(verb=verb, parser=sub)
-        return sub
+        subs[verb] = sub
 
-    train = add("train", "Starts a run; the same command again resumes it.")
+    train = subs["train"]
     train.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     train.add_argument("--allow-changes", action="store_true", help="resume with another recipe")
     train.add_argument("--dry-run", action="store_true", help="only check it, as doctor does")
     train.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object")
 
-    doctor = add("doctor", "Checks a run before it costs anything: go, or no go.")
+    doctor = subs["doctor"]
     doctor.add_argument("config", nargs="?", help="recipe: a YAML file, or a shipped one's name")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.add_argument("--all", action="store_true", help="every setting and figure")
 
-    inspect = add("inspect", "Reports what a VAE file holds, without running any of it.")
+    inspect = subs["inspect"]
     inspect.add_argument("weights", help="file, diffusers folder, run directory or hub id")
     taken = inspect.add_mutually_exclusive_group()
     taken.add_argument("--raw", action="store_true", help="a run's raw weights, not its EMA")
@@ -70,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
-    export = add("export", "Writes a run's EMA weights for every consumer.")
+    export = subs["export"]
     export.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
     export.add_argument("--out", type=Path, help="directory to write (RUN/export)")
     taken = export.add_mutually_exclusive_group()
@@ -102,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--force", action="store_true", help="overwrite files")
 
-    safe = add("fp16-safe", "Rescales a VAE's decoder, exactly, for fp16.")
+    safe = subs["fp16-safe"]
     safe.add_argument("weights", help="file, diffusers folder, run directory or hub id")
     safe.add_argument("--out", type=Path, help="directory to write (NAME-fp16-safe)")
     safe.add_argument("--images", type=Path, help="photographs that try half precision")
@@ -113,13 +139,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     safe.add_argument("--force", action="store_true", help="overwrite files")
 
-    inject = add("inject", "Writes a VAE into a copy of a Stable Diffusion checkpoint.")
+    inject = subs["inject"]
     inject.add_argument("vae", type=Path, help="any VAE file, or a run directory (its EMA)")
     inject.add_argument("into", type=Path, help="full checkpoint, .safetensors or .ckpt")
     inject.add_argument("--out", type=Path, required=True, help="file to write")
     inject.add_argument("--force", action="store_true", help="overwrite it")
 
-    score = add("evaluate", "Scores VAEs on the same images, as the model card does.")
+    score = subs["evaluate"]
     score.add_argument(
         "weights",
         nargs="+",
@@ -170,7 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="whether --latents are a sampler's: by the scale the VAE states, or that of a family",
     )
 
-    card = add("card", "Writes the model card of an export, with measured numbers only.")
+    card = subs["card"]
     card.add_argument("export", type=Path, help="directory that export wrote")
     card.add_argument("--scores", type=Path, help="scores.json that evaluate wrote")
     licenses = card.add_mutually_exclusive_group()
@@ -184,14 +210,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave out strip.png, photographs of the evaluation, which is copied otherwise",
     )
 
-    push = add("push", "Uploads an export to the Hugging Face hub; a dry run first.")
+    push = subs["push"]
     push.add_argument("export", type=Path, help="directory that export wrote")
     push.add_argument("repository", metavar="OWNER/NAME", help="on the hub; made if needed")
     push.add_argument("--upload", action="store_true", help="do it; without, only list the files")
     push.add_argument("--private", action="store_true", help="make a new repository private")
     push.add_argument("--pictures", action="store_true", help="upload strip.png, of photographs")
 
-    pack = add("pack", "Packs images into WebDataset shards.")
+    pack = subs["pack"]
     pack.add_argument(
         "images",
         type=Path,
@@ -203,7 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_argument("--workers", type=_positive, help="processes (all cores)")
     pack.add_argument("--reencode", action="store_true", help="re-encode the images as JPEG")
 
-    split = add("split", "Splits photographs into training and held-out, by content.")
+    split = subs["split"]
     split.add_argument("images", type=Path, help="folder, searched recursively; only read")
     split.add_argument("out", type=Path, help="new directory: training/ and held_out/ in it")
     split.add_argument(
@@ -214,7 +240,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     split.add_argument("--seed", type=int, default=0, help="another seed, another choice (0)")
 
-    index = add("index", "Indexes shards once: where the images are, and their metadata.")
+    index = subs["index"]
     index.add_argument("source", help="brace pattern, glob, directory, list file or address")
     index.add_argument("--filter", action="append", default=[], help="such as 'width >= 256'")
     index.add_argument("--index-dir", help="where to keep it (beside the shards, else the cache)")
@@ -222,34 +248,41 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument("--cache-dir", help="where remote shards are cached")
     index.add_argument("--cache-gib", type=_above_zero, default=100.0, help="its size, at most")
 
-    fetch = add("fetch", "Downloads VGG16's features and Inception, once.")
+    fetch = subs["fetch"]
     fetch.add_argument(
         "networks", nargs="*", metavar="vgg|inception", help="both, if none is named"
     )
     fetch.add_argument("--url", help="another place of the same file, of one network")
 
-    state = add("status", "Reports the state of a run from its files: running, ended or dead.")
+    state = subs["status"]
     state.add_argument("run", type=Path, help="run directory")
     state.add_argument("--json", action="store_true", help="print one JSON object")
     state.add_argument("--html", type=Path, help="write a page with curves to this file")
 
-    config = add("config", "Shows, compares or explains recipes.")
+    config = subs["config"]
     config.add_argument("action", choices=["show", "diff", "schema"])
     config.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]")
     config.add_argument("--markdown", action="store_true", help="schema: print docs/settings.md")
 
-    speed = add("benchmark", "Measures a recipe's speed and memory on this machine.")
+    speed = subs["benchmark"]
     speed.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
     speed.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     speed.add_argument("--json", action="store_true", help="print one JSON object")
     speed.add_argument("--iterations", type=int, default=10, help="iterations measured")
 
-    demo = add("demo", "Runs the whole chain in minutes on a CPU.")
+    demo = subs["demo"]
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
+    demo.add_argument(
+        "--run-dir", type=Path, default=Path("runs/demo"), help="directory to write (runs/demo)"
+    )
     demo.add_argument("--training", help="shards in place of the package's photographs")
     demo.add_argument("--held-out", type=Path, help="folder of photographs to score on")
-    demo.add_argument("--length", type=_above_zero, default=1.0, help="multiplies the iterations")
+    demo.add_argument(
+        "--length",
+        type=_above_zero,
+        default=1.0,
+        help="multiplies the iterations, as 0.2 for a quick look (1)",
+    )
     return parser
 
 

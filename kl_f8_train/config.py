@@ -163,7 +163,9 @@ def _override(merged: DictConfig, text: str) -> None:
     key, equals, value = text.partition("=")
     key = key.strip().lstrip("-")
     if not equals or not key:
-        raise UsageError(f"override {text!r}: expected key=value, such as seed=1")
+        raise UsageError(
+            f"override {text!r}: expected key=value, such as seed=1, with no spaces around ="
+        )
     parsed = read_value(key, value)
     if known_setting(key).kind is Source:  # data.sources.x=SHARDS leaves x's weight alone
         key, parsed = f"{key}.shards", value

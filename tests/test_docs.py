@@ -434,6 +434,8 @@ def test_readme_names_every_verb_and_document():
     text = DOCS["README.md"].read_text()
     (verbs,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     assert [verb for verb in verbs.choices if not re.search(rf"\b{verb}\b", text)] == []
+    table = "".join(re.findall(r"^\| (\*\*.*?) \|", text, re.M))
+    assert list(verbs.choices) == re.findall(r"\*\*([\w-]+)\*\*", table)  # --help's order, too
     assert [path.name for path in PAGES if f"(docs/{path.name})" not in text] == []
     listed = re.findall(r"^\| \[[\w.-]+\]\(([\w.-]+)\)", DOCS["docs/README.md"].read_text(), re.M)
     assert sorted(listed) == [path.name for path in PAGES]

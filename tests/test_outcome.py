@@ -50,10 +50,22 @@ def test_what_counts_as_worse(last, worse):
 
 def test_what_psnr_does_not_show_is_said_so_and_of_averages_alone():
     (line,) = outcome.compare(rows((20.0, 0.3), (20.05, 0.33))).warnings()
-    assert "PSNR 20.00 -> 20.05 dB, perceptual 0.3 -> 0.33. PSNR does not show it" in line
+    assert (
+        "PSNR 20.00 -> 20.05 dB, perceptual distance 0.3 -> 0.33 (worse). PSNR does not show it"
+        in line
+    )
     (line,) = outcome.compare(rows((20.0, 0.3), (19.8, 0.33))).warnings()
     assert "does not show it" not in line
     assert not outcome.Change("raw", (20.0, 20.05), (0.3, 0.33)).is_worse  # restless by nature
+
+
+@pytest.mark.parametrize(
+    ("last", "ending"),
+    [(0.33, "0.3 -> 0.33 (worse)"), (0.29, "0.3 -> 0.29 (better)"), (0.301, "0.3 -> 0.301")],
+)
+def test_which_way_the_distance_went_is_said(last, ending):
+    change = outcome.Change("raw", (20.0, 21.0), (0.3, last))
+    assert str(change) == f"PSNR 20.00 -> 21.00 dB, perceptual distance {ending}"
 
 
 def test_one_validation_compares_with_nothing():

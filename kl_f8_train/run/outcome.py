@@ -43,11 +43,17 @@ class Change(NamedTuple):
         flat = abs(gained) <= FLAT_DB
         return self.weights != "raw" and flat and risen > WASTED_SHARE
 
+    @property
+    def _verdict(self) -> str:
+        """Which way the perceptual distance went, as it is better lower; empty within noise."""
+        risen = self.perceptual[1] / max(self.perceptual[0], 1e-9) - 1
+        return "" if abs(risen) <= NOISE_SHARE else " (worse)" if risen > 0 else " (better)"
+
     def __str__(self) -> str:
         (psnr, last_psnr), (distance, last_distance) = self.psnr, self.perceptual
         return (
             f"PSNR {psnr:.2f} -> {last_psnr:.2f} dB, "
-            f"perceptual {distance:.4g} -> {last_distance:.4g}"
+            f"perceptual distance {distance:.4g} -> {last_distance:.4g}{self._verdict}"
         )
 
 
