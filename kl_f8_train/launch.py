@@ -146,8 +146,8 @@ def is_first_to_say(message: str) -> bool:
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
-    folder = Path(tempfile.gettempdir()) / f"kl_f8_train-{os.getuid()}"
     try:
+        folder = Path(tempfile.gettempdir()) / f"kl_f8_train-{os.getuid()}"
         stream = os.fstat(sys.stderr.fileno())
         launch = (_starter(), os.environ.get("MASTER_PORT"), os.environ.get(RESTARTS))
         said = repr((*launch, stream.st_dev, stream.st_ino, message))
