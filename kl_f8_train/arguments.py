@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     taken.add_argument("--raw", action="store_true", help="a run's raw weights, not its EMA")
     taken.add_argument("--ema", type=_decay, metavar="DECAY", help="its EMA of this decay")
     inspect.add_argument(
-        "--prefix", metavar="NAME", help="what stands before its names, of several"
+        "--prefix", metavar="NAME", help="prefix of its names, in a file with several"
     )
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
@@ -104,7 +104,12 @@ def build_parser() -> argparse.ArgumentParser:
     taken.add_argument("--ema", type=_decay, metavar="DECAY", help="the EMA of this decay")
     export.add_argument("--best", action="store_true", help="of the best validation, if it is kept")
     export.add_argument(
-        "--average", nargs="+", type=Path, default=[], metavar="CKPT", help="mean EMA; after RUN"
+        "--average",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="CKPT",
+        help="checkpoints whose EMAs are averaged with RUN's; give RUN first",
     )
     export.add_argument(
         "--dtype",
@@ -113,7 +118,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="type of the single files (float32)",
     )
     export.add_argument(
-        "--format", action="append", choices=["safetensors", "ckpt", "diffusers"], help="only this"
+        "--format",
+        action="append",
+        choices=["safetensors", "ckpt", "diffusers"],
+        help="only this layout; may be given several times",
     )
     export.add_argument("--images", type=Path, help="photographs that try half precision")
     export.add_argument(
@@ -155,13 +163,25 @@ def build_parser() -> argparse.ArgumentParser:
     inputs = score.add_argument_group("what they are scored on, one of").add_argument
     inputs("--images", help="folder of photographs, or shards; with --latents: for FID")
     inputs("--latents", type=Path, metavar="DIR", help="saved latents, to decode and compare")
-    score.add_argument("--out", type=Path, default=Path("evaluation"), help="directory to write")
-    score.add_argument("--protocol", default="card", choices=["card", "standard"])
+    score.add_argument(
+        "--out", type=Path, default=Path("evaluation"), help="directory to write (evaluation)"
+    )
+    score.add_argument(
+        "--protocol",
+        default="card",
+        choices=["card", "standard"],
+        help="as the published model card scores, or as papers do (card)",
+    )
     score.add_argument(
         "--size", type=_sizes, help="resize and centre crop, in pixels; several: 256,512 (256)"
     )
     score.add_argument("--limit", type=_positive, help="only the first images")
-    score.add_argument("--perceptual", default="lpips_vgg", choices=["lpips_vgg", "st_lpips_alex"])
+    score.add_argument(
+        "--perceptual",
+        default="lpips_vgg",
+        choices=["lpips_vgg", "st_lpips_alex"],
+        help="network of LPIPS, or the stand-in of the demo (lpips_vgg)",
+    )
     score.add_argument("--vgg", help="VGG16 features file")
     score.add_argument("--inception", help="Inception file, for rFID")
     score.add_argument("--device", type=_device, help="cpu or cuda")
@@ -260,8 +280,17 @@ def build_parser() -> argparse.ArgumentParser:
     state.add_argument("--html", type=Path, help="write a page with curves to this file")
 
     config = subs["config"]
-    config.add_argument("action", choices=["show", "diff", "schema"])
-    config.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]")
+    config.add_argument(
+        "action",
+        choices=["show", "diff", "schema"],
+        help="print a recipe in full; how two differ; all settings, or those of a group",
+    )
+    config.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="CONFIG [key=value ...]",
+        help="recipes, and settings to change",
+    )
     config.add_argument("--markdown", action="store_true", help="schema: print docs/settings.md")
 
     speed = subs["benchmark"]

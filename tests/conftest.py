@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hashlib
 import io
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,11 @@ from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.settings import Config
 from kl_f8_train.weights import pretrained
+
+# What nohup and a shell's & ignore is inherited, and the runs of the tests are sent these.
+for _ignored in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_ignored) == signal.SIG_IGN:
+        signal.signal(_ignored, signal.SIG_DFL)
 
 GOLDEN = Path(__file__).parent / "golden"
 RECIPES = Path(__file__).parents[1] / "configs"

@@ -1,11 +1,14 @@
 """The command line answers at once, without torch, with the right exit codes."""
 
+import argparse
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from kl_f8_train.arguments import build_parser
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,3 +103,13 @@ def test_help_and_configuration_errors_do_not_import_torch():
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def flags_and_arguments() -> list[tuple[str, argparse.Action]]:
+    """Those of every verb."""
+    (verbs,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return [(verb, action) for verb, sub in verbs.choices.items() for action in sub._actions]
+
+
+def test_every_flag_and_argument_is_explained():
+    assert [f"{verb} {a.dest}" for verb, a in flags_and_arguments() if not a.help] == []

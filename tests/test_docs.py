@@ -332,6 +332,7 @@ def test_the_quickstart_runs_as_it_stands(tmp_path, monkeypatch, capfd):
     assert "GO" in printed["doctor"].splitlines()
     assert f"iterations: {stopped} -> {STEPS['single_gpu']}" in printed["train"]
     assert "state: ended" in printed["status"]
+    assert printed["python"] == "0.18215\n"
     assert re.search("(mine|base).* (base|mine) in PSNR", printed["evaluate"])
     assert list(printed)[-4:] == ["export", "python", "cp", "card"]
     (file,) = Path("ComfyUI/models/vae").iterdir()
@@ -351,7 +352,9 @@ def test_the_rehearsal_of_the_quickstart_runs_as_it_stands(tmp_path, monkeypatch
         (line,) = words(command.text)
         assert main(line[1:]) == 0
     assert "PSNR" in capfd.readouterr().out
-    assert len(list(Path("runs/rehearsal/export").glob("*.safetensors"))) == 1
+    assert Path("runs/rehearsal/export/mine-ema-pruned.safetensors").is_file()
+    assert Path("status.html").is_file()
+    assert "mine" in Path("runs/rehearsal/export/README.md").read_text()
     assert weight_file.read("runs/rehearsal").iteration == 12_560
     scores = read_rows(Path("runs/rehearsal/validation.csv"))
     assert scores[-1]["psnr_ema"] > scores[0]["psnr_ema"]
