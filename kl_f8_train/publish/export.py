@@ -89,7 +89,7 @@ def export(
     record |= _provenance(header, config, ema)
     record["averaged"] = _average(weights, header, average, select)
     stated = _stated_facts(header, config, family)
-    model = _autoencoder_of(weights, stated)
+    model = weight_file.autoencoder_of(weights, stated)
     model, stated, measured = _fp16_safe(model, stated, tried, fp16_safe, say)
     record |= {"facts": stated.stated(), "half_precision": {"images": named, **measured}}
 
@@ -186,7 +186,7 @@ def _fp16_safe(
     measured = before
     if rescaling.changes:
         try:
-            safe = _autoencoder_of(rescaling.apply(model.state_dict()), stated)
+            safe = weight_file.autoencoder_of(rescaling.apply(model.state_dict()), stated)
             rescale.prove(rescaling, model, safe, probes)
         except RunFailedError as error:
             if wanted:
@@ -567,11 +567,11 @@ def _verify(
             raise RunFailedError(
                 f"{path} does not state what its base did: {units.written(facts.stated())}"
             )
-        again = _autoencoder_of({**weights, **frozen}, facts)
+        again = weight_file.autoencoder_of({**weights, **frozen}, facts)
         latents_error = float((again.encode(probe).mean - latents).abs().max())
         del frozen, again  # half of the file at a time: memory
         trained, _ = _read_back(path, TRAINED, weights, stored)
-        again = _autoencoder_of({**weights, **trained}, facts)
+        again = weight_file.autoencoder_of({**weights, **trained}, facts)
         mean, most = half_precision.levels(again.decode(latents), decoded)
         del trained, again
         if stored == torch.float32 and (latents_error or most):
@@ -619,15 +619,3 @@ def _check_strictly(path: Path, count: int) -> None:
     names = {"state_dict", "global_step", ENTRY}
     if set(loaded) != names or len(loaded["state_dict"]) != count:
         raise RunFailedError(f"{path} holds other things than {', '.join(sorted(names))}")
-
-
-def _autoencoder_of(weights: State, stated: Facts) -> AutoencoderKL:
-    """An autoencoder around these very tensors, without a copy.
-
-    Raises MissingInputError naming the first tensor that is missing, or of another shape.
-    """
-    with torch.device("meta"):
-        model = AutoencoderKL(**names.architecture(weights, stated))
-    names.check_shapes(weights, names.shapes_of(model.state_dict()))
-    model.load_state_dict(weights, assign=True)
-    return model.eval().requires_grad_(False)
