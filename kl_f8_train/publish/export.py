@@ -264,19 +264,8 @@ def _stated_facts(header: weight_file.Contents, config: Config, family: str | No
     """What the run's base stated; UsageError if a family must be given, or another is."""
     published = config.model in KL_F8_SHAPES.values()
     stated = checkpoint.stored_facts(header, config)
-    given = family or config.init.family
-    return _settled(header.path, stated, config.model.embed_dim, given, published)
-
-
-def _settled(
-    path: Path, stated: Facts, channels: int, family: str | None, published: bool
-) -> Facts:
-    """`facts.settled` for a file, with the verbs' name of the family in its errors."""
-    try:
-        return settled(stated, channels, family, published)
-    except (UsageError, MissingInputError) as error:
-        message = str(error).replace("init.family=", "--family ")
-        raise type(error)(f"{path}: {message}") from error
+    channels, given = config.model.embed_dim, family or config.init.family
+    return settled(header.path, stated, channels, given, published, "--family ")
 
 
 def _best(source: Path) -> Path:
@@ -323,7 +312,8 @@ def make_fp16_safe(
     given = weight_file.facts_of(contents, found)
     shape = names.architecture(found.autoencoder, given)
     published = weight_file.published_shape(found) is not None
-    stated = _settled(contents.path, given, shape["embed_dim"], family, published)
+    channels = shape["embed_dim"]
+    stated = settled(contents.path, given, channels, family, published, "--family ")
     stated = replace(stated, use_quant_conv=shape.get("quant_conv", True))
     stem = f"{_stem(contents.path)}-fp16-safe"
     out = out or Path(stem)

@@ -188,10 +188,7 @@ def base_facts(contents: weight_file.Contents, weights: Weights, config: Config)
     published = config.model in KL_F8_SHAPES.values()
     channels = config.model.embed_dim
     stated = weight_file.facts_of(contents, weights)
-    try:
-        known = facts.settled(stated, channels, config.init.family, published)
-    except (UsageError, MissingInputError) as error:
-        raise type(error)(f"{contents.path}: {error}") from error
+    known = facts.settled(contents.path, stated, channels, config.init.family, published)
     return facts.combined(known, _shown_value(config))
 
 
