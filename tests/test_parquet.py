@@ -153,6 +153,23 @@ def test_broken_rows_are_named_and_counted(tmp_path):
     assert (stats["count"], stats["successes"], stats["failed_to_resize"]) == (8, 3, 5)
 
 
+def test_a_path_that_is_not_utf_8_costs_its_row(tmp_path):
+    """It counted as packed, and no image was there."""
+    images = pa.array(
+        [{"bytes": picture(n), "path": p} for n, p in enumerate([b"a", b"\xff", b"c"])]
+    )
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.binary())])
+    raw = images.cast(kind)
+    paths = pa.StringArray.from_buffers(3, *raw.field("path").buffers()[1:])
+    image = pa.StructArray.from_arrays([raw.field("bytes"), paths], ["bytes", "path"])
+    pq.write_table(pa.table({"image": image}), tmp_path / "a.parquet")
+    result = pack.pack(tmp_path / "a.parquet", tmp_path / "out")
+    assert packed(result) == [picture(0), picture(2)]
+    assert result.images == 2
+    (said,) = result.skipped
+    assert said.startswith("a.parquet#1: cannot be read: ")
+
+
 def test_a_damaged_row_group_costs_its_rows_and_no_others(tmp_path):
     file = write(tmp_path / "a.parquet", rows(9))
     place = pq.ParquetFile(file).metadata.row_group(1).column(1)
