@@ -6,6 +6,7 @@ metadata; KEY.txt, its name as the caption. KEY is five digits of the shard and 
 the same bytes with any number of processes, and a pack that was stopped resumes where it was.
 """
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -16,7 +17,7 @@ import os
 import signal
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from kl_f8_train import images
 from kl_f8_train.data import parquet
@@ -32,6 +34,7 @@ from kl_f8_train.files import atomic_path, write_text
 from kl_f8_train.folders import SUFFIXES, Listing, list_folder, read_file
 from kl_f8_train.launch import available_cores
 from kl_f8_train.lifetime import end_with_parent
+from kl_f8_train.output import Progress
 from kl_f8_train.units import counted, printable, written
 
 MAX_PER_SHARD = 10_000  # four digits
@@ -39,10 +42,7 @@ MAX_SHARDS = 100_000  # five digits
 MANIFEST = "pack.json"
 QUALITY = 95  # of re-encoded JPEGs
 SHOWN = 10  # images left out that the command line names
-IMAGE_MARKS = {  # how images begin, and their suffix
-    **{b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"},
-    **{b"II*\0": ".tif", b"MM\0*": ".tif"},
-}
+USUAL_SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "HEIF": ".heic"}  # else .png, ...
 PER_PROCESS = 2_000  # images that are worth the seconds a process takes to start
 
 
@@ -102,7 +102,7 @@ def pack(
     per_shard: int = 1000,
     workers: int | None = None,
     reencode: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> PackResult:
     """Packs the images of `source` into shards of `per_shard` (1 .. 10,000) in `out`.
 
@@ -183,14 +183,13 @@ class Input:
 
         Of parquet these are the shards that begin in the same row group, which is read only once.
         """
-        table = self.table
-        if table is None:
-            return [[job] for job in jobs]
-        places = (
-            (table.start(job.files), job) for job in jobs if isinstance(job.files, parquet.Rows)
-        )
-        grouped = itertools.groupby(places, key=lambda pair: pair[0])
-        return [[job for _, job in chain] for _, chain in grouped]
+
+        def start(job: Job) -> object:
+            if self.table is None or isinstance(job.files, tuple):
+                return job.number
+            return self.table.start(job.files)
+
+        return [list(chain) for _, chain in itertools.groupby(jobs, key=start)]
 
 
 def _list(places: Sequence[Path]) -> Input:
@@ -198,10 +197,20 @@ def _list(places: Sequence[Path]) -> Input:
     folder = places[0] if len(places) == 1 and places[0].is_dir() else None
     listing = list_folder(folder) if folder else Listing()
     if folder and listing.files:
-        sizes = ((name, _size(folder / name)) for name in listing.files)
-        files = [(name, size) for name, size in sizes if size is not None]
+        files = []
+        for name in listing.files:
+            with contextlib.suppress(OSError):  # it went away since the folder was listed
+                files.append((name, (folder / name).stat().st_size))
         return Input(folder, files, listing.describe())
-    tables = [file for place in places for file in _parquet_files(place)]
+    tables: set[Path] = set()
+    for place in places:
+        found = parquet.find(place)
+        if not found and not place.is_dir():
+            what = "is another file" if place.exists() else "no such folder, file or match"
+            raise MissingInputError(
+                f"{place}: {what}; expected a folder of photographs, or {parquet.SUFFIX} files"
+            )
+        tables.update(found)
     if not tables:
         where = ", ".join(map(str, places))
         several = "give one folder of images at a time" if len(places) > 1 else "it is empty"
@@ -209,30 +218,8 @@ def _list(places: Sequence[Path]) -> Input:
             f"no images in {where}: expected {', '.join(SUFFIXES)}, or {parquet.SUFFIX} files; "
             f"{listing.describe() or several}"
         )
-    table = parquet.read_table(sorted(set(tables)), folder)
+    table = parquet.read_table(sorted(tables), folder)
     return Input(table.folder, list(table.files), table=table)
-
-
-def _parquet_files(place: Path) -> list[Path]:
-    """Those that a place names; of a folder perhaps none.
-
-    Raises MissingInputError if there are none, and it is not a folder.
-    """
-    found = parquet.find(place)
-    if not found and not place.is_dir():
-        what = "is another file" if place.exists() else "no such folder, file or match"
-        raise MissingInputError(
-            f"{place}: {what}; expected a folder of photographs, or {parquet.SUFFIX} files"
-        )
-    return found
-
-
-def _size(file: Path) -> int | None:
-    """In bytes; None if it went away since the folder was listed."""
-    try:
-        return file.stat().st_size
-    except OSError:
-        return None
 
 
 def _claim(out: Path, manifest: dict[str, Any]) -> None:
@@ -414,10 +401,9 @@ def _sample(row: parquet.ImageRow, key: str, reencode: bool) -> dict[str, bytes]
 
 def _extension(data: bytes) -> str:
     """Of an image whose own name has none that indexes know: .jpg, .png, .heic, ..."""
-    kind = images.brand(data)
-    if kind:
-        return {"AVIF": ".avif", "HEIF": ".heic"}[kind]
-    return next((suffix for mark, suffix in IMAGE_MARKS.items() if data.startswith(mark)), ".jpg")
+    with Image.open(io.BytesIO(data)) as opened:
+        kind = opened.format or "JPEG"
+    return USUAL_SUFFIXES.get(kind, f".{kind.lower()}")
 
 
 def _to_jpeg(image: torch.Tensor, converted: bool) -> bytes:
