@@ -31,7 +31,7 @@ from kl_f8_train.data.index import (
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, UsageError
 from kl_f8_train.files import cache_dir, one_at_a_time
-from kl_f8_train.folders import Listing, describe_count, list_folder, patiently, read_file
+from kl_f8_train.folders import Listing, list_folder, patiently, read_file
 from kl_f8_train.launch import available_cores
 from kl_f8_train.overrides import source_setting
 from kl_f8_train.transfer import is_remote
@@ -311,7 +311,9 @@ class FolderSource:
 
     def describe(self) -> list[str]:
         """How many files are used, and how many of which kind are not."""
-        return [describe_count(len(self.files), self.listing)]
+        rest = self.listing.describe()
+        images = counted(len(self.files), "image", "s")
+        return [f"{images} in a folder; {rest}" if rest else f"{images} in a folder"]
 
 
 def open_source(

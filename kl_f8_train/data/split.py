@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,15 +21,10 @@ import numpy as np
 from PIL import Image
 
 from kl_f8_train.data import near
-from kl_f8_train.errors import ImageError, MissingInputError, UsageError, like_path
-from kl_f8_train.files import (
-    disk_failure,
-    hidden_part,
-    in_use,
-    remove_abandoned,
-    write_json,
-)
-from kl_f8_train.folders import ahead, list_folder, read_file
+from kl_f8_train.errors import ImageError, MissingInputError, UsageError
+from kl_f8_train.files import disk_failure, hidden_part, in_use, remove_abandoned, write_json
+from kl_f8_train.folders import ahead, list_folder, no_folder, read_file
+from kl_f8_train.output import Progress
 from kl_f8_train.units import counted, printable, size
 
 TRAINING, HELD_OUT = "training", "held_out"
@@ -107,7 +102,7 @@ def split(
     out: Path,
     held_out: float | None = None,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> SplitResult:
     """Splits the photographs below `folder` into OUT/training and OUT/held_out.
 
@@ -158,11 +153,7 @@ def split(
 
 def _check_places(folder: Path, out: Path) -> None:
     if not folder.is_dir():
-        what = "not a folder" if folder.exists() else "no such folder"
-        raise MissingInputError(
-            f"{folder}: {what}; expected one of photographs"
-            f"{'' if folder.exists() else like_path(folder)}"
-        )
+        raise MissingInputError(no_folder(folder))
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; expected a new or empty directory")
     if out.is_dir() and any(out.iterdir()):
@@ -178,7 +169,7 @@ def _check_places(folder: Path, out: Path) -> None:
 
 
 def _read_all(
-    folder: Path, names: Sequence[str], progress: Callable[[int, int], None] | None
+    folder: Path, names: Sequence[str], progress: Progress | None
 ) -> tuple[list[Photograph], list[str]]:
     """The files that can be used, in order, and "FILE: why" of the others."""
     photographs: list[Photograph] = []
@@ -243,8 +234,8 @@ def _choose(
         if len(chosen) + len(group) <= count:
             chosen.update(group)
     if not chosen and len(groups) > 1:  # even the smallest group is larger than `count`
-        smallest = min(map(len, order))
-        chosen.update(next(group for group in order if len(group) == smallest))
+        smallest = min(order, key=len)
+        chosen.update(smallest)
     if not chosen:
         raise UsageError(
             f"all {len(photographs)} photographs are near-duplicates of each other, which belong "
