@@ -228,7 +228,7 @@ def test_each_row_group_is_read_once(data_set, tmp_path, monkeypatch):
 def test_shards_that_begin_in_one_row_group_are_one_process_s(data_set):
     held = pack._list([data_set])
     jobs = [pack.Job(n, held.folder, part, Path(), False) for n, part in enumerate(held.dealt(2))]
-    chains = [[job.number for job in chain] for chain in held.chains(jobs)]
+    chains = [[job.number for job in chain] for chain in pack._chains(jobs)]
     # row groups of 3, 3, 1 | 3, 1; shards begin at 0, 2 | 4 | 6 | 8 = 1 and 10 = 3 of the second
     assert chains == [[0, 1], [2], [3], [4], [5]]
     assert [len(part) for part in held.dealt(2)] == [2, 2, 2, 2, 2, 1]

@@ -119,29 +119,27 @@ def pack(
     if not 1 <= per_shard <= MAX_PER_SHARD:
         raise UsageError(f"{per_shard} images in each shard: expected 1 to {MAX_PER_SHARD:,}")
     held = _list([source] if isinstance(source, Path) else source)
-    if held.count > per_shard * MAX_SHARDS:
-        raise UsageError(f"{held.count:,} images are more than {MAX_SHARDS:,} shards hold")
+    if len(held) > per_shard * MAX_SHARDS:
+        raise UsageError(f"{len(held):,} images are more than {MAX_SHARDS:,} shards hold")
     _claim(out, {"per_shard": per_shard, "reencode": reencode, "files": held.files})
-    jobs = [
-        Job(number, held.folder, files, out, reencode)
-        for number, files in enumerate(held.dealt(per_shard))
-    ]
+    dealt: Iterator[tuple[str, ...] | parquet.Rows] = held.dealt(per_shard)
+    jobs = [Job(number, held.folder, files, out, reencode) for number, files in enumerate(dealt)]
     found = ((job.number, job.done()) for job in jobs)
     stats = {number: entry for number, entry in found if entry is not None}
     open_jobs = [job for job in jobs if job.number not in stats]
     done = sum(entry["count"] for entry in stats.values())
-    for number, entry in _write_all(held.chains(open_jobs), _processes(workers, open_jobs)):
+    for number, entry in _write_all(_chains(open_jobs), _processes(workers, open_jobs)):
         stats[number] = entry
         done += entry["count"]
         if progress:
-            progress(done, held.count)
+            progress(done, len(held))
     packed = sum(entry["successes"] for entry in stats.values())
     skipped = [line for job in jobs for line in stats[job.number]["skipped"]]
     if not packed:
         for path in (out / MANIFEST, *(file for job in jobs for file in (job.tar, job.stats))):
             path.unlink()  # so that the same command packs what is there by then
         raise MissingInputError(
-            f"{held.folder}: none of its {counted(held.count, 'image', 's')} can be used, from "
+            f"{held.folder}: none of its {counted(len(held), 'image', 's')} can be used, from "
             f"{skipped[0]}; nothing is left in {out}"
         )
     return PackResult(
@@ -157,42 +155,23 @@ def pack(
 
 
 @dataclass(frozen=True)
-class Input:
-    """What is packed."""
+class Photographs:
+    """The images below a folder; parquet files are a `Table`."""
 
     folder: Path
-    files: list[tuple[str, int]]  # path relative to the folder, size in bytes; sorted
-    not_used: str = ""  # what else is there, by kind
-    table: parquet.Table | None = None  # if the files are parquet
+    files: tuple[tuple[str, int], ...]  # path relative to the folder, size in bytes; sorted
+    not_used: str  # what else is there, by kind
 
-    @property
-    def count(self) -> int:
-        """Images, or rows."""
-        return len(self.files if self.table is None else self.table)
+    def __len__(self) -> int:
+        return len(self.files)
 
-    def dealt(self, per_shard: int) -> Iterator[tuple[str, ...] | parquet.Rows]:
-        """The images of each shard."""
-        if self.table is not None:
-            yield from self.table.dealt(per_shard)
-            return
-        for start in range(0, len(self.files), per_shard):
-            yield tuple(name for name, _ in self.files[start : start + per_shard])
-
-    def chains(self, jobs: list[Job]) -> list[list[Job]]:
-        """The jobs, together those that one process is to write one after another.
-
-        Of parquet these are the shards that begin in the same row group, which is read only once.
-        """
-
-        def start(job: Job) -> object:
-            if self.table is None or isinstance(job.files, tuple):
-                return job.number
-            return self.table.start(job.files)
-
-        return [list(chain) for _, chain in itertools.groupby(jobs, key=start)]
+    def dealt(self, size: int) -> Iterator[tuple[str, ...]]:
+        """The files in pieces of `size`; the last may be smaller."""
+        for start in range(0, len(self.files), size):
+            yield tuple(name for name, _ in self.files[start : start + size])
 
 
-def _list(places: Sequence[Path]) -> Input:
+def _list(places: Sequence[Path]) -> Photographs | parquet.Table:
     """Finds the images below a folder, or parquet files. Raises MissingInputError for neither."""
     folder = places[0] if len(places) == 1 and places[0].is_dir() else None
     listing = list_folder(folder) if folder else Listing()
@@ -201,7 +180,7 @@ def _list(places: Sequence[Path]) -> Input:
         for name in listing.files:
             with contextlib.suppress(OSError):  # it went away since the folder was listed
                 files.append((name, (folder / name).stat().st_size))
-        return Input(folder, files, listing.describe())
+        return Photographs(folder, tuple(files), listing.describe())
     tables: set[Path] = set()
     for place in places:
         found = parquet.find(place)
@@ -218,8 +197,7 @@ def _list(places: Sequence[Path]) -> Input:
             f"no images in {where}: expected {', '.join(SUFFIXES)}, or {parquet.SUFFIX} files; "
             f"{listing.describe() or several}"
         )
-    table = parquet.read_table(sorted(tables), folder)
-    return Input(table.folder, list(table.files), table=table)
+    return parquet.read_table(sorted(tables), folder)
 
 
 def _claim(out: Path, manifest: dict[str, Any]) -> None:
@@ -270,6 +248,18 @@ def _compare(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 # --- writing --------------------------------------------------------------------------------
+
+
+def _chains(jobs: list[Job]) -> list[list[Job]]:
+    """The jobs, together those that one process is to write one after another.
+
+    Of parquet these are the shards that begin in the same row group, which is read only once.
+    """
+
+    def start(job: Job) -> object:
+        return job.files.start if isinstance(job.files, parquet.Rows) else job.number
+
+    return [list(chain) for _, chain in itertools.groupby(jobs, key=start)]
 
 
 def _processes(workers: int | None, jobs: list[Job]) -> int:

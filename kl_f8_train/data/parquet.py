@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 SUFFIX = ".parquet"
 BATCH = 8  # rows that are in memory at once
 BUFFER = 1 << 20  # bytes read at once of a column
-RowGroup = tuple[str, int]  # a file, relative to the folder, and one of its row groups
 
 
 class ImageRow(NamedTuple):
@@ -43,6 +42,7 @@ class Span(NamedTuple):
     file: str  # relative to the folder
     first: int
     rows: int
+    group: int  # the row group in which they begin
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Rows:
     """Successive rows of one or several files."""
 
     spans: tuple[Span, ...]
+
+    @property
+    def start(self) -> tuple[str, int]:
+        """The file and the row group in which they begin."""
+        return self.spans[0].file, self.spans[0].group
 
     def __len__(self) -> int:
         return sum(span.rows for span in self.spans)
@@ -62,6 +67,7 @@ class Table:
     folder: Path
     files: tuple[tuple[str, int], ...]  # path relative to the folder, size in bytes
     groups: tuple[tuple[int, ...], ...]  # rows of each row group of each file
+    not_used: str = ""
 
     def __len__(self) -> int:
         return sum(map(sum, self.groups))
@@ -70,23 +76,18 @@ class Table:
         """The rows in pieces of `size`; the last may be smaller."""
         spans: list[Span] = []
         room = size
-        for (file, _), rows in zip(self.files, map(sum, self.groups), strict=True):
+        for (file, _), groups in zip(self.files, self.groups, strict=True):
+            ends = list(itertools.accumulate(groups))
             first = 0
-            while first < rows:
-                span = Span(file, first, min(room, rows - first))
-                spans.append(span)
-                first, room = first + span.rows, room - span.rows
+            while first < sum(groups):
+                rows = min(room, sum(groups) - first)
+                spans.append(Span(file, first, rows, bisect_right(ends, first)))
+                first, room = first + rows, room - rows
                 if not room:
                     yield Rows(tuple(spans))
                     spans, room = [], size
         if spans:
             yield Rows(tuple(spans))
-
-    def start(self, rows: Rows) -> RowGroup:
-        """The file and the row group in which rows begin."""
-        file, first, _ = rows.spans[0]
-        groups = dict(zip((name for name, _ in self.files), self.groups, strict=True))[file]
-        return file, bisect_right(list(itertools.accumulate(groups)), first)
 
 
 # --- which files ----------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def read(folder: Path, pieces: Sequence[Rows]) -> Iterator[ImageRow]:
     """
     spans = [span for piece in pieces for span in piece.spans]
     for file, of_file in itertools.groupby(spans, key=lambda span: span.file):
-        wanted = deque(row for _, first, rows in of_file for row in range(first, first + rows))
+        wanted = deque(row for s in of_file for row in range(s.first, s.first + s.rows))
         failure = "it has fewer rows than it had"
         try:
             with _opened(folder / file) as (opened, column):
