@@ -136,7 +136,7 @@ def _walk(
         prefix = f"{here}/" if here else ""
         files: list[os.DirEntry[str]] = []
         for entry in inside:
-            if not is_folder(entry):
+            if not _holds(entry.is_dir):
                 files.append(entry)
             elif is_system(entry.name):
                 found.left_out["in hidden folders"] += _images_below(entry.path)
@@ -147,18 +147,10 @@ def _walk(
         yield prefix, files
 
 
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry of a folder is one, perhaps by a link; a link in a circle is not."""
+def _holds(test: Callable[[], bool]) -> bool:
+    """What an entry of a folder says of where it leads; a link in a circle leads nowhere."""
     try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
-def is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry of a folder is a file, perhaps by a link; a link in a circle is not."""
-    try:
-        return entry.is_file()
+        return test()
     except OSError:
         return False
 
@@ -175,7 +167,7 @@ def _suffix(name: str) -> str:
 
 def _sort_in(found: Listing, prefix: str, entry: os.DirEntry[str]) -> None:
     suffix = _suffix(entry.name)
-    if not is_file(entry):
+    if not _holds(entry.is_file):
         kind = "broken links" if entry.is_symlink() else "pipes, sockets or devices"
         found.left_out[kind] += suffix in (*SUFFIXES, *OTHER_SUFFIXES)
     elif is_system(entry.name):

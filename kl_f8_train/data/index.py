@@ -17,7 +17,7 @@ import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,8 +41,6 @@ from kl_f8_train.folders import (
     FIRST_BYTES,
     NO_IMAGES,
     SUFFIXES,
-    is_file,
-    is_folder,
     is_system,
     list_folder,
     looks_like_image,
@@ -101,19 +99,18 @@ def expand(pattern: str) -> list[str]:
 
 def tars_in(folder: Path) -> list[str]:
     """The shards of a folder itself, sorted."""
-    names = (entry.name for entry in os.scandir(folder) if is_file(entry))
-    tars = sorted(n for n in names if n.lower().endswith(".tar") and not n.startswith("."))
-    return [str(folder / name) for name in tars]
+    tars = (path for path in folder.glob("*.[tT][aA][rR]") if path.is_file())
+    return sorted(str(path) for path in tars if not path.name.startswith("."))
 
 
 def _without_shards(folder: Path) -> str:
     """What is wrong with a folder that itself holds no .tar, and what may be meant."""
     none = f"no shards and no images in {folder}"
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    entries = sorted(folder.iterdir())
     packed = [entry.name for entry in entries if COMPRESSED.search(entry.name)]
     if packed:
         return f"{none}, but {packed[0]}: {UNPACK}"
-    below = [entry.name for entry in entries if is_folder(entry) and tars_in(Path(entry.path))]
+    below = [entry.name for entry in entries if os.path.isdir(entry) and tars_in(entry)]
     if below:
         return (
             f"{none}, but in its folders {', '.join(below[:3])}{', ...' * (len(below) > 3)}: "
@@ -236,7 +233,7 @@ def index_tar(path: Path) -> TarIndex:
     try:
         with path.open("rb") as file:
             with tarfile.open(fileobj=file, mode="r:") as archive:
-                members += filter(None, (_member(archive, entry, file) for entry in archive))
+                members += filter(None, (_member(entry, file) for entry in archive))
                 end = archive.offset
             file.seek(end)
             block = file.read(TAR_BLOCK)
@@ -266,7 +263,7 @@ def _images(members: list[_Member]) -> str:
     return counted(sum(member.is_image for member in members), "image", "s")
 
 
-def _member(archive: tarfile.TarFile, entry: tarfile.TarInfo, file: BinaryIO) -> _Member | None:
+def _member(entry: tarfile.TarInfo, file: BinaryIO) -> _Member | None:
     """What a file in a tar is; None for folders, links, and what a system keeps for itself."""
     folder, _, name = entry.name.rpartition("/")
     parts = [part for part in entry.name.split("/") if part.strip(".")]
@@ -275,8 +272,7 @@ def _member(archive: tarfile.TarFile, entry: tarfile.TarInfo, file: BinaryIO) ->
     suffix = os.path.splitext(name)[1].lower()
     numbers: dict[str, float] = {}
     if suffix == ".json":
-        handle = archive.extractfile(entry)
-        numbers = _json_numbers(handle.read() if handle else b"")
+        numbers = _json_numbers(os.pread(file.fileno(), entry.size, entry.offset_data))
     is_image = suffix in SUFFIXES
     if not is_image and suffix not in NO_IMAGES:
         head = os.pread(file.fileno(), min(FIRST_BYTES, entry.size), entry.offset_data)
@@ -423,9 +419,9 @@ def build_index(
 def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
     """Indexes a chunk of shards into one part file, unless it is there and still right."""
     part, chunk, cache = task
-    fingerprints = [fingerprint(place) for place in chunk]
+    now = fingerprints(chunk)
     # Made of the same files, in an earlier call that was interrupted or is repeated.
-    if _fingerprints(part) == fingerprints:
+    if _made_of(part) == now:
         return len(chunk)
     tars: list[TarIndex] = []
     broken: dict[str, str] = {}
@@ -438,7 +434,7 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
             raise
         except (MissingInputError, RunFailedError) as error:  # today's: the next call tries again
             failed = isinstance(error, RunFailedError)
-            fingerprints[number], broken[place] = UNFETCHED if failed else GONE, str(error)
+            now[number], broken[place] = UNFETCHED if failed else GONE, str(error)
             unreachable += failed
             if unreachable == GIVE_UP:
                 raise
@@ -452,14 +448,14 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
                 if is_remote(place):  # perhaps cut short, or a page in its place: not the shard's
                     cache.forget(place)
                 if is_remote(place) or isinstance(error.__cause__, OSError):
-                    fingerprints[number] = GONE
+                    now[number] = GONE
         tars.append(one)
-    _write_part(part, tars, fingerprints, broken)
+    _write_part(part, tars, now, broken)
     return len(chunk)
 
 
 def _write_part(
-    part: Path, tars: Sequence[TarIndex], fingerprints: list[list[int]], broken: dict[str, str]
+    part: Path, tars: Sequence[TarIndex], made_of: list[list[int]], broken: dict[str, str]
 ) -> None:
     """Writes what was found in a chunk's shards as arrays over its images, and a header."""
     numbers = [row for one in tars for row in one.numbers]
@@ -469,7 +465,7 @@ def _write_part(
         for i, key in enumerate(names)
     }
     header = {
-        "fingerprints": fingerprints,
+        "fingerprints": made_of,
         "counts": [len(one.sizes) for one in tars],
         "columns": names,
         "broken": broken,
@@ -485,7 +481,7 @@ def _write_part(
         )
 
 
-def _fingerprints(part: Path) -> list[list[int]] | None:
+def _made_of(part: Path) -> list[list[int]] | None:
     """Of the shards that a part was made of; None if it is not there, or cannot be read."""
     try:
         with zipfile.ZipFile(part) as archive:
@@ -503,8 +499,13 @@ def _part_header(part: Path) -> dict[str, Any]:
     return header
 
 
-def fingerprint(place: str) -> list[int]:
-    """[size, mtime in ns] of a local shard; [0, 0] for a remote one."""
+def fingerprints(places: Sequence[str]) -> list[list[int]]:
+    """[size, mtime in ns] of each local file; [-1, -1] without one, [0, 0] for a remote one."""
+    with ThreadPoolExecutor(16) as pool:  # a stat on a network disk mostly waits
+        return list(pool.map(_fingerprint, places))
+
+
+def _fingerprint(place: str) -> list[int]:
     if is_remote(place):
         return [0, 0]
     try:

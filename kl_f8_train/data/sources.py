@@ -1,17 +1,15 @@
 """The images of a source by shard and number: indexed tar shards, after filters, or a folder."""
 
-import itertools
 import json
 import os
 import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -23,7 +21,7 @@ from kl_f8_train.data.index import (
     UNREADABLE,
     build_index,
     expand,
-    fingerprint,
+    fingerprints,
     index_directories,
     index_directory,
     tars_in,
@@ -46,30 +44,6 @@ COMPARISONS = {  # a longer sign before the one it begins with
     ">": np.greater,
     "<": np.less,
 }
-
-
-class ImageSource(Protocol):
-    """What the plan and the data set need of a source."""
-
-    counts: np.ndarray  # images of each shard, after filters
-
-    def read(self, shard: int, sample: int) -> tuple[str, bytes]:
-        """Name (shard and file) and encoded image. Raises ImageError if it cannot be read."""
-
-    def name(self, shard: int, sample: int) -> str:
-        """What is known of the image's name without reading it."""
-
-    def location(self, shard: int) -> str:
-        """Path or address of a shard."""
-
-    def describe(self) -> list[str]:
-        """Lines on what is in it, and what the filters dropped."""
-
-    def files_held(self) -> Iterable[tuple[str, int, int]]:
-        """(name, bytes, images after filters) of each of its files, in their order."""
-
-    def of_sizes(self, sizes: set[int]) -> Iterator[tuple[int, int]]:
-        """(shard, sample) of each image, after filters, that has one of these sizes in bytes."""
 
 
 @dataclass(frozen=True)
@@ -128,22 +102,16 @@ class TarSource:
         # A loader reads from a few shards at a time.
         self._kept = lru_cache(maxsize=256)(self._kept_rows)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[type["TarSource"], tuple[Any, ...]]:
         """For loader processes: they map the arrays again."""
-        return {"directory": self.directory, "filters": self.filters, "cache": self.cache}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["directory"], state["filters"], state["cache"])  # type: ignore[misc]
+        return TarSource, (self.directory, self.filters, self.cache)
 
     def changed(self) -> list[str]:
         """Local shards that are not what was indexed."""
-        with ThreadPoolExecutor(16) as pool:
-            # Threads: a stat on a network disk mostly waits.
-            now = list(pool.map(fingerprint, self.locations))
-        pairs = zip(self.locations, self.fingerprints, now, strict=True)
+        now = fingerprints(self.locations)
         return [
             place
-            for place, before, after in pairs
+            for place, before, after in zip(self.locations, self.fingerprints, now, strict=True)
             if before != after and not (before in (UNFETCHED, GONE) and is_remote(place))
         ]
 
@@ -298,10 +266,9 @@ class FolderSource:
 
     def files_held(self) -> Iterable[tuple[str, int, int]]:
         """(path below the folder, bytes, 1) of each file; one that is gone has -1 bytes."""
-        places = [self.folder / file for file in self.files]
-        with ThreadPoolExecutor(16) as pool:
-            sizes = list(pool.map(lambda place: fingerprint(str(place))[0], places))
-        return zip(self.files, sizes, itertools.repeat(1))
+        places = [os.path.join(self.folder, file) for file in self.files]
+        for file, (size, _) in zip(self.files, fingerprints(places), strict=True):
+            yield file, size, 1
 
     def of_sizes(self, sizes: set[int]) -> Iterator[tuple[int, int]]:
         """As the file system says now."""
@@ -316,6 +283,9 @@ class FolderSource:
         return [f"{images} in a folder; {rest}" if rest else f"{images} in a folder"]
 
 
+ImageSource = TarSource | FolderSource
+
+
 def open_source(
     name: str,
     pattern: str,
@@ -326,7 +296,7 @@ def open_source(
     index_dir: str | None = None,
     warn: Callable[[str], None] = print,
     label: str | None = None,
-) -> TarSource | FolderSource:
+) -> ImageSource:
     """Opens a source; a small local one is indexed here, a large or remote one beforehand.
 
     `label` is where the user named it, for errors.
