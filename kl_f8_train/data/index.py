@@ -16,8 +16,8 @@ import re
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,7 +46,7 @@ from kl_f8_train.folders import (
     looks_like_image,
 )
 from kl_f8_train.images import MAX_BYTES
-from kl_f8_train.lifetime import end_with_parent
+from kl_f8_train.lifetime import processes
 from kl_f8_train.output import Progress
 from kl_f8_train.transfer import is_remote, shown
 from kl_f8_train.units import are, counted
@@ -403,13 +403,7 @@ def build_index(
     check_writable(directory)
     chunks = [list(locations[i : i + PART_SHARDS]) for i in range(0, len(locations), PART_SHARDS)]
     tasks = [(directory / f"part-{n:06d}.npz", chunk, cache) for n, chunk in enumerate(chunks)]
-    run: Callable[..., Iterator[int]] = map
-    with contextlib.ExitStack() as stack:
-        if workers > 1 and len(tasks) > 1:
-            pool = ProcessPoolExecutor(
-                workers, initializer=end_with_parent, initargs=(os.getpid(),)
-            )
-            run = stack.enter_context(pool).map
+    with processes(min(workers, len(tasks))) as run:
         for done in itertools.accumulate(run(_index_chunk, tasks)):
             if progress is not None:
                 progress(done, len(locations))
