@@ -56,7 +56,7 @@ PART_SHARDS = 64  # shards indexed as one resumable part
 MOST = 1_000_000  # shards of one pattern
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)  # of an index
 
-# In place of a fingerprint, and not what any shard has, so that the next call tries it again.
+# In place of a fingerprint, and not what any shard has: what failed today is tried again.
 UNFETCHED = [-2, 0]  # could not be fetched
 GONE = [-3, 0]  # not there, or not readable
 GIVE_UP = 3  # shards of a chunk that a server does not give after all attempts
@@ -421,29 +421,25 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
     broken: dict[str, str] = {}
     unreachable = 0
     for number, place in enumerate(chunk):
-        one = TarIndex()
+        path = None
         try:
             path = cache.path(place)
+            one = index_tar(path)
+            tars.append(one if is_remote(place) else add_neighbours(one, path))
         except DiskError:
             raise
-        except (MissingInputError, RunFailedError) as error:  # today's: the next call tries again
-            failed = isinstance(error, RunFailedError)
-            now[number], broken[place] = UNFETCHED if failed else GONE, str(error)
-            unreachable += failed
-            if unreachable == GIVE_UP:
-                raise
-            path = None
-        if path is not None:
-            try:
-                one = index_tar(path)
-                one = one if is_remote(place) else add_neighbours(one, path)
-            except MissingInputError as error:
-                one, broken[place] = TarIndex(), str(error).replace(str(path), shown(place))
-                if is_remote(place):  # perhaps cut short, or a page in its place: not the shard's
-                    cache.forget(place)
-                if is_remote(place) or isinstance(error.__cause__, OSError):
-                    now[number] = GONE
-        tars.append(one)
+        except (MissingInputError, RunFailedError) as error:
+            tars.append(TarIndex())
+            broken[place] = str(error).replace(str(path or place), shown(place))
+            if isinstance(error, RunFailedError):
+                now[number] = UNFETCHED
+                unreachable += 1
+                if unreachable == GIVE_UP:
+                    raise
+            elif path is None or is_remote(place) or isinstance(error.__cause__, OSError):
+                now[number] = GONE
+            if path is not None and is_remote(place):  # perhaps cut short, or a page in its place
+                cache.forget(place)
     _write_part(part, tars, now, broken)
     return len(chunk)
 

@@ -180,19 +180,13 @@ class ShardCache:
     def _evict(self, incoming: int = 0) -> None:
         """Unlinks least recently used files until `incoming` more bytes fit."""
         with _locked(self.root / ".evict.lock", fcntl.LOCK_EX):
-            total = incoming
-            files: list[tuple[float, int, Path]] = []
-            for name, used, size in _listing(self.root):
-                if CACHED_NAME.fullmatch(name):
-                    files.append((used, size, self.root / name))
-                    total += size
-                elif PART_NAME.fullmatch(name):
-                    total += size
-            # The least recently used first.
-            for _, size, path in sorted(files):
+            kinds = (CACHED_NAME, PART_NAME)
+            files = [f for f in _listing(self.root) if any(k.fullmatch(f[-1]) for k in kinds)]
+            total = incoming + sum(size for _, size, _ in files)
+            for _, size, name in sorted(files):  # the least recently used first
                 if total <= self.max_bytes:
                     break
-                if self._unlink(path):
+                if CACHED_NAME.fullmatch(name) and self._unlink(self.root / name):
                     total -= size
 
     def _unlink(self, path: Path) -> bool:
@@ -288,18 +282,18 @@ class _Worker:
                 self._waiting.discard(url)
 
 
-def _listing(root: Path) -> Iterator[tuple[str, float, int]]:
-    """(name, time of last use, bytes) of the files in a directory that others change."""
+def _listing(root: Path) -> Iterator[tuple[float, int, str]]:
+    """(time of last use, bytes, name) of the files in a directory that others change."""
     with os.scandir(root) as entries:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):
                 status = entry.stat()
-                yield entry.name, status.st_mtime, status.st_size
+                yield status.st_mtime, status.st_size, entry.name
 
 
 def _remove_leftovers(root: Path) -> None:
     """Unlinks old temporary files that no living process writes."""
-    for name, written, _ in _listing(root):
+    for written, _, name in _listing(root):
         match = PART_NAME.fullmatch(name)
         if match and time.time() - written > LEFTOVER_SECONDS:
             lock = hidden_beside(root / match[1], "lock")
