@@ -57,55 +57,33 @@ STORAGE_DTYPES = {
 }
 UNTYPED = "torch.storage.UntypedStorage"  # of the types that came later; the tensor says which
 LATER = {
-    str(dtype): dtype
+    f"torch.{name}": getattr(torch, name)
     for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-    for dtype in [getattr(torch, name)]
 }
 PLAIN = {
-    "collections.OrderedDict",
-    "torch._utils._rebuild_tensor",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_tensor_v3",
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_parameter_with_state",
-    "torch._tensor._rebuild_from_type_v2",
-    "torch.nn.parameter.Parameter",
-    "torch._tensor.Tensor",
-    "torch.Tensor",
-    UNTYPED,
-    *LATER,
-    "torch.Size",
-    "torch.device",
+    *("collections.OrderedDict", "torch._tensor._rebuild_from_type_v2"),
+    *("torch.nn.parameter.Parameter", "torch._tensor.Tensor", "torch.Tensor", "torch.Size"),
+    *(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3")),
+    *(f"torch._utils._rebuild_{name}" for name in ("parameter", "parameter_with_state")),
+    *("torch.device", UNTYPED, *LATER),
     *(f"torch.{name}" for name in STORAGE_DTYPES),
     *(str(dtype) for dtype in STORAGE_DTYPES.values()),
     *(f"builtins.{name}" for name in ("set", "frozenset", "dict", "list", "tuple", "bytearray")),
     *(f"builtins.{name}" for name in ("int", "float", "str", "bool", "long", "unicode")),
 }
 # A file that names these wants to run something, and is not a trainer's; other names become stubs.
-HOSTILE_MODULES = {
-    *("os", "posix", "nt", "sys", "subprocess", "pty", "socket", "shutil", "ctypes", "importlib"),
-    *("runpy", "code", "codeop", "pdb", "bdb", "timeit", "webbrowser", "multiprocessing", "io"),
-    *("_io", "pickle", "_pickle", "marshal", "operator", "_operator", "urllib", "asyncio"),
-    *("pkgutil", "imp", "zipimport", "tempfile", "commands", "popen2", "dill", "cloudpickle"),
-    *(
-        "http",
-        "httplib",
-        "smtplib",
-        "ftplib",
-        "telnetlib",
-        "poplib",
-        "imaplib",
-        "nntplib",
-        "xmlrpc",
-    ),
-    *("requests", "aiohttp", "paramiko", "ssl", "cProfile", "profile", "trace", "pydoc", "doctest"),
-    *("unittest", "pytest", "pip", "ensurepip", "venv", "distutils", "setuptools", "idlelib"),
-}
-HOSTILE = {
-    *(f"builtins.{name}" for name in ("eval", "exec", "compile", "open", "getattr", "setattr")),
-    *(f"builtins.{name}" for name in ("delattr", "__import__", "globals", "input", "breakpoint")),
-    *("torch.load", "torch.save", "torch.serialization.load", "torch.hub.load"),
-}
+HOSTILE = re.compile(
+    r"(os|posix|nt|sys|subprocess|pty|socket|shutil|ctypes|importlib|runpy|code|codeop|pdb|bdb"
+    r"|timeit|webbrowser|multiprocessing|io|_io|pickle|_pickle|marshal|operator|_operator|urllib"
+    r"|asyncio|pkgutil|imp|zipimport|tempfile|commands|popen2|dill|cloudpickle|http|httplib"
+    r"|smtplib|ftplib|telnetlib|poplib|imaplib|nntplib|xmlrpc|requests|aiohttp|paramiko|ssl"
+    r"|cProfile|profile|trace|pydoc|doctest|unittest|pytest|pip|ensurepip|venv|distutils"
+    r"|setuptools|idlelib)\..*"
+    r"|builtins\.(eval|exec|compile|open|getattr|setattr|delattr|__import__|globals|input"
+    r"|breakpoint)"
+    r"|torch\.(load|save|serialization\.load|hub\.load)",
+    re.DOTALL,
+)
 
 
 @dataclass
@@ -542,7 +520,7 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
     def find_class(self, module: str, name: str) -> Any:
         """A name, and nothing else; MissingInputError for one that only an attack needs."""
         full = f"{module}.{name}".replace("__builtin__.", "builtins.", 1)[:300]
-        if full in HOSTILE or full.split(".")[0] in HOSTILE_MODULES:
+        if HOSTILE.fullmatch(full):
             raise MissingInputError(
                 f"the file asks to run {full}, which no weights need; it is refused. Get the "
                 "weights as .safetensors, from a place you trust"
