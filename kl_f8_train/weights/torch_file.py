@@ -13,6 +13,7 @@ import gc
 import io
 import math
 import mmap
+import os
 import pickle
 import re
 import shutil
@@ -104,14 +105,14 @@ def read_torch(path: Path, wanted: Wanted, inside: bool = False) -> TorchFile:
     Raises MissingInputError if it holds something else, and any exception if it is broken.
     """
     with _BoundedFile(path) as file:
-        if file.peek(2) != b"PK":
+        if os.pread(file.fileno(), 2, 0) != b"PK":
             return _read_pickles(file, wanted)
         with _open_zip(file) as archive:
-            if _has_torch_records(archive, file.total()):
+            if _has_torch_records(archive, file.total):
                 return _read_zip(file, archive, wanted)
             if inside:
                 raise MissingInputError("a zip in a zip, without torch weights")
-            return _read_inside(archive, file.total(), wanted)
+            return _read_inside(archive, file.total, wanted)
 
 
 def views(path: Path) -> dict[str, tuple[str, "View"]]:
@@ -120,7 +121,7 @@ def views(path: Path) -> dict[str, tuple[str, "View"]]:
     Raises MissingInputError if it holds something else, and any exception if it is broken.
     """
     with _BoundedFile(path) as file, _open_zip(file) as archive:
-        if not _has_torch_records(archive, file.total()):
+        if not _has_torch_records(archive, file.total):
             raise MissingInputError("a zip without torch weights")
         root, pickled = _zip_pickle(archive)
         found = _views(_entries(pickled.load()))
@@ -141,30 +142,21 @@ class _BoundedFile(io.FileIO):
     most = DIRECTORY_BYTES
 
     def read(self, size: int | None = -1) -> bytes:
-        wanted = self.total() - self.tell() if size is None or size < 0 else size
+        wanted = self.total - self.tell() if size is None or size < 0 else size
         if wanted > self.most:
             raise ValueError(f"{wanted:,} bytes where at most {self.most:,} were expected")
         return super().read(size) or b""
 
+    @property
     def total(self) -> int:
         """Size of the file in bytes."""
-        before = self.tell()
-        end = self.seek(0, io.SEEK_END)
-        self.seek(before)
-        return end
-
-    def peek(self, size: int) -> bytes:
-        """The first bytes of the file."""
-        self.seek(0)
-        head = super().read(size) or b""
-        self.seek(0)
-        return head
+        return os.fstat(self.fileno()).st_size
 
 
 def _open_zip(file: _BoundedFile) -> zipfile.ZipFile:
     """Opens a zip whose directory is of a sane size and names nothing outside itself."""
     archive = zipfile.ZipFile(file)
-    file.most = file.total()
+    file.most = file.total
     for entry in archive.infolist():
         name = entry.filename
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -191,13 +183,10 @@ def _read_zip(file: _BoundedFile, archive: zipfile.ZipFile, wanted: Wanted) -> T
     root, pickled = _zip_pickle(archive)
     loaded = pickled.load()
 
-    def fetch(storage: "_Storage") -> bytes:
-        name = f"{root}data/{storage.key}"
-        if archive.getinfo(name).file_size != storage.nbytes:
-            raise ValueError(f"{name} is not of the size that its tensors say")
-        return archive.read(name)
+    def fetch(key: str) -> bytes:
+        return archive.read(f"{root}data/{key}")
 
-    return _collect("torch zip", loaded, pickled.stubbed, fetch, file.total(), wanted)
+    return _collect("torch zip", loaded, pickled.stubbed, fetch, file.total, wanted)
 
 
 def _zip_pickle(archive: zipfile.ZipFile) -> tuple[str, "_Pickle"]:
@@ -213,7 +202,7 @@ def _zip_pickle(archive: zipfile.ZipFile) -> tuple[str, "_Pickle"]:
 
 def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
     """Five pickles (magic number, version, system, contents, storage keys), then the storages."""
-    total = file.total()
+    total = file.total
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         pickled = _Pickle(data)
         if pickled.load() != LEGACY_MAGIC:
@@ -223,7 +212,7 @@ def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
         if isinstance(system, dict) and system.get("little_endian") is False:
             raise ValueError("its numbers are big-endian")
         loaded, keys = pickled.load(), pickled.load()
-        place, places = pickled.position, {}
+        place, places = pickled.window.tell(), {}
         for key in keys:
             if type(key) is not str:
                 raise ValueError("a storage whose key is not a string")
@@ -231,17 +220,14 @@ def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
             (count,) = struct.unpack_from("<q", data, place)
             if key not in pickled.storages:
                 raise MissingInputError("quantised tensors in torch's old format; save it again")
-            size = count * pickled.storages[key].dtype.itemsize
-            if count < 0 or place + 8 + size > total:
+            end = place + 8 + count * pickled.storages[key].dtype.itemsize
+            if count < 0 or end > total:
                 raise EOFError(f"storage {key} ends behind the file")
-            places[key] = (place + 8, size)
-            place += 8 + size
+            places[key] = slice(place + 8, end)
+            place = end
 
-        def fetch(storage: "_Storage") -> bytes:
-            start, size = places[storage.key]
-            if size != storage.nbytes:
-                raise ValueError(f"storage {storage.key} is not of the size that its tensors say")
-            return data[start : start + size]
+        def fetch(key: str) -> bytes:
+            return data[places[key]]
 
         return _collect("older torch file", loaded, pickled.stubbed, fetch, total, wanted)
 
@@ -364,7 +350,7 @@ def _collect(
     container: str,
     loaded: Any,
     stubbed: set[str],
-    fetch: Callable[[_Storage], bytes],
+    fetch: Callable[[str], bytes],
     total: int,
     wanted: Wanted,
 ) -> TorchFile:
@@ -378,7 +364,7 @@ def _collect(
     # Tensors may share a storage (tied weights), hence twice the file; never many times.
     if size > 2 * total + 1_000_000:
         raise ValueError(f"its tensors claim {size:,} bytes")
-    storages = {storage: _flat(fetch(storage), storage.dtype) for storage in needed}
+    storages = {storage: _elements(storage, fetch(storage.key)) for storage in needed}
     return TorchFile(
         container,
         {
@@ -419,8 +405,12 @@ def _plain_values(entry: Any) -> dict[str, Any]:
     }
 
 
-def _flat(data: bytes, dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+def _elements(storage: _Storage, data: bytes) -> Tensor:
+    if len(data) != storage.nbytes:
+        raise ValueError(f"storage {storage.key} is not of the size that its tensors say")
+    if not data:  # which torch.frombuffer refuses
+        return torch.empty(0, dtype=storage.dtype)
+    return torch.frombuffer(bytearray(data), dtype=storage.dtype)
 
 
 # --- pickles --------------------------------------------------------------------------------
@@ -463,39 +453,27 @@ class _Counted(dict[int, Any]):
         raise ValueError(f"its pickle holds opcode {code}, which torch never wrote")
 
 
-class _Window:
-    """The file of a pickle: reads no more than there is."""
+class _Window(io.BytesIO):
+    """A pickle in memory: a read that goes beyond its end raises EOFError."""
 
-    def __init__(self, data: bytes | mmap.mmap) -> None:
-        self.data, self.position = data, 0
-
-    def read(self, count: int) -> bytes:
-        end = self.position + count
-        if count < 0 or end > len(self.data) or end > PICKLE_BYTES:
+    def read(self, count: int | None = -1) -> bytes:
+        piece = super().read(count)
+        if count and len(piece) < count:
             raise EOFError("its pickle ends too soon, or is too long")
-        piece, self.position = self.data[self.position : end], end
         return piece
-
-    def readline(self) -> bytes:
-        end = self.data.find(b"\n", self.position, self.position + 1000)
-        return self.read(end + 1 - self.position)
 
 
 class _Pickle(_Interpreter):  # type: ignore[misc]
     """Python's own reader of pickles, in Python, without its calls, names and hashes."""
 
     def __init__(self, data: bytes | mmap.mmap) -> None:
-        self.window = _Window(data)
+        self.window = _Window(data[:PICKLE_BYTES])
         super().__init__(self.window, encoding="utf-8", errors="replace")
         self.stubbed: set[str] = set()
         self.storages: dict[str, _Storage] = {}
         self.dispatch = _Counted(
             {code: getattr(type(self), f.__name__) for code, f in READ.items()}
         )
-
-    @property
-    def position(self) -> int:
-        return self.window.position
 
     def load(self) -> Any:
         """Reads one object, without garbage collection.
