@@ -21,15 +21,16 @@ import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kl_f8_train import facts
 from kl_f8_train.errors import MissingInputError
-from kl_f8_train.facts import ENTRY
+from kl_f8_train.facts import METADATA_PREFIX, Facts
 
 Wanted = Callable[[Collection[str]], Collection[str]]
 
@@ -40,6 +41,7 @@ PICKLE_BYTES = 64 << 20
 DIRECTORY_BYTES = 4 << 20  # of a zip: about 40,000 entries
 UNPACKED = 10  # how much larger than a zip the file inside may be
 READ_BYTES = 8 << 20  # at a time, when a file inside a zip is unpacked
+COUNTERS = ("global_step", "global_steps", "step", "iter")  # in the order of their worth
 OPTIMIZER = re.compile(r"optim|lr_sched|scheduler|scaler", re.IGNORECASE)  # keys not searched
 
 STORAGE_DTYPES = {
@@ -88,18 +90,27 @@ HOSTILE = re.compile(
 
 
 @dataclass
-class TorchFile:
-    """What a torch file holds: every name, the tensors wanted, the rest on the meta device."""
+class Contents:
+    """What a weight file holds; tensors that were not wanted are on the meta device."""
 
-    container: str
+    path: Path
     tensors: dict[str, Tensor]
-    counts: dict[str, int]  # `global_step` and `epoch`, if the file holds them
-    optimizer: bool
-    stubbed: list[str]
-    stated: dict[str, Any]  # plain values of the entry `architecture`
+    metadata: dict[str, str] = field(default_factory=dict)  # of a torch file, its counters
+    container: str = "safetensors"
+    optimizer: bool = False
+    stubbed: list[str] = field(default_factory=list)  # classes and functions that stayed names
+    facts: Facts = field(default_factory=Facts)
+
+    @property
+    def iteration(self) -> int | None:
+        """The iteration the file says it was written at."""
+        for key in ("iteration", f"{METADATA_PREFIX}iteration", *COUNTERS):
+            if re.fullmatch(r"[0-9]{1,15}", self.metadata.get(key, "")):
+                return int(self.metadata[key])
+        return None
 
 
-def read_torch(path: Path, wanted: Wanted, inside: bool = False) -> TorchFile:
+def read_torch(path: Path, wanted: Wanted, inside: bool = False) -> Contents:
     """Reads a torch file; `wanted` picks the names to load from all names.
 
     Raises MissingInputError if it holds something else, and any exception if it is broken.
@@ -112,7 +123,7 @@ def read_torch(path: Path, wanted: Wanted, inside: bool = False) -> TorchFile:
                 return _read_zip(file, archive, wanted)
             if inside:
                 raise MissingInputError("a zip in a zip, without torch weights")
-            return _read_inside(archive, file.total, wanted)
+            return _read_inside(file, archive, wanted)
 
 
 def views(path: Path) -> dict[str, tuple[str, "View"]]:
@@ -179,14 +190,14 @@ def _has_torch_records(archive: zipfile.ZipFile, total: int) -> bool:
     return True
 
 
-def _read_zip(file: _BoundedFile, archive: zipfile.ZipFile, wanted: Wanted) -> TorchFile:
+def _read_zip(file: _BoundedFile, archive: zipfile.ZipFile, wanted: Wanted) -> Contents:
     root, pickled = _zip_pickle(archive)
     loaded = pickled.load()
 
     def fetch(key: str) -> bytes:
         return archive.read(f"{root}data/{key}")
 
-    return _collect("torch zip", loaded, pickled.stubbed, fetch, file.total, wanted)
+    return _collect(file, "torch zip", loaded, pickled.stubbed, fetch, wanted)
 
 
 def _zip_pickle(archive: zipfile.ZipFile) -> tuple[str, "_Pickle"]:
@@ -200,9 +211,8 @@ def _zip_pickle(archive: zipfile.ZipFile) -> tuple[str, "_Pickle"]:
     return root, _Pickle(archive.read(record))
 
 
-def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
+def _read_pickles(file: _BoundedFile, wanted: Wanted) -> Contents:
     """Five pickles (magic number, version, system, contents, storage keys), then the storages."""
-    total = file.total
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         pickled = _Pickle(data)
         if pickled.load() != LEGACY_MAGIC:
@@ -221,7 +231,7 @@ def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
             if key not in pickled.storages:
                 raise MissingInputError("quantised tensors in torch's old format; save it again")
             end = place + 8 + count * pickled.storages[key].dtype.itemsize
-            if count < 0 or end > total:
+            if count < 0 or end > file.total:
                 raise EOFError(f"storage {key} ends behind the file")
             places[key] = slice(place + 8, end)
             place = end
@@ -229,13 +239,13 @@ def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
         def fetch(key: str) -> bytes:
             return data[places[key]]
 
-        return _collect("older torch file", loaded, pickled.stubbed, fetch, total, wanted)
+        return _collect(file, "older torch file", loaded, pickled.stubbed, fetch, wanted)
 
 
-def _read_inside(archive: zipfile.ZipFile, total: int, wanted: Wanted) -> TorchFile:
+def _read_inside(file: _BoundedFile, archive: zipfile.ZipFile, wanted: Wanted) -> Contents:
     """Unpacks the one weight file in a zip to a temporary file, and reads that."""
     entry = _weights_inside(archive)
-    if entry.file_size > UNPACKED * total + 1_000_000:
+    if entry.file_size > UNPACKED * file.total + 1_000_000:
         raise MissingInputError(f"it unpacks to more than {UNPACKED} times its own size")
     with tempfile.TemporaryFile() as unpacked:  # it has no name that a killed process could leave
         try:
@@ -248,8 +258,8 @@ def _read_inside(archive: zipfile.ZipFile, total: int, wanted: Wanted) -> TorchF
                 f"{tempfile.gettempdir()}: {error}. Set TMPDIR to a place with room"
             ) from error
         result = read_torch(Path(f"/dev/fd/{unpacked.fileno()}"), wanted, inside=True)
-    result.container = f"{result.container}, {entry.filename} in a zip"
-    return result
+    container = f"{result.container}, {entry.filename} in a zip"
+    return replace(result, path=Path(file.name), container=container)
 
 
 def _weights_inside(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
@@ -347,13 +357,13 @@ def _walk_state(value: Any, path: str, found: dict[str, View], seen: set[int]) -
 
 
 def _collect(
+    file: _BoundedFile,
     container: str,
     loaded: Any,
     stubbed: set[str],
     fetch: Callable[[str], bytes],
-    total: int,
     wanted: Wanted,
-) -> TorchFile:
+) -> Contents:
     """Reads the tensors that are wanted, each storage once."""
     loaded = _entries(loaded)
     views = _views(loaded)
@@ -362,11 +372,11 @@ def _collect(
     size = sum(view.numel * view.storage.dtype.itemsize for view in chosen.values())
     size = max(size, sum(storage.nbytes for storage in needed))
     # Tensors may share a storage (tied weights), hence twice the file; never many times.
-    if size > 2 * total + 1_000_000:
+    if size > 2 * file.total + 1_000_000:
         raise ValueError(f"its tensors claim {size:,} bytes")
     storages = {storage: _elements(storage, fetch(storage.key)) for storage in needed}
-    return TorchFile(
-        container,
+    return Contents(
+        Path(file.name),
         {
             key: storages[view.storage].as_strided(view.size, view.stride, view.offset)
             if key in chosen
@@ -374,23 +384,25 @@ def _collect(
             for key, view in views.items()
         },
         _counts(loaded),
+        container,
         any(isinstance(key, str) and OPTIMIZER.search(key) and loaded[key] for key in loaded),
         sorted(stubbed),
-        _plain_values(loaded.get(ENTRY)),
+        facts.from_values(_plain_values(loaded.get(facts.ENTRY))),
     )
 
 
-def _counts(loaded: dict[Any, Any]) -> dict[str, int]:
+def _counts(loaded: dict[Any, Any]) -> dict[str, str]:
     """`global_step` and the like; of Lightning with several optimizers, also `iteration`."""
-    names = ("iteration", "global_step", "epoch", "global_steps", "step", "iter")
-    counts = {name: loaded[name] for name in names if type(loaded.get(name)) is int}
+    names = ("iteration", "epoch", *COUNTERS)
+    counts = {name: str(loaded[name]) for name in names if type(loaded.get(name)) is int}
     batches: Any = loaded
     for name in ("loops", "fit_loop", "epoch_loop.batch_progress", "total", "completed"):
         batches = batches.get(name) if isinstance(batches, dict) else None
     optimizers = loaded.get("optimizer_states")
     several = len(optimizers) if isinstance(optimizers, list) else 0
-    if type(batches) is int and several > 1 and counts.get("global_step") == several * batches:
-        counts["iteration"] = batches  # Lightning counts the steps of all optimizers
+    steps = loaded.get("global_step")
+    if type(batches) is type(steps) is int and several > 1 and steps == several * batches:
+        counts["iteration"] = str(batches)  # Lightning counts the steps of all optimizers
     return counts
 
 
@@ -510,14 +522,14 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
     def load_reduce(self) -> None:
         """What a call would have made, if it is a tensor or a dict."""
         arguments, name = self.stack.pop(), self.stack.pop()
+        if name == "torch._tensor._rebuild_from_type_v2":
+            name, _, arguments, *_ = arguments  # with attributes; described as others are
         if not isinstance(name, _Name) or not isinstance(arguments, tuple):
             raise ValueError("its pickle calls something that is not a class")
         if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
             made: Any = _Stub() if isinstance(arguments[0], _Stub) else View(*arguments[:4])
         elif name == "torch._utils._rebuild_tensor_v3":
             made = _later_view(arguments)
-        elif name == "torch._tensor._rebuild_from_type_v2" and _is_rebuilt(arguments):
-            made = View(*arguments[2][:4])
         elif name.startswith("torch._utils._rebuild_parameter"):
             made = arguments[0]
         elif name == "collections.OrderedDict":
@@ -583,12 +595,6 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
         storage = _Storage(key, dtype, count)
         self.storages.setdefault(key, storage)
         return storage
-
-
-def _is_rebuilt(arguments: tuple[Any, ...]) -> bool:
-    """Whether a tensor with attributes is described as others are."""
-    inner = arguments[2] if len(arguments) > 2 else None
-    return str(arguments[0]).startswith("torch._utils._rebuild_tensor") and isinstance(inner, tuple)
 
 
 def _later_view(arguments: tuple[Any, ...]) -> View | _Stub:

@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,32 +51,11 @@ from kl_f8_train.weights.names import (
     relevant,
     shapes_of,
 )
+from kl_f8_train.weights.torch_file import Contents
 
 INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # of weights that lie in several files
 PART = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.\w+$")  # one of them
 HEADER_BYTES = 16 << 20  # of a safetensors file; a whole Stable Diffusion's takes 0.2 MB
-
-
-@dataclass
-class Contents:
-    """Tensors and metadata of one file; tensors that were not wanted are on the meta device."""
-
-    path: Path
-    tensors: State
-    metadata: dict[str, str] = field(default_factory=dict)
-    container: str = "safetensors"
-    optimizer: bool = False
-    stubbed: list[str] = field(default_factory=list)
-    facts: Facts = field(default_factory=Facts)
-
-    @property
-    def iteration(self) -> int | None:
-        """The iteration the file says it was written at."""
-        ours = ("iteration", "kl_f8_train.iteration")
-        for key in (*ours, "global_step", "global_steps", "step", "iter"):
-            if re.fullmatch(r"[0-9]{1,15}", self.metadata.get(key, "")):
-                return int(self.metadata[key])
-        return None
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -97,7 +76,7 @@ def read(path: str | Path, wanted: torch_file.Wanted = lambda names: names) -> C
         if head[8:9] == b"{":  # first: the header's length before it may look like anything
             return _with_config(_read_safetensors(path, wanted))
         if torch_file.is_torch(head):
-            return _with_config(_read_torch(path, wanted))
+            return _with_config(torch_file.read_torch(path, wanted))
     except MissingInputError as error:
         raise MissingInputError(f"{path}: {error}") from error
     except PermissionError as error:
@@ -452,16 +431,6 @@ def is_utf8(path: Path) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _read_torch(path: Path, wanted: torch_file.Wanted) -> Contents:
-    found = torch_file.read_torch(path, wanted)
-    counts = {key: str(value) for key, value in found.counts.items()}
-    contents = Contents(
-        path, found.tensors, counts, found.container, found.optimizer, found.stubbed
-    )
-    contents.facts = facts.from_values(found.stated)
-    return contents
 
 
 def _read_sharded(path: Path, wanted: torch_file.Wanted) -> Contents:
