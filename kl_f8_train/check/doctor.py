@@ -25,6 +25,7 @@ from kl_f8_train.data.sources import open_source
 from kl_f8_train.errors import RunFailedError, UsageError
 from kl_f8_train.output import Say
 from kl_f8_train.rules import micro_batch
+from kl_f8_train.run.paths import check_perceptual_weights
 from kl_f8_train.run.start import start_or_resume
 from kl_f8_train.run.tracking import check_tensorboard
 from kl_f8_train.run.train import fixed_photographs
@@ -118,6 +119,7 @@ def _examine_inputs(report: Report, config: Config) -> None:
             with report.section(f"data: {name}"):
                 open_source(name, source.shards, source.filters, cache, warn=report.detail)
         with report.section("perceptual network"):
+            check_perceptual_weights(config)
             pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
         if config.log.pictures_every and config.log.pictures is not None:
             with report.section("photographs of validation"):
@@ -136,6 +138,7 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
     with report.section("weights"):
         inputs.check_weights(report, config)
     with report.section(f"perceptual network: {perceptual.LABELS[config.loss.perceptual]}"):
+        check_perceptual_weights(config)
         network = pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
         if network.published:
             report.detail("found")
