@@ -42,7 +42,7 @@ class Examined(NamedTuple):
 
     problems: list[UsageError]
     absent: list[str]  # settings without a value
-    config: Config | None  # PLACEHOLDER for each absent one; None where that is no value of it
+    config: Config | None  # an absent value is PLACEHOLDER; None if numbers are absent
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -69,7 +69,7 @@ def _refuse(problems: Sequence[UsageError]) -> None:
 def examine(path: str | Path, overrides: Sequence[str] = ()) -> Examined:
     """Finds all that is wrong in a recipe and its overrides, and takes the rest.
 
-    Raises MissingInputError for a missing file and UsageError for one that is no recipe.
+    Raises MissingInputError for a missing file and UsageError for one that is not a recipe.
     """
     merged, wrong = _merged(Path(path), overrides)
     problems, absent = list(wrong.values()), list[str]()

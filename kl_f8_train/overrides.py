@@ -14,6 +14,11 @@ from kl_f8_train.settings import SETTINGS, Setting, Source, setting_of
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import written
 
+EXPECTED_SHARDS = (
+    "check the path; expected .tar files by brace pattern, glob, directory or list, or a folder of "
+    "images"
+)
+
 
 def parse_sources(text: str) -> dict[str, dict[str, str]]:
     """`A,B` -> one source for each pattern; a path that exists is one, whatever its commas."""
@@ -62,10 +67,7 @@ def absent_source(pattern: str) -> str:
         return ""
     else:
         why, meant = f"no shards: no file is named like {pattern}", ""
-    return (
-        f"{why}; check the path; expected .tar files by brace pattern, glob, directory or list, or "
-        f"a folder of images{meant}"
-    )
+    return f"{why}; {EXPECTED_SHARDS}{meant}"
 
 
 def known_setting(key: str, where: str = "command line") -> Setting:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from kl_f8_train.errors import MissingInputError, like_path
+from kl_f8_train.errors import MissingInputError, like_path, no_folder
 from kl_f8_train.overrides import absent_source, source_setting
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.settings import Config
@@ -57,8 +57,5 @@ def _check_source(name: str, pattern: str) -> None:
 
 
 def _check_pictures(folder: str) -> None:
-    if not Path(folder).exists():
-        raise MissingInputError(
-            f"log.pictures: no images in {folder}: no such folder; expected one of .jpg, .png or "
-            f".webp{like_path(folder)}"
-        )
+    if not Path(folder).is_dir():
+        raise MissingInputError(f"log.pictures: no images in {no_folder(Path(folder))}")
