@@ -16,8 +16,8 @@ import re
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,7 +46,7 @@ from kl_f8_train.folders import (
     looks_like_image,
 )
 from kl_f8_train.images import MAX_BYTES
-from kl_f8_train.lifetime import end_with_parent
+from kl_f8_train.lifetime import processes
 from kl_f8_train.output import Progress
 from kl_f8_train.overrides import EXPECTED_SHARDS
 from kl_f8_train.transfer import is_remote, shown
@@ -57,7 +57,7 @@ PART_SHARDS = 64  # shards indexed as one resumable part
 MOST = 1_000_000  # shards of one pattern
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)  # of an index
 
-# In place of a fingerprint, and not what any shard has, so that the next call tries it again.
+# In place of a fingerprint, and not what any shard has: what failed today is tried again.
 UNFETCHED = [-2, 0]  # could not be fetched
 GONE = [-3, 0]  # not there, or not readable
 GIVE_UP = 3  # shards of a chunk that a server does not give after all attempts
@@ -401,13 +401,7 @@ def build_index(
     check_writable(directory)
     chunks = [list(locations[i : i + PART_SHARDS]) for i in range(0, len(locations), PART_SHARDS)]
     tasks = [(directory / f"part-{n:06d}.npz", chunk, cache) for n, chunk in enumerate(chunks)]
-    run: Callable[..., Iterator[int]] = map
-    with contextlib.ExitStack() as stack:
-        if workers > 1 and len(tasks) > 1:
-            pool = ProcessPoolExecutor(
-                workers, initializer=end_with_parent, initargs=(os.getpid(),)
-            )
-            run = stack.enter_context(pool).map
+    with processes(min(workers, len(tasks))) as run:
         for done in itertools.accumulate(run(_index_chunk, tasks)):
             if progress is not None:
                 progress(done, len(locations))
@@ -425,29 +419,25 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
     broken: dict[str, str] = {}
     unreachable = 0
     for number, place in enumerate(chunk):
-        one = TarIndex()
+        path = None
         try:
             path = cache.path(place)
+            one = index_tar(path)
+            tars.append(one if is_remote(place) else add_neighbours(one, path))
         except DiskError:
             raise
-        except (MissingInputError, RunFailedError) as error:  # today's: the next call tries again
-            failed = isinstance(error, RunFailedError)
-            now[number], broken[place] = UNFETCHED if failed else GONE, str(error)
-            unreachable += failed
-            if unreachable == GIVE_UP:
-                raise
-            path = None
-        if path is not None:
-            try:
-                one = index_tar(path)
-                one = one if is_remote(place) else add_neighbours(one, path)
-            except MissingInputError as error:
-                one, broken[place] = TarIndex(), str(error).replace(str(path), shown(place))
-                if is_remote(place):  # perhaps cut short, or a page in its place: not the shard's
-                    cache.forget(place)
-                if is_remote(place) or isinstance(error.__cause__, OSError):
-                    now[number] = GONE
-        tars.append(one)
+        except (MissingInputError, RunFailedError) as error:
+            tars.append(TarIndex())
+            broken[place] = str(error).replace(str(path or place), shown(place))
+            if isinstance(error, RunFailedError):
+                now[number] = UNFETCHED
+                unreachable += 1
+                if unreachable == GIVE_UP:
+                    raise
+            elif path is None or is_remote(place) or isinstance(error.__cause__, OSError):
+                now[number] = GONE
+            if path is not None and is_remote(place):  # perhaps cut short, or a page in its place
+                cache.forget(place)
     _write_part(part, tars, now, broken)
     return len(chunk)
 
