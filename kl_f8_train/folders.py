@@ -19,7 +19,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from kl_f8_train import images
-from kl_f8_train.errors import ImageError, MissingInputError, like_path
+from kl_f8_train.errors import ImageError, MissingInputError, no_folder
 from kl_f8_train.units import printable
 
 SUFFIXES = (
@@ -225,13 +225,6 @@ def ahead(
                 yield waiting.popleft()
         while waiting:
             yield waiting.popleft()
-
-
-def no_folder(path: Path) -> str:
-    """Why a path is not a folder of photographs: `PATH: no such folder; ...`."""
-    if path.exists():
-        return f"{path}: not a folder; expected one of photographs"
-    return f"{path}: no such folder; expected one of photographs{like_path(path)}"
 
 
 def load_sizes(

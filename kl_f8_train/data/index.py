@@ -48,6 +48,7 @@ from kl_f8_train.folders import (
 from kl_f8_train.images import MAX_BYTES
 from kl_f8_train.lifetime import processes
 from kl_f8_train.output import Progress
+from kl_f8_train.overrides import EXPECTED_SHARDS
 from kl_f8_train.transfer import is_remote, shown
 from kl_f8_train.units import are, counted
 
@@ -168,10 +169,7 @@ def _existing(locations: list[str], pattern: str) -> list[str]:
             files = "file" if len(locations) == 1 else "files"
             of = f"{len(missing)} of {len(locations)} {files} {are(len(missing))} missing"
             wrong = f"{of} ({', '.join(missing[:3])}{', ...' * (len(missing) > 3)})"
-        raise MissingInputError(
-            f"{wrong}; check the path; expected .tar files by brace pattern, glob, directory or "
-            f"list, or a folder of images{meant}"
-        )
+        raise MissingInputError(f"{wrong}; {EXPECTED_SHARDS}{meant}")
     if packed := next((place for place in locations if COMPRESSED.search(place)), None):
         raise MissingInputError(f"{packed}: {UNPACK}")
     if unlisted := next(filter(_is_remote_list, locations), None):
