@@ -170,8 +170,10 @@ def evaluate(
         vaes = load_candidates(named, device)
         candidates = vaes + perturbed(vaes, latent_noise) + (baselines() if with_baselines else [])
         _check_sizes(candidates, sizes, tile)
-        networks = find_networks(perceptual_name, vgg, inception, device, say)
+        # What is missing altogether comes before what networks cannot measure.
+        images = ImageSet(where, sizes[0], limit, say, out)
         check_writable(out)
+        networks = find_networks(perceptual_name, vgg, inception, device, say)
         session = Session(
             candidates=candidates,
             networks=networks,
@@ -188,7 +190,7 @@ def evaluate(
         )
         results = {}
         for one in sizes:
-            images = ImageSet(where, one, limit, say if one == sizes[0] else _silent, out)
+            images.size = one
             own = out if isinstance(size, int) else out / str(one)
             results[str(one)] = _evaluate_size(session, images, where, own)
     if rank > 0:

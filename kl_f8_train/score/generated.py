@@ -36,8 +36,7 @@ from kl_f8_train.score.measure import (
     Networks,
     describe_networks,
     exact_float32,
-    find_inception,
-    find_perceptual,
+    find_networks,
     own_device,
     score,
 )
@@ -109,13 +108,16 @@ def evaluate_latents(
         model = autoencoder(vae)
         saved_latents.check_fit(latents, vae.name, model.embed_dim, model.downsampling)
     scales = saved_latents.scales(latents, scaled, vaes)
+    side = size or min(latents[0].shape[1:]) * autoencoder(candidates[0]).downsampling
+    images = ImageSet(photographs, side, warn=say_aloud, out=out) if photographs else None
     check_writable(out)
     with exact_float32():
         device = own_device(device)
+        name = perceptual_name if len(vaes) > 1 else None
+        networks = find_networks(name, vgg, inception, device, say_aloud, bool(photographs))
         counts = f"{counted(len(vaes), 'model', 's')}, {counted(len(latents), 'latent', 's')}"
         for line in (counts, *saved_latents.describe(latents, scales)):
             say_aloud(line)
-        networks = _networks(perceptual_name, vgg, inception, device, bool(photographs), vaes)
         for vae in candidates:
             vae.model.to(device)
         found = _decode_all(latents, scales, candidates, networks, protocol, out, device, progress)
@@ -123,10 +125,9 @@ def evaluate_latents(
             **_conditions(latents, scales, scaled, protocol),
             **describe_networks(networks),
         }
-        side = size or min(latents[0].shape[1:]) * autoencoder(candidates[0]).downsampling
         reference = None
-        if photographs and networks.inception:
-            reference = _photograph_features(photographs, side, out, networks.inception, device)
+        if images and networks.inception:
+            reference = _photograph_features(images, networks.inception, device)
             conditions |= {"photographs": photographs, "photographs_size": side}
         result = _summarise(found, candidates, conditions, networks, reference, where)
         warnings = _scale_doubts(latents, scales, found, vaes)
@@ -135,23 +136,6 @@ def evaluate_latents(
     _write(out, result, latents, found)
     say_aloud(summary_text(result))
     return result
-
-
-def _networks(
-    perceptual: str,
-    vgg: str | None,
-    inception: str | None,
-    device: str,
-    with_fid: bool,
-    vaes: Sequence[Any],
-) -> Networks:
-    """Those that are needed: one for pairs, Inception for FID."""
-    found = Networks()
-    if len(vaes) > 1:
-        find_perceptual(found, perceptual, vgg, device, say_aloud)
-    if with_fid:
-        find_inception(found, inception, device, say_aloud)
-    return found
 
 
 # --- decoding -------------------------------------------------------------------------------
@@ -241,12 +225,9 @@ def pair_scores(a: Tensor, b: Tensor, networks: Networks) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _photograph_features(
-    where: str, size: int, out: Path, inception: Inception, device: str
-) -> FeatureStatistics:
+def _photograph_features(images: ImageSet, inception: Inception, device: str) -> FeatureStatistics:
     """Inception's statistics of photographs; unreadable ones are left out and reported."""
     statistics = FeatureStatistics.empty(FEATURES, device)
-    images = ImageSet(where, size, warn=say_aloud, out=out)
     for sample in images.stream(range(images.count), threads=2):
         if sample.image is None:
             say_aloud(sample.problem)
