@@ -58,9 +58,9 @@ def find_networks(
     say: Callable[[str], None],
     with_rfid: bool = True,
 ) -> Networks:
-    """VGG16 or the stand-in (neither if `name` is None) and Inception; says what is not measured.
+    """VGG16 or the stand-in (`name` None: neither) and Inception; reports what is not measured.
 
-    Raises MissingInputError if a file that was named is not there; then it says nothing else.
+    Raises MissingInputError if a file that was named is not there; then it reports nothing else.
     """
     found = Networks()
     missing: dict[tuple[str, ...], MissingInputError | str] = {}
