@@ -19,8 +19,8 @@ from typing import TypeVar
 from torch import Tensor
 
 from kl_f8_train import images
-from kl_f8_train.errors import ImageError, MissingInputError, like_path
-from kl_f8_train.units import counted, printable
+from kl_f8_train.errors import ImageError, MissingInputError, no_folder
+from kl_f8_train.units import printable
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".apng", ".webp", ".bmp", ".dib"),
@@ -99,66 +99,41 @@ def list_folder(folder: Path) -> Listing:
     Raises MissingInputError if the folder itself cannot be read.
     """
     found = Listing()
-    waiting: deque[str] = deque([""])  # linked folders come after those that are really there
+    waiting = deque([""])  # linked folders come after those that are really there
     visited: set[tuple[int, int]] = set()
     while waiting:
-        for directory, files in _walk(folder, waiting.popleft(), visited, waiting, found):
-            for entry in files:
-                _sort_in(found, directory, entry)
+        here = waiting.popleft()
+        try:
+            status = os.stat(folder / here)
+            if (status.st_dev, status.st_ino) in visited:
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            with os.scandir(folder / here) as entries:
+                inside = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            if not here:
+                raise MissingInputError(f"{folder}: {error.strerror}; give a folder") from error
+            found.left_out["folders that cannot be read"] += 1
+            continue
+        for entry in inside:
+            name = f"{here}/{entry.name}" if here else entry.name
+            if not _holds(entry.is_dir):
+                _sort_in(found, name, entry)
+            elif is_system(entry.name):
+                found.left_out["in hidden folders"] += _images_below(entry.path)
+            elif entry.is_symlink():
+                waiting.append(name)
+            else:
+                waiting.appendleft(name)
     found.files.sort(key=lambda file: file.split("/"))
     found.left_out = +found.left_out  # without zeros
     return found
 
 
-def _walk(
-    top: Path,
-    start: str,
-    visited: set[tuple[int, int]],
-    links: deque[str],
-    found: Listing,
-) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
-    """(folder relative to `top`, its files) of `start` and all below, but for linked folders."""
-    stack = [start]
-    while stack:
-        here = stack.pop()
-        try:
-            status = os.stat(top / here)
-            if (status.st_dev, status.st_ino) in visited:
-                continue
-            visited.add((status.st_dev, status.st_ino))
-            with os.scandir(top / here) as entries:
-                inside = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            if not here:
-                raise MissingInputError(f"{top}: {error.strerror}; give a folder") from error
-            found.left_out["folders that cannot be read"] += 1
-            continue
-        prefix = f"{here}/" if here else ""
-        files: list[os.DirEntry[str]] = []
-        for entry in inside:
-            if not is_folder(entry):
-                files.append(entry)
-            elif is_system(entry.name):
-                found.left_out["in hidden folders"] += _images_below(entry.path)
-            elif entry.is_symlink():
-                links.append(f"{prefix}{entry.name}")
-            else:
-                stack.append(f"{prefix}{entry.name}")
-        yield prefix, files
-
-
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry of a folder is one, perhaps by a link; a link in a circle is not."""
+def _holds(test: Callable[[], bool]) -> bool:
+    """What an entry of a folder says of where it leads; a link in a circle leads nowhere."""
     try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
-def is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry of a folder is a file, perhaps by a link; a link in a circle is not."""
-    try:
-        return entry.is_file()
+        return test()
     except OSError:
         return False
 
@@ -173,15 +148,15 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _sort_in(found: Listing, prefix: str, entry: os.DirEntry[str]) -> None:
+def _sort_in(found: Listing, name: str, entry: os.DirEntry[str]) -> None:
     suffix = _suffix(entry.name)
-    if not is_file(entry):
+    if not _holds(entry.is_file):
         kind = "broken links" if entry.is_symlink() else "pipes, sockets or devices"
         found.left_out[kind] += suffix in (*SUFFIXES, *OTHER_SUFFIXES)
     elif is_system(entry.name):
         found.left_out["hidden files"] += suffix in (*SUFFIXES, *OTHER_SUFFIXES)
     elif suffix in SUFFIXES or _is_image(entry.path, suffix):
-        found.files.append(f"{prefix}{entry.name}")
+        found.files.append(name)
     else:
         found.left_out[_kind(suffix)] += 1
 
@@ -252,22 +227,17 @@ def ahead(
             yield waiting.popleft()
 
 
-def load_folder(
-    folder: Path, side: int, count: int, report: Callable[[str], None] = print
-) -> list[Tensor]:
-    """The first `count` images below a folder as uint8 (3, side, side) centre squares.
-
-    An unreadable image is named and left out. Raises MissingInputError if none is left.
-    """
-    return load_sizes(folder, [side], count, report)[side]
-
-
 def load_sizes(
     folder: Path, sides: Sequence[int], count: int, report: Callable[[str], None] = print
 ) -> dict[int, list[Tensor]]:
-    """`load_folder` for each of `sides`; an image is decoded, or named as unreadable, once."""
+    """The first `count` images below a folder as uint8 (3, side, side) centre squares, by side.
+
+    An unreadable image is named once and left out. Raises MissingInputError if none is left.
+    """
+    if not folder.is_dir():
+        raise MissingInputError(f"no images in {no_folder(folder)}")
     loaded: dict[int, list[Tensor]] = {side: [] for side in sides}
-    listing = list_folder(folder) if folder.is_dir() else Listing()
+    listing = list_folder(folder)
     found = 0
     for file in listing.files:
         if found == count:
@@ -281,20 +251,8 @@ def load_sizes(
         for side, square in zip(sides, squares, strict=True):
             loaded[side].append(square)
     if not found:
-        if not folder.is_dir():
-            what = "not a folder" if folder.exists() else "no such folder"
-            raise MissingInputError(
-                f"no images in {folder}: {what}; expected one of .jpg, .png or .webp"
-                f"{like_path(folder)}"
-            )
         more = f"; {listing.describe()}" if listing.left_out else ""
         raise MissingInputError(
             f"no images in {folder}: expected a folder of .jpg, .png or .webp{more}"
         )
     return loaded
-
-
-def describe_count(number: int, listing: Listing) -> str:
-    """`147 images in a folder; not used: 1 .mov`."""
-    rest = listing.describe()
-    return f"{counted(number, 'image', 's')} in a folder" + (f"; {rest}" if rest else "")

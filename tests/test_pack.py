@@ -416,7 +416,7 @@ def test_a_file_that_goes_away_is_skipped(tmp_path, monkeypatch):
 def test_number_of_processes(monkeypatch, workers, files, cores, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     jobs = [pack.Job(n, Path(), ("x",) * (files // 9), Path(), False) for n in range(9)]
-    assert pack._processes(workers, jobs) == expected
+    assert pack._count(workers, jobs) == expected
 
 
 def test_the_verb_ends_with_the_next_command(tmp_path, capsys):
@@ -425,8 +425,9 @@ def test_the_verb_ends_with_the_next_command(tmp_path, capsys):
     (tmp_path / "photos" / "a.png").write_bytes(picture)
     out = tmp_path / "my shards"
     assert main(["pack", str(tmp_path / "photos"), str(out), "--workers", "1"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("next: kl-f8-train doctor single_gpu init.weights=")
-    found = config.load(config.find_recipe("single_gpu"), shlex.split(last)[4:])
+    then, own = capsys.readouterr().out.splitlines()[-2:]
+    assert own.startswith("to start from a VAE of your own")
+    assert then.startswith("next: kl-f8-train doctor single_gpu init.weights=")
+    found = config.load(config.find_recipe("single_gpu"), shlex.split(then)[4:])
     assert [source.shards for source in found.data.sources.values()] == [str(out)]
     assert found.run_dir == "runs/my shards"

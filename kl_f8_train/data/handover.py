@@ -6,9 +6,10 @@ run waits for it forever. Here a loader pickles its batch itself. If that fails,
 batches go through the loader's pipe, which needs none of these things and is somewhat slower.
 """
 
-import os
+import contextlib
 import pickle
 import resource
+import shutil
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -76,7 +77,7 @@ def raise_open_files() -> int:
 def batch_bytes(config: Config, images: int) -> int:
     """Bytes of a batch of that many images, with their noise."""
     latent = config.data.crop // config.model.downsampling
-    draws = 2 if config.second_forward else 1
+    draws = 1 + config.second_forward + (config.latents.noise > 0)
     noise = 4 * draws * config.model.embed_dim * latent**2
     return images * (3 * config.data.crop**2 + noise)  # uint8 pixels, float32 noise
 
@@ -86,12 +87,9 @@ def shared_memory_note(config: Config, images: int, processes: int) -> str:
 
     `images` of each of the `processes` on this machine in every iteration.
     """
-    try:
-        status = os.statvfs(SHARED_MEMORY)
-    except OSError:
-        free = 0
-    else:
-        free = status.f_bavail * status.f_frsize
+    free = 0
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(SHARED_MEMORY).free
     loaders = config.data.workers * processes
     # What loaders hold ready, and one batch that each process works on.
     needed = batch_bytes(config, images) * (PREFETCH * loaders + processes)

@@ -16,8 +16,8 @@ import re
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,14 +41,14 @@ from kl_f8_train.folders import (
     FIRST_BYTES,
     NO_IMAGES,
     SUFFIXES,
-    is_file,
-    is_folder,
     is_system,
+    list_folder,
     looks_like_image,
 )
 from kl_f8_train.images import MAX_BYTES
-from kl_f8_train.lifetime import end_with_parent
+from kl_f8_train.lifetime import processes
 from kl_f8_train.output import Progress
+from kl_f8_train.overrides import EXPECTED_SHARDS
 from kl_f8_train.transfer import is_remote, shown
 from kl_f8_train.units import are, counted
 
@@ -57,7 +57,7 @@ PART_SHARDS = 64  # shards indexed as one resumable part
 MOST = 1_000_000  # shards of one pattern
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)  # of an index
 
-# In place of a fingerprint, and not what any shard has, so that the next call tries it again.
+# In place of a fingerprint, and not what any shard has: what failed today is tried again.
 UNFETCHED = [-2, 0]  # could not be fetched
 GONE = [-3, 0]  # not there, or not readable
 GIVE_UP = 3  # shards of a chunk that a server does not give after all attempts
@@ -78,7 +78,7 @@ def expand(pattern: str) -> list[str]:
     if os.path.isdir(pattern):
         found = tars_in(path)
         if not found:
-            raise MissingInputError(f"no shards and no images in {path}{_other_shards(path)}")
+            raise MissingInputError(_without_shards(path))
         return found
     if os.path.isfile(pattern):  # whatever signs its name holds
         is_list = path.suffix.lower() == ".txt"
@@ -100,24 +100,31 @@ def expand(pattern: str) -> list[str]:
 
 def tars_in(folder: Path) -> list[str]:
     """The shards of a folder itself, sorted."""
-    names = (entry.name for entry in os.scandir(folder) if is_file(entry))
-    tars = sorted(n for n in names if n.lower().endswith(".tar") and not n.startswith("."))
-    return [str(folder / name) for name in tars]
+    tars = (path for path in folder.glob("*.[tT][aA][rR]") if path.is_file())
+    return sorted(str(path) for path in tars if not path.name.startswith("."))
 
 
-def _other_shards(folder: Path) -> str:
-    """A hint at what may be meant where a folder itself holds no .tar."""
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+def _without_shards(folder: Path) -> str:
+    """What is wrong with a folder that itself holds no .tar, and what may be meant."""
+    none = f"no shards and no images in {folder}"
+    entries = sorted(folder.iterdir())
     packed = [entry.name for entry in entries if COMPRESSED.search(entry.name)]
     if packed:
-        return f", but {packed[0]}: {UNPACK}"
-    below = [entry.name for entry in entries if is_folder(entry) and tars_in(Path(entry.path))]
+        return f"{none}, but {packed[0]}: {UNPACK}"
+    below = [entry.name for entry in entries if os.path.isdir(entry) and tars_in(entry)]
     if below:
         return (
-            f", but in its folders {', '.join(below[:3])}{', ...' * (len(below) > 3)}: name them, "
-            f"as '{folder}/*/*.tar'"
+            f"{none}, but in its folders {', '.join(below[:3])}{', ...' * (len(below) > 3)}: "
+            f"name them, as '{folder}/*/*.tar'"
         )
-    return "; expected .tar files or photographs"
+    listing = list_folder(folder)
+    if listing.files:
+        found = counted(len(listing.files), "photograph", "s")
+        return f"no shards in {folder}, but {found}: a folder of photographs needs no index"
+    return (
+        f"{none}; expected .tar files or photographs as .jpg, .png, .webp, .tif, .bmp or .gif; "
+        f"{listing.describe() or 'it is empty'}"
+    )
 
 
 def _list_file(path: Path) -> list[str]:
@@ -153,19 +160,16 @@ def _alternatives(pattern: str) -> int:
 def _existing(locations: list[str], pattern: str) -> list[str]:
     missing = [place for place in locations if not is_remote(place) and not os.path.isfile(place)]
     if missing or not locations:
-        files = "file" if len(locations) == 1 else "files"
-        of = f"{len(missing)} of {len(locations)} {files} {are(len(missing))} missing"
-        found = f"{of} ({', '.join(missing[:3])}{', ...' * (len(missing) > 3)})"
+        meant = ""
         if locations == [pattern]:
-            raise MissingInputError(
-                f"{pattern}: no such file or folder; check the path; expected .tar files by brace "
-                f"pattern, glob, directory or list, or a folder of images{like_path(pattern)}"
-            )
-        raise MissingInputError(
-            f"{found if locations else f'no shards: no file is named like {pattern}'}; check the "
-            "path; expected .tar files by brace pattern, glob, directory or list, or a folder of "
-            "images"
-        )
+            wrong, meant = f"{pattern}: no such file or folder", like_path(pattern)
+        elif not locations:
+            wrong = f"no shards: no file is named like {pattern}"
+        else:
+            files = "file" if len(locations) == 1 else "files"
+            of = f"{len(missing)} of {len(locations)} {files} {are(len(missing))} missing"
+            wrong = f"{of} ({', '.join(missing[:3])}{', ...' * (len(missing) > 3)})"
+        raise MissingInputError(f"{wrong}; {EXPECTED_SHARDS}{meant}")
     if packed := next((place for place in locations if COMPRESSED.search(place)), None):
         raise MissingInputError(f"{packed}: {UNPACK}")
     if unlisted := next(filter(_is_remote_list, locations), None):
@@ -187,18 +191,7 @@ def _is_remote_list(place: str) -> bool:
 
 
 @dataclass
-class TarIndex:
-    """The images of one tar: where they lie, and every number in the JSON beside each."""
-
-    blocks: list[int] = field(default_factory=list)  # offset of the image, in blocks
-    sizes: list[int] = field(default_factory=list)  # bytes
-    keys: list[str] = field(default_factory=list)
-    numbers: list[dict[str, float]] = field(default_factory=list)
-    without_image: int = 0
-
-
-@dataclass
-class _Member:
+class Member:
     """A file of a tar that may matter: an image, or numbers about one."""
 
     folder: str
@@ -206,7 +199,7 @@ class _Member:
     offset: int  # bytes
     size: int  # bytes
     is_image: bool
-    numbers: dict[str, float]
+    numbers: dict[str, float]  # in its own JSON; of an image that is indexed, in its sample's
 
     def key(self, dotted: bool) -> tuple[str, str]:
         """What the files of one sample share: the name up to its first dot, or its last."""
@@ -218,16 +211,24 @@ class _Member:
         return self.name.partition(".")[2].lower()
 
 
+@dataclass
+class TarIndex:
+    """The images of one tar, one of each sample, by the sample's key."""
+
+    images: list[tuple[str, Member]] = field(default_factory=list)
+    without_image: int = 0  # samples
+
+
 def index_tar(path: Path) -> TarIndex:
     """Reads the headers and JSON members of one tar.
 
     Raises MissingInputError if it is cut short (also at a header boundary) or is not a tar.
     """
-    members: list[_Member] = []
+    members: list[Member] = []
     try:
         with path.open("rb") as file:
             with tarfile.open(fileobj=file, mode="r:") as archive:
-                members += filter(None, (_member(archive, entry, file) for entry in archive))
+                members += filter(None, (_member(entry, file) for entry in archive))
                 end = archive.offset
             file.seek(end)
             block = file.read(TAR_BLOCK)
@@ -253,11 +254,11 @@ def _what(head: bytes) -> str:
     return known or f"a file that begins with {head[:9]!r}; expected shards, or a folder of images"
 
 
-def _images(members: list[_Member]) -> str:
+def _images(members: list[Member]) -> str:
     return counted(sum(member.is_image for member in members), "image", "s")
 
 
-def _member(archive: tarfile.TarFile, entry: tarfile.TarInfo, file: BinaryIO) -> _Member | None:
+def _member(entry: tarfile.TarInfo, file: BinaryIO) -> Member | None:
     """What a file in a tar is; None for folders, links, and what a system keeps for itself."""
     folder, _, name = entry.name.rpartition("/")
     parts = [part for part in entry.name.split("/") if part.strip(".")]
@@ -266,17 +267,16 @@ def _member(archive: tarfile.TarFile, entry: tarfile.TarInfo, file: BinaryIO) ->
     suffix = os.path.splitext(name)[1].lower()
     numbers: dict[str, float] = {}
     if suffix == ".json":
-        handle = archive.extractfile(entry)
-        numbers = _json_numbers(handle.read() if handle else b"")
+        numbers = _json_numbers(os.pread(file.fileno(), entry.size, entry.offset_data))
     is_image = suffix in SUFFIXES
     if not is_image and suffix not in NO_IMAGES:
         head = os.pread(file.fileno(), min(FIRST_BYTES, entry.size), entry.offset_data)
         is_image = looks_like_image(head)
     is_image = is_image and entry.size <= MAX_BYTES
-    return _Member(folder, name, entry.offset_data, entry.size, is_image, numbers)
+    return Member(folder, name, entry.offset_data, entry.size, is_image, numbers)
 
 
-def _index(members: list[_Member]) -> TarIndex:
+def _index(members: list[Member]) -> TarIndex:
     """One image of each sample, with the sample's numbers.
 
     A sample's files are neighbours that share the name up to its first dot, as WebDataset has it:
@@ -298,18 +298,16 @@ def _index(members: list[_Member]) -> TarIndex:
             found.without_image += 1
             continue
         chosen = candidates[0] if dotted else min(candidates, key=_field_rank)
-        found.blocks.append(chosen.offset // TAR_BLOCK)
-        found.sizes.append(chosen.size)
-        found.keys.append(chosen.key(dotted)[1])
-        found.numbers.append({k: v for member in group for k, v in member.numbers.items()})
+        chosen.numbers = {k: v for member in group for k, v in member.numbers.items()}
+        found.images.append((chosen.key(dotted)[1], chosen))
     return found
 
 
-def _groups(members: list[_Member], dotted: bool) -> list[list[_Member]]:
+def _groups(members: list[Member], dotted: bool) -> list[list[Member]]:
     return [list(group) for _, group in itertools.groupby(members, lambda m: m.key(dotted))]
 
 
-def _field_rank(member: _Member) -> int:
+def _field_rank(member: Member) -> int:
     """Which of a sample's images is the photograph: `jpg`, then `image.png`, then any other."""
     plain = f".{member.field}" in SUFFIXES
     return 0 if plain else 1 if member.field.partition(".")[0] in PHOTOGRAPH_FIELDS else 2
@@ -324,26 +322,21 @@ def add_neighbours(found: TarIndex, path: Path) -> TarIndex:
     stats = path.with_name(f"{path.stem}_stats.json")
     if stats.is_file():
         expected = _json_numbers(stats.read_bytes()).get("successes", 0)
-        if len(found.sizes) < expected:
+        if len(found.images) < expected:
             raise MissingInputError(
-                f"shard {path} holds {counted(len(found.sizes), 'image', 's')}, "
+                f"shard {path} holds {counted(len(found.images), 'image', 's')}, "
                 f"{stats.name} says {expected:.0f} (delete that file if images were taken out on "
                 "purpose)"
             )
     table = path.with_suffix(".parquet")
-    if table.is_file() and not all(found.numbers) and importlib.util.find_spec("pyarrow"):
-        rows = _parquet_numbers(table)
-        for key, numbers in zip(found.keys, found.numbers, strict=True):
-            if not numbers:
-                numbers.update(rows.get(key, {}))
+    bare = [(key, image) for key, image in found.images if not image.numbers]
+    if bare and table.is_file() and importlib.util.find_spec("pyarrow"):
+        from pyarrow import parquet
+
+        rows = {str(row.get("key")): _numeric(row) for row in parquet.read_table(table).to_pylist()}
+        for key, image in bare:
+            image.numbers = rows.get(key, {})
     return found
-
-
-def _parquet_numbers(table: Path) -> dict[str, dict[str, float]]:
-    from pyarrow import parquet
-
-    rows = parquet.read_table(table).to_pylist()
-    return {str(row.get("key")): _numeric(row) for row in rows}
 
 
 def _json_numbers(text: bytes) -> dict[str, float]:
@@ -383,9 +376,8 @@ def index_directories(locations: Sequence[str], given: str | None = None) -> lis
 def index_directory(locations: Sequence[str], given: str | None = None) -> Path:
     """The first of `index_directories` that can be written; RunFailedError if there is none."""
     places = index_directories(locations, given)
-    for place in places:
-        if is_writable(place):
-            return place
+    if (writable := next(filter(is_writable, places), None)) is not None:
+        return writable
     tried = ", ".join(str(place.parent) for place in places)
     raise RunFailedError(
         f"the index of the shards cannot be written in {tried}: give data.index_dir "
@@ -404,75 +396,60 @@ def build_index(
     check_writable(directory)
     chunks = [list(locations[i : i + PART_SHARDS]) for i in range(0, len(locations), PART_SHARDS)]
     tasks = [(directory / f"part-{n:06d}.npz", chunk, cache) for n, chunk in enumerate(chunks)]
-    if workers > 1 and len(tasks) > 1:
-        parent = (os.getpid(),)
-        with ProcessPoolExecutor(workers, initializer=end_with_parent, initargs=parent) as pool:
-            done = pool.map(_index_chunk, tasks)
-            _count(done, len(locations), progress)
-    else:
-        _count(map(_index_chunk, tasks), len(locations), progress)
+    with processes(min(workers, len(tasks))) as run:
+        for done in itertools.accumulate(run(_index_chunk, tasks)):
+            if progress is not None:
+                progress(done, len(locations))
     _merge_parts([part for part, *_ in tasks], locations, directory)
-
-
-def _count(done: Iterable[int], total: int, progress: Progress | None) -> None:
-    finished = 0
-    for number in done:
-        finished += number
-        if progress is not None:
-            progress(finished, total)
 
 
 def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
     """Indexes a chunk of shards into one part file, unless it is there and still right."""
     part, chunk, cache = task
-    fingerprints = [fingerprint(place) for place in chunk]
+    now = fingerprints(chunk)
     # Made of the same files, in an earlier call that was interrupted or is repeated.
-    if _fingerprints(part) == fingerprints:
+    if _made_of(part) == now:
         return len(chunk)
     tars: list[TarIndex] = []
     broken: dict[str, str] = {}
     unreachable = 0
     for number, place in enumerate(chunk):
-        one = TarIndex()
+        path = None
         try:
             path = cache.path(place)
+            one = index_tar(path)
+            tars.append(one if is_remote(place) else add_neighbours(one, path))
         except DiskError:
             raise
-        except (MissingInputError, RunFailedError) as error:  # today's: the next call tries again
-            failed = isinstance(error, RunFailedError)
-            fingerprints[number], broken[place] = UNFETCHED if failed else GONE, str(error)
-            unreachable += failed
-            if unreachable == GIVE_UP:
-                raise
-            path = None
-        if path is not None:
-            try:
-                one = index_tar(path)
-                one = one if is_remote(place) else add_neighbours(one, path)
-            except MissingInputError as error:
-                one, broken[place] = TarIndex(), str(error).replace(str(path), shown(place))
-                if is_remote(place):  # perhaps cut short, or a page in its place: not the shard's
-                    cache.forget(place)
-                if is_remote(place) or isinstance(error.__cause__, OSError):
-                    fingerprints[number] = GONE
-        tars.append(one)
-    _write_part(part, tars, fingerprints, broken)
+        except (MissingInputError, RunFailedError) as error:
+            tars.append(TarIndex())
+            broken[place] = str(error).replace(str(path or place), shown(place))
+            if isinstance(error, RunFailedError):
+                now[number] = UNFETCHED
+                unreachable += 1
+                if unreachable == GIVE_UP:
+                    raise
+            elif path is None or is_remote(place) or isinstance(error.__cause__, OSError):
+                now[number] = GONE
+            if path is not None and is_remote(place):  # perhaps cut short, or a page in its place
+                cache.forget(place)
+    _write_part(part, tars, now, broken)
     return len(chunk)
 
 
 def _write_part(
-    part: Path, tars: Sequence[TarIndex], fingerprints: list[list[int]], broken: dict[str, str]
+    part: Path, tars: Sequence[TarIndex], made_of: list[list[int]], broken: dict[str, str]
 ) -> None:
     """Writes what was found in a chunk's shards as arrays over its images, and a header."""
-    numbers = [row for one in tars for row in one.numbers]
-    names = sorted({key for row in numbers for key in row})
+    images = [image for one in tars for _, image in one.images]
+    names = sorted({key for image in images for key in image.numbers})
     columns = {
-        f"column_{i}": np.array([row.get(key, np.nan) for row in numbers], np.float32)
+        f"column_{i}": np.array([image.numbers.get(key, np.nan) for image in images], np.float32)
         for i, key in enumerate(names)
     }
     header = {
-        "fingerprints": fingerprints,
-        "counts": [len(one.sizes) for one in tars],
+        "fingerprints": made_of,
+        "counts": [len(one.images) for one in tars],
         "columns": names,
         "broken": broken,
         "without_image": sum(one.without_image for one in tars),
@@ -481,18 +458,15 @@ def _write_part(
         np.savez(
             file,
             header=np.frombuffer(json.dumps(header).encode(), np.uint8),
-            blocks=np.array([n for one in tars for n in one.blocks], np.uint32),  # up to 2 TiB
-            sizes=np.array([n for one in tars for n in one.sizes], np.uint32),
+            blocks=np.array([i.offset // TAR_BLOCK for i in images], np.uint32),  # up to 2 TiB
+            sizes=np.array([i.size for i in images], np.uint32),
             **columns,  # type: ignore[arg-type]
         )
 
 
-def _fingerprints(part: Path) -> list[list[int]] | None:
+def _made_of(part: Path) -> list[list[int]] | None:
     """Of the shards that a part was made of; None if it is not there, or cannot be read."""
     try:
-        with zipfile.ZipFile(part) as archive:
-            if archive.testzip():
-                return None
         found: list[list[int]] = _part_header(part)["fingerprints"]
     except UNREADABLE:
         return None
@@ -501,12 +475,19 @@ def _fingerprints(part: Path) -> list[list[int]] | None:
 
 def _part_header(part: Path) -> dict[str, Any]:
     with np.load(part) as arrays:
+        if damaged := arrays.zip.testzip():
+            raise ValueError(f"{part}: {damaged} is damaged")
         header: dict[str, Any] = json.loads(arrays["header"].tobytes())
     return header
 
 
-def fingerprint(place: str) -> list[int]:
-    """[size, mtime in ns] of a local shard; [0, 0] for a remote one."""
+def fingerprints(places: Sequence[str]) -> list[list[int]]:
+    """[size, mtime in ns] of each local file; [-1, -1] without one, [0, 0] for a remote one."""
+    with ThreadPoolExecutor(16) as pool:  # a stat on a network disk mostly waits
+        return list(pool.map(_fingerprint, places))
+
+
+def _fingerprint(place: str) -> list[int]:
     if is_remote(place):
         return [0, 0]
     try:
@@ -519,30 +500,22 @@ def fingerprint(place: str) -> list[int]:
 def _merge_parts(parts: list[Path], locations: Sequence[str], directory: Path) -> None:
     """Joins parts into arrays that can be mapped, and index.json last."""
     headers = [_part_header(part) for part in parts]
-    rows = [sum(header["counts"]) for header in headers]
     names = sorted({name for header in headers for name in header["columns"]})
-    total = sum(rows)
-    arrays: dict[str, Any] = {"blocks": np.uint32, "sizes": np.uint32}
-    arrays |= {f"column-{i}": np.float32 for i in range(len(names))}
+    counts = [count for header in headers for count in header["counts"]]
+    arrays = {"blocks": "<u4", "sizes": "<u4"} | {f"column-{i}": "<f4" for i in range(len(names))}
     for array, kind in arrays.items():
-        with atomic_path(directory / f"{array}.npy") as temporary:
-            if total == 0:
-                with temporary.open("wb") as file:
-                    np.save(file, np.zeros(0, kind))
-                continue
-            target = np.lib.format.open_memmap(temporary, "w+", np.dtype(kind), (total,))
-            start = 0
-            for part, header, count in zip(parts, headers, rows, strict=True):
-                target[start : start + count] = _column(part, header, array, names, count)
-                start += count
-            target.flush()
+        about = {"descr": kind, "fortran_order": False, "shape": (sum(counts),)}
+        with atomic_path(directory / f"{array}.npy") as temporary, temporary.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, about)
+            for part, header in zip(parts, headers, strict=True):  # memory holds one at a time
+                file.write(_column(part, header, array, names).astype(kind).data)
     write_json(
         directory / "index.json",
         {
             "version": 1,
             "locations": list(locations),
             "fingerprints": [f for header in headers for f in header["fingerprints"]],
-            "counts": [count for header in headers for count in header["counts"]],
+            "counts": counts,
             "columns": names,
             "broken": {k: v for header in headers for k, v in header["broken"].items()},
             "without_image": sum(header["without_image"] for header in headers),
@@ -550,13 +523,11 @@ def _merge_parts(parts: list[Path], locations: Sequence[str], directory: Path) -
     )
 
 
-def _column(
-    part: Path, header: dict[str, Any], array: str, names: list[str], count: int
-) -> np.ndarray:
+def _column(part: Path, header: dict[str, Any], array: str, names: list[str]) -> np.ndarray:
     with np.load(part) as stored:
         if not array.startswith("column-"):
             return np.asarray(stored[array])
         name = names[int(array.removeprefix("column-"))]
         if name not in header["columns"]:
-            return np.full(count, np.nan, np.float32)  # no image of this part has the field
+            return np.full(sum(header["counts"]), np.nan)  # no image of this part has the field
         return np.asarray(stored[f"column_{header['columns'].index(name)}"])

@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,28 +38,25 @@ CACHED_NAME = re.compile(r"[0-9a-f]{16}-.*")
 PART_NAME = re.compile(r"\.+([0-9a-f]{16}-.*?)(?:\.json)?\.\d+-[0-9a-f]+\.part")
 
 
+@dataclass(eq=False)
 class ShardCache:
     """Whole remote files in a directory of this node, shared by all its processes.
 
     `max_bytes` bounds the directory: least recently used files go first, except those used in the
     last `grace_seconds` or locked, and what is just arriving; that much may lie above the bound.
-    `root` belongs to one user, on a file system with flock (any local one).
+    `root` belongs to one user, on a file system with flock (any local one), and is made when the
+    first remote file is asked for.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        max_bytes: int,
-        *,
-        grace_seconds: float = 60.0,
-        queue_size: int = 16,
-        patience: Patience = PATIENCE,
-    ) -> None:
-        """Touches no file: `root` is made when the first remote file is asked for."""
-        self.root, self.max_bytes = root, max_bytes
+    root: Path
+    max_bytes: int
+    grace_seconds: float = 60.0
+    queue_size: int = 16  # files that wait for the background thread
+    patience: Patience = PATIENCE
+
+    def __post_init__(self) -> None:
         self._is_ready = False
-        self.grace_seconds, self.queue_size, self.patience = grace_seconds, queue_size, patience
-        self._worker = _Worker(self._fill_ahead, queue_size)
+        self._worker = _Worker(self._fill_ahead, self.queue_size)
 
     def _prepare(self) -> None:
         """Makes the directory. Raises RunFailedError if it cannot be written, or has no locks."""
@@ -73,40 +70,38 @@ class ShardCache:
         except OSError as error:
             if has_no_locks(error):
                 raise RunFailedError(
-                    f"{self.root}: its file system has no file locks; give data.cache_dir, or "
-                    "KL_F8_TRAIN_CACHE, a directory on a local disk"
+                    f"{self.root}: its file system has no file locks; give {CACHE_SETTINGS}, a "
+                    "directory on a local disk"
                 ) from error
             raise disk_failure(self.root, error, CACHE_SETTINGS) from error
         self._is_ready = True
 
-    def __reduce__(self) -> tuple[Callable[..., "ShardCache"], tuple[object, ...]]:
+    def __reduce__(self) -> tuple[type["ShardCache"], tuple[object, ...]]:
         """Pickles the settings only; the copy has its own background thread."""
-        return _rebuild, (
-            *(self.root, self.max_bytes, self.grace_seconds, self.queue_size, self.patience),
-        )
+        return ShardCache, tuple(getattr(self, setting.name) for setting in fields(self))
 
-    def open(self, url: str, size: int | None = None, sha256: str | None = None) -> BinaryIO:
+    def open(self, url: str) -> BinaryIO:
         """The file, open; what is open stays readable, also when it is evicted meanwhile.
 
-        Fetches it, once for all processes, unless it is there with its recorded size and the given
-        size (bytes) and sha256. A local path is opened as it is, without checks.
+        Fetches it, once for all processes, unless it is there with its recorded size. A local path
+        is opened as it is, without checks.
 
         Raises MissingInputError and RunFailedError like `fetch`, and RunFailedError if the remote
-        file is not the given one or, where nothing is given, not the one first fetched.
+        file is not the one first fetched.
         """
         if not is_remote(url):
             return open_local(url)
         self._prepare()
         try:
-            return self._take(url, size, sha256)
+            return self._take(_Entry(self.root, url))
         except OSError as error:
             raise disk_failure(self.root, error, CACHE_SETTINGS) from error
 
-    def path(self, url: str, size: int | None = None, sha256: str | None = None) -> Path:
+    def path(self, url: str) -> Path:
         """Like `open`, but the path, where the file stays for at least `grace_seconds`."""
         if not is_remote(url):
             return local_path(url)
-        with self.open(url, size, sha256):
+        with self.open(url):
             return _Entry(self.root, url).path
 
     def forget(self, url: str) -> None:
@@ -123,46 +118,43 @@ class ShardCache:
         It stops at the first that does not fit in the queue; those that wait there already count
         as taken. An error is kept and raised when that url is asked for.
         """
-        urls = list(urls)
-        if any(map(is_remote, urls)):
-            self._prepare()
         taken = 0
         for url in urls:
-            if is_remote(url) and not self._own_worker().offer(url):
-                break
+            if is_remote(url):
+                self._prepare()
+                if not self._own_worker().offer(url):
+                    break
             taken += 1
         return taken
 
-    def _take(self, url: str, size: int | None, sha256: str | None) -> BinaryIO:
-        entry = _Entry(self.root, url)
-        # Readers share the lock. Whoever needs the file first takes it alone and fetches; the
-        # others wait for the lock, and then find the file.
-        with _locked(entry.lock, fcntl.LOCK_SH):
-            if entry.holds(size, sha256):
-                self._own_worker().errors.pop(url, None)  # another process has fetched it since
-                return entry.open()
+    def _take(self, entry: "_Entry") -> BinaryIO:
+        # Whoever needs the file first locks it and fetches; the others wait, and then find it.
         with _locked(entry.lock, fcntl.LOCK_EX):
-            if not entry.holds(size, sha256):  # no other process fetched it meanwhile
-                kept = self._own_worker().errors.pop(url, None)
+            kept = self._own_worker().errors.pop(entry.url, None)
+            is_there = entry.is_whole()
+            if not is_there:
                 if kept is not None:
                     raise kept
-                self._fill(entry, size, sha256)
+                self._fill(entry)
             file = entry.open()
-        self._evict()
+        if not is_there:
+            self._evict()
         return file
 
-    def _fill(self, entry: "_Entry", size: int | None, sha256: str | None) -> None:
-        """Fetches a file whose exclusive lock is held."""
+    def _fill(self, entry: "_Entry") -> None:
+        """Fetches a file whose exclusive lock is held. Raises RunFailedError if it has changed."""
         known = entry.record()
-        self._evict(size or (known.size if known else 0))  # makes room, as far as the size is known
-        for abandoned in self.root.glob(f".{entry.path.name}.*.part"):
-            abandoned.unlink(missing_ok=True)  # of a killed process: the lock is ours
+        self._evict(known.size if known else 0)  # makes room, as far as the size is known
         with atomic_path(entry.path) as part:
-            found = download(entry.url, part, size, self.patience)
-            _check(entry, found, size, sha256, known)
-            if found != known:  # a file must never lie beside another file's record
-                entry.record_path.unlink(missing_ok=True)
-        if found != known:
+            found = download(entry.url, part, self.patience)
+            if known is not None and found != known:
+                raise RunFailedError(
+                    f"{shown(entry.url)} has changed since it was first fetched: SHA-256 "
+                    f"{found.sha256} ({found.size:,} bytes), was {known.sha256} ({known.size:,} "
+                    "bytes); not kept. Put the old file back; or, to use the new one, delete "
+                    f"{entry.record_path}"
+                )
+        if known is None:
             entry.write_record(found)
 
     def _fill_ahead(self, url: str) -> None:
@@ -172,61 +164,32 @@ class ShardCache:
             contextlib.suppress(BlockingIOError),
             _locked(entry.lock, fcntl.LOCK_EX | fcntl.LOCK_NB),
         ):
-            errors = self._own_worker().errors
-            errors.pop(url, None)
-            try:
-                if not entry.holds(None, None):
-                    self._fill(entry, None, None)
-                os.utime(entry.path)  # used now: it is the last to be evicted
-            except OSError as error:
-                errors[url] = disk_failure(self.root, error)
-            except Exception as error:
-                errors[url] = error
+            self._own_worker().errors.pop(url, None)
+            if not entry.is_whole():
+                self._fill(entry)
+            os.utime(entry.path)  # used now: it is the last to be evicted
         with contextlib.suppress(OSError):
             self._evict()
 
     def _evict(self, incoming: int = 0) -> None:
         """Unlinks least recently used files until `incoming` more bytes fit."""
         with _locked(self.root / ".evict.lock", fcntl.LOCK_EX):
-            total = incoming
-            files: list[tuple[float, int, Path]] = []
-            for name, used, size in _listing(self.root):
-                if CACHED_NAME.fullmatch(name):
-                    files.append((used, size, self.root / name))
-                    total += size
-                elif PART_NAME.fullmatch(name):
-                    total += size
-            # The least recently used first.
-            for _, size, path in sorted(files):
+            kinds = (CACHED_NAME, PART_NAME)
+            files = [f for f in _listing(self.root) if any(k.fullmatch(f[-1]) for k in kinds)]
+            total = incoming + sum(size for _, size, _ in files)
+            for _, size, name in sorted(files):  # the least recently used first
                 if total <= self.max_bytes:
                     break
-                if self._unlink(path):
+                if CACHED_NAME.fullmatch(name) and _unlink(
+                    self.root, name, name, self.grace_seconds
+                ):
                     total -= size
-
-    def _unlink(self, path: Path) -> bool:
-        """Whether a file could go: neither locked nor used within the grace."""
-        try:
-            with _locked(hidden_beside(path, "lock"), fcntl.LOCK_EX | fcntl.LOCK_NB):
-                if time.time() - path.stat().st_mtime < self.grace_seconds:
-                    return False
-                path.unlink()
-                return True
-        except (BlockingIOError, FileNotFoundError):
-            return False
 
     def _own_worker(self) -> "_Worker":
         """The background thread of this process; a fork leaves its parent's behind."""
         if self._worker.pid != os.getpid():
             self._worker = _Worker(self._fill_ahead, self.queue_size)
         return self._worker
-
-
-def _rebuild(
-    root: Path, max_bytes: int, grace_seconds: float, queue_size: int, patience: Patience
-) -> ShardCache:
-    return ShardCache(
-        root, max_bytes, grace_seconds=grace_seconds, queue_size=queue_size, patience=patience
-    )
 
 
 class _Entry:
@@ -240,15 +203,11 @@ class _Entry:
         self.lock = hidden_beside(self.path, "lock")
         self.record_path = hidden_beside(self.path, "json")
 
-    def holds(self, size: int | None, sha256: str | None) -> bool:
-        """Whether the file is there, as recorded and as wanted."""
+    def is_whole(self) -> bool:
+        """Whether the file is there, of the recorded size."""
         record = self.record()
-        if record is None or size not in (None, record.size):
-            return False
-        if sha256 not in (None, record.sha256):
-            return False
         try:
-            return self.path.stat().st_size == record.size
+            return record is not None and self.path.stat().st_size == record.size
         except FileNotFoundError:
             return False
 
@@ -308,49 +267,33 @@ class _Worker:
                 self._waiting.discard(url)
 
 
-def _check(
-    entry: _Entry, found: Record, size: int | None, sha256: str | None, known: Record | None
-) -> None:
-    """Raises RunFailedError if a fetched file is not what was asked for, or what it once was."""
-    url = shown(entry.url)
-    if size is not None and found.size != size:
-        raise RunFailedError(
-            f"{url} has {found.size:,} bytes, expected {size:,}; not kept. The file or the list "
-            "that names it has changed: fix it, then run the same command again"
-        )
-    if sha256 is not None and found.sha256 != sha256:
-        raise RunFailedError(
-            f"{url} has SHA-256 {found.sha256}, expected {sha256}; not kept. The file or the list "
-            "that names it has changed: fix it, then run the same command again"
-        )
-    if sha256 is None and known is not None and found.sha256 != known.sha256:
-        raise RunFailedError(
-            f"{url} has changed since it was first fetched: SHA-256 {found.sha256} "
-            f"({found.size:,} bytes), was {known.sha256} ({known.size:,} bytes); not kept. Put the "
-            f"old file back; or, to use the new one, delete {entry.record_path}"
-        )
-
-
-def _listing(root: Path) -> Iterator[tuple[str, float, int]]:
-    """(name, time of last use, bytes) of the files in a directory that others change."""
+def _listing(root: Path) -> Iterator[tuple[float, int, str]]:
+    """(time of last use, bytes, name) of the files in a directory that others change."""
     with os.scandir(root) as entries:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):
                 status = entry.stat()
-                yield entry.name, status.st_mtime, status.st_size
+                yield status.st_mtime, status.st_size, entry.name
 
 
 def _remove_leftovers(root: Path) -> None:
     """Unlinks old temporary files that no living process writes."""
-    for name, written, _ in _listing(root):
-        match = PART_NAME.fullmatch(name)
-        if match and time.time() - written > LEFTOVER_SECONDS:
-            lock = hidden_beside(root / match[1], "lock")
-            with (
-                contextlib.suppress(BlockingIOError),
-                _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB),
-            ):
-                (root / name).unlink(missing_ok=True)
+    for _, _, name in _listing(root):
+        if match := PART_NAME.fullmatch(name):
+            _unlink(root, name, match[1], LEFTOVER_SECONDS)
+
+
+def _unlink(root: Path, name: str, cached: str, seconds: float) -> bool:
+    """Whether a file of a cached one could go: neither locked nor used in the last `seconds`."""
+    path, lock = root / name, hidden_beside(root / cached, "lock")
+    try:
+        with _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if time.time() - path.stat().st_mtime < seconds:
+                return False
+            path.unlink()
+            return True
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 @contextlib.contextmanager
