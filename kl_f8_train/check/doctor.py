@@ -298,12 +298,13 @@ def _report_memory(
 def _memory_here(config: Config) -> dict[str, float]:
     """Room in bytes, by name, for each process here; {} where a GPU elsewhere is meant."""
     if machine.on_cuda(config.compute):
-        found = torch.cuda.get_device_properties(0)
-        return {found.name: found.total_memory - cost.HEADROOM_BYTES}
+        gpu = torch.device("cuda", 0)
+        return {benchmark.device_name(gpu): benchmark.room_bytes(gpu)}
     if cost.on_gpu(config):
         return {}
     copy = scaling.checkpoint_bytes(config)  # of the first process, while a checkpoint is written
-    return {THIS_MACHINE: (machine.available_memory() - copy) / (config.compute.devices or 1)}
+    left = benchmark.room_bytes(torch.device("cpu")) - copy
+    return {THIS_MACHINE: left / (config.compute.devices or 1)}
 
 
 def check_fits(config: Config, micro: int, share: int, rooms: Mapping[str, float]) -> None:
