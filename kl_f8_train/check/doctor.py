@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kl_f8_train import config as configs
-from kl_f8_train import units
+from kl_f8_train import rules, units
 from kl_f8_train.check import benchmark, bill, cost, inputs, origins, scaling, screen, trial
 from kl_f8_train.check.findings import PLACEHOLDER, WARNING, Report, silent
 from kl_f8_train.core import machine, perceptual
@@ -24,11 +24,10 @@ from kl_f8_train.data.loading import shard_cache
 from kl_f8_train.data.sources import open_source
 from kl_f8_train.errors import RunFailedError, UsageError, UserError
 from kl_f8_train.output import Say
-from kl_f8_train.rules import micro_batch
 from kl_f8_train.run.start import start_or_resume
 from kl_f8_train.run.tracking import check_tensorboard
 from kl_f8_train.run.train import fixed_photographs
-from kl_f8_train.settings import Config, leaves, to_dict
+from kl_f8_train.settings import MISSING, Config, leaves, to_dict
 from kl_f8_train.units import counted, memory
 from kl_f8_train.weights import pretrained
 
@@ -50,20 +49,24 @@ def examine(
     `begin` gets the title of each section as it begins.
     """
     report = Report(silent if brief else say, begin)
-    config = None
+    config: Config | None = None
+    missing, wrong = False, True
     with report.section("settings"):
-        config = configs.load(path, overrides)
-        _list_settings(report, config, path, overrides)
+        config, missing = _read_settings(report, path, overrides)
+        wrong = len(report.problems) > missing
+        if not report.problems:
+            _list_settings(report, config, path, overrides)
     with report.guard("examination"):
-        if config is not None:
-            _examine_run(report, config, allow_changes)
-        elif (plan := _plan_without_inputs(report, path, overrides)) is not None:
-            config = plan
-            _examine_plan(report, plan)
+        if config is None or (wrong and missing):
+            pass
+        elif wrong:
+            _examine_inputs(report, config)
+        elif missing:
+            _examine_plan(report, config)
         else:
-            _examine_inputs(report, path, _usable_settings(report, path, overrides))
+            _examine_run(report, config, allow_changes)
     with report.guard("screen"):
-        if brief and config is not None:
+        if brief and config is not None and not wrong:
             for line in screen.lines(report.facts, config):
                 brief(line)
     _verdict(report, brief or say)
@@ -104,54 +107,61 @@ def _note_useless_settings(report: Report, config: Config) -> None:
             )
 
 
-def _plan_without_inputs(report: Report, path: Path, overrides: list[str]) -> Config | None:
-    """The settings with a name in the place of each without a value; None if more is wrong.
+def _read_settings(report: Report, path: Path, overrides: list[str]) -> tuple[Config, bool]:
+    """The settings, and whether some have no value; in these there is a name instead.
 
-    Whatever else is wrong also becomes a problem: a missing value would hide it.
+    All that is wrong with them becomes a problem, and that some are missing another one. Raises
+    UsageError for what is wrong in the recipe itself.
     """
-    with contextlib.suppress(UserError):  # already reported
-        values = dict(leaves(configs.resolve(path, overrides)))
-        absent = [f"{key}={PLACEHOLDER}" for key, value in values.items() if value == "???"]
-        if absent:
-            with report.section("the other settings"):
-                return configs.load(path, [*overrides, *absent])
-    return None
+    usable = _usable_settings(report, path, overrides)
+    values = leaves(configs.resolve(path, usable))
+    named = [f"{key}={PLACEHOLDER}" for key, value in values if value == MISSING]
+    if named:
+        with report.guard("settings"):
+            configs.parse(path, usable)  # its error lists them
+    config = configs.parse(path, [*usable, *named])
+    for line in rules.problems(config):
+        report.add(UsageError(line))
+    return config, bool(named)
 
 
 def _usable_settings(report: Report, path: Path, overrides: list[str]) -> list[str]:
-    """The settings of the command line that can be read; each of the others becomes a problem.
-
-    So does whatever is wrong with the values of the rest.
-    """
+    """The settings of the command line that can be read; each of the others becomes a problem."""
+    with contextlib.suppress(UserError):
+        configs.resolve(path, overrides)
+        return overrides
+    configs.resolve(path)
     usable: list[str] = []
-    with contextlib.suppress(UserError):  # of the recipe itself, already reported
-        configs.resolve(path)
-        for text in overrides:
-            with report.section(text.partition("=")[0]):
-                configs.resolve(path, [*usable, text])
-                usable.append(text)
-        if len(usable) < len(overrides):
-            with report.section("the other settings"):
-                configs.load(path, usable)
-        return usable
-    return overrides
+    for text in overrides:
+        with report.guard("settings"):
+            configs.resolve(path, [*usable, text])
+            usable.append(text)
+    return usable
 
 
-def _examine_inputs(report: Report, path: Path, overrides: list[str]) -> None:
+def _examine_inputs(report: Report, config: Config) -> None:
     """Looks at weights, data and networks although a setting is wrong: all problems in one go."""
     with contextlib.suppress(Exception):  # whatever a wrong setting does here
-        config = configs.parse(path, overrides)
-        with report.section("weights"):
-            inputs.check_weights(report, config)
+        _check_networks(report, config)
         cache = shard_cache(config)
         for name, source in config.data.sources.items():
             with report.section(f"data: {name}"):
                 open_source(name, source.shards, source.filters, cache, warn=report.detail)
-        with report.section("perceptual network"):
-            pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
         if config.log.pictures_every and config.log.pictures is not None:
             with report.section("photographs of validation"):
                 fixed_photographs(config, report.detail)
+
+
+def _check_networks(report: Report, config: Config) -> None:
+    """The weights to start from, and the perceptual network's."""
+    with report.section("weights"):
+        inputs.check_weights(report, config)
+    with report.section(f"perceptual network: {perceptual.LABELS[config.loss.perceptual]}"):
+        network = pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
+        if network.published:
+            report.detail("found")
+        else:
+            report.remark(f"the loss is {network.label}: the result is not the published recipe's")
 
 
 def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
@@ -163,14 +173,7 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
         if machine.compiles(config.compute):
             report.detail(machine.compile_cache())
             machine.check_compile_cache(config.compute)
-    with report.section("weights"):
-        inputs.check_weights(report, config)
-    with report.section(f"perceptual network: {perceptual.LABELS[config.loss.perceptual]}"):
-        network = pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
-        if network.published:
-            report.detail("found")
-        else:
-            report.remark(f"the loss is {network.label}: the result is not the published recipe's")
+    _check_networks(report, config)
     for name in config.data.sources:
         with report.section(f"data: {name}"):
             inputs.check_source(report, config, name)
@@ -238,7 +241,7 @@ def planned_processes(config: Config) -> int:
 
 
 def _check_batch(report: Report, config: Config, world: int) -> None:
-    micro = micro_batch(config, world)
+    micro = rules.micro_batch(config, world)
     batch, rate = config.global_batch, config.optimizer.learning_rate
     parts = batch // world // micro
     updates = config.stop_iteration - (config.init.iteration or 0)

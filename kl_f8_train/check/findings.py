@@ -43,13 +43,14 @@ class Report:
         try:
             yield
         except UserError as error:
-            self._record(error)
+            self.add(error)
         except Exception as error:
             self.crashes.append(error)
             text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            self._record(RunFailedError(f"{title}: unexpected {text}\n--debug shows where"))
+            self.add(RunFailedError(f"{title}: unexpected {text}\n--debug shows where"))
 
-    def _record(self, error: UserError) -> None:
+    def add(self, error: UserError) -> None:
+        """A problem; the same one is listed once."""
         if str(error) not in map(str, self.problems):
             self.problems.append(error)
         number = [str(problem) for problem in self.problems].index(str(error)) + 1
