@@ -169,11 +169,13 @@ def _examine_briefly(
     report = examine(path, overrides, say, allow_changes, brief=screen.append, begin=begin)
     print()
     number = next(i for i, line in enumerate(screen) if line.startswith(("GO", "NO GO")))
-    lines = [*screen[:number], "all settings and figures: the same command with --all"]
-    if not report.problems:
+    more = ["all settings and figures: the same command with --all"]
+    if report.problems:
+        number = len(screen)
+    else:
         then = next_command.after_doctor(recipe, overrides, allow_changes, dry_run)
-        lines.append(f"next: {then}")
-    print("\n".join([*lines, *screen[number:]]))
+        more.append(f"next: {then}")
+    print("\n".join([*screen[:number], *more, *screen[number:]]))
     return report
 
 

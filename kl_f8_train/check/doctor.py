@@ -180,7 +180,7 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
     if config.log.pictures_every and config.log.pictures is not None:
         with report.section("photographs of validation"):
             found = fixed_photographs(config, report.detail)
-            count = len(found[config.data.crop])
+            count = len(next(iter(found.values())))  # of each size as many
             report.detail(f"{counted(count, 'photograph', 's')} of {config.log.pictures}")
             inputs.check_overlap(report, config, Path(config.log.pictures))
     elif config.log.pictures_every:
@@ -328,7 +328,8 @@ def _verdict(report: Report, say: Say) -> None:
     for remark in report.remarks:
         say(remark if remark.startswith(WARNING) else f"note: {remark}")
     if not report.problems:
-        say("GO")
+        warnings = sum(remark.startswith(WARNING) for remark in report.remarks)
+        say(f"GO, with {counted(warnings, 'warning', 's')}" if warnings else "GO")
         return
     say(f"NO GO, {counted(len(report.problems), 'problem', 's')}:")
     for number, problem in enumerate(report.problems, 1):
