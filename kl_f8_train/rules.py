@@ -25,41 +25,35 @@ from kl_f8_train.units import written
 MADE = ("run_dir", "data.index_dir", "data.cache_dir")  # directories that are made if need be
 
 
-def check(config: Config) -> None:
-    """Raises UsageError naming every value that cannot be used."""
-    if found := problems(config):
-        raise UsageError("wrong settings:\n" + "\n".join(f"  {line}" for line in found))
-
-
-def problems(config: Config) -> list[str]:
-    """A line for every value that cannot be used."""
-    found = list(_ranges(config))
+def contradictions(config: Config) -> list[str]:
+    """A line for every value that cannot be used, by itself or beside the others."""
+    problems = list(_ranges(config))
     # Shares and micro-batches are computed from these: reported only where they can be.
-    if not any(line.startswith(("global_batch", "compute.", "data.sources")) for line in found):
-        found += _batch_problems(config)
+    if not any(line.startswith(("global_batch", "compute.", "data.sources")) for line in problems):
+        problems += _batch_problems(config)
     if config.loss.perceptual != "lpips_vgg" and not config.loss.allow_stand_in:
-        found.append(
+        problems.append(
             f"loss.perceptual={config.loss.perceptual} is a stand-in for LPIPS, and the result is "
             "not the published recipe's; loss.allow_stand_in=true accepts that"
         )
     if config.optimizer.decay != "constant" and config.optimizer.decay_iterations is None:
-        found.append(
+        problems.append(
             f"optimizer.decay={config.optimizer.decay} needs optimizer.decay_iterations, the "
             "iterations from the run's start to optimizer.final_learning_rate"
         )
     if not any(config.loss.weights.values()):
-        found.append("loss: every term has weight 0; give one of them more")
+        problems.append("loss: every term has weight 0; give one of them more")
     if config.checkpoint.keep_best and not config.log.pictures_every:
-        found.append(
+        problems.append(
             "checkpoint.keep_best=true needs validations, and log.pictures_every=0 has none; give "
             "the iterations between them"
         )
     if config.init.iteration is not None and config.init.iteration > config.stop_iteration:
-        found.append(
+        problems.append(
             f"stop_iteration={config.stop_iteration} lies before "
             f"init.iteration={config.init.iteration}; give a later stop_iteration"
         )
-    return found
+    return problems
 
 
 def source_shares(config: Config) -> dict[str, int]:

@@ -363,7 +363,7 @@ def test_a_wrong_key_hides_no_other_problem(examined, folder):
     assert "unknown key 'model.chh'" in text
     assert "unknown key 'log.everry'" in text
     assert "data.shorter_side=48 is smaller than data.crop=64" in text
-    assert "weights absent.ckpt: no such file" in text
+    assert "init.weights=absent.ckpt: no such file" in text
     assert "absent: no such file or folder" in text
     assert "log.pictures: no images in absent: no such folder" in text
 
@@ -604,7 +604,7 @@ def test_a_wrong_setting_is_no_title_and_each_is_a_problem(tmp_path, capsys):
     numbers = [line[:4] for line in lines if re.match(r"  \d", line)]
     assert numbers == [f"  {number}." for number in range(1, len(numbers) + 1)]
     assert lines[0] == f"NO GO, {len(numbers)} problems:"
-    assert [line for line in lines if line.startswith("  2. data.shorter_side=384 is")]
+    assert [line for line in lines if line.startswith("    data.shorter_side=384 is")]
     assert lines[-1] == "all settings and figures: the same command with --all"
 
 

@@ -14,20 +14,22 @@ from typing import Any
 import torch
 
 from kl_f8_train import config as configs
-from kl_f8_train import rules, units
+from kl_f8_train import units
 from kl_f8_train.check import benchmark, bill, cost, inputs, origins, scaling, screen, trial
-from kl_f8_train.check.findings import PLACEHOLDER, WARNING, Report, silent
+from kl_f8_train.check.findings import WARNING, Report, silent
 from kl_f8_train.core import machine, perceptual
 from kl_f8_train.core.updates import describe_rate
 from kl_f8_train.data.handover import FEW_FILES, raise_open_files, shared_memory_note
 from kl_f8_train.data.loading import shard_cache
 from kl_f8_train.data.sources import open_source
-from kl_f8_train.errors import RunFailedError, UsageError, UserError
+from kl_f8_train.errors import RunFailedError, UsageError
 from kl_f8_train.output import Say
+from kl_f8_train.rules import micro_batch
+from kl_f8_train.run.paths import check_perceptual_weights
 from kl_f8_train.run.start import start_or_resume
 from kl_f8_train.run.tracking import check_tensorboard
 from kl_f8_train.run.train import fixed_photographs
-from kl_f8_train.settings import MISSING, Config, leaves, to_dict
+from kl_f8_train.settings import Config, leaves, to_dict
 from kl_f8_train.units import counted, memory
 from kl_f8_train.weights import pretrained
 
@@ -49,24 +51,24 @@ def examine(
     `begin` gets the title of each section as it begins.
     """
     report = Report(silent if brief else say, begin)
-    config: Config | None = None
-    missing, wrong = False, True
+    examined = configs.Examined([], [], None)
     with report.section("settings"):
-        config, missing = _read_settings(report, path, overrides)
-        wrong = len(report.problems) > missing
-        if not report.problems:
-            _list_settings(report, config, path, overrides)
+        examined = configs.examine(path, overrides)
+        if examined.config and not examined.problems:
+            _list_settings(report, examined.config, path, overrides)
+    for problem in examined.problems:
+        report.record(problem)
+    config, problems = examined.config, len(examined.problems)
+    is_plan = problems == bool(examined.absent)  # nothing but values is missing
     with report.guard("examination"):
-        if config is None or (wrong and missing):
-            pass
-        elif wrong:
-            _examine_inputs(report, config)
-        elif missing:
-            _examine_plan(report, config)
-        else:
+        if config is not None and not problems:
             _examine_run(report, config, allow_changes)
+        elif config is not None and is_plan:
+            _examine_plan(report, config)
+        elif config is not None and not examined.absent:
+            _examine_inputs(report, config)
     with report.guard("screen"):
-        if brief and config is not None and not wrong:
+        if brief and config is not None and is_plan:
             for line in screen.lines(report.facts, config):
                 brief(line)
     _verdict(report, brief or say)
@@ -107,38 +109,6 @@ def _note_useless_settings(report: Report, config: Config) -> None:
             )
 
 
-def _read_settings(report: Report, path: Path, overrides: list[str]) -> tuple[Config, bool]:
-    """The settings, and whether some have no value; in these there is a name instead.
-
-    All that is wrong with them becomes a problem, and that some are missing another one. Raises
-    UsageError for what is wrong in the recipe itself.
-    """
-    usable = _usable_settings(report, path, overrides)
-    values = leaves(configs.resolve(path, usable))
-    named = [f"{key}={PLACEHOLDER}" for key, value in values if value == MISSING]
-    if named:
-        with report.guard("settings"):
-            configs.parse(path, usable)  # its error lists them
-    config = configs.parse(path, [*usable, *named])
-    for line in rules.problems(config):
-        report.add(UsageError(line))
-    return config, bool(named)
-
-
-def _usable_settings(report: Report, path: Path, overrides: list[str]) -> list[str]:
-    """The settings of the command line that can be read; each of the others becomes a problem."""
-    with contextlib.suppress(UserError):
-        configs.resolve(path, overrides)
-        return overrides
-    configs.resolve(path)
-    usable: list[str] = []
-    for text in overrides:
-        with report.guard("settings"):
-            configs.resolve(path, [*usable, text])
-            usable.append(text)
-    return usable
-
-
 def _examine_inputs(report: Report, config: Config) -> None:
     """Looks at weights, data and networks although a setting is wrong: all problems in one go."""
     with contextlib.suppress(Exception):  # whatever a wrong setting does here
@@ -157,6 +127,7 @@ def _check_networks(report: Report, config: Config) -> None:
     with report.section("weights"):
         inputs.check_weights(report, config)
     with report.section(f"perceptual network: {perceptual.LABELS[config.loss.perceptual]}"):
+        check_perceptual_weights(config)
         network = pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
         if network.published:
             report.detail("found")
@@ -241,7 +212,7 @@ def planned_processes(config: Config) -> int:
 
 
 def _check_batch(report: Report, config: Config, world: int) -> None:
-    micro = rules.micro_batch(config, world)
+    micro = micro_batch(config, world)
     batch, rate = config.global_batch, config.optimizer.learning_rate
     parts = batch // world // micro
     updates = config.stop_iteration - (config.init.iteration or 0)
