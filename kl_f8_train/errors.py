@@ -93,3 +93,10 @@ def like_path(absent: str | Path, names: Iterable[str] = ()) -> str:
         known |= {name: str(path.parent / name) for name in beside if not name.startswith(".")}
     near = difflib.get_close_matches(path.name, known, n=1, cutoff=0.75)
     return f"; did you mean {known[near[0]]}?" if near else ""
+
+
+def no_folder(path: Path) -> str:
+    """Why a path is not a folder of photographs: `PATH: no such folder; ...`."""
+    if path.exists():
+        return f"{path}: not a folder; expected one of photographs"
+    return f"{path}: no such folder; expected one of photographs{like_path(path)}"
