@@ -525,7 +525,7 @@ class Config:
 # --- one table of all settings --------------------------------------------------------------
 
 
-PLAIN_NAMES = {"bool": "true | false", "str": "string"}  # of types, for people
+PLAIN_NAMES = {bool: "true | false", str: "string", int: "int", float: "float"}  # for people
 
 
 @dataclass(frozen=True)
@@ -547,18 +547,16 @@ class Setting:
 
     @property
     def type_name(self) -> str:
-        """For people."""
-        if get_origin(self.kind) is Literal:
-            name = " | ".join(get_args(self.kind))
-        elif get_origin(self.kind) is Union:
-            number = get_args(self.kind)[0].__name__
-            name = f"{number} | list[{number}]"
+        """For people; a group has none."""
+        origin, inner = get_origin(self.kind), get_args(self.kind)
+        if origin is Literal:
+            name = " | ".join(inner)
+        elif origin is list:
+            name = f"list[{PLAIN_NAMES[inner[0]]}]"
+        elif origin is Union:  # a number, or several
+            name = f"{PLAIN_NAMES[inner[0]]} | list[{PLAIN_NAMES[inner[0]]}]"
         else:
-            name = self.kind.__name__ if isinstance(self.kind, type) else str(self.kind)
-        if get_origin(self.kind) is list:
-            (inner,) = get_args(self.kind)
-            name = f"list[{PLAIN_NAMES.get(inner.__name__, inner.__name__)}]"
-        name = PLAIN_NAMES.get(name, name)
+            name = PLAIN_NAMES[self.kind]
         return f"{name} | null" if self.nullable else name
 
 
@@ -590,6 +588,7 @@ def _settings(kind: Any, prefix: str = "", machine: bool = False) -> Iterator[tu
 
 
 SETTINGS = dict(_settings(Config))
+VALUES = {key: found for key, found in SETTINGS.items() if not found.is_group}
 
 
 def setting_of(key: str) -> Setting | None:
@@ -599,18 +598,6 @@ def setting_of(key: str) -> Setting | None:
     if source is None:
         return SETTINGS.get(key)
     return SETTINGS.get(f"data.sources.NAME{source[2] or ''}")
-
-
-def schema() -> list[tuple[str, str, str, str]]:
-    """Rows (key, type, default as a recipe has it, meaning) of every setting.
-
-    The default is empty where there is none: every recipe states the value.
-    """
-    return [
-        (key, s.type_name, "" if s.default == MISSING else written(s.default), s.doc)
-        for key, s in SETTINGS.items()
-        if not s.is_group
-    ]
 
 
 def to_dict(config: Config) -> dict[str, Any]:
