@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, Node, OmegaConf
@@ -28,6 +28,7 @@ from kl_f8_train.run_dir import CONFIG_FILE, is_run
 from kl_f8_train.settings import MISSING, SETTINGS, Config, Source, leaves, setting_of, to_dict
 from kl_f8_train.units import quoted, written
 
+INPUTS = ("run_dir", "init.weights", "data.sources")  # what only a run needs
 SHIPPED = tuple(folder / "configs" for folder in Path(__file__).parents[:2])  # installed, cloned
 
 
@@ -56,13 +57,8 @@ def parse(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Conf
 
 def load_without_inputs(path: Path, overrides: list[str]) -> Config:
     """`load` for what needs neither weights, data nor a run directory: they may be missing."""
-    values = resolve(path, overrides)
-    given = {
-        "run_dir": values["run_dir"],
-        "init.weights": values["init"]["weights"],
-        "data.sources": values["data"]["sources"],
-    }
-    missing = [f"{key}=none" for key, value in given.items() if value == MISSING]  # any passes
+    values = dict(leaves(resolve(path, overrides)))
+    missing = [f"{key}=none" for key in INPUTS if values.get(key) == MISSING]  # any value passes
     config = load(path, [*missing, *overrides])
     if "data.sources=none" in missing:
         return replace(config, data=replace(config.data, sources={}))
@@ -72,8 +68,7 @@ def load_without_inputs(path: Path, overrides: list[str]) -> Config:
 def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
     """Like `load`, as plain values and unchecked; settings without a value stay "???"."""
     values = OmegaConf.to_container(_merge(Path(path), overrides), throw_on_missing=False)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    return cast(dict[str, Any], values)
 
 
 def _merge(path: Path, overrides: list[str] | tuple[str, ...]) -> DictConfig:
@@ -225,8 +220,7 @@ def recipe(name: str, *overrides: str) -> Config:
 
     Raises UsageError for overrides (`key=value`) that do not fit.
     """
-    unused = ("run_dir=unused", "init.weights=unused", "data.sources=unused")
-    return load(find_recipe(name), [*unused, *overrides])
+    return load(find_recipe(name), [*(f"{key}=unused" for key in INPUTS), *overrides])
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
