@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -31,7 +31,8 @@ from kl_f8_train.data.index import (
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, UsageError
 from kl_f8_train.files import cache_dir, one_at_a_time
-from kl_f8_train.folders import Listing, describe_count, list_folder, patiently, read_file
+from kl_f8_train.folders import Listing, describe_count, list_folder
+from kl_f8_train.images import patiently, read_file
 from kl_f8_train.launch import available_cores
 from kl_f8_train.overrides import source_setting
 from kl_f8_train.transfer import is_remote
@@ -46,7 +47,10 @@ class ImageSource(Protocol):
     counts: np.ndarray  # images of each shard, after filters
 
     def read(self, shard: int, sample: int) -> tuple[str, bytes]:
-        """Name (shard and file) and encoded image. Raises ImageError if it cannot be read."""
+        """Name (shard and file) and encoded image. Raises ImageError if it cannot be read.
+
+        The name is as it was found: it may hold control characters.
+        """
 
     def name(self, shard: int, sample: int) -> str:
         """What is known of the image's name without reading it."""
@@ -161,12 +165,9 @@ class TarSource:
         offset, size = (int(self.blocks[row]) - 1) * TAR_BLOCK, int(self.sizes[row])
         place = self.locations[shard]
         try:
-            file = patiently(lambda: self._open(shard))
+            file = patiently(partial(self._open, shard))
         except OSError as error:
-            raise MissingInputError(
-                f"shard {place} cannot be opened any more: {error.strerror or error}; put it back, "
-                "then run the same command again"
-            ) from error
+            raise _gone(place, error) from error
         with file:
             try:
                 data = patiently(lambda: os.pread(file.fileno(), TAR_BLOCK + size, offset))
@@ -175,13 +176,9 @@ class TarSource:
             status = os.fstat(file.fileno())
         same = [status.st_size, status.st_mtime_ns] == self.fingerprints[shard]
         if not (same or self.remote[shard] or _is_member(data, size)):
-            raise MissingInputError(
-                f"shard {place} has changed since it was indexed; put the old one back, or run the "
-                "same command again, which indexes it anew and says what has changed"
-            )
+            raise _changed(place)
         member = data[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
-        name = f"{os.path.basename(place)}/{os.path.basename(member)}"
-        return printable(name), data[TAR_BLOCK:]
+        return f"{os.path.basename(place)}/{os.path.basename(member)}", data[TAR_BLOCK:]
 
     def _open(self, shard: int) -> BinaryIO:
         place = self.locations[shard]
@@ -259,6 +256,20 @@ class TarSource:
         return array
 
 
+def _gone(place: str, error: OSError) -> MissingInputError:
+    return MissingInputError(
+        f"shard {place} cannot be opened any more: {error.strerror or error}; put it back, then "
+        "run the same command again"
+    )
+
+
+def _changed(place: str) -> MissingInputError:
+    return MissingInputError(
+        f"shard {place} has changed since it was indexed; put the old one back, or run the same "
+        "command again, which indexes it anew and says what has changed"
+    )
+
+
 def _is_member(data: bytes, size: int) -> bool:
     """Whether a tar's header and as many bytes as it states, `size`, are there."""
     try:
@@ -286,7 +297,7 @@ class FolderSource:
 
     def read(self, shard: int, sample: int) -> tuple[str, bytes]:
         """The file's path below the folder, and its bytes."""
-        return self.name(shard, sample), read_file(self.folder / self.files[sample])
+        return self.files[sample], read_file(self.folder / self.files[sample])
 
     def name(self, shard: int, sample: int) -> str:
         """The file's path below the folder, printable."""

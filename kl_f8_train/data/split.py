@@ -27,7 +27,8 @@ from kl_f8_train.files import (
     remove_abandoned,
     write_json,
 )
-from kl_f8_train.folders import ahead, list_folder, read_file
+from kl_f8_train.folders import ahead, list_folder
+from kl_f8_train.images import read_file
 from kl_f8_train.units import counted, printable, size
 
 TRAINING, HELD_OUT = "training", "held_out"
