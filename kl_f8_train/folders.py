@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kl_f8_train import images
 from kl_f8_train.errors import ImageError, MissingInputError, like_path
-from kl_f8_train.units import counted, printable
+from kl_f8_train.units import printable
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".apng", ".webp", ".bmp", ".dib"),
@@ -132,7 +132,7 @@ def _walk(
         prefix = f"{here}/" if here else ""
         files: list[os.DirEntry[str]] = []
         for entry in inside:
-            if not is_folder(entry):
+            if not _holds(entry.is_dir):
                 files.append(entry)
             elif is_system(entry.name):
                 found.left_out["in hidden folders"] += _images_below(entry.path)
@@ -143,18 +143,10 @@ def _walk(
         yield prefix, files
 
 
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry of a folder is one, perhaps by a link; a link in a circle is not."""
+def _holds(test: Callable[[], bool]) -> bool:
+    """What an entry of a folder says of where it leads; a link in a circle leads nowhere."""
     try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
-def is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry of a folder is a file, perhaps by a link; a link in a circle is not."""
-    try:
-        return entry.is_file()
+        return test()
     except OSError:
         return False
 
@@ -171,7 +163,7 @@ def _suffix(name: str) -> str:
 
 def _sort_in(found: Listing, prefix: str, entry: os.DirEntry[str]) -> None:
     suffix = _suffix(entry.name)
-    if not is_file(entry):
+    if not _holds(entry.is_file):
         kind = "broken links" if entry.is_symlink() else "pipes, sockets or devices"
         found.left_out[kind] += suffix in (*SUFFIXES, *OTHER_SUFFIXES)
     elif is_system(entry.name):
@@ -218,22 +210,24 @@ def ahead(
             yield waiting.popleft()
 
 
-def load_folder(
-    folder: Path, side: int, count: int, report: Callable[[str], None] = print
-) -> list[Tensor]:
-    """The first `count` images below a folder as uint8 (3, side, side) centre squares.
-
-    An unreadable image is named and left out. Raises MissingInputError if none is left.
-    """
-    return load_sizes(folder, [side], count, report)[side]
+def no_folder(path: Path) -> str:
+    """Why a path is not a folder of photographs: `PATH: no such folder; ...`."""
+    if path.exists():
+        return f"{path}: not a folder; expected one of photographs"
+    return f"{path}: no such folder; expected one of photographs{like_path(path)}"
 
 
 def load_sizes(
     folder: Path, sides: Sequence[int], count: int, report: Callable[[str], None] = print
 ) -> dict[int, list[Tensor]]:
-    """`load_folder` for each of `sides`; an image is decoded, or named as unreadable, once."""
+    """The first `count` images below a folder as uint8 (3, side, side) centre squares, by side.
+
+    An unreadable image is named once and left out. Raises MissingInputError if none is left.
+    """
+    if not folder.is_dir():
+        raise MissingInputError(f"no images in {no_folder(folder)}")
     loaded: dict[int, list[Tensor]] = {side: [] for side in sides}
-    listing = list_folder(folder) if folder.is_dir() else Listing()
+    listing = list_folder(folder)
     found = 0
     for file in listing.files:
         if found == count:
@@ -247,20 +241,8 @@ def load_sizes(
         for side, square in zip(sides, squares, strict=True):
             loaded[side].append(square)
     if not found:
-        if not folder.is_dir():
-            what = "not a folder" if folder.exists() else "no such folder"
-            raise MissingInputError(
-                f"no images in {folder}: {what}; expected one of .jpg, .png or .webp"
-                f"{like_path(folder)}"
-            )
         more = f"; {listing.describe()}" if listing.left_out else ""
         raise MissingInputError(
             f"no images in {folder}: expected a folder of .jpg, .png or .webp{more}"
         )
     return loaded
-
-
-def describe_count(number: int, listing: Listing) -> str:
-    """`147 images in a folder; not used: 1 .mov`."""
-    rest = listing.describe()
-    return f"{counted(number, 'image', 's')} in a folder" + (f"; {rest}" if rest else "")

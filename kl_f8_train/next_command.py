@@ -1,6 +1,7 @@
 """The command that comes next, which a verb prints at its end."""
 
 import contextlib
+import importlib.util
 import itertools
 import shlex
 from pathlib import Path
@@ -69,7 +70,10 @@ def before_training(out: Path, *settings: str) -> str:
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     run = next(place for place in (Path("runs", name) for name in names) if not place.exists())
     given = [f"init.weights={USUAL_BASE}", "init.family=sd", *settings, f"run_dir={run}"]
-    return (
-        "to start from a VAE of your own, give its file as init.weights\n"
-        f"next: {shlex.join(['kl-f8-train', 'doctor', 'single_gpu', *given])}"
-    )
+    lines = [
+        f"next: {shlex.join(['kl-f8-train', 'doctor', 'single_gpu', *given])}",
+        "to start from a VAE of your own, give its file as init.weights",
+    ]
+    if importlib.util.find_spec("huggingface_hub") is None:
+        lines.append("the hub's needs huggingface_hub: pip install huggingface_hub")
+    return "\n".join(lines)

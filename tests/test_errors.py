@@ -349,7 +349,9 @@ DATA = {
         "log.pictures=tils log.pictures_every=1", MISSING, "no such folder|; did you mean tiles?"
     ),
     "pictures a file": train(
-        "log.pictures=model.ckpt log.pictures_every=1", MISSING, "in model.ckpt: not a folder"
+        "log.pictures=model.ckpt log.pictures_every=1",
+        MISSING,
+        "in model.ckpt: not a folder; expected one of photographs\n",
     ),
     "pictures": train(
         "log.pictures=no log.pictures_every=1", MISSING, "images in no: no such folder"

@@ -42,7 +42,7 @@ def test_a_folders_first_images_name_what_is_left_out(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     (tmp_path / "sub" / "d.jpg").write_bytes(b"not looked at")
     said: list[str] = []
-    found = folders.load_folder(tmp_path, 32, 3, said.append)
+    found = folders.load_sizes(tmp_path, [32], 3, said.append)[32]
     assert [tuple(image.shape) for image in found] == 3 * [(3, 32, 32)]
     assert torch.equal(found[0], images.squares((tmp_path / "b.png").read_bytes(), [32])[0])
     assert len(said) == 1
@@ -69,7 +69,7 @@ def test_several_sizes_read_and_name_each_image_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["", "absent"])
 def test_a_folder_without_images(tmp_path, name):
     with pytest.raises(MissingInputError, match="no images in"):
-        folders.load_folder(tmp_path / name, 32, 3)
+        folders.load_sizes(tmp_path / name, [32], 3)
 
 
 @pytest.mark.parametrize(

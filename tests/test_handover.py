@@ -86,14 +86,15 @@ def test_a_temporary_directory_of_a_long_name_does_not_stop_the_loaders(tmp_path
 def test_a_small_shared_memory_is_named_with_its_remedy(monkeypatch):
     settings = samples.recipe("ft_mse", "data.workers=4")
     free = os.statvfs("/dev/shm")
-    monkeypatch.setattr(handover.os, "statvfs", lambda path: free)
+    monkeypatch.setattr(os, "statvfs", lambda path: free)
     bytes_of_batch = handover.batch_bytes(settings, 192)
     assert bytes_of_batch == 192 * (3 * 256**2 + 4 * 4 * 32**2)
 
     class Small:
-        f_bavail, f_frsize = 2**14, 2**12  # 64 MiB
+        f_blocks = f_bfree = f_bavail = 2**14
+        f_frsize = 2**12  # 64 MiB
 
-    monkeypatch.setattr(handover.os, "statvfs", lambda path: Small)
+    monkeypatch.setattr(os, "statvfs", lambda path: Small)
     note = handover.shared_memory_note(settings, 192, 1)
     assert "/dev/shm has 64 MiB free" in note
     assert "--shm-size=1g" in note

@@ -425,8 +425,9 @@ def test_the_verb_ends_with_the_next_command(tmp_path, capsys):
     (tmp_path / "photos" / "a.png").write_bytes(picture)
     out = tmp_path / "my shards"
     assert main(["pack", str(tmp_path / "photos"), str(out), "--workers", "1"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("next: kl-f8-train doctor single_gpu init.weights=")
-    found = config.load(config.find_recipe("single_gpu"), shlex.split(last)[4:])
+    then, own = capsys.readouterr().out.splitlines()[-2:]
+    assert own.startswith("to start from a VAE of your own")
+    assert then.startswith("next: kl-f8-train doctor single_gpu init.weights=")
+    found = config.load(config.find_recipe("single_gpu"), shlex.split(then)[4:])
     assert [source.shards for source in found.data.sources.values()] == [str(out)]
     assert found.run_dir == "runs/my shards"

@@ -153,6 +153,23 @@ def test_broken_rows_are_named_and_counted(tmp_path):
     assert (stats["count"], stats["successes"], stats["failed_to_resize"]) == (8, 3, 5)
 
 
+def test_a_path_that_is_not_utf_8_costs_its_row(tmp_path):
+    """It counted as packed, and no image was there."""
+    images = pa.array(
+        [{"bytes": picture(n), "path": p} for n, p in enumerate([b"a", b"\xff", b"c"])]
+    )
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.binary())])
+    raw = images.cast(kind)
+    paths = pa.StringArray.from_buffers(3, *raw.field("path").buffers()[1:])
+    image = pa.StructArray.from_arrays([raw.field("bytes"), paths], ["bytes", "path"])
+    pq.write_table(pa.table({"image": image}), tmp_path / "a.parquet")
+    result = pack.pack(tmp_path / "a.parquet", tmp_path / "out")
+    assert packed(result) == [picture(0), picture(2)]
+    assert result.images == 2
+    (said,) = result.skipped
+    assert said.startswith("a.parquet#1: cannot be read: ")
+
+
 def test_a_damaged_row_group_costs_its_rows_and_no_others(tmp_path):
     file = write(tmp_path / "a.parquet", rows(9))
     place = pq.ParquetFile(file).metadata.row_group(1).column(1)
@@ -211,7 +228,7 @@ def test_each_row_group_is_read_once(data_set, tmp_path, monkeypatch):
 def test_shards_that_begin_in_one_row_group_are_one_process_s(data_set):
     held = pack._list([data_set])
     jobs = [pack.Job(n, held.folder, part, Path(), False) for n, part in enumerate(held.dealt(2))]
-    chains = [[job.number for job in chain] for chain in held.chains(jobs)]
+    chains = [[job.number for job in chain] for chain in pack._chains(jobs)]
     # row groups of 3, 3, 1 | 3, 1; shards begin at 0, 2 | 4 | 6 | 8 = 1 and 10 = 3 of the second
     assert chains == [[0, 1], [2], [3], [4], [5]]
     assert [len(part) for part in held.dealt(2)] == [2, 2, 2, 2, 2, 1]

@@ -403,8 +403,18 @@ def test_an_index_that_can_be_written_nowhere_names_the_setting(tmp_path, monkey
 
 
 def test_folder_without_shards(tmp_path):
-    with pytest.raises(MissingInputError, match="no shards and no images"):
+    with pytest.raises(MissingInputError, match=r"no shards and no images.*; it is empty"):
         index.expand(str(tmp_path))
+    (tmp_path / "a.mov").write_bytes(b"film")
+    with pytest.raises(MissingInputError, match=r"no shards and no images.*; not used: 1 \.mov"):
+        open_source(tmp_path)
+
+
+def test_photographs_need_no_index(tmp_path, capsys):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    assert main(["index", str(tmp_path)]) == 3
+    said = f"no shards in {tmp_path}, but 1 photograph: a folder of photographs needs no index"
+    assert said in capsys.readouterr().err
 
 
 # --- sources --------------------------------------------------------------------------------

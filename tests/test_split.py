@@ -1,5 +1,6 @@
 """Photographs split into training and held-out by content, and doctor's look at the two."""
 
+import importlib.util
 import json
 import os
 import shlex
@@ -18,7 +19,7 @@ from kl_f8_train.data import near
 from kl_f8_train.data.pack import pack
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.data.sources import open_source
-from kl_f8_train.data.split import split
+from kl_f8_train.data.split import RECIPE_SIDE, split
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.folders import list_folder
 
@@ -128,15 +129,47 @@ def test_every_photograph_lies_on_one_side(photos, tmp_path, capsys):
     assert "broken.jpg: not a readable image" in printed
     assert "1 .mov" in printed
     assert "note: fewer than 10 held out" in printed
-    last = printed.splitlines()[-1]
-    assert last.startswith("next: kl-f8-train doctor single_gpu init.weights=stabilityai/")
-    settings = shlex.split(last)[4:]
+    then, own = printed.splitlines()[-2:]
+    assert then.startswith("next: kl-f8-train doctor single_gpu init.weights=stabilityai/")
+    assert own == "to start from a VAE of your own, give its file as init.weights"
+    settings = shlex.split(then)[4:]
     config.load(config.find_recipe("single_gpu"), settings)  # nothing is left to give
     assert f"log.pictures={tmp_path / 'out/held_out'}" in settings
     assert not Path(dict(text.split("=") for text in settings)["run_dir"]).exists()
     listed = json.loads((tmp_path / "out/split.json").read_text())
     assert (set(listed["training"]), set(listed["held_out"])) == (set(training), set(held_out))
     assert [set(group) for group in listed["near_duplicates"]] == [alike]
+
+
+def test_small_photographs_are_noted(tmp_path, capsys):
+    """A photograph of 400 pixels is decoded at less than its size for its look."""
+    (tmp_path / "photos").mkdir()
+    sides = {"a": (383, 500), "b": (384, 384), "c": (1000, 800), "d": (100, 600)}
+    for number, (name, (width, height)) in enumerate(sides.items()):
+        image = Image.open(PHOTOGRAPHS[number]).resize((width, height))
+        image.save(tmp_path / "photos" / f"{name}.jpg")
+    assert config.recipe("single_gpu").data.shorter_side == RECIPE_SIDE
+    assert main(["split", str(tmp_path / "photos"), str(tmp_path / "out")]) == 0
+    noted = [line for line in capsys.readouterr().out.splitlines() if "384" in line]
+    assert noted == [
+        "note: 2 photographs under 384 pixels on the shorter side, as a.jpg, would be enlarged: "
+        "leave such out, or lower data.shorter_side"
+    ]
+    assert json.loads((tmp_path / "out/split.json").read_text())["small"] == ["a.jpg", "d.jpg"]
+    (tmp_path / "photos/a.jpg").unlink()
+    (tmp_path / "photos/d.jpg").unlink()
+    assert main(["split", str(tmp_path / "photos"), str(tmp_path / "large")]) == 0
+    assert "384" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_without_the_hubs_library_its_remedy_is_named(photos, tmp_path, monkeypatch, capsys, there):
+    find = importlib.util.find_spec
+    hidden = "" if there else "huggingface_hub"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == hidden else find(n))
+    assert main(["split", str(photos), str(tmp_path / "out")]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("pip install huggingface_hub") != there
 
 
 def test_the_files_are_links(photos, tmp_path):

@@ -6,9 +6,10 @@ run waits for it forever. Here a loader pickles its batch itself. If that fails,
 batches go through the loader's pipe, which needs none of these things and is somewhat slower.
 """
 
-import os
+import contextlib
 import pickle
 import resource
+import shutil
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -86,12 +87,9 @@ def shared_memory_note(config: Config, images: int, processes: int) -> str:
 
     `images` of each of the `processes` on this machine in every iteration.
     """
-    try:
-        status = os.statvfs(SHARED_MEMORY)
-    except OSError:
-        free = 0
-    else:
-        free = status.f_bavail * status.f_frsize
+    free = 0
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(SHARED_MEMORY).free
     loaders = config.data.workers * processes
     # What loaders hold ready, and one batch that each process works on.
     needed = batch_bytes(config, images) * (PREFETCH * loaders + processes)

@@ -16,8 +16,8 @@ import re
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,9 +41,8 @@ from kl_f8_train.folders import (
     FIRST_BYTES,
     NO_IMAGES,
     SUFFIXES,
-    is_file,
-    is_folder,
     is_system,
+    list_folder,
     looks_like_image,
 )
 from kl_f8_train.images import MAX_BYTES
@@ -78,7 +77,7 @@ def expand(pattern: str) -> list[str]:
     if os.path.isdir(pattern):
         found = tars_in(path)
         if not found:
-            raise MissingInputError(f"no shards and no images in {path}{_other_shards(path)}")
+            raise MissingInputError(_without_shards(path))
         return found
     if os.path.isfile(pattern):  # whatever signs its name holds
         is_list = path.suffix.lower() == ".txt"
@@ -100,24 +99,31 @@ def expand(pattern: str) -> list[str]:
 
 def tars_in(folder: Path) -> list[str]:
     """The shards of a folder itself, sorted."""
-    names = (entry.name for entry in os.scandir(folder) if is_file(entry))
-    tars = sorted(n for n in names if n.lower().endswith(".tar") and not n.startswith("."))
-    return [str(folder / name) for name in tars]
+    tars = (path for path in folder.glob("*.[tT][aA][rR]") if path.is_file())
+    return sorted(str(path) for path in tars if not path.name.startswith("."))
 
 
-def _other_shards(folder: Path) -> str:
-    """A hint at what may be meant where a folder itself holds no .tar."""
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+def _without_shards(folder: Path) -> str:
+    """What is wrong with a folder that itself holds no .tar, and what may be meant."""
+    none = f"no shards and no images in {folder}"
+    entries = sorted(folder.iterdir())
     packed = [entry.name for entry in entries if COMPRESSED.search(entry.name)]
     if packed:
-        return f", but {packed[0]}: {UNPACK}"
-    below = [entry.name for entry in entries if is_folder(entry) and tars_in(Path(entry.path))]
+        return f"{none}, but {packed[0]}: {UNPACK}"
+    below = [entry.name for entry in entries if os.path.isdir(entry) and tars_in(entry)]
     if below:
         return (
-            f", but in its folders {', '.join(below[:3])}{', ...' * (len(below) > 3)}: name them, "
-            f"as '{folder}/*/*.tar'"
+            f"{none}, but in its folders {', '.join(below[:3])}{', ...' * (len(below) > 3)}: "
+            f"name them, as '{folder}/*/*.tar'"
         )
-    return "; expected .tar files or photographs"
+    listing = list_folder(folder)
+    if listing.files:
+        found = counted(len(listing.files), "photograph", "s")
+        return f"no shards in {folder}, but {found}: a folder of photographs needs no index"
+    return (
+        f"{none}; expected .tar files or photographs as .jpg, .png, .webp, .tif, .bmp or .gif; "
+        f"{listing.describe() or 'it is empty'}"
+    )
 
 
 def _list_file(path: Path) -> list[str]:
@@ -153,18 +159,18 @@ def _alternatives(pattern: str) -> int:
 def _existing(locations: list[str], pattern: str) -> list[str]:
     missing = [place for place in locations if not is_remote(place) and not os.path.isfile(place)]
     if missing or not locations:
-        files = "file" if len(locations) == 1 else "files"
-        of = f"{len(missing)} of {len(locations)} {files} {are(len(missing))} missing"
-        found = f"{of} ({', '.join(missing[:3])}{', ...' * (len(missing) > 3)})"
+        meant = ""
         if locations == [pattern]:
-            raise MissingInputError(
-                f"{pattern}: no such file or folder; check the path; expected .tar files by brace "
-                f"pattern, glob, directory or list, or a folder of images{like_path(pattern)}"
-            )
+            wrong, meant = f"{pattern}: no such file or folder", like_path(pattern)
+        elif not locations:
+            wrong = f"no shards: no file is named like {pattern}"
+        else:
+            files = "file" if len(locations) == 1 else "files"
+            of = f"{len(missing)} of {len(locations)} {files} {are(len(missing))} missing"
+            wrong = f"{of} ({', '.join(missing[:3])}{', ...' * (len(missing) > 3)})"
         raise MissingInputError(
-            f"{found if locations else f'no shards: no file is named like {pattern}'}; check the "
-            "path; expected .tar files by brace pattern, glob, directory or list, or a folder of "
-            "images"
+            f"{wrong}; check the path; expected .tar files by brace pattern, glob, directory or "
+            f"list, or a folder of images{meant}"
         )
     if packed := next((place for place in locations if COMPRESSED.search(place)), None):
         raise MissingInputError(f"{packed}: {UNPACK}")
@@ -227,7 +233,7 @@ def index_tar(path: Path) -> TarIndex:
     try:
         with path.open("rb") as file:
             with tarfile.open(fileobj=file, mode="r:") as archive:
-                members += filter(None, (_member(archive, entry, file) for entry in archive))
+                members += filter(None, (_member(entry, file) for entry in archive))
                 end = archive.offset
             file.seek(end)
             block = file.read(TAR_BLOCK)
@@ -257,7 +263,7 @@ def _images(members: list[_Member]) -> str:
     return counted(sum(member.is_image for member in members), "image", "s")
 
 
-def _member(archive: tarfile.TarFile, entry: tarfile.TarInfo, file: BinaryIO) -> _Member | None:
+def _member(entry: tarfile.TarInfo, file: BinaryIO) -> _Member | None:
     """What a file in a tar is; None for folders, links, and what a system keeps for itself."""
     folder, _, name = entry.name.rpartition("/")
     parts = [part for part in entry.name.split("/") if part.strip(".")]
@@ -266,8 +272,7 @@ def _member(archive: tarfile.TarFile, entry: tarfile.TarInfo, file: BinaryIO) ->
     suffix = os.path.splitext(name)[1].lower()
     numbers: dict[str, float] = {}
     if suffix == ".json":
-        handle = archive.extractfile(entry)
-        numbers = _json_numbers(handle.read() if handle else b"")
+        numbers = _json_numbers(os.pread(file.fileno(), entry.size, entry.offset_data))
     is_image = suffix in SUFFIXES
     if not is_image and suffix not in NO_IMAGES:
         head = os.pread(file.fileno(), min(FIRST_BYTES, entry.size), entry.offset_data)
@@ -332,18 +337,13 @@ def add_neighbours(found: TarIndex, path: Path) -> TarIndex:
             )
     table = path.with_suffix(".parquet")
     if table.is_file() and not all(found.numbers) and importlib.util.find_spec("pyarrow"):
-        rows = _parquet_numbers(table)
+        from pyarrow import parquet
+
+        rows = {str(row.get("key")): _numeric(row) for row in parquet.read_table(table).to_pylist()}
         for key, numbers in zip(found.keys, found.numbers, strict=True):
             if not numbers:
                 numbers.update(rows.get(key, {}))
     return found
-
-
-def _parquet_numbers(table: Path) -> dict[str, dict[str, float]]:
-    from pyarrow import parquet
-
-    rows = parquet.read_table(table).to_pylist()
-    return {str(row.get("key")): _numeric(row) for row in rows}
 
 
 def _json_numbers(text: bytes) -> dict[str, float]:
@@ -383,9 +383,8 @@ def index_directories(locations: Sequence[str], given: str | None = None) -> lis
 def index_directory(locations: Sequence[str], given: str | None = None) -> Path:
     """The first of `index_directories` that can be written; RunFailedError if there is none."""
     places = index_directories(locations, given)
-    for place in places:
-        if is_writable(place):
-            return place
+    if (writable := next(filter(is_writable, places), None)) is not None:
+        return writable
     tried = ", ".join(str(place.parent) for place in places)
     raise RunFailedError(
         f"the index of the shards cannot be written in {tried}: give data.index_dir "
@@ -404,30 +403,25 @@ def build_index(
     check_writable(directory)
     chunks = [list(locations[i : i + PART_SHARDS]) for i in range(0, len(locations), PART_SHARDS)]
     tasks = [(directory / f"part-{n:06d}.npz", chunk, cache) for n, chunk in enumerate(chunks)]
-    if workers > 1 and len(tasks) > 1:
-        parent = (os.getpid(),)
-        with ProcessPoolExecutor(workers, initializer=end_with_parent, initargs=parent) as pool:
-            done = pool.map(_index_chunk, tasks)
-            _count(done, len(locations), progress)
-    else:
-        _count(map(_index_chunk, tasks), len(locations), progress)
+    run: Callable[..., Iterator[int]] = map
+    with contextlib.ExitStack() as stack:
+        if workers > 1 and len(tasks) > 1:
+            pool = ProcessPoolExecutor(
+                workers, initializer=end_with_parent, initargs=(os.getpid(),)
+            )
+            run = stack.enter_context(pool).map
+        for done in itertools.accumulate(run(_index_chunk, tasks)):
+            if progress is not None:
+                progress(done, len(locations))
     _merge_parts([part for part, *_ in tasks], locations, directory)
-
-
-def _count(done: Iterable[int], total: int, progress: Progress | None) -> None:
-    finished = 0
-    for number in done:
-        finished += number
-        if progress is not None:
-            progress(finished, total)
 
 
 def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
     """Indexes a chunk of shards into one part file, unless it is there and still right."""
     part, chunk, cache = task
-    fingerprints = [fingerprint(place) for place in chunk]
+    now = fingerprints(chunk)
     # Made of the same files, in an earlier call that was interrupted or is repeated.
-    if _fingerprints(part) == fingerprints:
+    if _made_of(part) == now:
         return len(chunk)
     tars: list[TarIndex] = []
     broken: dict[str, str] = {}
@@ -440,7 +434,7 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
             raise
         except (MissingInputError, RunFailedError) as error:  # today's: the next call tries again
             failed = isinstance(error, RunFailedError)
-            fingerprints[number], broken[place] = UNFETCHED if failed else GONE, str(error)
+            now[number], broken[place] = UNFETCHED if failed else GONE, str(error)
             unreachable += failed
             if unreachable == GIVE_UP:
                 raise
@@ -454,14 +448,14 @@ def _index_chunk(task: tuple[Path, list[str], ShardCache]) -> int:
                 if is_remote(place):  # perhaps cut short, or a page in its place: not the shard's
                     cache.forget(place)
                 if is_remote(place) or isinstance(error.__cause__, OSError):
-                    fingerprints[number] = GONE
+                    now[number] = GONE
         tars.append(one)
-    _write_part(part, tars, fingerprints, broken)
+    _write_part(part, tars, now, broken)
     return len(chunk)
 
 
 def _write_part(
-    part: Path, tars: Sequence[TarIndex], fingerprints: list[list[int]], broken: dict[str, str]
+    part: Path, tars: Sequence[TarIndex], made_of: list[list[int]], broken: dict[str, str]
 ) -> None:
     """Writes what was found in a chunk's shards as arrays over its images, and a header."""
     numbers = [row for one in tars for row in one.numbers]
@@ -471,7 +465,7 @@ def _write_part(
         for i, key in enumerate(names)
     }
     header = {
-        "fingerprints": fingerprints,
+        "fingerprints": made_of,
         "counts": [len(one.sizes) for one in tars],
         "columns": names,
         "broken": broken,
@@ -487,7 +481,7 @@ def _write_part(
         )
 
 
-def _fingerprints(part: Path) -> list[list[int]] | None:
+def _made_of(part: Path) -> list[list[int]] | None:
     """Of the shards that a part was made of; None if it is not there, or cannot be read."""
     try:
         with zipfile.ZipFile(part) as archive:
@@ -505,8 +499,13 @@ def _part_header(part: Path) -> dict[str, Any]:
     return header
 
 
-def fingerprint(place: str) -> list[int]:
-    """[size, mtime in ns] of a local shard; [0, 0] for a remote one."""
+def fingerprints(places: Sequence[str]) -> list[list[int]]:
+    """[size, mtime in ns] of each local file; [-1, -1] without one, [0, 0] for a remote one."""
+    with ThreadPoolExecutor(16) as pool:  # a stat on a network disk mostly waits
+        return list(pool.map(_fingerprint, places))
+
+
+def _fingerprint(place: str) -> list[int]:
     if is_remote(place):
         return [0, 0]
     try:
@@ -519,30 +518,22 @@ def fingerprint(place: str) -> list[int]:
 def _merge_parts(parts: list[Path], locations: Sequence[str], directory: Path) -> None:
     """Joins parts into arrays that can be mapped, and index.json last."""
     headers = [_part_header(part) for part in parts]
-    rows = [sum(header["counts"]) for header in headers]
     names = sorted({name for header in headers for name in header["columns"]})
-    total = sum(rows)
-    arrays: dict[str, Any] = {"blocks": np.uint32, "sizes": np.uint32}
-    arrays |= {f"column-{i}": np.float32 for i in range(len(names))}
+    counts = [count for header in headers for count in header["counts"]]
+    arrays = {"blocks": "<u4", "sizes": "<u4"} | {f"column-{i}": "<f4" for i in range(len(names))}
     for array, kind in arrays.items():
-        with atomic_path(directory / f"{array}.npy") as temporary:
-            if total == 0:
-                with temporary.open("wb") as file:
-                    np.save(file, np.zeros(0, kind))
-                continue
-            target = np.lib.format.open_memmap(temporary, "w+", np.dtype(kind), (total,))
-            start = 0
-            for part, header, count in zip(parts, headers, rows, strict=True):
-                target[start : start + count] = _column(part, header, array, names, count)
-                start += count
-            target.flush()
+        about = {"descr": kind, "fortran_order": False, "shape": (sum(counts),)}
+        with atomic_path(directory / f"{array}.npy") as temporary, temporary.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, about)
+            for part, header in zip(parts, headers, strict=True):  # memory holds one at a time
+                file.write(_column(part, header, array, names).astype(kind).data)
     write_json(
         directory / "index.json",
         {
             "version": 1,
             "locations": list(locations),
             "fingerprints": [f for header in headers for f in header["fingerprints"]],
-            "counts": [count for header in headers for count in header["counts"]],
+            "counts": counts,
             "columns": names,
             "broken": {k: v for header in headers for k, v in header["broken"].items()},
             "without_image": sum(header["without_image"] for header in headers),
@@ -550,13 +541,11 @@ def _merge_parts(parts: list[Path], locations: Sequence[str], directory: Path) -
     )
 
 
-def _column(
-    part: Path, header: dict[str, Any], array: str, names: list[str], count: int
-) -> np.ndarray:
+def _column(part: Path, header: dict[str, Any], array: str, names: list[str]) -> np.ndarray:
     with np.load(part) as stored:
         if not array.startswith("column-"):
             return np.asarray(stored[array])
         name = names[int(array.removeprefix("column-"))]
         if name not in header["columns"]:
-            return np.full(count, np.nan, np.float32)  # no image of this part has the field
+            return np.full(sum(header["counts"]), np.nan)  # no image of this part has the field
         return np.asarray(stored[f"column_{header['columns'].index(name)}"])

@@ -6,10 +6,12 @@ difference hash (dHash) of image search with the differences themselves in place
 N: images; every look is (9, 9) float32 in 0..255.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch.nn.functional as F
+from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor
 
 from kl_f8_train import images
@@ -49,24 +51,12 @@ def alike(looks: np.ndarray, others: np.ndarray) -> Iterator[tuple[int, int]]:
 
 def groups(looks: np.ndarray, digests: Sequence[str]) -> list[list[int]]:
     """Groups of indices of images that are equal or alike, directly or through others; in order."""
-    leader = list(range(len(digests)))  # union-find: following it leads to a group's first image
-
-    def find(number: int) -> int:
-        while leader[number] != number:
-            leader[number] = leader[leader[number]]  # halves the path for later searches
-            number = leader[number]
-        return number
-
+    found = DisjointSet(range(len(digests)))
     first_of: dict[str, int] = {}
     equal = ((number, first_of.setdefault(sha, number)) for number, sha in enumerate(digests))
-    for pairs in (equal, alike(looks, looks)):
-        for one, other in pairs:
-            low, high = sorted((find(one), find(other)))
-            leader[high] = low
-    found: dict[int, list[int]] = {}
-    for number in range(len(digests)):
-        found.setdefault(find(number), []).append(number)
-    return list(found.values())
+    for one, other in itertools.chain(equal, alike(looks, looks)):
+        found.merge(one, other)
+    return sorted(map(sorted, found.subsets()))
 
 
 def _directions(looks: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ metadata; KEY.txt, its name as the caption. KEY is five digits of the shard and 
 the same bytes with any number of processes, and a pack that was stopped resumes where it was.
 """
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -16,7 +17,7 @@ import os
 import signal
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from kl_f8_train import images
 from kl_f8_train.data import parquet
@@ -33,6 +35,7 @@ from kl_f8_train.folders import SUFFIXES, Listing, list_folder
 from kl_f8_train.images import read_file
 from kl_f8_train.launch import available_cores
 from kl_f8_train.lifetime import end_with_parent
+from kl_f8_train.output import Progress
 from kl_f8_train.units import counted, printable, written
 
 MAX_PER_SHARD = 10_000  # four digits
@@ -40,10 +43,7 @@ MAX_SHARDS = 100_000  # five digits
 MANIFEST = "pack.json"
 QUALITY = 95  # of re-encoded JPEGs
 SHOWN = 10  # images left out that the command line names
-IMAGE_MARKS = {  # how images begin, and their suffix
-    **{b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"},
-    **{b"II*\0": ".tif", b"MM\0*": ".tif"},
-}
+USUAL_SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "HEIF": ".heic"}  # else .png, ...
 PER_PROCESS = 2_000  # images that are worth the seconds a process takes to start
 
 
@@ -103,7 +103,7 @@ def pack(
     per_shard: int = 1000,
     workers: int | None = None,
     reencode: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> PackResult:
     """Packs the images of `source` into shards of `per_shard` (1 .. 10,000) in `out`.
 
@@ -120,29 +120,27 @@ def pack(
     if not 1 <= per_shard <= MAX_PER_SHARD:
         raise UsageError(f"{per_shard} images in each shard: expected 1 to {MAX_PER_SHARD:,}")
     held = _list([source] if isinstance(source, Path) else source)
-    if held.count > per_shard * MAX_SHARDS:
-        raise UsageError(f"{held.count:,} images are more than {MAX_SHARDS:,} shards hold")
+    if len(held) > per_shard * MAX_SHARDS:
+        raise UsageError(f"{len(held):,} images are more than {MAX_SHARDS:,} shards hold")
     _claim(out, {"per_shard": per_shard, "reencode": reencode, "files": held.files})
-    jobs = [
-        Job(number, held.folder, files, out, reencode)
-        for number, files in enumerate(held.dealt(per_shard))
-    ]
+    dealt: Iterator[tuple[str, ...] | parquet.Rows] = held.dealt(per_shard)
+    jobs = [Job(number, held.folder, files, out, reencode) for number, files in enumerate(dealt)]
     found = ((job.number, job.done()) for job in jobs)
     stats = {number: entry for number, entry in found if entry is not None}
     open_jobs = [job for job in jobs if job.number not in stats]
     done = sum(entry["count"] for entry in stats.values())
-    for number, entry in _write_all(held.chains(open_jobs), _processes(workers, open_jobs)):
+    for number, entry in _write_all(_chains(open_jobs), _processes(workers, open_jobs)):
         stats[number] = entry
         done += entry["count"]
         if progress:
-            progress(done, held.count)
+            progress(done, len(held))
     packed = sum(entry["successes"] for entry in stats.values())
     skipped = [line for job in jobs for line in stats[job.number]["skipped"]]
     if not packed:
         for path in (out / MANIFEST, *(file for job in jobs for file in (job.tar, job.stats))):
             path.unlink()  # so that the same command packs what is there by then
         raise MissingInputError(
-            f"{held.folder}: none of its {counted(held.count, 'image', 's')} can be used, from "
+            f"{held.folder}: none of its {counted(len(held), 'image', 's')} can be used, from "
             f"{skipped[0]}; nothing is left in {out}"
         )
     return PackResult(
@@ -158,51 +156,41 @@ def pack(
 
 
 @dataclass(frozen=True)
-class Input:
-    """What is packed."""
+class Photographs:
+    """The images below a folder; parquet files are a `Table`."""
 
     folder: Path
-    files: list[tuple[str, int]]  # path relative to the folder, size in bytes; sorted
-    not_used: str = ""  # what else is there, by kind
-    table: parquet.Table | None = None  # if the files are parquet
+    files: tuple[tuple[str, int], ...]  # path relative to the folder, size in bytes; sorted
+    not_used: str  # what else is there, by kind
 
-    @property
-    def count(self) -> int:
-        """Images, or rows."""
-        return len(self.files if self.table is None else self.table)
+    def __len__(self) -> int:
+        return len(self.files)
 
-    def dealt(self, per_shard: int) -> Iterator[tuple[str, ...] | parquet.Rows]:
-        """The images of each shard."""
-        if self.table is not None:
-            yield from self.table.dealt(per_shard)
-            return
-        for start in range(0, len(self.files), per_shard):
-            yield tuple(name for name, _ in self.files[start : start + per_shard])
-
-    def chains(self, jobs: list[Job]) -> list[list[Job]]:
-        """The jobs, together those that one process is to write one after another.
-
-        Of parquet these are the shards that begin in the same row group, which is read only once.
-        """
-        table = self.table
-        if table is None:
-            return [[job] for job in jobs]
-        places = (
-            (table.start(job.files), job) for job in jobs if isinstance(job.files, parquet.Rows)
-        )
-        grouped = itertools.groupby(places, key=lambda pair: pair[0])
-        return [[job for _, job in chain] for _, chain in grouped]
+    def dealt(self, size: int) -> Iterator[tuple[str, ...]]:
+        """The files in pieces of `size`; the last may be smaller."""
+        for start in range(0, len(self.files), size):
+            yield tuple(name for name, _ in self.files[start : start + size])
 
 
-def _list(places: Sequence[Path]) -> Input:
+def _list(places: Sequence[Path]) -> Photographs | parquet.Table:
     """Finds the images below a folder, or parquet files. Raises MissingInputError for neither."""
     folder = places[0] if len(places) == 1 and places[0].is_dir() else None
     listing = list_folder(folder) if folder else Listing()
     if folder and listing.files:
-        sizes = ((name, _size(folder / name)) for name in listing.files)
-        files = [(name, size) for name, size in sizes if size is not None]
-        return Input(folder, files, listing.describe())
-    tables = [file for place in places for file in _parquet_files(place)]
+        files = []
+        for name in listing.files:
+            with contextlib.suppress(OSError):  # it went away since the folder was listed
+                files.append((name, (folder / name).stat().st_size))
+        return Photographs(folder, tuple(files), listing.describe())
+    tables: set[Path] = set()
+    for place in places:
+        found = parquet.find(place)
+        if not found and not place.is_dir():
+            what = "is another file" if place.exists() else "no such folder, file or match"
+            raise MissingInputError(
+                f"{place}: {what}; expected a folder of photographs, or {parquet.SUFFIX} files"
+            )
+        tables.update(found)
     if not tables:
         where = ", ".join(map(str, places))
         several = "give one folder of images at a time" if len(places) > 1 else "it is empty"
@@ -210,30 +198,7 @@ def _list(places: Sequence[Path]) -> Input:
             f"no images in {where}: expected {', '.join(SUFFIXES)}, or {parquet.SUFFIX} files; "
             f"{listing.describe() or several}"
         )
-    table = parquet.read_table(sorted(set(tables)), folder)
-    return Input(table.folder, list(table.files), table=table)
-
-
-def _parquet_files(place: Path) -> list[Path]:
-    """Those that a place names; of a folder perhaps none.
-
-    Raises MissingInputError if there are none, and it is not a folder.
-    """
-    found = parquet.find(place)
-    if not found and not place.is_dir():
-        what = "is another file" if place.exists() else "no such folder, file or match"
-        raise MissingInputError(
-            f"{place}: {what}; expected a folder of photographs, or {parquet.SUFFIX} files"
-        )
-    return found
-
-
-def _size(file: Path) -> int | None:
-    """In bytes; None if it went away since the folder was listed."""
-    try:
-        return file.stat().st_size
-    except OSError:
-        return None
+    return parquet.read_table(sorted(tables), folder)
 
 
 def _claim(out: Path, manifest: dict[str, Any]) -> None:
@@ -284,6 +249,18 @@ def _compare(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 # --- writing --------------------------------------------------------------------------------
+
+
+def _chains(jobs: list[Job]) -> list[list[Job]]:
+    """The jobs, together those that one process is to write one after another.
+
+    Of parquet these are the shards that begin in the same row group, which is read only once.
+    """
+
+    def start(job: Job) -> object:
+        return job.files.start if isinstance(job.files, parquet.Rows) else job.number
+
+    return [list(chain) for _, chain in itertools.groupby(jobs, key=start)]
 
 
 def _processes(workers: int | None, jobs: list[Job]) -> int:
@@ -415,10 +392,9 @@ def _sample(row: parquet.ImageRow, key: str, reencode: bool) -> dict[str, bytes]
 
 def _extension(data: bytes) -> str:
     """Of an image whose own name has none that indexes know: .jpg, .png, .heic, ..."""
-    kind = images.brand(data)
-    if kind:
-        return {"AVIF": ".avif", "HEIF": ".heic"}[kind]
-    return next((suffix for mark, suffix in IMAGE_MARKS.items() if data.startswith(mark)), ".jpg")
+    with Image.open(io.BytesIO(data)) as opened:
+        kind = opened.format or "JPEG"
+    return USUAL_SUFFIXES.get(kind, f".{kind.lower()}")
 
 
 def _to_jpeg(image: torch.Tensor, converted: bool) -> bytes:

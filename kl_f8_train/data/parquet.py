@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 SUFFIX = ".parquet"
 BATCH = 8  # rows that are in memory at once
 BUFFER = 1 << 20  # bytes read at once of a column
-RowGroup = tuple[str, int]  # a file, relative to the folder, and one of its row groups
 
 
 class ImageRow(NamedTuple):
@@ -43,6 +42,7 @@ class Span(NamedTuple):
     file: str  # relative to the folder
     first: int
     rows: int
+    group: int  # the row group in which they begin
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Rows:
     """Successive rows of one or several files."""
 
     spans: tuple[Span, ...]
+
+    @property
+    def start(self) -> tuple[str, int]:
+        """The file and the row group in which they begin."""
+        return self.spans[0].file, self.spans[0].group
 
     def __len__(self) -> int:
         return sum(span.rows for span in self.spans)
@@ -62,6 +67,7 @@ class Table:
     folder: Path
     files: tuple[tuple[str, int], ...]  # path relative to the folder, size in bytes
     groups: tuple[tuple[int, ...], ...]  # rows of each row group of each file
+    not_used: str = ""
 
     def __len__(self) -> int:
         return sum(map(sum, self.groups))
@@ -70,23 +76,18 @@ class Table:
         """The rows in pieces of `size`; the last may be smaller."""
         spans: list[Span] = []
         room = size
-        for (file, _), rows in zip(self.files, map(sum, self.groups), strict=True):
+        for (file, _), groups in zip(self.files, self.groups, strict=True):
+            ends = list(itertools.accumulate(groups))
             first = 0
-            while first < rows:
-                span = Span(file, first, min(room, rows - first))
-                spans.append(span)
-                first, room = first + span.rows, room - span.rows
+            while first < sum(groups):
+                rows = min(room, sum(groups) - first)
+                spans.append(Span(file, first, rows, bisect_right(ends, first)))
+                first, room = first + rows, room - rows
                 if not room:
                     yield Rows(tuple(spans))
                     spans, room = [], size
         if spans:
             yield Rows(tuple(spans))
-
-    def start(self, rows: Rows) -> RowGroup:
-        """The file and the row group in which rows begin."""
-        file, first, _ = rows.spans[0]
-        groups = dict(zip((name for name, _ in self.files), self.groups, strict=True))[file]
-        return file, bisect_right(list(itertools.accumulate(groups)), first)
 
 
 # --- which files ----------------------------------------------------------------------------
@@ -95,15 +96,12 @@ class Table:
 def find(place: Path) -> list[Path]:
     """The parquet files that a file, a folder or a glob names, sorted; [] if it names none."""
     if place.is_dir():
-        below = (path for path in place.rglob("*") if path.suffix.lower() == SUFFIX)
-        return sorted(
-            path
-            for path in below
-            if path.is_file() and not any(map(is_system, path.relative_to(place).parts))
-        )
-    if place.is_file():
-        return [place] if place.suffix.lower() == SUFFIX else []
-    found = map(Path, glob.glob(str(place), recursive=True))
+        below = place.rglob("*")
+        found = [f for f in below if not any(map(is_system, f.relative_to(place).parts))]
+    elif place.is_file():
+        found = [place]  # whatever signs its name holds
+    else:
+        found = [Path(match) for match in glob.glob(str(place), recursive=True)]
     return sorted(path for path in found if path.suffix.lower() == SUFFIX and path.is_file())
 
 
@@ -173,11 +171,9 @@ def _image_column(path: Path, schema: Any) -> str:
     from pyarrow import types
 
     def holds_images(kind: Any) -> bool:
-        if not types.is_struct(kind):
-            return False
-        of = {kind.field(n).name: kind.field(n).type for n in range(kind.num_fields)}
+        place = kind.get_field_index("bytes") if types.is_struct(kind) else -1
         tests = (types.is_binary, types.is_large_binary, types.is_binary_view)
-        return "bytes" in of and any(test(of["bytes"]) for test in tests)
+        return place >= 0 and any(test(kind.field(place).type) for test in tests)
 
     found = [field.name for field in schema if holds_images(field.type)]
     if len(found) == 1 or "image" in found:
@@ -204,7 +200,7 @@ def read(folder: Path, pieces: Sequence[Rows]) -> Iterator[ImageRow]:
     """
     spans = [span for piece in pieces for span in piece.spans]
     for file, of_file in itertools.groupby(spans, key=lambda span: span.file):
-        wanted = deque(row for _, first, rows in of_file for row in range(first, first + rows))
+        wanted = deque(row for s in of_file for row in range(s.first, s.first + s.rows))
         failure = "it has fewer rows than it had"
         try:
             with _opened(folder / file) as (opened, column):
@@ -218,39 +214,37 @@ def read(folder: Path, pieces: Sequence[Rows]) -> Iterator[ImageRow]:
 
 def _values(opened: "ParquetFile", column: str, wanted: deque[int]) -> Iterator[tuple[int, Any]]:
     """(row, its image column) of the rows `wanted`, which are taken out as they come."""
-    start = 0
+    end = 0
     for group in range(opened.num_row_groups):
-        end = start + opened.metadata.row_group(group).num_rows
+        start, end = end, end + opened.metadata.row_group(group).num_rows
         if wanted and wanted[0] < end:
-            yield from _values_of_group(opened, column, group, range(start, end), wanted)
-        start = end
+            for row, value in enumerate(_values_of_group(opened, column, group), start):
+                if row == wanted[0]:
+                    yield wanted.popleft(), value
+                    if not wanted or wanted[0] >= end:
+                        break
 
 
-def _values_of_group(
-    opened: "ParquetFile", column: str, group: int, rows: range, wanted: deque[int]
-) -> Iterator[tuple[int, Any]]:
+def _values_of_group(opened: "ParquetFile", column: str, group: int) -> Iterator[Any]:
+    """The image column of a row group; then ImageErrors for the rows that cannot be read."""
     import pyarrow
 
     failure = "the row group is shorter than the file says"
     try:
-        batches = opened.iter_batches(BATCH, [group], [column], use_threads=False)
-        values = itertools.chain.from_iterable(batch.column(0) for batch in batches)
-        for row, value in zip(rows, values, strict=False):
-            if not wanted or wanted[0] >= rows.stop:
-                return
-            if row == wanted[0]:
-                wanted.popleft()
-                yield row, value.as_py()
+        for batch in opened.iter_batches(BATCH, [group], [column], use_threads=False):
+            yield from batch.column(0)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         failure = f"{error}"
-    while wanted and wanted[0] < rows.stop:
-        yield wanted.popleft(), ImageError(f"cannot be read: {failure}")
+    yield from itertools.repeat(ImageError(f"cannot be read: {failure}"))
 
 
 def _row(name: str, value: Any) -> ImageRow:
     if isinstance(value, ImageError):
         return ImageRow(name, value, "")
-    held = value or {}
+    try:
+        held = value.as_py() or {}
+    except ValueError as error:  # a path that is not UTF-8
+        return ImageRow(name, ImageError(f"cannot be read: {error}"), "")
     path, data = str(held.get("path") or ""), held.get("bytes")
     if not data:
         return ImageRow(name, ImageError(f"no image: {'only a path' if path else 'empty'}"), path)

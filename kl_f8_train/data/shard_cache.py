@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -81,32 +82,32 @@ class ShardCache:
 
     def __reduce__(self) -> tuple[Callable[..., "ShardCache"], tuple[object, ...]]:
         """Pickles the settings only; the copy has its own background thread."""
-        return _rebuild, (
-            *(self.root, self.max_bytes, self.grace_seconds, self.queue_size, self.patience),
-        )
+        settings = ("grace_seconds", "queue_size", "patience")
+        build = partial(ShardCache, **{name: getattr(self, name) for name in settings})
+        return build, (self.root, self.max_bytes)
 
-    def open(self, url: str, size: int | None = None, sha256: str | None = None) -> BinaryIO:
+    def open(self, url: str) -> BinaryIO:
         """The file, open; what is open stays readable, also when it is evicted meanwhile.
 
-        Fetches it, once for all processes, unless it is there with its recorded size and the given
-        size (bytes) and sha256. A local path is opened as it is, without checks.
+        Fetches it, once for all processes, unless it is there with its recorded size. A local path
+        is opened as it is, without checks.
 
         Raises MissingInputError and RunFailedError like `fetch`, and RunFailedError if the remote
-        file is not the given one or, where nothing is given, not the one first fetched.
+        file is not the one first fetched.
         """
         if not is_remote(url):
             return open_local(url)
         self._prepare()
         try:
-            return self._take(url, size, sha256)
+            return self._take(_Entry(self.root, url))
         except OSError as error:
             raise disk_failure(self.root, error, CACHE_SETTINGS) from error
 
-    def path(self, url: str, size: int | None = None, sha256: str | None = None) -> Path:
+    def path(self, url: str) -> Path:
         """Like `open`, but the path, where the file stays for at least `grace_seconds`."""
         if not is_remote(url):
             return local_path(url)
-        with self.open(url, size, sha256):
+        with self.open(url):
             return _Entry(self.root, url).path
 
     def forget(self, url: str) -> None:
@@ -123,46 +124,43 @@ class ShardCache:
         It stops at the first that does not fit in the queue; those that wait there already count
         as taken. An error is kept and raised when that url is asked for.
         """
-        urls = list(urls)
-        if any(map(is_remote, urls)):
-            self._prepare()
         taken = 0
         for url in urls:
-            if is_remote(url) and not self._own_worker().offer(url):
-                break
+            if is_remote(url):
+                self._prepare()
+                if not self._own_worker().offer(url):
+                    break
             taken += 1
         return taken
 
-    def _take(self, url: str, size: int | None, sha256: str | None) -> BinaryIO:
-        entry = _Entry(self.root, url)
-        # Readers share the lock. Whoever needs the file first takes it alone and fetches; the
-        # others wait for the lock, and then find the file.
-        with _locked(entry.lock, fcntl.LOCK_SH):
-            if entry.holds(size, sha256):
-                self._own_worker().errors.pop(url, None)  # another process has fetched it since
-                return entry.open()
+    def _take(self, entry: "_Entry") -> BinaryIO:
+        # Whoever needs the file first locks it and fetches; the others wait, and then find it.
         with _locked(entry.lock, fcntl.LOCK_EX):
-            if not entry.holds(size, sha256):  # no other process fetched it meanwhile
-                kept = self._own_worker().errors.pop(url, None)
+            kept = self._own_worker().errors.pop(entry.url, None)
+            is_there = entry.is_whole()
+            if not is_there:
                 if kept is not None:
                     raise kept
-                self._fill(entry, size, sha256)
+                self._fill(entry)
             file = entry.open()
-        self._evict()
+        if not is_there:
+            self._evict()
         return file
 
-    def _fill(self, entry: "_Entry", size: int | None, sha256: str | None) -> None:
-        """Fetches a file whose exclusive lock is held."""
+    def _fill(self, entry: "_Entry") -> None:
+        """Fetches a file whose exclusive lock is held. Raises RunFailedError if it has changed."""
         known = entry.record()
-        self._evict(size or (known.size if known else 0))  # makes room, as far as the size is known
-        for abandoned in self.root.glob(f".{entry.path.name}.*.part"):
-            abandoned.unlink(missing_ok=True)  # of a killed process: the lock is ours
+        self._evict(known.size if known else 0)  # makes room, as far as the size is known
         with atomic_path(entry.path) as part:
-            found = download(entry.url, part, size, self.patience)
-            _check(entry, found, size, sha256, known)
-            if found != known:  # a file must never lie beside another file's record
-                entry.record_path.unlink(missing_ok=True)
-        if found != known:
+            found = download(entry.url, part, self.patience)
+            if known is not None and found != known:
+                raise RunFailedError(
+                    f"{shown(entry.url)} has changed since it was first fetched: SHA-256 "
+                    f"{found.sha256} ({found.size:,} bytes), was {known.sha256} ({known.size:,} "
+                    "bytes); not kept. Put the old file back; or, to use the new one, delete "
+                    f"{entry.record_path}"
+                )
+        if known is None:
             entry.write_record(found)
 
     def _fill_ahead(self, url: str) -> None:
@@ -172,16 +170,10 @@ class ShardCache:
             contextlib.suppress(BlockingIOError),
             _locked(entry.lock, fcntl.LOCK_EX | fcntl.LOCK_NB),
         ):
-            errors = self._own_worker().errors
-            errors.pop(url, None)
-            try:
-                if not entry.holds(None, None):
-                    self._fill(entry, None, None)
-                os.utime(entry.path)  # used now: it is the last to be evicted
-            except OSError as error:
-                errors[url] = disk_failure(self.root, error)
-            except Exception as error:
-                errors[url] = error
+            self._own_worker().errors.pop(url, None)
+            if not entry.is_whole():
+                self._fill(entry)
+            os.utime(entry.path)  # used now: it is the last to be evicted
         with contextlib.suppress(OSError):
             self._evict()
 
@@ -221,14 +213,6 @@ class ShardCache:
         return self._worker
 
 
-def _rebuild(
-    root: Path, max_bytes: int, grace_seconds: float, queue_size: int, patience: Patience
-) -> ShardCache:
-    return ShardCache(
-        root, max_bytes, grace_seconds=grace_seconds, queue_size=queue_size, patience=patience
-    )
-
-
 class _Entry:
     """The files that belong to a url. Everything here expects its lock to be held."""
 
@@ -240,15 +224,11 @@ class _Entry:
         self.lock = hidden_beside(self.path, "lock")
         self.record_path = hidden_beside(self.path, "json")
 
-    def holds(self, size: int | None, sha256: str | None) -> bool:
-        """Whether the file is there, as recorded and as wanted."""
+    def is_whole(self) -> bool:
+        """Whether the file is there, of the recorded size."""
         record = self.record()
-        if record is None or size not in (None, record.size):
-            return False
-        if sha256 not in (None, record.sha256):
-            return False
         try:
-            return self.path.stat().st_size == record.size
+            return record is not None and self.path.stat().st_size == record.size
         except FileNotFoundError:
             return False
 
@@ -306,29 +286,6 @@ class _Worker:
                 self.errors[url] = error
             with self._lock:
                 self._waiting.discard(url)
-
-
-def _check(
-    entry: _Entry, found: Record, size: int | None, sha256: str | None, known: Record | None
-) -> None:
-    """Raises RunFailedError if a fetched file is not what was asked for, or what it once was."""
-    url = shown(entry.url)
-    if size is not None and found.size != size:
-        raise RunFailedError(
-            f"{url} has {found.size:,} bytes, expected {size:,}; not kept. The file or the list "
-            "that names it has changed: fix it, then run the same command again"
-        )
-    if sha256 is not None and found.sha256 != sha256:
-        raise RunFailedError(
-            f"{url} has SHA-256 {found.sha256}, expected {sha256}; not kept. The file or the list "
-            "that names it has changed: fix it, then run the same command again"
-        )
-    if sha256 is None and known is not None and found.sha256 != known.sha256:
-        raise RunFailedError(
-            f"{url} has changed since it was first fetched: SHA-256 {found.sha256} "
-            f"({found.size:,} bytes), was {known.sha256} ({known.size:,} bytes); not kept. Put the "
-            f"old file back; or, to use the new one, delete {entry.record_path}"
-        )
 
 
 def _listing(root: Path) -> Iterator[tuple[str, float, int]]:

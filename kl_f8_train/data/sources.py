@@ -1,21 +1,19 @@
 """The images of a source by shard and number: indexed tar shards, after filters, or a folder."""
 
-import itertools
 import json
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from kl_f8_train.data.index import (
-    COMPRESSED,
     GONE,
     PART_SHARDS,
     TAR_BLOCK,
@@ -23,7 +21,7 @@ from kl_f8_train.data.index import (
     UNREADABLE,
     build_index,
     expand,
-    fingerprint,
+    fingerprints,
     index_directories,
     index_directory,
     tars_in,
@@ -31,7 +29,7 @@ from kl_f8_train.data.index import (
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, UsageError
 from kl_f8_train.files import cache_dir, one_at_a_time
-from kl_f8_train.folders import Listing, describe_count, list_folder
+from kl_f8_train.folders import Listing, list_folder
 from kl_f8_train.images import patiently, read_file
 from kl_f8_train.launch import available_cores
 from kl_f8_train.overrides import source_setting
@@ -39,33 +37,14 @@ from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import are, counted, printable
 
 AUTOMATIC = 2000  # local shards that are indexed without being asked
-
-
-class ImageSource(Protocol):
-    """What the plan and the data set need of a source."""
-
-    counts: np.ndarray  # images of each shard, after filters
-
-    def read(self, shard: int, sample: int) -> tuple[str, bytes]:
-        """Name (shard and file) and encoded image. Raises ImageError if it cannot be read.
-
-        The name is as it was found: it may hold control characters.
-        """
-
-    def name(self, shard: int, sample: int) -> str:
-        """What is known of the image's name without reading it."""
-
-    def location(self, shard: int) -> str:
-        """Path or address of a shard."""
-
-    def describe(self) -> list[str]:
-        """Lines on what is in it, and what the filters dropped."""
-
-    def files_held(self) -> Iterable[tuple[str, int, int]]:
-        """(name, bytes, images after filters) of each of its files, in their order."""
-
-    def of_sizes(self, sizes: set[int]) -> Iterator[tuple[int, int]]:
-        """(shard, sample) of each image, after filters, that has one of these sizes in bytes."""
+COMPARISONS = {  # a longer sign before the one it begins with
+    ">=": np.greater_equal,
+    "<=": np.less_equal,
+    "==": np.equal,
+    "!=": np.not_equal,
+    ">": np.greater,
+    "<": np.less,
+}
 
 
 @dataclass(frozen=True)
@@ -79,11 +58,12 @@ class Filter:
     @classmethod
     def parse(cls, text: str) -> "Filter":
         """Reads "width >= 256". Raises UsageError for anything else."""
-        match = re.fullmatch(r"\s*([\w.]+)\s*(>=|<=|==|!=|>|<)\s*([-+.\deE]+)\s*", text)
+        signs = "|".join(COMPARISONS)
+        match = re.fullmatch(rf"\s*([\w.]+)\s*({signs})\s*([-+.\deE]+)\s*", text)
         if not match:
             raise UsageError(
                 f"filter {text!r}: expected FIELD OPERATOR NUMBER, such as 'width >= 256', with "
-                "one of >= <= == != > <"
+                f"one of {' '.join(COMPARISONS)}"
             )
         try:
             return cls(match[1], match[2], float(match[3]))
@@ -95,15 +75,7 @@ class Filter:
 
     def mask(self, values: np.ndarray) -> np.ndarray:
         """Which values pass; a missing one (NaN) does not."""
-        compare = {
-            ">=": np.greater_equal,
-            "<=": np.less_equal,
-            "==": np.equal,
-            "!=": np.not_equal,
-            ">": np.greater,
-            "<": np.less,
-        }[self.operator]
-        passed: np.ndarray = compare(values, np.float32(self.number))
+        passed: np.ndarray = COMPARISONS[self.operator](values, np.float32(self.number))
         return passed & ~np.isnan(values)
 
 
@@ -126,27 +98,21 @@ class TarSource:
         self.columns: list[str] = header["columns"]
         self.starts = np.concatenate([[0], np.cumsum(np.array(header["counts"], np.int64))])
         self.blocks, self.sizes = self._mapped("blocks"), self._mapped("sizes")
-        self.dropped: dict[str, int] = {}
+        self.dropped: Counter[str] = Counter()  # filter -> images
         self.counts = self._filtered_counts()
         # A loader reads from a few shards at a time.
         self._kept = lru_cache(maxsize=256)(self._kept_rows)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[type["TarSource"], tuple[Any, ...]]:
         """For loader processes: they map the arrays again."""
-        return {"directory": self.directory, "filters": self.filters, "cache": self.cache}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["directory"], state["filters"], state["cache"])  # type: ignore[misc]
+        return TarSource, (self.directory, self.filters, self.cache)
 
     def changed(self) -> list[str]:
         """Local shards that are not what was indexed."""
-        with ThreadPoolExecutor(16) as pool:
-            # Threads: a stat on a network disk mostly waits.
-            now = list(pool.map(fingerprint, self.locations))
-        pairs = zip(self.locations, self.fingerprints, now, strict=True)
+        now = fingerprints(self.locations)
         return [
             place
-            for place, before, after in pairs
+            for place, before, after in zip(self.locations, self.fingerprints, now, strict=True)
             if before != after and not (before in (UNFETCHED, GONE) and is_remote(place))
         ]
 
@@ -221,26 +187,25 @@ class TarSource:
         counts = np.diff(self.starts)
         if not self.filters:
             return counts
-        columns = [self._column(item.field) for item in self.filters]
         for first in range(0, len(counts), 1000):
             edges = self.starts[first : first + 1001]
-            rows = slice(int(edges[0]), int(edges[-1]))
-            keep = np.ones(rows.stop - rows.start, bool)
-            for item, column in zip(self.filters, columns, strict=True):
-                passed = item.mask(column[rows])
-                text = str(item)
-                self.dropped[text] = self.dropped.get(text, 0) + int((keep & ~passed).sum())
-                keep &= passed
+            keep = self._passing(edges[0], edges[-1], self.dropped)
             running = np.concatenate([[0], np.cumsum(keep)])  # images kept before each row
             counts[first : first + 1000] = np.diff(running[edges - edges[0]])  # of each shard
         return counts
 
     def _kept_rows(self, shard: int) -> np.ndarray:
-        rows = slice(int(self.starts[shard]), int(self.starts[shard + 1]))
-        keep = np.ones(rows.stop - rows.start, bool)
+        start, stop = self.starts[shard : shard + 2]
+        return np.flatnonzero(self._passing(start, stop, Counter())) + start
+
+    def _passing(self, start: int, stop: int, dropped: Counter[str]) -> np.ndarray:
+        """Which rows of the index pass all filters; counts those that each of them drops."""
+        keep = np.ones(stop - start, bool)
         for item in self.filters:
-            keep &= item.mask(self._column(item.field)[rows])
-        return rows.start + np.flatnonzero(keep)
+            passed = item.mask(self._column(item.field)[start:stop])
+            dropped[str(item)] += int((keep & ~passed).sum())
+            keep &= passed
+        return keep
 
     def _column(self, name: str) -> np.ndarray:
         if name not in self.columns:
@@ -309,10 +274,9 @@ class FolderSource:
 
     def files_held(self) -> Iterable[tuple[str, int, int]]:
         """(path below the folder, bytes, 1) of each file; one that is gone has -1 bytes."""
-        places = [self.folder / file for file in self.files]
-        with ThreadPoolExecutor(16) as pool:
-            sizes = list(pool.map(lambda place: fingerprint(str(place))[0], places))
-        return zip(self.files, sizes, itertools.repeat(1))
+        places = [os.path.join(self.folder, file) for file in self.files]
+        for file, (size, _) in zip(self.files, fingerprints(places), strict=True):
+            yield file, size, 1
 
     def of_sizes(self, sizes: set[int]) -> Iterator[tuple[int, int]]:
         """As the file system says now."""
@@ -322,7 +286,12 @@ class FolderSource:
 
     def describe(self) -> list[str]:
         """How many files are used, and how many of which kind are not."""
-        return [describe_count(len(self.files), self.listing)]
+        rest = self.listing.describe()
+        images = counted(len(self.files), "image", "s")
+        return [f"{images} in a folder; {rest}" if rest else f"{images} in a folder"]
+
+
+ImageSource = TarSource | FolderSource
 
 
 def open_source(
@@ -335,7 +304,7 @@ def open_source(
     index_dir: str | None = None,
     warn: Callable[[str], None] = print,
     label: str | None = None,
-) -> TarSource | FolderSource:
+) -> ImageSource:
     """Opens a source; a small local one is indexed here, a large or remote one beforehand.
 
     `label` is where the user named it, for errors.
@@ -347,7 +316,12 @@ def open_source(
         parsed = parse_filters(filters)
         folder = Path(pattern)
         if folder.is_dir() and (listing := _photographs(folder)):
-            return _open_folder(folder, listing, parsed)
+            if parsed:
+                raise UsageError(
+                    "filters need shards with metadata; this is a plain folder: `kl-f8-train pack` "
+                    "it, or leave them out"
+                )
+            return FolderSource(folder, listing)
         locations = expand(pattern)
         places = index_directories(locations, index_dir)
         directory = next((place for place in places if _fresh(place, cache)), None)
@@ -355,8 +329,7 @@ def open_source(
             directory = index_directory(locations, index_dir)
             with one_at_a_time(directory):  # one rank builds, the others wait
                 if not _fresh(directory, cache):
-                    command = _index_command(pattern, index_dir, cache)
-                    _build_here(locations, directory, cache, command)
+                    _build_here(locations, directory, cache, pattern, index_dir)
         source = TarSource(directory, parsed, cache)
     except (MissingInputError, UsageError) as error:
         raise type(error)(f"{where}: {str(error).removeprefix(f'{pattern}: ')}") from error
@@ -379,32 +352,9 @@ def open_source(
 
 
 def _photographs(folder: Path) -> Listing | None:
-    """The photographs of a folder; None if it is one of shards, with few photographs beside."""
-    tars = tars_in(folder)
+    """The photographs of a folder; None if there are none, or few beside shards."""
     listing = list_folder(folder)
-    if not listing.files and (tars or _has_shards(folder)):
-        return None
-    return listing if len(listing.files) > len(tars) or not tars else None
-
-
-def _has_shards(folder: Path) -> bool:
-    """Whether shards lie in its folders, or compressed: `expand` says what to do then."""
-    return any(folder.glob("*/*.[tT][aA][rR]")) or any(map(COMPRESSED.search, os.listdir(folder)))
-
-
-def _open_folder(folder: Path, listing: Listing, filters: Sequence[Filter]) -> FolderSource:
-    if filters:
-        raise UsageError(
-            "filters need shards with metadata; this is a plain folder: `kl-f8-train pack` it, or "
-            "leave them out"
-        )
-    source = FolderSource(folder, listing)
-    if not source.files:
-        raise MissingInputError(
-            f"no shards and no images in {folder}; expected .tar files or photographs as .jpg, "
-            f".png, .webp, .tif, .bmp or .gif; {source.listing.describe() or 'it is empty'}"
-        )
-    return source
+    return listing if len(listing.files) > len(tars_in(folder)) else None
 
 
 def _fresh(directory: Path, cache: ShardCache) -> bool:
@@ -418,21 +368,23 @@ def _fresh(directory: Path, cache: ShardCache) -> bool:
         return False
 
 
-def _index_command(pattern: str, index_dir: str | None, cache: ShardCache) -> str:
-    """How the user indexes shards beforehand, at the places where the run will look."""
-    flags = ["--index-dir", index_dir] if index_dir else []
-    if cache.root != cache_dir() / "shards":
-        flags += ["--cache-dir", str(cache.root)]
-    return shlex.join(["kl-f8-train", "index", pattern, *flags])
-
-
-def _build_here(locations: Sequence[str], directory: Path, cache: ShardCache, command: str) -> None:
-    """Indexes a small local source; raises MissingInputError with `command` for another."""
+def _build_here(
+    locations: Sequence[str],
+    directory: Path,
+    cache: ShardCache,
+    pattern: str,
+    index_dir: str | None,
+) -> None:
+    """Indexes a small local source; MissingInputError for another, with the command that does."""
     remote = sum(is_remote(place) for place in locations)
     if remote or len(locations) > AUTOMATIC:
+        flags = ["--index-dir", index_dir] if index_dir else []
+        if cache.root != cache_dir() / "shards":
+            flags += ["--cache-dir", str(cache.root)]
         raise MissingInputError(
             f"{counted(len(locations), 'shard', 's')} ({remote:,} remote) not indexed yet; run "
-            f"once, which reads every shard: {command}"
+            f"once, which reads every shard: "
+            f"{shlex.join(['kl-f8-train', 'index', pattern, *flags])}"
         )
     workers = available_cores() if len(locations) > PART_SHARDS else 1
     build_index(locations, directory, cache, workers)

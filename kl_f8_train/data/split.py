@@ -9,32 +9,30 @@ not from names or order.
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from kl_f8_train.data import near
-from kl_f8_train.errors import ImageError, MissingInputError, UsageError, like_path
-from kl_f8_train.files import (
-    disk_failure,
-    hidden_part,
-    in_use,
-    remove_abandoned,
-    write_json,
-)
-from kl_f8_train.folders import ahead, list_folder
+from kl_f8_train.errors import ImageError, MissingInputError, UsageError
+from kl_f8_train.files import disk_failure, hidden_part, in_use, remove_abandoned, write_json
+from kl_f8_train.folders import ahead, list_folder, no_folder
 from kl_f8_train.images import read_file
+from kl_f8_train.output import Progress
 from kl_f8_train.units import counted, printable, size
 
 TRAINING, HELD_OUT = "training", "held_out"
 SPLIT_FILE = "split.json"
 USUAL_SHARE = 0.05  # held out if nothing is asked, but MIN_HELD_OUT to MAX_HELD_OUT
 MIN_HELD_OUT, MAX_HELD_OUT = 10, 500  # fewer give no verdict, more take long to score
+RECIPE_SIDE = 384  # data.shorter_side of the shipped recipe for photographs of one's own
 LINES_SHOWN = 5  # groups, and files that cannot be used, that the command line names
 # What makes linking impossible, but not copying.
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
@@ -47,6 +45,7 @@ class Photograph:
     name: str  # relative to the folder
     sha256: str  # of its bytes
     look: np.ndarray  # (9, 9)
+    side: int  # pixels of the shorter side
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ class SplitResult:
     held_out: list[str]
     groups: list[list[str]]  # equal or near-duplicates, two or more
     unusable: list[str]  # "FILE: why"
+    small: list[str]  # shorter side under RECIPE_SIDE
     not_used: str  # what else is in the folder, by kind
     copied: int  # bytes; 0: all are links
 
@@ -80,6 +80,12 @@ class SplitResult:
             lines.append(f"left out: {counted(len(self.unusable), 'file', 's')} without an image")
             lines += _some(self.unusable)
         lines += [self.not_used] if self.not_used else []
+        if self.small:
+            lines.append(
+                f"note: {counted(len(self.small), 'photograph', 's')} under {RECIPE_SIDE} pixels "
+                f"on the shorter side, as {printable(self.small[0])}, would be enlarged: leave "
+                "such out, or lower data.shorter_side"
+            )
         if len(self.held_out) < MIN_HELD_OUT:
             lines.append(
                 f"note: fewer than {MIN_HELD_OUT} held out give no verdict in evaluate --compare"
@@ -97,7 +103,7 @@ def split(
     out: Path,
     held_out: float | None = None,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> SplitResult:
     """Splits the photographs below `folder` into OUT/training and OUT/held_out.
 
@@ -125,26 +131,30 @@ def split(
         HELD_OUT: [p.name for n, p in enumerate(photographs) if n in chosen],
     }
     together = [[photographs[n].name for n in group] for group in groups if len(group) > 1]
+    small = [photograph.name for photograph in photographs if photograph.side < RECIPE_SIDE]
     listed = {
         "folder": str(folder.absolute()),
         "seed": seed,
         **sides,
         "near_duplicates": together,
+        "small": small,
         "unusable": unusable,
     }
     copied = _write(folder, out, sides, listed)
     return SplitResult(
-        out, sides[TRAINING], sides[HELD_OUT], together, unusable, listing.describe(), copied
+        out,
+        **sides,
+        groups=together,
+        unusable=unusable,
+        small=small,
+        not_used=listing.describe(),
+        copied=copied,
     )
 
 
 def _check_places(folder: Path, out: Path) -> None:
     if not folder.is_dir():
-        what = "not a folder" if folder.exists() else "no such folder"
-        raise MissingInputError(
-            f"{folder}: {what}; expected one of photographs"
-            f"{'' if folder.exists() else like_path(folder)}"
-        )
+        raise MissingInputError(no_folder(folder))
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; expected a new or empty directory")
     if out.is_dir() and any(out.iterdir()):
@@ -160,7 +170,7 @@ def _check_places(folder: Path, out: Path) -> None:
 
 
 def _read_all(
-    folder: Path, names: Sequence[str], progress: Callable[[int, int], None] | None
+    folder: Path, names: Sequence[str], progress: Progress | None
 ) -> tuple[list[Photograph], list[str]]:
     """The files that can be used, in order, and "FILE: why" of the others."""
     photographs: list[Photograph] = []
@@ -178,7 +188,10 @@ def _read_all(
 
 def _read(folder: Path, name: str) -> Photograph:
     data = read_file(folder / name)
-    return Photograph(name, hashlib.sha256(data).hexdigest(), near.look(data))
+    look = near.look(data)
+    with Image.open(io.BytesIO(data)) as opened:  # `look` may have decoded it at half its size
+        side = min(opened.size)
+    return Photograph(name, hashlib.sha256(data).hexdigest(), look, side)
 
 
 # --- choosing -------------------------------------------------------------------------------
@@ -222,8 +235,8 @@ def _choose(
         if len(chosen) + len(group) <= count:
             chosen.update(group)
     if not chosen and len(groups) > 1:  # even the smallest group is larger than `count`
-        smallest = min(map(len, order))
-        chosen.update(next(group for group in order if len(group) == smallest))
+        smallest = min(order, key=len)
+        chosen.update(smallest)
     if not chosen:
         raise UsageError(
             f"all {len(photographs)} photographs are near-duplicates of each other, which belong "

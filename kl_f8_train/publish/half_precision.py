@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kl_f8_train import images, shipped
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import RunFailedError
-from kl_f8_train.folders import load_folder
+from kl_f8_train.folders import load_sizes
 from kl_f8_train.units import counted
 
 LIMIT = torch.finfo(torch.float16).max  # 65504
@@ -101,7 +101,7 @@ def choose_images(folder: Path | None, size: int) -> tuple[str, list[Tensor]]:
 
     Raises MissingInputError if there is none in `folder`.
     """
-    chosen = load_folder(folder or shipped.HELD_OUT, size, TRIED)
+    chosen = load_sizes(folder or shipped.HELD_OUT, [size], TRIED)[size]
     kind, source = ("image", folder.name) if folder else ("photograph", "the package")
     return f"{counted(len(chosen), kind, 's')} of {source} at {size} x {size}", chosen
 
