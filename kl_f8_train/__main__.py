@@ -98,7 +98,8 @@ def _complain(message: str, exit_code: int, debug: bool) -> int:
 def _train(args: argparse.Namespace) -> int:
     from kl_f8_train import config as configs
     from kl_f8_train.files import check_writable
-    from kl_f8_train.run_dir import claimed
+    from kl_f8_train.run.paths import check_paths
+    from kl_f8_train.run_dir import begun
 
     if args.dry_run:
         return _examine(args, allow_changes=args.allow_changes)
@@ -108,17 +109,16 @@ def _train(args: argparse.Namespace) -> int:
     config = configs.load(configs.find_recipe(args.config), args.overrides)
     launched(config.compute.num_nodes)
     run_dir = Path(config.run_dir)
-    if not run_dir.is_dir():
-        hub.check_exists(config.init.weights, "init.weights=")
     # The first process of the run speaks for it; torch, which would know, is not imported yet.
     first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-    if first:
-        print(f"{config.name} in {config.run_dir}: loading ...", flush=True)
     resumes = first and run_dir.is_dir()
     if resumes:
         check_writable(run_dir)
     # Before torch, whose import may take minutes: `status` would call the run stopped.
-    with claimed(run_dir) if resumes else contextlib.nullcontext():
+    with begun(run_dir) if resumes else contextlib.nullcontext():
+        check_paths(config)
+        if first:
+            print(f"{config.name} in {config.run_dir}: loading ...", flush=True)
         from kl_f8_train.run.train import train
 
         return train(config, args.allow_changes)

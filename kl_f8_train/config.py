@@ -5,11 +5,14 @@ imported.
 """
 
 import contextlib
+import copy
 import re
-from collections.abc import Iterator, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import DictConfig, Node, OmegaConf
@@ -23,78 +26,178 @@ from kl_f8_train.overrides import (
     parse_sources,
     read_value,
 )
-from kl_f8_train.rules import check, name_problems
+from kl_f8_train.rules import contradictions, name_problems
 from kl_f8_train.run_dir import CONFIG_FILE, is_run
 from kl_f8_train.settings import MISSING, SETTINGS, Config, Source, leaves, setting_of, to_dict
 from kl_f8_train.units import quoted, written
 
 SHIPPED = tuple(folder / "configs" for folder in Path(__file__).parents[:2])  # installed, cloned
+INPUTS = ("run_dir", "init.weights", "data.sources")  # which a recipe leaves to its user
+PLACEHOLDER = "absent"  # in the place of a setting without a value, in a plan
+WRONG = "wrong settings:"  # above several lines
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+class Examined(NamedTuple):
+    """What is wrong with settings, and what they are without that."""
+
+    problems: list[UsageError]
+    absent: list[str]  # settings without a value
+    config: Config | None  # an absent value is PLACEHOLDER; None if numbers are absent
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a recipe and applies `key=value` overrides.
 
-    Raises MissingInputError for a missing file and UsageError for anything wrong in it.
+    Raises MissingInputError for a missing file and UsageError with all that is wrong in it.
     """
-    config = parse(path, overrides)
-    check(config)
-    return config
+    found = examine(path, overrides)
+    _refuse(found.problems)
+    assert found.config is not None
+    return found.config
 
 
-def parse(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Like `load`, but without `check`: every setting has a value of its type, perhaps unusable."""
-    merged = _merge(Path(path), overrides)
-    with _in_our_words(str(path)):
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            lines = "\n".join(f"  {key}=...   {known_setting(key).doc}" for key in missing)
-            raise UsageError(f"{path}: these settings have no value yet:\n{lines}")
-        config = OmegaConf.to_object(merged)
+def _refuse(problems: Sequence[UsageError]) -> None:
+    """Raises UsageError with all problems, if there are any."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        texts = (str(problem).removeprefix(f"{WRONG}\n") for problem in problems)
+        lines = (text if text[:1] == " " else textwrap.indent(text, "  ") for text in texts)
+        raise UsageError("\n".join([WRONG, *lines]))
+
+
+def examine(path: str | Path, overrides: Sequence[str] = ()) -> Examined:
+    """Finds all that is wrong in a recipe and its overrides, and takes the rest.
+
+    Raises MissingInputError for a missing file and UsageError for one that is not a recipe.
+    """
+    merged, wrong = _merged(Path(path), overrides)
+    problems, absent = list(wrong.values()), list[str]()
+    try:
+        with _in_our_words(str(path)):
+            missing = sorted(OmegaConf.missing_keys(merged))
+            absent = [key for key in missing if not _holds_one_of(key, wrong)]
+            if absent:
+                lines = "\n".join(f"  {key}=...   {known_setting(key).doc}" for key in absent)
+                problems.append(UsageError(f"{path}: these settings have no value yet:\n{lines}"))
+            complete = _fill_in(merged, missing)
+            config = OmegaConf.to_object(merged)
+    except UsageError as error:  # of a reference to a setting that is not there
+        return Examined([*problems, error], absent, None)
     assert isinstance(config, Config)
-    return config
+    unknown = [f"{key}=" for key in (*wrong, *missing) if setting_of(key)]
+    found = contradictions(config)
+    if stated := [line for line in found if not any(key in line for key in unknown)]:
+        problems.append(UsageError("\n  ".join([WRONG, *stated])))
+    return Examined(problems, absent, config if complete else None)
+
+
+def _holds_one_of(group: str, keys: Iterable[str]) -> bool:
+    return any(f"{key}.".startswith(f"{group}.") for key in keys)
+
+
+def _fill_in(merged: DictConfig, missing: Sequence[str]) -> bool:
+    """Gives the settings that have no value one; whether PLACEHOLDER was enough.
+
+    For numbers those of ft_ema, beside which it is found what the other settings contradict.
+    """
+    named = [key for key in missing if known_setting(key).kind is str or key == "data.sources"]
+    for key in named:
+        _override(merged, f"{key}={PLACEHOLDER}")
+    if named == missing:
+        return True
+    published, _ = _merged(find_recipe("ft_ema"), ())
+    for key in {*missing} - {*named}:
+        OmegaConf.update(merged, key, OmegaConf.select(published, key))
+    return False
 
 
 def load_without_inputs(path: Path, overrides: list[str]) -> Config:
     """`load` for what needs neither weights, data nor a run directory: they may be missing."""
-    values = resolve(path, overrides)
-    given = {
-        "run_dir": values["run_dir"],
-        "init.weights": values["init"]["weights"],
-        "data.sources": values["data"]["sources"],
-    }
-    missing = [f"{key}=none" for key, value in given.items() if value == MISSING]  # any passes
+    absent = examine(path, overrides).absent
+    missing = [f"{key}=none" for key in INPUTS if key in absent]  # any value passes
     config = load(path, [*missing, *overrides])
     if "data.sources=none" in missing:
         return replace(config, data=replace(config.data, sources={}))
     return config
 
 
-def resolve(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+def resolve(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Like `load`, as plain values and unchecked; settings without a value stay "???"."""
-    values = OmegaConf.to_container(_merge(Path(path), overrides), throw_on_missing=False)
+    merged, wrong = _merged(Path(path), overrides)
+    _refuse([*wrong.values()])
+    values = OmegaConf.to_container(merged, throw_on_missing=False)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
 
-def _merge(path: Path, overrides: list[str] | tuple[str, ...]) -> DictConfig:
-    """The declared settings, over them the recipe's, and over those the overrides."""
+def _merged(path: Path, overrides: Sequence[str]) -> tuple[DictConfig, dict[str, UsageError]]:
+    """The declared settings, over them the recipe's, and over those the overrides.
+
+    Without the settings that cannot be read; key -> what is wrong with each of those.
+    """
+    merged, raw = OmegaConf.structured(Config), _recipe_values(path)
+    assert isinstance(merged, DictConfig)
+    with contextlib.suppress(UsageError), _in_our_words(str(path)):
+        _fill(merged, raw, path)
+        for text in overrides:
+            _override(merged, text)
+        return merged, {}
+    return _merged_one_by_one(path, raw, overrides)
+
+
+def _merged_one_by_one(
+    path: Path, raw: Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[DictConfig, dict[str, UsageError]]:
+    """`_merged`, more slowly: a setting that cannot be read leaves the others alone."""
+    merged, wrong = OmegaConf.structured(Config), dict[str, UsageError]()
+    changes: list[tuple[str, Callable[[DictConfig], None]]] = [
+        (key, partial(_fill, values=values, path=path)) for key, values in _one_by_one(raw)
+    ]
+    changes += [
+        (text.partition("=")[0].strip().lstrip("-"), partial(_override, text=text))
+        for text in overrides
+    ]
+    for key, change in changes:
+        changed = copy.deepcopy(merged)
+        try:
+            with _in_our_words(str(path)):
+                change(changed)
+            merged = changed
+        except UsageError as error:
+            wrong[key] = error
+    return merged, wrong
+
+
+def _one_by_one(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, nested values with nothing else in them) of every setting in nested values."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            for key, inner in _one_by_one(value, f"{prefix}{name}."):
+                yield key, {name: inner}
+        else:
+            yield f"{prefix}{name}", {name: value}
+
+
+def _recipe_values(path: Path) -> dict[str, Any]:
+    """The values of a recipe file, its sources in their long form."""
     raw = _read_yaml(path)
     if path.name == CONFIG_FILE and is_run(path.parent):
         raw["run_dir"] = str(path.parent)  # a run may be moved, or named from another directory
     _expand_source_shorthand(raw, path)
     _refuse_dotted(raw, path)
+    return raw
+
+
+def _fill(merged: DictConfig, values: Mapping[str, Any], path: Path) -> None:
+    """Sets values of a recipe file."""
     # One value for a whole group: said here which settings it has, as omegaconf names a class.
-    for key, value in leaves(raw):
+    for key, value in leaves(values):
         if known_setting(key, str(path)).is_group and isinstance(
             value, bool | int | float | str | list
         ):
             read_value(key, written(value), str(path))
-    with _in_our_words(str(path)):
-        merged = OmegaConf.merge(OmegaConf.structured(Config), exactly_typed(raw))
-        assert isinstance(merged, DictConfig)
-        for text in overrides:
-            _override(merged, text)
-        return merged
+    merged.merge_with(exactly_typed(values))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import contextlib
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -60,6 +60,15 @@ class SmallImageError(ImageError):
         self.side = side
 
 
+@contextlib.contextmanager
+def about(what: str, remedy: str = "") -> Iterator[None]:
+    """Names what an error is about before its message, and perhaps a remedy on a line after it."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{what}: {error}" + (remedy and f"\n{remedy}")) from error
+
+
 def like(given: str, known: Iterable[str]) -> str:
     """`; did you mean train?` by the known name that is most like it; empty if none is."""
     near = difflib.get_close_matches(given, list(known), n=1)
@@ -84,3 +93,10 @@ def like_path(absent: str | Path, names: Iterable[str] = ()) -> str:
         known |= {name: str(path.parent / name) for name in beside if not name.startswith(".")}
     near = difflib.get_close_matches(path.name, known, n=1, cutoff=0.75)
     return f"; did you mean {known[near[0]]}?" if near else ""
+
+
+def no_folder(path: Path) -> str:
+    """Why a path is not a folder of photographs: `PATH: no such folder; ...`."""
+    if path.exists():
+        return f"{path}: not a folder; expected one of photographs"
+    return f"{path}: no such folder; expected one of photographs{like_path(path)}"

@@ -17,7 +17,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from kl_f8_train import images
-from kl_f8_train.errors import ImageError, MissingInputError, like_path
+from kl_f8_train.errors import ImageError, MissingInputError, no_folder
 from kl_f8_train.units import printable
 
 SUFFIXES = (
@@ -95,52 +95,35 @@ def list_folder(folder: Path) -> Listing:
     Raises MissingInputError if the folder itself cannot be read.
     """
     found = Listing()
-    waiting: deque[str] = deque([""])  # linked folders come after those that are really there
+    waiting = deque([""])  # linked folders come after those that are really there
     visited: set[tuple[int, int]] = set()
     while waiting:
-        for directory, files in _walk(folder, waiting.popleft(), visited, waiting, found):
-            for entry in files:
-                _sort_in(found, directory, entry)
-    found.files.sort(key=lambda file: file.split("/"))
-    found.left_out = +found.left_out  # without zeros
-    return found
-
-
-def _walk(
-    top: Path,
-    start: str,
-    visited: set[tuple[int, int]],
-    links: deque[str],
-    found: Listing,
-) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
-    """(folder relative to `top`, its files) of `start` and all below, but for linked folders."""
-    stack = [start]
-    while stack:
-        here = stack.pop()
+        here = waiting.popleft()
         try:
-            status = os.stat(top / here)
+            status = os.stat(folder / here)
             if (status.st_dev, status.st_ino) in visited:
                 continue
             visited.add((status.st_dev, status.st_ino))
-            with os.scandir(top / here) as entries:
+            with os.scandir(folder / here) as entries:
                 inside = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             if not here:
-                raise MissingInputError(f"{top}: {error.strerror}; give a folder") from error
+                raise MissingInputError(f"{folder}: {error.strerror}; give a folder") from error
             found.left_out["folders that cannot be read"] += 1
             continue
-        prefix = f"{here}/" if here else ""
-        files: list[os.DirEntry[str]] = []
         for entry in inside:
+            name = f"{here}/{entry.name}" if here else entry.name
             if not _holds(entry.is_dir):
-                files.append(entry)
+                _sort_in(found, name, entry)
             elif is_system(entry.name):
                 found.left_out["in hidden folders"] += _images_below(entry.path)
             elif entry.is_symlink():
-                links.append(f"{prefix}{entry.name}")
+                waiting.append(name)
             else:
-                stack.append(f"{prefix}{entry.name}")
-        yield prefix, files
+                waiting.appendleft(name)
+    found.files.sort(key=lambda file: file.split("/"))
+    found.left_out = +found.left_out  # without zeros
+    return found
 
 
 def _holds(test: Callable[[], bool]) -> bool:
@@ -161,7 +144,7 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _sort_in(found: Listing, prefix: str, entry: os.DirEntry[str]) -> None:
+def _sort_in(found: Listing, name: str, entry: os.DirEntry[str]) -> None:
     suffix = _suffix(entry.name)
     if not _holds(entry.is_file):
         kind = "broken links" if entry.is_symlink() else "pipes, sockets or devices"
@@ -169,7 +152,7 @@ def _sort_in(found: Listing, prefix: str, entry: os.DirEntry[str]) -> None:
     elif is_system(entry.name):
         found.left_out["hidden files"] += suffix in (*SUFFIXES, *OTHER_SUFFIXES)
     elif suffix in SUFFIXES or _is_image(entry.path, suffix):
-        found.files.append(f"{prefix}{entry.name}")
+        found.files.append(name)
     else:
         found.left_out[_kind(suffix)] += 1
 
@@ -208,13 +191,6 @@ def ahead(
                 yield waiting.popleft()
         while waiting:
             yield waiting.popleft()
-
-
-def no_folder(path: Path) -> str:
-    """Why a path is not a folder of photographs: `PATH: no such folder; ...`."""
-    if path.exists():
-        return f"{path}: not a folder; expected one of photographs"
-    return f"{path}: no such folder; expected one of photographs{like_path(path)}"
 
 
 def load_sizes(

@@ -1,9 +1,17 @@
 """Child processes that end with their parent, even if that is killed."""
 
+import contextlib
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from kl_f8_train.errors import RunFailedError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PARENT = "KL_F8_TRAIN_PARENT"  # pid of the process that starts the other ranks of its node
@@ -37,6 +45,35 @@ def end_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+@contextlib.contextmanager
+def processes(count: int, method: str | None = None) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` in `count` processes, started by `method`, that end with this one.
+
+    Of a single process it is Python's own. Raises RunFailedError if one of several is killed.
+    """
+    if count <= 1:
+        yield map
+        return
+    context, parent = multiprocessing.get_context(method), (os.getpid(),)
+    with ProcessPoolExecutor(count, context, initializer=_start, initargs=parent) as pool:
+        try:
+            yield pool.map
+        except BrokenProcessPool as error:
+            raise RunFailedError(
+                "one of the processes was killed (out of memory?); the same command again resumes"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(parent: int) -> None:
+    import torch
+
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    torch.set_num_threads(1)
 
 
 def announce_to_ranks() -> None:

@@ -34,7 +34,8 @@ def settings_page() -> str:
     """The page in Markdown: one table for the top level, and one for each group of settings."""
     parts = [INTRODUCTION]
     for prefix, found in groupby(_leaves(), key=lambda item: item[0].rpartition(".")[0]):
-        parts.append(f"## {_title(prefix)}\n\n{_preface(prefix)}\n")
+        title = f"`{prefix}`" if prefix else "The run"
+        parts.append(f"## {title}\n\n{_preface(prefix)}\n")
         parts.append(markdown_table(HEAD, (_row(key, setting) for key, setting in found)) + "\n")
     return "\n".join(parts)
 
@@ -44,10 +45,6 @@ def _leaves() -> Iterator[tuple[str, Setting]]:
     leaves = {key: found for key, found in SETTINGS.items() if not found.is_group}
     groups = list(dict.fromkeys(key.rpartition(".")[0] for key in leaves))
     yield from sorted(leaves.items(), key=lambda item: groups.index(item[0].rpartition(".")[0]))
-
-
-def _title(prefix: str) -> str:
-    return f"`{prefix}`" if prefix else "The run"
 
 
 def _preface(prefix: str) -> str:
@@ -60,7 +57,7 @@ def _row(key: str, setting: Setting) -> tuple[str, ...]:
     return (
         f"`{key}`",
         _value(setting),
-        _default(setting),
+        "-" if setting.default == MISSING else f"`{written(setting.default)}`",
         setting.usual,
         "yes" if setting.machine else "",
         setting.doc,
@@ -69,25 +66,21 @@ def _row(key: str, setting: Setting) -> tuple[str, ...]:
 
 def _value(setting: Setting) -> str:
     """Type and range, such as "number above 0" or "`l1` or `mse`"."""
-    kind = setting.kind
-    if get_origin(kind) is Literal:
-        *others, last = (f"`{value}`" for value in get_args(kind))
+    kind, inner = get_origin(setting.kind), get_args(setting.kind)
+    name, bounds = KINDS.get(inner[0] if inner else setting.kind), _range(setting)
+    if kind is Literal:
+        *others, last = (f"`{value}`" for value in inner)
         text = f"{', '.join(others)} or {last}"
-    elif get_origin(kind) is list:
-        text = f"list of {_plural(get_args(kind)[0])}{_range(setting)}"
-    elif get_origin(kind) is Union:  # a number, or several
-        number = get_args(kind)[0]
-        text = f"{KINDS[number]}{_range(setting)}, or a list of them"
+    elif kind is list:
+        text = f"list of {name}s{bounds}"
+    elif kind is Union:  # a number, or several
+        text = f"{name}{bounds}, or a list of them"
     else:
-        text = f"{KINDS[kind]}{_range(setting)}"
+        text = f"{name}{bounds}"
     return f"{text}, or `null`" if setting.nullable else text
 
 
 KINDS: dict[Any, str] = {int: "integer", float: "number", bool: "`true` or `false`", str: "string"}
-
-
-def _plural(kind: type) -> str:
-    return f"{KINDS[kind]}s"
 
 
 def _range(setting: Setting) -> str:
@@ -97,10 +90,3 @@ def _range(setting: Setting) -> str:
     start = "above 0" if least == ABOVE_0 else f"from {least:,}"
     end = {ANY: "", BELOW_1: ", below 1"}.get(most, f" to {most:,}")
     return f" {start}{end}"
-
-
-def _default(setting: Setting) -> str:
-    value = setting.default
-    if value == MISSING:
-        return "-"
-    return f"`{written(value)}`"

@@ -25,8 +25,8 @@ from kl_f8_train.units import written
 MADE = ("run_dir", "data.index_dir", "data.cache_dir")  # directories that are made if need be
 
 
-def check(config: Config) -> None:
-    """Raises UsageError naming every value that cannot be used."""
+def contradictions(config: Config) -> list[str]:
+    """A line for every value that cannot be used, by itself or beside the others."""
     problems = list(_ranges(config))
     # Shares and micro-batches are computed from these: reported only where they can be.
     if not any(line.startswith(("global_batch", "compute.", "data.sources")) for line in problems):
@@ -53,8 +53,7 @@ def check(config: Config) -> None:
             f"stop_iteration={config.stop_iteration} lies before "
             f"init.iteration={config.init.iteration}; give a later stop_iteration"
         )
-    if problems:
-        raise UsageError("wrong settings:\n" + "\n".join(f"  {line}" for line in problems))
+    return problems
 
 
 def source_shares(config: Config) -> dict[str, int]:

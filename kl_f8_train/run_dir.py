@@ -131,6 +131,16 @@ def _here() -> str:
 
 
 @contextlib.contextmanager
+def begun(run_dir: Path) -> Iterator[None]:
+    """A start by the first process: `claimed`, and if it fails, why is written down anew."""
+    with claimed(run_dir):
+        with contextlib.suppress(OSError):
+            (run_dir / FAILURE_FILE).unlink(missing_ok=True)
+        with failure_kept(run_dir):
+            yield
+
+
+@contextlib.contextmanager
 def failure_kept(run_dir: Path) -> Iterator[None]:
     """Writes down why a start fails, for `status`."""
     try:
@@ -151,12 +161,6 @@ def note_failure(run_dir: Path, message: str, passing: bool) -> None:
     with contextlib.suppress(OSError, RunFailedError):  # a full disk may be what failed
         if not file.exists():
             write_json(file, {"message": message, "passing": passing})
-
-
-def forget_failure(run_dir: Path) -> None:
-    """Before a new start."""
-    with contextlib.suppress(OSError):
-        (run_dir / FAILURE_FILE).unlink(missing_ok=True)
 
 
 def read_failure(run_dir: Path) -> tuple[str, bool] | None:

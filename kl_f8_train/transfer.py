@@ -28,7 +28,7 @@ import urllib.request
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import atomic_path
@@ -70,30 +70,21 @@ class Record:
 
 def is_remote(location: str) -> bool:
     """Whether a location has to be fetched: any scheme but file://, or pipe:COMMAND."""
-    scheme = _scheme(location)
-    return scheme not in ("", "file")
+    return _scheme(location) not in ("", "file")
 
 
-def fetch(
-    url: str,
-    target: Path,
-    *,
-    attempts: int = PATIENCE.attempts,
-    timeout_seconds: float = PATIENCE.timeout_seconds,
-    stall_bytes: int = PATIENCE.stall_bytes,
-    backoff_seconds: float = PATIENCE.backoff_seconds,
-) -> None:
+def fetch(url: str, target: Path, **patience: Any) -> None:
     """Fetches a remote file to `target`: to a temporary name beside it, then renamed.
 
     An attempt fails on `timeout_seconds` of silence, on fewer than `stall_bytes` in that time, on a
     body shorter than announced, on a client's or command's failure; the next starts from the first
-    byte. A transfer that moves may take as long as it takes.
+    byte. A transfer that moves may take as long as it takes. `patience` has fields of `Patience`.
 
     Raises MissingInputError at once if the file is not there or not allowed, or no client for it is
     installed; RunFailedError after the last attempt, or if `target` cannot be written.
     """
     with atomic_path(target) as part:
-        download(url, part, Patience(attempts, timeout_seconds, stall_bytes, backoff_seconds))
+        download(url, part, Patience(**patience))
 
 
 def download(url: str, part: Path, patience: Patience) -> Record:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kl_f8_train.arguments import build_parser
+from kl_f8_train.run_dir import read_failure
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,15 +95,25 @@ def test_answers_at_once(arguments, code, text):
     assert seconds < 3.0  # about 0.3 s on an idle machine
 
 
-def test_help_and_configuration_errors_do_not_import_torch():
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["lerning_rate=1"], 2),
+        (["run_dir=x", "data.sources=no/{0..9}.tar", "init.weights=kl_f8_mini"], 3),
+        (["run_dir=.", "data.sources=no", "init.weights=no"], 3),
+    ],
+)
+def test_wrong_settings_and_missing_inputs_do_not_import_torch(arguments, code, tmp_path):
     program = (
         "import sys\n"
         "from kl_f8_train.__main__ import main\n"
-        "code = main(['train', 'ft_ema', 'lerning_rate=1'])\n"
-        "assert code == 2\n"
+        f"assert main(['train', 'ft_ema', *{arguments}]) == {code}\n"
         "assert 'torch' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    if "run_dir=." in arguments:  # where a directory is, `status` says why
+        assert "data.sources=no" in read_failure(tmp_path)[0]
 
 
 def flags_and_arguments() -> list[tuple[str, argparse.Action]]:

@@ -361,7 +361,7 @@ def test_a_wrong_key_hides_no_other_problem(examined, folder):
     assert "unknown key 'model.chh'" in text
     assert "unknown key 'log.everry'" in text
     assert "data.shorter_side=48 is smaller than data.crop=64" in text
-    assert "weights absent.ckpt: no such file" in text
+    assert "init.weights=absent.ckpt: no such file" in text
     assert "absent: no such file or folder" in text
     assert "log.pictures: no images in absent: no such folder" in text
 

@@ -70,6 +70,7 @@ RECIPES = {
     "null": "null: 3\n",
     "latin": "name: M\xe4rz\n",
     "optional": "seed: null\n",
+    "several": "seed: abc\noptimizer: {learning_rate: fast}\ndata: {crop: 7}\nfoo: 1\n",
 }
 
 CONFIG = {
@@ -125,6 +126,23 @@ CONFIG = {
     "empty value": train("global_batch=", USAGE, "global_batch=: expected a whole number"),
     "empty weights": train("init.weights=", USAGE, "init.weights is empty: expected file"),
     "empty run_dir": train("run_dir=", USAGE, "run_dir is empty: expected directory"),
+    "several wrong": train(
+        "seed=abc sed=1 global_batch=many data.crop=33 compute.per_device_batch=3",
+        USAGE,
+        "wrong settings:\n  seed=abc: expected a whole|key 'sed'. Did|=many: |  data.crop=33: ",
+    ),
+    "recipe several": Case(
+        "train several.yaml sed=1",
+        USAGE,
+        "seed: got 'abc'|learning_rate: got 'fast'|key 'foo'|key 'sed'|run_dir=...|data.crop=7: ",
+    ),
+    "several to show": Case("config show demo seed=abc data.crop=x", USAGE, "seed=abc: |crop=x: "),
+    "several to time": Case("benchmark demo seed=abc data.crop=33", USAGE, "seed=abc: |crop=33: "),
+    "several for doctor": Case(
+        "doctor demo seed=abc run_dir=x data.crop=33 data.sources=no",
+        USAGE,
+        "3 problems:|1. seed=abc: |2. wrong settings:\n|data.crop=33: |3. data.sources=no: ",
+    ),
     "missing value": Case("train ft_ema run_dir=new", USAGE, "no value yet|init.weights=..."),
     "no key": train("=5", USAGE, "'=5': expected key=value, such as seed=1"),
     "per device": train(
@@ -295,7 +313,10 @@ WEIGHTS = {
 
 DATA = {
     "no shards": train(
-        "data.sources=no/{00..09}.tar", MISSING, "10 of 10 files are missing|no/00.tar"
+        "data.sources=no/{00..09}.tar", MISSING, "no file is named like no/{00..09}.tar; check"
+    ),
+    "few shards": train(
+        "data.sources=shards/{000..099}.tar", MISSING, " of 100 files are missing (shards/0"
     ),
     "bad pattern": train(
         "data.sources=shards/{00..", MISSING, "shards/{00.. is not a pattern|expected"
@@ -320,7 +341,9 @@ DATA = {
     "binary list": train("data.sources=binary.txt", MISSING, "binary.txt is not a list|expected"),
     "empty list": train("data.sources=empty.txt", MISSING, "empty.txt lists no shards: expected"),
     "many shards": train(
-        "data.sources=x/{000000000..999999999}.tar", MISSING, "1,000,000,000 shards, expected 1,0"
+        "data.sources=shards/{000000000..999999999}.tar",
+        MISSING,
+        "1,000,000,000 shards, expected 1,0",
     ),
     "list file": train("data.sources=text.txt", MISSING, "2 of 2 files are missing (a.tar, b.tar)"),
     "not indexed": train(
@@ -343,6 +366,15 @@ DATA = {
         "data.sources=./shrads",
         MISSING,
         "train: data.sources=./shrads: no such file or folder|; did you mean shards?",
+    ),
+    "several inputs": train(
+        "init.weights=no.ckpt data.sources=tils,no/*.tar log.pictures=nowhere log.pictures_every=1",
+        MISSING,
+        "train: 4 inputs are missing:\n  init.weights=no.ckpt: no such|data.sources=tils: no such|"
+        "did you mean tiles?|named like no/*.tar|log.pictures: no images in nowhere: no such",
+    ),
+    "to resume": train(
+        "run_dir=run init.weights=gone data.sources=no", MISSING, "train: data.sources=no: no such"
     ),
     "named source": train("data.sources={} data.sources.x=no", MISSING, "x.shards=no: no such"),
     "near pictures": train(

@@ -652,9 +652,32 @@ def test_without_networks_the_rest_is_measured(folder, capsys, monkeypatch):
     assert "| model | iteration | PSNR | SSIM | sharpness |" in output
     assert f"Not measured: PSIM, LPIPS ({vgg}).\n" in (folder / "without/table.md").read_text()
     assert str(folder / "empty") in output
-    for wrong in ({"vgg": "absent"}, {"inception": "absent"}):
-        with pytest.raises(MissingInputError, match="absent"):
-            run(folder, "without", perceptual_name="lpips_vgg", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"vgg": "absent"}, "absent"),
+        ({"inception": "absent"}, "absent"),
+        ({"where": "nothing"}, "no images"),
+        ({"where": "nothing", "size": [SIZE, 2 * SIZE]}, "no images"),
+    ],
+)
+def test_what_is_missing_is_said_before_what_is_not_measured(
+    folder, capsys, monkeypatch, wrong, said
+):
+    monkeypatch.setenv("KL_F8_TRAIN_CACHE", str(folder / "empty"))
+    monkeypatch.setenv("TORCH_HOME", str(folder / "empty"))
+    (folder / "nothing").mkdir(exist_ok=True)
+    with pytest.raises(MissingInputError, match=said):
+        run(folder, "alone", perceptual_name="lpips_vgg", **wrong)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_place_that_cannot_be_written_is_said_before_what_is_not_measured(folder, capsys):
+    with pytest.raises(RunFailedError, match="cannot write in"):
+        run(folder, "a.safetensors/out")
+    assert capsys.readouterr().out == ""
 
 
 def test_vgg_gives_lpips_and_psim(folder, vgg_file):

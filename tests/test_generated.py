@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from kl_f8_train import images
 from kl_f8_train.__main__ import main
 from kl_f8_train.core import metrics
-from kl_f8_train.errors import RunFailedError, UsageError
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.score import generated
 from kl_f8_train.weights import weight_file
 
@@ -122,6 +122,26 @@ def test_fid_is_against_the_photographs(folder, inception_file, tmp_path):
     assert all(row["fid"] > 0 for row in found["models"].values())
     assert any("FID on 3 images is biased" in warning for warning in found["warnings"])
     assert (place / "fid" / "table.md").read_text().startswith("| model | FID |")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"photographs": "nothing"}, "no images"), ({"inception": "absent"}, "absent")],
+)
+def test_what_is_missing_is_said_before_anything_is_decoded(
+    folder, tmp_path, capsys, monkeypatch, wrong, said
+):
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(samples.encode(samples.noise_picture(0), "PNG"))
+    monkeypatch.setenv("KL_F8_TRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    options = {"photographs": "photos", "perceptual_name": "lpips_vgg", **wrong}
+    with pytest.raises(MissingInputError, match=said):
+        run(folder[0], "alone", **options)
+    assert capsys.readouterr().out == ""
+    assert not (folder[0] / "alone" / "pictures").exists()
 
 
 def test_broken_weights_and_many_processes_are_refused(folder, monkeypatch):

@@ -102,6 +102,15 @@ def test_a_small_shared_memory_is_named_with_its_remedy(monkeypatch):
     assert handover.shared_memory_note(settings, 1, 1) == ""
 
 
+@pytest.mark.parametrize("extra", [(), ("second_forward=true",), ("latents.noise=0.1",)])
+def test_the_bytes_of_a_batch_are_those_that_a_loader_makes(tmp_path, extra):
+    dataset = folder_dataset(tmp_path / "photos", 4)
+    settings = samples.data_config({"photos": tmp_path / "photos"}, *extra)
+    dataset = PositionDataset(dataset.plan, dataset.sources, settings)
+    batch = loading.collate([dataset[position] for position in range(2)])
+    assert handover.batch_bytes(settings, 2) == batch.images.nbytes + batch.noise.nbytes
+
+
 def test_the_limit_of_open_files_is_raised():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:

@@ -11,8 +11,9 @@ import pytest
 import ranks
 import runs
 
-from kl_f8_train import transfer
-from kl_f8_train.data import loading, pack
+from kl_f8_train import lifetime, transfer
+from kl_f8_train.data import loading
+from kl_f8_train.errors import RunFailedError
 from kl_f8_train.lifetime import end_with_parent
 
 SECONDS = 10.0
@@ -129,10 +130,29 @@ def test_a_guarded_command_says_what_it_would_alone(tmp_path):
         transfer.fetch("pipe:echo no such bucket >&2; exit 3", tmp_path / "b", attempts=1)
 
 
-@pytest.mark.parametrize("start", [pack._start_process, end_with_parent])
+@pytest.mark.parametrize("start", [lifetime._start, end_with_parent])
 def test_workers_whose_parent_is_gone_end_at_once(start):
     pid = os.fork()
     if pid == 0:
         start(1)  # not our parent
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
+
+def end_itself(number: int) -> int:
+    return os.kill(os.getpid(), signal.SIGKILL) or number
+
+
+@pytest.mark.parametrize("method", [None, "spawn"])
+def test_a_process_that_is_killed_ends_the_others_and_names_the_remedy(method):
+    with (
+        pytest.raises(RunFailedError, match=r"killed.*the same command again resumes"),
+        lifetime.processes(2, method) as run,
+    ):
+        list(run(end_itself, range(4)))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_results_come_in_their_order(count):
+    with lifetime.processes(count) as run:
+        assert list(run(abs, range(-5, 0))) == [5, 4, 3, 2, 1]

@@ -416,7 +416,7 @@ def test_a_file_that_goes_away_is_skipped(tmp_path, monkeypatch):
 def test_number_of_processes(monkeypatch, workers, files, cores, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     jobs = [pack.Job(n, Path(), ("x",) * (files // 9), Path(), False) for n in range(9)]
-    assert pack._processes(workers, jobs) == expected
+    assert pack._count(workers, jobs) == expected
 
 
 def test_the_verb_ends_with_the_next_command(tmp_path, capsys):

@@ -170,7 +170,7 @@ def test_a_resuming_run_has_its_claim_before_torch_is_imported(tmp_path, monkeyp
         return 0
 
     monkeypatch.setitem(sys.modules, "kl_f8_train.run.train", SimpleNamespace(train=train))
-    given = ["init.weights=x", "data.sources=x", f"run_dir={run}"]
+    given = ["init.weights=kl_f8_mini", f"data.sources={run}", f"run_dir={run}"]
     assert main(["train", "ft_ema", *given]) == 0
     assert seen[0].startswith(f"process {os.getpid()} on ")
     assert (run / ".claim").read_text() == ""

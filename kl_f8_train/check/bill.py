@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from kl_f8_train.check import cost, scaling
-from kl_f8_train.check.findings import PLACEHOLDER, Report
+from kl_f8_train.check.findings import Report
+from kl_f8_train.config import PLACEHOLDER
 from kl_f8_train.core import machine
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.files import check_writable

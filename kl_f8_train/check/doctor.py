@@ -16,15 +16,16 @@ import torch
 from kl_f8_train import config as configs
 from kl_f8_train import units
 from kl_f8_train.check import benchmark, bill, cost, inputs, origins, scaling, screen, trial
-from kl_f8_train.check.findings import PLACEHOLDER, WARNING, Report, silent
+from kl_f8_train.check.findings import WARNING, Report, silent
 from kl_f8_train.core import machine, perceptual
 from kl_f8_train.core.updates import describe_rate
 from kl_f8_train.data.handover import FEW_FILES, raise_open_files, shared_memory_note
 from kl_f8_train.data.loading import shard_cache
 from kl_f8_train.data.sources import open_source
-from kl_f8_train.errors import RunFailedError, UsageError, UserError
+from kl_f8_train.errors import RunFailedError, UsageError
 from kl_f8_train.output import Say
 from kl_f8_train.rules import micro_batch
+from kl_f8_train.run.paths import check_perceptual_weights
 from kl_f8_train.run.start import start_or_resume
 from kl_f8_train.run.tracking import check_tensorboard
 from kl_f8_train.run.train import fixed_photographs
@@ -50,20 +51,24 @@ def examine(
     `begin` gets the title of each section as it begins.
     """
     report = Report(silent if brief else say, begin)
-    config = None
+    examined = configs.Examined([], [], None)
     with report.section("settings"):
-        config = configs.load(path, overrides)
-        _list_settings(report, config, path, overrides)
+        examined = configs.examine(path, overrides)
+        if examined.config and not examined.problems:
+            _list_settings(report, examined.config, path, overrides)
+    for problem in examined.problems:
+        report.record(problem)
+    config, problems = examined.config, len(examined.problems)
+    is_plan = problems == bool(examined.absent)  # nothing but values is missing
     with report.guard("examination"):
-        if config is not None:
+        if config is not None and not problems:
             _examine_run(report, config, allow_changes)
-        elif (plan := _plan_without_inputs(report, path, overrides)) is not None:
-            config = plan
-            _examine_plan(report, plan)
-        else:
-            _examine_inputs(report, path, _usable_settings(report, path, overrides))
+        elif config is not None and is_plan:
+            _examine_plan(report, config)
+        elif config is not None and not examined.absent:
+            _examine_inputs(report, config)
     with report.guard("screen"):
-        if brief and config is not None:
+        if brief and config is not None and is_plan:
             for line in screen.lines(report.facts, config):
                 brief(line)
     _verdict(report, brief or say)
@@ -104,43 +109,9 @@ def _note_useless_settings(report: Report, config: Config) -> None:
             )
 
 
-def _plan_without_inputs(report: Report, path: Path, overrides: list[str]) -> Config | None:
-    """The settings with a name in the place of each without a value; None if more is wrong.
-
-    Whatever else is wrong also becomes a problem: a missing value would hide it.
-    """
-    with contextlib.suppress(UserError):  # already reported
-        values = dict(leaves(configs.resolve(path, overrides)))
-        absent = [f"{key}={PLACEHOLDER}" for key, value in values.items() if value == "???"]
-        if absent:
-            with report.section("the other settings"):
-                return configs.load(path, [*overrides, *absent])
-    return None
-
-
-def _usable_settings(report: Report, path: Path, overrides: list[str]) -> list[str]:
-    """The settings of the command line that can be read; each of the others becomes a problem.
-
-    So does whatever is wrong with the values of the rest.
-    """
-    usable: list[str] = []
-    with contextlib.suppress(UserError):  # of the recipe itself, already reported
-        configs.resolve(path)
-        for text in overrides:
-            with report.section(text.partition("=")[0]):
-                configs.resolve(path, [*usable, text])
-                usable.append(text)
-        if len(usable) < len(overrides):
-            with report.section("the other settings"):
-                configs.load(path, usable)
-        return usable
-    return overrides
-
-
-def _examine_inputs(report: Report, path: Path, overrides: list[str]) -> None:
+def _examine_inputs(report: Report, config: Config) -> None:
     """Looks at weights, data and networks although a setting is wrong: all problems in one go."""
     with contextlib.suppress(Exception):  # whatever a wrong setting does here
-        config = configs.parse(path, overrides)
         with report.section("weights"):
             inputs.check_weights(report, config)
         cache = shard_cache(config)
@@ -148,6 +119,7 @@ def _examine_inputs(report: Report, path: Path, overrides: list[str]) -> None:
             with report.section(f"data: {name}"):
                 open_source(name, source.shards, source.filters, cache, warn=report.detail)
         with report.section("perceptual network"):
+            check_perceptual_weights(config)
             pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
         if config.log.pictures_every and config.log.pictures is not None:
             with report.section("photographs of validation"):
@@ -166,6 +138,7 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
     with report.section("weights"):
         inputs.check_weights(report, config)
     with report.section(f"perceptual network: {perceptual.LABELS[config.loss.perceptual]}"):
+        check_perceptual_weights(config)
         network = pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
         if network.published:
             report.detail("found")

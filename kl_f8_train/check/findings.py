@@ -10,7 +10,6 @@ from kl_f8_train.errors import RunFailedError, UserError
 from kl_f8_train.output import Say
 from kl_f8_train.settings import Config
 
-PLACEHOLDER = "absent"  # in the place of a setting without a value, in a plan
 WARNING = "WARNING: "  # how a grave remark begins
 
 
@@ -43,13 +42,14 @@ class Report:
         try:
             yield
         except UserError as error:
-            self._record(error)
+            self.record(error)
         except Exception as error:
             self.crashes.append(error)
             text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            self._record(RunFailedError(f"{title}: unexpected {text}\n--debug shows where"))
+            self.record(RunFailedError(f"{title}: unexpected {text}\n--debug shows where"))
 
-    def _record(self, error: UserError) -> None:
+    def record(self, error: UserError) -> None:
+        """Adds a problem, unless it is known."""
         if str(error) not in map(str, self.problems):
             self.problems.append(error)
         number = [str(problem) for problem in self.problems].index(str(error)) + 1

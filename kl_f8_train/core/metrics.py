@@ -21,6 +21,7 @@ class Metric:
     unit: str = ""
 
 
+COLOURS = ("red", "green", "blue", "saturation")  # in the order of `colour_shift`
 METRICS = {
     "psnr": Metric("PSNR", 2, "higher", "dB"),
     "ssim": Metric("SSIM", 3, "higher"),
@@ -28,10 +29,7 @@ METRICS = {
     "lpips": Metric("LPIPS", 4, "lower"),
     "st_lpips": Metric("ST-LPIPS (stand-in, not LPIPS)", 4, "lower"),
     "sharpness": Metric("sharpness", 0, None),
-    "red_shift": Metric("red shift", 2, None, "levels"),
-    "green_shift": Metric("green shift", 2, None, "levels"),
-    "blue_shift": Metric("blue shift", 2, None, "levels"),
-    "saturation_shift": Metric("saturation shift", 2, None, "levels"),
+    **{f"{name}_shift": Metric(f"{name} shift", 2, None, "levels") for name in COLOURS},
 }
 SCORES = {"rfid": Metric("rFID", 2, "lower"), **METRICS}  # rFID is of all images together
 
@@ -77,7 +75,7 @@ def sharpness(images: Tensor) -> Tensor:
 
 
 def colour_shift(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Mean of reconstruction - image in 8-bit levels: red, green, blue, saturation, (B, 4).
+    """Mean of reconstruction - image in 8-bit levels, (B, 4): of each of COLOURS.
 
     Saturation is the largest channel minus the smallest.
     """

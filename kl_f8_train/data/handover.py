@@ -77,7 +77,7 @@ def raise_open_files() -> int:
 def batch_bytes(config: Config, images: int) -> int:
     """Bytes of a batch of that many images, with their noise."""
     latent = config.data.crop // config.model.downsampling
-    draws = 2 if config.second_forward else 1
+    draws = 1 + config.second_forward + (config.latents.noise > 0)
     noise = 4 * draws * config.model.embed_dim * latent**2
     return images * (3 * config.data.crop**2 + noise)  # uint8 pixels, float32 noise
 

@@ -12,14 +12,9 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
-import os
-import signal
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +29,7 @@ from kl_f8_train.files import atomic_path, write_text
 from kl_f8_train.folders import SUFFIXES, Listing, list_folder
 from kl_f8_train.images import read_file
 from kl_f8_train.launch import available_cores
-from kl_f8_train.lifetime import end_with_parent
+from kl_f8_train.lifetime import processes
 from kl_f8_train.output import Progress
 from kl_f8_train.units import counted, printable, written
 
@@ -129,11 +124,12 @@ def pack(
     stats = {number: entry for number, entry in found if entry is not None}
     open_jobs = [job for job in jobs if job.number not in stats]
     done = sum(entry["count"] for entry in stats.values())
-    for number, entry in _write_all(_chains(open_jobs), _processes(workers, open_jobs)):
-        stats[number] = entry
-        done += entry["count"]
-        if progress:
-            progress(done, len(held))
+    with processes(_count(workers, open_jobs), "spawn") as run:
+        for number, entry in itertools.chain.from_iterable(run(_write_shards, _chains(open_jobs))):
+            stats[number] = entry
+            done += entry["count"]
+            if progress:
+                progress(done, len(held))
     packed = sum(entry["successes"] for entry in stats.values())
     skipped = [line for job in jobs for line in stats[job.number]["skipped"]]
     if not packed:
@@ -263,48 +259,20 @@ def _chains(jobs: list[Job]) -> list[list[Job]]:
     return [list(chain) for _, chain in itertools.groupby(jobs, key=start)]
 
 
-def _processes(workers: int | None, jobs: list[Job]) -> int:
+def _count(workers: int | None, jobs: list[Job]) -> int:
+    """How many processes write the shards."""
     if workers is None:
         enough = math.ceil(sum(len(job.files) for job in jobs) / PER_PROCESS)
         workers = min(available_cores(), enough)
     return max(1, min(workers, len(jobs)))
 
 
-def _write_all(chains: list[list[Job]], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number of the shard, its statistics), as they are done."""
-    if workers == 1:
-        yield from itertools.chain.from_iterable(map(write_shards, chains))
-        return
-    context = multiprocessing.get_context("spawn")
-    start, parent = _start_process, (os.getpid(),)
-    with ProcessPoolExecutor(workers, context, initializer=start, initargs=parent) as pool:
-        futures = [pool.submit(_written, chain) for chain in chains]
-        try:
-            for future in as_completed(futures):
-                yield from future.result()
-        except BrokenProcessPool as error:
-            raise RunFailedError(
-                "a packing process was killed (out of memory?); the same command again resumes"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_process(parent: int) -> None:
-    end_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    torch.set_num_threads(1)
-
-
-def _written(chain: list[Job]) -> list[tuple[int, dict[str, Any]]]:
-    return list(write_shards(chain))
-
-
-def write_shards(chain: list[Job]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Writes shards one after another; yields the number and the statistics of each."""
+def _write_shards(chain: list[Job]) -> list[tuple[int, dict[str, Any]]]:
+    """Writes shards one after another: the number and the statistics of each."""
     stream = _images(chain)
-    for job in chain:
-        yield job.number, _write_shard(job, itertools.islice(stream, len(job.files)))
+    return [
+        (job.number, _write_shard(job, itertools.islice(stream, len(job.files)))) for job in chain
+    ]
 
 
 def _images(chain: list[Job]) -> Iterator[parquet.ImageRow]:

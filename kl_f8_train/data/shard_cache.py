@@ -15,8 +15,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,28 +38,25 @@ CACHED_NAME = re.compile(r"[0-9a-f]{16}-.*")
 PART_NAME = re.compile(r"\.+([0-9a-f]{16}-.*?)(?:\.json)?\.\d+-[0-9a-f]+\.part")
 
 
+@dataclass(eq=False)
 class ShardCache:
     """Whole remote files in a directory of this node, shared by all its processes.
 
     `max_bytes` bounds the directory: least recently used files go first, except those used in the
     last `grace_seconds` or locked, and what is just arriving; that much may lie above the bound.
-    `root` belongs to one user, on a file system with flock (any local one).
+    `root` belongs to one user, on a file system with flock (any local one), and is made when the
+    first remote file is asked for.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        max_bytes: int,
-        *,
-        grace_seconds: float = 60.0,
-        queue_size: int = 16,
-        patience: Patience = PATIENCE,
-    ) -> None:
-        """Touches no file: `root` is made when the first remote file is asked for."""
-        self.root, self.max_bytes = root, max_bytes
+    root: Path
+    max_bytes: int
+    grace_seconds: float = 60.0
+    queue_size: int = 16  # files that wait for the background thread
+    patience: Patience = PATIENCE
+
+    def __post_init__(self) -> None:
         self._is_ready = False
-        self.grace_seconds, self.queue_size, self.patience = grace_seconds, queue_size, patience
-        self._worker = _Worker(self._fill_ahead, queue_size)
+        self._worker = _Worker(self._fill_ahead, self.queue_size)
 
     def _prepare(self) -> None:
         """Makes the directory. Raises RunFailedError if it cannot be written, or has no locks."""
@@ -74,17 +70,15 @@ class ShardCache:
         except OSError as error:
             if has_no_locks(error):
                 raise RunFailedError(
-                    f"{self.root}: its file system has no file locks; give data.cache_dir, or "
-                    "KL_F8_TRAIN_CACHE, a directory on a local disk"
+                    f"{self.root}: its file system has no file locks; give {CACHE_SETTINGS}, a "
+                    "directory on a local disk"
                 ) from error
             raise disk_failure(self.root, error, CACHE_SETTINGS) from error
         self._is_ready = True
 
-    def __reduce__(self) -> tuple[Callable[..., "ShardCache"], tuple[object, ...]]:
+    def __reduce__(self) -> tuple[type["ShardCache"], tuple[object, ...]]:
         """Pickles the settings only; the copy has its own background thread."""
-        settings = ("grace_seconds", "queue_size", "patience")
-        build = partial(ShardCache, **{name: getattr(self, name) for name in settings})
-        return build, (self.root, self.max_bytes)
+        return ShardCache, tuple(getattr(self, setting.name) for setting in fields(self))
 
     def open(self, url: str) -> BinaryIO:
         """The file, open; what is open stays readable, also when it is evicted meanwhile.
@@ -180,31 +174,16 @@ class ShardCache:
     def _evict(self, incoming: int = 0) -> None:
         """Unlinks least recently used files until `incoming` more bytes fit."""
         with _locked(self.root / ".evict.lock", fcntl.LOCK_EX):
-            total = incoming
-            files: list[tuple[float, int, Path]] = []
-            for name, used, size in _listing(self.root):
-                if CACHED_NAME.fullmatch(name):
-                    files.append((used, size, self.root / name))
-                    total += size
-                elif PART_NAME.fullmatch(name):
-                    total += size
-            # The least recently used first.
-            for _, size, path in sorted(files):
+            kinds = (CACHED_NAME, PART_NAME)
+            files = [f for f in _listing(self.root) if any(k.fullmatch(f[-1]) for k in kinds)]
+            total = incoming + sum(size for _, size, _ in files)
+            for _, size, name in sorted(files):  # the least recently used first
                 if total <= self.max_bytes:
                     break
-                if self._unlink(path):
+                if CACHED_NAME.fullmatch(name) and _unlink(
+                    self.root, name, name, self.grace_seconds
+                ):
                     total -= size
-
-    def _unlink(self, path: Path) -> bool:
-        """Whether a file could go: neither locked nor used within the grace."""
-        try:
-            with _locked(hidden_beside(path, "lock"), fcntl.LOCK_EX | fcntl.LOCK_NB):
-                if time.time() - path.stat().st_mtime < self.grace_seconds:
-                    return False
-                path.unlink()
-                return True
-        except (BlockingIOError, FileNotFoundError):
-            return False
 
     def _own_worker(self) -> "_Worker":
         """The background thread of this process; a fork leaves its parent's behind."""
@@ -288,26 +267,33 @@ class _Worker:
                 self._waiting.discard(url)
 
 
-def _listing(root: Path) -> Iterator[tuple[str, float, int]]:
-    """(name, time of last use, bytes) of the files in a directory that others change."""
+def _listing(root: Path) -> Iterator[tuple[float, int, str]]:
+    """(time of last use, bytes, name) of the files in a directory that others change."""
     with os.scandir(root) as entries:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):
                 status = entry.stat()
-                yield entry.name, status.st_mtime, status.st_size
+                yield status.st_mtime, status.st_size, entry.name
 
 
 def _remove_leftovers(root: Path) -> None:
     """Unlinks old temporary files that no living process writes."""
-    for name, written, _ in _listing(root):
-        match = PART_NAME.fullmatch(name)
-        if match and time.time() - written > LEFTOVER_SECONDS:
-            lock = hidden_beside(root / match[1], "lock")
-            with (
-                contextlib.suppress(BlockingIOError),
-                _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB),
-            ):
-                (root / name).unlink(missing_ok=True)
+    for _, _, name in _listing(root):
+        if match := PART_NAME.fullmatch(name):
+            _unlink(root, name, match[1], LEFTOVER_SECONDS)
+
+
+def _unlink(root: Path, name: str, cached: str, seconds: float) -> bool:
+    """Whether a file of a cached one could go: neither locked nor used in the last `seconds`."""
+    path, lock = root / name, hidden_beside(root / cached, "lock")
+    try:
+        with _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if time.time() - path.stat().st_mtime < seconds:
+                return False
+            path.unlink()
+            return True
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 @contextlib.contextmanager

@@ -508,7 +508,7 @@ def _table(evaluated: Evaluated) -> str:
         iteration = evaluated.scores.get("weights", {}).get(name, {}).get("iteration")
         step = "" if iteration is None else f"{iteration:,}"
         title = f"**{_cell(name)}**" if name == evaluated.name else _cell(name)
-        lines.append([title, step, *(score_text(row.get(c), c) for c in columns)])
+        lines.append([title, step, *(score_text(row.get(c), SCORES[c]) for c in columns)])
     return markdown_table(["model", "iteration", *(SCORES[c].label for c in columns)], lines)
 
 

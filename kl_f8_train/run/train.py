@@ -5,7 +5,6 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -52,10 +51,9 @@ from kl_f8_train.run.validation import Validation
 from kl_f8_train.run.watchdog import FIRST, Watchdog
 from kl_f8_train.run_dir import (
     CONFIG_FILE,
+    begun,
     best_checkpoint,
-    claimed,
     failure_kept,
-    forget_failure,
     list_checkpoints,
     note_failure,
     remove_leftovers,
@@ -77,11 +75,8 @@ def train(config: Config, allow_changes: bool = False) -> int:
     check_writable(run_dir)
     machine.check_compile_cache(config.compute)
     first = getattr(rank_zero_only, "rank", 0) == 0  # as the launcher's variables say
-    with claimed(run_dir) if first else nullcontext():
-        if first:
-            forget_failure(run_dir)
-        with failure_kept(run_dir):
-            return _train(config, run_dir, allow_changes)
+    with begun(run_dir) if first else failure_kept(run_dir):
+        return _train(config, run_dir, allow_changes)
 
 
 @with_remedy()

@@ -20,7 +20,6 @@ from kl_f8_train.units import counted, shortest
 
 ReportScores = Callable[[int, dict[str, float], Path], None]  # of an iteration's row and its strip
 KeepBest = Callable[[Trainer, Finetuner], None]  # saves the best checkpoint so far
-COLOURS = ("red", "green", "blue", "saturation")
 
 
 class Validation(Callback):
@@ -130,5 +129,5 @@ def validation_scores(
         row[f"perceptual_{name}"] = float(finetuner.perceptual(*on_device).mean())
         if name == "ema":
             shift = metrics.colour_shift(x01, y01).mean(dim=0)
-            row |= {f"{c}_shift_ema": float(v) for c, v in zip(COLOURS, shift, strict=True)}
+            row |= {f"{c}_shift_ema": float(v) for c, v in zip(metrics.COLOURS, shift, strict=True)}
     return row

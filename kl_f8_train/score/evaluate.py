@@ -4,16 +4,14 @@ import contextlib
 import datetime
 import itertools
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import RunFailedError, UsageError
 from kl_f8_train.files import check_writable, write_json
 from kl_f8_train.launch import meeting, world_size
@@ -24,12 +22,11 @@ from kl_f8_train.score.candidates import (
     Candidate,
     Means,
     baselines,
-    latents,
     load_candidates,
     perturbed,
     reconstruct,
 )
-from kl_f8_train.score.image_set import EvaluatedImage, ImageSet
+from kl_f8_train.score.image_set import ImageSet
 from kl_f8_train.score.measure import (
     Networks,
     describe_networks,
@@ -87,30 +84,32 @@ def _agree(candidates: Sequence[Candidate], images: int, networks: Networks, wor
                 )
 
 
-def _gather(tally: Tally, rank: int, world: int) -> Tally:
+def _of_all(mine: Any, rank: int, world: int) -> list[Any]:
+    """What every process has, on rank 0; nothing on the others."""
+    if world == 1:
+        return [mine]
+    parts: list[Any] = [None] * world
+    dist.gather_object(mine, parts if rank == 0 else None)
+    return parts if rank == 0 else []
+
+
+def _gather(tally: Tally, rank: int, world: int) -> None:
     """Everybody's rows and sums, on rank 0, in the order of the images."""
+    parts = _of_all((tally.rows, tally.problems, [s.count for s in tally.statistics]), rank, world)
     if world > 1:
-        parts: list[Any] = [None] * world
-        mine = (tally.rows, tally.problems, [s.count for s in tally.statistics])
-        dist.gather_object(mine, parts if rank == 0 else None)
         for number, statistics in enumerate(tally.statistics):
             # rFID's statistics are sums, so those of all processes add up: no features travel.
+            statistics.count = sum(part[2][number] for part in parts)
             statistics.total = statistics.total.cpu()
             statistics.products = statistics.products.cpu()
             dist.reduce(statistics.total, 0)
             dist.reduce(statistics.products, 0)
-            if rank == 0:
-                statistics.count = sum(part[2][number] for part in parts)
-        if rank == 0:
-            tally.rows = [row for part in parts for row in part[0]]
-            tally.problems = [problem for part in parts for problem in part[1]]
-    tally.rows.sort(key=lambda row: row.index)
-    tally.problems.sort()
+    tally.rows = sorted((row for part in parts for row in part[0]), key=lambda row: row.index)
+    tally.problems = sorted(problem for part in parts for problem in part[1])
     seen: Counter[str] = Counter()
     for row in tally.rows:  # shards of other sources may hold equal names
         seen[row.key] += 1
         row.key += f" ({seen[row.key]})" if seen[row.key] > 1 else ""
-    return tally
 
 
 # --- the verb -------------------------------------------------------------------------------
@@ -120,7 +119,8 @@ def _gather(tally: Tally, rank: int, world: int) -> Tally:
 class Session:
     """What the evaluations of all sizes share."""
 
-    candidates: Sequence[Candidate]
+    vaes: Sequence[Candidate]  # as given, without rows of noise on their latents
+    candidates: Sequence[Candidate]  # all rows
     networks: Networks
     protocol: Protocol
     device: str
@@ -170,9 +170,12 @@ def evaluate(
         vaes = load_candidates(named, device)
         candidates = vaes + perturbed(vaes, latent_noise) + (baselines() if with_baselines else [])
         _check_sizes(candidates, sizes, tile)
-        networks = find_networks(perceptual_name, vgg, inception, device, say)
+        # What is missing altogether comes before what networks cannot measure.
+        images = ImageSet(where, sizes[0], limit, say, out)
         check_writable(out)
+        networks = find_networks(perceptual_name, vgg, inception, device, say)
         session = Session(
+            vaes=vaes,
             candidates=candidates,
             networks=networks,
             protocol=protocol,
@@ -188,7 +191,7 @@ def evaluate(
         )
         results = {}
         for one in sizes:
-            images = ImageSet(where, one, limit, say if one == sizes[0] else _silent, out)
+            images.size = one
             own = out if isinstance(size, int) else out / str(one)
             results[str(one)] = _evaluate_size(session, images, where, own)
     if rank > 0:
@@ -207,11 +210,8 @@ def _evaluate_size(
     """Scores all candidates on images of one size; what scores.json holds, on the first process."""
     candidates, networks, size = session.candidates, session.networks, image_set.size
     rank, world, say = session.rank, session.world, session.say
-    models, images = (
-        counted(count, noun, "s")
-        for count, noun in ((len(candidates), "model"), (image_set.count, "image"))
-    )
-    say(f"{models}, {images}, {size} x {size}")
+    models = counted(len(candidates), "model", "s")
+    say(f"{models}, {counted(image_set.count, 'image', 's')}, {size} x {size}")
     _agree(candidates, image_set.count, networks, world)
     # Every n-th image, not a stretch: sizes vary along a folder, and all processes end together.
     own = range(rank, image_set.count, world)
@@ -228,9 +228,17 @@ def _evaluate_size(
     )
     seams: tiled.Measured = []
     if session.tile and size > session.tile // 2:
-        decodes = _decodes(session, image_set.stream(own, threads))
-        seams = tiled.measure(decodes, session.tile, session.progress, len(own))
-    tally, seams = _gather(tally, rank, world), _gathered(seams, rank, world)
+        seams = tiled.measure(
+            session.vaes,
+            session.protocol,
+            image_set.stream(own, threads),
+            session.tile,
+            device=session.device,
+            progress=session.progress,
+            total=len(own),
+        )
+    _gather(tally, rank, world)
+    seams = [seam for part in _of_all(seams, rank, world) for seam in part]
     if rank > 0:
         return None
     conditions = {**session.protocol.describe(), "size": size, **describe_networks(networks)}
@@ -242,36 +250,12 @@ def _evaluate_size(
         result["tiled"] = tiled.seam_summary(seams, session.tile)
     write_scores(out, result, tally)
     _write_pictures(out, image_set, session, tally)
-    verdicts = []
     if session.compared:
         a, b = session.compared
-        verdicts = report.write_comparison(out, a, b, session.sigmas)
-    for verdict in verdicts:
-        say(verdict.text)
+        for verdict in report.write_comparison(out, a, b, session.sigmas):
+            say(verdict.text)
     say(screen(result, said=networks.unmeasured))
     return result
-
-
-def _decodes(session: Session, samples: Iterable[EvaluatedImage]) -> Iterator[tiled.Decodable]:
-    """Each image with each VAE's latents of it, for tiled decoding."""
-    for sample in samples:
-        if sample.image is None:
-            continue
-        image = sample.image[None].to(session.device)
-        for vae in session.candidates:
-            if isinstance(vae.model, AutoencoderKL) and not vae.sigma:
-                z = latents(vae.model, image, [sample.key], session.protocol)
-                factor = vae.model.downsampling
-                yield tiled.Decodable(sample.key, image, vae.name, vae.model.decode, z, factor)
-
-
-def _gathered(found: tiled.Measured, rank: int, world: int) -> tiled.Measured:
-    """Everybody's seams, on rank 0."""
-    if world == 1:
-        return found
-    parts: list[Any] = [None] * world
-    dist.gather_object(found, parts if rank == 0 else None)
-    return [entry for part in parts if part for entry in part]
 
 
 def _check_sizes(candidates: Sequence[Candidate], sizes: Sequence[int], tile: int | None) -> None:
@@ -308,47 +292,33 @@ def _silent(message: str) -> None:
 # --- pictures -------------------------------------------------------------------------------
 
 
-def _write_pictures(
-    out: Path,
-    image_set: ImageSet,
-    session: Session,
-    tally: Tally,
-) -> None:
+def _write_pictures(out: Path, image_set: ImageSet, session: Session, tally: Tally) -> None:
     """Makes the chosen images and reconstructions again, exactly, and writes them as PNG.
 
     They are chosen by the VAEs without noise on their latents.
     """
     candidates = [c for c in session.candidates if not isinstance(c.model, Means)]
-    protocol, device = session.protocol, session.device
     batch_size = batch_of(session.batch_size, image_set.size)
     names = [candidate.name for candidate in candidates]
-    clean = [candidate.name for candidate in candidates if not candidate.sigma]
-    chosen = choose_pictures(tally.rows, clean, tally.measured)
-    former = _pictures(out)
+    chosen = choose_pictures(tally.rows, [vae.name for vae in session.vaes], tally.measured)
+    former = report.listed_pictures(out / "pictures.json")
     entries = []
     for number, (place, why) in enumerate(chosen.items()):
-        sample = image_set.load(tally.rows[place].index)
+        row = tally.rows[place]
+        sample = image_set.load(row.index)
         assert sample.image is not None
-        batch = sample.image[None].expand(batch_size, -1, -1, -1).to(device)
-        outputs = list(reconstruct(candidates, batch, [sample.key] * batch_size, protocol))
+        batch = sample.image[None].expand(batch_size, -1, -1, -1).to(session.device)
+        outputs = reconstruct(candidates, batch, [sample.key] * batch_size, session.protocol)
         shown = f"pictures/{number:04d}-input.png"
         report.save_png(out / shown, sample.image, sync=True)
         models: dict[str, str] = {}
         for name, slug, output in zip(names, slugs(names), outputs, strict=True):
             models[name] = f"pictures/{number:04d}-{slug}.png"
             report.save_png(out / models[name], output[0], sync=True)
-        key = tally.rows[place].key
-        entries.append({"image": key, "input": shown, "models": models, "why": why})
+        entries.append({"image": row.key, "input": shown, "models": models, "why": why})
     write_json(out / "pictures.json", entries)
-    for name in former - _pictures(out):  # the report's have the same names
-        for folder in ("pictures", "zooms", "errors"):
-            (out / folder / name).unlink(missing_ok=True)
+    for path in former - report.listed_pictures(out / "pictures.json"):
+        for folder in ("pictures", "zooms", "errors"):  # the report's have the same names
+            (out / folder / Path(path).name).unlink(missing_ok=True)
     if former:
         (out / "comparison.json").unlink(missing_ok=True)
-
-
-def _pictures(out: Path) -> set[str]:
-    """Names of the pictures that an evaluation has written to `out`."""
-    listed = out / "pictures.json"
-    text = listed.read_text(encoding="utf-8", errors="replace") if listed.is_file() else ""
-    return set(re.findall(r'"pictures/(\d{4}-[a-z0-9-]+\.png)"', text))

@@ -6,11 +6,8 @@ the same kind, also FID against them: the Frechet distance of Inception's featur
 decoded one at a time, as they may have any size.
 """
 
-import csv
-import io
 import itertools
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +21,7 @@ from kl_f8_train import images as pixels
 from kl_f8_train.core import metrics
 from kl_f8_train.core.metrics import METRICS, FeatureStatistics, Metric
 from kl_f8_train.errors import RunFailedError, UsageError
+from kl_f8_train.facts import Facts
 from kl_f8_train.files import check_writable, file_sha256, write_json, write_text
 from kl_f8_train.launch import world_size
 from kl_f8_train.output import Progress, markdown_table
@@ -36,29 +34,28 @@ from kl_f8_train.score.measure import (
     Networks,
     describe_networks,
     exact_float32,
-    find_inception,
-    find_perceptual,
+    find_networks,
     own_device,
     score,
 )
 from kl_f8_train.score.protocol import CARD, Protocol
 from kl_f8_train.score.saved_latents import SavedLatent, Scale
 from kl_f8_train.score.scores import (
-    BIASED_BELOW,
     PICTURES,
+    bias_caveats,
     mean_std,
     network_caveats,
+    score_text,
     slugs,
+    warning_lines,
     weights_line,
+    write_csv,
 )
 from kl_f8_train.units import counted
 
 OWN = {  # of a decoded image by itself
     "sharpness": METRICS["sharpness"],
-    "red": Metric("red", 1, None, "levels"),
-    "green": Metric("green", 1, None, "levels"),
-    "blue": Metric("blue", 1, None, "levels"),
-    "saturation": Metric("saturation", 1, None, "levels"),
+    **{colour: Metric(colour, 1, None, "levels") for colour in metrics.COLOURS},
     "clipped": Metric("clipped %", 2, None),
 }
 FID = Metric("FID", 2, "lower")
@@ -109,49 +106,40 @@ def evaluate_latents(
         model = autoencoder(vae)
         saved_latents.check_fit(latents, vae.name, model.embed_dim, model.downsampling)
     scales = saved_latents.scales(latents, scaled, vaes)
+    side = size or min(latents[0].shape[1:]) * autoencoder(candidates[0]).downsampling
+    images = ImageSet(photographs, side, warn=say_aloud, out=out) if photographs else None
     check_writable(out)
     with exact_float32():
         device = own_device(device)
-        counts = f"{counted(len(vaes), 'model', 's')}, {counted(len(latents), 'latent', 's')}"
-        for line in (counts, *saved_latents.describe(latents, scales)):
+        name = perceptual_name if len(vaes) > 1 else None
+        networks = find_networks(name, vgg, inception, device, say_aloud, bool(photographs))
+        say_aloud(f"{counted(len(vaes), 'model', 's')}, {counted(len(latents), 'latent', 's')}")
+        described = saved_latents.describe(latents, scales)
+        for line in described:
             say_aloud(line)
-        networks = _networks(perceptual_name, vgg, inception, device, bool(photographs), vaes)
         for vae in candidates:
             vae.model.to(device)
         found = _decode_all(latents, scales, candidates, networks, protocol, out, device, progress)
         conditions = {
-            **_conditions(latents, scales, scaled, protocol),
+            "quantize": protocol.describe()["quantize"],
+            "latents_scaled": scaled if saved_latents.UNSAID in scales else None,
+            "scale": described,
             **describe_networks(networks),
         }
-        side = size or min(latents[0].shape[1:]) * autoencoder(candidates[0]).downsampling
         reference = None
-        if photographs and networks.inception:
-            reference = _photograph_features(photographs, side, out, networks.inception, device)
+        if images and networks.inception:
+            reference = _photograph_features(images, networks.inception, device)
             conditions |= {"photographs": photographs, "photographs_size": side}
-        result = _summarise(found, candidates, conditions, networks, reference, where)
-        warnings = _scale_doubts(latents, scales, found, vaes)
-        result["warnings"] = [*warnings, *result["warnings"]]
-        result["latents"] = len(latents)
+        doubts = _scale_doubts(found.deviations, scales.get(saved_latents.UNSAID, Scale()), vaes)
+        result = {
+            **_summarise(found, candidates, conditions, networks, reference, doubts),
+            "source": where,
+            "pictures": found.pictures,
+            "latents": len(latents),
+        }
     _write(out, result, latents, found)
     say_aloud(summary_text(result))
     return result
-
-
-def _networks(
-    perceptual: str,
-    vgg: str | None,
-    inception: str | None,
-    device: str,
-    with_fid: bool,
-    vaes: Sequence[Any],
-) -> Networks:
-    """Those that are needed: one for pairs, Inception for FID."""
-    found = Networks()
-    if len(vaes) > 1:
-        find_perceptual(found, perceptual, vgg, device, say_aloud)
-    if with_fid:
-        find_inception(found, inception, device, say_aloud)
-    return found
 
 
 # --- decoding -------------------------------------------------------------------------------
@@ -175,45 +163,36 @@ def _decode_all(
     )
     if networks.inception is not None:
         found.statistics = {name: FeatureStatistics.empty(FEATURES, device) for name in names}
-    former = _former_pictures(out)
     for number, (latent, loaded) in enumerate(saved_latents.load_latents(latents)):
         values = loaded.to(device)
-        found.deviations.append(float(values.std()))
+        if latent.says == saved_latents.UNSAID:
+            found.deviations.append(float(values.std()))
         z = scales[latent.says].undo(values)  # (1, C, h, w), as an encoder makes them
-        levels = dict(_decoded(candidates, z, latent, protocol, found))
-        for name, image in levels.items():
+        levels: dict[str, Tensor] = {}  # of each VAE, uint8 (1, 3, H, W)
+        for vae in candidates:
+            output = _decode(vae, z, latent)
+            levels[vae.name] = pixels.to_uint8(output, protocol.quantize)
+            found.own[vae.name].append(own_scores(output, levels[vae.name]))
             if networks.inception is not None:
-                found.statistics[name].add(networks.inception(image))
-        for (a, b), scores in found.pairs.items():
-            scores.append(pair_scores(levels[a], levels[b], networks))
+                found.statistics[vae.name].add(networks.inception(levels[vae.name]))
+        for (a, b), rows in found.pairs.items():  # shifts are b minus a
+            apart = score(levels[a], levels[b], network=networks.perceptual)
+            rows.append({key: float(value) for key, value in apart.items() if key != "sharpness"})
         if number < PICTURES:
             found.pictures.append(_write_pictures(out, number, latent.name, levels))
         if progress is not None:
             progress(number + 1, len(latents))
-    # Pictures of an earlier evaluation in this folder.
-    for path in former - _paths(found.pictures):
-        (out / path).unlink(missing_ok=True)
     return found
 
 
-def _decoded(
-    candidates: Sequence[Candidate],
-    z: Tensor,
-    latent: SavedLatent,
-    protocol: Protocol,
-    found: Found,
-) -> Iterator[tuple[str, Tensor]]:
-    """(name of the VAE, uint8 (1, 3, H, W)); notes the scores of the images by themselves."""
-    for candidate in candidates:
-        output = autoencoder(candidate).decode(z)
-        if not bool(output.isfinite().all()):
-            raise RunFailedError(
-                f"{candidate.name}: decodes {latent.name} to values that are not finite; its "
-                "weights are broken, or the latents are of other models"
-            )
-        levels = pixels.to_uint8(output, protocol.quantize)
-        found.own[candidate.name].append(own_scores(output, levels))
-        yield candidate.name, levels
+def _decode(vae: Candidate, z: Tensor, latent: SavedLatent) -> Tensor:
+    output = autoencoder(vae).decode(z)
+    if not bool(output.isfinite().all()):
+        raise RunFailedError(
+            f"{vae.name}: decodes {latent.name} to values that are not finite; its weights are "
+            "broken, or the latents are of other models"
+        )
+    return output
 
 
 def own_scores(output: Tensor, levels: Tensor) -> dict[str, float]:
@@ -223,30 +202,18 @@ def own_scores(output: Tensor, levels: Tensor) -> dict[str, float]:
     `clipped` is the share of values beyond [-1, 1].
     """
     image = levels.double() / 255.0
-    red, green, blue, saturation = metrics.colour_shift(torch.zeros_like(image), image)[0].tolist()
+    colours = metrics.colour_shift(torch.zeros_like(image), image)[0]
     return {
         "sharpness": float(metrics.sharpness(image)),
-        "red": red,
-        "green": green,
-        "blue": blue,
-        "saturation": saturation,
+        **dict(zip(metrics.COLOURS, colours.tolist(), strict=True)),
         "clipped": 100.0 * float((output.abs() > 1.0).double().mean()),
     }
 
 
-def pair_scores(a: Tensor, b: Tensor, networks: Networks) -> dict[str, float]:
-    """How far two uint8 (1, 3, H, W) decodes of one latent are apart; shifts are b minus a."""
-    scores = score(a, b, network=networks.perceptual)
-    return {name: float(value) for name, value in scores.items() if name != "sharpness"}
-
-
 @torch.no_grad()
-def _photograph_features(
-    where: str, size: int, out: Path, inception: Inception, device: str
-) -> FeatureStatistics:
+def _photograph_features(images: ImageSet, inception: Inception, device: str) -> FeatureStatistics:
     """Inception's statistics of photographs; unreadable ones are left out and reported."""
     statistics = FeatureStatistics.empty(FEATURES, device)
-    images = ImageSet(where, size, warn=say_aloud, out=out)
     for sample in images.stream(range(images.count), threads=2):
         if sample.image is None:
             say_aloud(sample.problem)
@@ -258,56 +225,35 @@ def _photograph_features(
 # --- what was found -------------------------------------------------------------------------
 
 
-def _conditions(
-    latents: Sequence[SavedLatent],
-    scales: Mapping[str, Scale],
-    scaled: str | None,
-    protocol: Protocol,
-) -> dict[str, Any]:
-    return {
-        "quantize": f"clamped, {protocol.quantize} to 8 bit",
-        "latents_scaled": scaled if saved_latents.UNSAID in scales else None,
-        "scale": saved_latents.describe(latents, dict(scales)),
-    }
-
-
 def _summarise(
     found: Found,
     candidates: Sequence[Candidate],
     conditions: Mapping[str, Any],
     networks: Networks,
     reference: FeatureStatistics | None,
-    where: str,
+    doubts: Sequence[str],
 ) -> dict[str, Any]:
-    """The contents of decoded.json: means and population deviations over the latents."""
-    warnings = []
-    models: dict[str, dict[str, Any]] = {}
-    for name, rows in found.own.items():
-        models[name] = _means(rows) | {"fid": None}
-        if reference is not None and min(reference.count, len(rows)) >= 2:
-            own = found.statistics[name]
-            models[name]["fid"] = metrics.frechet_distance(reference, own)
+    """Contents of decoded.json: means and population deviations over the latents, and warnings."""
+    models = {name: {**_means(rows), "fid": None} for name, rows in found.own.items()}
+    warnings = list(doubts)
     if reference is not None:
-        fewest = min(reference.count, *(len(rows) for rows in found.own.values()))
+        fewest = min(reference.count, *(own.count for own in found.statistics.values()))
         if fewest < 2:
             warnings.append("FID needs two latents and two photographs")
-        elif fewest < BIASED_BELOW:
-            warnings.append(
-                f"FID on {fewest:,} images is biased: fewer than {BIASED_BELOW:,}; compare only "
-                "VAEs on the same latents and photographs"
-            )
+        else:
+            for name, own in found.statistics.items():
+                models[name]["fid"] = metrics.frechet_distance(reference, own)
+            remedy = "compare only VAEs on the same latents and photographs"
+            warnings += bias_caveats("FID", fewest, remedy)
     network = networks.perceptual
     stand_in = network is not None and network.name != "lpips_vgg"
-    warnings += network_caveats(stand_in, conditions)
     return {
         "models": models,
         "pairs": [{"a": a, "b": b, **_means(rows)} for (a, b), rows in found.pairs.items()],
-        "unmeasured": dict(networks.unmeasured),
-        "warnings": warnings,
-        "protocol": dict(conditions),
-        "weights": {candidate.name: dict(candidate.record) for candidate in candidates},
-        "source": where,
-        "pictures": found.pictures,
+        "unmeasured": networks.unmeasured,
+        "warnings": warnings + network_caveats(stand_in, conditions),
+        "protocol": conditions,
+        "weights": {candidate.name: candidate.record for candidate in candidates},
     }
 
 
@@ -316,25 +262,17 @@ def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def _scale_doubts(
-    latents: Sequence[SavedLatent],
-    scales: Mapping[str, Scale],
-    found: Found,
-    vaes: Sequence[tuple[str, Any, int]],
+    deviations: Sequence[float], scale: Scale, vaes: Sequence[tuple[str, Facts, int]]
 ) -> list[str]:
     """A warning if the latents that do not say their scale look as if it were another."""
-    own = [
-        deviation
-        for latent, deviation in zip(latents, found.deviations, strict=True)
-        if latent.says == saved_latents.UNSAID and math.isfinite(deviation)
-    ]
-    factors = [facts.scaling_factor for _, facts, _ in vaes if facts.scaling_factor]
-    scale = scales.get(saved_latents.UNSAID)
-    if not own or scale is None or not (factors or scale.factor != 1.0):
+    own = [deviation for deviation in deviations if math.isfinite(deviation)]
+    scaled = scale != Scale()
+    stated = [facts.scaling_factor for _, facts, _ in vaes if facts.scaling_factor]
+    factors = [scale.factor] if scaled else stated
+    if not own or not factors:
         return []
     # The median: a few odd latents say nothing about the scale of all.
-    scaled = scale != Scale()
-    factor = scale.factor if scaled else factors[0]
-    doubt = saved_latents.doubt(float(np.median(own)), factor, scaled)
+    doubt = saved_latents.doubt(float(np.median(own)), factors[0], scaled)
     return [doubt] if doubt else []
 
 
@@ -345,63 +283,55 @@ def _write(
     out: Path, result: Mapping[str, Any], latents: Sequence[SavedLatent], found: Found
 ) -> None:
     files = sorted({latent.path for latent in latents})
+    former = report.listed_pictures(out / "decoded.json")
     kept = {**result, "sha256": {path.name: file_sha256(path) for path in files[:1000]}}
     write_json(out / "decoded.json", kept)
+    for path in former - report.listed_pictures(out / "decoded.json"):
+        (out / path).unlink(missing_ok=True)
     write_text(out / "table.md", summary_text(result) + "\n")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "latent", *OWN])
-    for name, rows in found.own.items():
-        for latent, row in zip(latents, rows, strict=True):
-            writer.writerow([name, latent.name, *(f"{row[metric]:.6g}" for metric in OWN)])
-    write_text(out / "per_latent.csv", text.getvalue())
-    _write_strip(out, found.pictures)
+    rows = [["model", "latent", *OWN]]
+    for name, scores in found.own.items():
+        for latent, row in zip(latents, scores, strict=True):
+            rows.append([name, latent.name, *(f"{row[metric]:.6g}" for metric in OWN)])
+    write_csv(out / "per_latent.csv", rows)
+    _write_strip(out, latents, found.pictures)
 
 
 def summary_text(result: Mapping[str, Any]) -> str:
     """The tables of VAEs and of pairs, and what they depend on."""
-    blocks = [_own_table(result), *([_pair_table(result)] if result["pairs"] else [])]
     protocol = result["protocol"]
     size = protocol.get("photographs_size")
     against = f" FID against {protocol['photographs']}, {size} x {size} crops." if size else ""
-    blocks.append(
+    blocks = [
+        *_tables(result),
         f"{counted(result['latents'], 'latent', 's')} from {result['source']}; "
         f"{'; '.join(protocol['scale'])}. {protocol['quantize']}; colours are mean 8-bit levels."
-        f"{against}"
-    )
-    blocks.append(weights_line(result["weights"]))
-    blocks += [f"Warning: {warning}." for warning in result["warnings"]]
+        f"{against}",
+        weights_line(result["weights"]),
+        *warning_lines(result["warnings"]),
+    ]
     return "\n\n".join(blocks)
 
 
-def _own_table(result: Mapping[str, Any]) -> str:
-    with_fid = any(row["fid"] is not None for row in result["models"].values())
-    rows = [
+def _tables(result: Mapping[str, Any]) -> Iterator[str]:
+    """Each VAE, and each pair: how far the second is from the first on the same latents."""
+    models, pairs = result["models"], result["pairs"]
+    with_fid = any(row["fid"] is not None for row in models.values())
+    yield _table("model", models, {"fid": FID, **OWN} if with_fid else OWN)
+    if pairs:
+        columns = {key: metric for key, metric in METRICS.items() if key in pairs[0]}
+        yield _table("difference", {f"{p['b']} to {p['a']}": p for p in pairs}, columns)
+
+
+def _table(title: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, Metric]) -> str:
+    """In Markdown; a mean is missing where every PSNR of a pair is infinite."""
+    return markdown_table(
+        [title, *(metric.label for metric in columns.values())],
         [
-            name,
-            *([f"{row['fid']:.{FID.digits}f}"] if with_fid else []),
-            *(_cell(row[key], metric) for key, metric in OWN.items()),
-        ]
-        for name, row in result["models"].items()
-    ]
-    head = ["model", *([FID.label] if with_fid else []), *(m.label for m in OWN.values())]
-    return markdown_table(head, rows)
-
-
-def _pair_table(result: Mapping[str, Any]) -> str:
-    """How far two VAEs are apart on the same latents; shifts are the second minus the first."""
-    keys = [key for key in METRICS if any(key in pair for pair in result["pairs"])]
-    rows = [
-        [f"{pair['b']} to {pair['a']}", *(_cell(pair[key], METRICS[key]) for key in keys)]
-        for pair in result["pairs"]
-    ]
-    return markdown_table(["difference", *(METRICS[key].label for key in keys)], rows)
-
-
-def _cell(value: Mapping[str, float] | None, metric: Metric) -> str:
-    if value is None:
-        return "equal"  # every PSNR of a pair is infinite
-    return f"{value['mean']:.{metric.digits}f} +/- {value['std']:.{metric.digits}f}"
+            [name, *(score_text(row[key], metric, "equal") for key, metric in columns.items())]
+            for name, row in rows.items()
+        ],
+    )
 
 
 # --- pictures -------------------------------------------------------------------------------
@@ -412,46 +342,35 @@ def _write_pictures(
 ) -> dict[str, Any]:
     """PNGs of each VAE's image, and maps of where each differs from the first."""
     names = list(levels)
+    base = levels[names[0]][0].cpu()  # (3, H, W)
     models, differences = {}, {}
     for vae, slug in zip(names, slugs(names), strict=True):
         models[vae] = f"pictures/{number:04d}-{slug}.png"
         report.save_png(out / models[vae], levels[vae][0])
         if vae != names[0]:
             differences[vae] = f"errors/{number:04d}-{slug}.png"
-            report.save_png(
-                out / differences[vae],
-                report.error_map(levels[names[0]][0].cpu(), levels[vae][0].cpu()),
-            )
+            report.save_png(out / differences[vae], report.error_map(base, levels[vae][0].cpu()))
     return {"latent": name, "models": models, "differences": differences}
 
 
-def _write_strip(out: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+def _write_strip(
+    out: Path, latents: Sequence[SavedLatent], entries: Sequence[Mapping[str, Any]]
+) -> None:
     """A row for each latent of the first's size, a column for each VAE and each difference."""
-    rows = [(_load(out, entry["models"]), entry["differences"]) for entry in entries]
-    base, first = next(iter(rows[0][0].items()))
-    fitting = [row for row in rows if row[0][base].shape == first.shape]
+    fitting = [
+        entry
+        for entry, latent in zip(entries, latents, strict=False)
+        if latent.shape == latents[0].shape
+    ]
+    base, first = next(iter(fitting[0]["models"].items()))
+    height = _load(out / first).shape[1]
     columns: dict[str, list[Tensor]] = {}
-    for shown, differences in fitting[
-        : max(1, min(report.STRIP_ROWS, STRIP_SIDE // first.shape[1]))
-    ]:
-        shown |= {f"|{n} - {base}|": p for n, p in _load(out, differences).items()}
-        for name, picture in shown.items():
-            columns.setdefault(name, []).append(picture)
+    for entry in fitting[: max(1, min(report.STRIP_ROWS, STRIP_SIDE // height))]:
+        maps = {f"|{name} - {base}|": path for name, path in entry["differences"].items()}
+        for label, path in {**entry["models"], **maps}.items():
+            columns.setdefault(label, []).append(_load(out / path))
     report.save_png(out / "strip.png", report.strip(list(columns.items())))
 
 
-def _paths(entries: Sequence[Mapping[str, Any]]) -> set[str]:
-    return {
-        p for entry in entries for kind in ("models", "differences") for p in entry[kind].values()
-    }
-
-
-def _former_pictures(out: Path) -> set[str]:
-    """Pictures that an earlier call has written to `out`."""
-    listed = out / "decoded.json"
-    text = listed.read_text(encoding="utf-8", errors="replace") if listed.is_file() else ""
-    return set(re.findall(r'"((?:pictures|errors)/\d{4}-[a-z0-9-]+\.png)"', text))
-
-
-def _load(out: Path, paths: Mapping[str, str]) -> dict[str, Tensor]:
-    return {name: pixels.decode((out / path).read_bytes()) for name, path in paths.items()}
+def _load(path: Path) -> Tensor:
+    return pixels.decode(path.read_bytes())

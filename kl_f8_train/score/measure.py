@@ -40,13 +40,6 @@ class Networks:
     inception: Inception | None = None
     unmeasured: dict[str, str] = field(default_factory=dict)
 
-    def leave_out(
-        self, metrics: Sequence[str], error: MissingInputError | str, say: Callable[[str], None]
-    ) -> None:
-        """Says what is missing and which metrics it costs; the first clause is kept for each."""
-        say(f"not measured: {', '.join(SCORES[metric].label for metric in metrics)}: {error}")
-        self.unmeasured |= dict.fromkeys(metrics, re.split("[;\n]", str(error))[0])
-
     @property
     def measured(self) -> tuple[str, ...]:
         """Metrics with a number an image."""
@@ -58,45 +51,41 @@ class Networks:
 
 
 def find_networks(
-    name: str, vgg: str | None, inception: str | None, device: str, say: Callable[[str], None]
+    name: str | None,
+    vgg: str | None,
+    inception: str | None,
+    device: str,
+    say: Callable[[str], None],
+    with_rfid: bool = True,
 ) -> Networks:
-    """VGG16 (or the stand-in) and Inception; says what is missing and so not measured.
+    """VGG16 or the stand-in (`name` None: neither) and Inception; reports what is not measured.
 
-    Raises MissingInputError if a file that was named is not there.
+    Raises MissingInputError if a file that was named is not there; then it reports nothing else.
     """
     found = Networks()
-    find_perceptual(found, name, vgg, device, say)
-    find_inception(found, inception, device, say)
+    missing: dict[tuple[str, ...], MissingInputError | str] = {}
+    distances: tuple[str, ...] = ("psim", "lpips")
+    if name == "st_lpips_alex":
+        missing[distances] = "the stand-in ST-LPIPS was asked for in place of VGG16"
+        distances = ("st_lpips",)
+    if name is not None:
+        try:
+            found.perceptual = pretrained.build(name, vgg, pretrained.VGG16.flag).to(device)
+        except MissingInputError as error:
+            if vgg:
+                raise
+            missing[distances] = error
+    if with_rfid:
+        try:
+            found.inception = Inception(pretrained.find(pretrained.INCEPTION, inception)).to(device)
+        except MissingInputError as error:
+            if inception:
+                raise
+            missing[("rfid",)] = error
+    for names, why in missing.items():
+        say(f"not measured: {', '.join(SCORES[metric].label for metric in names)}: {why}")
+        found.unmeasured |= dict.fromkeys(names, re.split("[;\n]", str(why))[0])  # first clause
     return found
-
-
-def find_perceptual(
-    found: Networks, name: str, vgg: str | None, device: str, say: Callable[[str], None]
-) -> None:
-    """Adds VGG16 or the stand-in, as `find_networks` does."""
-    missing: tuple[str, ...] = ("psim", "lpips")
-    if name != "lpips_vgg":
-        why = "the stand-in ST-LPIPS was asked for in place of VGG16"
-        found.leave_out(missing, why, say)
-        missing = ("st_lpips",)
-    try:
-        found.perceptual = pretrained.build(name, vgg, pretrained.VGG16.flag).to(device)
-    except MissingInputError as error:
-        if vgg:
-            raise
-        found.leave_out(missing, error, say)
-
-
-def find_inception(
-    found: Networks, inception: str | None, device: str, say: Callable[[str], None]
-) -> None:
-    """Adds Inception, as `find_networks` does."""
-    try:
-        found.inception = Inception(pretrained.find(pretrained.INCEPTION, inception)).to(device)
-    except MissingInputError as error:
-        if inception:
-            raise
-        found.leave_out(["rfid"], error, say)
 
 
 @torch.no_grad()

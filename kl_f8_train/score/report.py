@@ -8,6 +8,7 @@ filled in; it refers to its PNGs by relative links and needs no network.
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,6 +230,12 @@ def save_png(path: Path, picture: Tensor, sync: bool = False) -> None:
     """Writes a PNG atomically, without fsync: of what is quickly made again there are hundreds."""
     with atomic_path(path, sync=sync) as temporary:
         images.to_pil(picture).save(temporary, format="PNG")
+
+
+def listed_pictures(file: Path) -> set[str]:
+    """Paths of the pictures that an evaluation lists in a JSON file, relative to it."""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return set(re.findall(r'"((?:pictures|errors)/\d{4}-[a-z0-9-]+\.png)"', text))
 
 
 def _sharpness(picture: Tensor) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from kl_f8_train.core import metrics
-from kl_f8_train.core.metrics import METRICS, SCORES, FeatureStatistics
+from kl_f8_train.core.metrics import METRICS, SCORES, FeatureStatistics, Metric
 from kl_f8_train.core.perceptual import OTHER_VGG
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.files import write_json, write_text
@@ -33,7 +33,7 @@ PICTURES = 24  # images shown, at most
 WARNINGS = 20  # below a table, at most
 FIRST_FEW = 4  # of them, whatever their scores
 LONGEST = 60  # letters of a model in a file name
-SHIFT_METRICS = ("red_shift", "green_shift", "blue_shift", "saturation_shift")
+SHIFT_METRICS = tuple(f"{name}_shift" for name in metrics.COLOURS)
 
 
 @dataclass
@@ -78,14 +78,12 @@ def summarise(
     unmeasured = dict(unmeasured)
     models: dict[str, dict[str, Any]] = {}
     perfect: list[str] = []
+    of_images = np.stack([row.scores for row in tally.rows])  # (images, VAEs, metrics)
     for number, model in enumerate(weights):
-        values = {
-            name: [float(row.scores[number, column]) for row in tally.rows]
-            for column, name in enumerate(tally.measured)
-        }
+        values = dict(zip(tally.measured, of_images[:, number].T.tolist(), strict=True))
         models[model] = {
             **{name: None for name in METRICS if name != "st_lpips"},
-            **{name: mean_std(of_images) for name, of_images in values.items()},
+            **{name: mean_std(column) for name, column in values.items()},
             "rfid": None,
         }
         infinite = sum(map(math.isinf, values["psnr"]))
@@ -107,7 +105,7 @@ def summarise(
         "unmeasured": unmeasured,
         "warnings": warnings + _caveats(tally, protocol),
         "protocol": dict(protocol),
-        "weights": {name: dict(record) for name, record in weights.items()},
+        "weights": dict(weights),
         "images": len(tally.rows),
         "converted": dict(Counter(row.profile for row in tally.rows if row.profile).most_common()),
         "images_sha256": images_sha256(tally.rows),
@@ -125,12 +123,17 @@ def _caveats(tally: Tally, protocol: Mapping[str, Any]) -> list[str]:
             f"{counted(enlarged, 'image', 's')} of {len(tally.rows):,} had fewer than "
             f"{protocol['size']} pixels and were enlarged: blurred, so easy to reconstruct"
         )
-    if tally.statistics and 2 <= len(tally.rows) < BIASED_BELOW:
-        caveats.append(
-            f"rFID on {len(tally.rows):,} images is biased: fewer than {BIASED_BELOW:,}; "
-            "compare only with rFID on the same images"
-        )
+    if tally.statistics and len(tally.rows) >= 2:
+        remedy = "compare only with rFID on the same images"
+        caveats += bias_caveats("rFID", len(tally.rows), remedy)
     return caveats + network_caveats("st_lpips" in tally.measured, protocol)
+
+
+def bias_caveats(label: str, count: int, remedy: str) -> list[str]:
+    """What keeps a Frechet distance of `count` images from being compared with others."""
+    if count >= BIASED_BELOW:
+        return []
+    return [f"{label} on {count:,} images is biased: fewer than {BIASED_BELOW:,}; {remedy}"]
 
 
 def network_caveats(stand_in: bool, protocol: Mapping[str, Any]) -> list[str]:
@@ -169,18 +172,22 @@ def images_sha256(rows: Sequence[ImageScores]) -> str:
 def write_scores(out: Path, result: Mapping[str, Any], tally: Tally) -> None:
     """Writes scores.json, table.md and per_image.csv."""
     write_json(out / "scores.json", result)
-    seams = [tiled.seam_table(result["tiled"])] if "tiled" in result else []
-    write_text(out / "table.md", "\n\n".join([table(result), *seams, f"{footer(result)}\n"]))
+    write_text(out / "table.md", f"{table(result)}\n\n{footer(result)}\n")
     names = [name for name in METRICS if name != "st_lpips" or name in tally.measured]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "image", *names])
+    lines = [["model", "image", *names]]
     for number, model in enumerate(result["models"]):
         for row in tally.rows:
             values = dict(zip(tally.measured, row.scores[number].tolist(), strict=True))
             cells = [f"{values[name]:.6g}" if name in values else "" for name in names]
-            writer.writerow([model, row.key, *cells])
-    write_text(out / "per_image.csv", text.getvalue())
+            lines.append([model, row.key, *cells])
+    write_csv(out / "per_image.csv", lines)
+
+
+def write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
+    """Writes a CSV file atomically."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def screen(result: Mapping[str, Any], said: Collection[str] = ()) -> str:
@@ -190,20 +197,18 @@ def screen(result: Mapping[str, Any], said: Collection[str] = ()) -> str:
     """
     reasons = {name: why for name, why in result["unmeasured"].items() if name not in said}
     shown = {**result, "unmeasured": reasons}
-    seams = [tiled.seam_table(result["tiled"])] if "tiled" in result else []
-    return "\n\n".join([table(result, measured_only=True), *seams, footer(shown)])
+    return f"{table(shown, measured_only=True)}\n\n{footer(shown)}"
 
 
 def table(result: Mapping[str, Any], measured_only: bool = False) -> str:
-    """The card's table in Markdown, of what scores.json holds; `measured_only`: its columns."""
+    """The card's table in Markdown, of what scores.json holds, and that of tiled decoding.
+
+    `measured_only`: no column that no model has a score in.
+    """
     models: Mapping[str, Mapping[str, Any]] = result["models"]
-    hidden = (
-        SHIFT_METRICS
-        if any("st_lpips" in m for m in models.values())
-        else ("st_lpips", *SHIFT_METRICS)
-    )
-    shown = [name for name in METRICS if name not in hidden]
-    columns = ["rfid", *shown]
+    stand_in = any("st_lpips" in scores for scores in models.values())
+    hidden = SHIFT_METRICS if stand_in else ("st_lpips", *SHIFT_METRICS)
+    columns = ["rfid", *(name for name in METRICS if name not in hidden)]
     if measured_only:
         columns = [c for c in columns if c == "psnr" or any(m.get(c) for m in models.values())]
     with_sigma = any("latent_noise" in weights for weights in result["weights"].values())
@@ -211,13 +216,16 @@ def table(result: Mapping[str, Any], measured_only: bool = False) -> str:
     for name, scores in models.items():
         weights = result["weights"][name]
         step = weights["iteration"]
-        perfect = {"psnr": "infinite"} if scores.get("psnr") is None else {}
-        cells = [perfect.get(m) or score_text(scores.get(m), m) for m in columns]
-        sigma = "" if weights.get("baseline") else f"{weights.get('latent_noise', 0):g}"
-        about = [weights.get("vae", name), "" if step is None else f"{step:,}"]
-        rows.append([*about, *([sigma] if with_sigma else []), *cells])
+        cells = [weights.get("vae", name), "" if step is None else f"{step:,}"]
+        if with_sigma:
+            cells.append("" if weights.get("baseline") else f"{weights.get('latent_noise', 0):g}")
+        for metric in columns:
+            missing = "infinite" if metric == "psnr" else "not measured"
+            cells.append(score_text(scores.get(metric), SCORES[metric], missing))
+        rows.append(cells)
     head = ["model", "iteration", *(["sigma"] if with_sigma else [])]
-    return markdown_table([*head, *(SCORES[name].label for name in columns)], rows)
+    text = markdown_table([*head, *(SCORES[name].label for name in columns)], rows)
+    return f"{text}\n\n{tiled.seam_table(result['tiled'])}" if "tiled" in result else text
 
 
 def footer(result: Mapping[str, Any]) -> str:
@@ -239,11 +247,7 @@ def footer(result: Mapping[str, Any]) -> str:
     networks = [f"{n} {protocol[n][:12]}" for n in ("vgg", "inception") if protocol[n]]
     lines.append(weights_line(result["weights"], *networks))
     lines += not_measured(result["unmeasured"])
-    lines += [f"Warning: {warning}." for warning in result["warnings"][:WARNINGS]]
-    if len(result["warnings"]) > WARNINGS:
-        more = len(result["warnings"]) - WARNINGS
-        lines.append(f"{counted(more, 'more warning', 's')} {are(more)} in scores.json.")
-    return "\n\n".join(lines)
+    return "\n\n".join([*lines, *warning_lines(result["warnings"])])
 
 
 def weights_line(weights: Mapping[str, Mapping[str, Any]], *others: str) -> str:
@@ -256,14 +260,24 @@ def weights_line(weights: Mapping[str, Mapping[str, Any]], *others: str) -> str:
     return f"Weights (sha256): {'; '.join([*hashes, *others])}."
 
 
-def score_text(value: Mapping[str, float] | float | None, metric: str) -> str:
+def warning_lines(warnings: Sequence[str]) -> list[str]:
+    """Sentences below a table, WARNINGS of them, and how many more there are."""
+    lines = [f"Warning: {warning}." for warning in warnings[:WARNINGS]]
+    more = len(warnings) - WARNINGS
+    if more > 0:
+        lines.append(f"{counted(more, 'more warning', 's')} {are(more)} in scores.json.")
+    return lines
+
+
+def score_text(
+    value: Mapping[str, float] | float | None, metric: Metric, missing: str = "not measured"
+) -> str:
     """A score of scores.json as text: a mean with its standard deviation, or a number."""
-    digits = SCORES[metric].digits
     if value is None:
-        return "not measured"
+        return missing
     if isinstance(value, Mapping):
-        return f"{value['mean']:.{digits}f} +/- {value['std']:.{digits}f}"
-    return f"{value:.{digits}f}"
+        return f"{value['mean']:.{metric.digits}f} +/- {value['std']:.{metric.digits}f}"
+    return f"{value:.{metric.digits}f}"
 
 
 # --- pictures -------------------------------------------------------------------------------
@@ -277,16 +291,15 @@ def choose_pictures(
     PICTURES images at most; every reason of a chosen image is kept.
     """
     chosen: dict[int, list[str]] = {place: ["first"] for place in range(min(FIRST_FEW, len(rows)))}
-    for rank in ("worst", "best", "median"):
-        for metric in (name for name in measured if METRICS[name].better):
-            column = measured.index(metric)
-            for number, name in enumerate(names):
-                sign = 1.0 if METRICS[metric].better == "higher" else -1.0
-                values = [(sign * float(row.scores[number, column]), row.index) for row in rows]
-                order = sorted(range(len(rows)), key=values.__getitem__)
-                place = order[{"worst": 0, "best": -1, "median": len(order) // 2}[rank]]
-                if place in chosen or len(chosen) < PICTURES:
-                    chosen.setdefault(place, []).append(f"{rank} {metric} of {name}")
+    positions = {"worst": 0, "best": -1, "median": len(rows) // 2}
+    judged = [metric for metric in measured if METRICS[metric].better]
+    for rank, metric, (number, name) in itertools.product(positions, judged, enumerate(names)):
+        column = measured.index(metric)
+        sign = 1.0 if METRICS[metric].better == "higher" else -1.0
+        values = [(sign * float(row.scores[number, column]), row.index) for row in rows]
+        place = sorted(range(len(rows)), key=values.__getitem__)[positions[rank]]
+        if place in chosen or len(chosen) < PICTURES:
+            chosen.setdefault(place, []).append(f"{rank} {metric} of {name}")
     return dict(sorted(chosen.items()))
 
 

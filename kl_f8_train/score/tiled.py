@@ -22,6 +22,9 @@ from torch import Tensor
 
 from kl_f8_train.core import metrics
 from kl_f8_train.output import Progress, markdown_table
+from kl_f8_train.score.candidates import Candidate, autoencoder, latents
+from kl_f8_train.score.image_set import EvaluatedImage
+from kl_f8_train.score.protocol import Protocol
 
 OVERLAP = 64  # pixels, ComfyUI's; a quarter of tiles smaller than four of them
 Decode = Callable[[Tensor], Tensor]
@@ -154,33 +157,31 @@ def seams(image: Tensor, decodes: dict[str, Tensor]) -> dict[str, Seams]:
 # --- over a set of images -------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Decodable:
-    """An image, and a VAE with its latents of it."""
-
-    key: str
-    image: Tensor  # uint8 (1, 3, H, W)
-    name: str  # of the VAE
-    decode: Decode
-    z: Tensor  # (1, C, h, w)
-    factor: int  # H / h
-
-
 Measured = list[tuple[str, str, dict[str, Seams]]]  # image, VAE, way -> seams
 
 
 def measure(
-    decodables: Iterable[Decodable], tile: int, progress: Progress | None, images: int
+    candidates: Sequence[Candidate],
+    protocol: Protocol,
+    samples: Iterable[EvaluatedImage],
+    tile: int,
+    *,
+    device: str,
+    progress: Progress | None,
+    total: int,
 ) -> Measured:
     """Decodes at once and in tiles of `tile` pixels, one image and VAE after the other."""
     found: Measured = []
-    keys: dict[str, None] = {}
-    for one in decodables:
-        decodes = tiled_decodes(one.decode, one.z, tile, one.factor)
-        found.append((one.key, one.name, seams(one.image.double() / 255.0, decodes)))
-        keys[one.key] = None
+    for done, sample in enumerate(samples, start=1):
+        if sample.image is not None:
+            image = sample.image[None].to(device)  # uint8 (1, 3, H, W)
+            for vae in candidates:
+                model = autoencoder(vae)
+                z = latents(model, image, [sample.key], protocol)
+                decodes = tiled_decodes(model.decode, z, tile, model.downsampling)
+                found.append((sample.key, vae.name, seams(image.double() / 255.0, decodes)))
         if progress is not None:
-            progress(len(keys), images)
+            progress(done, total)
     return found
 
 

@@ -19,8 +19,29 @@ from kl_f8_train.facts import GROUPS, Facts
 
 State = dict[str, Tensor]
 
-ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm"}
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+ATTENTION = {  # CompVis -> diffusers; of several spellings the first is today's
+    "q": ("to_q", "query"),
+    "k": ("to_k", "key"),
+    "v": ("to_v", "value"),
+    "proj_out": ("to_out.0", "to_out", "proj_attn"),
+    "norm": ("group_norm",),
+}
+SPELLINGS = (  # parts of names, in CompVis' files and in diffusers', in the order of replacement
+    (".mid.block_1.", ".mid_block.resnets.0."),
+    (".mid.block_2.", ".mid_block.resnets.1."),
+    *(
+        (f".mid.attn_1.{ours}.", f".mid_block.attentions.0.{theirs}.")
+        for ours, spellings in ATTENTION.items()
+        for theirs in spellings
+    ),
+    (".mid.attn_1.", ".mid_block.attentions.0."),
+    ("encoder.down.", "encoder.down_blocks."),
+    (".block.", ".resnets."),
+    (".downsample.", ".downsamplers.0."),
+    (".upsample.", ".upsamplers.0."),
+    (".nin_shortcut.", ".conv_shortcut."),
+    (".norm_out.", ".conv_norm_out."),
+)
 AUTOENCODER_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 COUNTERS = ".num_batches_tracked"  # of BatchNorm: the only whole numbers among weights
 FIRST_STAGE = "first_stage_model."
@@ -60,10 +81,10 @@ class Weights:
 
 # Names in full models, and the family that they show.
 MARKS = (
-    (".double_blocks.", "flux"),
-    (".joint_blocks.", "sd3"),
-    ("conditioner.", "sdxl"),
-    ("cond_stage_model.", "sd"),
+    (r"(^|\.)double_blocks\.", "flux"),
+    (r"(^|\.)joint_blocks\.", "sd3"),
+    (r"^conditioner\.", "sdxl"),
+    (r"^cond_stage_model\.", "sd"),
 )
 
 
@@ -166,7 +187,8 @@ def _part(name: str, places: _Places) -> tuple[str, str] | None:
             return "ema", inner
     if places.raw is not None and name.startswith(places.raw):
         inner = name.removeprefix(places.raw)
-        if _is_used(inner):
+        others = (*EMA_SCALARS, LOGVAR)
+        if inner.startswith((*AUTOENCODER_PARTS, DISCRIMINATOR)) or inner in others:
             return "raw", inner
     return ("scalar", name) if name in EMA_SCALARS else None
 
@@ -175,10 +197,6 @@ def _dotted(name: str) -> str | None:
     """The name of a tensor in the original's EMA, which takes the dots out of names."""
     pieces = DOTLESS.fullmatch(name)
     return ".".join(piece for piece in pieces.groups() if piece) if pieces else None
-
-
-def _is_used(key: str) -> bool:
-    return key.startswith((*AUTOENCODER_PARTS, DISCRIMINATOR)) or key in (*EMA_SCALARS, LOGVAR)
 
 
 def recognise(
@@ -200,10 +218,11 @@ def recognise(
         else:
             dropped.append(key)
     inner = parts["raw"]
-    raw = _standard({k: v for k, v in inner.items() if k.startswith(AUTOENCODER_PARTS)})
-    ema = _standard(parts["ema"])
+    own = {k: v for k, v in inner.items() if k.startswith(AUTOENCODER_PARTS)}
+    averaged = parts["ema"]
     if parts["listed"] and select == "ema":
-        ema = _standard(_named_by_order(parts["listed"], inner))
+        averaged = _named_by_order(parts["listed"], own)
+    raw, ema = _standard(own), _standard(averaged)
     autoencoder, notes = _selected(raw, ema, select, places)
     _refuse_other_architectures(places, state)
     if not autoencoder:
@@ -212,15 +231,16 @@ def recognise(
             f"no autoencoder in this file: it holds {some}, expected encoder.* and decoder.*; "
             "give a VAE or a full Stable Diffusion checkpoint"
         )
+    family = _marked(dropped)
     scalars = {k: _scalar(inner.get(k, parts["scalar"].get(k))) for k in EMA_SCALARS}
     return Weights(
-        layout=_layout_name(state, places, raw or ema, inner or parts["ema"]),
+        layout=_layout_name(family, places, raw or ema, inner or parts["ema"]),
         autoencoder=autoencoder,
         discriminator=_stripped(inner, DISCRIMINATOR) or None,
         logvar=_scalar(inner.get(LOGVAR)),
         ema_scalars={k: float(v) for k, v in scalars.items() if v is not None},
         dropped=dropped,
-        family=_marked(dropped),
+        family=family,
         notes=notes,
     )
 
@@ -248,13 +268,12 @@ def _selected(raw: State, ema: State, select: str, places: _Places) -> tuple[Sta
     return {**raw, **ema}, [f"the EMA {where} is taken{choice}"]
 
 
-def _named_by_order(listed: Mapping[str, Tensor], inner: Mapping[str, Tensor]) -> State:
+def _named_by_order(listed: State, raw: State) -> State:
     """An EMA that is a list, in the order of all parameters, or of the decoder's.
 
     Raises MissingInputError if neither fits.
     """
     values = [listed[key] for key in sorted(listed, key=int)]
-    raw = {k: v for k, v in inner.items() if k.startswith(AUTOENCODER_PARTS)}
     decoder = {k: v for k, v in raw.items() if k.startswith(("decoder.", "post_quant_conv."))}
     # EMA packages keep a list in the order of module.parameters(), which is that of the state dict:
     # the networks have no buffers. Shapes show which module it was.
@@ -267,22 +286,16 @@ def _named_by_order(listed: Mapping[str, Tensor], inner: Mapping[str, Tensor]) -
     )
 
 
-def _layout_name(
-    state: Collection[str], places: _Places, found: State, inner: Collection[str]
-) -> str:
+def _layout_name(family: str | None, places: _Places, found: State, inner: Collection[str]) -> str:
     """For people."""
     if places.raw == FIRST_STAGE:
-        xl = any(key.startswith("conditioner.") for key in state)
-        return f"Stable Diffusion {'XL ' if xl else ''}checkpoint"
+        return f"Stable Diffusion {'XL ' if family == 'sdxl' else ''}checkpoint"
     return f"{'CompVis' if set(found) <= set(inner) else 'diffusers'} autoencoder"
 
 
 def _marked(names: Collection[str]) -> str | None:
     """The family that the other parts of a full model show."""
-    for mark, family in MARKS:
-        if any(mark in f".{name}" if mark[0] == "." else name.startswith(mark) for name in names):
-            return family
-    return None
+    return next((shown for mark, shown in MARKS if any(re.search(mark, n) for n in names)), None)
 
 
 def _scalar(tensor: Tensor | None) -> Tensor | None:
@@ -324,16 +337,6 @@ SCALES = re.compile(
 QUANTISED = "quantised weights cannot be trained or written; give the file from before"
 
 
-def check_like(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], differ: str, remedy: str
-) -> None:
-    """`check_shapes` against another state dict; `differ` and `remedy` frame what it says."""
-    try:
-        check_shapes(state, shapes_of(expected))
-    except MissingInputError as error:
-        raise MissingInputError(f"{differ}: {error}\n{remedy}") from error
-
-
 def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises MissingInputError naming the first differences of names, shapes or kinds."""
     problems = differences(state, expected)
@@ -369,10 +372,8 @@ def architecture(state: Mapping[str, Tensor], facts: Facts | None = None) -> dic
     try:
         z_channels = state["decoder.conv_in.weight"].shape[1]  # (top, z, 3, 3)
         ch = state["encoder.conv_in.weight"].shape[0]  # (ch, 3, 3, 3)
-        levels = 1 + max(
-            int(m[1]) for m in (re.match(r"encoder\.down\.(\d{1,3})", k) for k in state) if m
-        )
-        widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
+        levels = range(_levels(state, "down"))
+        widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in levels]
         blocks = sum(
             bool(re.match(r"encoder\.down\.0\.block\.\d{1,3}\.conv1\.weight", k)) for k in state
         )
@@ -397,9 +398,7 @@ def architecture(state: Mapping[str, Tensor], facts: Facts | None = None) -> dic
 
 def to_diffusers(state: Mapping[str, Tensor]) -> State:
     """CompVis names -> diffusers' (new attention names; attention weights become (C, C))."""
-    levels = 1 + max(
-        int(m[1]) for m in (re.match(r"encoder\.down\.(\d{1,3})", k) for k in state) if m
-    )
+    levels = _levels(state, "down")
     return {
         diffusers_name(key, levels): value.flatten(1) if _is_attention_weight(key) else value
         for key, value in state.items()
@@ -408,12 +407,14 @@ def to_diffusers(state: Mapping[str, Tensor]) -> State:
 
 def from_diffusers(state: Mapping[str, Tensor]) -> State:
     """diffusers' names, old or new -> CompVis (attention weights become (C, C, 1, 1))."""
-    blocks = (re.match(r"encoder\.down_blocks\.(\d{1,3})", key) for key in state)
-    levels = 1 + max((int(m[1]) for m in blocks if m), default=0)
-    converted: State = {}
-    for key, value in state.items():
-        converted[compvis_name(key, levels)] = value
-    return _attention(converted)
+    levels = _levels(state, "down_blocks")
+    return _attention({compvis_name(key, levels): value for key, value in state.items()})
+
+
+def _levels(state: Collection[str], blocks: str) -> int:
+    """How many levels an encoder has by its names; 1 where these show none."""
+    found = (re.match(rf"encoder\.{blocks}\.(\d{{1,3}})", key) for key in state)
+    return 1 + max((int(m[1]) for m in found if m), default=0)
 
 
 def _attention(state: Mapping[str, Tensor]) -> State:
@@ -438,36 +439,19 @@ def diffusers_name(key: str, levels: int) -> str:
     key = re.sub(
         r"^decoder\.up\.(\d{1,3})\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", key
     )
-    key = re.sub(r"^encoder\.down\.(\d{1,3})\.", r"encoder.down_blocks.\1.", key)
-    key = re.sub(r"\.block\.(\d{1,3})\.", r".resnets.\1.", key)
-    key = re.sub(r"\.downsample\.", ".downsamplers.0.", key)
-    key = re.sub(r"\.upsample\.", ".upsamplers.0.", key)
-    key = re.sub(r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", key)
-    key = re.sub(
-        r"\.mid\.attn_1\.(\w+)\.", lambda m: f".mid_block.attentions.0.{ATTENTION[m[1]]}.", key
-    )
-    return key.replace(".nin_shortcut.", ".conv_shortcut.").replace(".norm_out.", ".conv_norm_out.")
+    for ours, theirs in SPELLINGS:
+        key = key.replace(ours, theirs)
+    return key
 
 
 def compvis_name(key: str, levels: int) -> str:
     """The CompVis name of a diffusers key."""
-    back = {new: old for old, new in ATTENTION.items()}
-    for old, new in OLD_ATTENTION.items():
-        key = key.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
-    key = re.sub(r"\.attentions\.0\.to_out\.(?!0\.)", ".attentions.0.to_out.0.", key)
-    key = re.sub(
-        r"\.mid_block\.attentions\.0\.(to_out\.0|\w+)\.",
-        lambda m: f".mid.attn_1.{back.get(m[1], m[1])}.",
-        key,
-    )
-    key = re.sub(r"\.mid_block\.resnets\.(\d)\.", lambda m: f".mid.block_{int(m[1]) + 1}.", key)
     key = re.sub(
         r"^decoder\.up_blocks\.(\d{1,3})\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", key
     )
-    key = re.sub(r"^encoder\.down_blocks\.(\d{1,3})\.", r"encoder.down.\1.", key)
-    key = re.sub(r"\.resnets\.(\d{1,3})\.", r".block.\1.", key)
-    key = key.replace(".downsamplers.0.", ".downsample.").replace(".upsamplers.0.", ".upsample.")
-    return key.replace(".conv_shortcut.", ".nin_shortcut.").replace(".conv_norm_out.", ".norm_out.")
+    for ours, theirs in SPELLINGS:
+        key = key.replace(theirs, ours)
+    return key
 
 
 def diffusers_config(

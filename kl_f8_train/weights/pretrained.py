@@ -4,10 +4,10 @@ VGG16 (torchvision) is in LPIPS and PSIM, Inception (TensorFlow's of 2015-12-05,
 torch-fidelity) in rFID. A file is kept in `files.cache_dir()`, as safetensors.
 """
 
-import fcntl
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from kl_f8_train.core.hashes import tensors_sha256
 from kl_f8_train.core.losses import PerceptualDistance
 from kl_f8_train.core.perceptual import lpips_vgg, st_lpips_alex
 from kl_f8_train.errors import MissingInputError, RunFailedError
-from kl_f8_train.files import cache_dir, check_writable, file_sha256, hidden_beside
+from kl_f8_train.files import cache_dir, check_writable, file_sha256, hidden_beside, one_at_a_time
 from kl_f8_train.weights import weight_file
 
 
@@ -84,24 +84,22 @@ def find(network: Network, explicit: str | None = None, flag: str | None = None)
     )
 
 
-def fetch(
-    network: Network, url: str | None = None, attempts: int = transfer.PATIENCE.attempts
-) -> Path:
+def fetch(network: Network, url: str | None = None, **patience: Any) -> Path:
     """Downloads a network once, checks its SHA-256 and keeps it in our cache.
 
-    Of several processes on a node one downloads; the others wait and find the file. Raises
+    Of several processes on a node one downloads; the others wait and find the file. `patience` is
+    that of `transfer.fetch`. Raises
     MissingInputError if the address has no such file, RunFailedError if the network, the checksum
     or the disk fails; then nothing is kept.
     """
     url = url or network.url
     target = cache_dir() / network.file
     check_writable(target.parent)
-    with (target.parent / f".{network.file}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(target.parent):
         if not target.is_file():
             download = hidden_beside(target, "download")
             try:
-                transfer.fetch(url, download, attempts=attempts)
+                transfer.fetch(url, download, **patience)
                 _keep(network, url, download, target)
             finally:
                 download.unlink(missing_ok=True)

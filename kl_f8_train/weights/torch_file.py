@@ -13,6 +13,7 @@ import gc
 import io
 import math
 import mmap
+import os
 import pickle
 import re
 import shutil
@@ -20,15 +21,16 @@ import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kl_f8_train import facts
 from kl_f8_train.errors import MissingInputError
-from kl_f8_train.facts import ENTRY
+from kl_f8_train.facts import METADATA_PREFIX, Facts
 
 Wanted = Callable[[Collection[str]], Collection[str]]
 
@@ -39,6 +41,7 @@ PICKLE_BYTES = 64 << 20
 DIRECTORY_BYTES = 4 << 20  # of a zip: about 40,000 entries
 UNPACKED = 10  # how much larger than a zip the file inside may be
 READ_BYTES = 8 << 20  # at a time, when a file inside a zip is unpacked
+COUNTERS = ("global_step", "global_steps", "step", "iter")  # in the order of their worth
 OPTIMIZER = re.compile(r"optim|lr_sched|scheduler|scaler", re.IGNORECASE)  # keys not searched
 
 STORAGE_DTYPES = {
@@ -57,83 +60,70 @@ STORAGE_DTYPES = {
 }
 UNTYPED = "torch.storage.UntypedStorage"  # of the types that came later; the tensor says which
 LATER = {
-    str(dtype): dtype
+    f"torch.{name}": getattr(torch, name)
     for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-    for dtype in [getattr(torch, name)]
 }
 PLAIN = {
-    "collections.OrderedDict",
-    "torch._utils._rebuild_tensor",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_tensor_v3",
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_parameter_with_state",
-    "torch._tensor._rebuild_from_type_v2",
-    "torch.nn.parameter.Parameter",
-    "torch._tensor.Tensor",
-    "torch.Tensor",
-    UNTYPED,
-    *LATER,
-    "torch.Size",
-    "torch.device",
+    *("collections.OrderedDict", "torch._tensor._rebuild_from_type_v2"),
+    *("torch.nn.parameter.Parameter", "torch._tensor.Tensor", "torch.Tensor", "torch.Size"),
+    *(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3")),
+    *(f"torch._utils._rebuild_{name}" for name in ("parameter", "parameter_with_state")),
+    *("torch.device", UNTYPED, *LATER),
     *(f"torch.{name}" for name in STORAGE_DTYPES),
     *(str(dtype) for dtype in STORAGE_DTYPES.values()),
     *(f"builtins.{name}" for name in ("set", "frozenset", "dict", "list", "tuple", "bytearray")),
     *(f"builtins.{name}" for name in ("int", "float", "str", "bool", "long", "unicode")),
 }
 # A file that names these wants to run something, and is not a trainer's; other names become stubs.
-HOSTILE_MODULES = {
-    *("os", "posix", "nt", "sys", "subprocess", "pty", "socket", "shutil", "ctypes", "importlib"),
-    *("runpy", "code", "codeop", "pdb", "bdb", "timeit", "webbrowser", "multiprocessing", "io"),
-    *("_io", "pickle", "_pickle", "marshal", "operator", "_operator", "urllib", "asyncio"),
-    *("pkgutil", "imp", "zipimport", "tempfile", "commands", "popen2", "dill", "cloudpickle"),
-    *(
-        "http",
-        "httplib",
-        "smtplib",
-        "ftplib",
-        "telnetlib",
-        "poplib",
-        "imaplib",
-        "nntplib",
-        "xmlrpc",
-    ),
-    *("requests", "aiohttp", "paramiko", "ssl", "cProfile", "profile", "trace", "pydoc", "doctest"),
-    *("unittest", "pytest", "pip", "ensurepip", "venv", "distutils", "setuptools", "idlelib"),
-}
-HOSTILE = {
-    *(f"builtins.{name}" for name in ("eval", "exec", "compile", "open", "getattr", "setattr")),
-    *(f"builtins.{name}" for name in ("delattr", "__import__", "globals", "input", "breakpoint")),
-    *("torch.load", "torch.save", "torch.serialization.load", "torch.hub.load"),
-}
+HOSTILE = re.compile(
+    r"(os|posix|nt|sys|subprocess|pty|socket|shutil|ctypes|importlib|runpy|code|codeop|pdb|bdb"
+    r"|timeit|webbrowser|multiprocessing|io|_io|pickle|_pickle|marshal|operator|_operator|urllib"
+    r"|asyncio|pkgutil|imp|zipimport|tempfile|commands|popen2|dill|cloudpickle|http|httplib"
+    r"|smtplib|ftplib|telnetlib|poplib|imaplib|nntplib|xmlrpc|requests|aiohttp|paramiko|ssl"
+    r"|cProfile|profile|trace|pydoc|doctest|unittest|pytest|pip|ensurepip|venv|distutils"
+    r"|setuptools|idlelib)\..*"
+    r"|builtins\.(eval|exec|compile|open|getattr|setattr|delattr|__import__|globals|input"
+    r"|breakpoint)"
+    r"|torch\.(load|save|serialization\.load|hub\.load)",
+    re.DOTALL,
+)
 
 
 @dataclass
-class TorchFile:
-    """What a torch file holds: every name, the tensors wanted, the rest on the meta device."""
+class Contents:
+    """What a weight file holds; tensors that were not wanted are on the meta device."""
 
-    container: str
+    path: Path
     tensors: dict[str, Tensor]
-    counts: dict[str, int]  # `global_step` and `epoch`, if the file holds them
-    optimizer: bool
-    stubbed: list[str]
-    stated: dict[str, Any]  # plain values of the entry `architecture`
+    metadata: dict[str, str] = field(default_factory=dict)  # of a torch file, its counters
+    container: str = "safetensors"
+    optimizer: bool = False
+    stubbed: list[str] = field(default_factory=list)  # classes and functions that stayed names
+    facts: Facts = field(default_factory=Facts)
+
+    @property
+    def iteration(self) -> int | None:
+        """The iteration the file says it was written at."""
+        for key in ("iteration", f"{METADATA_PREFIX}iteration", *COUNTERS):
+            if re.fullmatch(r"[0-9]{1,15}", self.metadata.get(key, "")):
+                return int(self.metadata[key])
+        return None
 
 
-def read_torch(path: Path, wanted: Wanted, inside: bool = False) -> TorchFile:
+def read_torch(path: Path, wanted: Wanted, inside: bool = False) -> Contents:
     """Reads a torch file; `wanted` picks the names to load from all names.
 
     Raises MissingInputError if it holds something else, and any exception if it is broken.
     """
     with _BoundedFile(path) as file:
-        if file.peek(2) != b"PK":
+        if os.pread(file.fileno(), 2, 0) != b"PK":
             return _read_pickles(file, wanted)
         with _open_zip(file) as archive:
-            if _has_torch_records(archive, file.total()):
+            if _has_torch_records(archive, file.total):
                 return _read_zip(file, archive, wanted)
             if inside:
                 raise MissingInputError("a zip in a zip, without torch weights")
-            return _read_inside(archive, file.total(), wanted)
+            return _read_inside(file, archive, wanted)
 
 
 def views(path: Path) -> dict[str, tuple[str, "View"]]:
@@ -142,7 +132,7 @@ def views(path: Path) -> dict[str, tuple[str, "View"]]:
     Raises MissingInputError if it holds something else, and any exception if it is broken.
     """
     with _BoundedFile(path) as file, _open_zip(file) as archive:
-        if not _has_torch_records(archive, file.total()):
+        if not _has_torch_records(archive, file.total):
             raise MissingInputError("a zip without torch weights")
         root, pickled = _zip_pickle(archive)
         found = _views(_entries(pickled.load()))
@@ -163,30 +153,21 @@ class _BoundedFile(io.FileIO):
     most = DIRECTORY_BYTES
 
     def read(self, size: int | None = -1) -> bytes:
-        wanted = self.total() - self.tell() if size is None or size < 0 else size
+        wanted = self.total - self.tell() if size is None or size < 0 else size
         if wanted > self.most:
             raise ValueError(f"{wanted:,} bytes where at most {self.most:,} were expected")
         return super().read(size) or b""
 
+    @property
     def total(self) -> int:
         """Size of the file in bytes."""
-        before = self.tell()
-        end = self.seek(0, io.SEEK_END)
-        self.seek(before)
-        return end
-
-    def peek(self, size: int) -> bytes:
-        """The first bytes of the file."""
-        self.seek(0)
-        head = super().read(size) or b""
-        self.seek(0)
-        return head
+        return os.fstat(self.fileno()).st_size
 
 
 def _open_zip(file: _BoundedFile) -> zipfile.ZipFile:
     """Opens a zip whose directory is of a sane size and names nothing outside itself."""
     archive = zipfile.ZipFile(file)
-    file.most = file.total()
+    file.most = file.total
     for entry in archive.infolist():
         name = entry.filename
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -209,17 +190,14 @@ def _has_torch_records(archive: zipfile.ZipFile, total: int) -> bool:
     return True
 
 
-def _read_zip(file: _BoundedFile, archive: zipfile.ZipFile, wanted: Wanted) -> TorchFile:
+def _read_zip(file: _BoundedFile, archive: zipfile.ZipFile, wanted: Wanted) -> Contents:
     root, pickled = _zip_pickle(archive)
     loaded = pickled.load()
 
-    def fetch(storage: "_Storage") -> bytes:
-        name = f"{root}data/{storage.key}"
-        if archive.getinfo(name).file_size != storage.nbytes:
-            raise ValueError(f"{name} is not of the size that its tensors say")
-        return archive.read(name)
+    def fetch(key: str) -> bytes:
+        return archive.read(f"{root}data/{key}")
 
-    return _collect("torch zip", loaded, pickled.stubbed, fetch, file.total(), wanted)
+    return _collect(file, "torch zip", loaded, pickled.stubbed, fetch, wanted)
 
 
 def _zip_pickle(archive: zipfile.ZipFile) -> tuple[str, "_Pickle"]:
@@ -233,9 +211,8 @@ def _zip_pickle(archive: zipfile.ZipFile) -> tuple[str, "_Pickle"]:
     return root, _Pickle(archive.read(record))
 
 
-def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
+def _read_pickles(file: _BoundedFile, wanted: Wanted) -> Contents:
     """Five pickles (magic number, version, system, contents, storage keys), then the storages."""
-    total = file.total()
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         pickled = _Pickle(data)
         if pickled.load() != LEGACY_MAGIC:
@@ -245,7 +222,7 @@ def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
         if isinstance(system, dict) and system.get("little_endian") is False:
             raise ValueError("its numbers are big-endian")
         loaded, keys = pickled.load(), pickled.load()
-        place, places = pickled.position, {}
+        place, places = pickled.window.tell(), {}
         for key in keys:
             if type(key) is not str:
                 raise ValueError("a storage whose key is not a string")
@@ -253,25 +230,22 @@ def _read_pickles(file: _BoundedFile, wanted: Wanted) -> TorchFile:
             (count,) = struct.unpack_from("<q", data, place)
             if key not in pickled.storages:
                 raise MissingInputError("quantised tensors in torch's old format; save it again")
-            size = count * pickled.storages[key].dtype.itemsize
-            if count < 0 or place + 8 + size > total:
+            end = place + 8 + count * pickled.storages[key].dtype.itemsize
+            if count < 0 or end > file.total:
                 raise EOFError(f"storage {key} ends behind the file")
-            places[key] = (place + 8, size)
-            place += 8 + size
+            places[key] = slice(place + 8, end)
+            place = end
 
-        def fetch(storage: "_Storage") -> bytes:
-            start, size = places[storage.key]
-            if size != storage.nbytes:
-                raise ValueError(f"storage {storage.key} is not of the size that its tensors say")
-            return data[start : start + size]
+        def fetch(key: str) -> bytes:
+            return data[places[key]]
 
-        return _collect("older torch file", loaded, pickled.stubbed, fetch, total, wanted)
+        return _collect(file, "older torch file", loaded, pickled.stubbed, fetch, wanted)
 
 
-def _read_inside(archive: zipfile.ZipFile, total: int, wanted: Wanted) -> TorchFile:
+def _read_inside(file: _BoundedFile, archive: zipfile.ZipFile, wanted: Wanted) -> Contents:
     """Unpacks the one weight file in a zip to a temporary file, and reads that."""
     entry = _weights_inside(archive)
-    if entry.file_size > UNPACKED * total + 1_000_000:
+    if entry.file_size > UNPACKED * file.total + 1_000_000:
         raise MissingInputError(f"it unpacks to more than {UNPACKED} times its own size")
     with tempfile.TemporaryFile() as unpacked:  # it has no name that a killed process could leave
         try:
@@ -284,8 +258,8 @@ def _read_inside(archive: zipfile.ZipFile, total: int, wanted: Wanted) -> TorchF
                 f"{tempfile.gettempdir()}: {error}. Set TMPDIR to a place with room"
             ) from error
         result = read_torch(Path(f"/dev/fd/{unpacked.fileno()}"), wanted, inside=True)
-    result.container = f"{result.container}, {entry.filename} in a zip"
-    return result
+    container = f"{result.container}, {entry.filename} in a zip"
+    return replace(result, path=Path(file.name), container=container)
 
 
 def _weights_inside(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
@@ -383,13 +357,13 @@ def _walk_state(value: Any, path: str, found: dict[str, View], seen: set[int]) -
 
 
 def _collect(
+    file: _BoundedFile,
     container: str,
     loaded: Any,
     stubbed: set[str],
-    fetch: Callable[[_Storage], bytes],
-    total: int,
+    fetch: Callable[[str], bytes],
     wanted: Wanted,
-) -> TorchFile:
+) -> Contents:
     """Reads the tensors that are wanted, each storage once."""
     loaded = _entries(loaded)
     views = _views(loaded)
@@ -398,11 +372,11 @@ def _collect(
     size = sum(view.numel * view.storage.dtype.itemsize for view in chosen.values())
     size = max(size, sum(storage.nbytes for storage in needed))
     # Tensors may share a storage (tied weights), hence twice the file; never many times.
-    if size > 2 * total + 1_000_000:
+    if size > 2 * file.total + 1_000_000:
         raise ValueError(f"its tensors claim {size:,} bytes")
-    storages = {storage: _flat(fetch(storage), storage.dtype) for storage in needed}
-    return TorchFile(
-        container,
+    storages = {storage: _elements(storage, fetch(storage.key)) for storage in needed}
+    return Contents(
+        Path(file.name),
         {
             key: storages[view.storage].as_strided(view.size, view.stride, view.offset)
             if key in chosen
@@ -410,23 +384,25 @@ def _collect(
             for key, view in views.items()
         },
         _counts(loaded),
+        container,
         any(isinstance(key, str) and OPTIMIZER.search(key) and loaded[key] for key in loaded),
         sorted(stubbed),
-        _plain_values(loaded.get(ENTRY)),
+        facts.from_values(_plain_values(loaded.get(facts.ENTRY))),
     )
 
 
-def _counts(loaded: dict[Any, Any]) -> dict[str, int]:
+def _counts(loaded: dict[Any, Any]) -> dict[str, str]:
     """`global_step` and the like; of Lightning with several optimizers, also `iteration`."""
-    names = ("iteration", "global_step", "epoch", "global_steps", "step", "iter")
-    counts = {name: loaded[name] for name in names if type(loaded.get(name)) is int}
+    names = ("iteration", "epoch", *COUNTERS)
+    counts = {name: str(loaded[name]) for name in names if type(loaded.get(name)) is int}
     batches: Any = loaded
     for name in ("loops", "fit_loop", "epoch_loop.batch_progress", "total", "completed"):
         batches = batches.get(name) if isinstance(batches, dict) else None
     optimizers = loaded.get("optimizer_states")
     several = len(optimizers) if isinstance(optimizers, list) else 0
-    if type(batches) is int and several > 1 and counts.get("global_step") == several * batches:
-        counts["iteration"] = batches  # Lightning counts the steps of all optimizers
+    steps = loaded.get("global_step")
+    if type(batches) is type(steps) is int and several > 1 and steps == several * batches:
+        counts["iteration"] = str(batches)  # Lightning counts the steps of all optimizers
     return counts
 
 
@@ -441,8 +417,12 @@ def _plain_values(entry: Any) -> dict[str, Any]:
     }
 
 
-def _flat(data: bytes, dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+def _elements(storage: _Storage, data: bytes) -> Tensor:
+    if len(data) != storage.nbytes:
+        raise ValueError(f"storage {storage.key} is not of the size that its tensors say")
+    if not data:  # which torch.frombuffer refuses
+        return torch.empty(0, dtype=storage.dtype)
+    return torch.frombuffer(bytearray(data), dtype=storage.dtype)
 
 
 # --- pickles --------------------------------------------------------------------------------
@@ -485,39 +465,27 @@ class _Counted(dict[int, Any]):
         raise ValueError(f"its pickle holds opcode {code}, which torch never wrote")
 
 
-class _Window:
-    """The file of a pickle: reads no more than there is."""
+class _Window(io.BytesIO):
+    """A pickle in memory: a read that goes beyond its end raises EOFError."""
 
-    def __init__(self, data: bytes | mmap.mmap) -> None:
-        self.data, self.position = data, 0
-
-    def read(self, count: int) -> bytes:
-        end = self.position + count
-        if count < 0 or end > len(self.data) or end > PICKLE_BYTES:
+    def read(self, count: int | None = -1) -> bytes:
+        piece = super().read(count)
+        if count and len(piece) < count:
             raise EOFError("its pickle ends too soon, or is too long")
-        piece, self.position = self.data[self.position : end], end
         return piece
-
-    def readline(self) -> bytes:
-        end = self.data.find(b"\n", self.position, self.position + 1000)
-        return self.read(end + 1 - self.position)
 
 
 class _Pickle(_Interpreter):  # type: ignore[misc]
     """Python's own reader of pickles, in Python, without its calls, names and hashes."""
 
     def __init__(self, data: bytes | mmap.mmap) -> None:
-        self.window = _Window(data)
+        self.window = _Window(data[:PICKLE_BYTES])
         super().__init__(self.window, encoding="utf-8", errors="replace")
         self.stubbed: set[str] = set()
         self.storages: dict[str, _Storage] = {}
         self.dispatch = _Counted(
             {code: getattr(type(self), f.__name__) for code, f in READ.items()}
         )
-
-    @property
-    def position(self) -> int:
-        return self.window.position
 
     def load(self) -> Any:
         """Reads one object, without garbage collection.
@@ -542,7 +510,7 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
     def find_class(self, module: str, name: str) -> Any:
         """A name, and nothing else; MissingInputError for one that only an attack needs."""
         full = f"{module}.{name}".replace("__builtin__.", "builtins.", 1)[:300]
-        if full in HOSTILE or full.split(".")[0] in HOSTILE_MODULES:
+        if HOSTILE.fullmatch(full):
             raise MissingInputError(
                 f"the file asks to run {full}, which no weights need; it is refused. Get the "
                 "weights as .safetensors, from a place you trust"
@@ -554,14 +522,14 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
     def load_reduce(self) -> None:
         """What a call would have made, if it is a tensor or a dict."""
         arguments, name = self.stack.pop(), self.stack.pop()
+        if name == "torch._tensor._rebuild_from_type_v2":
+            name, _, arguments, *_ = arguments  # with attributes; described as others are
         if not isinstance(name, _Name) or not isinstance(arguments, tuple):
             raise ValueError("its pickle calls something that is not a class")
         if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
             made: Any = _Stub() if isinstance(arguments[0], _Stub) else View(*arguments[:4])
         elif name == "torch._utils._rebuild_tensor_v3":
             made = _later_view(arguments)
-        elif name == "torch._tensor._rebuild_from_type_v2" and _is_rebuilt(arguments):
-            made = View(*arguments[2][:4])
         elif name.startswith("torch._utils._rebuild_parameter"):
             made = arguments[0]
         elif name == "collections.OrderedDict":
@@ -627,12 +595,6 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
         storage = _Storage(key, dtype, count)
         self.storages.setdefault(key, storage)
         return storage
-
-
-def _is_rebuilt(arguments: tuple[Any, ...]) -> bool:
-    """Whether a tensor with attributes is described as others are."""
-    inner = arguments[2] if len(arguments) > 2 else None
-    return str(arguments[0]).startswith("torch._utils._rebuild_tensor") and isinstance(inner, tuple)
 
 
 def _later_view(arguments: tuple[Any, ...]) -> View | _Stub:

@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,32 +51,11 @@ from kl_f8_train.weights.names import (
     relevant,
     shapes_of,
 )
+from kl_f8_train.weights.torch_file import Contents
 
 INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # of weights that lie in several files
 PART = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.\w+$")  # one of them
 HEADER_BYTES = 16 << 20  # of a safetensors file; a whole Stable Diffusion's takes 0.2 MB
-
-
-@dataclass
-class Contents:
-    """Tensors and metadata of one file; tensors that were not wanted are on the meta device."""
-
-    path: Path
-    tensors: State
-    metadata: dict[str, str] = field(default_factory=dict)
-    container: str = "safetensors"
-    optimizer: bool = False
-    stubbed: list[str] = field(default_factory=list)
-    facts: Facts = field(default_factory=Facts)
-
-    @property
-    def iteration(self) -> int | None:
-        """The iteration the file says it was written at."""
-        ours = ("iteration", "kl_f8_train.iteration")
-        for key in (*ours, "global_step", "global_steps", "step", "iter"):
-            if re.fullmatch(r"[0-9]{1,15}", self.metadata.get(key, "")):
-                return int(self.metadata[key])
-        return None
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -97,7 +76,7 @@ def read(path: str | Path, wanted: torch_file.Wanted = lambda names: names) -> C
         if head[8:9] == b"{":  # first: the header's length before it may look like anything
             return _with_config(_read_safetensors(path, wanted))
         if torch_file.is_torch(head):
-            return _with_config(_read_torch(path, wanted))
+            return _with_config(torch_file.read_torch(path, wanted))
     except MissingInputError as error:
         raise MissingInputError(f"{path}: {error}") from error
     except PermissionError as error:
@@ -128,7 +107,7 @@ def read_weights(
             f"{contents.path} is one of several files; give their folder, or the index beside them"
         )
     try:
-        if refused := refused_config(_diffusers_config(contents.path)):
+        if refused := refused_config(_config_beside(contents.path)[0]):
             raise MissingInputError(refused)
         return contents, recognise(contents.tensors, kept_selection(contents, select), prefix)
     except MissingInputError as error:
@@ -216,42 +195,48 @@ def report(contents: Contents, weights: Weights) -> dict[str, Any]:
 
 def _other_shape(state: State) -> str:
     """How the network of a file differs from kl-f8: only in size, or in its architecture."""
+    with contextlib.suppress(MissingInputError, ValueError):
+        size = architecture(state) | {"norm_num_groups": 1}  # which has no shape
+        check_shapes(state, _shapes(size))
+        kind = "narrow" if size["ch"] < 128 else "wide" if size["ch"] > 128 else "different"
+        return (
+            f"a {kind} network of kl-f8's architecture ({counted(size['ch'], 'channel', 's')}, "
+            f"kl-f8 has 128): ch_mult {list(size['ch_mult'])}, "
+            f"{counted(size['num_res_blocks'], 'residual block', 's')} a level, "
+            f"{counted(size['z_channels'], 'latent channel', 's')}"
+        )
+    return f"not kl-f8's shape: {differences(state, _shapes({}))[0]}"
+
+
+def _shapes(arguments: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of an autoencoder's tensors, of kl-f8's without arguments."""
     with torch.device("meta"):
-        kl_f8 = shapes_of(AutoencoderKL().state_dict())
-        with contextlib.suppress(MissingInputError, ValueError):
-            size = architecture(state) | {"norm_num_groups": 1}  # which has no shape
-            check_shapes(state, shapes_of(AutoencoderKL(**size).state_dict()))
-            kind = "narrow" if size["ch"] < 128 else "wide" if size["ch"] > 128 else "different"
-            return (
-                f"a {kind} network of kl-f8's architecture ({counted(size['ch'], 'channel', 's')}, "
-                f"kl-f8 has 128): ch_mult {list(size['ch_mult'])}, "
-                f"{counted(size['num_res_blocks'], 'residual block', 's')} a level, "
-                f"{counted(size['z_channels'], 'latent channel', 's')}"
-            )
-    return f"not kl-f8's shape: {differences(state, kl_f8)[0]}"
+        return shapes_of(AutoencoderKL(**arguments).state_dict())
 
 
 def check_finite(contents: Contents, state: Mapping[str, Tensor]) -> None:
     """Raises MissingInputError if a tensor of a file holds NaN or infinity."""
+    if fault := _not_finite(state):
+        raise MissingInputError(f"{contents.path}: {fault}")
+
+
+def _not_finite(state: Mapping[str, Tensor]) -> str:
     bad = [key for key, value in state.items() if not bool(value.float().isfinite().all())]
-    if bad:
-        raise MissingInputError(
-            f"{contents.path}: {counted(len(bad), 'tensor', 's')} {are(len(bad))} not finite, "
-            f"{bad[0]} first: NaN or infinity, "
-            "as a failed merge or conversion leaves it; get another copy"
-        )
+    if not bad:
+        return ""
+    return (
+        f"{counted(len(bad), 'tensor', 's')} {are(len(bad))} not finite, {bad[0]} first: NaN or "
+        "infinity, as a failed merge or conversion leaves it; get another copy"
+    )
 
 
 def quality(contents: Contents, weights: Weights) -> list[str]:
     """Faults of a file's values, and what they mean."""
     state, lines = weights.autoencoder, []
-    if fault := _config_fault(contents.path):
+    if fault := _config_beside(contents.path)[1]:
         lines.append(fault)
-    try:
-        check_finite(contents, state)
-    except MissingInputError as error:
-        lines.append(f"WARNING: {str(error).removeprefix(f'{contents.path}: ')}")
-    types = {value.dtype for value in state.values()}
+    if fault := _not_finite(state):
+        lines.append(f"WARNING: {fault}")
     whole = [key for key, value in state.items() if not value.is_floating_point()]
     if whole:
         lines.append(
@@ -266,7 +251,8 @@ def quality(contents: Contents, weights: Weights) -> list[str]:
             f"WARNING: {counted(len(zeros), 'weight', 's')} {are(len(zeros))} all zeros, "
             f"{zeros[0]} first, as an unfinished download leaves them; copy or download it again"
         )
-    steps = {dtype: torch.finfo(dtype).eps for dtype in types if dtype.is_floating_point}
+    types = {value.dtype for value in state.values() if value.is_floating_point()}
+    steps = {dtype: torch.finfo(dtype).eps for dtype in types}
     coarsest = max(steps, key=lambda dtype: steps[dtype], default=torch.float32)
     if not lines and steps.get(coarsest, 0) > 1e-6:
         name = str(coarsest).removeprefix("torch.")
@@ -303,12 +289,8 @@ def _latents_moved(model: AutoencoderKL, dtype: torch.dtype) -> float:
 
 def published_shape(weights: Weights) -> str | None:
     """The name of a file's shape, if it is a published one."""
-    for name, shape in KL_F8_SHAPES.items():
-        with torch.device("meta"):
-            expected = shapes_of(AutoencoderKL(**asdict(shape)).state_dict())
-        if shapes_of(weights.autoencoder) == expected:
-            return name
-    return None
+    found = shapes_of(weights.autoencoder)
+    return next((name for name, of in KL_F8_SHAPES.items() if _shapes(asdict(of)) == found), None)
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -337,8 +319,8 @@ def describe(found: dict[str, Any]) -> str:
     return "\n  ".join(line for line in lines if line)
 
 
-def _first(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
 
 
 def _family_line(family: str | None) -> str:
@@ -423,26 +405,20 @@ def _read_safetensors(path: Path, wanted: torch_file.Wanted) -> Contents:
             raise MissingInputError(
                 f"its header claims {length:,} bytes; the file is broken; copy it again"
             )
-        return _tensors_of(path, raw.fileno(), wanted)
-
-
-def _tensors_of(path: Path, descriptor: int, wanted: torch_file.Wanted) -> Contents:
-    """What an open safetensors file holds."""
-    name = path if is_utf8(path) else f"/dev/fd/{descriptor}"
-    with safe_open(name, framework="pt", device="cpu") as file:
-        names = list(file.keys())
-        chosen = set(wanted(names))
-        tensors = {
-            name: file.get_tensor(name).clone()  # else it would change with the file
-            if name in chosen
-            else torch.empty(file.get_slice(name).get_shape(), device="meta")
-            for name in names
-        }
-        optimizer = any(name.startswith("optimizer.") for name in names)
-        metadata = dict(file.metadata() or {})
-    contents = Contents(path, tensors, metadata, optimizer=optimizer)
-    contents.facts = facts.from_metadata(metadata)
-    return contents
+        name = f"/dev/fd/{raw.fileno()}"  # safetensors takes no paths that are not UTF-8
+        with safe_open(name, framework="pt", device="cpu") as file:
+            names = list(file.keys())
+            chosen = set(wanted(names))
+            tensors = {
+                name: file.get_tensor(name).clone()  # else it would change with the file
+                if name in chosen
+                else torch.empty(file.get_slice(name).get_shape(), device="meta")
+                for name in names
+            }
+            metadata = dict(file.metadata() or {})
+    optimizer = any(name.startswith("optimizer.") for name in names)
+    stated = facts.from_metadata(metadata)
+    return Contents(path, tensors, metadata, optimizer=optimizer, facts=stated)
 
 
 def is_utf8(path: Path) -> bool:
@@ -452,16 +428,6 @@ def is_utf8(path: Path) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _read_torch(path: Path, wanted: torch_file.Wanted) -> Contents:
-    found = torch_file.read_torch(path, wanted)
-    counts = {key: str(value) for key, value in found.counts.items()}
-    contents = Contents(
-        path, found.tensors, counts, found.container, found.optimizer, found.stubbed
-    )
-    contents.facts = facts.from_values(found.stated)
-    return contents
 
 
 def _read_sharded(path: Path, wanted: torch_file.Wanted) -> Contents:
@@ -511,45 +477,33 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _with_config(contents: Contents) -> Contents:
     """The same with the facts of a diffusers folder's config.json, which come first."""
-    values = _diffusers_config(contents.path)
+    values, _ = _config_beside(contents.path)
     if values.get("_class_name") == "AutoencoderKL":  # diffusers' own default, if it states none
         values = {"scaling_factor": 0.18215, **values}
-    stated = facts.from_values(values)
-    contents.facts = facts.combined(stated, contents.facts)
+    contents.facts = facts.combined(facts.from_values(values), contents.facts)
     return contents
 
 
-def _diffusers_config(weights: Path) -> dict[str, Any]:
-    """The config.json beside a weight file, if it is an autoencoder's and can be read."""
+def _config_beside(weights: Path) -> tuple[dict[str, Any], str]:
+    """The config.json beside a weight file, if it is an autoencoder's.
+
+    And why it cannot be read, where these are weights as diffusers names them.
+    """
+    path = weights.with_name("config.json")
     try:
-        return _read_config(weights)
-    except (OSError, ValueError, RecursionError):
-        return {}
-
-
-def _read_config(weights: Path) -> dict[str, Any]:
-    """The same; raises what reading or parsing it does."""
-    with weights.with_name("config.json").open("rb") as file:
-        values = json.loads(file.read(1_000_000))
-    if not isinstance(values, dict):
-        raise ValueError(f"it holds a {type(values).__name__}")
-    return values if names_autoencoder(str(values.get("_class_name", "Autoencoder"))) else {}
-
-
-def _config_fault(weights: Path) -> str:
-    """Why diffusers' config.json, which is there, cannot be read; empty if it can be."""
-    if not weights.name.startswith("diffusion_pytorch_model"):
-        return ""
-    try:
-        _read_config(weights)
+        with path.open("rb") as file:
+            values = json.loads(file.read(1_000_000))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}")
     except FileNotFoundError:
-        return ""
+        return {}, ""
     except (OSError, ValueError, RecursionError) as error:
-        return (
-            f"WARNING: {weights.with_name('config.json')} cannot be read ({error}): what it states "
+        fault = (
+            f"WARNING: {path} cannot be read ({error}): what it states "
             "of latents and norms is not known; copy or download it again"
         )
-    return ""
+        return {}, fault if weights.name.startswith("diffusion_pytorch_model") else ""
+    return (values if names_autoencoder(str(values.get("_class_name", "Autoencoder"))) else {}), ""
 
 
 # --- writing --------------------------------------------------------------------------------
@@ -559,13 +513,24 @@ def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Writes tensors, each with memory of its own, and metadata, atomically."""
-    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    seen: set[int] = set()
-    for key, value in plain.items():
-        if value.untyped_storage().data_ptr() in seen:
-            plain[key] = value.clone()  # safetensors refuses tensors that share memory
-        seen.add(value.untyped_storage().data_ptr())
-    write_plain(path, plain, metadata)
+    write_plain(path, _own(tensors, set()), metadata)
+
+
+def _own(value: Any, taken: set[int]) -> Any:
+    """A value, or those of a mapping, with tensors that share no memory, on the host.
+
+    safetensors refuses those that do, and torch.save stores a view's whole storage.
+    """
+    if isinstance(value, Mapping):
+        return {key: _own(inner, taken) for key, inner in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu().contiguous()
+    storage = value.untyped_storage()
+    if storage.nbytes() != value.nbytes or storage.data_ptr() in taken:
+        value = value.clone()
+    taken.add(value.untyped_storage().data_ptr())
+    return value
 
 
 def write_plain(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -599,22 +564,11 @@ def save_autoencoder(model: AutoencoderKL, path: str | Path) -> None:
 def write_torch(path: Path, contents: Mapping[str, Any]) -> None:
     """Writes a torch zip with only the records of torch 1.6, which strict loaders demand."""
     with atomic_path(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as whole:
-        torch.save(_compact(contents), whole)
+        torch.save(_own(contents, set()), whole)
         with zipfile.ZipFile(whole) as source, zipfile.ZipFile(temporary, "w") as target:
             for entry in source.infolist():
                 if TORCH_1_6.fullmatch(entry.filename):
                     target.writestr(aligned(target, entry.filename), source.read(entry))
-
-
-def _compact(value: Any) -> Any:
-    """Tensors with memory of their own: torch.save stores a view's whole storage."""
-    if isinstance(value, Mapping):
-        return {key: _compact(inner) for key, inner in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach().cpu().contiguous()
-    whole = value.untyped_storage().nbytes() == value.nbytes
-    return value if whole else value.clone()
 
 
 TORCH_1_6 = re.compile(r"[^/]+/(data/\d+|data\.pkl|version)")
