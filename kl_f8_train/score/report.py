@@ -53,16 +53,12 @@ class Evaluation:
     values: ScoresByModel
     pictures: list[dict[str, Any]]
     comparison: dict[str, Any] | None
-
-    def weights(self, name: str) -> dict[str, Any]:
-        """What is known of a row's file; {} in scores of an older version."""
-        found: dict[str, Any] = self.scores.get("weights", {}).get(name, {})
-        return found
+    weights: dict[str, dict[str, Any]]  # row -> what is known of its file
 
     @property
     def models(self) -> list[str]:
         """Names of the VAEs, in the order given; baselines stand in the table only."""
-        return [name for name in self.scores["models"] if not self.weights(name).get("baseline")]
+        return [name for name in self.scores["models"] if not self.weights[name].get("baseline")]
 
     @property
     def measured(self) -> list[str]:
@@ -71,12 +67,12 @@ class Evaluation:
 
     def is_clean(self, name: str) -> bool:
         """Whether a row is that of a VAE, and not of one with noise on its latents."""
-        return "latent_noise" not in self.weights(name)
+        return "latent_noise" not in self.weights[name]
 
     @property
     def base(self) -> str:
         """The model that the others are seen against: the one marked so, or else the first."""
-        marked = [name for name in self.models if self.weights(name).get("base")]
+        marked = [name for name in self.models if self.weights[name].get("base")]
         return (marked or self.models)[0]
 
 
@@ -89,11 +85,13 @@ def read_evaluation(directory: Path) -> Evaluation:
     comparison = _read_json(directory / "comparison.json")
     if comparison and comparison["per_image_sha256"] != _rows_sha256(directory):
         comparison = None  # of an earlier evaluation
+    weights = scores.get("weights", {})  # absent in scores of an older version
     return Evaluation(
         scores,
         {metric: compare.per_image(rows, metric) for metric in METRICS},
         _read_json(directory / "pictures.json") or [],
         comparison,
+        {name: weights.get(name, {}) for name in scores["models"]},
     )
 
 
@@ -259,7 +257,7 @@ def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
         for column in ("rfid", *ALWAYS, "st_lpips")
         if column == "psnr" or any(row.get(column) is not None for row in rows.values())
     ]
-    weights = {name: evaluation.weights(name) for name in models}
+    weights = {name: evaluation.weights[name] for name in models}
     sigmas = {name: weights[name].get("latent_noise") for name in models}
     encoders = {record.get("frozen_sha256") for record in weights.values()}
     pairs = [
@@ -313,7 +311,7 @@ def _scores(evaluation: Evaluation, columns: Sequence[str]) -> list[dict[str, An
     return [
         {
             "name": name,
-            "iteration": evaluation.weights(name).get("iteration"),
+            "iteration": evaluation.weights[name].get("iteration"),
             "cells": [_score_cell(evaluation, name, c, name in best[c]) for c in columns],
         }
         for name in rows

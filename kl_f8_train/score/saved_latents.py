@@ -223,9 +223,9 @@ def scales(
 
 def _model_scale(scaled: str, vaes: Sequence[tuple[str, Facts, int]]) -> Scale:
     """The scale of the models: of a family, or as the VAEs state it, all the same."""
-    stated = {name: _scale(_with_family(own, channels)) for name, own, channels in vaes}
+    stated = {name: _scale(own, channels) for name, own, channels in vaes}
     if scaled in FAMILIES:
-        given = _scale(FAMILIES[scaled].facts)
+        given = _scale(FAMILIES[scaled].facts, FAMILIES[scaled].channels)
         for name, own_scale in stated.items():
             if own_scale not in (None, given):
                 raise UsageError(
@@ -253,13 +253,11 @@ def _model_scale(scaled: str, vaes: Sequence[tuple[str, Facts, int]]) -> Scale:
     return only
 
 
-def _with_family(stated: Facts, channels: int) -> Facts:
-    """What a file states, with its family's scale if it states the family only."""
+def _scale(stated: Facts, channels: int) -> Scale | None:
+    """As a file states it, or as its family has it if it states the family only."""
     family = facts.family_of(stated, channels)
-    return facts.combined(stated, FAMILIES[family].facts) if family in FAMILIES else stated
-
-
-def _scale(stated: Facts) -> Scale | None:
+    if family in FAMILIES:
+        stated = facts.combined(stated, FAMILIES[family].facts)
     if stated.scaling_factor is None:
         return None
     mean = stated.latents_mean or (stated.shift_factor or 0.0,)
