@@ -94,7 +94,7 @@ def test_cut_short_anywhere(tmp_path, picture):
         with pytest.raises(MissingInputError, match=r"cut\.tar"):
             index.index_tar(cut)
     cut.write_bytes(data[: end + 1024])
-    assert len(index.index_tar(cut).sizes) == 3  # a sample has one image, its first
+    assert len(index.index_tar(cut).images) == 3  # a sample has one image, its first
 
 
 @pytest.mark.parametrize("picture", [b"\xff" * 2011, black_bmp()], ids=["odd", "zeros"])
@@ -302,7 +302,7 @@ def test_metadata_that_are_no_numbers_do_not_matter(tmp_path, numbers):
     good = b'{"a": 5}'
     members = {"0.jpg": b"x", "0.json": numbers, "1.jpg": b"x", "1.json": good}
     found = index.index_tar(samples.write_tar(tmp_path / "x.tar", members))
-    assert found.numbers == [{}, {"a": 5.0}]
+    assert [image.numbers for _, image in found.images] == [{}, {"a": 5.0}]
 
 
 def test_several_conditions_in_one_filter():

@@ -82,11 +82,9 @@ class AutoencoderKL(nn.Module):
         return self.decoder.conv_out(features)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """decoder.conv_out.weight, where the adaptive weight compares gradients."""
-        weight = self.decoder.conv_out.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        return self.decoder.conv_out.weight
 
     def freeze_encoder(self) -> "AutoencoderKL":
         """Freezes encoder and quant_conv: no gradient, and always in eval mode."""
@@ -640,20 +638,26 @@ def kernels(precision: str, deterministic: bool = False) -> Iterator[None]:
     raises RuntimeError, named by `with_remedy`, where an operation has none.
     """
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = products.allow_tf32, torch.are_deterministic_algorithms_enabled()
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS' first use
-        torch.use_deterministic_algorithms(True)
-    products.allow_tf32 = precision == "tf32"
+    before, products.allow_tf32 = products.allow_tf32, precision == "tf32"
+    flags = {
+        "benchmark": not deterministic,  # an iteration's shapes are those of the one before
+        "deterministic": deterministic or cudnn.deterministic,
+        "allow_tf32": precision != "float32",
+    }
     try:
-        with cudnn.flags(
-            enabled=cudnn.enabled,
-            benchmark=not deterministic,  # an iteration's shapes are those of the one before
-            deterministic=deterministic or cudnn.deterministic,
-            allow_tf32=precision != "float32",
-        ):
+        with cudnn.flags(cudnn.enabled, **flags), _same_bits() if deterministic else nullcontext():
             yield
     finally:
-        products.allow_tf32 = before[0]
-        if deterministic:
-            torch.use_deterministic_algorithms(before[1])
+        products.allow_tf32 = before
+
+
+@contextmanager
+def _same_bits() -> Iterator[None]:
+    """Has torch take deterministic kernels, and refuse operations that have none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS' first use
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

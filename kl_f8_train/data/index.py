@@ -191,18 +191,7 @@ def _is_remote_list(place: str) -> bool:
 
 
 @dataclass
-class TarIndex:
-    """The images of one tar: where they lie, and every number in the JSON beside each."""
-
-    blocks: list[int] = field(default_factory=list)  # offset of the image, in blocks
-    sizes: list[int] = field(default_factory=list)  # bytes
-    keys: list[str] = field(default_factory=list)
-    numbers: list[dict[str, float]] = field(default_factory=list)
-    without_image: int = 0
-
-
-@dataclass
-class _Member:
+class Member:
     """A file of a tar that may matter: an image, or numbers about one."""
 
     folder: str
@@ -210,7 +199,7 @@ class _Member:
     offset: int  # bytes
     size: int  # bytes
     is_image: bool
-    numbers: dict[str, float]
+    numbers: dict[str, float]  # in its own JSON; of an image that is indexed, in its sample's
 
     def key(self, dotted: bool) -> tuple[str, str]:
         """What the files of one sample share: the name up to its first dot, or its last."""
@@ -222,12 +211,20 @@ class _Member:
         return self.name.partition(".")[2].lower()
 
 
+@dataclass
+class TarIndex:
+    """The images of one tar, one of each sample, by the sample's key."""
+
+    images: list[tuple[str, Member]] = field(default_factory=list)
+    without_image: int = 0  # samples
+
+
 def index_tar(path: Path) -> TarIndex:
     """Reads the headers and JSON members of one tar.
 
     Raises MissingInputError if it is cut short (also at a header boundary) or is not a tar.
     """
-    members: list[_Member] = []
+    members: list[Member] = []
     try:
         with path.open("rb") as file:
             with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -257,11 +254,11 @@ def _what(head: bytes) -> str:
     return known or f"a file that begins with {head[:9]!r}; expected shards, or a folder of images"
 
 
-def _images(members: list[_Member]) -> str:
+def _images(members: list[Member]) -> str:
     return counted(sum(member.is_image for member in members), "image", "s")
 
 
-def _member(entry: tarfile.TarInfo, file: BinaryIO) -> _Member | None:
+def _member(entry: tarfile.TarInfo, file: BinaryIO) -> Member | None:
     """What a file in a tar is; None for folders, links, and what a system keeps for itself."""
     folder, _, name = entry.name.rpartition("/")
     parts = [part for part in entry.name.split("/") if part.strip(".")]
@@ -276,10 +273,10 @@ def _member(entry: tarfile.TarInfo, file: BinaryIO) -> _Member | None:
         head = os.pread(file.fileno(), min(FIRST_BYTES, entry.size), entry.offset_data)
         is_image = looks_like_image(head)
     is_image = is_image and entry.size <= MAX_BYTES
-    return _Member(folder, name, entry.offset_data, entry.size, is_image, numbers)
+    return Member(folder, name, entry.offset_data, entry.size, is_image, numbers)
 
 
-def _index(members: list[_Member]) -> TarIndex:
+def _index(members: list[Member]) -> TarIndex:
     """One image of each sample, with the sample's numbers.
 
     A sample's files are neighbours that share the name up to its first dot, as WebDataset has it:
@@ -301,18 +298,16 @@ def _index(members: list[_Member]) -> TarIndex:
             found.without_image += 1
             continue
         chosen = candidates[0] if dotted else min(candidates, key=_field_rank)
-        found.blocks.append(chosen.offset // TAR_BLOCK)
-        found.sizes.append(chosen.size)
-        found.keys.append(chosen.key(dotted)[1])
-        found.numbers.append({k: v for member in group for k, v in member.numbers.items()})
+        chosen.numbers = {k: v for member in group for k, v in member.numbers.items()}
+        found.images.append((chosen.key(dotted)[1], chosen))
     return found
 
 
-def _groups(members: list[_Member], dotted: bool) -> list[list[_Member]]:
+def _groups(members: list[Member], dotted: bool) -> list[list[Member]]:
     return [list(group) for _, group in itertools.groupby(members, lambda m: m.key(dotted))]
 
 
-def _field_rank(member: _Member) -> int:
+def _field_rank(member: Member) -> int:
     """Which of a sample's images is the photograph: `jpg`, then `image.png`, then any other."""
     plain = f".{member.field}" in SUFFIXES
     return 0 if plain else 1 if member.field.partition(".")[0] in PHOTOGRAPH_FIELDS else 2
@@ -327,20 +322,20 @@ def add_neighbours(found: TarIndex, path: Path) -> TarIndex:
     stats = path.with_name(f"{path.stem}_stats.json")
     if stats.is_file():
         expected = _json_numbers(stats.read_bytes()).get("successes", 0)
-        if len(found.sizes) < expected:
+        if len(found.images) < expected:
             raise MissingInputError(
-                f"shard {path} holds {counted(len(found.sizes), 'image', 's')}, "
+                f"shard {path} holds {counted(len(found.images), 'image', 's')}, "
                 f"{stats.name} says {expected:.0f} (delete that file if images were taken out on "
                 "purpose)"
             )
     table = path.with_suffix(".parquet")
-    if table.is_file() and not all(found.numbers) and importlib.util.find_spec("pyarrow"):
+    bare = [(key, image) for key, image in found.images if not image.numbers]
+    if bare and table.is_file() and importlib.util.find_spec("pyarrow"):
         from pyarrow import parquet
 
         rows = {str(row.get("key")): _numeric(row) for row in parquet.read_table(table).to_pylist()}
-        for key, numbers in zip(found.keys, found.numbers, strict=True):
-            if not numbers:
-                numbers.update(rows.get(key, {}))
+        for key, image in bare:
+            image.numbers = rows.get(key, {})
     return found
 
 
@@ -446,15 +441,15 @@ def _write_part(
     part: Path, tars: Sequence[TarIndex], made_of: list[list[int]], broken: dict[str, str]
 ) -> None:
     """Writes what was found in a chunk's shards as arrays over its images, and a header."""
-    numbers = [row for one in tars for row in one.numbers]
-    names = sorted({key for row in numbers for key in row})
+    images = [image for one in tars for _, image in one.images]
+    names = sorted({key for image in images for key in image.numbers})
     columns = {
-        f"column_{i}": np.array([row.get(key, np.nan) for row in numbers], np.float32)
+        f"column_{i}": np.array([image.numbers.get(key, np.nan) for image in images], np.float32)
         for i, key in enumerate(names)
     }
     header = {
         "fingerprints": made_of,
-        "counts": [len(one.sizes) for one in tars],
+        "counts": [len(one.images) for one in tars],
         "columns": names,
         "broken": broken,
         "without_image": sum(one.without_image for one in tars),
@@ -463,8 +458,8 @@ def _write_part(
         np.savez(
             file,
             header=np.frombuffer(json.dumps(header).encode(), np.uint8),
-            blocks=np.array([n for one in tars for n in one.blocks], np.uint32),  # up to 2 TiB
-            sizes=np.array([n for one in tars for n in one.sizes], np.uint32),
+            blocks=np.array([i.offset // TAR_BLOCK for i in images], np.uint32),  # up to 2 TiB
+            sizes=np.array([i.size for i in images], np.uint32),
             **columns,  # type: ignore[arg-type]
         )
 
@@ -472,9 +467,6 @@ def _write_part(
 def _made_of(part: Path) -> list[list[int]] | None:
     """Of the shards that a part was made of; None if it is not there, or cannot be read."""
     try:
-        with zipfile.ZipFile(part) as archive:
-            if archive.testzip():
-                return None
         found: list[list[int]] = _part_header(part)["fingerprints"]
     except UNREADABLE:
         return None
@@ -483,6 +475,8 @@ def _made_of(part: Path) -> list[list[int]] | None:
 
 def _part_header(part: Path) -> dict[str, Any]:
     with np.load(part) as arrays:
+        if damaged := arrays.zip.testzip():
+            raise ValueError(f"{part}: {damaged} is damaged")
         header: dict[str, Any] = json.loads(arrays["header"].tobytes())
     return header
 

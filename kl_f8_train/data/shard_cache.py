@@ -180,19 +180,10 @@ class ShardCache:
             for _, size, name in sorted(files):  # the least recently used first
                 if total <= self.max_bytes:
                     break
-                if CACHED_NAME.fullmatch(name) and self._unlink(self.root / name):
+                if CACHED_NAME.fullmatch(name) and _unlink(
+                    self.root, name, name, self.grace_seconds
+                ):
                     total -= size
-
-    def _unlink(self, path: Path) -> bool:
-        """Whether a file could go: neither locked nor used within the grace."""
-        try:
-            with _locked(hidden_beside(path, "lock"), fcntl.LOCK_EX | fcntl.LOCK_NB):
-                if time.time() - path.stat().st_mtime < self.grace_seconds:
-                    return False
-                path.unlink()
-                return True
-        except (BlockingIOError, FileNotFoundError):
-            return False
 
     def _own_worker(self) -> "_Worker":
         """The background thread of this process; a fork leaves its parent's behind."""
@@ -287,15 +278,22 @@ def _listing(root: Path) -> Iterator[tuple[float, int, str]]:
 
 def _remove_leftovers(root: Path) -> None:
     """Unlinks old temporary files that no living process writes."""
-    for written, _, name in _listing(root):
-        match = PART_NAME.fullmatch(name)
-        if match and time.time() - written > LEFTOVER_SECONDS:
-            lock = hidden_beside(root / match[1], "lock")
-            with (
-                contextlib.suppress(BlockingIOError),
-                _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB),
-            ):
-                (root / name).unlink(missing_ok=True)
+    for _, _, name in _listing(root):
+        if match := PART_NAME.fullmatch(name):
+            _unlink(root, name, match[1], LEFTOVER_SECONDS)
+
+
+def _unlink(root: Path, name: str, cached: str, seconds: float) -> bool:
+    """Whether a file of a cached one could go: neither locked nor used in the last `seconds`."""
+    path, lock = root / name, hidden_beside(root / cached, "lock")
+    try:
+        with _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if time.time() - path.stat().st_mtime < seconds:
+                return False
+            path.unlink()
+            return True
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from kl_f8_train import config as configs
 from kl_f8_train.averages import label, module_name, selection
 from kl_f8_train.core.hashes import data_sha256, frozen_sha256
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
-from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, about
 from kl_f8_train.facts import ENTRY, FAMILIES, Facts, combined, settled
 from kl_f8_train.files import check_writable, file_sha256, write_json, write_text
 from kl_f8_train.publish import card, half_precision, rescale
@@ -459,10 +459,8 @@ def _stored_weights(header: weight_file.Contents, select: str) -> State:
     encoder is not the stated one.
     """
     path = header.path
-    try:
+    with about(str(path)):
         kept = weight_file.kept_selection(header, select)
-    except MissingInputError as error:
-        raise MissingInputError(f"{path}: {error}") from error
     part = "autoencoder" if kept == "raw" else module_name(kept)
     # An average covers the trained part; encoder and quant_conv lie beside the raw weights alone.
     parts = (f"{part}.", *(f"autoencoder.{name}." for name in FROZEN))
