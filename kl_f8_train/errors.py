@@ -7,7 +7,7 @@ import contextlib
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -41,8 +41,6 @@ class MissingInputError(UserError):
 class RunFailedError(UserError):
     """A run that could not continue."""
 
-    exit_code = 4
-
 
 class LostContactError(RunFailedError):
     """Another process of the run is gone, or does not answer: a new start may well succeed."""
@@ -58,6 +56,15 @@ class SmallImageError(ImageError):
     def __init__(self, message: str, side: int) -> None:
         super().__init__(message)
         self.side = side
+
+
+@contextlib.contextmanager
+def about(what: str, remedy: str = "") -> Iterator[None]:
+    """Names what an error is about before its message, and perhaps a remedy on a line after it."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{what}: {error}" + (remedy and f"\n{remedy}")) from error
 
 
 def like(given: str, known: Iterable[str]) -> str:

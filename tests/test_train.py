@@ -436,7 +436,7 @@ def test_time_left_is_that_of_iterations_and_no_pause_is_silent(folder, monkeypa
         "reading ",
         "validating 4 photographs, 32 x 32 pixels ...",
         "validation at iteration 100",
-        "training: a line after 2 iterations (log.every); Ctrl-C saves and stops",
+        "training: a line after 2 iterations (log.every), the first after 30 s at most; ",
         "iteration 102 of 106",
     ]
     places = [said.index(part) for part in order]
@@ -445,6 +445,32 @@ def test_time_left_is_that_of_iterations_and_no_pause_is_silent(folder, monkeypa
     assert int(left) < 8 / 2 * 4  # what it would be with the validation in it
     rows = read_table(folder / "slow-start" / "metrics.csv")
     assert min(float(row["images_per_second"]) for row in rows) > 4 / 4
+
+
+@pytest.mark.parametrize("seconds", [0.2, 1.0])  # of an iteration
+def test_a_slow_run_says_early_how_it_goes(folder, monkeypatch, capsys, seconds):
+    """One line before log.every, and none of it in metrics.csv; where it is, if that is late."""
+    step = Finetuner.training_step
+
+    def slow(self, *arguments):
+        time.sleep(seconds)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Finetuner, "training_step", slow)
+    monkeypatch.setattr("kl_f8_train.run.log.FIRST_LINE", 0.3)
+    monkeypatch.setattr("kl_f8_train.run.watchdog.SLOW", 0.3)
+    monkeypatch.setattr(runs, "TINY", (*runs.TINY, "log.every=5", "compute.timeout_minutes=0.2"))
+    assert train(runs.recipe(folder, f"slow-{seconds}", "stop_iteration=105")) == 0
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith("iteration 10")]
+    assert len(lines) == 2
+    assert re.match(r"iteration 10[1-3] of 105 \| rec .* images/s", lines[0])
+    assert lines[1].startswith("iteration 105 of 105")
+    assert [row["iteration"] for row in read_table(folder / f"slow-{seconds}" / "metrics.csv")] == [
+        "105"
+    ]
+    if seconds == 1.0:
+        assert "s after the start the run is in iteration 101" in said
 
 
 def test_a_single_iteration_makes_no_estimate(folder, capsys):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kl_f8_train.core.hashes import frozen_sha256, tensor_bytes
 from kl_f8_train.core.model import FROZEN
-from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, about
 from kl_f8_train.files import atomic_path, beginning, file_sha256
 from kl_f8_train.weights import names, torch_file, weight_file
 
@@ -71,11 +71,8 @@ def inject(vae: Path, into: Path, out: Path, force: bool = False) -> list[str]:
             f"{into} holds no {names.FIRST_STAGE}*, nor vae.*, so it is not a full checkpoint; "
             "give one of Stable Diffusion or FLUX"
         )
-    try:
-        shapes = {key: place.shape for key, place in places.items()}
-        names.check_shapes(weights.autoencoder, shapes)
-    except MissingInputError as error:
-        raise MissingInputError(f"{source.path} does not fit {into}: {error}") from error
+    with about(f"{source.path} does not fit {into}"):
+        names.check_shapes(weights.autoencoder, {key: p.shape for key, p in places.items()})
     tensors = _stored(source, into, weights.autoencoder, places)
 
     lines = [_compare_encoders(into, places, tensors)]

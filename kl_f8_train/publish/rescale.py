@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kl_f8_train.core.model import AutoencoderKL, Norm
+from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.publish import half_precision
 
@@ -103,7 +103,7 @@ def prove(
 
     Raises RunFailedError if they differ by more than EXACT_LEVELS.
     """
-    norms = {name: m for name, m in after.decoder.named_modules() if isinstance(m, Norm)}
+    norms = {name: m for name, m in after.decoder.named_modules() if isinstance(m, nn.GroupNorm)}
     with half_precision.noted(norms, _eps_share) as share:
         pairs = [(before.decode(z), after.decode(z)) for z in latents]
     most = max(half_precision.levels(a, b)[1] for a, b in pairs)
@@ -127,7 +127,7 @@ def _power(most: float) -> int:
     return math.ceil(math.log2(max(most, 1e-30) * HEADROOM / half_precision.LIMIT))
 
 
-def _eps_share(norm: Norm, inputs: tuple[Tensor, ...], output: Tensor) -> float:
+def _eps_share(norm: nn.GroupNorm, inputs: tuple[Tensor, ...], output: Tensor) -> float:
     """eps as a share of the variance of a norm's smallest group."""
     # (B, groups, C/groups H W)
     groups = inputs[0].unflatten(1, (norm.num_groups, -1)).flatten(2)

@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from kl_f8_train.run_dir import METRICS_FILE, MetricsFile, skipped_images
 from kl_f8_train.settings import Config
 from kl_f8_train.units import counted, duration, figure, shortest, speed
 
+FIRST_LINE = 30.0  # seconds after which a run says how it goes, whatever log.every is
 SHOWN_SKIPPED = 20  # images named in the log; all are in the run's skipped-RANK.txt
 
 
@@ -54,6 +56,7 @@ class RunLog(Callback):
         self.seconds = 0.0  # of the iterations of a row, without validation and checkpoints
         self.timed = 0  # of them; the first after a start also starts loaders, or compiles
         self.mark = time.perf_counter()  # end of the last row, or the start
+        self.first_line = math.inf  # when one is due, on the first rank, until there is any
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the reports on the first rank."""
@@ -72,7 +75,11 @@ class RunLog(Callback):
         """Counts the time spent waiting for data."""
         if not self.course.done and trainer.is_global_zero:
             often = counted(self.config.log.every, "iteration", "s")
-            self.say(f"training: a line after {often} (log.every); Ctrl-C saves and stops")
+            self.say(
+                f"training: a line after {often} (log.every), the first after {FIRST_LINE:.0f} s "
+                "at most; Ctrl-C saves and stops"
+            )
+            self.first_line = time.perf_counter() + FIRST_LINE
         self.waited += time.perf_counter() - self.course.since
 
     def on_train_batch_end(
@@ -95,6 +102,8 @@ class RunLog(Callback):
         done = finetuner.warmup_done or finetuner.iteration  # which stands still in a warm-up
         if done % self.config.log.every == 0 or self.count >= self.config.log.every:
             self._report(trainer, finetuner)
+        elif 2 * time.perf_counter() - self.course.since > self.first_line:
+            self._say_first(finetuner)  # the next iteration would end too late
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
         """Closes the trackers' runs as failed."""
@@ -130,13 +139,7 @@ class RunLog(Callback):
         # Sums and counts are averaged alike, so their ratio is the mean over all ranks' finite
         # values.
         average_over_ranks(list(self.sums.values()))
-        totals: defaultdict[str, float] = defaultdict(float)
-        numbers: defaultdict[str, float] = defaultdict(float)
-        for names, pairs in self.sums.items():  # one, unless a term has set in since
-            for name, (total, number) in zip(names, pairs.tolist(), strict=True):
-                totals[name] += total
-                numbers[name] += number
-        row = {name: totals[name] / number for name, number in numbers.items() if number}
+        row = _means(self.sums)
         now = time.perf_counter()
         if self.timed:  # with the time that the device still took
             seconds = (self.seconds + now - began) / self.timed
@@ -161,9 +164,18 @@ class RunLog(Callback):
             if self.trackers is not None:
                 self.trackers.log(finetuner.iteration, row)
             self.say(self._line(finetuner, row, seconds if self.timed else None))
+        self.first_line = math.inf
         self.sums, self.count, self.waited = {}, 0, 0.0
         self.seconds, self.timed = 0.0, 0
         self.mark = time.perf_counter()
+
+    def _say_first(self, finetuner: Finetuner) -> None:
+        """A line before log.every, of this rank's means; metrics.csv gets none."""
+        self.first_line = math.inf
+        seconds = self.seconds / self.timed if self.timed else None
+        took = seconds or time.perf_counter() - self.course.since
+        row = _means(self.sums) | {"images_per_second": self.config.global_batch / took}
+        self.say(self._line(finetuner, row, seconds))
 
     def _ema_distances(self, finetuner: Finetuner) -> dict[str, float]:
         """`ema_distance`, and `ema_distance_0.9999` of further decays."""
@@ -259,6 +271,17 @@ class RunLog(Callback):
         # tqdm's own `write` would end the run when the terminal is closed.
         with nullcontext() if self.bar is None else self.bar.external_write_mode():
             say(line)
+
+
+def _means(sums: Mapping[tuple[str, ...], Tensor]) -> dict[str, float]:
+    """Means by name of sums and counts; a name without a finite value is left out."""
+    totals: defaultdict[str, float] = defaultdict(float)
+    numbers: defaultdict[str, float] = defaultdict(float)
+    for names, pairs in sums.items():  # one, unless a term has set in since
+        for name, (total, number) in zip(names, pairs.tolist(), strict=True):
+            totals[name] += total
+            numbers[name] += number
+    return {name: totals[name] / number for name, number in numbers.items() if number}
 
 
 def too_many(bad: int, seen: int, limit: float) -> bool:

@@ -16,12 +16,12 @@ from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.core.run_state import RunState
 from kl_f8_train.core.step import Finetuner, bound_to
 from kl_f8_train.data import identity
-from kl_f8_train.errors import MissingInputError, UsageError
+from kl_f8_train.errors import MissingInputError, UsageError, about
 from kl_f8_train.run.callback import say_once
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.settings import Config
 from kl_f8_train.weights import checkpoint, pretrained, weight_file
-from kl_f8_train.weights.names import State, architecture, check_like
+from kl_f8_train.weights.names import State, architecture, check_shapes, shapes_of
 
 
 def start_or_resume(config: Config, run_dir: Path, allow_changes: bool) -> tuple[Finetuner, str]:
@@ -136,11 +136,10 @@ def check_model(config: Config, contents: weight_file.Contents, weights: State) 
     settings, other = _settings_of(contents, weights), "Give other weights"
     remedy = f"{other}, or set model.* as theirs{settings}"
     helps = settings != _settings_of(contents, expected.state_dict())
-    check_like(weights, expected.state_dict(), differ, remedy if helps else other)
-    try:
+    with about(differ, remedy if helps else other):
+        check_shapes(weights, shapes_of(expected.state_dict()))
+    with about(differ, remedy):
         checkpoint.check_groups(contents.facts, config.model)
-    except MissingInputError as error:
-        raise MissingInputError(f"{differ}: {error}\n{remedy}") from error
 
 
 def _settings_of(contents: weight_file.Contents, weights: State) -> str:
@@ -172,7 +171,8 @@ def _import_discriminator(config: Config, finetuner: Finetuner, weights: Any) ->
             f"Set adversarial.ndf={shape[0]} and adversarial.n_layers={shape[1]} as the file's, or "
             "init.discriminator=new for a new one"
         )
-        check_like(weights, finetuner.discriminator.state_dict(), differ, remedy)
+        with about(differ, remedy):
+            check_shapes(weights, shapes_of(finetuner.discriminator.state_dict()))
         bad = [key for key, value in weights.items() if not value.float().isfinite().all()]
         if bad:
             raise MissingInputError(

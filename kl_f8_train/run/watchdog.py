@@ -20,6 +20,7 @@ from kl_f8_train.output import Say, say
 from kl_f8_train.run.callback import Course
 
 GRACE = 5.0  # seconds that the ranks give each other to say where they are
+SLOW = 30.0  # seconds of a first iteration after which a run says where it is
 FIRST = 3  # the first iteration may take so many times as long: it compiles
 
 
@@ -86,12 +87,16 @@ class Watchdog(Callback):
 
     def _watch(self, trainer: Trainer, finetuner: Finetuner) -> None:
         tick = min(1.0, self.seconds / 20)  # short limits, of tests, have short ticks
-        silent, before = 0.0, 0
+        silent, before, said = 0.0, 0, not trainer.is_global_zero
         while silent < (self.seconds if self.course.done else FIRST * self.seconds):
             if self.stopped.wait(tick):
                 return
             silent = silent + tick if self.course.done == before else 0.0
             before = self.course.done
+            if silent >= SLOW and not before and not said:  # nothing else says that it goes on
+                said = True
+                phase = self._phase(trainer, finetuner.iteration + 1)
+                say(f"{silent:.0f} s after the start the run {phase}")
         end_process(
             RunFailedError.exit_code, lambda: self._report(trainer, finetuner.iteration + 1, silent)
         )

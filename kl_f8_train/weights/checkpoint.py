@@ -18,14 +18,14 @@ from kl_f8_train import facts
 from kl_f8_train.averages import module_names
 from kl_f8_train.core.hashes import frozen_sha256, tensors_sha256
 from kl_f8_train.core.step import Finetuner
-from kl_f8_train.core.updates import HostCopy
-from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.core.updates import HostCopy, parameters_of
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, about
 from kl_f8_train.facts import Facts
 from kl_f8_train.run_dir import checkpoint_path
 from kl_f8_train.settings import KL_F8_SHAPES, Config, Model, to_dict
 from kl_f8_train.units import are, counted
 from kl_f8_train.weights import weight_file
-from kl_f8_train.weights.names import State, Weights, check_like
+from kl_f8_train.weights.names import State, Weights, check_shapes, shapes_of
 
 FORMAT = "kl_f8_train.checkpoint.1"
 TEXTS = "metadata_sha256"  # JSON: key of the metadata -> hash of its string
@@ -142,8 +142,7 @@ def snapshot(
 
 def snapshot_bytes(finetuner: Finetuner, optimizers: list[Adam]) -> int:
     """Host memory for a snapshot, at most; of the optimizers also what they will have."""
-    groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
-    moved = [parameter for group in groups for parameter in group]
+    moved = [parameter for optimizer in optimizers for parameter in parameters_of(optimizer)]
     held = sum(room(tensor) for tensor in finetuner.state_dict().values())
     return held + sum(2 * room(parameter) + ALIGNMENT for parameter in moved)  # moments and step
 
@@ -229,9 +228,7 @@ def check_content(contents: weight_file.Contents, only: str | None = None) -> No
         if part == key or only not in (None, part):
             continue
         if stored != _part_sha256(contents.tensors, part):
-            raise MissingInputError(
-                f"{contents.path}: its {part} does not match its own SHA-256; the disk changed it"
-            )
+            raise _changed(contents, part)
 
 
 def check_metadata(contents: weight_file.Contents) -> None:
@@ -248,9 +245,13 @@ def check_metadata(contents: weight_file.Contents) -> None:
         hashes = {}
     for key, text in texts.items():
         if hashes.get(key) != _text_sha256(text):
-            raise MissingInputError(
-                f"{contents.path}: its {key} does not match its own SHA-256; the disk changed it"
-            )
+            raise _changed(contents, key)
+
+
+def _changed(contents: weight_file.Contents, part: str) -> MissingInputError:
+    return MissingInputError(
+        f"{contents.path}: its {part} does not match its own SHA-256; the disk changed it"
+    )
 
 
 def _text_sha256(text: str) -> str:
@@ -278,11 +279,10 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: weight_file.
         "A run keeps its networks; for others start a new run_dir, with init.weights="
         f"{contents.path}"
     )
-    check_like(networks, finetuner.state_dict(), differ, remedy)
-    try:
-        check_groups(stored_facts(contents, stored_config(contents)), finetuner.config.model)
-    except MissingInputError as error:
-        raise MissingInputError(f"{differ}: {error}\n{remedy}") from error
+    stated = stored_facts(contents, stored_config(contents))
+    with about(differ, remedy):
+        check_shapes(networks, shapes_of(finetuner.state_dict()))
+        check_groups(stated, finetuner.config.model)
     finetuner.load_state_dict(networks, strict=True)
     for name, optimizer in zip(OPTIMIZERS, optimizers, strict=False):
         _restore_optimizer(name, optimizer, finetuner, tensors)
@@ -293,7 +293,7 @@ def restore(finetuner: Finetuner, optimizers: list[Adam], contents: weight_file.
     first = finetuner.config.init.iteration  # older checkpoints do not state it
     run.first_iteration = int(metadata.get("first_iteration", first or 0))
     run.base = stored_base(metadata)
-    run.facts = stored_facts(contents, stored_config(contents))
+    run.facts = stated
     run.changes = stored_changes(metadata)
     run.identity = stored_identity(metadata)
     # After loading: what counts is what the networks hold now.
@@ -345,12 +345,17 @@ def _check_finite(tensors: dict[str, Tensor]) -> None:
         )
 
 
+def _named(optimizer: Adam, finetuner: Finetuner) -> list[tuple[str, Tensor]]:
+    """The parameters that an optimizer moves, by their names in the finetuner."""
+    names = {id(parameter): key for key, parameter in finetuner.named_parameters()}
+    return [(names[id(parameter)], parameter) for parameter in parameters_of(optimizer)]
+
+
 def _optimizer_tensors(name: str, optimizer: Adam, finetuner: Finetuner) -> dict[str, Tensor]:
-    names = {id(p): key for key, p in finetuner.named_parameters()}
     return {
-        f"optimizer.{name}.{names[id(parameter)]}.{entry}": value.detach()
-        for parameter, state in optimizer.state.items()
-        for entry, value in state.items()
+        f"optimizer.{name}.{key}.{entry}": value.detach()
+        for key, parameter in _named(optimizer, finetuner)
+        for entry, value in optimizer.state.get(parameter, {}).items()
     }
 
 
@@ -360,18 +365,12 @@ def _restore_optimizer(
     prefix = f"optimizer.{name}."
     if not any(key.startswith(prefix) for key in tensors):
         return  # it had not stepped yet
-    for key, parameter in finetuner.named_parameters():
-        if not any(parameter is p for group in optimizer.param_groups for p in group["params"]):
-            continue
-        entries = {e: tensors.get(f"{prefix}{key}.{e}") for e in ("step", "exp_avg", "exp_avg_sq")}
-        missing = [entry for entry, value in entries.items() if value is None]
-        if missing:
-            raise MissingInputError(f"checkpoint without {prefix}{key}.{missing[0]}")
-        optimizer.state[parameter] = {
-            entry: _laid_out_as(parameter, value)
-            for entry, value in entries.items()
-            if value is not None
-        }
+    for key, parameter in _named(optimizer, finetuner):
+        optimizer.state[parameter] = state = {}
+        for entry in ("step", "exp_avg", "exp_avg_sq"):
+            if (place := f"{prefix}{key}.{entry}") not in tensors:
+                raise MissingInputError(f"checkpoint without {place}")
+            state[entry] = _laid_out_as(parameter, tensors[place])
 
 
 def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:

@@ -337,16 +337,6 @@ SCALES = re.compile(
 QUANTISED = "quantised weights cannot be trained or written; give the file from before"
 
 
-def check_like(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], differ: str, remedy: str
-) -> None:
-    """`check_shapes` against another state dict; `differ` and `remedy` frame what it says."""
-    try:
-        check_shapes(state, shapes_of(expected))
-    except MissingInputError as error:
-        raise MissingInputError(f"{differ}: {error}\n{remedy}") from error
-
-
 def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises MissingInputError naming the first differences of names, shapes or kinds."""
     problems = differences(state, expected)
