@@ -151,16 +151,20 @@ def model_card(
     family = family_served(config, record.get("facts", {}))
     front = _front_matter(config, record, details, evaluated)
     factor, files = config.model.downsampling, record["files"]
+    decays = config.ema.decays
     values = {
         "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         "name": _cell(config.name),
         "fits": config.model in KL_F8_SHAPES.values(),
         "family": family,
-        "encoder": _encoder(record),
         "scale": _scale(record.get("facts", {})),
         "diffusers": DIFFUSERS in files,
-        "programs": _programs(config, record),
-        "training": _training(config, record),
+        "config": config,
+        "record": record,
+        "cell": _cell,
+        "perceptual": record.get("perceptual") or LABELS[config.loss.perceptual],
+        "decay": shortest(record.get("ema_decay", decays[0])),
+        "decays": [shortest(decay) for decay in decays],
         "details": details,
         "latent": f"{config.model.z_channels} numbers for each {factor} x {factor} pixels",
         "precision": half_precision.describe(record["half_precision"]),
@@ -411,78 +415,6 @@ def _scale(stated: Mapping[str, Any]) -> str:
     """How a pipeline scales these latents, as their base states."""
     names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
     return ", ".join(f"`{n}` {json.dumps(stated[n])}" for n in names if n in stated)
-
-
-def _encoder(record: Mapping[str, Any]) -> str:
-    """How the export's precision affects the encoder and its latents."""
-    if record["dtype"] == "float32":
-        return "The encoder is bit for bit the imported one, so latents stay what they were."
-    exact = "; `diffusers/` also holds it in float32" if DIFFUSERS in record["files"] else ""
-    return (
-        f"The encoder is the imported one rounded to {record['dtype']}, which moves latents as "
-        f"far as stands under Files{exact}."
-    )
-
-
-def _programs(config: Config, record: Mapping[str, Any]) -> str:
-    """Where the single files go; nothing if there are none.
-
-    AUTOMATIC1111 and the code of the first Stable Diffusion have no VAEs of 16 channels.
-    """
-    four = config.model.z_channels == KL_F8.z_channels
-    files = {suffix: f"{record['stem']}.{suffix}" for suffix in ("safetensors", "ckpt")}
-    files = {suffix: file for suffix, file in files.items() if file in record["files"]}
-    safetensors, ckpt = files.get("safetensors"), files.get("ckpt")
-    rows = [
-        (program, f"`{file}`", place, choice)
-        for program, file, place, choice in (
-            ("ComfyUI", safetensors, "`models/vae/`", 'node "Load VAE"'),
-            ("AUTOMATIC1111", safetensors or ckpt, "`models/VAE/`", 'Settings, "SD VAE"'),
-            ("original code", ckpt, "anywhere", '`torch.load(FILE)["state_dict"]`'),
-        )
-        if file and (four or program == "ComfyUI")
-    ]
-    if not rows:
-        return ""
-    return markdown_table(("program", "file", "where it goes", "how it is chosen"), rows)
-
-
-def _shown_side(side: int | list[int] | None) -> str:
-    """`shorter side to 384`, `shorter side to 384 to 512`, or `none`."""
-    shown = " to ".join(map(str, side)) if isinstance(side, list) else str(side)
-    return "none" if side is None else f"shorter side to {shown}"
-
-
-def _training(config: Config, record: Mapping[str, Any]) -> str:
-    loss, adversarial, data = config.loss, config.adversarial, config.data
-    start, iteration = record["init_iteration"], record["iteration"]
-    kept = [shortest(decay) for decay in config.ema.decays]
-    chosen = shortest(record.get("ema_decay", config.ema.decays[0]))
-    chosen += f", of {', '.join(kept)} kept" * (len(kept) > 1)
-    weights = "raw weights, not the EMA" if record["weights"] == "raw" else "EMA weights"
-    if record["averaged"]:
-        weights = f"mean EMA of {', '.join(record['averaged'])}"
-    name, digest = (record.get(key, "unknown") for key in ("base_name", "base_sha256"))
-    rows = {
-        "base weights": name if digest == "unknown" else f"{name}, SHA-256 {digest}",
-        "iterations": f"{'?' if start is None else f'{start:,}'} -> {iteration:,}",
-        "global batch, crop": f"{config.global_batch}, {data.crop} x {data.crop}",
-        "resize": _shown_side(data.shorter_side),
-        "trained": "decoder and post_quant_conv",
-        "reconstruction loss": f"{loss.formula} + {loss.perceptual_weight:g} "
-        f"{record.get('perceptual') or LABELS[loss.perceptual]}",
-        "adversarial loss": "none"
-        if adversarial is None
-        else f"hinge PatchGAN, {adversarial.weight:g} x adaptive weight, from iteration "
-        f"{adversarial.start_iteration:,}",
-        "learning rate": f"{config.optimizer.learning_rate:g}, Adam {config.optimizer.betas}",
-        "EMA decay": f"{chosen}; these are the {weights}",
-        "precision": config.precision,
-        "data, shares": ", ".join(f"{key} ({s.weight:g})" for key, s in data.sources.items()),
-    }
-    if record.get("changes"):
-        rows["changed on the way"] = "; ".join(record["changes"])
-    return markdown_table(("setting", "value"), [(k, _cell(value)) for k, value in rows.items()])
 
 
 def _named_file(record: Mapping[str, Any]) -> str:
