@@ -25,7 +25,7 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, Us
 from kl_f8_train.launch import end_children, is_first_to_say, launched
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import say
-from kl_f8_train.units import are, counted, duration
+from kl_f8_train.units import are, counted, duration, written
 from kl_f8_train.weights import hub
 
 if TYPE_CHECKING:
@@ -172,11 +172,13 @@ def _examine_briefly(
     report = examine(path, overrides, say, allow_changes, brief=screen.append, begin=begin)
     print()
     number = next(i for i, line in enumerate(screen) if line.startswith(("GO", "NO GO")))
-    lines = [*screen[:number], "all settings and figures: the same command with --all"]
-    if not report.problems:
+    more = ["all settings and figures: the same command with --all"]
+    if report.problems:
+        number = len(screen)
+    else:
         then = next_command.after_doctor(recipe, overrides, allow_changes, dry_run)
-        lines.append(f"next: {then}")
-    print("\n".join([*lines, *screen[number:]]))
+        more.append(f"next: {then}")
+    print("\n".join([*screen[:number], *more, *screen[number:]]))
     return report
 
 
@@ -535,20 +537,23 @@ def _status(args: argparse.Namespace) -> int:
 
 def _print_schema(keys: list[str]) -> None:
     """Every setting, or those of the keys and groups that are named."""
-    from kl_f8_train.settings import schema
+    from kl_f8_train.settings import MISSING, SETTINGS, VALUES
 
-    settings = schema()
     for key in keys:
-        if not any(name == key or name.startswith(f"{key}.") for name, *_ in settings):
+        if key not in SETTINGS:
             raise UsageError(
                 f"config schema: {key}: no such setting or group; `kl-f8-train config schema` "
                 "prints all"
             )
-    beginnings = tuple(f"{key}." for key in keys)
-    for name, kind, default, doc in settings:
-        if not keys or name in keys or name.startswith(beginnings):
-            stated = f"default {default}" if default else "no default, a recipe states it"
-            print(f"{name}\n    {doc}\n    {kind}; {stated}")
+    for name, found in VALUES.items():
+        if not keys or any(f"{name}.".startswith(f"{key}.") for key in keys):
+            default = found.default
+            stated = (
+                "no default, a recipe states it"
+                if default == MISSING
+                else f"default {written(default)}"
+            )
+            print(f"{name}\n    {found.doc}\n    {found.type_name}; {stated}")
 
 
 def _config(args: argparse.Namespace) -> int:

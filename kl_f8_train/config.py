@@ -87,8 +87,8 @@ def examine(path: str | Path, overrides: Sequence[str] = ()) -> Examined:
     assert isinstance(config, Config)
     unknown = [f"{key}=" for key in (*wrong, *missing) if setting_of(key)]
     found = contradictions(config)
-    if stated := [line for line in found if not any(key in line for key in unknown)]:
-        problems.append(UsageError("\n  ".join([WRONG, *stated])))
+    stated = (line for line in found if not any(key in line for key in unknown))
+    problems += [UsageError(f"{WRONG}\n  {line}") for line in stated]
     return Examined(problems, absent, config if complete else None)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from kl_f8_train import config, images, shipped
 from kl_f8_train.data.pack import pack
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
-from kl_f8_train.files import atomic_path, write_json, write_text
+from kl_f8_train.files import write_json, write_text
 from kl_f8_train.output import say
 from kl_f8_train.publish import export
 from kl_f8_train.run.train import train
@@ -145,8 +145,7 @@ def _score(
         rows.append(row)
     write_json(run_dir / "table.json", rows)
     write_text(run_dir / "table.md", scores.table(result) + "\n")
-    with atomic_path(run_dir / "strip.png") as temporary:
-        images.to_pil(_strip(run_dir / "evaluation")).save(temporary, format="PNG")
+    report.save_png(run_dir / "strip.png", _strip(run_dir / "evaluation"), sync=True)
     for line in _findings(run_dir / "evaluation"):
         say(line)
     say("stand-ins: base is kl_f8_mini, not kl-f8; ST-LPIPS is not LPIPS.")

@@ -41,8 +41,6 @@ class MissingInputError(UserError):
 class RunFailedError(UserError):
     """A run that could not continue."""
 
-    exit_code = 4
-
 
 class LostContactError(RunFailedError):
     """Another process of the run is gone, or does not answer: a new start may well succeed."""

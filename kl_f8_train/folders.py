@@ -5,10 +5,8 @@ systems keep for themselves (hidden files, thumbnails, bins) is left out; whatev
 counted by its kind.
 """
 
-import errno
 import os
 import re
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -61,8 +59,6 @@ ONE = {  # kind of files that are left out -> what a single one is
 }
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
-PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)  # errors of a disk or server
-PAUSES = (0.1, 1.0, 2.0)  # seconds between attempts; a hundred images in a row may fail
 FIRST_BYTES = 64  # bytes that say what a file is
 
 
@@ -183,36 +179,6 @@ def _kind(suffix: str) -> str:
     return printable(suffix) or "without a suffix"
 
 
-def read_file(path: str | Path) -> bytes:
-    """The bytes of an image file. Raises ImageError if it cannot be read."""
-
-    def read() -> bytes:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > images.MAX_BYTES:
-                raise ImageError(f"too large: more than {images.MAX_BYTES / 2**30:g} GiB")
-            return file.read()
-
-    try:
-        return patiently(read)
-    except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror or error}") from error
-
-
-def patiently(read: Callable[[], Loaded]) -> Loaded:
-    """What `read` returns; where a disk or its server fails, another attempt or three.
-
-    A run would otherwise take another image for one that is well, and end otherwise.
-    """
-    for pause in PAUSES:
-        try:
-            return read()
-        except OSError as error:
-            if error.errno not in PASSING:
-                raise
-        time.sleep(pause)
-    return read()
-
-
 def ahead(
     load: Callable[[Item], Loaded], items: Iterable[Item], threads: int
 ) -> Iterator[Future[Loaded]]:
@@ -243,7 +209,7 @@ def load_sizes(
         if found == count:
             break
         try:
-            squares = images.squares(read_file(folder / file), sides)
+            squares = images.squares(images.read_file(folder / file), sides)
         except ImageError as error:
             report(f"{printable(str(folder / file))}: {error}; left out")
             continue

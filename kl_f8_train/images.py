@@ -1,13 +1,17 @@
-"""Pixel conventions: how bytes become tensors and tensors become bytes.
+"""Pixel conventions: how files become bytes, bytes tensors, and tensors bytes.
 
 uint8 images are (3, H, W) in 0..255; float images are (B, 3, H, W) in [-1, 1]. Colours are sRGB.
 """
 
+import errno
 import io
 import math
+import os
+import time
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +44,8 @@ UPRIGHT: dict[int, Callable[[Tensor], Tensor]] = {  # EXIF's numbers; (3, H, W)
 }
 SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK", "LAB": "Lab "}  # mode -> ICC's name
 SRGB_LEVELS = 2  # a profile that moves no colour further is sRGB
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)  # errors of a disk or server
+PAUSES = (0.1, 1.0, 2.0)  # seconds between attempts; a hundred images in a row may fail
 SUBFILE, BITS, PHOTOMETRIC, SAMPLE_FORMAT, DNG = 254, 258, 262, 339, 50706  # tags of TIFF
 
 
@@ -48,11 +54,44 @@ SUBFILE, BITS, PHOTOMETRIC, SAMPLE_FORMAT, DNG = 254, 258, 262, 339, 50706  # ta
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
+Bytes = TypeVar("Bytes")  # or a file that holds them
+
+
 class Picture(NamedTuple):
     """A decoded image."""
 
     pixels: Tensor  # (3, H, W) uint8, sRGB; not contiguous
     profile: str  # the colour profile it was converted from; empty if it was sRGB, or had none
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of an image file. Raises ImageError if it cannot be read."""
+
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise ImageError(f"too large: more than {MAX_BYTES / 2**30:g} GiB")
+            return file.read()
+
+    try:
+        return patiently(read)
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
+
+
+def patiently(read: Callable[[], Bytes]) -> Bytes:
+    """What `read` returns; where a disk or its server fails, another attempt or three.
+
+    A run would otherwise take another image for one that is well, and end otherwise.
+    """
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+        time.sleep(pause)
+    return read()
 
 
 def decode(data: bytes, draft_side: int | None = None) -> Tensor:
@@ -78,28 +117,23 @@ def picture(data: bytes, draft_side: int | None = None) -> Picture:
                 raise ImageError(f"too many pixels: {size[0]} x {size[1]}")
             if draft_side is not None:
                 opened.draft(opened.mode, (draft_side, draft_side))
-            plain = opened.format == "JPEG" and opened.mode in ("RGB", "L") and opened.size == size
-            image = _decode_jpeg(data, size) if plain else None
-            profile = opened.info.get("icc_profile")
-            name = ""
-            if image is None:
-                _check_range(opened)
-                opened.load()
-                converted, name = _to_rgb(opened, profile)
-                image = _to_tensor(converted)
-            elif profile and (found := _conversion(profile, "RGB")).transform:
-                image, name = _to_tensor(_applied(found.transform, to_pil(image))), found.name
+            fast = _decode_jpeg(data, opened) if opened.size == size else None
+            image, name = fast or _decode_pil(opened)
             turn = UPRIGHT.get(opened.getexif().get(ORIENTATION, 1))
             return Picture(turn(image) if turn else image, name)
     except ImageError:
         raise
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"too many pixels: {error}") from error
-    except UnidentifiedImageError as error:  # its message has an address, new in each process
-        what = beginning(data[:64]) or "of no known format"
-        raise ImageError(f"not a readable image: {what}") from error
     except Exception as error:  # whatever a broken file makes its parser raise
-        raise ImageError(f"not a readable image: {error or type(error).__name__}") from error
+        raise ImageError(_reason(error, data[:64])) from error
+
+
+def _reason(error: Exception, head: bytes) -> str:
+    """Why a file that begins with `head` cannot be decoded."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too many pixels: {error}"
+    if isinstance(error, UnidentifiedImageError):  # its message has an address, new in each process
+        return f"not a readable image: {beginning(head) or 'of no known format'}"
+    return f"not a readable image: {error or type(error).__name__}"
 
 
 def _formats(data: bytes) -> tuple[str, ...]:
@@ -136,19 +170,30 @@ def can_read(kind: str) -> bool:
     return True
 
 
-def _decode_jpeg(data: bytes, size: tuple[int, int]) -> Tensor | None:
+def _decode_jpeg(data: bytes, opened: Image.Image) -> Picture | None:
     """A JPEG by torchvision: Pillow's values in three quarters of its time, by fewer copies.
 
-    None if there is anything wrong: then Pillow decides.
+    None for another format, or if there is anything wrong: then Pillow decides.
     """
     decoder = _jpeg_decoder()
-    if decoder is None:
+    if decoder is None or opened.format != "JPEG" or opened.mode not in ("RGB", "L"):
         return None
     try:
         image = decoder(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     except Exception:
         return None
-    return image if image.shape == (3, size[1], size[0]) else None
+    if image.shape != (3, opened.height, opened.width):
+        return None
+    profile = opened.info.get("icc_profile")
+    transform, name = _conversion(profile, "RGB") if profile else AS_IT_IS
+    return Picture(_to_tensor(_applied(transform, to_pil(image))) if transform else image, name)
+
+
+def _decode_pil(opened: Image.Image) -> Picture:
+    _check_range(opened)
+    opened.load()
+    image, name = _to_rgb(opened, opened.info.get("icc_profile"))
+    return Picture(_to_tensor(image), name)
 
 
 @lru_cache(maxsize=1)
@@ -228,13 +273,16 @@ class _Conversion(NamedTuple):
     name: str
 
 
+AS_IT_IS = _Conversion(None, "")
+
+
 @lru_cache(maxsize=64)
 def _conversion(profile: bytes, mode: str) -> _Conversion:
     """From an ICC profile to sRGB, for images of `mode`."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if opened.profile.xcolor_space != SPACES[mode]:
-            return _Conversion(None, "")
+            return AS_IT_IS
         transform = ImageCms.buildTransform(
             opened,
             ImageCms.createProfile("sRGB"),
@@ -244,14 +292,14 @@ def _conversion(profile: bytes, mode: str) -> _Conversion:
         )
         name = ImageCms.getProfileDescription(opened).strip() or "without a name"
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError, AttributeError):
-        return _Conversion(None, "")
+        return AS_IT_IS
     if mode in ("RGB", "L"):
         levels = np.arange(0, 256, 15, dtype=np.uint8)
         axes = np.meshgrid(*[levels] * len(mode), indexing="ij")
         before = Image.merge(mode, [Image.fromarray(axis.reshape(1, -1)) for axis in axes])
         after = np.asarray(_applied(transform, before)).astype(int)
         if np.abs(after - np.asarray(before.convert("RGB"))).max() <= SRGB_LEVELS:
-            return _Conversion(None, "")
+            return AS_IT_IS
     return _Conversion(transform, name)
 
 

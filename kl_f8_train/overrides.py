@@ -20,7 +20,7 @@ EXPECTED_SHARDS = (
 )
 
 
-def parse_sources(text: str) -> dict[str, dict[str, str]]:
+def parse_sources(text: str) -> dict[str, Source]:
     """`A,B` -> one source for each pattern; a path that exists is one, whatever its commas."""
     body = text.strip().removesuffix("{}")
     if os.path.exists(body):
@@ -30,16 +30,16 @@ def parse_sources(text: str) -> dict[str, dict[str, str]]:
     return name_sources(re.split(r",(?![^{]*\})", body))  # not at those of `{a,b}`
 
 
-def name_sources(patterns: Iterable[str]) -> dict[str, dict[str, str]]:
+def name_sources(patterns: Iterable[str]) -> dict[str, Source]:
     """One source for each pattern, named after the directory that holds its shards."""
-    sources: dict[str, dict[str, str]] = {}
+    sources: dict[str, Source] = {}
     for pattern in filter(None, map(str.strip, patterns)):
         path = Path(pattern)
         name = path.name if not path.suffix else path.parent.name
         name = re.sub(r"\W+", "_", name).strip("_") or "images"
         while name in sources:
             name += "_2"
-        sources[name] = {"shards": pattern}
+        sources[name] = Source(shards=pattern)
     return sources
 
 
@@ -107,8 +107,7 @@ def read_value(key: str, text: str, where: str = "") -> Any:
     if text.strip() in ("null", "~") and (origin is dict or kind in (Source, str)):  # as in YAML
         raise UsageError(f"{shown}={text}: cannot be null; expected {found.doc}")
     if origin is dict:
-        sources = parse_sources(text)
-        return {name: Source(shards=sources[name]["shards"]) for name in sources}
+        return parse_sources(text)
     if kind is Source:
         return Source(shards=text)
     if is_dataclass(kind):
@@ -121,25 +120,24 @@ def read_value(key: str, text: str, where: str = "") -> Any:
         if not values or any(isinstance(number, str) for number in numbers):
             raise UsageError(f"{shown}={text}: expected {SEVERAL[get_args(kind)[0]]}")
         return numbers if "[" in text or len(numbers) > 1 else numbers[0]
-    inner = get_args(kind)[0] if origin is list else kind
-    try:
-        return [READERS[inner](v) for v in values] if origin is list else READERS[inner](text)
-    except KeyError:
-        pass
-    except ValueError:
-        raise UsageError(f"{shown}={text}: expected {EXPECTED[inner]}") from None
-    if origin is Literal and text not in get_args(kind):
+    if origin is Literal:
+        if text in get_args(kind):
+            return text
         near = difflib.get_close_matches(text, get_args(kind), n=1)
         hint = f". Did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"{shown}={text}: expected one of {', '.join(get_args(kind))}{hint}")
-    return values if origin is list else text
+    inner = get_args(kind)[0] if origin is list else kind
+    try:
+        return [READERS[inner](v) for v in values] if origin is list else READERS[inner](text)
+    except ValueError:
+        raise UsageError(f"{shown}={text}: expected {EXPECTED[inner]}") from None
 
 
 def _bool(text: str) -> bool:
     return bool(("false", "true").index(text.lower()))
 
 
-READERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, bool: _bool}
+READERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, bool: _bool, str: str}
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
 SEVERAL = {  # of a setting that takes one number or several
     int: "a whole number, or several as [384,512]",

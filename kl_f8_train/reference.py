@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any, Literal, Union, get_args, get_origin
 
 from kl_f8_train.output import markdown_table
-from kl_f8_train.settings import ABOVE_0, ANY, BELOW_1, MISSING, SETTINGS, Config, Setting
+from kl_f8_train.settings import ABOVE_0, ANY, BELOW_1, MISSING, SETTINGS, VALUES, Config, Setting
 from kl_f8_train.units import written
 
 HEAD = ("setting", "value", "default", "usual", "resume", "meaning")
@@ -42,9 +42,8 @@ def settings_page() -> str:
 
 def _leaves() -> Iterator[tuple[str, Setting]]:
     """(key, setting) of everything that takes a value, the keys of a group together."""
-    leaves = {key: found for key, found in SETTINGS.items() if not found.is_group}
-    groups = list(dict.fromkeys(key.rpartition(".")[0] for key in leaves))
-    yield from sorted(leaves.items(), key=lambda item: groups.index(item[0].rpartition(".")[0]))
+    groups = list(dict.fromkeys(key.rpartition(".")[0] for key in VALUES))
+    yield from sorted(VALUES.items(), key=lambda item: groups.index(item[0].rpartition(".")[0]))
 
 
 def _preface(prefix: str) -> str:

@@ -157,9 +157,8 @@ def _ranges(config: Config) -> Iterator[str]:
             "another name, as data.sources.NAME=SHARDS"
         )
     yield from name_problems(config.name)
-    texts = {"run_dir": config.run_dir, "init.weights": config.init.weights}
-    for key, text in texts.items():
-        if not text.strip():
+    for key in ("run_dir", "init.weights"):
+        if not values[key].strip():
             yield f"{key} is empty: expected {SETTINGS[key].doc}"
     decays = config.ema.decays
     if not decays or len(set(decays)) < len(decays):

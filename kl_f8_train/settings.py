@@ -29,15 +29,19 @@ def setting(
     *,
     machine: bool = False,
     bounds: Bounds | None = None,
-    usual: str = "",
+    usual: str | None = None,
 ) -> Any:
     """A field with its meaning and unit; `machine` marks what may change on resume.
 
-    `bounds` are the least and the largest value, in a list of each element; `usual` says where to
-    start, for the settings page.
+    A group's `machine` is that of all in it. `bounds` are the least and the largest value, in a
+    list of each element; `usual` says where to start, for the settings page: at the default unless
+    it says otherwise.
     """
+    is_group = isinstance(default, type)
+    if usual is None:
+        usual = "" if is_group or default == MISSING else written(default)
     metadata = {"doc": doc, "machine": machine, "bounds": bounds, "usual": usual}
-    if isinstance(default, type):
+    if is_group:
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -66,16 +70,13 @@ class Init:
         usual="null; what it is of, for a lone file",
     )
     select: Literal["ema", "raw"] = setting(
-        "which weights, of a file that holds an EMA beside the raw ones", "ema", usual="ema"
+        "which weights, of a file that holds an EMA beside the raw ones", "ema"
     )
     prefix: str | None = setting(
-        "prefix of the autoencoder's names, in a file with several",
-        None,
-        machine=True,
-        usual="null",
+        "prefix of the autoencoder's names, in a file with several", None, machine=True
     )
     discriminator: Literal["file", "new"] = setting(
-        "the file's discriminator, or a new one, which warms up", "file", machine=True, usual="file"
+        "the file's discriminator, or a new one, which warms up", "file", machine=True
     )
 
 
@@ -152,24 +153,16 @@ class Loss:
         bounds=(0, ANY),
         usual="0; 0.1 to 1 for edges",
     )
-    learn_logvar: bool = setting(
-        "train the loss's log variance (the original's stays 0)", False, usual="false"
-    )
+    learn_logvar: bool = setting("train the loss's log variance (the original's stays 0)", False)
     perceptual_precision: Literal["float32", "bfloat16"] = setting(
         "of the perceptual network's convolutions in training; its lengths and distances stay "
         "float32, and so does validation",
         "float32",
-        usual="float32",
     )
     perceptual_weights: str | None = setting(
-        "VGG16 features file; null: where `kl-f8-train fetch` put it",
-        None,
-        machine=True,
-        usual="null",
+        "VGG16 features file; null: where `kl-f8-train fetch` put it", None, machine=True
     )
-    allow_stand_in: bool = setting(
-        "accept ST-LPIPS in LPIPS' place (demo and tests)", False, usual="false"
-    )
+    allow_stand_in: bool = setting("accept ST-LPIPS in LPIPS' place (demo and tests)", False)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -212,15 +205,9 @@ class Adversarial:
     max_weight: float = setting(
         "upper clamp of the adaptive weight", 1e4, bounds=(ABOVE_0, ANY), usual="10,000"
     )
-    sync_batchnorm: bool = setting(
-        "batch statistics over all GPUs (the original: per GPU)", False, usual="false"
-    )
-    per_gpu_weight: bool = setting(
-        "adaptive weight per GPU as in the original", False, usual="false"
-    )
-    run_before_start: bool = setting(
-        "run the discriminator before start, as the original", False, usual="false"
-    )
+    sync_batchnorm: bool = setting("batch statistics over all GPUs (the original: per GPU)", False)
+    per_gpu_weight: bool = setting("adaptive weight per GPU as in the original", False)
+    run_before_start: bool = setting("run the discriminator before start, as the original", False)
 
 
 @dataclass(kw_only=True)
@@ -347,7 +334,7 @@ class Data:
         False,
         usual="false; true where loaders are too slow",
     )
-    lanes: int = setting("parallel lanes of the plan, at most", 48, bounds=(1, IMAGES), usual="48")
+    lanes: int = setting("parallel lanes of the plan, at most", 48, bounds=(1, IMAGES))
     max_bad_share: float = setting(
         "share of bad images that stops a run; from 1,000 images on exactly",
         0.1,
@@ -391,56 +378,34 @@ class Data:
 class Compute:
     """The machine. May change on resume."""
 
-    accelerator: Literal["auto", "cpu", "cuda"] = setting(
-        "device kind", "auto", machine=True, usual="auto"
-    )
-    devices: int | None = setting(
-        "GPUs per node; null: all", None, machine=True, bounds=(1, 1000), usual="null"
-    )
+    accelerator: Literal["auto", "cpu", "cuda"] = setting("device kind", "auto")
+    devices: int | None = setting("GPUs per node; null: all", None, bounds=(1, 1000))
     num_nodes: int | None = setting(
-        "nodes; null: as torchrun or SLURM says",
-        None,
-        machine=True,
-        bounds=(1, 10_000),
-        usual="null",
+        "nodes; null: as torchrun or SLURM says", None, bounds=(1, 10_000)
     )
     per_device_batch: int | None = setting(
         "images per GPU and micro-batch; null: the largest divisor up to 12",
         None,
-        machine=True,
         bounds=(1, IMAGES),
         usual="4 to 12",
     )
     timeout_minutes: float = setting(
-        "a silent rank is an error after this",
-        10.0,
-        machine=True,
-        bounds=(ABOVE_0, 10**6),
-        usual="5 to 30",
+        "a silent rank is an error after this", 10.0, bounds=(ABOVE_0, 10**6), usual="5 to 30"
     )
     channels_last: bool | None = setting(
-        "networks and images as NHWC in memory; null: on CUDA, if GroupNorm keeps it",
-        None,
-        machine=True,
-        usual="null",
+        "networks and images as NHWC in memory; null: on CUDA, if GroupNorm keeps it", None
     )
     subpixel_upsample: bool = setting(
-        "double and convolve in one step: 4/9 of the arithmetic, equal but for rounding",
-        True,
-        machine=True,
-        usual="true",
+        "double and convolve in one step: 4/9 of the arithmetic, equal but for rounding", True
     )
     lean_norm: bool = setting(
         "GroupNorm and swish keep their input only for the backward pass; equal but for rounding",
         True,
-        machine=True,
-        usual="true",
     )
     perceptual_parts: int = setting(
         "parts of a micro-batch that go through the perceptual network one after another, if it "
         "divides; 1: all at once",
         2,
-        machine=True,
         bounds=(1, IMAGES),
         usual="2; 4 when memory is short",
     )
@@ -448,21 +413,16 @@ class Compute:
         "decoder levels, from full resolution down, whose activations are computed twice "
         "instead of kept",
         0,
-        machine=True,
         bounds=(0, MOST_LEVELS),
         usual="0; 1 to 4 when memory is short",
     )
     deterministic: bool = setting(
         "equal bits in every run on one kind of GPU, or an error that names the operation",
         False,
-        machine=True,
         usual="false; true to compare two runs",
     )
     compile: bool | None = setting(
-        "torch.compile the networks; null: on CUDA, with a C compiler and Python.h",
-        None,
-        machine=True,
-        usual="null",
+        "torch.compile the networks; null: on CUDA, with a C compiler and Python.h", None
     )
 
 
@@ -471,39 +431,31 @@ class Log:
     """What a run logs, and where."""
 
     every: int = setting(
-        "iterations between log lines", 50, machine=True, bounds=(1, ITERATIONS), usual="10 to 100"
+        "iterations between log lines", 50, bounds=(1, ITERATIONS), usual="10 to 100"
     )
     pictures_every: int = setting(
         "iterations between validations on fixed photographs; 0: none",
         1000,
-        machine=True,
         bounds=(0, ITERATIONS),
         usual="500 to 5,000",
     )
     pictures: str | None = setting(
         "folder of fixed photographs, held out; null: the first of the data",
         None,
-        machine=True,
         usual="the held-out folder of `split`",
     )
     pictures_size: int | list[int] | None = setting(
         "side of the validation's squares, in pixels, or a list of sides; pictures are of the "
         "first; null: data.crop",
         None,
-        machine=True,
         bounds=(1, PIXELS),
         usual="null; [256, 512] for a decoder of large images",
     )
     wandb: Literal["off", "auto", "offline"] = setting(
-        "auto: online, or offline without a network",
-        "off",
-        machine=True,
-        usual="auto, where you have an account",
+        "auto: online, or offline without a network", "off", usual="auto, where you have an account"
     )
-    project: str = setting("wandb project", "kl-f8-train", machine=True)
-    tensorboard: bool = setting(
-        "write TensorBoard event files to run_dir/tensorboard", False, machine=True, usual="false"
-    )
+    project: str = setting("wandb project", "kl-f8-train", usual="")
+    tensorboard: bool = setting("write TensorBoard event files to run_dir/tensorboard", False)
 
 
 @dataclass(kw_only=True)
@@ -511,26 +463,18 @@ class Checkpoint:
     """When the state is written, and what is kept."""
 
     every: int = setting(
-        "iterations between checkpoints",
-        1000,
-        machine=True,
-        bounds=(1, ITERATIONS),
-        usual="500 to 5,000",
+        "iterations between checkpoints", 1000, bounds=(1, ITERATIONS), usual="500 to 5,000"
     )
-    keep_last: int = setting(
-        "newest checkpoints kept", 2, machine=True, bounds=(1, ITERATIONS), usual="2 to 5"
-    )
+    keep_last: int = setting("newest checkpoints kept", 2, bounds=(1, ITERATIONS), usual="2 to 5")
     keep_every: int = setting(
         "checkpoints at its multiples stay; 0: none",
         50000,
-        machine=True,
         bounds=(0, ITERATIONS),
         usual="5 to 20 in a run",
     )
     keep_best: bool = setting(
         "keep the checkpoint with the best validation beside the others",
         False,
-        machine=True,
         usual="true with held-out photographs",
     )
 
@@ -563,7 +507,7 @@ class Config:
         usual="false: it costs a decoding",
     )
     max_bad_updates: int = setting(
-        "non-finite updates in a row before the run stops", 10, bounds=(1, ITERATIONS), usual="10"
+        "non-finite updates in a row before the run stops", 10, bounds=(1, ITERATIONS)
     )
     init: Init = setting("start", Init)
     model: Model = setting("network", Model)
@@ -573,15 +517,15 @@ class Config:
     latents: Latents = setting("latents", Latents)
     ema: Ema = setting("moving average", Ema)
     data: Data = setting("data", Data)
-    compute: Compute = setting("machine", Compute)
-    log: Log = setting("reports", Log)
-    checkpoint: Checkpoint = setting("checkpoints", Checkpoint)
+    compute: Compute = setting("machine", Compute, machine=True)
+    log: Log = setting("reports", Log, machine=True)
+    checkpoint: Checkpoint = setting("checkpoints", Checkpoint, machine=True)
 
 
 # --- one table of all settings --------------------------------------------------------------
 
 
-PLAIN_NAMES = {"bool": "true | false", "str": "string"}  # of types, for people
+PLAIN_NAMES = {bool: "true | false", str: "string", int: "int", float: "float"}  # for people
 
 
 @dataclass(frozen=True)
@@ -603,23 +547,24 @@ class Setting:
 
     @property
     def type_name(self) -> str:
-        """For people."""
-        if get_origin(self.kind) is Literal:
-            name = " | ".join(get_args(self.kind))
-        elif get_origin(self.kind) is Union:
-            number = get_args(self.kind)[0].__name__
-            name = f"{number} | list[{number}]"
+        """For people; a group has none."""
+        origin, inner = get_origin(self.kind), get_args(self.kind)
+        if origin is Literal:
+            name = " | ".join(inner)
+        elif origin is list:
+            name = f"list[{PLAIN_NAMES[inner[0]]}]"
+        elif origin is Union:  # a number, or several
+            name = f"{PLAIN_NAMES[inner[0]]} | list[{PLAIN_NAMES[inner[0]]}]"
         else:
-            name = self.kind.__name__ if isinstance(self.kind, type) else str(self.kind)
-        if get_origin(self.kind) is list:
-            (inner,) = get_args(self.kind)
-            name = f"list[{PLAIN_NAMES.get(inner.__name__, inner.__name__)}]"
-        name = PLAIN_NAMES.get(name, name)
+            name = PLAIN_NAMES[self.kind]
         return f"{name} | null" if self.nullable else name
 
 
-def _settings(kind: Any, prefix: str = "") -> Iterator[tuple[str, Setting]]:
-    """(key, setting) of a dataclass and all below it, in the order of the declaration."""
+def _settings(kind: Any, prefix: str = "", machine: bool = False) -> Iterator[tuple[str, Setting]]:
+    """(key, setting) of a dataclass and all below it, in the order of the declaration.
+
+    `machine` is that of the group.
+    """
     hints = get_type_hints(kind)
     for item in fields(kind):
         declared, nullable = hints[item.name], False
@@ -630,6 +575,7 @@ def _settings(kind: Any, prefix: str = "") -> Iterator[tuple[str, Setting]]:
         default = [] if item.default is NO_DEFAULT else item.default  # of a group, unused
         # A group has a row of its own before its settings; of sources also `data.sources.NAME`.
         found = Setting(declared, nullable, default, **item.metadata)
+        found = replace(found, machine=machine or found.machine)
         yield f"{prefix}{item.name}", found
         inner = declared
         if get_origin(declared) is dict:
@@ -638,10 +584,11 @@ def _settings(kind: Any, prefix: str = "") -> Iterator[tuple[str, Setting]]:
         else:
             prefix_below = f"{prefix}{item.name}"
         if is_dataclass(inner):
-            yield from _settings(inner, f"{prefix_below}.")
+            yield from _settings(inner, f"{prefix_below}.", found.machine)
 
 
 SETTINGS = dict(_settings(Config))
+VALUES = {key: found for key, found in SETTINGS.items() if not found.is_group}
 
 
 def setting_of(key: str) -> Setting | None:
@@ -651,18 +598,6 @@ def setting_of(key: str) -> Setting | None:
     if source is None:
         return SETTINGS.get(key)
     return SETTINGS.get(f"data.sources.NAME{source[2] or ''}")
-
-
-def schema() -> list[tuple[str, str, str, str]]:
-    """Rows (key, type, default as a recipe has it, meaning) of every setting.
-
-    The default is empty where there is none: every recipe states the value.
-    """
-    return [
-        (key, s.type_name, "" if s.default == MISSING else written(s.default), s.doc)
-        for key, s in SETTINGS.items()
-        if not s.is_group
-    ]
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -28,7 +28,7 @@ import urllib.request
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import atomic_path
@@ -202,12 +202,11 @@ def _http_blocks(url: str, timeout: float) -> Generator[bytes, None, None]:
 
 # Runs in a process of its own: a url's bytes to the standard output.
 _FSSPEC = """
-import os, sys
+import sys
 from fsspec.core import url_to_fs
-url, block = sys.argv[1], int(sys.argv[2])
-endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+url, block, *endpoint = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
 try:
-    options = {"endpoint_url": endpoint} if endpoint and url.startswith("s3:") else {}
+    options = {"endpoint_url": endpoint[0]} if endpoint else {}
     system, path = url_to_fs(url, **options)
     with system.open(path, "rb", block_size=block, cache_type="none") as source:
         left = source.size
@@ -228,13 +227,15 @@ def _command(url: str, scheme: str) -> list[str]:
         shell = shutil.which("bash")
         command = url.partition(":")[2]
         return [shell, "-o", "pipefail", "-c", command] if shell else ["sh", "-c", command]
-    package = PACKAGES[scheme]
+    package, endpoint = PACKAGES[scheme], []
+    if scheme == "s3":
+        given = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        endpoint = [given] if given else []
     if all(importlib.util.find_spec(name) for name in ("fsspec", package)):
-        return [sys.executable, "-P", "-c", _FSSPEC, url, str(4 * BLOCK_BYTES)]
+        return [sys.executable, "-P", "-c", _FSSPEC, url, str(4 * BLOCK_BYTES), *endpoint]
     client = shutil.which("aws")
     if scheme == "s3" and client:
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        options = ["--endpoint-url", endpoint] if endpoint else []
+        options = ["--endpoint-url", *endpoint] if endpoint else []
         return [client, "s3", "cp", url, "-", "--only-show-errors", *options]
     other = ", or `pip install awscli` for the `aws` client" if scheme == "s3" else ""
     raise MissingInputError(
@@ -271,7 +272,14 @@ def _command_blocks(
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if status:
-            _refuse(url, status, _tail(messages))
+            messages.seek(max(0, messages.seek(0, os.SEEK_END) - 1000))
+            printed = messages.read().decode(errors="replace").strip()  # the end of it
+            what = f"status {status}: {printed or 'no message'}"
+            if FINAL.search(printed):
+                raise MissingInputError(
+                    f"{shown(url)}: {what}\n  Check the address and the access to it"
+                )
+            raise _PassingError(what)
 
 
 def _pipe_blocks(descriptor: int, timeout: float) -> Iterator[bytes]:
@@ -283,20 +291,6 @@ def _pipe_blocks(descriptor: int, timeout: float) -> Iterator[bytes]:
             return
         yield block
     raise _PassingError(f"stalled: nothing for {timeout:g} s")
-
-
-def _refuse(url: str, status: int, messages: str) -> None:
-    """Raises MissingInputError if a program's messages say so, else _PassingError."""
-    what = f"status {status}: {messages or 'no message'}"
-    if FINAL.search(messages):
-        raise MissingInputError(f"{shown(url)}: {what}\n  Check the address and the access to it")
-    raise _PassingError(what)
-
-
-def _tail(messages: IO[bytes]) -> str:
-    """The end of what a program printed to its standard error."""
-    messages.seek(max(0, messages.seek(0, os.SEEK_END) - 1000))
-    return messages.read().decode(errors="replace").strip()
 
 
 # --- names and local files ------------------------------------------------------------------

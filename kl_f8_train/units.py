@@ -1,7 +1,7 @@
 """Numbers and names as people read them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SIZES = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
@@ -93,6 +93,12 @@ def figure(value: float) -> str:
 def counted(number: int, noun: str, ending: str) -> str:
     """1 process, 2 processes, 1,000 processes: a number with its noun."""
     return f"{number:,} {noun}{ending * (number != 1)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """A; A and B; A, B and C."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def are(number: int) -> str:

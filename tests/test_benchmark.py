@@ -142,13 +142,14 @@ def test_diffusers_modules_run_with_our_layout_and_compiled(tiny, monkeypatch):
     counters.clear()
     switches = "compute.channels_last=true", "compute.compile=true"
     config = tiny("ft_mse", *TINY, *switches)
-    *_, plain, switched = against.reference_variants(config, torch.device("cpu"), print)
-    assert plain.name == "the same step on diffusers' modules, float32"
-    assert switched.name == f"{plain.name}, channels_last, compiled"
+    runs = against.reference_runs(config, torch.device("cpu"), print)
+    *_, plain, switched = runs
+    assert plain == "the same step on diffusers' modules, float32"
+    assert switched == f"{plain}, channels_last, compiled"
     batch = next(benchmark._random_batches(config, 1))
-    plain.run(batch)
+    runs[plain](batch)
     assert machine.compiled_graphs() == 0
-    switched.run(batch)
+    runs[switched](batch)
     assert machine.compiled_graphs() >= 5  # encoder, middle, two levels, norm
     assert benchmark.graph_breaks() == 0
     torch._dynamo.reset()
@@ -164,17 +165,14 @@ def test_clock_adds_up_the_parts_of_a_phase(monkeypatch):
     assert clock.read() == {"encode": 1500.0, "decode": 2000.0}
 
 
-def test_recompiles_are_counted_for_each_variant(tiny):
+def test_recompiles_are_counted_for_what_is_measured(tiny):
     config = tiny("ft_mse", "data.crop=32")
     growing = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
     sizes = iter(range(2, 9))
-    variants = [
-        benchmark.Variant("ours", lambda batch: None),
-        benchmark.Variant("other", lambda _: growing(torch.zeros(next(sizes)))),
-    ]
-    batches = benchmark._random_batches(config, 1)
-    benchmark.measure(variants, batches, torch.device("cpu"), 2)
-    assert [variant.graphs for variant in variants] == [0, 2]
+    batches, cpu = benchmark._random_batches(config, 1), torch.device("cpu")
+    ours, _ = benchmark.measure(lambda batch: None, batches, cpu, 2)
+    other, _ = benchmark.measure(lambda _: growing(torch.zeros(next(sizes))), batches, cpu, 2)
+    assert [ours.graphs, other.graphs] == [0, 2]
 
 
 @pytest.mark.parametrize("largest", [0, 1, 2, 7, 12, 100])

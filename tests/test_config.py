@@ -14,7 +14,7 @@ from kl_f8_train import config
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.rules import micro_batch, nearest, source_shares
-from kl_f8_train.settings import SETTINGS, Model, Source, schema, to_dict
+from kl_f8_train.settings import SETTINGS, VALUES, Model, Source, to_dict
 
 FT_EMA = samples.CONFIGS / "ft_ema.yaml"
 ORIGINS = ("card", "original", "inferred", "open", "yours")
@@ -340,7 +340,9 @@ def test_values_out_of_range(override):
 
 
 def test_every_number_has_bounds():
-    numbers = {row[0] for row in schema() if re.search(r"\b(int|float)\b", row[1])}
+    numbers = {
+        key for key, found in VALUES.items() if re.search(r"\b(int|float)\b", found.type_name)
+    }
     assert {key for key, found in SETTINGS.items() if found.bounds} == numbers
 
 
@@ -656,13 +658,12 @@ def test_differences():
 
 
 def test_schema_explains_every_key():
-    rows = schema()
     settings = samples.recipe("ft_ema", "data.sources=/d/NAME")
-    assert {row[0] for row in rows} == set(flat(to_dict(settings)))
-    for key, kind, default, meaning in rows:
-        assert kind, key
-        assert len(meaning) > 2, key
-        assert "<" not in f"{kind} {default}", key
+    assert VALUES.keys() == set(flat(to_dict(settings)))
+    for key, found in VALUES.items():
+        assert found.type_name, key
+        assert len(found.doc) > 2, key
+        assert "<" not in f"{found.type_name} {found.default}", key
 
 
 def test_resolve_keeps_missing_values_visible():
@@ -785,6 +786,6 @@ def test_decays_that_cannot_be(tmp_path, given):
 
 
 def test_the_types_of_unions_are_shown():
-    shown = {key: kind for key, kind, _, _ in schema()}
+    shown = {key: found.type_name for key, found in VALUES.items()}
     assert shown["ema.decay"] == "float | list[float]"
     assert shown["data.shorter_side"] == "int | list[int] | null"

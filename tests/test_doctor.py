@@ -221,10 +221,12 @@ def test_kinds_of_gpu_are_told_for_the_full_size(folder, capsys):
         (4, 4, "4 (the whole batch) on a, 2 on b, none on c"),
         (4, 8, "4 (a process's whole share) on a, 2 on b, none on c"),
         (16, 16, "4 on a, 2 on b, none on c"),
+        (4, 8, "4 (a process's whole share) on a, d and e, 2 on b, none on c"),
     ],
 )
 def test_a_micro_batch_that_only_the_batch_bounds_is_named_so(share, batch, said):
-    assert screen.fitting({"a": 4, "b": 2, "c": 0}, share, batch) == said
+    alike = {"d": 4, "e": 4} if "d and e" in said else {}
+    assert screen.fitting({"a": 4, "b": 2, "c": 0, **alike}, share, batch) == said
 
 
 def test_the_screen_counts_memory_as_torch_does_and_disk_as_files():
@@ -254,7 +256,7 @@ def test_the_screen_counts_memory_as_torch_does_and_disk_as_files():
 )
 def test_a_micro_batch_that_does_not_fit_is_refused(memory, problem):
     settings = samples.recipe()
-    with pytest.raises(RunFailedError, match=r"batch=12 takes 7\.23 GiB") as caught:
+    with pytest.raises(RunFailedError, match=r"batch=12 takes 7\.29 GiB") as caught:
         doctor.check_fits(settings, 12, 96, {"this one": memory - cost.HEADROOM_BYTES})
     assert problem in str(caught.value)
     doctor.check_fits(settings, 12, 96, {"this one": 12e9 - cost.HEADROOM_BYTES})
@@ -594,6 +596,26 @@ def test_each_problem_is_printed_once(folder, tmp_path, capsys):
         assert "next: kl-f8-train train" not in printed
 
 
+def test_a_wrong_setting_is_no_title_and_each_is_a_problem(tmp_path, capsys):
+    wrong = ("data.crop=510", "data.shorter_side=384", "seeed=1", "init.weights=absent.ckpt")
+    assert main(["doctor", "demo", *runs.overrides(tmp_path, "new", *wrong)]) == 2
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("loading ... settings ... weights ... perceptual network")
+    numbers = [line[:4] for line in lines if re.match(r"  \d", line)]
+    assert numbers == [f"  {number}." for number in range(1, len(numbers) + 1)]
+    assert lines[0] == f"NO GO, {len(numbers)} problems:"
+    assert [line for line in lines if line.startswith("    data.shorter_side=384 is")]
+    assert lines[-1] == "all settings and figures: the same command with --all"
+
+
+def test_settings_without_a_value_and_wrong_ones_are_named_together(capsys):
+    assert main(["doctor", "single_gpu", "seeed=1", "data.crop=510", "optimizer.eps=-1"]) == 2
+    printed = capsys.readouterr().out
+    assert "NO GO, 5 problems:" in printed  # the crop is no multiple, and too large
+    for text in ("'seeed'", "init.weights=...", "data.crop=510", "optimizer.eps=-1"):
+        assert text in printed
+
+
 def test_a_wrong_setting_hides_no_missing_input_and_no_other_setting(tmp_path, capsys):
     assert main(["doctor", "single_gpu", "data.crop=512", "data.shorter_side=384"]) == 2
     printed = capsys.readouterr().out
@@ -615,8 +637,31 @@ def test_every_image_of_a_small_folder_is_read(examined, tmp_path):
         (photos / f"{number:02}.jpg").write_bytes(samples.encode(samples.noise_picture(number)))
     for number in (5, 17, 39):
         (photos / f"{number:02}.jpg").write_bytes(b"no image")
-    found = examined("all", f"data.sources={photos}", "init.weights=absent")[1]
+    enlarging = ("data.crop=32", "data.shorter_side=64")
+    found = examined("all", f"data.sources={photos}", "init.weights=absent", *enlarging)[1]
     entry = found["data"]["photos"]
-    assert (entry["sampled"], entry["unusable"]) == (40, 3)
+    assert (entry["sampled"], entry["unusable"], entry["enlarged"]) == (40, 3, 37)
     assert "photos: 3 of all 40 images cannot be used, as photos/05.jpg: " in found["remarks"][0]
     assert found["remarks"][0].endswith(", and 2 more")
+    small = "photos: 37 of all 40 images are smaller than data.shorter_side=64"
+    assert found["remarks"][1].startswith(small)
+    found = examined("all", f"data.sources={photos}", "init.weights=absent", "data.crop=48")[1]
+    assert found["data"]["photos"]["unusable"] == 3
+
+
+def test_an_image_smaller_than_the_crop_cannot_be_used(examined, tmp_path):
+    for number, side in enumerate([48] * 8 + [24]):
+        picture = samples.encode(samples.noise_picture(number)[:side, :side])
+        (tmp_path / f"{number}.jpg").write_bytes(picture)
+    found = examined("crop", f"data.sources={tmp_path}", "init.weights=absent")[1]
+    assert found["data"][tmp_path.name]["unusable"] == 1
+    assert "8.jpg: 24 x 24 pixels, smaller than the 32 x 32 crop" in found["remarks"][0]
+
+
+def test_a_warning_is_counted_in_the_verdict(folder, capsys):
+    tiles = (f"data.sources={folder / 'tiles'}", f"log.pictures={folder / 'tiles'}")
+    given = ("log.pictures_every=5", "log.pictures_size=64", "stop_iteration=110", *tiles)
+    assert main(["doctor", "demo", *runs.overrides(folder, "warned", *given)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("WARNING: ") for line in lines) == 1
+    assert lines[-1] == "GO, with 1 warning"

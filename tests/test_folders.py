@@ -54,9 +54,9 @@ def test_several_sizes_read_and_name_each_image_once(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(samples.encode(samples.noise_picture(len(name)), "PNG"))
     (tmp_path / "_broken.jpg").write_bytes(b"no image")
     read: list[str] = []
-    real = folders.read_file
+    real = images.read_file
     monkeypatch.setattr(
-        folders, "read_file", lambda path: read.append(Path(path).name) or real(path)
+        images, "read_file", lambda path: read.append(Path(path).name) or real(path)
     )
     said: list[str] = []
     found = folders.load_sizes(tmp_path, [16, 24], 8, said.append)
@@ -140,13 +140,13 @@ def test_what_is_no_file_is_not_opened(tmp_path):
 
 def test_unreadable_files_are_image_errors(tmp_path, monkeypatch):
     with pytest.raises(ImageError, match="cannot be read: No such file"):
-        folders.read_file(tmp_path / "absent.jpg")
+        images.read_file(tmp_path / "absent.jpg")
     with pytest.raises(ImageError, match="cannot be read: Is a directory"):
-        folders.read_file(tmp_path)
+        images.read_file(tmp_path)
     make(tmp_path, {"a.jpg": JPEG})
     monkeypatch.setattr(images, "MAX_BYTES", 10)
     with pytest.raises(ImageError, match="too large"):
-        folders.read_file(tmp_path / "a.jpg")
+        images.read_file(tmp_path / "a.jpg")
 
 
 @pytest.mark.parametrize(("failures", "well"), [(1, True), (3, True), (4, False)])
@@ -162,8 +162,8 @@ def test_a_server_that_fails_is_asked_again(tmp_path, monkeypatch, failures, wel
     monkeypatch.setattr(os, "fstat", failing)
     monkeypatch.setattr(time, "sleep", pauses.append)
     with nullcontext() if well else pytest.raises(ImageError, match="cannot be read: Stale"):
-        assert folders.read_file(tmp_path / "a.jpg") == JPEG
-    assert len(pauses) == min(failures, len(folders.PAUSES))
+        assert images.read_file(tmp_path / "a.jpg") == JPEG
+    assert len(pauses) == min(failures, len(images.PAUSES))
 
 
 def test_a_folder_that_cannot_be_read(tmp_path):

@@ -124,8 +124,9 @@ def test_terms_are_logged_and_described(finetuner, batch):
 
 def test_noise_reaches_the_decoder_alone(finetuner, batch):
     one = batch(side=32)
-    clean, kl = finetuner("ft_mse").encode(one, draw=0)
-    noisy, same_kl = finetuner("ft_mse", "latents.noise=0.4").encode(one, draw=0)
+    plain, perturbed = finetuner("ft_mse"), finetuner("ft_mse", "latents.noise=0.4")
+    clean, kl = plain.encode(plain.images(one), one, draw=0)
+    noisy, same_kl = perturbed.encode(perturbed.images(one), one, draw=0)
     expected = 0.4 * clean.std(dim=(1, 2, 3), keepdim=True) * one.noise[-1]
     torch.testing.assert_close(noisy - clean, expected)
     assert torch.equal(kl, same_kl)

@@ -521,6 +521,17 @@ def test_the_page_shows_the_latest_photographs_newest_first(tmp_path):
     assert page.count('src="data:image/jpeg;base64,anBlZw=="') == 3
 
 
+def test_shares_are_in_percent_and_photographs_fill_their_cards(tmp_path):
+    rows = [row(i, data_wait_share=0.01164) for i in range(1010, 1510, 10)]
+    run = make_run(tmp_path, rows, (1500,))
+    page = status.html(run, status.read_status(run, NOW), NOW)
+    assert "Share of time waiting for data, %" in page
+    assert "data_wait_share <b>1.2 %</b>" in page
+    (curve,) = re.findall(r'aria-label="Share of time waiting.*?</svg>', page)
+    assert ">1.2</text>" in curve  # its axis, too
+    assert re.search(r"img \{[^}]* width: 100%; height: auto", page)
+
+
 def test_the_page_has_the_numbers_of_the_lines(tmp_path):
     rows = [row(1000 + i, reconstruction_loss=1 / i) for i in range(1, 101)]
     run = make_run(tmp_path, rows, (1100,))

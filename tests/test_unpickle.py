@@ -52,6 +52,16 @@ def test_views_parameters_and_shared_storage(tmp_path, save):
     assert not contents.tensors["parameter"].requires_grad
 
 
+@pytest.mark.parametrize("save", [save_zip, save_legacy])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_a_tensor_with_attributes_is_read_as_others(tmp_path, save, dtype):
+    tensor = torch.ones(3).to(dtype)
+    tensor.note = "attributes are pickled around the tensor, whatever its type"
+    contents = weight_file.read(save({"a": tensor}, tmp_path / "w.pt"))
+    assert contents.tensors["a"].dtype == dtype
+    assert torch.equal(contents.tensors["a"].float(), torch.ones(3))
+
+
 def lightning_file(monkeypatch) -> dict:
     """What PyTorch Lightning 1.x wrote: callbacks by class, numpy, OmegaConf and more."""
     name = "pytorch_lightning.callbacks.model_checkpoint"

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,8 +25,8 @@ from kl_f8_train import __version__
 from kl_f8_train.check import cost
 from kl_f8_train.core import machine, perceptual
 from kl_f8_train.core.batch import Batch, timed_by
-from kl_f8_train.core.discriminator import Discriminator, initialize
-from kl_f8_train.core.model import AutoencoderKL, kernels
+from kl_f8_train.core.discriminator import initialize
+from kl_f8_train.core.model import kernels
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data.loading import IterationSampler, PositionDataset, loader, open_data
 from kl_f8_train.errors import MissingInputError, UsageError
@@ -46,19 +46,20 @@ BUSY = (
 
 
 @dataclass
-class Variant:
-    """One way to run an iteration."""
+class Timings:
+    """Iterations of `run`, as they are measured."""
 
-    name: str
     run: Iteration
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
-    graphs: int = 0  # compiled while it was measured
+    graphs: int = 0  # compiled meanwhile
 
-    @property
-    def median(self) -> float:
-        """Seconds of one iteration."""
-        return statistics.median(self.seconds)
+    def add(self, batch: Batch, device: torch.device) -> None:
+        """Measures one more."""
+        graphs, cpu_began = machine.compiled_graphs(), time.process_time()
+        self.seconds.append(timed(self.run, batch, device))
+        self.cpu_seconds.append(time.process_time() - cpu_began)
+        self.graphs += machine.compiled_graphs() - graphs
 
 
 # --- the verb -------------------------------------------------------------------------------
@@ -108,20 +109,19 @@ def _measure_training(
     for _ in range(WARM_UP - 2):
         ours(batch)
     memory, breaks = peak_memory(device) - before, graph_breaks()
-    timed_here = Variant("ours", ours)
-    phases = measure([timed_here], batches, device, iterations)
+    timings, phases = measure(ours, batches, device, iterations)
     rates = _matmul_rates(config.precision, device)
-    cpu_seconds = statistics.median(timed_here.cpu_seconds)
-    if device.type == "cpu" and is_busy(timed_here.median, cpu_seconds, torch.get_num_threads()):
+    seconds, cpu_seconds = map(statistics.median, (timings.seconds, timings.cpu_seconds))
+    if device.type == "cpu" and is_busy(seconds, cpu_seconds, torch.get_num_threads()):
         notes.append(BUSY)
-    images_per_second = size / (timed_here.median + 1e-3 * phases["data"])
+    images_per_second = size / (seconds + 1e-3 * phases["data"])
     achieved = flops_per_image * images_per_second
     share = achieved / rates[config.precision]
     return {
         **_conditions(config, device, size),
         "iterations": iterations,
         "images_per_second": images_per_second,
-        "seconds_quartiles": quartiles(timed_here.seconds),
+        "seconds_quartiles": quartiles(timings.seconds),
         "cpu_seconds": cpu_seconds,
         "flops_per_image": flops_per_image,
         "flops_per_second": achieved,
@@ -132,7 +132,7 @@ def _measure_training(
         "limited_by": limit(phases, share),
         "first_iteration_seconds": first_iteration,
         "graph_breaks": breaks,
-        "recompiles_after_warm_up": timed_here.graphs,
+        "recompiles_after_warm_up": timings.graphs,
         "synchronizations": synchronizations(ours, batch, device),
         "notes": notes,
     }
@@ -205,7 +205,7 @@ def limit(phases: Mapping[str, float], share: float) -> str:
 
 def quartiles(seconds: Sequence[float]) -> list[float]:
     """25 %, 50 % and 75 %, of one number or more."""
-    return [float(value) for value in np.quantile(seconds, (0.25, 0.5, 0.75))]
+    return list(np.quantile(seconds, (0.25, 0.5, 0.75)).tolist())
 
 
 def is_busy(seconds: float, cpu_seconds: float, threads: int) -> bool:
@@ -220,12 +220,6 @@ def is_busy(seconds: float, cpu_seconds: float, threads: int) -> bool:
 def build_finetuner(config: Config, notes: list[str]) -> Finetuner:
     """The recipe's networks with random weights; notes what stands in for what."""
     torch.manual_seed(config.seed)
-    autoencoder = AutoencoderKL(**asdict(config.model))
-    discriminator = None
-    if config.adversarial is not None:
-        discriminator = Discriminator(config.adversarial.ndf, config.adversarial.n_layers)
-        initialize(discriminator, config.seed)
-        config = replace(config, adversarial=replace(config.adversarial, start_iteration=0))
     try:
         network = pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
     except MissingInputError:
@@ -233,7 +227,10 @@ def build_finetuner(config: Config, notes: list[str]) -> Finetuner:
             raise
         notes.append("VGG16's weights are not here: random ones of its shape")
         network = perceptual.lpips_vgg({})
-    return Finetuner(config, autoencoder, discriminator, network)
+    finetuner = cost.untrained(config, network)
+    if finetuner.discriminator is not None:
+        initialize(finetuner.discriminator, config.seed)
+    return finetuner
 
 
 def iteration_of(finetuner: Finetuner, device: torch.device) -> Iteration:
@@ -284,36 +281,21 @@ def batch_size(config: Config, device: torch.device) -> int:
 
 
 def measure(
-    variants: list[Variant],
-    batches: Iterator[Batch],
-    device: torch.device,
-    iterations: int,
-) -> dict[str, float]:
-    """Runs all variants in turns; returns the milliseconds of the first one's phases.
-
-    Medians over the iterations.
-    """
-    clock = Clock(device)
+    run: Iteration, batches: Iterator[Batch], device: torch.device, iterations: int
+) -> tuple[Timings, dict[str, float]]:
+    """Times iterations; also returns the milliseconds of each phase, medians over them."""
+    timings, clock = Timings(run), Clock(device)
     milliseconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(iterations):
         clock.start()
         batch = next(batches).to(device)
         clock("data")
-        # In turns (A B C A B C ...): what slows the machine for a while slows all of them.
-        for variant in variants:
-            synchronize(device)
-            graphs = machine.compiled_graphs()
-            began, cpu_began = time.perf_counter(), time.process_time()
-            with timed_by(clock) if variant is variants[0] else nullcontext():
-                variant.run(batch)
-            synchronize(device)
-            variant.seconds.append(time.perf_counter() - began)
-            variant.cpu_seconds.append(time.process_time() - cpu_began)
-            variant.graphs += machine.compiled_graphs() - graphs
-            if variant is variants[0]:
-                for name, value in clock.read().items():
-                    milliseconds[name].append(value)
-    return {name: statistics.median(milliseconds[name]) for name in PHASES if name in milliseconds}
+        with timed_by(clock):
+            timings.add(batch, device)
+        for name, value in clock.read().items():
+            milliseconds[name].append(value)
+    phases = (name for name in PHASES if name in milliseconds)
+    return timings, {name: statistics.median(milliseconds[name]) for name in phases}
 
 
 def timed(run: Iteration, batch: Batch, device: torch.device) -> float:
@@ -357,9 +339,10 @@ class Clock:
 
 def count_flops(run: Iteration, batch: Batch) -> int:
     """Operations of one iteration, compiled parts run eagerly."""
-    with torch.compiler.set_stance("force_eager"), cost.FlopCounter() as counter:
+    with torch.compiler.set_stance("force_eager"), cost.CostCounter() as counter:
         run(batch)
-    return counter.total
+        counter("all")
+    return sum(counter.phases["all"].flops.values())
 
 
 def matmul_rate(device: torch.device, kind: torch.dtype, repeats: int = 5) -> float:
@@ -417,13 +400,12 @@ def graph_breaks() -> int:
 
 def find_device(config: Config) -> torch.device:
     """The device that training would take; UsageError if CUDA is asked for and not there."""
-    available = torch.cuda.is_available()
-    if config.compute.accelerator == "cuda" and not available:
+    if config.compute.accelerator == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "compute.accelerator=cuda, but torch sees no GPU here; fix the driver, or give "
             "compute.accelerator=cpu"
         )
-    return torch.device("cuda" if available and config.compute.accelerator != "cpu" else "cpu")
+    return torch.device("cuda" if machine.on_cuda(config.compute) else "cpu")
 
 
 def device_name(device: torch.device) -> str:
@@ -460,6 +442,13 @@ def peak_memory(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status_bytes("VmHWM")
 
 
+def room_bytes(device: torch.device) -> int:
+    """Bytes for tensors on a GPU, whatever is there now, or still left on this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory - cost.HEADROOM_BYTES
+    return machine.available_memory()
+
+
 def _status_bytes(key: str) -> int:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -480,11 +469,8 @@ def largest_batch(config: Config, device: torch.device, size: int) -> int:
 
     Each try would be compiled for minutes.
     """
-    if device.type == "cpu":
-        return cost.batch_that_fits(as_it_runs(config), machine.available_memory())
-    if machine.compiles(config.compute):
-        room = torch.cuda.get_device_properties(device).total_memory - cost.HEADROOM_BYTES
-        return cost.batch_that_fits(as_it_runs(config), room)
+    if device.type == "cpu" or machine.compiles(config.compute):
+        return cost.batch_that_fits(as_it_runs(config), room_bytes(device))
     one_pass = replace(config.compute, compile=False, per_device_batch=2**30)  # whatever is tried
     eager = replace(config, compute=one_pass)
     gc.collect()

@@ -14,6 +14,7 @@ tests/counted_memory.csv holds what torch's allocator and inductor really took.
 
 import math
 import weakref
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -46,27 +47,6 @@ ONCE = ("optimizer", "ema")  # phases that an iteration has once, however many m
 ADAM_PASSES = 7
 
 
-class FlopCounter(TorchDispatchMode):
-    """Adds up the operations of matrix products, convolutions and attention, as torch counts them.
-
-    torch's own FlopCounterMode hooks modules, which does not go with gradients at a leaf.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=result)
-        return result
-
-
 @dataclass
 class PhaseCost:
     """What a phase takes."""
@@ -85,10 +65,11 @@ class Fused:
     sources: tuple[UntypedStorage, ...]  # what it is computed from, kept alive until then
 
 
-class CostCounter(FlopCounter):
+class CostCounter(TorchDispatchMode):
     """What an iteration takes, by phase; called at the end of each.
 
-    With `fuse` as if all but products were compiled; else every operation is a kernel.
+    With `fuse` as if all but products were compiled; else every operation is a kernel. torch's own
+    FlopCounterMode hooks modules, which does not go with gradients at a leaf.
     """
 
     def __init__(self, fuse: bool = False) -> None:
@@ -120,16 +101,16 @@ class CostCounter(FlopCounter):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         inputs = _tensors((args, kwargs))
-        product = func._overloadpacket in flop_registry
+        product = flop_registry.get(func._overloadpacket)  # torch's formula of its operations
         if product:
             self._write(t.untyped_storage()._cdata for t in inputs)
-        before = self.total
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+        result = func(*args, **kwargs)
         outputs = _tensors(result)
         new = {s._cdata: s for t in outputs if (s := t.untyped_storage())._cdata not in self._alive}
         if product:
-            self._now.flops[inputs[0].dtype] += self.total - before
+            self._now.flops[inputs[0].dtype] += product(*args, **kwargs, out_val=result)
             self._now.product_bytes += _bytes([*inputs, *outputs])
         elif not self.fuse and (new or func._schema.is_mutable):  # else a view
             self._now.other_bytes += _bytes([*inputs, *outputs])
@@ -142,7 +123,7 @@ class CostCounter(FlopCounter):
             self._add(storage, read, in_memory=True, counts=self.fuse and not product)
         for address, storage in new.items():
             if address not in self._alive:  # a norm's output needs its sums
-                self._add(storage, [*read, *sums], in_memory=product or not self.fuse)
+                self._add(storage, [*read, *sums], in_memory=bool(product or not self.fuse))
         return result
 
     def _add(
@@ -245,10 +226,10 @@ def counts(config: Config, batch: int, images: int | None = None) -> Counts:
         channels_last=False,
         per_device_batch=batch,
     )
-    adversarial = config.adversarial and replace(config.adversarial, start_iteration=0)
-    config = replace(config, compute=compute, adversarial=adversarial)
-    parts = (config.model, config.data.crop, config.loss, adversarial, compute, config.precision)
-    key = repr((*parts, config.second_forward, len(config.ema.decays), batch, images, fuse))
+    config = replace(config, compute=compute)
+    parts = (config.model, config.data.crop, config.loss, config.adversarial, compute)
+    rest = (config.precision, config.second_forward, len(config.ema.decays), batch, images, fuse)
+    key = repr(parts + rest)
     if key not in _COUNTED:
         _COUNTED[key] = _count(config, images, fuse)
     return _COUNTED[key]
@@ -256,7 +237,9 @@ def counts(config: Config, batch: int, images: int | None = None) -> Counts:
 
 def _count(config: Config, images: int, fuse: bool) -> Counts:
     with torch.device("meta"), CostCounter(fuse) as counter:
-        finetuner = _finetuner(config)
+        vgg = config.loss.perceptual == "lpips_vgg"
+        network = perceptual.lpips_vgg({}) if vgg else pretrained.build(config.loss.perceptual)
+        finetuner = untrained(config, network.to("meta"))
         moments = [torch.empty(2, _parameters(m)) for m in (finetuner.ema, finetuner.discriminator)]
         for adam in finetuner.adams:  # its kernel does not know the meta device
             adam.step = lambda closure=None: None  # type: ignore[method-assign]
@@ -295,17 +278,13 @@ def _count(config: Config, images: int, fuse: bool) -> Counts:
     return Counts(images, counter.phases, sizes)
 
 
-def _finetuner(config: Config) -> Finetuner:
-    adversarial, discriminator = config.adversarial, None
-    if adversarial is not None:
-        discriminator = Discriminator(adversarial.ndf, adversarial.n_layers)
-    if config.loss.perceptual == "lpips_vgg":
-        network = perceptual.lpips_vgg({})
-    else:
-        network = pretrained.build(config.loss.perceptual)
-    return Finetuner(
-        config, AutoencoderKL(**asdict(config.model)), discriminator, network.to("meta")
-    )
+def untrained(config: Config, network: perceptual.PerceptualDistance) -> Finetuner:
+    """The recipe's networks without their weights; the adversarial term counts from the start."""
+    autoencoder, discriminator = AutoencoderKL(**asdict(config.model)), None
+    if config.adversarial is not None:
+        discriminator = Discriminator(config.adversarial.ndf, config.adversarial.n_layers)
+        config = replace(config, adversarial=replace(config.adversarial, start_iteration=0))
+    return Finetuner(config, autoencoder, discriminator, network)
 
 
 def _parameters(module: nn.Module | None) -> int:
@@ -459,10 +438,7 @@ def largest_that_fits(fits: Callable[[int], bool], start: int = 1, most: float =
     low, high = 0, start
     while high <= most and fits(high):
         low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return bisect_left(range(high), True, low + 1, key=lambda number: not fits(number)) - 1
 
 
 def largest_divisor(config: Config, share: int, room_bytes: float) -> int:

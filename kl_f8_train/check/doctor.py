@@ -112,18 +112,27 @@ def _note_useless_settings(report: Report, config: Config) -> None:
 def _examine_inputs(report: Report, config: Config) -> None:
     """Looks at weights, data and networks although a setting is wrong: all problems in one go."""
     with contextlib.suppress(Exception):  # whatever a wrong setting does here
-        with report.section("weights"):
-            inputs.check_weights(report, config)
+        _check_networks(report, config)
         cache = shard_cache(config)
         for name, source in config.data.sources.items():
             with report.section(f"data: {name}"):
                 open_source(name, source.shards, source.filters, cache, warn=report.detail)
-        with report.section("perceptual network"):
-            check_perceptual_weights(config)
-            pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
         if config.log.pictures_every and config.log.pictures is not None:
             with report.section("photographs of validation"):
                 fixed_photographs(config, report.detail)
+
+
+def _check_networks(report: Report, config: Config) -> None:
+    """The weights to start from, and the perceptual network's."""
+    with report.section("weights"):
+        inputs.check_weights(report, config)
+    with report.section(f"perceptual network: {perceptual.LABELS[config.loss.perceptual]}"):
+        check_perceptual_weights(config)
+        network = pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
+        if network.published:
+            report.detail("found")
+        else:
+            report.remark(f"the loss is {network.label}: the result is not the published recipe's")
 
 
 def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
@@ -135,22 +144,14 @@ def _examine_run(report: Report, config: Config, allow_changes: bool) -> None:
         if machine.compiles(config.compute):
             report.detail(machine.compile_cache())
             machine.check_compile_cache(config.compute)
-    with report.section("weights"):
-        inputs.check_weights(report, config)
-    with report.section(f"perceptual network: {perceptual.LABELS[config.loss.perceptual]}"):
-        check_perceptual_weights(config)
-        network = pretrained.build(config.loss.perceptual, config.loss.perceptual_weights)
-        if network.published:
-            report.detail("found")
-        else:
-            report.remark(f"the loss is {network.label}: the result is not the published recipe's")
+    _check_networks(report, config)
     for name in config.data.sources:
         with report.section(f"data: {name}"):
             inputs.check_source(report, config, name)
     if config.log.pictures_every and config.log.pictures is not None:
         with report.section("photographs of validation"):
             found = fixed_photographs(config, report.detail)
-            count = len(found[config.data.crop])
+            count = len(next(iter(found.values())))  # of each size as many
             report.detail(f"{counted(count, 'photograph', 's')} of {config.log.pictures}")
             inputs.check_overlap(report, config, Path(config.log.pictures))
     elif config.log.pictures_every:
@@ -271,12 +272,13 @@ def _report_memory(
 def _memory_here(config: Config) -> dict[str, float]:
     """Room in bytes, by name, for each process here; {} where a GPU elsewhere is meant."""
     if machine.on_cuda(config.compute):
-        found = torch.cuda.get_device_properties(0)
-        return {found.name: found.total_memory - cost.HEADROOM_BYTES}
+        gpu = torch.device("cuda", 0)
+        return {benchmark.device_name(gpu): benchmark.room_bytes(gpu)}
     if cost.on_gpu(config):
         return {}
     copy = scaling.checkpoint_bytes(config)  # of the first process, while a checkpoint is written
-    return {THIS_MACHINE: (machine.available_memory() - copy) / (config.compute.devices or 1)}
+    left = benchmark.room_bytes(torch.device("cpu")) - copy
+    return {THIS_MACHINE: left / (config.compute.devices or 1)}
 
 
 def check_fits(config: Config, micro: int, share: int, rooms: Mapping[str, float]) -> None:
@@ -297,7 +299,8 @@ def _verdict(report: Report, say: Say) -> None:
     for remark in report.remarks:
         say(remark if remark.startswith(WARNING) else f"note: {remark}")
     if not report.problems:
-        say("GO")
+        warnings = sum(remark.startswith(WARNING) for remark in report.remarks)
+        say(f"GO, with {counted(warnings, 'warning', 's')}" if warnings else "GO")
         return
     say(f"NO GO, {counted(len(report.problems), 'problem', 's')}:")
     for number, problem in enumerate(report.problems, 1):

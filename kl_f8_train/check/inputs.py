@@ -1,8 +1,8 @@
 """The part of `doctor` that looks at inputs: weights, images, validation pictures, wandb."""
 
-import contextlib
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from kl_f8_train.run.paths import check_weights as check_weights_exist
 from kl_f8_train.run.start import check_model
 from kl_f8_train.run.tracking import wandb_reachable
 from kl_f8_train.run_dir import list_checkpoints
-from kl_f8_train.settings import Config
+from kl_f8_train.settings import Config, Data
 from kl_f8_train.transfer import is_remote
-from kl_f8_train.units import counted, size
+from kl_f8_train.units import are, counted, size
 from kl_f8_train.units import speed as rate
 from kl_f8_train.weights import checkpoint, weight_file
 from kl_f8_train.weights.names import Weights
@@ -87,53 +87,67 @@ def check_source(report: Report, config: Config, name: str) -> None:
     count = min(plan.batch * 4, dealt, REMOTE_SAMPLE if is_remote(place) else SAMPLE)
     dataset = PositionDataset(plan, sources, config)
     began = time.perf_counter()
-    samples = [dataset[position] for position in range(count)]
+    for position in range(count):
+        dataset[position]
     speed = count / (time.perf_counter() - began)
-    bad = sum(len(sample.skipped) for sample in samples)
-    profiles = Counter(sample.profile for sample in samples if sample.profile)
-    sides = side_range(config.data)
-    side = sides[1] if sides else None
-    small = 0 if side is None else _count_smaller(side, dataset, range(count))
+    places = [plan.locate(position)[1:] for position in range(count)]
+    of = counted(count, "sampled image", "s")
+    if isinstance(source, FolderSource) and len(source.files) <= SMALL_FOLDER:
+        places = [(0, number) for number in range(len(source.files))]
+        of = f"all {counted(len(places), 'image', 's')}"
+    bad, profiles, small = _look_at(source, places, config.data)
     report.facts.setdefault("data", {})[name] = {
         "images": int(source.counts.sum()),
         "shards": len(source.counts),
-        "sampled": count,
-        "unusable": bad,
+        "sampled": len(places),
+        "unusable": len(bad),
         "enlarged": small,
         "colour_profiles": dict(profiles),
         "images_per_second_per_worker": speed,
+        "checked": of,
+        "about": "; ".join(source.describe()),
     }
-    lines = [line for sample in samples for line in sample.skipped]
-    of = counted(count, "sampled image", "s")
-    if isinstance(source, FolderSource) and len(source.files) <= SMALL_FOLDER:
-        lines = _unusable(name, source)
-        of, bad = f"all {counted(len(source.files), 'image', 's')}", len(lines)
-        report.facts["data"][name] |= {"sampled": len(source.files), "unusable": bad}
-    report.facts["data"][name] |= {"checked": of, "about": "; ".join(source.describe())}
-    report.detail(f"{bad} of {of} cannot be used; {rate(speed)} in one process")
-    if lines:
-        more = f", and {len(lines) - 1} more" if len(lines) > 1 else ""
-        report.remark(f"{name}: {bad} of {of} cannot be used, as {lines[0]}{more}")
+    report.detail(f"{len(bad)} of {of} cannot be used; {rate(speed)} in one process")
+    if bad:
+        more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
+        report.remark(f"{name}: {len(bad)} of {of} cannot be used, as {name}/{bad[0]}{more}")
     if profiles:
         named = ", ".join(f"{number} {profile}" for profile, number in profiles.most_common(3))
-        report.detail(f"{profiles.total()} of {count} are converted to sRGB from: {named}")
+        report.detail(f"{profiles.total()} of {len(places)} are converted to sRGB from: {named}")
     if small:
+        side = _largest_side(config.data)
         report.remark(
-            f"{name}: {small} of {count} sampled images are smaller than data.shorter_side={side}, "
+            f"{name}: {small} of {of} {are(small)} smaller than data.shorter_side={side}, "
             f"and would be enlarged; leave such out (in shards: data.sources.{name}.filters="
             f"'width >= {side}, height >= {side}'), or lower data.shorter_side"
         )
 
 
-def _unusable(name: str, source: FolderSource) -> list[str]:
-    """A line for each image of a folder that cannot be decoded."""
-    found = []
-    for number in range(len(source.files)):
+def _look_at(
+    source: ImageSource, places: Iterable[tuple[int, int]], data: Data
+) -> tuple[list[str], Counter[str], int]:
+    """Why images cannot be used, the colour profiles of the others, and how many are enlarged."""
+    side = _largest_side(data)
+    bad: list[str] = []
+    profiles: Counter[str] = Counter()
+    small = 0
+    for shard, sample in places:
+        key = source.name(shard, sample)
         try:
-            images.decode(source.read(0, number)[1])
+            key, encoded = source.read(shard, sample)
+            pixels, profile = images.picture(encoded)
+            images.crop(images.resize_shorter(pixels, side) if side else pixels, data.crop)
         except ImageError as error:
-            found.append(f"{name}/{source.name(0, number)}: {error}")
-    return found
+            bad.append(f"{key}: {error}")
+        else:
+            small += min(pixels.shape[1:]) < side
+            profiles.update([profile] * bool(profile))
+    return bad, profiles, small
+
+
+def _largest_side(data: Data) -> int:
+    """The shorter side that images are resized to at most; 0 if they are not."""
+    return max(side_range(data) or (0,))
 
 
 def _describe_image(source: ImageSource, shard: int, sample: int) -> str:
@@ -146,17 +160,6 @@ def _describe_image(source: ImageSource, shard: int, sample: int) -> str:
     height, width = found.pixels.shape[1:]
     profile = f", {found.profile}" if found.profile else ""
     return f"{key}, {width} x {height} pixels, {size(len(data))}{profile}"
-
-
-def _count_smaller(side: int, dataset: PositionDataset, positions: range) -> int:
-    """How many readable images at these positions have a side shorter than `side` pixels."""
-    smaller = 0
-    for position in positions:
-        name, shard, number = dataset.plan.locate(position)
-        with contextlib.suppress(ImageError):
-            image = images.decode(dataset.sources[name].read(shard, number)[1])
-            smaller += min(image.shape[1:]) < side
-    return smaller
 
 
 def check_overlap(report: Report, config: Config, pictures: Path) -> None:

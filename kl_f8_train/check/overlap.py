@@ -14,7 +14,8 @@ import numpy as np
 from kl_f8_train.data import near
 from kl_f8_train.data.sources import ImageSource
 from kl_f8_train.errors import ImageError
-from kl_f8_train.folders import list_folder, read_file
+from kl_f8_train.folders import list_folder
+from kl_f8_train.images import read_file
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import counted, printable
 
@@ -98,6 +99,6 @@ def _look_of(place: tuple[str, ImageSource, int, int]) -> tuple[str, np.ndarray]
     name, source, shard, sample = place
     try:
         key, data = source.read(shard, sample)
-        return f"{name}/{key}", near.look(data)
+        return printable(f"{name}/{key}"), near.look(data)
     except ImageError:
         return None

@@ -8,7 +8,7 @@ from kl_f8_train import units
 from kl_f8_train.core.machine import on_cuda
 from kl_f8_train.core.perceptual import LABELS
 from kl_f8_train.settings import Config
-from kl_f8_train.units import counted, duration, memory, size
+from kl_f8_train.units import counted, duration, listed, memory, size
 
 
 def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
@@ -63,13 +63,18 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
 
 
 def fitting(fits: Mapping[str, int], share: int, batch: int) -> str:
-    """`4 (the whole batch) on this machine`: the largest micro-batch by device.
+    """`4 (the whole batch) on this machine, 2 on A and B`: the largest micro-batch by device.
 
     `share` is a process's part of the global batch: if it fits, memory is not what limits it.
     """
     whole = "the whole batch" if share == batch else "a process's whole share"
     named = {0: "none", share: f"{share} ({whole})"}
-    return ", ".join(f"{named.get(count, count)} on {name}" for name, count in fits.items())
+    devices: dict[int, list[str]] = {}
+    for name, count in fits.items():
+        devices.setdefault(count, []).append(name)
+    return ", ".join(
+        f"{named.get(count, count)} on {listed(names)}" for count, names in devices.items()
+    )
 
 
 def _screened_bill(facts: Mapping[str, Any], config: Config, images: int) -> str:

@@ -1,7 +1,6 @@
 """The part of `doctor` that tries one iteration: its gradients, its time and its memory."""
 
 import math
-import resource
 from collections.abc import Mapping
 
 import torch
@@ -33,8 +32,8 @@ def try_iteration(
 ) -> None:
     """Audits the gradients of a real batch, then runs and times an iteration on it."""
     report.facts |= {"start_iteration": finetuner.iteration, "warmup": finetuner.warmup_left}
-    cuda = machine.on_cuda(config.compute)
-    device = torch.device("cuda" if cuda else "cpu")
+    device = benchmark.find_device(config)
+    cuda = device.type == "cuda"
     micro = micro_batch(config, world)
     count = micro if cuda else min(micro, FEW_IMAGES)
     plan, sources = open_data(config, report.detail)
@@ -63,13 +62,11 @@ def try_iteration(
             f"out of GPU memory with {counted(count, 'image', 's')}: {error}\n"
             "Halve compute.per_device_batch (the global batch stays, by accumulation)"
         ) from error
-    most = (
-        torch.cuda.max_memory_allocated()
-        if cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    threads = counted(torch.get_num_threads(), "thread", "s")
+    name = benchmark.device_name(device) if cuda else f"this CPU, {threads}"
+    most = benchmark.peak_memory(device)
     report.facts |= {
-        "device": _device_name(cuda),
+        "device": name,
         "seconds_per_image": seconds / count,
         "cold_iteration": cold,
         "memory_bytes": most,
@@ -77,7 +74,7 @@ def try_iteration(
     note = " (the first, cold iteration; later ones are quicker)" if cold else ""
     tried = f"{count} of {micro} images" if count < micro else counted(count, "image", "s")
     report.detail(
-        f"{tried} in {seconds:.2f} s{note} on {_device_name(cuda)}: "
+        f"{tried} in {seconds:.2f} s{note} on {name}: "
         f"{rate(count / seconds)}; memory at most {memory(most)}"
     )
     if not cuda:
@@ -165,11 +162,3 @@ def _check_workers(report: Report, config: Config, wanted: float) -> None:
     )
     if workers > max(1, config.data.workers):
         report.remark(f"data.workers={config.data.workers} is too few; {workers} would do")
-
-
-def _device_name(cuda: bool) -> str:
-    return (
-        torch.cuda.get_device_name()
-        if cuda
-        else f"this CPU, {counted(torch.get_num_threads(), 'thread', 's')}"
-    )

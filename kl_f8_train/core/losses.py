@@ -17,8 +17,9 @@ statistics depend on the micro-batch of the machine.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
-from typing import Any, NamedTuple
+from functools import cached_property, partial, reduce
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,18 +37,16 @@ from kl_f8_train.core.updates import (
     build_adam,
     finite_images,
     frozen,
+    gradients_of,
     joined,
-    mean,
     mean_of_each,
     step_if_finite,
-    total,
 )
 from kl_f8_train.settings import Config
 
 GROUP = 12  # images; the original: 16 GPUs x 12
 Distance = Callable[[Tensor, Tensor], Tensor]  # images, reconstructions -> (B, 1, 1, 1)
 Judgement = tuple[Tensor, dict[str, Tensor], Tensor]  # loss, (); figures; finite images, (B,) bool
-Images = Callable[[slice], Tensor]  # a part of a batch -> (B, 3, H, W)
 
 
 def reconstruction_loss(
@@ -72,9 +71,7 @@ def reconstruction_loss(
     error = images - reconstructions  # (B, 3, H, W)
     pixel_term = error.abs() if pixel == "l1" else error.square()
     if l1_weight is not None or mse_weight is not None:
-        l1 = float(pixel == "l1") if l1_weight is None else l1_weight
-        mse = float(pixel == "mse") if mse_weight is None else mse_weight
-        pixel_term = l1 * error.abs() + mse * error.square()
+        pixel_term = mixed(error, pixel, l1_weight, mse_weight)
     rec = pixel_term + perceptual_weight * perceptual  # (B, 3, H, W)
     gradient = sobel(error) if gradient_weight else None
     if gradient is not None:
@@ -99,6 +96,13 @@ def reconstruction_loss(
     return nll, {name: value.detach() for name, value in terms.items()}
 
 
+def mixed(error: Tensor, pixel: str, l1_weight: float | None, mse_weight: float | None) -> Tensor:
+    """l1_weight |error| + mse_weight error^2; a weight that is not given is 1 for `pixel`'s own."""
+    l1 = float(pixel == "l1") if l1_weight is None else l1_weight
+    mse = float(pixel == "mse") if mse_weight is None else mse_weight
+    return l1 * error.abs() + mse * error.square()
+
+
 def sobel(error: Tensor) -> Tensor:
     """(B, 3, H, W) -> |d / d row| + |d / d column| by Sobel's kernels / 8, 0 at the border."""
     smooth, slope = error.new_tensor([1.0, 2.0, 1.0]) / 4, error.new_tensor([-1.0, 0.0, 1.0]) / 2
@@ -111,12 +115,6 @@ def sobel(error: Tensor) -> Tensor:
 def generator_loss(logits_fake: Tensor) -> Tensor:
     """g: minus the mean logit of the reconstructions."""
     return -logits_fake.mean()
-
-
-def judged(logits_real: Tensor, logits_fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The discriminator's loss, and the mean logits."""
-    figures = {"logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
-    return discriminator_loss(logits_real, logits_fake), {k: v.detach() for k, v in figures.items()}
 
 
 def discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
@@ -135,14 +133,14 @@ def adaptive_weight(grad_nll: Tensor, grad_g: Tensor, maximum: float = 1e4) -> T
 
 
 def weighed(
-    grad_nll: Tensor, grad_g: Tensor, g: Tensor, factor: float, maximum: float, weight: float
+    at_last_layer: Tensor, gs: Sequence[Tensor], factor: float, maximum: float, weight: float
 ) -> dict[str, Tensor]:
-    """The figures of the adaptive weight from the last layer's two gradients and g, (); all ().
+    """The figures of the adaptive weight, all (), from both gradients, (2, 3, ch, 3, 3), and g's.
 
     "weight" is what g has in the decoder's loss.
     """
-    ratio = adaptive_weight(grad_nll, grad_g, maximum)
-    scaled = ratio * weight
+    ratio = adaptive_weight(at_last_layer[0], at_last_layer[1], maximum)
+    scaled, g = ratio * weight, torch.stack(list(gs)).mean()
     return {
         "weight": scaled * factor,
         "generator_loss": g,
@@ -204,7 +202,7 @@ class PerceptualDistance(nn.Module):
             compare = partial(checkpoint, compare, use_reentrant=False, preserve_rng_state=False)
         with autocast("float32", images.device):
             squared = [compare(a, b) for a, b in zip(targets, layers, strict=True)]
-        return self.weighted(squared)
+            return self.weighted(squared)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) in [-1, 1] -> the layers' features, of unit length over channels."""
@@ -223,11 +221,8 @@ class PerceptualDistance(nn.Module):
 
     def weighted(self, squared: Sequence[Tensor]) -> Tensor:
         """Squared differences of features -> the distance, (B, 1, 1, 1)."""
-        with autocast("float32", squared[0].device):
-            layers = [
-                weighted_sum(part, head).mean(dim=(2, 3), keepdim=True)
-                for part, head in zip(squared, self.heads, strict=True)
-            ]
+        pairs = zip(squared, self.heads, strict=True)
+        layers = [weighted_sum(*pair).mean(dim=(2, 3), keepdim=True) for pair in pairs]
         return torch.stack(layers).sum(dim=0)
 
 
@@ -239,39 +234,6 @@ def weighted_sum(squared: Tensor, head: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return (squared * head).sum(dim=1, keepdim=True)
     return F.conv2d(squared, head)
-
-
-def distance_in_parts(network: Distance, x: Tensor, y: Tensor, parts: int) -> Tensor:
-    """The distance of images and reconstructions, (B, 1, 1, 1), a part of the batch at a time.
-
-    The gradient at the reconstructions is computed with it: what the network keeps for it is freed
-    before the next part. A batch that does not divide into `parts` goes in one.
-    """
-    whole = parts == 1 or len(x) % parts
-    distance: Tensor = network(x, y) if whole else _DistanceInParts.apply(network, x, y, parts)
-    return distance
-
-
-class _DistanceInParts(torch.autograd.Function):
-    """Each image's distance depends on its own reconstruction alone, so the gradients separate."""
-
-    @staticmethod
-    def forward(ctx: Any, network: Distance, x: Tensor, y: Tensor, parts: int) -> Tensor:
-        distances: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for images, reconstructions in zip(x.chunk(parts), y.chunk(parts), strict=True):
-            leaf = reconstructions.detach().requires_grad_()
-            with torch.enable_grad():
-                distance = network(images, leaf)
-                gradients += torch.autograd.grad(distance, leaf, torch.ones_like(distance))
-            distances.append(distance.detach())
-        ctx.save_for_backward(torch.cat(gradients))  # (B, 3, H, W)
-        return torch.cat(distances)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (of_y,) = ctx.saved_tensors
-        return None, None, gradient * of_y, None
 
 
 def squared_difference(target: Tensor, layer: Tensor) -> Tensor:
@@ -308,11 +270,10 @@ class Look(NamedTuple):
     """Both losses' gradients on some images, at y and at the decoder's last layer."""
 
     y: Tensor  # (B, 3, H, W), without a graph
-    g: Tensor  # ()
     grad_nll: Tensor  # (B, 3, H, W)
     grad_g: Tensor
-    nll_at_last_layer: Tensor  # (3, ch, 3, 3)
-    g_at_last_layer: Tensor
+    at_last_layer: Tensor  # (2, 3, ch, 3, 3)
+    gs: list[Tensor]  # () for each group
 
 
 class Adversary:
@@ -354,7 +315,9 @@ class Adversary:
 
     def _judge(self, x: Tensor, y: Tensor, factor: float) -> Judgement:
         """The network's loss on a group, and what is known of it."""
-        loss, figures = judged(*self.logits(x, y))
+        real, fake = self.logits(x, y)
+        loss = discriminator_loss(real, fake)
+        figures = {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
         return factor * loss, figures, finite_images(x + y, loss.detach())
 
     @phase("losses")
@@ -363,23 +326,21 @@ class Adversary:
 
         `y` has a graph that reaches `layer`; losses are of means over `pieces` calls like this one.
         """
-        losses: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for group in parts(len(at_y), GROUP):
+        gs, gradients, groups = [], [], parts(len(at_y), GROUP)
+        for group in groups:
             part = at_y[group].detach().requires_grad_()
             # The decoder's loss: no gradient of the discriminator's own parameters is computed.
             with frozen(self.network):
-                loss = self.fool(part)
-            gradients += torch.autograd.grad(loss, part)
-            losses.append(loss.detach())
-        g, grad_g, share = mean(losses), joined(gradients), len(losses) * pieces
-        # a loss that is not finite makes its gradient so
-        grad_g = (grad_g / share if share > 1 else grad_g) + 0.0 * g
-        of_nll, of_g = (
+                g = self.fool(part)
+            (gradient,) = torch.autograd.grad(g / (len(groups) * pieces), part)
+            gs.append(g.detach())
+            gradients.append(gradient + 0.0 * gs[-1])  # not finite if the loss is not
+        grad_g = joined(gradients)
+        at_last_layer = [
             torch.autograd.grad(y, layer, part.to(y.dtype), retain_graph=True)[0]
             for part in (grad_nll, grad_g)
-        )
-        return Look(at_y, g, grad_nll, grad_g, of_nll, of_g)
+        ]
+        return Look(at_y, grad_nll, grad_g, torch.stack(at_last_layer), gs)
 
     def weigh(
         self, looks: list[Look], iteration: int
@@ -389,44 +350,37 @@ class Adversary:
         The adaptive weight compares both losses' gradients at the last layer, of the iteration's
         images on all ranks; with `per_gpu_weight`, as in the original, of this rank's.
         """
-        _, g, grad_nll, grad_g, nll_at_last_layer, g_at_last_layer = zip(*looks, strict=True)
-        at_last_layer = [total(nll_at_last_layer), total(g_at_last_layer)]
+        _, grad_nll, grad_g, at_last_layer, gs = zip(*looks, strict=True)
+        both = reduce(torch.add, at_last_layer)  # (2, 3, ch, 3, 3)
         if not self.config.per_gpu_weight:
-            average_over_ranks(at_last_layer)
+            average_over_ranks([both])
         numbers = self.factor(iteration), self.config.max_weight, self.config.weight
-        figures = self.weighed(at_last_layer[0], at_last_layer[1], mean(g), *numbers)
-        weight = figures.pop("weight")
-        return weight, joined(grad_nll), joined(grad_g), figures
+        figures = self.weighed(both, list(chain(*gs)), *numbers)
+        return figures.pop("weight"), joined(grad_nll), joined(grad_g), figures
 
     def update(
-        self, images: Images, y: Tensor, factor: float, bad: Tensor | None
+        self, x: Tensor, y: Tensor, factor: float, bad: Tensor | None
     ) -> tuple[Update, dict[str, Tensor]]:
-        """One step on images and on y, their reconstructions without a graph; and its figures.
+        """One step on x and on y, reconstructions without a graph, all (B, 3, H, W); its figures.
 
         It is left out if a gradient is not finite, or if the decoder's update was `bad`.
         """
-        finite, terms = self._backward(images, y, factor)
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        loss, most = terms["discriminator_loss"], self.optimizer.clip_norm
-        # DDP does not know these parameters (step.py, `setup`): one message, the loss in it as
-        # well.
-        average_over_ranks([*gradients, loss])
-        with phase("optimizer"):
-            update = step_if_finite(self.adam, gradients, finite, most, losses=[loss], unless=bad)
-        return update, terms | update.figures("discriminator")
-
-    @phase("discriminator")
-    def _backward(
-        self, images: Images, y: Tensor, factor: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Adds all groups' gradients; returns which images are finite, (B,), and mean figures."""
         terms, finite, groups = [], [], parts(len(y), GROUP)
-        for group in groups:
-            loss, figures, of_group = self.judge(images(group), y[group], factor)
-            (loss / len(groups) if len(groups) > 1 else loss).backward()
-            finite.append(of_group)
-            terms.append({"discriminator_loss": loss.detach(), **figures})
-        return joined(finite), mean_of_each(terms)
+        with phase("discriminator"):
+            for group in groups:
+                loss, figures, of_group = self.judge(x[group], y[group], factor)
+                (loss / len(groups)).backward()
+                finite.append(of_group)
+                terms.append({"discriminator_loss": loss.detach(), **figures})
+        means, gradients = mean_of_each(terms), gradients_of(self.adam)
+        losses, most = [means["discriminator_loss"]], self.optimizer.clip_norm
+        # DDP does not know these parameters (step.py, `setup`): one message, the loss in it too.
+        average_over_ranks([*gradients, *losses])
+        with phase("optimizer"):
+            update = step_if_finite(
+                self.adam, gradients, joined(finite), most, losses=losses, unless=bad
+            )
+        return update, means | update.figures("discriminator")
 
 
 class NoAdversary(Adversary):

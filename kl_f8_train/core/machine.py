@@ -199,13 +199,7 @@ def compile_each(parts: Iterable[nn.Module], backend: str = "inductor") -> None:
 
 
 def _options(backend: str) -> dict[str, Any]:
-    """Arguments of torch.compile."""
-    options = inductor_options() if backend == "inductor" else None
-    return {"backend": backend, "dynamic": False, "options": options}
-
-
-def inductor_options() -> dict[str, Any]:
-    """How inductor fuses.
+    """Arguments of torch.compile, with how inductor fuses.
 
     Within its own limits on what a kernel may read and compute it writes the images between
     GroupNorm and swish to memory, and reads them again; and sums over rows join the kernel that
@@ -213,12 +207,14 @@ def inductor_options() -> dict[str, Any]:
     each other, mostly casts of weights and sums for biases, become one; a CPU has no such kernels.
     """
     fusion: dict[str, Any] = {
+        "combo_kernels": torch.cuda.is_available(),
         "realize_reads_threshold": 64,
         "realize_acc_reads_threshold": 64,
         "realize_opcount_threshold": 1000,
         "triton.tiling_prevents_reduction_fusion": False,
     }
-    return fusion | ({"combo_kernels": True} if torch.cuda.is_available() else {})
+    options = fusion if backend == "inductor" else None
+    return {"backend": backend, "dynamic": False, "options": options}
 
 
 @contextmanager

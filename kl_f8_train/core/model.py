@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 FROZEN = ("encoder", "quant_conv")
 TRAINED = ("decoder", "post_quant_conv")
+EPS = 1e-6  # of every GroupNorm, as in the original
 Pending = tuple[Tensor, Tensor | None]  # (B, C, H, W), and what is still to be added to it, (C,)
 
 
@@ -62,8 +63,9 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels, norm_num_groups)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels, norm_num_groups)
         # SD3's and FLUX's autoencoders have neither of these two.
-        self.quant_conv = _pointwise(2 * z_channels, 2 * embed_dim) if quant_conv else nn.Identity()
-        self.post_quant_conv = _pointwise(embed_dim, z_channels) if quant_conv else nn.Identity()
+        pointwise = ExactConv2d if quant_conv else nn.Identity
+        self.quant_conv = pointwise(2 * z_channels, 2 * embed_dim, 1)
+        self.post_quant_conv = pointwise(embed_dim, z_channels, 1)
         self.downsampling = 2 ** (len(ch_mult) - 1)
         self.embed_dim = embed_dim
 
@@ -82,11 +84,9 @@ class AutoencoderKL(nn.Module):
         return self.decoder.conv_out(features)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """decoder.conv_out.weight, where the adaptive weight compares gradients."""
-        weight = self.decoder.conv_out.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        return self.decoder.conv_out.weight
 
     def freeze_encoder(self) -> "AutoencoderKL":
         """Freezes encoder and quant_conv: no gradient, and always in eval mode."""
@@ -102,11 +102,6 @@ class AutoencoderKL(nn.Module):
             if not any(p.requires_grad for p in part.parameters()):
                 part.eval()
         return self
-
-
-def _pointwise(inputs: int, outputs: int) -> nn.Module:
-    """A 1x1 convolution."""
-    return ExactConv2d(inputs, outputs, 1)
 
 
 class ExactConv2d(nn.Conv2d):
@@ -139,15 +134,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         widths = [ch * multiplier for multiplier in ch_mult]
-        self.down = nn.ModuleList()
-        previous = ch
-        for level, width in enumerate(widths):
-            last = level == len(widths) - 1
-            self.down.append(DownLevel(previous, width, blocks, groups, downsample=not last))
-            previous = width
-        self.mid = Middle(previous, groups)
-        self.norm_out = NormSwish(groups, previous)
-        self.conv_out = ExactConv2d(previous, 2 * z_channels, 3, padding=1)
+        inputs = [ch, *widths]  # level i takes the output of level i - 1
+        self.down = nn.ModuleList(
+            DownLevel(inputs[level], width, blocks, groups, downsample=level < len(widths) - 1)
+            for level, width in enumerate(widths)
+        )
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = NormSwish(groups, widths[-1])
+        self.conv_out = ExactConv2d(widths[-1], 2 * z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -298,7 +292,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = Norm(groups, channels)
+        self.norm = nn.GroupNorm(groups, channels, EPS)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -437,14 +431,7 @@ class _FusedInterleave(torch.autograd.Function):
         return cells.permute(0, 1, 3, 2, 4, 5).flatten(3).permute(0, 3, 1, 2)
 
 
-class Norm(nn.GroupNorm):
-    """GroupNorm with the original's eps of 1e-6."""
-
-    def __init__(self, groups: int, channels: int) -> None:
-        super().__init__(groups, channels, eps=1e-6)
-
-
-class NormSwish(Norm):
+class NormSwish(nn.GroupNorm):
     """x * sigmoid(x) of the normalised input.
 
     With `lean` the backward pass computes the normalised input again, from the input and the
@@ -453,7 +440,7 @@ class NormSwish(Norm):
     """
 
     def __init__(self, groups: int, channels: int) -> None:
-        super().__init__(groups, channels)
+        super().__init__(groups, channels, EPS)
         self.lean = True
 
     def forward(self, input: Tensor, added: Tensor | None = None) -> Tensor:
@@ -640,20 +627,26 @@ def kernels(precision: str, deterministic: bool = False) -> Iterator[None]:
     raises RuntimeError, named by `with_remedy`, where an operation has none.
     """
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = products.allow_tf32, torch.are_deterministic_algorithms_enabled()
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS' first use
-        torch.use_deterministic_algorithms(True)
-    products.allow_tf32 = precision == "tf32"
+    before, products.allow_tf32 = products.allow_tf32, precision == "tf32"
+    flags = {
+        "benchmark": not deterministic,  # an iteration's shapes are those of the one before
+        "deterministic": deterministic or cudnn.deterministic,
+        "allow_tf32": precision != "float32",
+    }
     try:
-        with cudnn.flags(
-            enabled=cudnn.enabled,
-            benchmark=not deterministic,  # an iteration's shapes are those of the one before
-            deterministic=deterministic or cudnn.deterministic,
-            allow_tf32=precision != "float32",
-        ):
+        with cudnn.flags(cudnn.enabled, **flags), _same_bits() if deterministic else nullcontext():
             yield
     finally:
-        products.allow_tf32 = before[0]
-        if deterministic:
-            torch.use_deterministic_algorithms(before[1])
+        products.allow_tf32 = before
+
+
+@contextmanager
+def _same_bits() -> Iterator[None]:
+    """Has torch take deterministic kernels, and refuse operations that have none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS' first use
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

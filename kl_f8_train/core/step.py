@@ -9,7 +9,7 @@ import copy
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,6 @@ from kl_f8_train.core.losses import (
     Adversary,
     Distance,
     NoAdversary,
-    distance_in_parts,
     reconstruction_loss,
 )
 from kl_f8_train.core.model import TRAINED, AutoencoderKL, Posterior, autocast, kernels
@@ -46,12 +45,12 @@ from kl_f8_train.core.updates import (
     build_adam,
     checked,
     ema_decay,
+    gradients_of,
     joined,
     learning_rate,
     mean_of_each,
     move,
     paired,
-    parameters_of,
     step_if_finite,
 )
 from kl_f8_train.errors import RunFailedError
@@ -123,6 +122,9 @@ class Finetuner(_Base):
         self.terms: dict[str, Any] = {name: getattr(config.loss, name) for name in TERMS}
         self.logvar = nn.Parameter(torch.zeros(()), requires_grad=config.loss.learn_logvar)
         self.__dict__["perceptual"] = perceptual  # not a submodule: not in the state dict, nor DDP
+        precision = config.loss.perceptual_precision
+        own = {} if precision == "float32" else {"precision": precision}
+        self.distance: Distance = partial(perceptual, **own)  # no submodule, either
         self.run_state = run_state or RunState(iteration=config.init.iteration or 0)
         self.guard = Guard(config.max_bad_updates)
         self.metrics: dict[str, Tensor] = {}  # of the last iteration
@@ -133,6 +135,7 @@ class Finetuner(_Base):
             self.reconstruction_loss = compiled(reconstruction_loss)
             self.checked, self.sampled = compiled(checked), compiled(sampled)
             self.adversary.compile_functions(compiled)
+        self.train()  # the discriminator's BatchNorm, above all; what is frozen stays in eval mode
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickled by the class that stands in a module, as `bound_to` makes an instance's own."""
@@ -174,12 +177,6 @@ class Finetuner(_Base):
         run = self.run_state
         done = self.warmup_done if run.warmup_left else run.iteration - run.first_iteration
         return learning_rate(self.config.optimizer, done)
-
-    @property
-    def trained_parts(self) -> list[nn.Module]:
-        """The module itself and the networks in it that are trained."""
-        parts = [self, *(getattr(self.autoencoder, name) for name in TRAINED)]
-        return [*parts, self.discriminator] if self.discriminator else parts
 
     @cached_property
     def adams(self) -> list[Adam]:
@@ -314,20 +311,19 @@ class Finetuner(_Base):
         is decided on the device; the host reads it an iteration later (updates.py).
         """
         run, adversary, layer = self.run_state, self.adversary, self.autoencoder.last_layer
-        buffers, batch = self._prepare(), self._converted(batch)
-        micro = self.micro_batches(len(batch.images))
+        buffers, x = self._prepare(), self.images(batch)  # (B, 3, H, W)
+        micro = self.micro_batches(len(x))
         adversarial = adversary.runs(run.iteration)
         twice = adversarial and len(micro) > 1  # decoded ahead, for the weight of all images
-        pieces = parts(len(batch.images), GROUP) if twice else micro
+        pieces = parts(len(x), GROUP) if twice else micro
         looks, terms, finite = [], [], []
 
         # Each loss's gradient at y: d nll / d y and d g / d y, of their means over all images.
-        z, kl = self.encode(batch, draw=0)  # (B, 4, h, w), no graph
+        z, kl = self.encode(x, batch, draw=0)  # (B, 4, h, w), no graph
         for piece in pieces:
-            x = self.images(batch, piece)  # (B, 3, H, W)
             y = self.decode(z[piece], twice)  # (B, 3, H, W), with its graph, or the last layer's
             at_y = y.detach().to(x.dtype)
-            grad_nll, of_piece, good = self.reconstruction(x, at_y, len(pieces))
+            grad_nll, of_piece, good = self.reconstruction(x[piece], at_y, len(pieces))
             if adversarial:
                 looks.append(adversary.look(y, at_y, grad_nll, layer, len(pieces)))
             else:
@@ -352,19 +348,19 @@ class Finetuner(_Base):
         if adversarial:
             y, bad = joined([look.y for look in looks]), updates["decoder"].bad
             factor = adversary.factor(run.iteration)
-            updates["discriminator"] = self._step_discriminator(batch, y, factor, bad)
+            updates["discriminator"] = self._step_discriminator(x, batch, y, factor, bad)
         buffers.restore(torch.stack([update.bad for update in updates.values()]).any())
         self.guard.watch(run.iteration, batch.keys, updates)
         run.iteration += 1  # also after an update that was left out: the data goes on
 
     def run_warm_up(self, batch: Batch) -> None:
         """One iteration of the discriminator alone, on reconstructions without a graph."""
-        run, buffers, batch = self.run_state, self._prepare(), self._converted(batch)
-        z, _ = self.encode(batch, draw=0)  # (B, 4, h, w)
+        run, buffers, x = self.run_state, self._prepare(), self.images(batch)  # (B, 3, H, W)
+        z, _ = self.encode(x, batch, draw=0)  # (B, 4, h, w)
         y = self._decode_without_graph(z)  # (B, 3, H, W)
         self.guard.judge()
         self.metrics = {}
-        update = self._step_discriminator(batch, y, factor=1.0)
+        update = self._step_discriminator(x, batch, y, factor=1.0)
         buffers.restore(update.bad)
         self.guard.watch(run.iteration, batch.keys, {"discriminator": update})
         run.warmup_left -= 1
@@ -373,7 +369,7 @@ class Finetuner(_Base):
 
     def _prepare(self) -> Remembered:
         """Clears gradients, sets the mode, and remembers BatchNorm's buffers."""
-        if not all(part.training for part in self.trained_parts):  # else a loop over all modules
+        if not self.training:  # else a loop over all modules
             self.train()
         for adam in self.adams:
             begin(adam, self.learning_rate)
@@ -383,14 +379,9 @@ class Finetuner(_Base):
         """`count` images as micro-batches, of `compute.per_device_batch` or at most 12 images."""
         return parts(count, self.config.compute.per_device_batch or 12)
 
-    def _converted(self, batch: Batch) -> Batch:
-        """The batch with images as the networks take them, if it is one micro-batch."""
-        (first, *more) = self.micro_batches(len(batch.images))
-        return batch if more else replace(batch, images=self.images(batch, first))
-
-    def images(self, batch: Batch, part: slice) -> Tensor:
+    def images(self, batch: Batch) -> Tensor:
         """(B, 3, H, W) in [-1, 1], in the weights' precision and layout."""
-        images = batch.images[part]
+        images = batch.images
         layout = torch.channels_last if self.nhwc else torch.preserve_format
         if images.dtype == torch.uint8:
             images = to_float(images.to(torch.float32, memory_format=layout))
@@ -398,21 +389,23 @@ class Finetuner(_Base):
 
     @phase("encode")
     @torch.no_grad()
-    def encode(self, batch: Batch, draw: int) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor, batch: Batch, draw: int) -> tuple[Tensor, Tensor]:
         """Latents sampled with one draw of the noise, (B, 4, h, w), and the mean KL divergence."""
         latents, divergences = [], []
-        for part in self.micro_batches(len(batch.images)):
-            x = self.images(batch, part)
+        for part in self.micro_batches(len(x)):
             with self._autocast(x):
-                posterior = self.autoencoder.encode(x)
+                posterior = self.autoencoder.encode(x[part])
             z, kl = self.sampled(posterior, batch.noise[draw, part].to(x.dtype))
-            if self.config.latents.noise:  # z + u tau std(z) e; the last draw is u e
-                # (B, 1, 1, 1), of each image's own latents
-                deviation = z.std(dim=(1, 2, 3), keepdim=True)
-                z = z + self.config.latents.noise * deviation * batch.noise[-1, part].to(x.dtype)
+            if self.config.latents.noise:
+                z = self._perturbed(z, batch.noise[-1, part])
             latents.append(z)
             divergences.append({"kl": kl})
         return joined(latents), mean_of_each(divergences)["kl"]
+
+    def _perturbed(self, z: Tensor, draw: Tensor) -> Tensor:
+        """z + tau std(z) u e, with the draw of u e, and the deviation of each image's latents."""
+        deviation = z.std(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+        return z + self.config.latents.noise * deviation * draw.to(z.dtype)
 
     @phase("decode")
     def decode(self, z: Tensor, last_layer_only: bool = False) -> Tensor:
@@ -437,21 +430,21 @@ class Finetuner(_Base):
 
         Where nll itself is not finite, neither is the gradient: that of all ranks is not, then.
         """
-        y, chunks = y.detach().requires_grad_(), self.config.compute.perceptual_parts
-        network: Distance = self.perceptual
-        if (precision := self.config.loss.perceptual_precision) != "float32":
-            network = partial(self.perceptual, precision=precision)
-        p = distance_in_parts(network, x, y, chunks).to(x.dtype)  # (B, 1, 1, 1)
-        nll, terms = self.reconstruction_loss(x, y, p, logvar=self.logvar, **self.terms)
-        share = nll / pieces if pieces > 1 else nll
-        if self.logvar.requires_grad:
-            gradient, of_logvar = torch.autograd.grad(share, (y, self.logvar))
-            accumulated = 0.0 if self.logvar.grad is None else self.logvar.grad
-            self.logvar.grad = accumulated + of_logvar
-        else:
-            (gradient,) = torch.autograd.grad(share, y)
-        gradient, finite = self.checked(gradient, nll.detach())
-        return gradient, terms, finite
+        gradients, terms, finite = [], [], []
+        count = self.config.compute.perceptual_parts
+        count = 1 if len(y) % count else count
+        for part in parts(len(y), len(y) // count):  # each frees what its backward pass needs
+            leaf = y[part].detach().requires_grad_()
+            p = self.distance(x[part], leaf).to(x.dtype)  # (b, 1, 1, 1)
+            nll, own = self.reconstruction_loss(x[part], leaf, p, logvar=self.logvar, **self.terms)
+            wanted = [leaf, self.logvar] if self.logvar.requires_grad else [leaf]
+            (nll / (count * pieces)).backward(inputs=wanted)
+            assert leaf.grad is not None
+            gradient, good = self.checked(leaf.grad, nll.detach())
+            gradients.append(gradient)
+            terms.append(own)
+            finite.append(good)
+        return joined(gradients), mean_of_each(terms), joined(finite)
 
     @phase("backward")
     def backpropagate(self, y: Tensor, gradient: Tensor, loop: Loop, last: bool) -> None:
@@ -465,8 +458,7 @@ class Finetuner(_Base):
         if self.logvar.grad is not None:
             average_over_ranks([self.logvar.grad])
         adam, most = self.decoder_adam, self.config.optimizer.clip_norm
-        gradients = [p.grad for p in parameters_of(adam) if p.grad is not None]
-        update = step_if_finite(adam, gradients, finite, most, step=loop.step)
+        update = step_if_finite(adam, gradients_of(adam), finite, most, step=loop.step)
         self.metrics |= update.figures("decoder")
         return update
 
@@ -478,12 +470,12 @@ class Finetuner(_Base):
             move(averaged, trained, kept)
 
     def _step_discriminator(
-        self, batch: Batch, y: Tensor, factor: float, bad: Tensor | None = None
+        self, x: Tensor, batch: Batch, y: Tensor, factor: float, bad: Tensor | None = None
     ) -> Update:
-        """Steps the discriminator on the batch's images and reconstructions y."""
+        """Steps the discriminator on the batch's images x and reconstructions y."""
         if self.config.second_forward:  # the original: new noise, updated decoder
-            y = self._decode_without_graph(self.encode(batch, draw=1)[0])
-        update, figures = self.adversary.update(partial(self.images, batch), y, factor, bad)
+            y = self._decode_without_graph(self.encode(x, batch, draw=1)[0])
+        update, figures = self.adversary.update(x, y, factor, bad)
         self.metrics |= figures
         return update
 

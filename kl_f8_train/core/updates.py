@@ -22,6 +22,7 @@ from torch.optim import Adam
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.output import say
 from kl_f8_train.settings import Optimizer
+from kl_f8_train.units import printable
 
 Step = Callable[[Adam], None]
 PLAINLY: Step = methodcaller("step")  # without a trainer
@@ -47,6 +48,11 @@ def parameters_of(adam: Adam) -> list[nn.Parameter]:
     return [parameter for group in adam.param_groups for parameter in group["params"]]
 
 
+def gradients_of(adam: Adam) -> list[Tensor]:
+    """The gradients that there are of them."""
+    return [p.grad for p in parameters_of(adam) if p.grad is not None]
+
+
 def begin(adam: Adam, rate: float) -> None:
     """Clears the gradients of the last iteration and sets the learning rate."""
     adam.zero_grad(set_to_none=True)
@@ -60,13 +66,16 @@ def learning_rate(config: Optimizer, done: int) -> float:
     It rises linearly to the whole rate over `warmup_iterations`, and decays from the run's start
     over `decay_iterations` to `final_learning_rate`, where it stays.
     """
-    rate, final = config.learning_rate, config.final_learning_rate
-    if config.decay != "constant" and config.decay_iterations is not None:
-        progress = min(1.0, done / config.decay_iterations)
-        if config.decay == "cosine":
-            progress = 0.5 - 0.5 * math.cos(math.pi * progress)
-        rate += (final - rate) * progress
+    rate = config.learning_rate if config.decay == "constant" else _decayed(config, done)
     return rate * min(1.0, (done + 1) / max(1, config.warmup_iterations))
+
+
+def _decayed(config: Optimizer, done: int) -> float:
+    assert config.decay_iterations is not None
+    progress = min(1.0, done / config.decay_iterations)
+    if config.decay == "cosine":
+        progress = 0.5 - 0.5 * math.cos(math.pi * progress)
+    return config.learning_rate + (config.final_learning_rate - config.learning_rate) * progress
 
 
 def describe_rate(config: Optimizer, updates: int) -> str:
@@ -98,24 +107,9 @@ def clip(gradients: list[Tensor], norm: Tensor, most: float) -> Tensor:
     return (norm > most).to(norm.dtype)
 
 
-def norm_of(tensors: list[Tensor]) -> Tensor:
-    """The norm of all tensors together, ()."""
-    return torch.stack(torch._foreach_norm(tensors)).norm()
-
-
 def joined(tensors: Sequence[Tensor]) -> Tensor:
     """All along the first axis; one alone is not copied."""
     return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
-
-
-def total(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of tensors of one shape; one alone is not copied."""
-    return torch.stack(list(tensors)).sum(0) if len(tensors) > 1 else tensors[0]
-
-
-def mean(scalars: Sequence[Tensor]) -> Tensor:
-    """The mean of tensors of shape (); one alone is not copied."""
-    return torch.stack(list(scalars)).mean() if len(scalars) > 1 else scalars[0]
 
 
 def mean_of_each(terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -171,7 +165,8 @@ def step_if_finite(
     Weights and Adam's state stay where a gradient or one of `losses` is not finite, or the bool
     `unless` is true.
     """
-    norm = norm_of([*gradients, *(0.0 * loss for loss in losses)])
+    norms = torch._foreach_norm([*gradients, *(0.0 * loss for loss in losses)])
+    norm = torch.stack(norms).norm()
     bad = norm - norm != 0.0  # infinite or NaN, in two kernels: isfinite takes four
     clipped = None if clip_norm is None else clip(gradients, norm, clip_norm)
     adam.found_inf = (bad if unless is None else bad | unless).float()  # type: ignore[attr-defined]
@@ -284,7 +279,7 @@ class Guard:
 
 def suspects(keys: list[str], finite: list[bool]) -> str:
     """Names the images that are not finite, by rank; all ranks call it together."""
-    mine = [key for key, good in zip(keys, finite, strict=True) if not good]
+    mine = [printable(key) for key, good in zip(keys, finite, strict=True) if not good]
     found: list[list[str]] = [mine]
     if dist.is_initialized():
         found = found * dist.get_world_size()

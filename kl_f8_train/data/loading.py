@@ -36,7 +36,7 @@ from kl_f8_train.launch import SIGNALS, end_children
 from kl_f8_train.lifetime import end_with_parent
 from kl_f8_train.rules import side_range, source_shares
 from kl_f8_train.settings import Config
-from kl_f8_train.units import counted
+from kl_f8_train.units import counted, printable
 
 MAX_NEIGHBOURS = 100  # bad samples in a row before the run stops
 IDLE = -(2**63)  # no position
@@ -145,8 +145,10 @@ class PositionDataset(Dataset[Sample]):
     def __init__(self, plan: Plan, sources: Mapping[str, ImageSource], config: Config) -> None:
         self.plan, self.sources = plan, dict(sources)
         self.seed = config.seed
-        self.sides = side_range(config.data)
-        self.shown_side = "null" if self.sides is None else str(config.data.shorter_side)
+        sides = side_range(config.data)
+        self.side = None if sides is None else sides[0]  # the shorter one, after resizing
+        self.sides = sides if sides and sides[0] < sides[1] else None  # where it is drawn
+        self.shown_side = "null" if sides is None else str(config.data.shorter_side)
         self.crop, self.flip, self.draft = config.data.crop, config.data.flip, config.data.draft
         self.factor = config.model.downsampling
         side = config.data.crop // self.factor
@@ -183,7 +185,7 @@ class PositionDataset(Dataset[Sample]):
                 key, data = source.read(shard, number)
                 image, profile = self._load(data, position)
             except ImageError as error:
-                bad.append((f"{name}/{key or source.name(shard, number)}", error))
+                bad.append((printable(f"{name}/{key or source.name(shard, number)}"), error))
             else:
                 skipped = [f"{file}: {error}" for file, error in bad[:1]]
                 return Sample(image, self._noise(position), f"{name}/{key}", skipped, profile)
@@ -211,27 +213,29 @@ class PositionDataset(Dataset[Sample]):
         """The crop, and the colour profile that the image was converted from."""
         # Always three draws, so that crops do not depend on data.flip.
         top, left, mirror = random_state(self.seed, "crop", position).random_sample(3)
-        side = self._side(position)
+        side = self._drawn_side(self.sides, position) if self.sides else self.side
         image, profile = images.picture(data, side if self.draft else None)  # (3, H, W) uint8
         if side is not None:
             image = images.resize_shorter(image, side)
         image = images.crop(image, self.crop, float(top), float(left))  # (3, crop, crop)
         return (images.flip(image) if self.flip and mirror < 0.5 else image), profile
 
-    def _side(self, position: int) -> int | None:
-        """The shorter side after resizing, from a stream of its own: crops stay as they are."""
-        least, most = self.sides or (None, None)
-        if least is None or most is None or least == most:
-            return least
+    def _drawn_side(self, sides: tuple[int, int], position: int) -> int:
+        """One of the shorter sides, from a stream of its own: crops stay as they are."""
+        least, most = sides
         return int(random_state(self.seed, "scale", position).randint(least, most + 1))
 
     def _noise(self, position: int) -> Tensor:
         draw = random_state(self.seed, "noise", position).standard_normal(self.noise_shape)
-        if self.perturbs:  # a stream of its own: the noise before stays as it is
-            state = random_state(self.seed, "latents", position)
-            more = state.random_sample() * state.standard_normal(self.noise_shape[1:])
-            draw = np.concatenate([draw, more[None]])  # (draws + 1, C, h, w), the last is u e
+        if self.perturbs:
+            draw = np.concatenate([draw, self._perturbation(position)])
         return torch.from_numpy(draw).float()
+
+    def _perturbation(self, position: int) -> np.ndarray:
+        """u e, (1, C, h, w), from a stream of its own: the noise stays as it is."""
+        state = random_state(self.seed, "latents", position)
+        share: np.ndarray = state.random_sample() * state.standard_normal(self.noise_shape[1:])
+        return share[None]
 
 
 class IterationSampler(Sampler[list[int]]):

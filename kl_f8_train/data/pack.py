@@ -26,7 +26,8 @@ from kl_f8_train import images
 from kl_f8_train.data import parquet
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import atomic_path, write_text
-from kl_f8_train.folders import SUFFIXES, Listing, list_folder, read_file
+from kl_f8_train.folders import SUFFIXES, Listing, list_folder
+from kl_f8_train.images import read_file
 from kl_f8_train.launch import available_cores
 from kl_f8_train.lifetime import processes
 from kl_f8_train.output import Progress

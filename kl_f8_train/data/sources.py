@@ -7,7 +7,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,7 +29,8 @@ from kl_f8_train.data.index import (
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError, UsageError
 from kl_f8_train.files import cache_dir, one_at_a_time
-from kl_f8_train.folders import Listing, list_folder, patiently, read_file
+from kl_f8_train.folders import Listing, list_folder
+from kl_f8_train.images import patiently, read_file
 from kl_f8_train.launch import available_cores
 from kl_f8_train.overrides import source_setting
 from kl_f8_train.transfer import is_remote
@@ -130,12 +131,9 @@ class TarSource:
         offset, size = (int(self.blocks[row]) - 1) * TAR_BLOCK, int(self.sizes[row])
         place = self.locations[shard]
         try:
-            file = patiently(lambda: self._open(shard))
+            file = patiently(partial(self._open, shard))
         except OSError as error:
-            raise MissingInputError(
-                f"shard {place} cannot be opened any more: {error.strerror or error}; put it back, "
-                "then run the same command again"
-            ) from error
+            raise _gone(place, error) from error
         with file:
             try:
                 data = patiently(lambda: os.pread(file.fileno(), TAR_BLOCK + size, offset))
@@ -144,13 +142,9 @@ class TarSource:
             status = os.fstat(file.fileno())
         same = [status.st_size, status.st_mtime_ns] == self.fingerprints[shard]
         if not (same or self.remote[shard] or _is_member(data, size)):
-            raise MissingInputError(
-                f"shard {place} has changed since it was indexed; put the old one back, or run the "
-                "same command again, which indexes it anew and says what has changed"
-            )
+            raise _changed(place)
         member = data[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
-        name = f"{os.path.basename(place)}/{os.path.basename(member)}"
-        return printable(name), data[TAR_BLOCK:]
+        return f"{os.path.basename(place)}/{os.path.basename(member)}", data[TAR_BLOCK:]
 
     def _open(self, shard: int) -> BinaryIO:
         place = self.locations[shard]
@@ -227,6 +221,20 @@ class TarSource:
         return array
 
 
+def _gone(place: str, error: OSError) -> MissingInputError:
+    return MissingInputError(
+        f"shard {place} cannot be opened any more: {error.strerror or error}; put it back, then "
+        "run the same command again"
+    )
+
+
+def _changed(place: str) -> MissingInputError:
+    return MissingInputError(
+        f"shard {place} has changed since it was indexed; put the old one back, or run the same "
+        "command again, which indexes it anew and says what has changed"
+    )
+
+
 def _is_member(data: bytes, size: int) -> bool:
     """Whether a tar's header and as many bytes as it states, `size`, are there."""
     try:
@@ -254,7 +262,7 @@ class FolderSource:
 
     def read(self, shard: int, sample: int) -> tuple[str, bytes]:
         """The file's path below the folder, and its bytes."""
-        return self.name(shard, sample), read_file(self.folder / self.files[sample])
+        return self.files[sample], read_file(self.folder / self.files[sample])
 
     def name(self, shard: int, sample: int) -> str:
         """The file's path below the folder, printable."""

@@ -23,7 +23,8 @@ from PIL import Image
 from kl_f8_train.data import near
 from kl_f8_train.errors import ImageError, MissingInputError, UsageError, no_folder
 from kl_f8_train.files import disk_failure, hidden_part, in_use, remove_abandoned, write_json
-from kl_f8_train.folders import ahead, list_folder, read_file
+from kl_f8_train.folders import ahead, list_folder
+from kl_f8_train.images import read_file
 from kl_f8_train.output import Progress
 from kl_f8_train.units import counted, printable, size
 

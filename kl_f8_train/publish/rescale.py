@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kl_f8_train.core.model import AutoencoderKL, Norm
+from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.publish import half_precision
 
@@ -137,7 +137,7 @@ def _eps_share(model: AutoencoderKL) -> Iterator[dict[str, float]]:
     """Inside, each norm of the decoder notes eps as a share of its smallest group's variance."""
     seen: dict[str, float] = {}
 
-    def note(name: str, norm: Norm) -> Any:
+    def note(name: str, norm: nn.GroupNorm) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             # (B, groups, C/groups H W)
             groups = inputs[0].unflatten(1, (norm.num_groups, -1)).flatten(2)
@@ -146,7 +146,7 @@ def _eps_share(model: AutoencoderKL) -> Iterator[dict[str, float]]:
 
         return hook
 
-    norms = [(n, m) for n, m in model.decoder.named_modules() if isinstance(m, Norm)]
+    norms = [(n, m) for n, m in model.decoder.named_modules() if isinstance(m, nn.GroupNorm)]
     handles = [m.register_forward_pre_hook(note(name, m)) for name, m in norms]
     try:
         yield seen

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -25,6 +25,7 @@ class Chart:
     title: str
     lines: Mapping[str, Points]
     log: bool = False
+    percent: bool = False  # its values are in %
 
 
 def downsample(points: Points, limit: int = MAX_POINTS) -> Points:
@@ -126,10 +127,11 @@ def _short(number: float, digits: int) -> str:
     return f"{number:.{digits}e}".replace("e-0", "e-") if small else f"{number:,.6g}"
 
 
-def _mean_lately(line: Points) -> float:
+def _mean_lately(chart: Chart, line: Points) -> str:
     """As `status` says it in words: the mean of the last tenth."""
     last = line[-max(1, round(RECENT * len(line))) :]
-    return sum(y for _, y in last) / len(last)
+    mean = sum(y for _, y in last) / len(last)
+    return f"{mean:.1f} %" if chart.percent else figure(mean)
 
 
 def page(
@@ -146,7 +148,7 @@ def page(
     `pictures` are shown in their order, title -> data URI.
     """
     shown = [
-        Chart(chart.title, {k: v for k, v in chart.lines.items() if v}, chart.log)
+        replace(chart, lines={name: line for name, line in chart.lines.items() if line})
         for chart in charts
     ]
     xs = [x for chart in shown for line in chart.lines.values() for x, _ in line]
@@ -154,7 +156,7 @@ def page(
     figures = [
         {
             "title": chart.title,
-            "legend": {name: figure(_mean_lately(line)) for name, line in chart.lines.items()},
+            "legend": {name: _mean_lately(chart, line) for name, line in chart.lines.items()},
             "svg": svg(chart, marks, span),
         }
         for chart in shown

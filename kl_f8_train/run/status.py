@@ -8,7 +8,8 @@ import contextlib
 import datetime
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,26 +47,26 @@ NUMBERS = (  # settings that are read here
     *("stop_iteration", "global_batch", "init.iteration", "log.every", "checkpoint.every"),
     *("adversarial.start_iteration", "data.workers"),
 )
-CHARTS = (  # title, columns, logarithmic
-    ("Reconstruction loss, per pixel", ("reconstruction_loss",), False),
-    ("Its terms, unweighted", ("pixel_loss", "perceptual_loss"), True),
-    ("Adversarial losses", ("generator_loss", "discriminator_loss"), False),
-    ("Logits of the discriminator", ("logits_real", "logits_fake"), False),
-    ("Adaptive weight, as used", ("adaptive_weight",), True),
-    ("Share of clamped weights", ("adaptive_weight_clamped",), False),
-    ("Gradient norm, decoder", ("decoder_gradient_norm",), True),
-    ("Gradient norm, discriminator", ("discriminator_gradient_norm",), True),
-    ("Distance of EMA and raw weights", ("ema_distance",), True),
-    ("PSNR of fixed photographs, dB (↑ better)", ("psnr_ema", "psnr_raw"), False),
-    ("SSIM of fixed photographs (↑ better)", ("ssim_ema", "ssim_raw"), False),
+CHARTS = (  # title, columns, how the values are shown
+    ("Reconstruction loss, per pixel", ("reconstruction_loss",), "linear"),
+    ("Its terms, unweighted", ("pixel_loss", "perceptual_loss"), "log"),
+    ("Adversarial losses", ("generator_loss", "discriminator_loss"), "linear"),
+    ("Logits of the discriminator", ("logits_real", "logits_fake"), "linear"),
+    ("Adaptive weight, as used", ("adaptive_weight",), "log"),
+    ("Share of clamped weights, %", ("adaptive_weight_clamped",), "percent"),
+    ("Gradient norm, decoder", ("decoder_gradient_norm",), "log"),
+    ("Gradient norm, discriminator", ("discriminator_gradient_norm",), "log"),
+    ("Distance of EMA and raw weights", ("ema_distance",), "log"),
+    ("PSNR of fixed photographs, dB (↑ better)", ("psnr_ema", "psnr_raw"), "linear"),
+    ("SSIM of fixed photographs (↑ better)", ("ssim_ema", "ssim_raw"), "linear"),
     (
         "Perceptual distance of fixed photographs (↓ better)",
         ("perceptual_ema", "perceptual_raw"),
-        False,
+        "linear",
     ),
-    ("Images per second", (SPEED,), False),
-    ("Share of time waiting for data", ("data_wait_share",), False),
-    ("Peak memory, GiB", ("peak_memory_gib",), False),
+    ("Images per second", (SPEED,), "linear"),
+    ("Share of time waiting for data, %", ("data_wait_share",), "percent"),
+    ("Peak memory, GiB", ("peak_memory_gib",), "linear"),
 )
 
 
@@ -170,7 +171,8 @@ def read_status(run: Path, now: float) -> Status:
     logged = int(rows[-1]["iteration"]) if rows else None
     iteration = max((i for i in (logged, saved) if i is not None), default=None)
     # A median: one slow row, as after a validation, says nothing about the rest of the run.
-    speed = _median(row[SPEED] for row in _lately(rows) if SPEED in row)
+    speeds = [row[SPEED] for row in _lately(rows) if SPEED in row]
+    speed = statistics.median_high(speeds) if speeds else None
     left = max(0, stop - iteration) * batch / speed if speed and iteration is not None else None
     interval = _group(config, "log").get("every", 1) * batch / speed if speed else 0.0
     share = None
@@ -257,14 +259,9 @@ def _lately(rows: Sequence[Row]) -> Sequence[Row]:
     return rows[-max(1, round(RECENT * len(rows))) :] if rows else []
 
 
-def _median(values: Iterable[float]) -> float | None:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2] if ordered else None
-
-
 def _mean(rows: Iterable[Row], column: str) -> float | None:
     values = [row[column] for row in rows if column in row]
-    return sum(values) / len(values) if values else None
+    return statistics.fmean(values) if values else None
 
 
 def compare_losses(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -397,40 +394,35 @@ def _discriminator_warnings(lately: Sequence[Row]) -> Iterable[str]:
 
 def facts(status: Status) -> dict[str, str]:
     """Label -> text, what is known of it."""
-    shown = {"state": status.state}
-    if status.failure:
-        shown["error"] = status.failure
-    if status.iteration is not None:
-        shown["iteration"] = f"{status.iteration:,} of {status.stop_iteration:,}"
-    for weights, scores in status.validation.items():
+    goes_on = status.state.startswith(("running", "starting", "seems"))
+    iteration, done, logged = status.iteration, status.done_share, status.last_log_age_seconds
+    saved, age = status.checkpoint_iteration, status.checkpoint_age_seconds
+    shown = {
+        "state": status.state,
+        "error": status.failure,
+        "iteration": None if iteration is None else f"{iteration:,} of {status.stop_iteration:,}",
+        **dict(_validation_facts(status.validation)),
+        "done": None if done is None else f"{100 * done:.1f} %",
+        "speed lately": status.images_per_second and speed(status.images_per_second),
+        "time left": status.seconds_left and duration(status.seconds_left),
+        "end" if goes_on else "end, if resumed now": status.seconds_left and status.end_date,
+        "last log": None if logged is None else f"{duration(logged)} ago",
+        "last checkpoint": "none yet"
+        if saved is None or age is None
+        else f"{saved:,}, {duration(age)} ago",
+        "discriminator warm-up": status.warmup_rows and counted(status.warmup_rows, "log row", "s"),
+    }
+    return {label: str(text) for label, text in shown.items() if text}
+
+
+def _validation_facts(validation: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """How the scores of each of the weights changed."""
+    for weights, scores in validation.items():
         if weights != "iterations":
+            first, last = validation["iterations"]
             change = outcome.Change(weights, **scores)
-            first, last = status.validation["iterations"]
-            shown[f"validation, {weights.replace('ema', 'EMA')}"] = (
-                f"{change} (iteration {first:,} -> {last:,})"
-            )
-    if status.done_share is not None:
-        shown["done"] = f"{100 * status.done_share:.1f} %"
-    if status.images_per_second:
-        shown["speed lately"] = speed(status.images_per_second)
-    if status.seconds_left:
-        shown["time left"] = duration(status.seconds_left)
-        word = (
-            "end"
-            if status.state.startswith(("running", "starting", "seems"))
-            else "end, if resumed now"
-        )
-        shown[word] = str(status.end_date)
-    if status.last_log_age_seconds is not None:
-        shown["last log"] = f"{duration(status.last_log_age_seconds)} ago"
-    if status.checkpoint_iteration is not None and status.checkpoint_age_seconds is not None:
-        age = duration(status.checkpoint_age_seconds)
-        shown["last checkpoint"] = f"{status.checkpoint_iteration:,}, {age} ago"
-    else:
-        shown["last checkpoint"] = "none yet"
-    if status.warmup_rows:
-        shown["discriminator warm-up"] = counted(status.warmup_rows, "log row", "s")
-    return shown
+            label = f"validation, {weights.replace('ema', 'EMA')}"
+            yield label, f"{change} (iteration {first:,} -> {last:,})"
 
 
 def describe(status: Status) -> list[str]:
@@ -453,8 +445,13 @@ def html(run: Path, status: Status, now: float) -> str:
     held = [key for row in (*rows[-1:], *validated[-1:]) for key in row]
     rows += validated
     charts = [
-        Chart(title, {name: _points(rows, name) for name in _with_further(columns, held)}, log)
-        for title, columns, log in CHARTS
+        Chart(
+            title,
+            {name: _points(rows, name, scale) for name in _with_further(columns, held)},
+            log=scale == "log",
+            percent=scale == "percent",
+        )
+        for title, columns, scale in CHARTS
     ]
     begins = _group(read_settings(run), "adversarial").get("start_iteration")
     first = rows[0]["iteration"] if rows else 0
@@ -504,8 +501,9 @@ def write_html(run: Path, status: Status, now: float, path: Path) -> None:
         ) from error
 
 
-def _points(rows: Sequence[Row], column: str) -> Points:
-    return [(row["iteration"], row[column]) for row in rows if column in row]
+def _points(rows: Sequence[Row], column: str, scale: str) -> Points:
+    factor = 100 if scale == "percent" else 1  # tables hold shares
+    return [(row["iteration"], factor * row[column]) for row in rows if column in row]
 
 
 def _date(seconds: float) -> str:

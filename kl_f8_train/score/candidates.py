@@ -164,15 +164,15 @@ def with_noise(z: Tensor, keys: Sequence[str], sigma: float) -> Tensor:
     if not sigma:
         return z
     deviation = z.std(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
-    shape = tuple(z.shape[1:])  # (C, h, w)
-    draws = [
-        random_state(SEED, "latent-noise", f"{sigma:g}", key).standard_normal(shape) for key in keys
-    ]
-    return z + sigma * deviation * torch.from_numpy(np.stack(draws)).to(z)
+    return z + sigma * deviation * _normal(keys, z, SEED, "latent-noise", f"{sigma:g}")
 
 
 def posterior_noise(keys: Sequence[str], like: Tensor, seed: int = SEED) -> Tensor:
     """Standard normal noise that depends on seed and image name alone, shaped as `like`."""
-    shape = tuple(like.shape[1:])
-    draws = [random_state(seed, "evaluate", key).standard_normal(shape) for key in keys]
+    return _normal(keys, like, seed, "evaluate")
+
+
+def _normal(keys: Sequence[str], like: Tensor, seed: int, *stream: str) -> Tensor:
+    shape = tuple(like.shape[1:])  # (C, h, w)
+    draws = [random_state(seed, *stream, key).standard_normal(shape) for key in keys]
     return torch.from_numpy(np.stack(draws)).to(like)

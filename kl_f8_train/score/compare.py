@@ -153,16 +153,12 @@ def verdict(metric: str, name_a: str, name_b: str, a: Values, b: Values) -> Verd
     finite = np.isfinite(a) & np.isfinite(b)
     differences = b[finite] - a[finite]
     better, worse = wins(a, b, metric)
-    mean = low = high = None
-    if not len(a):
-        said = "unmeasured"
-    else:
-        mean = float(differences.mean()) if len(differences) else None
-        if len(differences) < FEWEST:
-            said = "few"
-        else:
-            low, high = bootstrap_interval(differences)
-            said = _decide(metric, low, high)
+    mean = float(differences.mean()) if len(differences) else None
+    low = high = None
+    said = "few" if len(a) else "unmeasured"
+    if len(differences) >= FEWEST:
+        low, high = bootstrap_interval(differences)
+        said = _decide(metric, low, high)
     infinite = int((~finite).sum())
     return Verdict(metric, name_a, name_b, said, len(a), infinite, mean, low, high, better, worse)
 

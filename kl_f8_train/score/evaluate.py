@@ -5,7 +5,7 @@ import datetime
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from kl_f8_train.errors import RunFailedError, UsageError
 from kl_f8_train.files import check_writable, write_json
 from kl_f8_train.launch import meeting, world_size
-from kl_f8_train.output import Progress
+from kl_f8_train.output import Progress, Say
 from kl_f8_train.output import say as say_aloud
 from kl_f8_train.score import report, tiled
 from kl_f8_train.score.candidates import (
@@ -50,17 +50,17 @@ LATENT_NOISE = (
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[tuple[int, int]]:
-    """(rank, number of processes), joined over gloo where a launcher such as torchrun says so."""
+def processes() -> Iterator[tuple[int, int, Say]]:
+    """Rank, number of processes, and what prints on the first; a launcher's meet over gloo."""
     world = world_size()
     if world == 1:
-        yield 0, 1
+        yield 0, 1, say_aloud
         return
     if os.environ["RANK"] == "0":
         say_aloud(f"waiting for {world} processes at {meeting()}")
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=30))
     try:
-        yield dist.get_rank(), world
+        yield dist.get_rank(), world, say_aloud if dist.get_rank() == 0 else _silent
     finally:
         dist.destroy_process_group()
 
@@ -119,19 +119,23 @@ def _gather(tally: Tally, rank: int, world: int) -> None:
 class Session:
     """What the evaluations of all sizes share."""
 
-    vaes: Sequence[Candidate]  # as given, without rows of noise on their latents
-    candidates: Sequence[Candidate]  # all rows
+    candidates: Sequence[Candidate]
     networks: Networks
     protocol: Protocol
     device: str
     batch_size: int  # at BATCH_SIDE pixels
     rank: int
     world: int
-    say: Callable[[str], None]
+    say: Say
     progress: Progress | None
     compared: Sequence[str]
     sigmas: Sequence[float]
     tile: int | None
+
+    @property
+    def vaes(self) -> list[Candidate]:
+        """As given: without baselines and rows of noise on their latents."""
+        return [c for c in self.candidates if not c.sigma and not isinstance(c.model, Means)]
 
 
 def evaluate(
@@ -164,18 +168,15 @@ def evaluate(
     be used, UsageError for a size that does not divide, RunFailedError if an output is not finite.
     """
     sizes = [size] if isinstance(size, int) else size
-    with processes() as (rank, world), exact_float32():
-        say = say_aloud if rank == 0 else _silent
+    with processes() as (rank, world, say), exact_float32():
         device = own_device(device)
         vaes = load_candidates(named, device)
         candidates = vaes + perturbed(vaes, latent_noise) + (baselines() if with_baselines else [])
         _check_sizes(candidates, sizes, tile)
-        # What is missing altogether comes before what networks cannot measure.
         images = ImageSet(where, sizes[0], limit, say, out)
-        check_writable(out)
+        check_writable(out)  # errors first, then what the missing networks cost
         networks = find_networks(perceptual_name, vgg, inception, device, say)
         session = Session(
-            vaes=vaes,
             candidates=candidates,
             networks=networks,
             protocol=protocol,

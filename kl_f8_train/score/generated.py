@@ -71,6 +71,7 @@ class Found:
     statistics: dict[str, FeatureStatistics] = field(default_factory=dict)
     deviations: list[float] = field(default_factory=list)  # of each file's values
     pictures: list[dict[str, Any]] = field(default_factory=list)
+    count: int = 0  # of latents
 
 
 def evaluate_latents(
@@ -113,12 +114,9 @@ def evaluate_latents(
         device = own_device(device)
         name = perceptual_name if len(vaes) > 1 else None
         networks = find_networks(name, vgg, inception, device, say_aloud, bool(photographs))
-        say_aloud(f"{counted(len(vaes), 'model', 's')}, {counted(len(latents), 'latent', 's')}")
+        counts = f"{counted(len(vaes), 'model', 's')}, {counted(len(latents), 'latent', 's')}"
         described = saved_latents.describe(latents, scales)
-        for line in described:
-            say_aloud(line)
-        for vae in candidates:
-            vae.model.to(device)
+        say_aloud("\n".join([counts, *described]))
         found = _decode_all(latents, scales, candidates, networks, protocol, out, device, progress)
         conditions = {
             "quantize": protocol.describe()["quantize"],
@@ -131,12 +129,7 @@ def evaluate_latents(
             reference = _photograph_features(images, networks.inception, device)
             conditions |= {"photographs": photographs, "photographs_size": side}
         doubts = _scale_doubts(found.deviations, scales.get(saved_latents.UNSAID, Scale()), vaes)
-        result = {
-            **_summarise(found, candidates, conditions, networks, reference, doubts),
-            "source": where,
-            "pictures": found.pictures,
-            "latents": len(latents),
-        }
+        result = _summarise(found, candidates, conditions, networks, reference, doubts, where)
     _write(out, result, latents, found)
     say_aloud(summary_text(result))
     return result
@@ -157,6 +150,8 @@ def _decode_all(
     progress: Progress | None,
 ) -> Found:
     """Decodes each latent with each VAE; writes the pictures of the first few."""
+    for vae in candidates:
+        vae.model.to(device)
     names = [candidate.name for candidate in candidates]
     found = Found(
         {name: [] for name in names}, {pair: [] for pair in itertools.combinations(names, 2)}
@@ -180,8 +175,9 @@ def _decode_all(
             rows.append({key: float(value) for key, value in apart.items() if key != "sharpness"})
         if number < PICTURES:
             found.pictures.append(_write_pictures(out, number, latent.name, levels))
+        found.count = number + 1
         if progress is not None:
-            progress(number + 1, len(latents))
+            progress(found.count, len(latents))
     return found
 
 
@@ -232,6 +228,7 @@ def _summarise(
     networks: Networks,
     reference: FeatureStatistics | None,
     doubts: Sequence[str],
+    where: str,
 ) -> dict[str, Any]:
     """Contents of decoded.json: means and population deviations over the latents, and warnings."""
     models = {name: {**_means(rows), "fid": None} for name, rows in found.own.items()}
@@ -254,6 +251,9 @@ def _summarise(
         "warnings": warnings + network_caveats(stand_in, conditions),
         "protocol": conditions,
         "weights": {candidate.name: candidate.record for candidate in candidates},
+        "source": where,
+        "pictures": found.pictures,
+        "latents": found.count,
     }
 
 

@@ -14,6 +14,7 @@ from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import ImageError, MissingInputError
 from kl_f8_train.files import cache_dir
 from kl_f8_train.folders import ahead
+from kl_f8_train.units import printable
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class ImageSet:
         first = int(self.ends[shard]) - int(self.source.counts[shard])
         key = self.source.name(shard, index - first)
         try:
-            key, data = self.source.read(shard, index - first)
+            found, data = self.source.read(shard, index - first)
+            key = printable(found)
             whole, profile = pixels.picture(data)
             image = pixels.crop(pixels.resize_shorter(whole, self.size), self.size)
             small = min(whole.shape[1:]) < self.size

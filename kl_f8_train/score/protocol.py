@@ -17,7 +17,7 @@ class Protocol:
 
     def describe(self) -> dict[str, Any]:
         """For scores.json."""
-        ssim = "11 x 11 Gaussian, sigma 1.5, C1 = 0.01^2, C2 = 0.03^2, data range 1, "
+        border = "zero padding, whole map" if self.border == "zero" else "where the window fits"
         return {
             "name": self.name,
             "resize": "shorter side to size, bicubic with antialiasing, on 8-bit values",
@@ -25,8 +25,8 @@ class Protocol:
             "posterior": "sampled" if self.sampled else "mode",
             "seed": SEED if self.sampled else None,
             "quantize": f"clamped, {self.quantize} to 8 bit",
-            "ssim": ssim
-            + ("zero padding, whole map" if self.border == "zero" else "where the window fits"),
+            "ssim": "11 x 11 Gaussian, sigma 1.5, C1 = 0.01^2, C2 = 0.03^2, data range 1, "
+            f"{border}",
             "psnr": "10 log10(1 / mse) an image; infinite ones are left out of the mean",
             "std": "population (ddof 0) over images",
         }

@@ -53,25 +53,26 @@ class Evaluation:
     values: ScoresByModel
     pictures: list[dict[str, Any]]
     comparison: dict[str, Any] | None
-
-    def weights(self, name: str) -> dict[str, Any]:
-        """What is known of a row's file; {} in scores of an older version."""
-        found: dict[str, Any] = self.scores.get("weights", {}).get(name, {})
-        return found
+    weights: dict[str, dict[str, Any]]  # row -> what is known of its file
 
     @property
     def models(self) -> list[str]:
         """Names of the VAEs, in the order given; baselines stand in the table only."""
-        return [name for name in self.scores["models"] if not self.weights(name).get("baseline")]
+        return [name for name in self.scores["models"] if not self.weights[name].get("baseline")]
+
+    @property
+    def measured(self) -> list[str]:
+        """Metrics that an image has a score in."""
+        return [metric for metric in METRICS if any(self.values[metric].values())]
 
     def is_clean(self, name: str) -> bool:
         """Whether a row is that of a VAE, and not of one with noise on its latents."""
-        return "latent_noise" not in self.weights(name)
+        return "latent_noise" not in self.weights[name]
 
     @property
     def base(self) -> str:
         """The model that the others are seen against: the one marked so, or else the first."""
-        marked = [name for name in self.models if self.weights(name).get("base")]
+        marked = [name for name in self.models if self.weights[name].get("base")]
         return (marked or self.models)[0]
 
 
@@ -84,11 +85,13 @@ def read_evaluation(directory: Path) -> Evaluation:
     comparison = _read_json(directory / "comparison.json")
     if comparison and comparison["per_image_sha256"] != _rows_sha256(directory):
         comparison = None  # of an earlier evaluation
+    weights = scores.get("weights", {})  # absent in scores of an older version
     return Evaluation(
         scores,
         {metric: compare.per_image(rows, metric) for metric in METRICS},
         _read_json(directory / "pictures.json") or [],
         comparison,
+        {name: weights.get(name, {}) for name in scores["models"]},
     )
 
 
@@ -254,7 +257,9 @@ def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
         for column in ("rfid", *ALWAYS, "st_lpips")
         if column == "psnr" or any(row.get(column) is not None for row in rows.values())
     ]
-    sigmas = {name: evaluation.weights(name).get("latent_noise") for name in models}
+    weights = {name: evaluation.weights[name] for name in models}
+    sigmas = {name: weights[name].get("latent_noise") for name in models}
+    encoders = {record.get("frozen_sha256") for record in weights.values()}
     pairs = [
         _pair(evaluation, a, b)
         for a, b in itertools.combinations(models, 2)
@@ -276,9 +281,16 @@ def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
             "pictures": pictures,
             "pairs": [pair for pair in pairs if pair["bars"]],
             "shifts": _shifts(evaluation, pictures),
-            "protocol": _protocol(evaluation),
-            "weights": _weights(evaluation),
-            "one_encoder": _is_one_encoder(evaluation),
+            "protocol": _facts(
+                {
+                    **scores["protocol"],
+                    "images": scores["images"],
+                    "image list SHA-256": scores.get("images_sha256"),
+                    "images from": scores.get("source"),
+                }
+            ),
+            "weights": {name: _facts({**w, "base": None}) for name, w in weights.items() if w},
+            "one_encoder": len(models) > 1 and len(encoders) == 1 and None not in encoders,
             "version": __version__,
             "data": _data(evaluation, pictures),
         },
@@ -287,10 +299,9 @@ def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
 
 def _subtitle(evaluation: Evaluation) -> str:
     scores = evaluation.scores
-    parts = [f"Protocol {scores['protocol']['name']}", f"compared with {evaluation.base}"]
-    if scores.get("source"):
-        parts.insert(1, f"images from {scores['source']}")
-    return " \u00b7 ".join(parts)
+    source = [f"images from {scores['source']}"] if scores.get("source") else []
+    protocol = f"Protocol {scores['protocol']['name']}"
+    return " \u00b7 ".join([protocol, *source, f"compared with {evaluation.base}"])
 
 
 def _scores(evaluation: Evaluation, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -300,7 +311,7 @@ def _scores(evaluation: Evaluation, columns: Sequence[str]) -> list[dict[str, An
     return [
         {
             "name": name,
-            "iteration": evaluation.weights(name).get("iteration"),
+            "iteration": evaluation.weights[name].get("iteration"),
             "cells": [_score_cell(evaluation, name, c, name in best[c]) for c in columns],
         }
         for name in rows
@@ -348,8 +359,8 @@ def _pair(evaluation: Evaluation, a: str, b: str) -> dict[str, Any]:
 
 def _shifts(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Colour and saturation against the input and the base, and sharpness; {} if not measured."""
-    measured = [metric for metric in SHIFTS if any(evaluation.values[metric].values())]
-    sharp = any(evaluation.values["sharpness"].values())
+    measured = [metric for metric in SHIFTS if metric in evaluation.measured]
+    sharp = "sharpness" in evaluation.measured
     if not measured and not sharp:
         return {}
     rows = evaluation.scores["models"]
@@ -407,29 +418,6 @@ def _sharpness_cell(
     return {"label": "sharpness", "text": text, "spread": spread, "colour": None, "notes": notes}
 
 
-def _protocol(evaluation: Evaluation) -> dict[str, str]:
-    scores = evaluation.scores
-    return _facts(
-        {
-            **scores["protocol"],
-            "images": scores["images"],
-            "image list SHA-256": scores.get("images_sha256"),
-            "images from": scores.get("source"),
-        }
-    )
-
-
-def _weights(evaluation: Evaluation) -> dict[str, dict[str, str]]:
-    known = {name: evaluation.weights(name) for name in evaluation.models}
-    return {name: _facts({**one, "base": None}) for name, one in known.items() if one}
-
-
-def _is_one_encoder(evaluation: Evaluation) -> bool:
-    """Whether several models share one encoder."""
-    encoders = {evaluation.weights(name).get("frozen_sha256") for name in evaluation.models}
-    return len(evaluation.models) > 1 and len(encoders) == 1 and None not in encoders
-
-
 def _facts(values: Mapping[str, Any]) -> dict[str, str]:
     """Names and values as text; what is not known is left out."""
     facts = {}
@@ -460,7 +448,7 @@ def _data(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> str:
             for image in index
         ]
         for metric, by_model in evaluation.values.items()
-        if any(by_model.values())
+        if metric in evaluation.measured
     }
     data = {
         "models": evaluation.models,
@@ -475,7 +463,9 @@ def _data(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> str:
                 "digits": metric.digits,
                 "better": metric.better,
                 "measured": key in values,
-                "extremes": _extremes(evaluation, key, index) if metric.better else None,
+                "extremes": _extremes(evaluation, key, index)
+                if metric.better and key in values
+                else None,
             }
             for key, metric in METRICS.items()
             if key in values or key in ALWAYS
@@ -496,21 +486,12 @@ def _opened(evaluation: Evaluation) -> int:
     """Position of the model that the page opens on: the compared one, else the last VAE given."""
     if compared := _compared(evaluation):
         return compared[1]
-    records = evaluation.scores.get("weights", {})
-    added = ("baseline", "latent_noise")  # rows that evaluate adds to the VAEs it is given
-    given = [
-        place
-        for place, name in enumerate(evaluation.models)
-        if not any(records.get(name, {}).get(key) for key in added)
-    ]
-    return given[-1] if given else len(evaluation.models) - 1
+    return [place for place, name in enumerate(evaluation.models) if evaluation.is_clean(name)][-1]
 
 
 def _json_number(value: float | None) -> float | str | None:
     """A score as JSON can hold it."""
-    if value is None or math.isfinite(value):
-        return value
-    return "inf" if value > 0 else "-inf"
+    return value if value is None or math.isfinite(value) else str(value)
 
 
 def _shown_picture(
@@ -536,19 +517,14 @@ def _labelled(reason: str) -> str:
     return reason
 
 
-def _extremes(
-    evaluation: Evaluation, metric: str, index: Mapping[str, int]
-) -> list[list[int]] | None:
+def _extremes(evaluation: Evaluation, metric: str, index: Mapping[str, int]) -> list[list[int]]:
     """For each model, the indices of the worst, median and best image."""
-    by_model = evaluation.values[metric]
-    if not any(by_model.values()):
-        return None
     named = {reason: item["image"] for item in evaluation.pictures for reason in item["why"]}
     worst_first = METRICS[metric].better == "lower"
     found = []
     for model in evaluation.models:
-        scores = by_model.get(model, {})
-        order = sorted(scores, key=lambda image: scores[image], reverse=worst_first)
+        scores = evaluation.values[metric].get(model, {})
+        order = sorted(scores, key=scores.__getitem__, reverse=worst_first)
         ranks = {"worst": 0, "median": (len(order) - 1) // 2, "best": -1}
         found.append(
             [

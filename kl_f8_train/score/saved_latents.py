@@ -181,21 +181,19 @@ def _read_tensors(path: Path) -> tuple[Tensor, str]:
 def check_fit(latents: Sequence[SavedLatent], name: str, channels: int, downsampling: int) -> None:
     """Raises UsageError for the first latent that the VAE called `name` cannot decode."""
     for latent in latents:
-        if min(latent.shape[1:]) * downsampling < SMALLEST and latent.shape[0] == channels:
+        own, height, width = latent.shape
+        if own != channels:
+            remedy = "give latents and VAEs of the same models"
+            if width == channels:
+                remedy = "the channels come first: save them as (B, C, h, w)"
             raise UsageError(
-                f"{latent.path}: its latents decode to {latent.shape[2] * downsampling} x "
-                f"{latent.shape[1] * downsampling} pixels; expected at least {SMALLEST} either way"
+                f"{latent.path}: its latents have {own} channels (shape {latent.shape}), those of "
+                f"{name} have {channels}; {remedy}"
             )
-        if latent.shape[0] != channels:
-            last = latent.shape[-1] == channels
+        if min(height, width) * downsampling < SMALLEST:
             raise UsageError(
-                f"{latent.path}: its latents have {latent.shape[0]} channels (shape "
-                f"{latent.shape}), those of {name} have {channels}; "
-                + (
-                    "the channels come first: save them as (B, C, h, w)"
-                    if last
-                    else "give latents and VAEs of the same models"
-                )
+                f"{latent.path}: its latents decode to {width * downsampling} x "
+                f"{height * downsampling} pixels; expected at least {SMALLEST} either way"
             )
 
 
@@ -225,28 +223,28 @@ def scales(
 
 def _model_scale(scaled: str, vaes: Sequence[tuple[str, Facts, int]]) -> Scale:
     """The scale of the models: of a family, or as the VAEs state it, all the same."""
+    stated = {name: _scale(own, channels) for name, own, channels in vaes}
     if scaled in FAMILIES:
-        given = FAMILIES[scaled].facts
-        for name, own, channels in vaes:
-            stated_scale = _scale(_with_family(own, channels))
-            if stated_scale not in (None, _scale(given)):
+        given = _scale(FAMILIES[scaled].facts, FAMILIES[scaled].channels)
+        for name, own_scale in stated.items():
+            if own_scale not in (None, given):
                 raise UsageError(
-                    f"--latents-scaled {scaled} is {_scale(given)}, but {name} states "
-                    f"{stated_scale}; give latents of its models, with --latents-scaled yes"
+                    f"--latents-scaled {scaled} is {given}, but {name} states {own_scale}; give "
+                    "latents of its models, with --latents-scaled yes"
                 )
-        return _known_scale(given)
-    stated = {name: _scale(_with_family(own, channels)) for name, own, channels in vaes}
-    missing = [name for name, scale in stated.items() if scale is None]
-    if missing and len(missing) == len(stated):
+        assert given is not None  # every family has one
+        return given
+    known = {name: scale for name, scale in stated.items() if scale is not None}
+    if not known:
         families = [n for n, f in FAMILIES.items() if f.channels == vaes[0][2]]
         choices = " or ".join(f"--latents-scaled {name}" for name in families)
         raise UsageError(
-            f"--latents-scaled yes: {missing[0]} does not state the scale of its models; "
+            f"--latents-scaled yes: {vaes[0][0]} does not state the scale of its models; "
             f"{f'give {choices}' if choices else 'undo it, and give --latents-scaled no'}"
         )
-    different = Counter(scale for scale in stated.values() if scale is not None)
+    different = set(known.values())
     if len(different) > 1:
-        listed = ", ".join(f"{name} {scale}" for name, scale in stated.items() if scale)
+        listed = ", ".join(f"{name} {scale}" for name, scale in known.items())
         raise UsageError(
             f"--latents-scaled yes: the VAEs state different scales ({listed}), so they are of "
             "different models, and no latents are of both"
@@ -255,18 +253,13 @@ def _model_scale(scaled: str, vaes: Sequence[tuple[str, Facts, int]]) -> Scale:
     return only
 
 
-def _with_family(stated: Facts, channels: int) -> Facts:
-    """What a file states, with its family's scale if it states the family only."""
+def _scale(stated: Facts, channels: int) -> Scale | None:
+    """As a file states it, or as its family has it if it states the family only."""
     family = facts.family_of(stated, channels)
-    return facts.combined(stated, FAMILIES[family].facts) if family in FAMILIES else stated
-
-
-def _scale(stated: Facts) -> Scale | None:
-    return None if stated.scaling_factor is None else _known_scale(stated)
-
-
-def _known_scale(stated: Facts) -> Scale:
-    assert stated.scaling_factor is not None
+    if family in FAMILIES:
+        stated = facts.combined(stated, FAMILIES[family].facts)
+    if stated.scaling_factor is None:
+        return None
     mean = stated.latents_mean or (stated.shift_factor or 0.0,)
     return Scale(stated.scaling_factor, mean, stated.latents_std or (1.0,))
 

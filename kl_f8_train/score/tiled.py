@@ -14,7 +14,6 @@ Shapes: latents (B, C, h, w), images (B, 3, H, W) with H = f h, f the decoder's 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -134,9 +133,9 @@ WAYS: dict[str, Callable[[Decode, Tensor, int, int], Tensor]] = {
 @torch.no_grad()
 def tiled_decodes(decode: Decode, z: Tensor, tile: int, factor: int) -> dict[str, Tensor]:
     """Way -> image, with "whole" first; clamped to [0, 1], float64. `tile` in pixels."""
-    ways: dict[str, Callable[[], Tensor]] = {"whole": partial(decode, z)}
-    ways |= {name: partial(way, decode, z, tile // factor, factor) for name, way in WAYS.items()}
-    return {name: (make().double() / 2 + 0.5).clamp(0, 1) for name, make in ways.items()}
+    decoded = {name: way(decode, z, tile // factor, factor) for name, way in WAYS.items()}
+    images = {"whole": decode(z), **decoded}
+    return {name: (image.double() / 2 + 0.5).clamp(0, 1) for name, image in images.items()}
 
 
 def seams(image: Tensor, decodes: dict[str, Tensor]) -> dict[str, Seams]:

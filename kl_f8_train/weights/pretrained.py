@@ -88,9 +88,8 @@ def fetch(network: Network, url: str | None = None, **patience: Any) -> Path:
     """Downloads a network once, checks its SHA-256 and keeps it in our cache.
 
     Of several processes on a node one downloads; the others wait and find the file. `patience` is
-    that of `transfer.fetch`. Raises
-    MissingInputError if the address has no such file, RunFailedError if the network, the checksum
-    or the disk fails; then nothing is kept.
+    that of `transfer.fetch`. Raises MissingInputError if the address has no such file,
+    RunFailedError if the network, the checksum or the disk fails; then nothing is kept.
     """
     url = url or network.url
     target = cache_dir() / network.file

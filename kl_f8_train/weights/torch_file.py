@@ -438,10 +438,8 @@ class _Name(str):
 class _Stub:
     """Stands where another object stood; of a pickled module it keeps the state dict's entries."""
 
-    parts: dict[Any, Any]
-
     def __init__(self) -> None:
-        self.parts = {}
+        self.parts: dict[Any, Any] = {}
 
     def build(self, state: Any) -> None:
         """Takes the parameters, buffers and modules out of a module's attributes."""

@@ -44,44 +44,52 @@ def compare(config: Config, iterations: int, say: Callable[[str], None] = say) -
     notes: list[str] = []
     finetuner = benchmark.build_finetuner(config, notes)
     batches = benchmark.open_batches(config, size, notes)
-    ours = benchmark.Variant("ours", benchmark.iteration_of(finetuner, device))
-    variants = [ours, *reference_variants(config, device, say)]
+    ours = benchmark.iteration_of(finetuner, device)
+    runs = {"ours": ours, **reference_runs(config, device, say)}
+    variants = {name: benchmark.Timings(run) for name, run in runs.items()}
     batch = next(batches).to(device)
     for _ in range(benchmark.WARM_UP - 1):
-        turn = sum(benchmark.timed(variant.run, batch, device) for variant in variants)
+        turn = sum(benchmark.timed(run, batch, device) for run in runs.values())
     say(
         f"a turn of {counted(len(variants), 'variant', 's')} takes {turn:.2g} s; "
         f"{iterations} take about {duration(iterations * turn)}"
     )
-    benchmark.measure(variants, batches, device, iterations)
+    for _ in range(iterations):
+        batch = next(batches).to(device)
+        # In turns (A B C A B C ...): what slows the machine for a while slows all of them.
+        for variant in variants.values():
+            variant.add(batch, device)
     return {
         "device": benchmark.device_name(device),
         "precision": config.precision,
         "batch": size,
         "crop": config.data.crop,
         "iterations": iterations,
-        "variants": [figures(variant, size, ours) for variant in variants],
+        "variants": [
+            {"name": name, **figures(variant, size, variants["ours"])}
+            for name, variant in variants.items()
+        ],
         "notes": notes,
     }
 
 
-def figures(variant: benchmark.Variant, size: int, ours: benchmark.Variant) -> dict[str, Any]:
+def figures(variant: benchmark.Timings, size: int, ours: benchmark.Timings) -> dict[str, float]:
     """Speed, and how much longer it takes than ours: by the clock, and in CPU time.
 
     On a CPU that others use too, CPU time is the steadier ratio; beside a GPU it says little.
     """
+    seconds, our_seconds = (statistics.median(each.seconds) for each in (variant, ours))
+    cpu_seconds, our_cpu_seconds = (statistics.median(each.cpu_seconds) for each in (variant, ours))
     return {
-        "name": variant.name,
-        "images_per_second": size / variant.median,
-        "ratio": variant.median / ours.median,
-        "cpu_time_ratio": statistics.median(variant.cpu_seconds)
-        / statistics.median(ours.cpu_seconds),
+        "images_per_second": size / seconds,
+        "ratio": seconds / our_seconds,
+        "cpu_time_ratio": cpu_seconds / our_cpu_seconds,
     }
 
 
-def reference_variants(
+def reference_runs(
     config: Config, device: torch.device, say: Callable[[str], None]
-) -> list[benchmark.Variant]:
+) -> dict[str, benchmark.Iteration]:
     """The original's order on our modules, and our step on diffusers' modules.
 
     Those with the recipe's layout and compilation, too, where ours has them. And our own step in
@@ -106,7 +114,7 @@ def reference_variants(
         on = [switch for switch, is_on in switches.items() if is_on(config.compute)]
         if on:
             runs[", ".join([name, config.precision, *on])] = on_diffusers(config, device)
-    return [benchmark.Variant(name, run) for name, run in runs.items()]
+    return runs
 
 
 def plain(config: Config) -> Config:

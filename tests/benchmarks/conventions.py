@@ -21,7 +21,8 @@ from torch import Tensor
 from kl_f8_train import images
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError
-from kl_f8_train.folders import list_folder, read_file
+from kl_f8_train.folders import list_folder
+from kl_f8_train.images import read_file
 from kl_f8_train.score import measure
 from kl_f8_train.score.candidates import load_candidates, posterior_noise
 from kl_f8_train.score.protocol import CARD, STANDARD

@@ -54,8 +54,8 @@ def test_a_use_that_is_wrong_is_explained(given, code, said):
     assert "Traceback" not in done.stderr
 
 
-# Kernels: 2,370 and 2,116 were counted.
-@pytest.mark.parametrize(("recipe", "kernels"), [("ft_ema", 2400), ("ft_mse", 2150)])
+# Kernels: 2,424 and 2,165 were counted.
+@pytest.mark.parametrize(("recipe", "kernels"), [("ft_ema", 2450), ("ft_mse", 2190)])
 def test_uncompiled_iteration(gpu, recipe, kernels):
     """12 images of 256 px, as by default."""
     found = count_apart(gpu, recipe, "compute.compile=false")
