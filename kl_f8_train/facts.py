@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from kl_f8_train.errors import MissingInputError, UsageError
@@ -140,8 +141,15 @@ def family_of(stated: Facts, channels: int) -> str | None:
     return OTHER
 
 
-def settled(stated: Facts, channels: int, given: str | None, published_shape: bool) -> Facts:
-    """What a file states, with the rest of its family's facts; `given` is `init.family`.
+def settled(
+    path: Path,
+    stated: Facts,
+    channels: int,
+    given: str | None,
+    published_shape: bool,
+    option: str = "init.family=",
+) -> Facts:
+    """What a file states, with the rest of its family's facts; `given` is what `option` says.
 
     Raises UsageError if the file does not show its family although it has the shape of several
     (`published_shape`), or if it is not of the family that was given; MissingInputError if it
@@ -151,26 +159,26 @@ def settled(stated: Facts, channels: int, given: str | None, published_shape: bo
         values = getattr(stated, name)
         if values is not None and len(values) != channels:
             raise MissingInputError(
-                f"it states {name} of {len(values)} channels; its latents have {channels}. Correct "
-                "its config.json"
+                f"{path}: it states {name} of {len(values)} channels; its latents have {channels}. "
+                "Correct its config.json"
             )
     found = family_of(stated, channels)
     fitting = [name for name, family in FAMILIES.items() if family.channels == channels]
     if found and given not in (None, OTHER, found):
         raise UsageError(
-            f"init.family={given}, but the file is of another: {described(found, stated)}; give "
-            f"init.family={found}, or null for what the file states"
+            f"{path}: {option}{given}, but the file is of another: {described(found, stated)}; "
+            f"give {option}{found}, or null for what the file states"
         )
     if given and given not in (OTHER, *fitting):
         raise UsageError(
-            f"init.family={given}: its latents have {FAMILIES[given].channels} channels, these "
+            f"{path}: {option}{given}: its latents have {FAMILIES[given].channels} channels, these "
             f"have {channels}"
         )
     if found is None and given is None and published_shape and fitting:
-        choices = ", ".join(f"init.family={name} ({FAMILIES[name].title})" for name in fitting)
+        choices = ", ".join(f"{option}{name} ({FAMILIES[name].title})" for name in fitting)
         raise UsageError(
-            "this file does not show which models it belongs to, and their latents have different "
-            f"scales; give {choices}, or init.family={OTHER} to state none"
+            f"{path}: this file does not show which models it belongs to, and their latents have "
+            f"different scales; give {choices}, or {option}{OTHER} to state none"
         )
     family = found or given
     known = FAMILIES[family].facts if family and family in FAMILIES else Facts()

@@ -16,8 +16,7 @@ USUAL_BASE = "stabilityai/sd-vae-ft-mse"  # on the hub, for those who have named
 
 def after_doctor(recipe: str, overrides: list[str], allow_changes: bool, dry_run: bool) -> str:
     """The command that trains; from a long one with --dry-run, how to get it."""
-    allowed = ["--allow-changes"] * allow_changes
-    command = shlex.join(["kl-f8-train", "train", recipe, *overrides, *allowed])
+    command = _command("train", recipe, *overrides, *["--allow-changes"] * allow_changes)
     if dry_run and len(command) > LONGEST_NEXT:
         return "the same command without --dry-run"
     return command
@@ -34,33 +33,33 @@ def after_export(out: Path) -> str:
 
     scores = Path("evaluation") / "scores.json"
     if card.are_scores_of(scores, out):
-        return _card_command(out, str(scores))
+        return _command("card", out, "--scores", scores)
     config = yaml.safe_load((out / CONFIG_FILE).read_text(encoding="utf-8"))
     base, pictures = config["init"]["weights"], config["log"]["pictures"]
     files = sorted([*out.glob("*.safetensors"), *out.glob("*.ckpt"), *out.glob("diffusers")])
     with contextlib.suppress(MissingInputError):
         hub.check_exists(base)
         if files and pictures and Path(pictures).is_dir():
-            command = ["kl-f8-train", "evaluate", f"base={base}", f"mine={files[-1]}"]
-            command += ["--images", pictures, "--compare", "base", "mine"]
+            models = [f"base={base}", f"mine={files[-1]}"]
             network = config["loss"]["perceptual"]
-            return shlex.join([*command, *["--perceptual", network] * (network != "lpips_vgg")])
-    return shlex.join(["kl-f8-train", "card", str(out)])
+            other = ["--perceptual", network] * (network != "lpips_vgg")
+            images = ["--images", pictures, "--compare", "base", "mine"]
+            return _command("evaluate", *models, *images, *other)
+    return _command("card", out)
 
 
-def _card_command(export: Path, scores: str) -> str:
-    """How the card of an export gets its scores."""
-    return shlex.join(["kl-f8-train", "card", str(export), "--scores", scores])
+def _command(*words: str | Path) -> str:
+    return shlex.join(["kl-f8-train", *map(str, words)])
 
 
 def after_scores(out: Path, path: Path, select: str) -> str:
     """What comes next for scored weights: export, the card of their export, or nothing."""
     if (path.parent / EXPORT_FILE).is_file():
-        return _card_command(path.parent, str(out / "scores.json"))
+        return _command("card", path.parent, "--scores", out / "scores.json")
     if is_run(path) or is_run(path.parent.parent):
         decay = ["--ema", select.removeprefix("ema-")]
         taken = {"ema": [], "raw": ["--raw"]}.get(select, decay)
-        return shlex.join(["kl-f8-train", "export", str(path), *taken])
+        return _command("export", path, *taken)
     return ""
 
 
@@ -71,7 +70,7 @@ def before_training(out: Path, *settings: str) -> str:
     run = next(place for place in (Path("runs", name) for name in names) if not place.exists())
     given = [f"init.weights={USUAL_BASE}", "init.family=sd", *settings, f"run_dir={run}"]
     lines = [
-        f"next: {shlex.join(['kl-f8-train', 'doctor', 'single_gpu', *given])}",
+        f"next: {_command('doctor', 'single_gpu', *given)}",
         "to start from a VAE of your own, give its file as init.weights",
     ]
     if importlib.util.find_spec("huggingface_hub") is None:

@@ -317,6 +317,26 @@ def test_changed_files_are_refused(folder):
         card.write(folder)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "nope",
+        "[]",
+        "{}",
+        '{"files": 3, "config": {}}',
+        '{"files": {"../x": "0"}, "config": {}}',
+        '{"files": {"x": 0}, "config": {}}',
+    ],
+)
+@pytest.mark.parametrize("verb", [["card"], ["push", "me/vae"]])
+def test_a_damaged_export_json_is_refused_by_name(tmp_path, capsys, content, verb):
+    (tmp_path / "export.json").write_text(content)
+    assert main([verb[0], str(tmp_path), *verb[1:]]) == 3
+    said = capsys.readouterr().err
+    assert re.search(r"export\.json is (not JSON|not what|of an older version)", said)
+    assert "again" in said
+
+
 def test_odd_names_do_not_break_the_card(folder, scores):
     text = scores.read_text().replace('"ft-MSE"', json.dumps("a|b <i>`c`\n## d"))
     scores.write_text(text)

@@ -26,6 +26,7 @@ from kl_f8_train.weights.names import Weights, diffusers_config, to_diffusers
 SMALL = {"ch": 16, "ch_mult": (1, 2), "num_res_blocks": 1, "norm_num_groups": 4}
 GROUPS_4 = ("model.ch=16", "model.ch_mult=[1,2]", "model.norm_num_groups=4", "adversarial=null")
 PROBE = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
+LONE = Path("vae.safetensors")
 
 
 def small_vae() -> AutoencoderKL:
@@ -136,7 +137,7 @@ def test_a_sample_size_of_height_and_width(tmp_path):
 def test_facts_of_another_number_of_channels_are_refused():
     for name in ("latents_mean", "latents_std"):
         with pytest.raises(MissingInputError, match=f"states {name} of 2 channels.*have 4"):
-            facts.settled(Facts(scaling_factor=0.5, **{name: (0.0, 1.0)}), 4, None, True)
+            facts.settled(LONE, Facts(scaling_factor=0.5, **{name: (0.0, 1.0)}), 4, None, True)
 
 
 def test_a_file_without_facts_states_none(tmp_path):
@@ -177,20 +178,22 @@ def test_the_scale_shows_the_family(stated, channels, family):
 
 def test_a_lone_file_of_a_shared_shape_must_be_given_a_family():
     with pytest.raises(UsageError, match=r"init.family=sd \(.*init.family=sdxl \("):
-        facts.settled(Facts(), 4, None, True)
+        facts.settled(LONE, Facts(), 4, None, True)
     with pytest.raises(UsageError, match=r"init.family=sd3 \(.*init.family=flux \("):
-        facts.settled(Facts(), 16, None, True)
-    assert facts.settled(Facts(), 4, "sdxl", True).scaling_factor == 0.13025
-    assert facts.settled(Facts(), 4, "other", True).scaling_factor is None
-    assert facts.settled(Facts(), 4, None, False).scaling_factor is None  # a shape of no family
+        facts.settled(LONE, Facts(), 16, None, True)
+    assert facts.settled(LONE, Facts(), 4, "sdxl", True).scaling_factor == 0.13025
+    assert facts.settled(LONE, Facts(), 4, "other", True).scaling_factor is None
+    assert (
+        facts.settled(LONE, Facts(), 4, None, False).scaling_factor is None
+    )  # a shape of no family
     with pytest.raises(UsageError, match="have 16 channels, these have 4"):
-        facts.settled(Facts(), 4, "flux", True)
+        facts.settled(LONE, Facts(), 4, "flux", True)
 
 
 def test_a_family_against_what_the_file_states_is_refused():
     with pytest.raises(UsageError, match=r"Stable Diffusion XL.*0\.13025.*init.family=sdxl"):
-        facts.settled(Facts(scaling_factor=0.13025), 4, "sd", True)
-    assert facts.settled(Facts(scaling_factor=0.13025), 4, "other", True).family == "sdxl"
+        facts.settled(LONE, Facts(scaling_factor=0.13025), 4, "sd", True)
+    assert facts.settled(LONE, Facts(scaling_factor=0.13025), 4, "other", True).family == "sdxl"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import math
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from kl_f8_train.facts import FAMILIES, Family
 from kl_f8_train.files import atomic_path, file_sha256, write_json, write_text
 from kl_f8_train.output import Say, markdown_table, rendered
 from kl_f8_train.publish import half_precision
-from kl_f8_train.run_dir import EXPORT_FILE
+from kl_f8_train.run_dir import EXPORT_FILE, export_meant
 from kl_f8_train.score.compare import not_measured
 from kl_f8_train.score.scores import BIASED_BELOW, score_text
 from kl_f8_train.settings import KL_F8, KL_F8_SHAPES, Config
@@ -34,6 +34,10 @@ README, STRIP, LICENSE = "README.md", "strip.png", "LICENSE"  # written here, an
 DIFFUSERS = "diffusers/diffusion_pytorch_model.safetensors"
 # metric -> its type in the hub's model-index, in the order of the card's columns
 HUB_TYPES = {"rfid": "fid", "psnr": "psnr", "ssim": "ssim", "psim": "psim", "lpips": "lpips"}
+NEEDED = (  # of export.json
+    *("name", "stem", "weights", "dtype", "iteration", "init_iteration", "averaged", "config"),
+    *("half_precision", "checks", "files"),
+)
 TEMPLATE = Path(__file__).with_name("card.md")
 
 
@@ -75,13 +79,16 @@ def write(
     # export.json keeps what a card was given, so that a later call need not give it again.
     record = _record(export_dir)
     config = _stored_settings(export_dir, record)
-    details = _with_kept(details or Details(), record.get("card", {}))
+    kept = record.get("card", {})
+    given = asdict(details or Details())
+    details = Details(**{name: value or kept.get(name, value) for name, value in given.items()})
     evaluated = _evaluated(scores_file, record) if scores_file else _kept_scores(export_dir, record)
     # Files that lie beside the card. A strip in the export's own folder is the scores', not a copy.
     if not pictures:
         evaluated = evaluated and replace(evaluated, strip=False)
-        if scores_file is None or not scores_file.parent.samefile(export_dir):
-            _remove_strip(export_dir, record)
+        beside = scores_file is not None and scores_file.parent.samefile(export_dir)
+        if not beside and _has_strip(export_dir, record):
+            (export_dir / STRIP).unlink()
     elif scores_file and evaluated and evaluated.strip:
         _copy(scores_file.with_name(STRIP), export_dir / STRIP)
         say(f"copied {STRIP}, photographs of the evaluation (--no-pictures leaves it out)")
@@ -104,30 +111,18 @@ def write(
     return readme
 
 
-def _with_kept(details: Details, kept: Mapping[str, Any]) -> Details:
-    """`details`, with missing fields taken from the previous card."""
-    return Details(
-        details.license or kept.get("license", {}),
-        details.base_model or kept.get("base_model"),
-        details.published or kept.get("published", False),
-    )
-
-
 def _kept_scores(export_dir: Path, record: Mapping[str, Any]) -> Evaluated | None:
     """The scores that an earlier call was given; their strip, if it is still the same."""
     kept = record.get("card", {})
     if "scores" not in kept:
         return None
-    strip, digest = export_dir / STRIP, record["files"].get(STRIP)
-    same = strip.is_file() and file_sha256(strip) == digest
-    return Evaluated(kept["scores"], kept["model"], same)
+    return Evaluated(kept["scores"], kept["model"], _has_strip(export_dir, record))
 
 
-def _remove_strip(export_dir: Path, record: Mapping[str, Any]) -> None:
-    """Removes the strip that an earlier call copied, and no other file."""
-    strip, digest = export_dir / STRIP, record["files"].get(STRIP)
-    if strip.is_file() and file_sha256(strip) == digest:
-        strip.unlink()
+def _has_strip(export_dir: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the strip that an earlier call copied is there, and not another file."""
+    strip = export_dir / STRIP
+    return strip.is_file() and file_sha256(strip) == record["files"].get(STRIP)
 
 
 def _copy(file: Path, target: Path) -> None:
@@ -182,18 +177,38 @@ def model_card(
 
 def _record(export_dir: Path) -> dict[str, Any]:
     """export.json, its hashes compared with the files."""
-    path = export_dir / EXPORT_FILE
-    if not path.is_file():
-        raise MissingInputError(f"{export_dir}: not an export: no export.json in it")
-    record = _json(path, "export")
-    if "config" not in record:
-        raise MissingInputError(f"{path} is of an older version. Run `kl-f8-train export` again")
+    record = read_record(export_dir, NEEDED)
     for file, digest in record["files"].items():  # but for those that people edit
         if file not in (README, STRIP, LICENSE) and _sha256(export_dir / file) != digest:
             raise MissingInputError(
                 f"{export_dir / file} is not the file that export.json describes: its SHA-256 "
                 "differs. Run `kl-f8-train export` again"
             )
+    return record
+
+
+def read_record(export_dir: Path, needed: Sequence[str] = ("files",)) -> dict[str, Any]:
+    """export.json, which may be somebody else's: the files that it names lie inside the export.
+
+    Raises MissingInputError if it is missing or damaged, lacks what is `needed`, or names other
+    files.
+    """
+    path = export_dir / EXPORT_FILE
+    if not path.is_file():
+        raise MissingInputError(
+            f"{export_dir} is not an export: no usable {EXPORT_FILE}; give "
+            f"{export_meant(export_dir)}"
+        )
+    record = _json(path, "export")
+    if not record.keys() >= set(needed):
+        raise MissingInputError(f"{path} is of an older version. Run `kl-f8-train export` again")
+    files = record["files"]
+    safe = isinstance(files, dict) and all(
+        isinstance(digest, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
+        for name, digest in files.items()
+    )
+    if not safe:
+        raise MissingInputError(f"{path} is not what `kl-f8-train export` writes: run it again")
     return record
 
 
@@ -213,7 +228,7 @@ def _stored_settings(export_dir: Path, record: Mapping[str, Any]) -> Config:
 def _json(path: Path, verb: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MissingInputError(
             f"{path} is not JSON: {error}; expected what `kl-f8-train {verb}` writes: run it again"
         ) from error

@@ -1,10 +1,11 @@
 """Training checkpoint -> pruned weights in every layout, each file read back and compared."""
 
+import contextlib
 import datetime
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ from kl_f8_train import config as configs
 from kl_f8_train.averages import label, module_name, selection
 from kl_f8_train.core.hashes import data_sha256, frozen_sha256
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
-from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, about
-from kl_f8_train.facts import ENTRY, FAMILIES, Facts, combined, settled
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
+from kl_f8_train.facts import ENTRY, FAMILIES, METADATA_PREFIX, Facts, combined, settled
 from kl_f8_train.files import check_writable, file_sha256, write_json, write_text
 from kl_f8_train.publish import card, half_precision, rescale
 from kl_f8_train.run import outcome
@@ -71,7 +72,7 @@ def export(
     """
     source = _best(source) if best else source
     _check_choice(source, average, raw, ema)
-    header = weight_file.read(source, _nothing)
+    header = weight_file.read(source, lambda names: ())
     config = checkpoint.stored_config(header)
     select = "raw" if raw else "ema" if ema is None else selection(ema)
     kind = f"{select}-average" if average else select
@@ -81,15 +82,17 @@ def export(
     files = _weight_files(out, stem, layouts, dtype)
     written = [*_paths(files), out / CONFIG_FILE]
     _refuse_to_overwrite(out, [*written, out / card.README, out / EXPORT_FILE], force)
-    before = _listed_files(out / EXPORT_FILE)
+    before: dict[str, str] = {}  # of an earlier export
+    with contextlib.suppress(MissingInputError):
+        before = card.read_record(out)["files"]
 
     named, tried = half_precision.choose_images(pictures, min(TRIED_SIDE, config.data.crop))
-    weights = _stored_weights(header, select)
+    weights = _stored_weights(header.path, select)
     record: dict[str, Any] = {"name": config.name, "stem": stem, "weights": kind, "dtype": dtype}
     record |= _provenance(header, config, ema)
     record["averaged"] = _average(weights, header, average, select)
     stated = _stated_facts(header, config, family)
-    model = _autoencoder_of(weights, stated)
+    model = weight_file.autoencoder_of(weights, stated)
     model, stated, measured = _fp16_safe(model, stated, tried, fp16_safe, say)
     record |= {"facts": stated.stated(), "half_precision": {"images": named, **measured}}
 
@@ -144,14 +147,14 @@ def _write_weights(
             weight_file.write_safetensors(path, tensors, {**metadata, **hashed})
         else:
             weight_file.write_safetensors(path, names.to_diffusers(tensors), {})
+            write_json(path.with_name("config.json"), _diffusers_config(weights, stated, size))
         del tensors  # before the next copy is made
+
+
+def _diffusers_config(weights: State, stated: Facts, size: int) -> dict[str, object]:
     shape = names.architecture(weights, stated)
     widths, blocks = list(shape["ch_mult"]), shape["num_res_blocks"]
-    for path in _paths(files)[len(files) :]:
-        values = names.diffusers_config(
-            shape["ch"], widths, blocks, shape["z_channels"], size, stated
-        )
-        write_json(path, values)
+    return names.diffusers_config(shape["ch"], widths, blocks, shape["z_channels"], size, stated)
 
 
 def _describe(out: Path, written: Sequence[Path], record: dict[str, Any], config: Config) -> None:
@@ -186,7 +189,7 @@ def _fp16_safe(
     measured = before
     if rescaling.changes:
         try:
-            safe = _autoencoder_of(rescaling.apply(model.state_dict()), stated)
+            safe = weight_file.autoencoder_of(rescaling.apply(model.state_dict()), stated)
             rescale.prove(rescaling, model, safe, probes)
         except RunFailedError as error:
             if wanted:
@@ -244,7 +247,6 @@ def _upcast(measured: Mapping[str, Any], encoder: float) -> tuple[bool, str]:
 
 def _summary(out: Path, record: dict[str, Any]) -> list[str]:
     """Lines for people: the checks, half precision, the files."""
-    sizes = {file: (out / file).stat().st_size for file in record["files"]}
     rounding = []
     if record["dtype"] == "bfloat16" and record["half_precision"]["bfloat16"]["mean"]:
         mean = record["half_precision"]["bfloat16"]["mean"]
@@ -254,7 +256,7 @@ def _summary(out: Path, record: dict[str, Any]) -> list[str]:
         *half_precision.describe(record["half_precision"]),
         *rounding,
         *(
-            f"{out / file}  {sizes[file]:,} bytes  sha256 {digest[:12]}"
+            f"{out / file}  {(out / file).stat().st_size:,} bytes  sha256 {digest[:12]}"
             for file, digest in record["files"].items()
         ),
     ]
@@ -264,19 +266,8 @@ def _stated_facts(header: weight_file.Contents, config: Config, family: str | No
     """What the run's base stated; UsageError if a family must be given, or another is."""
     published = config.model in KL_F8_SHAPES.values()
     stated = checkpoint.stored_facts(header, config)
-    given = family or config.init.family
-    return _settled(header.path, stated, config.model.embed_dim, given, published)
-
-
-def _settled(
-    path: Path, stated: Facts, channels: int, family: str | None, published: bool
-) -> Facts:
-    """`facts.settled` for a file, with the verbs' name of the family in its errors."""
-    try:
-        return settled(stated, channels, family, published)
-    except (UsageError, MissingInputError) as error:
-        message = str(error).replace("init.family=", "--family ")
-        raise type(error)(f"{path}: {message}") from error
+    channels, given = config.model.embed_dim, family or config.init.family
+    return settled(header.path, stated, channels, given, published, "--family ")
 
 
 def _best(source: Path) -> Path:
@@ -323,7 +314,8 @@ def make_fp16_safe(
     given = weight_file.facts_of(contents, found)
     shape = names.architecture(found.autoencoder, given)
     published = weight_file.published_shape(found) is not None
-    stated = _settled(contents.path, given, shape["embed_dim"], family, published)
+    channels = shape["embed_dim"]
+    stated = settled(contents.path, given, channels, family, published, "--family ")
     stated = replace(stated, use_quant_conv=shape.get("quant_conv", True))
     stem = f"{_stem(contents.path)}-fp16-safe"
     out = out or Path(stem)
@@ -398,8 +390,8 @@ def _weight_files(out: Path, stem: str, layouts: Sequence[str], dtype: str) -> l
 
 def _paths(files: Sequence[WeightFile]) -> list[Path]:
     """The weight files, and the configuration that diffusers expects beside its own."""
-    folders = dict.fromkeys(file.path.parent for file in files if file.layout == "diffusers")
-    return [*(file.path for file in files), *(folder / "config.json" for folder in folders)]
+    beside = [file.path.with_name("config.json") for file in files if file.layout == "diffusers"]
+    return [*(file.path for file in files), *beside[:1]]
 
 
 def _check_choice(source: Path, average: Sequence[Path], raw: bool, ema: float | None) -> None:
@@ -410,11 +402,10 @@ def _check_choice(source: Path, average: Sequence[Path], raw: bool, ema: float |
         raise UsageError(
             "--average takes the EMAs of checkpoints, --raw no EMA; leave out one of them"
         )
-    seen: set[Path] = set()
-    for path in (weight_file.find(one).resolve() for one in (source, *average)):
-        if path in seen:
+    paths = [weight_file.find(one).resolve() for one in (source, *average)]
+    for path in paths:
+        if paths.count(path) > 1:
             raise UsageError(f"--average: {path} is given twice; give each checkpoint once")
-        seen.add(path)
 
 
 def _refuse_to_overwrite(out: Path, files: list[Path], force: bool) -> None:
@@ -432,53 +423,32 @@ def _refuse_to_overwrite(out: Path, files: list[Path], force: bool) -> None:
     check_writable(out)
 
 
-def _listed_files(summary: Path) -> dict[str, str]:
-    """Files and hashes that an earlier export.json names; none if it cannot be read."""
-    try:
-        return dict(json.loads(summary.read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
-
-
 def _remove_old(out: Path, before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Removes what an earlier export wrote, unchanged since, and this one did not; says so."""
-    weights = [path for suffix in LAYOUTS[:2] for path in sorted(out.glob(f"*.{suffix}"))]
     lines = []
-    for path in (*weights, *sorted(out.glob("diffusers/*"))):
-        file = str(path.relative_to(out))
-        if file in before and file not in now and file_sha256(path) == before[file]:
+    for pattern in ("*.safetensors", "*.ckpt", "diffusers/*"):
+        for path in sorted(out.glob(pattern)):
+            file = str(path.relative_to(out))
+            if file in now or before.get(file) != file_sha256(path):
+                continue
             path.unlink()
             lines.append(f"{path} of the earlier export was removed")
     return lines
 
 
-def _stored_weights(header: weight_file.Contents, select: str) -> State:
+def _stored_weights(path: Path, select: str) -> State:
     """The raw weights of a training checkpoint, or an EMA of it, and nothing else.
 
     Raises MissingInputError if there is no such EMA, if the disk has changed the weights, or if the
     encoder is not the stated one.
     """
-    path = header.path
-    with about(str(path)):
-        kept = weight_file.kept_selection(header, select)
-    part = "autoencoder" if kept == "raw" else module_name(kept)
+    contents, found = weight_file.read_weights(path, select)
+    kept = weight_file.kept_selection(contents, select)
+    checkpoint.check_content(contents, "autoencoder" if kept == "raw" else module_name(kept))
     # An average covers the trained part; encoder and quant_conv lie beside the raw weights alone.
-    parts = (f"{part}.", *(f"autoencoder.{name}." for name in FROZEN))
-    contents = weight_file.read(path, lambda names: [n for n in names if n.startswith(parts)])
-    checkpoint.check_content(contents, part)
-    weights = {
-        key.split(".", 1)[1]: value.float().contiguous()
-        for key, value in contents.tensors.items()
-        if key.startswith(parts)
-    }
-    if frozen_sha256(weights) != contents.metadata["frozen_sha256"]:
+    if frozen_sha256(found.autoencoder) != contents.metadata["frozen_sha256"]:
         raise MissingInputError(f"{path}: its encoder does not match its own hash")
-    return weights
-
-
-def _nothing(names: Collection[str]) -> Collection[str]:
-    """Selects no tensor of a file, only its metadata."""
-    return ()
+    return found.autoencoder
 
 
 def _average(
@@ -490,27 +460,26 @@ def _average(
     """
     if not others:
         return []
-    trained = [key for key in weights if not key.startswith(tuple(f"{n}." for n in FROZEN))]
-    total = {key: weights[key].double() for key in trained}
+    total = {key: weights[key].double() for key in weights if key.startswith(TRAINED)}
     averaged = [first.path.name]
     for path in others:
-        header = weight_file.read(path, _nothing)
+        header = weight_file.read(path, lambda names: ())
         checkpoint.stored_config(header)
-        if header.metadata["frozen_sha256"] != first.metadata["frozen_sha256"]:
+        theirs, ours = (one.metadata["frozen_sha256"] for one in (header, first))
+        if theirs != ours:
             raise UsageError(
-                f"--average {header.path} has another encoder (SHA-256 "
-                f"{header.metadata['frozen_sha256'][:12]}, {first.path.name} has "
-                f"{first.metadata['frozen_sha256'][:12]}); average checkpoints of one base"
+                f"--average {header.path} has another encoder (SHA-256 {theirs[:12]}, "
+                f"{first.path.name} has {ours[:12]}); average checkpoints of one base"
             )
-        other = _stored_weights(header, select)
+        other = _stored_weights(header.path, select)
         try:
             names.check_shapes(other, names.shapes_of(weights))
         except MissingInputError as error:
             raise UsageError(f"--average {header.path}: {error}") from error
-        for key in trained:
+        for key in total:
             total[key] += other[key]
         averaged.append(header.path.name)
-    for key in trained:
+    for key in list(total):
         weights[key] = (total.pop(key) / len(averaged)).float()
     return averaged
 
@@ -524,7 +493,16 @@ def _metadata(
     """
     known = FAMILIES.get(record["facts"].get("family") or "")
     written = datetime.datetime.fromtimestamp(header.path.stat().st_mtime, datetime.UTC)
-    ours = ("iteration", "base_name", "base_sha256", "ema_decay", "config_sha256", "frozen_sha256")
+    kept = ("iteration", "base_name", "base_sha256", "ema_decay", "config_sha256", "frozen_sha256")
+    ours = {
+        "version": __version__,
+        "recipe": config.name,
+        "weights": record["weights"],
+        **{name: str(record[name]) for name in kept},
+        "averaged": ", ".join(record["averaged"]),
+        "changes": "; ".join(record["changes"]),
+        "config": header.metadata["config"],
+    }
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{known.modelspec}/vae" if known else "autoencoder-kl",
@@ -532,13 +510,7 @@ def _metadata(
         "modelspec.title": f"{config.name} ({record['weights']}, pruned)",
         "modelspec.date": written.isoformat(timespec="seconds"),
         "modelspec.resolution": f"{config.data.crop}x{config.data.crop}",
-        "kl_f8_train.version": __version__,
-        "kl_f8_train.recipe": config.name,
-        "kl_f8_train.weights": record["weights"],
-        **{f"kl_f8_train.{key}": str(record[key]) for key in ours},
-        **({"kl_f8_train.averaged": ", ".join(record["averaged"])} if record["averaged"] else {}),
-        **({"kl_f8_train.changes": "; ".join(record["changes"])} if record["changes"] else {}),
-        "kl_f8_train.config": header.metadata["config"],
+        **{f"{METADATA_PREFIX}{name}": value for name, value in ours.items() if value},
     }
 
 
@@ -565,11 +537,11 @@ def _verify(
             raise RunFailedError(
                 f"{path} does not state what its base did: {units.written(facts.stated())}"
             )
-        again = _autoencoder_of({**weights, **frozen}, facts)
+        again = weight_file.autoencoder_of({**weights, **frozen}, facts)
         latents_error = float((again.encode(probe).mean - latents).abs().max())
         del frozen, again  # half of the file at a time: memory
         trained, _ = _read_back(path, TRAINED, weights, stored)
-        again = _autoencoder_of({**weights, **trained}, facts)
+        again = weight_file.autoencoder_of({**weights, **trained}, facts)
         mean, most = half_precision.levels(again.decode(latents), decoded)
         del trained, again
         if stored == torch.float32 and (latents_error or most):
@@ -609,23 +581,8 @@ def _read_back(
 
 def _check_strictly(path: Path, count: int) -> None:
     """What torch's own safe loader sees of a .ckpt; raises RunFailedError if it is too much."""
-    mapped = weight_file.is_utf8(path)  # torch maps no other names
-    with path.open("rb") as file:
-        loaded = torch.load(
-            path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped
-        )
+    with path.open("rb") as file:  # "meta": names and shapes without values, to save memory
+        loaded = torch.load(file, map_location="meta", weights_only=True)
     names = {"state_dict", "global_step", ENTRY}
     if set(loaded) != names or len(loaded["state_dict"]) != count:
         raise RunFailedError(f"{path} holds other things than {', '.join(sorted(names))}")
-
-
-def _autoencoder_of(weights: State, stated: Facts) -> AutoencoderKL:
-    """An autoencoder around these very tensors, without a copy.
-
-    Raises MissingInputError naming the first tensor that is missing, or of another shape.
-    """
-    with torch.device("meta"):
-        model = AutoencoderKL(**names.architecture(weights, stated))
-    names.check_shapes(weights, names.shapes_of(model.state_dict()))
-    model.load_state_dict(weights, assign=True)
-    return model.eval().requires_grad_(False)

@@ -6,8 +6,9 @@ where the CPU has no half-precision convolutions. What happens inside attention 
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,26 +114,27 @@ def pattern(size: int) -> Tensor:
     return ((torch.stack(waves) + 1) * 127.5).round().to(torch.uint8)
 
 
-@contextmanager
 def largest_outputs(
     model: AutoencoderKL, parts: tuple[str, ...] = DECODES
-) -> Iterator[dict[str, float]]:
+) -> AbstractContextManager[dict[str, float]]:
     """Inside, every module of these parts notes its largest output, by name."""
+    return noted(_modules(model, parts), lambda module, inputs, output: float(output.abs().max()))
+
+
+@contextmanager
+def noted(
+    modules: Mapping[str, nn.Module], measured: Callable[[Any, tuple[Tensor, ...], Tensor], float]
+) -> Iterator[dict[str, float]]:
+    """Inside, the largest `measured(module, inputs, output)` of each module so far, by name."""
     seen: dict[str, float] = {}
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            most = float(output.abs().max())
-            seen[name] = max(seen.get(name, 0.0), most)
+    def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[name] = max(seen.get(name, 0.0), measured(module, inputs, output))
 
-        return hook
-
-    handles = [m.register_forward_hook(note(name)) for name, m in _modules(model, parts)]
-    try:
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(hook, name)))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -151,23 +153,19 @@ def _rounded(model: AutoencoderKL, dtype: torch.dtype) -> Iterator[None]:
             parameter.data = exact.pop(parameter)
         return output.to(dtype).float()
 
-    handles = [m.register_forward_pre_hook(enter) for _, m in _decoder(model)]
-    handles += [m.register_forward_hook(leave) for _, m in _decoder(model)]
-    try:
-        yield
-    finally:
-        for parameter, values in exact.items():
-            parameter.data = values
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for module in _modules(model, DECODES).values():
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
+        try:
+            yield
+        finally:
+            for parameter, values in exact.items():
+                parameter.data = values
 
 
-def _decoder(model: AutoencoderKL) -> list[tuple[str, nn.Module]]:
-    return _modules(model, DECODES)
-
-
-def _modules(model: AutoencoderKL, parts: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
-    return [(name, m) for name, m in model.named_modules() if name.split(".")[0] in parts]
+def _modules(model: AutoencoderKL, parts: tuple[str, ...]) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if name.split(".")[0] in parts}
 
 
 def _or_none(value: float) -> float | None:

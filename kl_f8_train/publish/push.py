@@ -3,18 +3,16 @@
 Pictures are never uploaded unless asked for: they are made of somebody's photographs.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import file_sha256
 from kl_f8_train.folders import SUFFIXES
-from kl_f8_train.publish.card import README
-from kl_f8_train.run_dir import EXPORT_FILE, export_meant
+from kl_f8_train.publish.card import README, read_record
+from kl_f8_train.run_dir import EXPORT_FILE
 from kl_f8_train.units import counted, size
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -49,7 +47,7 @@ def plan_upload(export_dir: Path, repository: str, pictures: bool = False) -> Up
     """
     if not REPOSITORY.fullmatch(repository):
         raise UsageError(f"{repository}: expected OWNER/NAME, as on the hub")
-    record = _read_record(export_dir)
+    record = read_record(export_dir)
     upload = Upload(repository, {})
     for name, digest in record["files"].items():
         path = export_dir / name
@@ -58,7 +56,7 @@ def plan_upload(export_dir: Path, repository: str, pictures: bool = False) -> Up
             raise MissingInputError(
                 f"{path} {state} the export; run `kl-f8-train export --force` and `card` again"
             )
-        if _is_picture(path) and not pictures:
+        if path.suffix.lower() in SUFFIXES and not pictures:
             upload.left_out.append(f"{name} (made of photographs; --pictures uploads it)")
         else:
             upload.files[name] = path
@@ -89,7 +87,10 @@ def push(upload: Upload, private: bool, say: Callable[[str], None]) -> str:
         api = hub.HfApi()
         api.create_repo(upload.repository, private=private, exist_ok=True)
         # In one commit: the repository has all of the export or nothing of it.
-        operations = [hub.CommitOperationAdd(name, _content(upload, name)) for name in upload.files]
+        contents: dict[str, str | bytes] = {name: str(p) for name, p in upload.files.items()}
+        if upload.readme is not None:
+            contents[README] = upload.readme.encode()
+        operations = [hub.CommitOperationAdd(name, content) for name, content in contents.items()]
         say(f"uploading {counted(len(operations), 'file', 's')} ...")
         commit = api.create_commit(
             upload.repository, operations, commit_message="Upload a kl-f8 decoder (kl_f8_train)"
@@ -106,37 +107,3 @@ def push(upload: Upload, private: bool, say: Callable[[str], None]) -> str:
 def without_pictures(card: str) -> str:
     """A card without the images that are not uploaded with it."""
     return re.sub(r"^!\[[^\n]*\]\([^)\n]+\)\n+", "", card, flags=re.MULTILINE)
-
-
-def _content(upload: Upload, name: str) -> str | bytes:
-    """What is uploaded as a file: its path, or the card's changed text."""
-    if name == README and upload.readme is not None:
-        return upload.readme.encode()
-    return str(upload.files[name])
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES
-
-
-def _read_record(export_dir: Path) -> dict[str, Any]:
-    file = export_dir / EXPORT_FILE
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        names = record["files"]
-        safe = isinstance(names, dict) and all(
-            isinstance(digest, str) and _is_inside(name) for name, digest in names.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        safe = False
-    if not safe:
-        raise MissingInputError(
-            f"{export_dir} is not an export: no usable {EXPORT_FILE}; give "
-            f"{export_meant(export_dir)}"
-        )
-    return record
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a path leads nowhere but into the export: export.json may be somebody else's."""
-    return not Path(name).is_absolute() and ".." not in Path(name).parts

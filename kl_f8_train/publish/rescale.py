@@ -12,8 +12,7 @@ bias are scaled); nin_shortcut and the upsampling convolution carry it (their bi
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +30,9 @@ WRITES = re.compile(
     r"decoder\.(conv_in|mid\.attn_1\.proj_out|(mid\.block_\d|up\.\d+\.block\.\d+)\.conv2)\.\w+"
 )
 CARRIES = re.compile(r"decoder\.up\.\d+\.(upsample\.conv|block\.\d+\.nin_shortcut)\.bias")
+STREAM = re.compile(  # modules whose outputs are the stream, or a summand of it
+    r"(conv_in|conv2|proj_out|nin_shortcut|attn_1|upsample(\.conv)?|block_\d|block\.\d+)$"
+)
 INNER = re.compile(r"decoder\.(mid\.block_\d|up\.\d+\.block\.\d+)\.conv1\.\w+")
 
 
@@ -69,8 +71,14 @@ def plan_rescaling(model: AutoencoderKL, latents: list[Tensor]) -> Rescaling:
     with half_precision.largest_outputs(model) as largest:
         for z in latents:
             model.decode(z)
-    inner = {name: k for name, most in _inner(largest) if (k := _power(most)) > 0}
-    return Rescaling(max(0, *(_power(most) for most in _stream(largest))), inner)
+    powers = {name: _power(most) for name, most in largest.items()}
+    stream = [k for name, k in powers.items() if STREAM.search(name)]
+    inner = {
+        name.removesuffix(".conv1"): k
+        for name, k in powers.items()
+        if name.endswith(".conv1") and k > 0
+    }
+    return Rescaling(max(0, *stream), inner)
 
 
 def probes(latents: list[Tensor]) -> list[Tensor]:
@@ -95,7 +103,8 @@ def prove(
 
     Raises RunFailedError if they differ by more than EXACT_LEVELS.
     """
-    with _eps_share(after) as share:
+    norms = {name: m for name, m in after.decoder.named_modules() if isinstance(m, nn.GroupNorm)}
+    with half_precision.noted(norms, _eps_share) as share:
         pairs = [(before.decode(z), after.decode(z)) for z in latents]
     most = max(half_precision.levels(a, b)[1] for a, b in pairs)
     rescaling.proof = {
@@ -118,38 +127,8 @@ def _power(most: float) -> int:
     return math.ceil(math.log2(max(most, 1e-30) * HEADROOM / half_precision.LIMIT))
 
 
-def _inner(largest: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-    for name, most in largest.items():
-        if name.endswith(".conv1"):
-            yield name.removesuffix(".conv1"), most
-
-
-def _stream(largest: Mapping[str, float]) -> Iterator[float]:
-    """Outputs that are the stream, or a summand of it."""
-    ends = ("conv_in", "conv2", "proj_out", "nin_shortcut", "attn_1", "upsample", "upsample.conv")
-    for name, most in largest.items():
-        if name.endswith(ends) or re.search(r"(block_\d|block\.\d+)$", name):
-            yield most
-
-
-@contextmanager
-def _eps_share(model: AutoencoderKL) -> Iterator[dict[str, float]]:
-    """Inside, each norm of the decoder notes eps as a share of its smallest group's variance."""
-    seen: dict[str, float] = {}
-
-    def note(name: str, norm: nn.GroupNorm) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            # (B, groups, C/groups H W)
-            groups = inputs[0].unflatten(1, (norm.num_groups, -1)).flatten(2)
-            share = norm.eps / float(groups.var(dim=2, correction=0).min().clamp_min(1e-30))
-            seen[name] = max(seen.get(name, 0.0), share)
-
-        return hook
-
-    norms = [(n, m) for n, m in model.decoder.named_modules() if isinstance(m, nn.GroupNorm)]
-    handles = [m.register_forward_pre_hook(note(name, m)) for name, m in norms]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+def _eps_share(norm: nn.GroupNorm, inputs: tuple[Tensor, ...], output: Tensor) -> float:
+    """eps as a share of the variance of a norm's smallest group."""
+    # (B, groups, C/groups H W)
+    groups = inputs[0].unflatten(1, (norm.num_groups, -1)).flatten(2)
+    return norm.eps / float(groups.var(dim=2, correction=0).min().clamp_min(1e-30))

@@ -187,8 +187,7 @@ def base_facts(contents: weight_file.Contents, weights: Weights, config: Config)
     published = config.model in KL_F8_SHAPES.values()
     channels = config.model.embed_dim
     stated = weight_file.facts_of(contents, weights)
-    with about(str(contents.path)):
-        known = facts.settled(stated, channels, config.init.family, published)
+    known = facts.settled(contents.path, stated, channels, config.init.family, published)
     return facts.combined(known, _shown_value(config))
 
 

@@ -151,13 +151,20 @@ def load_autoencoder(path: str | Path, select: str = "ema") -> AutoencoderKL:
 def build_autoencoder(contents: Contents, weights: Weights) -> AutoencoderKL:
     """`load_autoencoder` for what was read already."""
     try:
-        with torch.device("meta"):  # whatever size the file claims
-            model = AutoencoderKL(**architecture(weights.autoencoder, contents.facts))
-        check_shapes(weights.autoencoder, shapes_of(model.state_dict()))
+        return autoencoder_of(weights.autoencoder, contents.facts)
     except (MissingInputError, ValueError) as error:
         raise MissingInputError(f"{contents.path}: {error}") from error
-    # The tensors themselves become the parameters (assign): no second copy of the network.
-    tensors = {key: value.float().contiguous() for key, value in weights.autoencoder.items()}
+
+
+def autoencoder_of(state: State, stated: Facts) -> AutoencoderKL:
+    """`load_autoencoder` for tensors; those of float32 become the parameters, without a copy.
+
+    Raises MissingInputError naming the first tensor that is missing, or of another shape.
+    """
+    with torch.device("meta"):  # whatever size the file claims
+        model = AutoencoderKL(**architecture(state, stated))
+    check_shapes(state, shapes_of(model.state_dict()))
+    tensors = {key: value.float().contiguous() for key, value in state.items()}
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
 
