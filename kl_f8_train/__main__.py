@@ -99,6 +99,7 @@ def _train(args: argparse.Namespace) -> int:
     from kl_f8_train import config as configs
     from kl_f8_train.files import check_writable
     from kl_f8_train.run.paths import check_paths
+    from kl_f8_train.run.tracking import check_tensorboard
     from kl_f8_train.run_dir import begun
 
     if args.dry_run:
@@ -116,6 +117,8 @@ def _train(args: argparse.Namespace) -> int:
         check_writable(run_dir)
     # Before torch, whose import may take minutes: `status` would call the run stopped.
     with begun(run_dir) if resumes else contextlib.nullcontext():
+        if config.log.tensorboard:
+            check_tensorboard()
         check_paths(config)
         if first:
             print(f"{config.name} in {config.run_dir}: loading ...", flush=True)

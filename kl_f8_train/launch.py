@@ -7,13 +7,13 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from kl_f8_train.errors import UsageError
+from kl_f8_train.files import temporary_dir
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # loaders ignore them
 TORCHRUN, SRUN = "torchrun", "srun"
@@ -147,7 +147,7 @@ def is_first_to_say(message: str) -> bool:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     try:
-        folder = Path(tempfile.gettempdir()) / f"kl_f8_train-{os.getuid()}"
+        folder = temporary_dir()
         stream = os.fstat(sys.stderr.fileno())
         launch = (_starter(), os.environ.get("MASTER_PORT"), os.environ.get(RESTARTS))
         said = repr((*launch, stream.st_dev, stream.st_ino, message))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -173,7 +174,7 @@ def test_a_wrong_command_is_explained_once(tmp_path):
 
 
 def claims(monkeypatch, tmp_path, capfd, **variables: str) -> list[bool]:
-    monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     given(monkeypatch, {"WORLD_SIZE": "2", "LOCAL_RANK": "0", **variables})
     with capfd.disabled():  # a real stream
         return [launch.is_first_to_say("the same"), launch.is_first_to_say("the same")]

@@ -94,7 +94,6 @@ GPUS = (
 class Workload:
     """The work of one stage."""
 
-    name: str
     iterations: int
     global_batch: int
     most: int  # images of a micro-batch; a device takes the largest divisor of its share up to it
@@ -105,11 +104,6 @@ class Workload:
     discriminator_bytes: float  # reduced after it
     checkpoint_bytes: float
     save_every: int  # iterations
-
-    @property
-    def images(self) -> int:
-        """Over the whole stage."""
-        return self.iterations * self.global_batch
 
     @property
     def reduced_bytes(self) -> float:
@@ -130,11 +124,10 @@ def for_gpus(config: Config) -> Config:
     return replace(config, compute=replace(config.compute, accelerator="cuda"))
 
 
-def workload(config: Config, iterations: int, name: str = "") -> Workload:
+def workload(config: Config, iterations: int) -> Workload:
     """The iterations of a configuration, by `cost`'s counts."""
     count = cost.parameters(config)
     return Workload(
-        name=name or config.name,
         iterations=iterations,
         global_batch=config.global_batch,
         most=config.compute.per_device_batch or 12,
@@ -159,9 +152,7 @@ class Prediction:
     """One workload on a number of GPUs."""
 
     gpus: int
-    images_per_gpu: float  # in an iteration
-    compute_seconds: float
-    reduction_seconds: float  # of it, what computing does not hide
+    reduction_seconds: float  # of an iteration, what computing does not hide
     images_per_second: float
     days: float
 
@@ -209,8 +200,6 @@ def predict(work: Workload, image_seconds: float, gpus: int, gpu: Gpu | None) ->
     iteration += saving_seconds(work, iteration)
     return Prediction(
         gpus=gpus,
-        images_per_gpu=work.global_batch / gpus,
-        compute_seconds=compute,
         reduction_seconds=reduction,
         images_per_second=work.global_batch / iteration,
         days=work.iterations * iteration / 86400,

@@ -26,10 +26,7 @@ class Prefetch(Callback):
         iteration = finetuner_of(pl_module).iteration
         if iteration >= self.asked + self.EVERY:
             self.asked = iteration
-            self._ask(trainer, iteration)
-
-    def _ask(self, trainer: Trainer, iteration: int) -> None:
-        # The plan knows which shards come, so each is fetched once, before a loader waits for it.
-        ahead = range(iteration, iteration + self.AHEAD)
-        wanted = upcoming(self.plan, self.sources, ahead, trainer.global_rank, trainer.world_size)
-        self.cache.prefetch([place for place in wanted if is_remote(place)])
+            # Each shard that the plan needs is fetched once, before a loader waits for it.
+            ahead, rank = range(iteration, iteration + self.AHEAD), trainer.global_rank
+            wanted = upcoming(self.plan, self.sources, ahead, rank, trainer.world_size)
+            self.cache.prefetch([place for place in wanted if is_remote(place)])

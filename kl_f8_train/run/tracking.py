@@ -159,20 +159,17 @@ class WandbTracker:
         """Uploads what is pending, within a time limit."""
         self.run.finish(exit_code=int(failed))
 
-    def _start_online(self) -> Any:
+    def _start_online(self, again: bool = False) -> Any:
         """A run on the server; with a new id if the one of earlier starts was deleted there."""
         try:
             return self._init("online")
         except (Exception, SystemExit) as error:
-            if "deleted" not in str(error):
+            if "deleted" not in str(error) or again:
                 return self._fall_back(error)
-            self.say("wandb: the run was deleted on the server; starting a new one there")
+        self.say("wandb: the run was deleted on the server; starting a new one there")
         _tear_down_wandb()
         self._new_id()
-        try:
-            return self._init("online")
-        except (Exception, SystemExit) as error:
-            return self._fall_back(error)
+        return self._start_online(again=True)
 
     def _fall_back(self, error: BaseException) -> Any:
         reason = " ".join(str(error).split()) or type(error).__name__

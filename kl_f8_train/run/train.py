@@ -110,7 +110,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
         callbacks = [run_log, validation, signals, saving]
         if machine.compiles(config.compute):
             callbacks.insert(0, Compiling())  # it announces an iteration before others report it
-        if any(is_remote(place) for place in _locations(sources)):
+        if any(is_remote(source.location(0)) for source in sources.values()):
             callbacks.append(Prefetch(plan, sources, shard_cache(config)))
         note = partial(note_failure, run_dir, passing=True)
         callbacks.append(Watchdog(config.compute.timeout_minutes, course, note))  # the last
@@ -312,7 +312,3 @@ def _source_of_pictures(config: Config, sources: Mapping[str, ImageSource]) -> s
             if not any(map(is_system, inside)):  # such folders are not trained on
                 return source_setting(name, config.data.sources[name].shards)
     return None
-
-
-def _locations(sources: Mapping[str, ImageSource]) -> list[str]:
-    return [source.location(0) for source in sources.values()]

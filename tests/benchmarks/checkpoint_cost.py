@@ -20,18 +20,15 @@ from kl_f8_train.core.model import AutoencoderKL
 
 READ = """
 import json, sys, time
-from pathlib import Path
-from kl_f8_train import checkpoint
-
-def peak():  # getrusage's would be the parent's
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-before, wall, cpu = peak(), time.perf_counter(), time.process_time()
-model = checkpoint.load_autoencoder(sys.argv[1])
+import torch
+from kl_f8_train.check.benchmark import peak_memory
+from kl_f8_train.weights import weight_file
+here = torch.device("cpu")
+before, wall, cpu = peak_memory(here), time.perf_counter(), time.process_time()
+model = weight_file.load_autoencoder(sys.argv[1])
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 assert sum(p.numel() for p in model.parameters()) == 83_653_863
-print(json.dumps([wall, cpu, peak() - before]))
+print(json.dumps([wall, cpu, peak_memory(here) - before]))
 """
 
 

@@ -33,20 +33,19 @@ SETTINGS = (
 MEASURE = """
 import json, sys, time
 from pathlib import Path
-from kl_f8_train.export import export
-from kl_f8_train.inject import inject
-status = Path("/proc/self/status")
-peak = lambda: next(
-    int(x.split()[1]) * 1024 for x in status.read_text().splitlines() if x.startswith("VmHWM")
-)
-before, wall, cpu = peak(), time.perf_counter(), time.process_time()
+import torch
+from kl_f8_train.check.benchmark import peak_memory
+from kl_f8_train.publish.export import export
+from kl_f8_train.publish.inject import inject
+here = torch.device("cpu")
+before, wall, cpu = peak_memory(here), time.perf_counter(), time.process_time()
 job, *paths = sys.argv[1:]
 if job == "export":
     export(*map(Path, paths))
 else:
     inject(*map(Path, paths))
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-print(json.dumps([wall, cpu, peak() - before]))
+print(json.dumps([wall, cpu, peak_memory(here) - before]))
 """
 
 

@@ -11,12 +11,13 @@ from kl_f8_train.settings import Config
 
 def table() -> str:
     """A row for each GPU: its data-sheet rates, and both stages on each number of GPUs."""
-    works = [published_workload(load_published(name)) for name in ("ft_ema", "ft_mse")]
+    names = ("ft_ema", "ft_mse")
+    works = {name: published_workload(load_published(name)) for name in names}
     head = ["GPU", "bf16, tf32, float32 TFLOP/s", "sold with, GB", "GB/s", "link, GB/s"]
     head += ["network, GB/s", "source"]
-    stages = [f"{work.name} on {count}, days" for work in works for count in scaling.GPU_COUNTS]
+    stages = [f"{name} on {count}, days" for name in works for count in scaling.GPU_COUNTS]
     rows = [
-        (*_rates(gpu), *(cell for work in works for cell in _days(work, gpu)))
+        (*_rates(gpu), *(cell for work in works.values() for cell in _days(work, gpu)))
         for gpu in scaling.GPUS
     ]
     return markdown_table((*head, *stages), rows)
