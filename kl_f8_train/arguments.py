@@ -106,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--average",
         nargs="+",
+        action="extend",  # the flag may also be repeated
         type=Path,
         default=[],
         metavar="CKPT",

@@ -116,6 +116,11 @@ def test_wrong_settings_and_missing_inputs_do_not_import_torch(arguments, code, 
         assert "data.sources=no" in read_failure(tmp_path)[0]
 
 
+def test_average_may_be_repeated():
+    args = build_parser().parse_args("export run --average a b --average c".split())
+    assert args.average == [Path("a"), Path("b"), Path("c")]
+
+
 def flags_and_arguments() -> list[tuple[str, argparse.Action]]:
     """Those of every verb."""
     (verbs,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
