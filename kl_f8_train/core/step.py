@@ -334,6 +334,8 @@ class Finetuner(_Base):
         self.metrics = mean_of_each(terms) | {"kl_loss": kl}
         if adversarial:
             weight, grad_nll, grad_g, figures = adversary.weigh(looks, run.iteration)
+            seen = joined([look.y for look in looks])  # (B, 3, H, W)
+            looks.clear()  # which frees what was joined
             self.metrics |= figures
             for part in micro:
                 y = self.decode(z[part]) if twice else y
@@ -346,9 +348,8 @@ class Finetuner(_Base):
 
         # Discriminator, on images and detached reconstructions.
         if adversarial:
-            y, bad = joined([look.y for look in looks]), updates["decoder"].bad
-            factor = adversary.factor(run.iteration)
-            updates["discriminator"] = self._step_discriminator(x, batch, y, factor, bad)
+            factor, bad = adversary.factor(run.iteration), updates["decoder"].bad
+            updates["discriminator"] = self._step_discriminator(x, batch, seen, factor, bad)
         buffers.restore(torch.stack([update.bad for update in updates.values()]).any())
         self.guard.watch(run.iteration, batch.keys, updates)
         run.iteration += 1  # also after an update that was left out: the data goes on
