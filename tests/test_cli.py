@@ -117,7 +117,7 @@ def test_wrong_settings_and_missing_inputs_do_not_import_torch(arguments, code, 
 
 
 def test_average_may_be_repeated():
-    args = build_parser().parse_args("export run --average a b --average c".split())
+    args = build_parser().parse_args(["export", "run", "--average", "a", "b", "--average", "c"])
     assert args.average == [Path("a"), Path("b"), Path("c")]
 
 
