@@ -50,7 +50,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises MissingInputError for a missing file and UsageError with all that is wrong in it.
     """
-    found = examine(path, overrides)
+    found = examine_settings(path, overrides)
     _refuse(found.problems)
     assert found.config is not None
     return found.config
@@ -66,7 +66,7 @@ def _refuse(problems: Sequence[UsageError]) -> None:
         raise UsageError("\n".join([WRONG, *lines]))
 
 
-def examine(path: str | Path, overrides: Sequence[str] = ()) -> Examined:
+def examine_settings(path: str | Path, overrides: Sequence[str] = ()) -> Examined:
     """Finds all that is wrong in a recipe and its overrides, and takes the rest.
 
     Raises MissingInputError for a missing file and UsageError for one that is not a recipe.
@@ -114,7 +114,7 @@ def _fill_in(merged: DictConfig, missing: Sequence[str]) -> bool:
 
 def load_without_inputs(path: Path, overrides: list[str]) -> Config:
     """`load` for what needs neither weights, data nor a run directory: they may be missing."""
-    absent = examine(path, overrides).absent
+    absent = examine_settings(path, overrides).absent
     missing = [f"{key}=none" for key in INPUTS if key in absent]  # any value passes
     config = load(path, [*missing, *overrides])
     if "data.sources=none" in missing:

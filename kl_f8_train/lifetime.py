@@ -48,7 +48,7 @@ def end_with_parent(parent: int) -> None:
 
 
 @contextlib.contextmanager
-def processes(count: int, method: str | None = None) -> Iterator[Callable[..., Iterator[Any]]]:
+def process_pool(count: int, method: str | None = None) -> Iterator[Callable[..., Iterator[Any]]]:
     """A `map` in `count` processes, started by `method`, that end with this one.
 
     Of a single process it is Python's own. Raises RunFailedError if one of several is killed.

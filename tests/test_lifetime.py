@@ -147,12 +147,12 @@ def end_itself(number: int) -> int:
 def test_a_process_that_is_killed_ends_the_others_and_names_the_remedy(method):
     with (
         pytest.raises(RunFailedError, match=r"killed.*the same command again resumes"),
-        lifetime.processes(2, method) as run,
+        lifetime.process_pool(2, method) as run,
     ):
         list(run(end_itself, range(4)))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_results_come_in_their_order(count):
-    with lifetime.processes(count) as run:
+    with lifetime.process_pool(count) as run:
         assert list(run(abs, range(-5, 0))) == [5, 4, 3, 2, 1]

@@ -53,7 +53,7 @@ def examine(
     report = Report(silent if brief else say, begin)
     examined = configs.Examined([], [], None)
     with report.section("settings"):
-        examined = configs.examine(path, overrides)
+        examined = configs.examine_settings(path, overrides)
         if examined.config and not examined.problems:
             _list_settings(report, examined.config, path, overrides)
     for problem in examined.problems:

@@ -13,7 +13,7 @@ from kl_f8_train.data.loading import PositionDataset, open_data
 from kl_f8_train.data.sources import FolderSource, ImageSource
 from kl_f8_train.errors import ImageError, MissingInputError
 from kl_f8_train.rules import side_range
-from kl_f8_train.run.paths import check_weights as check_weights_exist
+from kl_f8_train.run.paths import check_init_weights
 from kl_f8_train.run.start import check_model
 from kl_f8_train.run.tracking import wandb_reachable
 from kl_f8_train.run_dir import list_checkpoints
@@ -36,7 +36,7 @@ def check_weights(report: Report, config: Config) -> None:
         held = counted(len(found), "checkpoint", "s")
         report.detail(f"{config.run_dir} holds {held}: this run would resume")
     else:
-        check_weights_exist(config)
+        check_init_weights(config)
     paths = found or [Path(config.init.weights)]
     contents, weights = _first_readable(report, paths, config.init.select, config.init.prefix)
     start = contents.iteration

@@ -46,7 +46,7 @@ from kl_f8_train.folders import (
     looks_like_image,
 )
 from kl_f8_train.images import MAX_BYTES
-from kl_f8_train.lifetime import processes
+from kl_f8_train.lifetime import process_pool
 from kl_f8_train.output import Progress
 from kl_f8_train.overrides import EXPECTED_SHARDS
 from kl_f8_train.transfer import is_remote, shown
@@ -396,7 +396,7 @@ def build_index(
     check_writable(directory)
     chunks = [list(locations[i : i + PART_SHARDS]) for i in range(0, len(locations), PART_SHARDS)]
     tasks = [(directory / f"part-{n:06d}.npz", chunk, cache) for n, chunk in enumerate(chunks)]
-    with processes(min(workers, len(tasks))) as run:
+    with process_pool(min(workers, len(tasks))) as run:
         for done in itertools.accumulate(run(_index_chunk, tasks)):
             if progress is not None:
                 progress(done, len(locations))

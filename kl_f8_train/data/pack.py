@@ -29,7 +29,7 @@ from kl_f8_train.files import atomic_path, write_text
 from kl_f8_train.folders import SUFFIXES, Listing, list_folder
 from kl_f8_train.images import read_file
 from kl_f8_train.launch import available_cores
-from kl_f8_train.lifetime import processes
+from kl_f8_train.lifetime import process_pool
 from kl_f8_train.output import Progress
 from kl_f8_train.units import counted, printable, written
 
@@ -124,7 +124,7 @@ def pack(
     stats = {number: entry for number, entry in found if entry is not None}
     open_jobs = [job for job in jobs if job.number not in stats]
     done = sum(entry["count"] for entry in stats.values())
-    with processes(_count(workers, open_jobs), "spawn") as run:
+    with process_pool(_count(workers, open_jobs), "spawn") as run:
         for number, entry in itertools.chain.from_iterable(run(_write_shards, _chains(open_jobs))):
             stats[number] = entry
             done += entry["count"]

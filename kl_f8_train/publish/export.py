@@ -82,9 +82,7 @@ def export(
     files = _weight_files(out, stem, layouts, dtype)
     written = [*_paths(files), out / CONFIG_FILE]
     _refuse_to_overwrite(out, [*written, out / card.README, out / EXPORT_FILE], force)
-    before: dict[str, str] = {}  # of an earlier export
-    with contextlib.suppress(MissingInputError):
-        before = card.read_record(out)["files"]
+    before = _earlier_files(out)
 
     named, tried = half_precision.choose_images(pictures, min(TRIED_SIDE, config.data.crop))
     weights = _stored_weights(header.path, select)
@@ -104,6 +102,14 @@ def export(
     for line in (*_summary(out, record), *_remove_old(out, before, record["files"]), *warnings):
         say(line)
     return out
+
+
+def _earlier_files(out: Path) -> dict[str, str]:
+    """The files of an export that is there already."""
+    with contextlib.suppress(MissingInputError):
+        found: dict[str, str] = card.read_record(out)["files"]
+        return found
+    return {}
 
 
 def _provenance(header: weight_file.Contents, config: Config, ema: float | None) -> dict[str, Any]:

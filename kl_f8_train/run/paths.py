@@ -27,7 +27,7 @@ def check_paths(config: Config) -> None:
 
 def _checks(config: Config) -> Iterator[Callable[[], None]]:
     if not list_checkpoints(Path(config.run_dir)):  # only the start of a run reads them
-        yield partial(check_weights, config)
+        yield partial(check_init_weights, config)
     for name, source in config.data.sources.items():
         yield partial(_check_source, name, source.shards)
     yield partial(check_perceptual_weights, config)
@@ -35,7 +35,7 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
         yield partial(_check_pictures, config.log.pictures)
 
 
-def check_weights(config: Config) -> None:
+def check_init_weights(config: Config) -> None:
     """Raises MissingInputError for `init.weights` that are neither here nor named as on the hub."""
     hub.check_exists(config.init.weights, "init.weights=")
 

@@ -24,7 +24,6 @@ from kl_f8_train.core.perceptual import OTHER_VGG
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.files import write_json, write_text
 from kl_f8_train.output import markdown_table
-from kl_f8_train.score import tiled
 from kl_f8_train.score.compare import not_measured
 from kl_f8_train.units import are, counted
 
@@ -225,7 +224,24 @@ def table(result: Mapping[str, Any], measured_only: bool = False) -> str:
         rows.append(cells)
     head = ["model", "iteration", *(["sigma"] if with_sigma else [])]
     text = markdown_table([*head, *(SCORES[name].label for name in columns)], rows)
-    return f"{text}\n\n{tiled.seam_table(result['tiled'])}" if "tiled" in result else text
+    return f"{text}\n\n{seam_table(result['tiled'])}" if "tiled" in result else text
+
+
+def seam_table(summary: Mapping[str, Any]) -> str:
+    """Tiled against whole decoding in Markdown, of `tiled.seam_summary`."""
+    head = ["tiles against whole", "way", "PSNR", "lowest", "largest difference", "PSNR lost"]
+    rows = []
+    for name, ways in summary["models"].items():
+        for way, row in ways.items():
+            apart = row["psnr"] is not None
+            psnr, lowest = (f"{row[k]:.2f}" if apart else "equal" for k in ("psnr", "lowest_psnr"))
+            levels = f"{row['largest_difference']:.1f} levels"
+            rows.append([name, way, psnr, lowest, levels, f"{row['psnr_loss']:+.3f} dB"])
+    return (
+        f"{markdown_table(head, rows)}\n\nTiles of {summary['tile']} pixels. PSNR in dB: of the "
+        "tiled image against the whole one, mean and lowest over the images; lost: of that against "
+        "the photograph."
+    )
 
 
 def footer(result: Mapping[str, Any]) -> str:

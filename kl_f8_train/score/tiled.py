@@ -12,7 +12,7 @@ Shapes: latents (B, C, h, w), images (B, 3, H, W) with H = f h, f the decoder's 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kl_f8_train.core import metrics
-from kl_f8_train.output import Progress, markdown_table
+from kl_f8_train.output import Progress
 from kl_f8_train.score.candidates import Candidate, autoencoder, latents
 from kl_f8_train.score.image_set import EvaluatedImage
 from kl_f8_train.score.protocol import Protocol
@@ -205,20 +205,3 @@ def _summary(rows: Sequence[tuple[str, Seams]]) -> dict[str, Any]:
         "largest_difference": max(seam.largest for _, seam in rows),
         "psnr_loss": math.fsum(seam.loss for _, seam in rows) / len(rows),
     }
-
-
-def seam_table(summary: Mapping[str, Any]) -> str:
-    """Tiled against whole decoding in Markdown, of a `seam_summary`."""
-    head = ["tiles against whole", "way", "PSNR", "lowest", "largest difference", "PSNR lost"]
-    rows = []
-    for name, ways in summary["models"].items():
-        for way, row in ways.items():
-            apart = row["psnr"] is not None
-            psnr, lowest = (f"{row[k]:.2f}" if apart else "equal" for k in ("psnr", "lowest_psnr"))
-            levels = f"{row['largest_difference']:.1f} levels"
-            rows.append([name, way, psnr, lowest, levels, f"{row['psnr_loss']:+.3f} dB"])
-    return (
-        f"{markdown_table(head, rows)}\n\nTiles of {summary['tile']} pixels. PSNR in dB: of the "
-        "tiled image against the whole one, mean and lowest over the images; lost: of that against "
-        "the photograph."
-    )

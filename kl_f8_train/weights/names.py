@@ -43,7 +43,7 @@ SPELLINGS = (  # parts of names, in CompVis' files and in diffusers', in the ord
     (".norm_out.", ".conv_norm_out."),
 )
 AUTOENCODER_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-COUNTERS = ".num_batches_tracked"  # of BatchNorm: the only whole numbers among weights
+BATCH_COUNTS = ".num_batches_tracked"  # of BatchNorm: the only whole numbers among weights
 FIRST_STAGE = "first_stage_model."
 # So called by CompVis and by diffusers; and in the original's EMA, which has no dots.
 ANCHORS = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoderconv_inweight")
@@ -356,7 +356,7 @@ def differences(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, .
             problems.append(f"missing {key}, expected {tuple(shape)}")
         elif tuple(state[key].shape) != tuple(shape):
             problems.append(f"{key} is {tuple(state[key].shape)}, expected {tuple(shape)}")
-        elif not key.endswith(COUNTERS) and not state[key].is_floating_point():
+        elif not key.endswith(BATCH_COUNTS) and not state[key].is_floating_point():
             problems.append(f"{key} is {state[key].dtype}, expected floating point ({QUANTISED})")
     return problems + [f"unexpected {key}" for key in state if key not in expected]
 
