@@ -1,6 +1,7 @@
 """A folder imports only from those before it, and each heavy library has its few places."""
 
 import ast
+import runpy
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -73,3 +74,15 @@ def test_the_packages_themselves_import_nothing():
     lazily = {"importlib", "typing.Any"}  # the library's names, when they are first used
     packages = sorted(PACKAGE.rglob("__init__.py"))
     assert [path for path in packages if imports(path) - lazily] == []
+
+
+def test_the_house_keeps_its_measures():
+    """Of `python tests/benchmarks/house.py`, which prints them."""
+    house = runpy.run_path(str(PACKAGE.parent / "tests" / "benchmarks" / "house.py"))
+    found = house["modules"]()
+    (lines, longest), *_ = house["longest_functions"](found)
+    assert lines <= house["LIMIT"], longest
+    assert house["floors"](house["imported"](found)) <= 12
+    repeated = house["repeated_names"](found)
+    assert len(repeated) <= 10, repeated
+    assert house["unused_names"](found) == []
