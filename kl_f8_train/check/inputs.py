@@ -19,7 +19,7 @@ from kl_f8_train.run.tracking import wandb_reachable
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.settings import Config, Data
 from kl_f8_train.transfer import is_remote
-from kl_f8_train.units import are, counted, size
+from kl_f8_train.units import are, counted, printable, size
 from kl_f8_train.units import speed as rate
 from kl_f8_train.weights import checkpoint, weight_file
 from kl_f8_train.weights.names import Weights
@@ -134,7 +134,8 @@ def _look_at(
     for shard, sample in places:
         key = source.name(shard, sample)
         try:
-            key, encoded = source.read(shard, sample)
+            found, encoded = source.read(shard, sample)
+            key = printable(found)
             pixels, profile = images.picture(encoded)
             images.crop(images.resize_shorter(pixels, side) if side else pixels, data.crop)
         except ImageError as error:
