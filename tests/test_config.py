@@ -789,3 +789,15 @@ def test_the_types_of_unions_are_shown():
     shown = {key: found.type_name for key, found in VALUES.items()}
     assert shown["ema.decay"] == "float | list[float]"
     assert shown["data.shorter_side"] == "int | list[int] | null"
+
+
+def test_a_file_called_as_a_shipped_recipe_does_not_stand_in_for_missing_numbers(
+    tmp_path, monkeypatch
+):
+    recipe = FT_EMA.read_text().replace("global_batch: 192", "global_batch: ???")
+    assert "???" in recipe
+    (tmp_path / "mine.yaml").write_text(recipe)
+    (tmp_path / "ft_ema").write_text("name: [")
+    monkeypatch.chdir(tmp_path)
+    (problem,) = config.examine_settings("mine.yaml").problems
+    assert "global_batch=...   images" in str(problem)

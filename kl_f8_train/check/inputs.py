@@ -134,7 +134,8 @@ def _look_at(
     for shard, sample in places:
         key = source.name(shard, sample)
         try:
-            key, encoded = source.read(shard, sample)
+            found, encoded = source.read(shard, sample)
+            key = printable(found)
             pixels, profile = images.picture(encoded)
             images.crop(images.resize_shorter(pixels, side) if side else pixels, data.crop)
         except ImageError as error:
