@@ -1,6 +1,7 @@
 import errno
 import itertools
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -424,6 +425,21 @@ def test_folder_without_shards(tmp_path):
     (tmp_path / "a.mov").write_bytes(b"film")
     with pytest.raises(MissingInputError, match=r"no shards and no images.*; not used: 1 \.mov"):
         open_source(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_a_missing_input(tmp_path, capsys, monkeypatch):
+    def refusing(real):
+        def listed(path="."):
+            if Path(os.fsdecode(path)) == tmp_path:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(path)
+
+        return listed
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    assert main(["index", str(tmp_path)]) == 3
+    assert f"{tmp_path}: Permission denied; give a folder" in capsys.readouterr().err
 
 
 def test_photographs_need_no_index(tmp_path, capsys):

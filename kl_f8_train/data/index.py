@@ -110,7 +110,7 @@ def tars_in(folder: Path) -> list[str]:
 
 def _without_shards(folder: Path) -> str:
     """What is wrong with a folder that itself holds no .tar, and what may be meant."""
-    none = f"no shards and no images in {folder}"
+    none, listing = f"no shards and no images in {folder}", list_folder(folder)
     entries = sorted(folder.iterdir())
     packed = [entry.name for entry in entries if COMPRESSED.search(entry.name)]
     if packed:
@@ -121,7 +121,6 @@ def _without_shards(folder: Path) -> str:
             f"{none}, but in its folders {', '.join(below[:3])}{', ...' * (len(below) > 3)}: "
             f"name them, as '{folder}/*/*.tar'"
         )
-    listing = list_folder(folder)
     if listing.files:
         found = counted(len(listing.files), "photograph", "s")
         return f"no shards in {folder}, but {found}: a folder of photographs needs no index"
