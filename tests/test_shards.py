@@ -97,6 +97,22 @@ def test_cut_short_anywhere(tmp_path, picture):
     assert len(index.index_tar(cut).images) == 3  # a sample has one image, its first
 
 
+@pytest.mark.parametrize("name", ["0.jpg", "0.json", "0.dat"])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("size", [-1, -512, 1 << 33, 1 << 44, 1 << 62, 1 << 63, 1 << 70])
+def test_a_header_may_claim_any_size(tmp_path, name, kind, size):
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.size = kind, abs(size)
+    header = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+    if size < 0:  # tarfile writes none
+        header[124:136] = b"\xff" + (size % 2**88).to_bytes(11, "big")
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "a.tar").write_bytes(header + b"\0" * 2048)
+    with pytest.raises(MissingInputError, match=r"a\.tar is broken: .+ after 0 images"):
+        index.index_tar(tmp_path / "a.tar")
+
+
 @pytest.mark.parametrize("picture", [b"\xff" * 2011, black_bmp()], ids=["odd", "zeros"])
 def test_broken_header_in_the_middle(tmp_path, picture):
     members = {f"{number}.bmp": picture for number in range(4)}

@@ -139,7 +139,7 @@ def _look_at(
             pixels, profile = images.picture(encoded)
             images.crop(images.resize_shorter(pixels, side) if side else pixels, data.crop)
         except ImageError as error:
-            bad.append(f"{key}: {error}")
+            bad.append(f"{printable(key)}: {error}")
         else:
             small += min(pixels.shape[1:]) < side
             profiles.update([profile] * bool(profile))
@@ -160,7 +160,7 @@ def _describe_image(source: ImageSource, shard: int, sample: int) -> str:
         return f"{source.name(shard, sample)} cannot be used: {error}"
     height, width = found.pixels.shape[1:]
     profile = f", {found.profile}" if found.profile else ""
-    return f"{key}, {width} x {height} pixels, {size(len(data))}{profile}"
+    return f"{printable(key)}, {width} x {height} pixels, {size(len(data))}{profile}"
 
 
 def check_overlap(report: Report, config: Config, pictures: Path) -> None:
