@@ -678,14 +678,6 @@ def test_an_image_smaller_than_the_crop_cannot_be_used(examined, tmp_path):
     assert "8.jpg: 24 x 24 pixels, smaller than the 32 x 32 crop" in found["remarks"][0]
 
 
-def test_names_of_images_that_cannot_be_used_are_printable(examined, tmp_path):
-    for number in range(8):
-        (tmp_path / f"{number}.jpg").write_bytes(samples.encode(samples.noise_picture(number)))
-    (tmp_path / "9\x1b[31m\n.jpg").write_bytes(b"no image")
-    found = examined("printable", f"data.sources={tmp_path}", "init.weights=absent")[1]
-    assert "/9\\x1b[31m\\n.jpg: not a readable image" in found["remarks"][0]
-
-
 def test_a_warning_is_counted_in_the_verdict(folder, capsys):
     tiles = (f"data.sources={folder / 'tiles'}", f"log.pictures={folder / 'tiles'}")
     given = ("log.pictures_every=5", "log.pictures_size=64", "stop_iteration=110", *tiles)

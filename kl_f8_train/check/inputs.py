@@ -134,8 +134,7 @@ def _look_at(
     for shard, sample in places:
         key = source.name(shard, sample)
         try:
-            found, encoded = source.read(shard, sample)
-            key = printable(found)
+            key, encoded = source.read(shard, sample)
             pixels, profile = images.picture(encoded)
             images.crop(images.resize_shorter(pixels, side) if side else pixels, data.crop)
         except ImageError as error:
