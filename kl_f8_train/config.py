@@ -106,7 +106,7 @@ def _fill_in(merged: DictConfig, missing: Sequence[str]) -> bool:
         _override(merged, f"{key}={PLACEHOLDER}")
     if named == missing:
         return True
-    published, _ = _merged(find_recipe("ft_ema"), ())
+    published, _ = _merged(next(_shipped("ft_ema")), ())  # whatever is called so here
     for key in {*missing} - {*named}:
         OmegaConf.update(merged, key, OmegaConf.select(published, key))
     return False
@@ -318,9 +318,13 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    shipped = (folder / f"{name}.yaml" for folder in SHIPPED)
     of_a_run = path / CONFIG_FILE
-    return next((file for file in (*shipped, of_a_run) if file.is_file()), path)
+    return next(_shipped(name), of_a_run if of_a_run.is_file() else path)
+
+
+def _shipped(name: str) -> Iterator[Path]:
+    """The recipe that ships under a name, if one does."""
+    return (file for folder in SHIPPED if (file := folder / f"{name}.yaml").is_file())
 
 
 def recipe(name: str, *overrides: str) -> Config:

@@ -51,12 +51,14 @@ def end_with_parent(parent: int) -> None:
 def process_pool(count: int, method: str | None = None) -> Iterator[Callable[..., Iterator[Any]]]:
     """A `map` in `count` processes, started by `method`, that end with this one.
 
-    Of a single process it is Python's own. Raises RunFailedError if one of several is killed.
+    Of a single process it is Python's own. Several end at once with an interrupt; RunFailedError is
+    raised if one of them is killed.
     """
     if count <= 1:
         yield map
         return
     context, parent = multiprocessing.get_context(method), (os.getpid(),)
+    others = {*multiprocessing.active_children()}
     with ProcessPoolExecutor(count, context, initializer=_start, initargs=parent) as pool:
         try:
             yield pool.map
@@ -64,6 +66,10 @@ def process_pool(count: int, method: str | None = None) -> Iterator[Callable[...
             raise RunFailedError(
                 "one of the processes was killed (out of memory?); the same command again resumes"
             ) from error
+        except KeyboardInterrupt:  # what they are at may take an hour, and is made anew
+            for process in {*multiprocessing.active_children()} - others:
+                process.kill()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

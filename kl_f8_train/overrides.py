@@ -54,10 +54,13 @@ def source_setting(name: str, pattern: str) -> str:
 def absent_source(pattern: str) -> str:
     """Why a source's pattern names nothing on this machine; empty if it may name something.
 
-    Of a brace pattern it is enough that one of its files may be there.
+    Of a brace pattern it is enough that one of its files may be there; of several patterns, joined
+    by `::`, that each may name something.
     """
     if os.path.exists(pattern) or is_remote(pattern):
         return ""
+    if "::" in pattern:
+        return next(filter(None, map(absent_source, pattern.split("::"))), "")
     wider, braces = pattern, 1
     while braces:  # the innermost ones first
         wider, braces = re.subn(r"\{[^{}]*\}", "*", wider)

@@ -172,7 +172,7 @@ def _ranges(config: Config) -> Iterator[str]:
             f"model.embed_dim={model.embed_dim}: expected model.z_channels={model.z_channels}, as "
             "model.quant_conv=false"
         )
-    if model.ch % model.norm_num_groups:
+    if model.norm_num_groups > 0 and model.ch % model.norm_num_groups:
         yield (
             f"model.ch={model.ch}: expected a multiple of model.norm_num_groups="
             f"{model.norm_num_groups}"

@@ -326,6 +326,7 @@ def test_changed_files_are_refused(folder):
         '{"files": 3, "config": {}}',
         '{"files": {"../x": "0"}, "config": {}}',
         '{"files": {"x": 0}, "config": {}}',
+        '{"files": {}, "config": {}}',
     ],
 )
 @pytest.mark.parametrize("verb", [["card"], ["push", "me/vae"]])
@@ -335,6 +336,20 @@ def test_a_damaged_export_json_is_refused_by_name(tmp_path, capsys, content, ver
     said = capsys.readouterr().err
     assert re.search(r"export\.json is (not JSON|not what|of an older version)", said)
     assert "again" in said
+
+
+@pytest.mark.parametrize("wrong", [None, "x", {"a": 3}, [3]])
+@pytest.mark.parametrize(
+    "entry",
+    ["iteration", "averaged", "changes", "config", "facts", "half_precision", "checks", "card"],
+)
+def test_an_entry_of_another_type_is_refused_by_name(tmp_path, exported, entry, wrong):
+    record = json.loads((exported / "export.json").read_text())
+    if isinstance(wrong, type(record.get(entry, {}))):
+        wrong = 3
+    (tmp_path / "export.json").write_text(json.dumps(record | {entry: wrong}))
+    with pytest.raises(MissingInputError, match=r"export\.json is not what `kl-f8-train export`"):
+        card.write(tmp_path)
 
 
 def test_odd_names_do_not_break_the_card(folder, scores):

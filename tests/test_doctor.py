@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import re
 import shlex
 import threading
@@ -647,6 +648,25 @@ def test_every_image_of_a_small_folder_is_read(examined, tmp_path):
     assert found["remarks"][1].startswith(small)
     found = examined("all", f"data.sources={photos}", "init.weights=absent", "data.crop=48")[1]
     assert found["data"]["photos"]["unusable"] == 3
+
+
+def test_names_are_printed_without_what_a_terminal_acts_on(examined, tmp_path):
+    photos = os.fsencode(tmp_path / "photos")
+    os.mkdir(photos)
+    names = [b"a\nb.jpg", b"c\x1b[31m\xff.jpg"]
+    for number, name in enumerate(names):
+        with open(os.path.join(photos, name), "wb") as file:
+            file.write(samples.encode(samples.noise_picture(number)))
+    with open(os.path.join(photos, b"d\x1b\xff.jpg"), "wb") as file:
+        file.write(b"no image")
+    pictures = (f"log.pictures={tmp_path / 'photos'}", "log.pictures_every=10")
+    inputs = (f"data.sources={tmp_path / 'photos'}", "init.weights=absent", "data.crop=32")
+    _, found, printed = examined("names", *inputs, *pictures)
+    for text in (printed, *found["remarks"]):
+        assert not set("\x1b\udcff") & set(text)
+    assert r"a\nb.jpg" in printed
+    assert r"as photos/d\x1b\xff.jpg: " in found["remarks"][0]
+    assert r"photos/a\nb.jpg" in found["validation"]["common"].values()
 
 
 def test_an_image_smaller_than_the_crop_cannot_be_used(examined, tmp_path):

@@ -126,6 +126,9 @@ CONFIG = {
     "empty value": train("global_batch=", USAGE, "global_batch=: expected a whole number"),
     "empty weights": train("init.weights=", USAGE, "init.weights is empty: expected file"),
     "empty run_dir": train("run_dir=", USAGE, "run_dir is empty: expected directory"),
+    "no groups": train(
+        "model.norm_num_groups=0", USAGE, "model.norm_num_groups=0: expected a number above 0"
+    ),
     "several wrong": train(
         "seed=abc sed=1 global_batch=many data.crop=33 compute.per_device_batch=3",
         USAGE,

@@ -463,6 +463,9 @@ def test_an_export_with_fewer_formats_leaves_no_older_weights(folder, tmp_path):
     export(folder / "run", tmp_path)
     (tmp_path / "mine.ckpt").write_text("mine")
     (tmp_path / "diffusers/config.json").write_text("{}")  # changed by hand: it stays
+    for own in ("diffusers/own", "own.ckpt"):
+        (tmp_path / own).mkdir()
+    (tmp_path / "own.safetensors").symlink_to("nowhere")
     said: list[str] = []
     export(folder / "run", tmp_path, layouts=["ckpt"], force=True, say=said.append)
     left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -150,6 +151,15 @@ def test_a_process_that_is_killed_ends_the_others_and_names_the_remedy(method):
         lifetime.process_pool(2, method) as run,
     ):
         list(run(end_itself, range(4)))
+
+
+@pytest.mark.parametrize("method", [None, "spawn"])
+def test_an_interrupt_does_not_wait_for_what_processes_are_at(method):
+    began = time.monotonic()
+    threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt), lifetime.process_pool(2, method) as run:
+        list(run(time.sleep, [300] * 8))
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])

@@ -235,6 +235,15 @@ def test_shards_that_begin_in_one_row_group_are_one_process_s(data_set):
 
 
 @pytest.mark.slow
+def test_progress_is_said_after_each_shard_of_a_large_row_group(tmp_path):
+    write(tmp_path / "a.parquet", rows(6), group=6)
+    said = []
+    pack.pack(
+        tmp_path / "a.parquet", tmp_path / "out", per_shard=2, progress=lambda *n: said.append(n)
+    )
+    assert said == [(2, 6), (4, 6), (6, 6)]
+
+
 def test_processes_do_not_matter(data_set, tmp_path):
     one = pack.pack(data_set, tmp_path / "one", per_shard=2, workers=1)
     two = pack.pack(data_set, tmp_path / "two", per_shard=2, workers=2)

@@ -156,5 +156,8 @@ def test_autocast_is_switched_off_inside(golden, vgg_file):
     network = lpips_vgg(*pretrained.vgg_features(vgg_file))
     x, y = (golden.tensor(f"lpips/small.{name}").float() for name in "xy")
     plain = network(x, y)
+    squared = squared_differences(network.features(x), network.features(y))  # as scores are taken
+    apart = network.weighted(squared)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(network(x, y), plain)
+        assert torch.equal(network.weighted(squared), apart)

@@ -1,6 +1,7 @@
 import errno
 import itertools
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -95,6 +96,22 @@ def test_cut_short_anywhere(tmp_path, picture):
             index.index_tar(cut)
     cut.write_bytes(data[: end + 1024])
     assert len(index.index_tar(cut).images) == 3  # a sample has one image, its first
+
+
+@pytest.mark.parametrize("name", ["0.jpg", "0.json", "0.dat"])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("size", [-1, -512, 1 << 33, 1 << 44, 1 << 62, 1 << 63, 1 << 70])
+def test_a_header_may_claim_any_size(tmp_path, name, kind, size):
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.size = kind, abs(size)
+    header = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+    if size < 0:  # tarfile writes none
+        header[124:136] = b"\xff" + (size % 2**88).to_bytes(11, "big")
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "a.tar").write_bytes(header + b"\0" * 2048)
+    with pytest.raises(MissingInputError, match=r"a\.tar is broken: .+ after 0 images"):
+        index.index_tar(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize("picture", [b"\xff" * 2011, black_bmp()], ids=["odd", "zeros"])
@@ -408,6 +425,21 @@ def test_folder_without_shards(tmp_path):
     (tmp_path / "a.mov").write_bytes(b"film")
     with pytest.raises(MissingInputError, match=r"no shards and no images.*; not used: 1 \.mov"):
         open_source(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_a_missing_input(tmp_path, capsys, monkeypatch):
+    def refusing(real):
+        def listed(path="."):
+            if Path(os.fsdecode(path)) == tmp_path:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(path)
+
+        return listed
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    assert main(["index", str(tmp_path)]) == 3
+    assert f"{tmp_path}: Permission denied; give a folder" in capsys.readouterr().err
 
 
 def test_photographs_need_no_index(tmp_path, capsys):

@@ -280,6 +280,12 @@ def test_waiting_for_data_is_judged_late_and_more_workers_than_cores_are_not_adv
     assert "raise" not in warning
 
 
+def test_immense_numbers_are_no_error(tmp_path):
+    rows = [row(iteration, data_wait_share=1.7e308) for iteration in range(1010, 1600, 10)]
+    warned = " ".join(status.read_status(make_run(tmp_path, rows), NOW).warnings)
+    assert "waiting for data" in warned
+
+
 def test_updates_left_out_are_counted_over_restarts():
     rows = [row(i, bad_updates=n) for i, n in enumerate([0, 1, 1, 3, 0, 0, 2, 2, 1, 1], 1)]
     assert status.left_out(rows) == (3 + 2 + 1, 9)

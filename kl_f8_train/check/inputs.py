@@ -19,7 +19,7 @@ from kl_f8_train.run.tracking import wandb_reachable
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.settings import Config, Data
 from kl_f8_train.transfer import is_remote
-from kl_f8_train.units import are, counted, size
+from kl_f8_train.units import are, counted, printable, size
 from kl_f8_train.units import speed as rate
 from kl_f8_train.weights import checkpoint, weight_file
 from kl_f8_train.weights.names import Weights
@@ -138,7 +138,7 @@ def _look_at(
             pixels, profile = images.picture(encoded)
             images.crop(images.resize_shorter(pixels, side) if side else pixels, data.crop)
         except ImageError as error:
-            bad.append(f"{key}: {error}")
+            bad.append(f"{printable(key)}: {error}")
         else:
             small += min(pixels.shape[1:]) < side
             profiles.update([profile] * bool(profile))
@@ -159,7 +159,7 @@ def _describe_image(source: ImageSource, shard: int, sample: int) -> str:
         return f"{source.name(shard, sample)} cannot be used: {error}"
     height, width = found.pixels.shape[1:]
     profile = f", {found.profile}" if found.profile else ""
-    return f"{key}, {width} x {height} pixels, {size(len(data))}{profile}"
+    return f"{printable(key)}, {width} x {height} pixels, {size(len(data))}{profile}"
 
 
 def check_overlap(report: Report, config: Config, pictures: Path) -> None:

@@ -80,7 +80,7 @@ def _equal(
             with contextlib.suppress(ImageError):
                 key, data = source.read(shard, sample)
                 if (picture := known.get(hashlib.sha256(data).digest())) is not None:
-                    yield picture, f"{name}/{key}"
+                    yield picture, printable(f"{name}/{key}")
 
 
 def _spread(sources: Mapping[str, ImageSource]) -> Iterator[tuple[str, ImageSource, int, int]]:

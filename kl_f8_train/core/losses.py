@@ -202,7 +202,7 @@ class PerceptualDistance(nn.Module):
             compare = partial(checkpoint, compare, use_reentrant=False, preserve_rng_state=False)
         with autocast("float32", images.device):
             squared = [compare(a, b) for a, b in zip(targets, layers, strict=True)]
-            return self.weighted(squared)
+        return self.weighted(squared)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) in [-1, 1] -> the layers' features, of unit length over channels."""
@@ -222,7 +222,8 @@ class PerceptualDistance(nn.Module):
     def weighted(self, squared: Sequence[Tensor]) -> Tensor:
         """Squared differences of features -> the distance, (B, 1, 1, 1)."""
         pairs = zip(squared, self.heads, strict=True)
-        layers = [weighted_sum(*pair).mean(dim=(2, 3), keepdim=True) for pair in pairs]
+        with autocast("float32", squared[0].device):
+            layers = [weighted_sum(*pair).mean(dim=(2, 3), keepdim=True) for pair in pairs]
         return torch.stack(layers).sum(dim=0)
 
 

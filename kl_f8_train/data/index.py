@@ -55,7 +55,11 @@ from kl_f8_train.units import are, counted
 TAR_BLOCK = 512  # bytes; everything in a tar starts at a multiple of it
 PART_SHARDS = 64  # shards indexed as one resumable part
 MOST = 1_000_000  # shards of one pattern
+JSON_BYTES = 16 << 20  # of the metadata of one image; a header may claim any size
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)  # of an index
+
+# What tarfile raises of a broken tar; the last three where a header claims an absurd size.
+BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError)
 
 # In place of a fingerprint, and not what any shard has: what failed today is tried again.
 UNFETCHED = [-2, 0]  # could not be fetched
@@ -106,7 +110,7 @@ def tars_in(folder: Path) -> list[str]:
 
 def _without_shards(folder: Path) -> str:
     """What is wrong with a folder that itself holds no .tar, and what may be meant."""
-    none = f"no shards and no images in {folder}"
+    none, listing = f"no shards and no images in {folder}", list_folder(folder)
     entries = sorted(folder.iterdir())
     packed = [entry.name for entry in entries if COMPRESSED.search(entry.name)]
     if packed:
@@ -117,7 +121,6 @@ def _without_shards(folder: Path) -> str:
             f"{none}, but in its folders {', '.join(below[:3])}{', ...' * (len(below) > 3)}: "
             f"name them, as '{folder}/*/*.tar'"
         )
-    listing = list_folder(folder)
     if listing.files:
         found = counted(len(listing.files), "photograph", "s")
         return f"no shards in {folder}, but {found}: a folder of photographs needs no index"
@@ -232,8 +235,8 @@ def index_tar(path: Path) -> TarIndex:
                 end = archive.offset
             file.seek(end)
             block = file.read(TAR_BLOCK)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        found = f"is broken: {error} after {_images(members)}"
+    except BROKEN as error:
+        found = f"is broken: {str(error) or 'it claims absurd sizes'} after {_images(members)}"
         with contextlib.suppress(OSError), path.open("rb") as file:
             head = file.read(TAR_BLOCK)
             if not members and head[257:262] != b"ustar":  # POSIX, the header's magic
@@ -262,12 +265,15 @@ def _member(entry: tarfile.TarInfo, file: BinaryIO) -> Member | None:
     """What a file in a tar is; None for folders, links, and what a system keeps for itself."""
     folder, _, name = entry.name.rpartition("/")
     parts = [part for part in entry.name.split("/") if part.strip(".")]
+    if entry.size < 0:
+        raise tarfile.HeaderError(f"{entry.name!a} has a negative size")
     if not entry.isfile() or entry.issparse() or any(map(is_system, parts)):
         return None
     suffix = os.path.splitext(name)[1].lower()
     numbers: dict[str, float] = {}
     if suffix == ".json":
-        numbers = _json_numbers(os.pread(file.fileno(), entry.size, entry.offset_data))
+        text = os.pread(file.fileno(), min(JSON_BYTES, entry.size), entry.offset_data)
+        numbers = _json_numbers(text)
     is_image = suffix in SUFFIXES
     if not is_image and suffix not in NO_IMAGES:
         head = os.pread(file.fileno(), min(FIRST_BYTES, entry.size), entry.offset_data)

@@ -124,8 +124,10 @@ def pack(
     stats = {number: entry for number, entry in found if entry is not None}
     open_jobs = [job for job in jobs if job.number not in stats]
     done = sum(entry["count"] for entry in stats.values())
-    with process_pool(_count(workers, open_jobs), "spawn") as run:
-        for number, entry in itertools.chain.from_iterable(run(_write_shards, _chains(open_jobs))):
+    count = _count(workers, open_jobs)
+    write = _write_shards if count == 1 else _written  # a generator stays in its process
+    with process_pool(count, "spawn") as run:
+        for number, entry in itertools.chain.from_iterable(run(write, _chains(open_jobs))):
             stats[number] = entry
             done += entry["count"]
             if progress:
@@ -267,12 +269,15 @@ def _count(workers: int | None, jobs: list[Job]) -> int:
     return max(1, min(workers, len(jobs)))
 
 
-def _write_shards(chain: list[Job]) -> list[tuple[int, dict[str, Any]]]:
-    """Writes shards one after another: the number and the statistics of each."""
+def _write_shards(chain: list[Job]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Writes shards one after another; yields the number and the statistics of each."""
     stream = _images(chain)
-    return [
-        (job.number, _write_shard(job, itertools.islice(stream, len(job.files)))) for job in chain
-    ]
+    for job in chain:
+        yield job.number, _write_shard(job, itertools.islice(stream, len(job.files)))
+
+
+def _written(chain: list[Job]) -> list[tuple[int, dict[str, Any]]]:
+    return list(_write_shards(chain))
 
 
 def _images(chain: list[Job]) -> Iterator[parquet.ImageRow]:

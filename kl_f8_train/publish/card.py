@@ -9,7 +9,7 @@ import math
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,12 @@ README, STRIP, LICENSE = "README.md", "strip.png", "LICENSE"  # written here, an
 DIFFUSERS = "diffusers/diffusion_pytorch_model.safetensors"
 # metric -> its type in the hub's model-index, in the order of the card's columns
 HUB_TYPES = {"rfid": "fid", "psnr": "psnr", "ssim": "ssim", "psim": "psim", "lpips": "lpips"}
-NEEDED = (  # of export.json
-    *("name", "stem", "weights", "dtype", "iteration", "init_iteration", "averaged", "config"),
-    *("half_precision", "checks", "files"),
-)
+NEEDED: dict[str, Any] = {  # entry of export.json -> its type
+    **dict.fromkeys(("name", "stem", "weights", "dtype"), str),
+    **dict.fromkeys(("config", "half_precision", "checks", "files"), dict),
+    **{"iteration": int, "init_iteration": int | None, "averaged": list},
+}
+FURTHER = {"facts": dict, "changes": list, "card": dict}  # that it may hold
 TEMPLATE = Path(__file__).with_name("card.md")
 
 
@@ -191,7 +193,7 @@ def _record(export_dir: Path) -> dict[str, Any]:
     return record
 
 
-def read_record(export_dir: Path, needed: Sequence[str] = ("files",)) -> dict[str, Any]:
+def read_record(export_dir: Path, needed: Collection[str] = ("files",)) -> dict[str, Any]:
     """export.json, which may be somebody else's: the files that it names lie inside the export.
 
     Raises MissingInputError if it is missing or damaged, lacks what is `needed`, or names other
@@ -206,10 +208,17 @@ def read_record(export_dir: Path, needed: Sequence[str] = ("files",)) -> dict[st
     record = _json(path, "export")
     if not record.keys() >= set(needed):
         raise MissingInputError(f"{path} is of an older version. Run `kl-f8-train export` again")
-    files = record["files"]
-    safe = isinstance(files, dict) and all(
-        isinstance(digest, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
-        for name, digest in files.items()
+    kinds = {**NEEDED, **FURTHER}
+    typed = all(isinstance(record[key], kinds[key]) for key in kinds.keys() & record.keys())
+    safe = (
+        typed
+        and record["files"]
+        and all(
+            isinstance(digest, str)
+            and not Path(name).is_absolute()
+            and ".." not in Path(name).parts
+            for name, digest in record["files"].items()
+        )
     )
     if not safe:
         raise MissingInputError(f"{path} is not what `kl-f8-train export` writes: run it again")

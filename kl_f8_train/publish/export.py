@@ -435,10 +435,9 @@ def _remove_old(out: Path, before: Mapping[str, str], now: Mapping[str, str]) ->
     for pattern in ("*.safetensors", "*.ckpt", "diffusers/*"):
         for path in sorted(out.glob(pattern)):
             file = str(path.relative_to(out))
-            if file in now or before.get(file) != file_sha256(path):
-                continue
-            path.unlink()
-            lines.append(f"{path} of the earlier export was removed")
+            if file in before and file not in now and file_sha256(path) == before[file]:
+                path.unlink()
+                lines.append(f"{path} of the earlier export was removed")
     return lines
 
 

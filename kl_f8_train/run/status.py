@@ -261,7 +261,7 @@ def _lately(rows: Sequence[Row]) -> Sequence[Row]:
 
 def _mean(rows: Iterable[Row], column: str) -> float | None:
     values = [row[column] for row in rows if column in row]
-    return statistics.fmean(values) if values else None
+    return sum(values) / len(values) if values else None
 
 
 def compare_losses(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
