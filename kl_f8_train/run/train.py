@@ -87,7 +87,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
     signals.install()
     try:
         finetuner, frozen = start_or_resume(config, run_dir, allow_changes)
-        if finetuner.iteration >= config.stop_iteration and not finetuner.warmup_left:
+        if _is_over(finetuner, config):
             say_once(f"{run_dir} is {_end_reached(finetuner.iteration, config)}; nothing to do")
             return 0
         plan, sources = open_data(config, say_once)
@@ -122,8 +122,8 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
             _fit(trainer, Iterations(config, finetuner, plan, sources), course)
     finally:
         signals.restore()
-    ended = finetuner.iteration >= config.stop_iteration and not finetuner.warmup_left
-    if signals.received and not ended:  # a signal in the last iteration changes nothing
+    # A signal in the last iteration changes nothing.
+    if signals.received and not _is_over(finetuner, config):
         say_once(
             f"stopped by signal {signals.received} at iteration {finetuner.iteration:,}, saved; "
             f"the same command resumes it, or: kl-f8-train train {shlex.quote(str(run_dir))}"
@@ -131,6 +131,10 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
         return 128 + signals.received
     _say_end(run_dir, finetuner.iteration)
     return 0
+
+
+def _is_over(finetuner: Finetuner, config: Config) -> bool:
+    return finetuner.iteration >= config.stop_iteration and not finetuner.warmup_left
 
 
 def _end_reached(iteration: int, config: Config) -> str:
