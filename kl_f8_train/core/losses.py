@@ -133,14 +133,14 @@ def adaptive_weight(grad_nll: Tensor, grad_g: Tensor, maximum: float = 1e4) -> T
 
 
 def weighed(
-    at_last_layer: Tensor, gs: Sequence[Tensor], factor: float, maximum: float, weight: float
+    at_last_layer: Tensor, gs: list[Tensor], factor: float, maximum: float, weight: float
 ) -> dict[str, Tensor]:
     """The figures of the adaptive weight, all (), from both gradients, (2, 3, ch, 3, 3), and g's.
 
     "weight" is what g has in the decoder's loss.
     """
     ratio = adaptive_weight(at_last_layer[0], at_last_layer[1], maximum)
-    scaled, g = ratio * weight, torch.stack(list(gs)).mean()
+    scaled, g = ratio * weight, torch.stack(gs).mean()
     return {
         "weight": scaled * factor,
         "generator_loss": g,
