@@ -61,8 +61,8 @@ def _refuse(problems: Sequence[UsageError]) -> None:
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        texts = (str(problem).removeprefix(f"{WRONG}\n") for problem in problems)
-        lines = (text if text[:1] == " " else textwrap.indent(text, "  ") for text in texts)
+        messages = (str(problem).removeprefix(f"{WRONG}\n") for problem in problems)
+        lines = (line if line[:1] == " " else textwrap.indent(line, "  ") for line in messages)
         raise UsageError("\n".join([WRONG, *lines]))
 
 

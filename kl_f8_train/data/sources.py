@@ -352,7 +352,7 @@ def open_source(
 
 
 def _photographs(folder: Path) -> Listing | None:
-    """The photographs of a folder; None if there are none, or few beside shards."""
+    """The photographs of a folder; None unless it has more of them than shards."""
     listing = list_folder(folder)
     return listing if len(listing.files) > len(tars_in(folder)) else None
 
