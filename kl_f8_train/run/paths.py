@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from kl_f8_train.errors import MissingInputError, like_path, no_folder
-from kl_f8_train.overrides import absent_source, source_setting
+from kl_f8_train.data.patterns import check_named
+from kl_f8_train.errors import MissingInputError, about, like_path, no_folder
+from kl_f8_train.overrides import source_setting
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.settings import Config
 from kl_f8_train.weights import hub
@@ -51,9 +52,8 @@ def check_perceptual_weights(config: Config) -> None:
 
 
 def _check_source(name: str, pattern: str) -> None:
-    if why := absent_source(pattern):
-        where = source_setting(name, pattern)
-        raise MissingInputError(f"{where}: {why.removeprefix(f'{pattern}: ')}")
+    with about(source_setting(name, pattern)):
+        check_named(pattern)
 
 
 def _check_pictures(folder: str) -> None:
