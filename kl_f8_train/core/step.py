@@ -32,7 +32,7 @@ from kl_f8_train.core.losses import (
     NoAdversary,
     reconstruction_loss,
 )
-from kl_f8_train.core.model import TRAINED, AutoencoderKL, Posterior, autocast, kernels
+from kl_f8_train.core.model import TRAINED, AutoencoderKL, Kernels, Posterior, autocast
 from kl_f8_train.core.run_state import RunState
 from kl_f8_train.core.updates import (
     PLAINLY,
@@ -126,6 +126,7 @@ class Finetuner(_Base):
         own = {} if precision == "float32" else {"precision": precision}
         self.distance: Distance = partial(perceptual, **own)  # no submodule, either
         self.run_state = run_state or RunState(iteration=config.init.iteration or 0)
+        self.kernels = Kernels(config.precision, config.compute.deterministic)
         self.guard = Guard(config.max_bad_updates)
         self.metrics: dict[str, Tensor] = {}  # of the last iteration
         self.reconstruction_loss, self.checked = reconstruction_loss, checked
@@ -243,12 +244,20 @@ class Finetuner(_Base):
         self.run_state.load(checkpoint[RUN_STATE])
 
     def on_fit_start(self) -> None:
-        """Moves what Lightning leaves behind, and checks that all ranks start alike."""
+        """Moves what Lightning leaves behind, and checks that all ranks start alike.
+
+        From here to the end of the fit CUDA computes as `precision` says.
+        """
+        self.kernels.__enter__()
         self.perceptual.to(self.device)
         for adam in self.adams:
             for parameter, state in adam.state.items():  # restored; the fused Adam reads it
                 state["step"] = state["step"].to(parameter.device)
         self._compare_ranks()
+    def on_fit_end(self) -> None:
+        """Puts torch's flags back."""
+        self.kernels.__exit__()
+
 
     def _compare_ranks(self) -> None:
         """Raises RunFailedError if a rank resumed another state, or sees other data."""
@@ -286,12 +295,11 @@ class Finetuner(_Base):
     def training_step(self, batch: Batch, batch_index: int) -> None:
         """One iteration; before the first, those of the discriminator's warm-up."""
         rate = self.learning_rate
-        with kernels(self.config.precision, self.config.compute.deterministic):
-            if self.run_state.warmup_left:
-                self.run_warm_up(batch)
-            else:
-                no_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-                self.run_iteration(batch, Loop(self.manual_backward, no_sync, self._step_counted))
+        if self.run_state.warmup_left:
+            self.run_warm_up(batch)
+        else:
+            no_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+            self.run_iteration(batch, Loop(self.manual_backward, no_sync, self._step_counted))
         if self.log_metrics:
             self.log_dict(self.metrics, batch_size=len(batch.images))
             self.log("learning_rate", rate, batch_size=len(batch.images))
