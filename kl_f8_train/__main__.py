@@ -21,7 +21,7 @@ from kl_f8_train import next_command
 from kl_f8_train.arguments import build_parser, name_path_select
 from kl_f8_train.averages import selection
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError
-from kl_f8_train.launch import end_children, is_first_to_say, launched
+from kl_f8_train.launch import end_children, is_first_to_say, launched, world_size
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import say
 from kl_f8_train.units import are, counted, duration, written
@@ -344,6 +344,8 @@ def _check_evaluated(args: argparse.Namespace, weights: list[Path]) -> None:
             f"--out {args.out}: is the folder of --images, and its pictures would be scored the "
             f"next time; give another, such as {args.out / 'evaluation'}"
         )
+    if world_size() > 1:  # they meet first, or the others would wait for one that misses a file
+        return
     all_of(
         *(partial(hub.check_exists, str(path)) for path in weights),
         partial(check_images, args.images),
