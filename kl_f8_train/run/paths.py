@@ -60,7 +60,7 @@ def check_perceptual_weights(config: Config) -> None:
 
 
 def check_file(setting: str, given: str | Path | None, wrong: str, folders: bool = False) -> None:
-    """Raises MissingInputError if a path is given that is no file, nor one of `folders`."""
+    """Raises MissingInputError if a path is given that is not a file, nor with `folders` a folder."""
     if given is not None and not (Path(given).is_file() or (folders and Path(given).is_dir())):
         raise MissingInputError(f"{setting}{given}: {wrong}{like_path(given)}")
 
