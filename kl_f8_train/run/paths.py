@@ -60,8 +60,8 @@ def check_perceptual_weights(config: Config) -> None:
 
 
 def check_file(setting: str, given: str | Path | None, wrong: str, folders: bool = False) -> None:
-    """Raises MissingInputError if a path is given that is not a file, nor with `folders` a folder."""
-    if given is not None and not (Path(given).is_file() or (folders and Path(given).is_dir())):
+    """Raises MissingInputError if a path is given that is neither a file nor one of `folders`."""
+    if given is not None and not (Path(given).exists() if folders else Path(given).is_file()):
         raise MissingInputError(f"{setting}{given}: {wrong}{like_path(given)}")
 
 
