@@ -21,7 +21,7 @@ from kl_f8_train.core.metrics import SCORES
 from kl_f8_train.core.perceptual import LABELS, OTHER_VGG
 from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.facts import FAMILIES, Family
-from kl_f8_train.files import atomic_path, file_sha256, write_json, write_text
+from kl_f8_train.files import DAMAGED, atomic_path, file_sha256, write_json, write_text
 from kl_f8_train.output import Say, markdown_table, rendered
 from kl_f8_train.publish import half_precision
 from kl_f8_train.run_dir import EXPORT_FILE, export_meant
@@ -113,7 +113,7 @@ def write(
         files[README] = file_sha256(readme)
         write_json(export_dir / EXPORT_FILE, record)
         return readme
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of its inner entries
+    except DAMAGED as error:  # its inner entries
         raise _other_json(export_dir / EXPORT_FILE, "export") from error
 
 
@@ -245,7 +245,7 @@ def _stored_settings(export_dir: Path, record: Mapping[str, Any]) -> Config:
 def _json(path: Path, verb: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, *DAMAGED) as error:
         raise MissingInputError(
             f"{path} is not JSON: {error}; expected what `kl-f8-train {verb}` writes: run it again"
         ) from error

@@ -22,6 +22,7 @@ from kl_f8_train.core.step import Finetuner
 from kl_f8_train.core.updates import HostCopy, parameters_of
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, about
 from kl_f8_train.facts import Facts
+from kl_f8_train.files import DAMAGED
 from kl_f8_train.settings import KL_F8_SHAPES, Config, Model, to_dict
 from kl_f8_train.units import are, counted
 from kl_f8_train.weights import weight_file
@@ -151,7 +152,7 @@ def stored_config(contents: weight_file.Contents) -> Config:
             raise MissingInputError(f"{contents.path}: its {key} is missing or damaged")
     try:
         return configs.from_dict(json.loads(metadata["config"]))
-    except (UsageError, AttributeError, KeyError, ValueError, RecursionError) as error:
+    except (UsageError, *DAMAGED) as error:
         raise MissingInputError(f"{contents.path}: its configuration: {error}") from error
 
 
@@ -233,7 +234,7 @@ def check_metadata(contents: weight_file.Contents) -> None:
         return  # an older file
     try:
         hashes = dict(json.loads(texts.pop(TEXTS)))
-    except (ValueError, TypeError):
+    except DAMAGED:
         hashes = {}
     for key, text in texts.items():
         if hashes.get(key) != _text_sha256(text):

@@ -32,7 +32,7 @@ from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError, UsageError, like_path
 from kl_f8_train.facts import Facts
-from kl_f8_train.files import atomic_path, beginning, file_sha256
+from kl_f8_train.files import DAMAGED, atomic_path, beginning, file_sha256
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.settings import KL_F8_SHAPES
 from kl_f8_train.units import are, counted, shortest
@@ -121,7 +121,7 @@ def stored_decays(metadata: Mapping[str, str]) -> list[float]:
     try:
         decay = json.loads(metadata["config"])["ema"]["decay"]
         return [float(value) for value in (decay if isinstance(decay, list) else [decay])]
-    except (KeyError, ValueError, TypeError, RecursionError):
+    except DAMAGED:
         return []
 
 
