@@ -251,6 +251,8 @@ def _inject(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     named = [name_path_select(text) for text in args.weights]
+    if len({name for name, *_ in named}) < len(named):
+        raise UsageError("two weights have the same name; give NAME=WEIGHTS")
     _check_compared(args.compare, [name for name, *_ in named])
     if args.latents is not None:
         return _evaluate_latents(args, named)

@@ -82,7 +82,7 @@ def load_candidates(named: Named, device: str) -> list[Candidate]:
     if isinstance(named, Mapping):
         named = [(name, path, "ema") for name, path in named.items()]
     if len({name for name, *_ in named}) < len(named):
-        raise UsageError("two weights have the same name; give NAME=WEIGHTS")
+        raise UsageError("weights: two have the same name; give each its own")
     candidates: list[Candidate] = []
     shared: dict[str, AutoencoderKL] = {}
     for name, path, select in named:
