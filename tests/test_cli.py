@@ -38,6 +38,8 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
         (["train", "demo", "--allow-change"], 2, "unrecognized arguments: --allow-change"),
         (["export", "nowhere", "--for"], 2, "unrecognized arguments: --for"),
         (["train", "demo", "seed", "=", "1"], 2, "no spaces around ="),
+        (["train"], 2, "the following arguments are required: config\n"),
+        (["config"], 2, "the following arguments are required: action\n"),
         (["trian"], 2, "invalid choice"),
         (["train", "configs/ft_ema.yml"], 3, "no such file"),
         (["train", "configs/ft_ema.yaml"], 2, "init.weights=..."),
