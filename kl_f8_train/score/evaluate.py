@@ -17,7 +17,7 @@ from kl_f8_train.files import check_writable, write_json
 from kl_f8_train.launch import meeting, world_size
 from kl_f8_train.output import Progress, Say
 from kl_f8_train.output import say as say_aloud
-from kl_f8_train.score import report, tiled
+from kl_f8_train.score import compare, report, tiled
 from kl_f8_train.score.candidates import (
     Candidate,
     Means,
@@ -253,6 +253,7 @@ def _evaluate_size(
     _write_pictures(out, image_set, session, tally)
     if session.compared:
         a, b = session.compared
+        say(compare.HEADING)
         for verdict in report.write_comparison(out, a, b, session.sigmas):
             say(verdict.text)
     say(screen(result, said=networks.unmeasured))
