@@ -60,11 +60,16 @@ class SmallImageError(ImageError):
 
 @contextlib.contextmanager
 def about(what: str, remedy: str = "") -> Iterator[None]:
-    """Names what an error is about before its message, and perhaps a remedy on a line after it."""
+    """Names what an error is about before its message, and perhaps a remedy on a line after it.
+
+    What the message begins with is not said twice where `what` ends with it, as a path does.
+    """
     try:
         yield
     except UserError as error:
-        raise type(error)(f"{what}: {error}" + (remedy and f"\n{remedy}")) from error
+        begin, _, rest = str(error).partition(": ")
+        text = rest if rest and what.endswith(begin) else str(error)
+        raise type(error)(f"{what}: {text}" + (remedy and f"\n{remedy}")) from error
 
 
 def like(given: str, known: Iterable[str]) -> str:

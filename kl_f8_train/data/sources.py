@@ -27,7 +27,7 @@ from kl_f8_train.data.index import (
     tars_in,
 )
 from kl_f8_train.data.shard_cache import ShardCache
-from kl_f8_train.errors import ImageError, MissingInputError, UsageError
+from kl_f8_train.errors import ImageError, MissingInputError, UsageError, about
 from kl_f8_train.files import cache_dir, one_at_a_time
 from kl_f8_train.folders import Listing, list_folder
 from kl_f8_train.images import patiently, read_file
@@ -312,7 +312,7 @@ def open_source(
     Raises MissingInputError if shards are missing, broken or not indexed, or nothing is left.
     """
     where = label or source_setting(name, pattern)
-    try:
+    with about(where):
         parsed = parse_filters(filters)
         folder = Path(pattern)
         if folder.is_dir() and (listing := _photographs(folder)):
@@ -331,8 +331,6 @@ def open_source(
                 if not _fresh(directory, cache):
                     _build_here(locations, directory, cache, pattern, index_dir)
         source = TarSource(directory, parsed, cache)
-    except (MissingInputError, UsageError) as error:
-        raise type(error)(f"{where}: {str(error).removeprefix(f'{pattern}: ')}") from error
     broken = list(source.broken.values())
     if broken and bad_shards == "stop":
         raise MissingInputError(
