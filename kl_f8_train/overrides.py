@@ -9,9 +9,9 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from kl_f8_train.errors import UsageError, like_path
+from kl_f8_train.errors import UsageError, like_path, unexpanded
 from kl_f8_train.settings import SETTINGS, Setting, Source, setting_of
-from kl_f8_train.transfer import is_remote
+from kl_f8_train.transfer import is_remote, plain_paths
 from kl_f8_train.units import written
 
 EXPECTED_SHARDS = (
@@ -57,6 +57,7 @@ def absent_source(pattern: str) -> str:
     Of a brace pattern it is enough that one of its files may be there; of several patterns, joined
     by `::`, that each may name something.
     """
+    pattern = plain_paths(pattern)
     if os.path.exists(pattern) or is_remote(pattern):
         return ""
     if "::" in pattern:
@@ -66,10 +67,11 @@ def absent_source(pattern: str) -> str:
         wider, braces = re.subn(r"\{[^{}]*\}", "*", wider)
     if wider == pattern and not set("*?[{") & set(pattern):
         why, meant = f"{pattern}: no such file or folder", like_path(pattern)
-    elif "{" in wider or any(glob.iglob(wider)):  # an open brace is another error
+    elif "{" in wider or any(glob.iglob(wider, recursive=True)):  # an open brace is another error
         return ""
     else:
-        why, meant = f"no shards: no file is named like {pattern}", ""
+        why, meant = f"no shards: no file is named like {pattern}", unexpanded(pattern)
+        meant = meant and f"; {meant}"
     return f"{why}; {EXPECTED_SHARDS}{meant}"
 
 

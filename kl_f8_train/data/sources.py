@@ -33,7 +33,7 @@ from kl_f8_train.folders import Listing, list_folder
 from kl_f8_train.images import patiently, read_file
 from kl_f8_train.launch import available_cores
 from kl_f8_train.overrides import source_setting
-from kl_f8_train.transfer import is_remote
+from kl_f8_train.transfer import is_remote, plain_paths
 from kl_f8_train.units import are, counted, printable
 
 AUTOMATIC = 2000  # local shards that are indexed without being asked
@@ -144,7 +144,8 @@ class TarSource:
         if not (same or self.remote[shard] or _is_member(data, size)):
             raise _changed(place)
         member = data[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
-        return f"{os.path.basename(place)}/{os.path.basename(member)}", data[TAR_BLOCK:]
+        inner = os.path.basename(member) or f"image {sample}"  # the header cuts long paths
+        return f"{os.path.basename(place)}/{inner}", data[TAR_BLOCK:]
 
     def _open(self, shard: int) -> BinaryIO:
         place = self.locations[shard]
@@ -210,7 +211,10 @@ class TarSource:
     def _column(self, name: str) -> np.ndarray:
         if name not in self.columns:
             known = ", ".join(self.columns) or "none at all"
-            raise UsageError(f"no image has a field {name!r} to filter by; there are {known}")
+            raise UsageError(
+                f"no image has a field {name!r} to filter by, which is a number at the top of its "
+                f"JSON; there are {known}"
+            )
         return self._mapped(f"column-{self.columns.index(name)}")
 
     def _mapped(self, name: str) -> np.ndarray:
@@ -312,6 +316,7 @@ def open_source(
     Raises MissingInputError if shards are missing, broken or not indexed, or nothing is left.
     """
     where = label or source_setting(name, pattern)
+    pattern = plain_paths(pattern)
     try:
         parsed = parse_filters(filters)
         folder = Path(pattern)
