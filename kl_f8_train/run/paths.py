@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kl_f8_train.errors import MissingInputError, like_path, no_folder
 from kl_f8_train.overrides import absent_source, source_setting
-from kl_f8_train.run_dir import list_checkpoints
+from kl_f8_train.run_dir import check_checkpoint_names, list_checkpoints
 from kl_f8_train.settings import Config
 from kl_f8_train.weights import hub
 
@@ -27,6 +27,7 @@ def check_paths(config: Config) -> None:
 
 def _checks(config: Config) -> Iterator[Callable[[], None]]:
     if not list_checkpoints(Path(config.run_dir)):  # only the start of a run reads them
+        yield partial(check_checkpoint_names, Path(config.run_dir))
         yield partial(check_init_weights, config)
     for name, source in config.data.sources.items():
         yield partial(_check_source, name, source.shards)
