@@ -42,7 +42,7 @@ NO_IMAGES = (  # not worth a look inside
     *(".mov", ".mp4", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mts", ".aae", ".db", ".ini"),
     *(".part", ".tmp", ".crdownload"),
 )
-CONTAINERS = {  # of images, which nobody sees from outside, and what to do with them
+CONTAINERS = {  # of images, and what to do with them
     ".parquet": "`kl-f8-train pack` makes shards of it",
     **dict.fromkeys((".zip", ".tgz", ".gz", ".rar", ".7z"), "unpack it"),
 }
