@@ -550,6 +550,18 @@ def test_a_disk_without_inodes_is_not_called_empty(tmp_path, monkeypatch):
     assert "no files (inodes) and " in said
 
 
+def test_what_a_folder_of_another_trainer_holds_is_named(tmp_path):
+    made = tmp_path / "checkpoint-500" / "autoencoderkl_ema" / "diffusion_pytorch_model.safetensors"
+    made.parent.mkdir(parents=True)
+    made.touch()
+    with pytest.raises(MissingInputError, match=rf"the weight file itself: {made}"):
+        weight_file.find(tmp_path / "checkpoint-500")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "__0_0.distcp").touch()
+    with pytest.raises(MissingInputError, match="parts is a distributed checkpoint: torch's dcp"):
+        weight_file.find(tmp_path / "parts")
+
+
 # --- runs -----------------------------------------------------------------------------------
 
 
