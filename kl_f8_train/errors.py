@@ -60,11 +60,16 @@ class SmallImageError(ImageError):
 
 @contextlib.contextmanager
 def about(what: str, remedy: str = "") -> Iterator[None]:
-    """Names what an error is about before its message, and perhaps a remedy on a line after it."""
+    """Names what an error is about before its message, and perhaps a remedy on a line after it.
+
+    What the message begins with is not said twice where `what` ends with it, as a path does.
+    """
     try:
         yield
     except UserError as error:
-        raise type(error)(f"{what}: {error}" + (remedy and f"\n{remedy}")) from error
+        begin, _, rest = str(error).partition(": ")
+        text = rest if rest and what.endswith(begin) else str(error)
+        raise type(error)(f"{what}: {text}" + (remedy and f"\n{remedy}")) from error
 
 
 def like(given: str, known: Iterable[str]) -> str:
@@ -82,8 +87,8 @@ def like_path(absent: str | Path, names: Iterable[str] = ()) -> str:
     path, known = Path(absent), {name: name for name in names}
     if os.path.islink(path):
         return f"; it is a link to {os.readlink(path)}, which does not exist"
-    if written := unexpanded(str(absent)):
-        return f"; {written}"
+    if meant := unexpanded(str(absent)):
+        return meant
     if re.match(r"\w+:/+", str(absent)):
         return "; it is an address: download the file, and give its path"
     with contextlib.suppress(OSError, ValueError):
@@ -94,10 +99,10 @@ def like_path(absent: str | Path, names: Iterable[str] = ()) -> str:
 
 
 def unexpanded(path: str) -> str:
-    """That a `~` or a variable stands in a path, and what it should be; empty if none does."""
+    """`; no shell has replaced its ~: write PATH`, also of variables; empty if there is nothing."""
     written = os.path.expandvars(os.path.expanduser(path))
     mark = "~" if path.startswith("~") else "$"
-    return "" if written == path else f"no shell has replaced its {mark}: write {written}"
+    return "" if written == path else f"; no shell has replaced its {mark}: write {written}"
 
 
 def no_folder(path: Path) -> str:

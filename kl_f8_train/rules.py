@@ -184,7 +184,7 @@ def _bounds(values: Mapping[str, Any], levels: int) -> Iterator[str]:
         if isinstance(value, str) and "\0" in value:
             yield f"{key}={value!r}: expected a text without a NUL byte"
         if key in MADE and value and (meant := unexpanded(value)):
-            yield f"{key}={value}: {meant}"
+            yield f"{key}={value}: {meant.removeprefix('; ')}"
         if (found := setting_of(key)) and found.bounds and value is not None:
             least, most = found.bounds
             most = levels if key == "compute.checkpoint_levels" else most

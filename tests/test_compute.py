@@ -215,10 +215,10 @@ def test_kernels_are_set_by_precision_and_put_back():
         ("tf32", True, True),
         ("bfloat16", False, True),
     ):
-        with model.kernels(precision):
+        with model.Kernels(precision):
             assert (products.allow_tf32, cudnn.allow_tf32) == (in_products, in_convolutions)
             assert not torch.are_deterministic_algorithms_enabled()
-    with model.kernels("float32", deterministic=True):
+    with model.Kernels("float32", deterministic=True):
         assert torch.are_deterministic_algorithms_enabled()
         assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
     assert not torch.are_deterministic_algorithms_enabled()
@@ -248,7 +248,7 @@ def test_adams_state_comes_back_in_the_parameters_layout(tmp_path, finetuner, ba
     optimizers = tuner.adams
     tuner.run_iteration(batch(side=32))
     frozen = frozen_sha256(tuner.autoencoder.state_dict())
-    path = checkpoint.save(tuner, optimizers, tmp_path, frozen)
+    path = runs.save(tuner, optimizers, tmp_path, frozen)
     restored = [build_adam(parameters_of(optimizers[0]), tuner.config.optimizer)]
     checkpoint.restore(tuner, restored, weight_file.read(path))
     weight = tuner.autoencoder.last_layer
@@ -360,7 +360,7 @@ def test_float32_is_no_tf32_and_all_is_put_back():
     cudnn = torch.backends.cudnn
     before = cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
     for precision, tf32 in (("float32", False), ("bfloat16", True)):
-        with model.kernels(precision):
+        with model.Kernels(precision):
             inside = cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
         assert inside == (before[0], True, before[2], tf32)
         assert before == (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)

@@ -302,7 +302,7 @@ WEIGHTS = {
     "vgg nowhere": Case(
         "evaluate model.ckpt --images tiles --vgg no.pth",
         MISSING,
-        "VGG16's features not found|no.pth|fetch",
+        "--vgg no.pth: no such file; expected VGG16's features|fetch",
     ),
     "vgg wrong": Case(
         "evaluate model.ckpt --images tiles --vgg plain.safetensors", MISSING, "VGG16|fetch vgg"
@@ -409,7 +409,7 @@ DATA = {
         "index cut_shards --index-dir i", MISSING, "1 of 1 shard is broken|download them"
     ),
     "evaluate nowhere": Case(
-        "evaluate model.ckpt --images no", MISSING, "--images no: no such folder"
+        "evaluate model.ckpt --images no", MISSING, "--images no: no such file or folder"
     ),
     "evaluate empty": Case(
         f"{EVALUATE} --images directory", MISSING, "no images in directory|expected"
@@ -443,7 +443,7 @@ DATA = {
         "demo --training shards --held-out no --run-dir d", MISSING, "--held-out no: no such folder"
     ),
     "demo training": Case(
-        "demo --training no --held-out tiles --run-dir d", MISSING, "data.sources=no: no such|check"
+        "demo --training no --held-out tiles --run-dir d", MISSING, "--training no: no such|check"
     ),
     "export images": Case("export run --images no --out x", MISSING, "--images no: no such folder"),
     "doctor": Case("doctor demo init.weights=no run_dir=new", MISSING, "no: no such file|NO GO"),

@@ -25,8 +25,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from webdataset.shardlists import expand_urls
 
+from kl_f8_train.data.patterns import COMPRESSED, UNPACK, check_named, existing, files_of
 from kl_f8_train.data.shard_cache import ShardCache
-from kl_f8_train.errors import MissingInputError, RunFailedError, like_path, unexpanded
+from kl_f8_train.errors import MissingInputError, RunFailedError, like_path
 from kl_f8_train.files import (
     DiskError,
     atomic_path,
@@ -48,9 +49,8 @@ from kl_f8_train.folders import (
 from kl_f8_train.images import MAX_BYTES
 from kl_f8_train.lifetime import process_pool
 from kl_f8_train.output import Progress
-from kl_f8_train.overrides import EXPECTED_SHARDS
 from kl_f8_train.transfer import is_remote, plain_paths, shown
-from kl_f8_train.units import are, counted
+from kl_f8_train.units import counted
 
 TAR_BLOCK = 512  # bytes; everything in a tar starts at a multiple of it
 TAR_RECORD = 1 << 16  # bytes, more than the 10,240 to which GNU tar pads
@@ -67,8 +67,6 @@ UNFETCHED = [-2, 0]  # could not be fetched
 GONE = [-3, 0]  # not there, or not readable
 GIVE_UP = 3  # shards of a chunk that a server does not give after all attempts
 PHOTOGRAPH_FIELDS = ("image", "img", "photo", "picture", "rgb", "input", "input_image", "original")
-UNPACK = "compressed shards cannot be read in places; unpack them, as `gunzip x.tar.gz`"
-COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 
 
 # --- finding --------------------------------------------------------------------------------
@@ -86,9 +84,9 @@ def expand(pattern: str) -> list[str]:
         if not found:
             raise MissingInputError(_without_shards(path))
         return found
+    check_named(pattern)
     if os.path.isfile(pattern):  # whatever signs its name holds
-        is_list = path.suffix.lower() == ".txt"
-        return _existing(_list_file(path) if is_list else [pattern], pattern)
+        return files_of(path)
     if pattern.startswith("pipe:"):
         return [pattern]
     try:
@@ -100,8 +98,8 @@ def expand(pattern: str) -> list[str]:
             f"no shards: {pattern} is not a pattern: {error}; expected one as 00{{00..99}}.tar"
         ) from error
     if not is_remote(pattern) and any(letter in pattern for letter in "*?["):
-        parts = [name for part in parts for name in sorted(glob.glob(part, recursive=True))]
-    return _existing(parts, pattern)
+        parts = [n for p in parts for n in sorted(glob.glob(p, recursive=True))] or parts
+    return existing(parts)
 
 
 def tars_in(folder: Path) -> list[str]:
@@ -143,21 +141,6 @@ def _without_shards(folder: Path) -> str:
     )
 
 
-def _list_file(path: Path) -> list[str]:
-    """The lines of a list file that are neither empty nor comments."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise MissingInputError(
-            f"{path} is not a list of shards: byte {error.start} is not UTF-8; expected text with "
-            "a shard on each line"
-        ) from error
-    found = [line for line in lines if line and not line.startswith("#")]
-    if not found:
-        raise MissingInputError(f"{path} lists no shards: expected a shard on each line")
-    return found
-
-
 def _alternatives(pattern: str) -> int:
     """How many places a brace pattern names, at most, without making them."""
     count = 1
@@ -171,39 +154,6 @@ def _alternatives(pattern: str) -> int:
             count *= group[1].count(",") + 1
         pattern = pattern[: group.start()] + pattern[group.end() :]
     return count
-
-
-def _existing(locations: list[str], pattern: str) -> list[str]:
-    missing = [place for place in locations if not is_remote(place) and not os.path.isfile(place)]
-    if missing or not locations:
-        hint = unexpanded(missing[0] if missing else pattern)
-        meant = hint and f"; {hint}"
-        if locations == [pattern]:
-            wrong, meant = f"{pattern}: no such file or folder", like_path(pattern)
-        elif not locations:
-            wrong = f"no shards: no file is named like {pattern}"
-        else:
-            files = "file" if len(locations) == 1 else "files"
-            of = f"{len(missing)} of {len(locations)} {files} {are(len(missing))} missing"
-            wrong = f"{of} ({', '.join(missing[:3])}{', ...' * (len(missing) > 3)})"
-            if os.path.isfile(os.path.join(os.path.dirname(pattern), missing[0])):
-                meant = "; the paths in a list start at the current directory, not at the list's"
-        raise MissingInputError(f"{wrong}; {EXPECTED_SHARDS}{meant}")
-    if packed := next((place for place in locations if COMPRESSED.search(place)), None):
-        raise MissingInputError(f"{packed}: {UNPACK}")
-    if unlisted := next(filter(_is_remote_list, locations), None):
-        raise MissingInputError(
-            f"{shown(unlisted)}: remote shards cannot be listed; name them by a brace pattern, as "
-            "'s3://bucket/{000..099}.tar', or in a local .txt file with an address on each line"
-        )
-    return locations
-
-
-def _is_remote_list(place: str) -> bool:
-    """Whether a remote address is a glob, a folder or a list, and not one shard."""
-    address = place.partition("?")[0]  # what follows may be a signature
-    lists = "*" in address or address.lower().endswith(("/", ".txt"))
-    return lists and is_remote(place) and not place.startswith("pipe:")
 
 
 # --- one tar --------------------------------------------------------------------------------

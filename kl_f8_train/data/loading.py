@@ -14,7 +14,6 @@ import functools
 import hashlib
 import multiprocessing
 import os
-import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from kl_f8_train.data.sources import FolderSource, ImageSource, TarSource, open_
 from kl_f8_train.errors import ImageError, MissingInputError, SmallImageError
 from kl_f8_train.files import cache_dir
 from kl_f8_train.launch import SIGNALS, end_children
-from kl_f8_train.lifetime import end_with_parent
+from kl_f8_train.lifetime import start_child
 from kl_f8_train.rules import side_range, source_shares
 from kl_f8_train.settings import Config
 from kl_f8_train.units import counted, printable
@@ -60,7 +59,6 @@ class SourcePlan:
         self.lanes = max(d for d in range(1, min(lanes, share, total) + 1) if share % d == 0)
         self.lane_length = total // self.lanes  # samples of a lane in each pass
         self.per_lane = share // self.lanes  # samples of a lane in each iteration
-        self._passes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def locate(self, iteration: int, index: int) -> tuple[int, int]:
         """(shard, sample) of the index-th sample (0 .. share - 1) of an iteration."""
@@ -68,7 +66,8 @@ class SourcePlan:
         # The lane has given `iteration * per_lane + offset` samples before, over all passes.
         number, place = divmod(iteration * self.per_lane + offset, self.lane_length)
         place += lane * self.lane_length  # in the stream of pass `number`
-        order, ends = self._order(number)
+        order = permutation(len(self.counts), self.seed, self.name, "shards", number)
+        ends = np.cumsum(self.counts[order])  # of the pass's shards; of 10,000 in 10 us
         row = int(np.searchsorted(ends, place, side="right"))  # first shard to end behind it
         shard = int(order[row])
         count = int(self.counts[shard])
@@ -78,17 +77,6 @@ class SourcePlan:
     def passes(self, iterations: int) -> float:
         """How many times that many iterations go through the source."""
         return iterations * self.per_lane / self.lane_length
-
-    def _order(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards of a pass in their order, and where each ends in the stream."""
-        if number not in self._passes:
-            # An iteration mostly lies in one pass or two; loaders and prefetching look a little
-            # ahead.
-            if len(self._passes) >= 4:
-                del self._passes[min(self._passes)]
-            order = permutation(len(self.counts), self.seed, self.name, "shards", number)
-            self._passes[number] = order, np.cumsum(self.counts[order])
-        return self._passes[number]
 
 
 class Plan:
@@ -355,7 +343,4 @@ def start_worker(parent: int, worker: int) -> None:
     SLURM sends signals to every process; the main process ends its loaders. torch's own check on
     the parent would miss one that died before the loader came to it.
     """
-    end_with_parent(parent)
-    torch.set_num_threads(1)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    start_child(parent, *SIGNALS)

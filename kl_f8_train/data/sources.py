@@ -27,7 +27,7 @@ from kl_f8_train.data.index import (
     tars_in,
 )
 from kl_f8_train.data.shard_cache import ShardCache
-from kl_f8_train.errors import ImageError, MissingInputError, UsageError
+from kl_f8_train.errors import ImageError, MissingInputError, UsageError, about
 from kl_f8_train.files import cache_dir, one_at_a_time
 from kl_f8_train.folders import Listing, list_folder
 from kl_f8_train.images import patiently, read_file
@@ -143,9 +143,8 @@ class TarSource:
         same = [status.st_size, status.st_mtime_ns] == self.fingerprints[shard]
         if not (same or self.remote[shard] or _is_member(data, size)):
             raise _changed(place)
-        member = data[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
-        inner = os.path.basename(member) or f"image {sample}"  # the header cuts long paths
-        return f"{os.path.basename(place)}/{inner}", data[TAR_BLOCK:]
+        member = data[:100].split(b"\0", 1)[0].decode("utf-8", "replace").rpartition("/")[2]
+        return f"{os.path.basename(place)}/{member or f'image {sample}'}", data[TAR_BLOCK:]
 
     def _open(self, shard: int) -> BinaryIO:
         place = self.locations[shard]
@@ -317,7 +316,7 @@ def open_source(
     """
     where = label or source_setting(name, pattern)
     pattern = plain_paths(pattern)
-    try:
+    with about(where):
         parsed = parse_filters(filters)
         folder = Path(pattern)
         if folder.is_dir() and (listing := _photographs(folder)):
@@ -336,8 +335,6 @@ def open_source(
                 if not _fresh(directory, cache):
                     _build_here(locations, directory, cache, pattern, index_dir)
         source = TarSource(directory, parsed, cache)
-    except (MissingInputError, UsageError) as error:
-        raise type(error)(f"{where}: {str(error).removeprefix(f'{pattern}: ')}") from error
     broken = list(source.broken.values())
     if broken and bad_shards == "stop":
         raise MissingInputError(
