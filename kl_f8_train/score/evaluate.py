@@ -56,8 +56,10 @@ def processes() -> Iterator[tuple[int, int, Say]]:
     if world == 1:
         yield 0, 1, say_aloud
         return
-    if os.environ["RANK"] == "0":
-        say_aloud(f"waiting for {world} processes at {meeting()}")
+    # Not torchrun's, the variables may be those of another start, with which this waits in vain.
+    doubt = "" if "LOCAL_WORLD_SIZE" in os.environ else "; unset WORLD_SIZE to evaluate alone"
+    if doubt or os.environ["RANK"] == "0":
+        say_aloud(f"waiting for {world} processes at {meeting()}{doubt}")
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=30))
     try:
         yield dist.get_rank(), world, say_aloud if dist.get_rank() == 0 else _silent
