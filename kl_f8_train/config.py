@@ -208,6 +208,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"a YAML file, or a shipped recipe's name: {', '.join(shipped)}"
             f"{'' if path.is_dir() else like_path(path, shipped)}"
         )
+    if path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        raise UsageError(
+            f"configuration {path}: it is a weight file, expected a recipe; give a run's directory "
+            f"to resume it, or a recipe and init.weights={path} to start from it"
+        )
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path))
     except UnicodeDecodeError as error:

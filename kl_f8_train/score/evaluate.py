@@ -17,7 +17,7 @@ from kl_f8_train.files import check_writable, write_json
 from kl_f8_train.launch import meeting, world_size
 from kl_f8_train.output import Progress, Say
 from kl_f8_train.output import say as say_aloud
-from kl_f8_train.score import report, tiled
+from kl_f8_train.score import compare, report, tiled
 from kl_f8_train.score.candidates import (
     Candidate,
     Means,
@@ -57,8 +57,10 @@ def processes() -> Iterator[tuple[int, int, Say]]:
     if world == 1:
         yield 0, 1, say_aloud
         return
-    if os.environ["RANK"] == "0":
-        say_aloud(f"waiting for {world} processes at {meeting()}")
+    # Not torchrun's, the variables may be those of another start, with which this waits in vain.
+    doubt = "" if "LOCAL_WORLD_SIZE" in os.environ else "; unset WORLD_SIZE to evaluate alone"
+    if doubt or os.environ["RANK"] == "0":
+        say_aloud(f"waiting for {world} processes at {meeting()}{doubt}")
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=30))
     try:
         yield dist.get_rank(), world, say_aloud if dist.get_rank() == 0 else _silent
@@ -252,6 +254,7 @@ def _evaluate_size(session: Session, image_set: ImageSet, out: Path) -> dict[str
     _write_pictures(out, image_set, session, tally)
     if session.compared:
         a, b = session.compared
+        say(compare.HEADING)
         for verdict in report.write_comparison(out, a, b, session.sigmas):
             say(verdict.text)
     say(screen(result, said=networks.unmeasured))

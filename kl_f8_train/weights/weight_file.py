@@ -18,6 +18,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from kl_f8_train import facts, shipped
 from kl_f8_train.averages import selection
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.errors import MissingInputError, UsageError, like_path
+from kl_f8_train.errors import MOST_SIBLINGS, MissingInputError, UsageError, like_path
 from kl_f8_train.facts import Facts
 from kl_f8_train.files import atomic_path, beginning, file_sha256
 from kl_f8_train.run_dir import list_checkpoints
@@ -402,8 +403,11 @@ def find(path: Path) -> Path:
 
 
 def _held(folder: Path) -> str:
-    """The weight files of a folder, or the snapshots of a hub's cache, that may be meant."""
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in hub.WEIGHT_SUFFIXES)
+    """What in a folder may be meant: weight files, also in folders below, or a hub's snapshots."""
+    within = sorted(islice(chain(folder.iterdir(), folder.glob("*/*")), MOST_SIBLINGS))
+    if part := next((path for path in within if path.suffix == ".distcp"), None):
+        return f"; {part.parent} is a distributed checkpoint: torch's dcp_to_torch_save joins it"
+    files = [path for path in within if path.suffix.lower() in hub.WEIGHT_SUFFIXES]
     files = files or sorted(folder.glob("snapshots/*"))
     return f": {', '.join(map(str, files[:3]))}{', ...' * (len(files) > 3)}" if files else ""
 
