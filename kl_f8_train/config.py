@@ -208,6 +208,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"a YAML file, or a shipped recipe's name: {', '.join(shipped)}"
             f"{'' if path.is_dir() else like_path(path, shipped)}"
         )
+    if path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        raise UsageError(
+            f"configuration {path}: it is a weight file, expected a recipe; give a run's directory "
+            f"to resume it, or a recipe and init.weights={path} to start from it"
+        )
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path))
     except UnicodeDecodeError as error:
@@ -328,9 +333,10 @@ def _shipped(name: str) -> Iterator[Path]:
 
 
 def recipe(name: str, *overrides: str) -> Config:
-    """A shipped recipe for use without a run; what only a run needs (data, weights) is left out.
+    """A shipped recipe, or a YAML file, without what only a run needs (data, weights).
 
-    Raises UsageError for overrides (`key=value`) that do not fit.
+    Overrides are `key=value`, as on the command line (docs/settings.md). Raises MissingInputError
+    for another name, UsageError for overrides that do not fit.
     """
     unused = ("run_dir=unused", "init.weights=unused", "data.sources=unused")
     return load(find_recipe(name), [*unused, *overrides])

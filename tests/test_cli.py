@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kl_f8_train import __main__
 from kl_f8_train.arguments import build_parser
 from kl_f8_train.run_dir import read_failure
 
@@ -38,6 +39,8 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
         (["train", "demo", "--allow-change"], 2, "unrecognized arguments: --allow-change"),
         (["export", "nowhere", "--for"], 2, "unrecognized arguments: --for"),
         (["train", "demo", "seed", "=", "1"], 2, "no spaces around ="),
+        (["train"], 2, "the following arguments are required: config\n"),
+        (["config"], 2, "the following arguments are required: action\n"),
         (["trian"], 2, "invalid choice"),
         (["train", "configs/ft_ema.yml"], 3, "no such file"),
         (["train", "configs/ft_ema.yaml"], 2, "init.weights=..."),
@@ -156,3 +159,11 @@ def flags_and_arguments() -> list[tuple[str, argparse.Action]]:
 
 def test_every_flag_and_argument_is_explained():
     assert [f"{verb} {a.dest}" for verb, a in flags_and_arguments() if not a.help] == []
+
+
+def test_a_current_directory_that_was_deleted_is_named(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    said = __main__._remedy(FileNotFoundError(2, "No such file or directory"))
+    assert said == "the current directory has been deleted; change to another"

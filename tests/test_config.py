@@ -414,10 +414,14 @@ def test_a_text_is_never_null(key):
 
 
 @pytest.mark.parametrize("key", ["run_dir", "data.index_dir", "data.cache_dir"])
-def test_a_tilde_makes_no_directory_of_that_name(key):
+def test_what_a_shell_would_replace_makes_no_directory_of_that_name(key, monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
     said = refused(f"{key}=~/here")
-    assert f"{key}=~/here: no shell has replaced its ~; write {Path.home()}/here" in said
+    assert f"{key}=~/here: no shell has replaced its ~: write {Path.home()}/here" in said
+    said = refused(f"{key}=$SCRATCH/here")
+    assert f"{key}=$SCRATCH/here: no shell has replaced its $: write /scratch/me/here" in said
     samples.recipe("ft_ema", f"{key}=./~here")
+    samples.recipe("ft_ema", f"{key}=./$RECYCLE.BIN")
 
 
 def test_null():

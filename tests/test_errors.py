@@ -87,6 +87,9 @@ CONFIG = {
     "recipe interpolation": Case("train interpolation.yaml", USAGE, "'nowhere' not found|name"),
     "recipe sources": Case("train sources.yaml", USAGE, "data.sources: got 3|one entry per source"),
     "recipe latin": Case("train latin.yaml", USAGE, "latin.yaml|byte 7 is not UTF-8; save it as"),
+    "recipe weights": Case(
+        "train cut.safetensors", USAGE, "it is a weight file|init.weights=cut.saf"
+    ),
     "recipe optional": Case("train optional.yaml", USAGE, "seed: got null; expected int: seed of"),
     "recipe null": Case("train null.yaml", USAGE, "null.yaml|Incompatible key type"),
     "recipe folder": Case("train shards", MISSING, "shards: is a directory; give|ft_ema, ft_mse"),

@@ -27,7 +27,7 @@ from webdataset.shardlists import expand_urls
 
 from kl_f8_train.data.patterns import COMPRESSED, UNPACK, check_named, existing, files_of
 from kl_f8_train.data.shard_cache import ShardCache
-from kl_f8_train.errors import MissingInputError, RunFailedError
+from kl_f8_train.errors import MissingInputError, RunFailedError, like_path
 from kl_f8_train.files import (
     DAMAGED,
     DiskError,
@@ -50,10 +50,11 @@ from kl_f8_train.folders import (
 from kl_f8_train.images import MAX_BYTES
 from kl_f8_train.lifetime import process_pool
 from kl_f8_train.output import Progress
-from kl_f8_train.transfer import is_remote, shown
+from kl_f8_train.transfer import is_remote, plain_paths, shown
 from kl_f8_train.units import counted
 
 TAR_BLOCK = 512  # bytes; everything in a tar starts at a multiple of it
+TAR_RECORD = 1 << 16  # bytes, more than the 10,240 to which GNU tar pads
 PART_SHARDS = 64  # shards indexed as one resumable part
 MOST = 1_000_000  # shards of one pattern
 JSON_BYTES = 16 << 20  # of the metadata of one image; a header may claim any size
@@ -77,6 +78,7 @@ def expand(pattern: str) -> list[str]:
 
     Raises MissingInputError naming what is not there.
     """
+    pattern = plain_paths(pattern)
     path = Path(pattern)
     if os.path.isdir(pattern):
         found = tars_in(path)
@@ -97,14 +99,25 @@ def expand(pattern: str) -> list[str]:
             f"no shards: {pattern} is not a pattern: {error}; expected one as 00{{00..99}}.tar"
         ) from error
     if not is_remote(pattern) and any(letter in pattern for letter in "*?["):
-        parts = [found for part in parts for found in sorted(glob.glob(part))] or parts
+        parts = [n for p in parts for n in sorted(glob.glob(p, recursive=True))] or parts
     return existing(parts)
 
 
 def tars_in(folder: Path) -> list[str]:
-    """The shards of a folder itself, sorted."""
-    tars = (path for path in folder.glob("*.[tT][aA][rR]") if path.is_file())
+    """The shards of a folder itself, sorted; a link to one that is gone is among them."""
+    tars = (path for path in folder.glob("*.[tT][aA][rR]") if path.is_file() or _is_gone(path))
     return sorted(str(path) for path in tars if not path.name.startswith("."))
+
+
+def _is_gone(link: Path) -> bool:
+    """Whether a name in a folder is a link to what is not there; one in a circle is not."""
+    try:
+        link.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _without_shards(folder: Path) -> str:
@@ -188,9 +201,11 @@ def index_tar(path: Path) -> TarIndex:
                 members += filter(None, (_member(entry, file) for entry in archive))
                 end = archive.offset
             file.seek(end)
-            block = file.read(TAR_BLOCK)
+            block, behind = file.read(TAR_BLOCK), file.read(TAR_RECORD)
     except BROKEN as error:
         found = f"is broken: {str(error) or 'it claims absurd sizes'} after {_images(members)}"
+        if isinstance(error, FileNotFoundError):
+            found = f"is not there{like_path(path)}"
         with contextlib.suppress(OSError), path.open("rb") as file:
             head = file.read(TAR_BLOCK)
             if not members and head[257:262] != b"ustar":  # POSIX, the header's magic
@@ -200,6 +215,11 @@ def index_tar(path: Path) -> TarIndex:
     # was cut between two members.
     if len(block) != TAR_BLOCK or block.strip(b"\0"):
         raise MissingInputError(f"shard {path} is cut short: no end mark after {_images(members)}")
+    if behind.lstrip(b"\0")[257:262] == b"ustar":
+        raise MissingInputError(
+            f"shard {path} holds another tar behind its end mark, after {_images(members)}, as "
+            "`cat A.tar B.tar` joins them: no tool reads that part; join them by `tar -Af A B`"
+        )
     return _index(members)
 
 
@@ -240,8 +260,9 @@ def _index(members: list[Member]) -> TarIndex:
     """One image of each sample, with the sample's numbers.
 
     A sample's files are neighbours that share the name up to its first dot, as WebDataset has it:
-    `0.image.jpg`, `0.mask.png`. Where several images share it, but no field is there twice, the
-    dots are the names' own (`IMG.1.jpg`, `IMG.2.jpg`), and the name ends at its last dot.
+    `0.image.jpg`, `0.mask.png`. Where several images share it, but no field is there twice, or is
+    known as a photograph's, the dots are the names' own (`IMG.1.jpg`, `IMG.2.jpg`), and the name
+    ends at its last dot.
     """
     dotted = False
     groups = _groups(members, dotted)
@@ -249,7 +270,7 @@ def _index(members: list[Member]) -> TarIndex:
     rivals = [member.field for group in images if len(group) > 1 for member in group]
     if rivals and all("." in field for field in rivals):
         fields = Counter(member.field for group in images for member in group)
-        dotted = max(fields.values()) == 1
+        dotted = max(fields.values()) == 1 and not any(map(_is_photograph, rivals))
         groups = _groups(members, dotted)
     found = TarIndex()
     for group in groups:
@@ -264,13 +285,28 @@ def _index(members: list[Member]) -> TarIndex:
 
 
 def _groups(members: list[Member], dotted: bool) -> list[list[Member]]:
-    return [list(group) for _, group in itertools.groupby(members, lambda m: m.key(dotted))]
+    """The files of each sample; where a name comes again, another sample begins."""
+    groups: list[list[Member]] = []
+    last: tuple[str, str] | None = None
+    names: set[str] = set()
+    for member in members:
+        key = member.key(dotted)
+        if key != last or member.name in names:
+            groups.append([])
+            names.clear()
+        groups[-1].append(member)
+        names.add(member.name)
+        last = key
+    return groups
 
 
 def _field_rank(member: Member) -> int:
     """Which of a sample's images is the photograph: `jpg`, then `image.png`, then any other."""
-    plain = f".{member.field}" in SUFFIXES
-    return 0 if plain else 1 if member.field.partition(".")[0] in PHOTOGRAPH_FIELDS else 2
+    return 0 if f".{member.field}" in SUFFIXES else 1 if _is_photograph(member.field) else 2
+
+
+def _is_photograph(field: str) -> bool:
+    return field.partition(".")[0] in PHOTOGRAPH_FIELDS
 
 
 def add_neighbours(found: TarIndex, path: Path) -> TarIndex:

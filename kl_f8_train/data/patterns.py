@@ -5,8 +5,8 @@ import os
 import re
 from pathlib import Path
 
-from kl_f8_train.errors import MissingInputError, like_path
-from kl_f8_train.transfer import is_remote, shown
+from kl_f8_train.errors import MissingInputError, like_path, unexpanded
+from kl_f8_train.transfer import is_remote, plain_paths, shown
 from kl_f8_train.units import are
 
 EXPECTED_SHARDS = (
@@ -24,6 +24,7 @@ def check_named(pattern: str) -> None:
     by `::`, each has to name something, and of a list file every line. What a folder holds is not
     looked at.
     """
+    pattern = plain_paths(pattern)
     if os.path.isdir(pattern) or is_remote(pattern):
         return
     if os.path.isfile(pattern):
@@ -35,7 +36,8 @@ def check_named(pattern: str) -> None:
         meant = like_path(pattern)
         raise MissingInputError(f"{pattern}: no such file or folder; {EXPECTED_SHARDS}{meant}")
     elif not _may_be_there(pattern):
-        raise MissingInputError(f"no shards: no file is named like {pattern}; {EXPECTED_SHARDS}")
+        wrong = f"no shards: no file is named like {pattern}; {EXPECTED_SHARDS}"
+        raise MissingInputError(wrong + unexpanded(pattern))
 
 
 def _may_be_there(pattern: str) -> bool:
@@ -44,7 +46,7 @@ def _may_be_there(pattern: str) -> bool:
     while braces:  # the innermost ones first
         wider, braces = re.subn(r"\{[^{}]*\}", "*", wider)
     # An open brace is another error, and a variable of the environment may be anything.
-    return bool({"{", "$"} & set(wider)) or any(glob.iglob(wider))
+    return bool({"{", "$"} & set(wider)) or any(glob.iglob(wider, recursive=True))
 
 
 def files_of(file: Path) -> list[str]:
@@ -64,10 +66,10 @@ def files_of(file: Path) -> list[str]:
     found = [line for line in lines if line and not line.startswith("#")]
     if not found:
         raise MissingInputError(f"{file} lists no shards: expected a shard on each line")
-    return existing(found)
+    return existing(found, f"; paths in a list start at the current directory, {os.getcwd()}")
 
 
-def existing(locations: list[str]) -> list[str]:
+def existing(locations: list[str], remedy: str = "") -> list[str]:
     """The locations, if each of them can be opened as one shard.
 
     Raises MissingInputError for files that are missing or compressed, and remote globs and folders.
@@ -78,6 +80,7 @@ def existing(locations: list[str]) -> list[str]:
         raise MissingInputError(
             f"{len(missing)} of {len(locations)} {files} {are(len(missing))} missing "
             f"({', '.join(missing[:3])}{', ...' * (len(missing) > 3)}); {EXPECTED_SHARDS}"
+            + (unexpanded(missing[0]) or remedy * (not os.path.isabs(missing[0])))
         )
     if packed := next((place for place in locations if COMPRESSED.search(place)), None):
         raise MissingInputError(f"{packed}: {UNPACK}")

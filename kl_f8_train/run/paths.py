@@ -9,7 +9,7 @@ from typing import TypeVar
 from kl_f8_train.data.patterns import check_named
 from kl_f8_train.errors import MissingInputError, about, like_path, no_folder
 from kl_f8_train.overrides import source_setting
-from kl_f8_train.run_dir import list_checkpoints
+from kl_f8_train.run_dir import check_checkpoint_names, list_checkpoints
 from kl_f8_train.settings import Config
 from kl_f8_train.weights import hub
 
@@ -39,6 +39,7 @@ def check_paths(config: Config) -> None:
 
 def _checks(config: Config) -> Iterator[Callable[[], None]]:
     if not list_checkpoints(Path(config.run_dir)):  # only the start of a run reads them
+        yield partial(check_checkpoint_names, Path(config.run_dir))
         yield partial(check_init_weights, config)
     for name, source in config.data.sources.items():
         yield partial(check_source, source_setting(name, source.shards), source.shards)
