@@ -144,7 +144,10 @@ def kept_selection(contents: Contents, select: str) -> str:
 def load_autoencoder(path: str | Path, select: str = "ema") -> AutoencoderKL:
     """The autoencoder of any VAE file, float32, in eval mode, its shape read off the tensors.
 
-    Raises MissingInputError if the file holds none, or not all of one.
+    `path` is a .safetensors or torch file, a diffusers folder, a run, a hub's id or "kl_f8_mini".
+    `select` is "ema" or "raw", where a file has both, or as "ema-0.9999" one EMA of several. No
+    parameter requires a gradient. Raises MissingInputError if the file holds no autoencoder, or
+    not all of one.
     """
     return build_autoencoder(*read_weights(path, select))
 
@@ -560,8 +563,15 @@ def write_plain(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, s
 def save_autoencoder(model: AutoencoderKL, path: str | Path) -> None:
     """Writes an autoencoder with CompVis' names: .safetensors, or .ckpt for older loaders.
 
-    Raises UsageError for another suffix.
+    Its precision is kept, and a former file of that name replaced at the end. Raises UsageError for
+    another suffix, or for what is not an AutoencoderKL.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper has names of its own
+    if not isinstance(model, AutoencoderKL):
+        raise UsageError(
+            f"{path}: got a {type(model).__name__}, expected an AutoencoderKL; that of a Finetuner "
+            "is finetuner.averaged()"
+        )
     path, state = Path(path), model.state_dict()
     groups = Facts(norm_num_groups=model.decoder.norm_out.num_groups)
     if path.suffix == ".safetensors":
