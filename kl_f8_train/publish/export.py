@@ -58,7 +58,7 @@ def export(
     force: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Writes NAME-ema-pruned.safetensors and .ckpt, diffusers/, config and card to its directory.
+    """Writes the weight files, diffusers/, the configuration and the card; returns their folder.
 
     `source` is a run directory or one of its checkpoints; with `best` the one with the run's best
     validation. Its EMA, or with `ema` the one of that decay, is averaged with those of `average`;
