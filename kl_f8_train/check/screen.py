@@ -34,7 +34,8 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
     )
     for name, found in facts.get("data", {}).items():
         bad, checked = found["unusable"], found["checked"]
-        unusable = f"{bad} of {checked} unusable" if bad else f"{checked} can be used"
+        some = f"{bad} of {checked.removeprefix('all ')}"
+        unusable = f"{some} cannot be used" if bad else f"{checked} can be used"
         yield f"  data     {name}: {found['about']}; {unusable}{_passes(facts, config, name)}"
     if held_out := facts.get("validation"):
         known = f"{len(held_out['common'])} of them" if held_out["common"] else "none of them"
