@@ -566,7 +566,8 @@ def _config(args: argparse.Namespace) -> int:
     if args.action == "show":
         print(configs.to_yaml(loaded[0]), end="")
     else:
-        print("\n".join(configs.differences(loaded[0], loaded[1], machine=True)))
+        found = configs.differences(loaded[0], loaded[1], machine=True)
+        print("\n".join(found) or "no differences")
     return 0
 
 
