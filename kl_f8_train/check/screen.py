@@ -53,8 +53,8 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
             share = dealt["global"] // dealt["processes"]
             largest = fitting(fits, share, dealt["global"])
             yield f"           the largest compute.per_device_batch that fits: {largest}"
-    if (total := facts.get("images_total")) is not None:
-        yield f"  bill     {_screened_bill(facts, config, total)}"
+    if facts.get("images_total") is not None:
+        yield f"  bill     {bill(facts, config)}"
     if predicted := facts.get("predicted"):
         times = ", ".join(f"{name} {duration(days * 86400)}" for name, days in predicted.items())
         yield f"           predicted for {facts['batch']['processes']} of each: {times}"
@@ -88,9 +88,12 @@ def _passes(facts: Mapping[str, Any], config: Config, name: str) -> str:
     return f"; {units.figure(share * facts['images_total'] / images)} passes"
 
 
-def _screened_bill(facts: Mapping[str, Any], config: Config, images: int) -> str:
-    iterations = images // config.global_batch
-    text = f"{counted(iterations, 'iteration', 's')} x {config.global_batch} = {images:,} images"
+def bill(facts: Mapping[str, Any], config: Config) -> str:
+    """Iterations and images, and if a speed was measured, at that speed the hours and the end."""
+    images, warmup = facts["images_total"], facts.get("warmup", 0)
+    done = counted(images // config.global_batch, "iteration", "s")
+    first = f" ({warmup:,} of warm-up)" if warmup else ""
+    text = f"{done}{first} x {config.global_batch} = {counted(images, 'image', 's')}"
     if facts.get("days") is None:
         return text
     end = str(facts["end_date"] or "after the year 9999").replace("T", " ")[:16]
