@@ -81,8 +81,9 @@ def shortest(value: float) -> str:
 def speed(images_per_second: float) -> str:
     """Three digits, without an exponent: 0.042, 3.15, 87.3, 1,810 images/s."""
     value = images_per_second
-    number = f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}" if value >= 1e-3 else "0"
-    return f"{number} images/s"
+    if value >= 99.95:  # which :.3g would write as 1e+02
+        return f"{value:,.0f} images/s"
+    return f"{value:.3g} images/s" if value >= 1e-3 else "0 images/s"
 
 
 def figure(value: float) -> str:
