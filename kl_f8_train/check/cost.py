@@ -109,13 +109,15 @@ class CostCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         outputs = _tensors(result)
         new = {s._cdata: s for t in outputs if (s := t.untyped_storage())._cdata not in self._alive}
+        # What the kernel computes and moves; a view has no kernel.
         if product:
             self._now.flops[inputs[0].dtype] += product(*args, **kwargs, out_val=result)
             self._now.product_bytes += _bytes([*inputs, *outputs])
-        elif not self.fuse and (new or func._schema.is_mutable):  # else a view
+        elif not self.fuse and (new or func._schema.is_mutable):
             self._now.other_bytes += _bytes([*inputs, *outputs])
         elif self.fuse and not new and func._schema.is_mutable:
             self._now.other_bytes += self._read(inputs) + _bytes(outputs)
+        # What it leaves behind: fused, only sums are in memory at once, the rest when it is read.
         largest = max((t.nbytes for t in inputs), default=0)
         sums = [s for s in new.values() if largest >= SUM * _allocated(s)]
         read = [t.untyped_storage() for t in inputs]
@@ -196,7 +198,8 @@ def _allocated(storage: UntypedStorage) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in {id(t): t for t in tensors}.values())
+    different = {id(tensor): tensor for tensor in tensors}
+    return sum(tensor.nbytes for tensor in different.values())
 
 
 @dataclass(frozen=True)
