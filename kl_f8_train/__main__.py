@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from kl_f8_train import next_command
 from kl_f8_train.arguments import build_parser, name_path_select
-from kl_f8_train.averages import selection
+from kl_f8_train.averages import requested
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError, like_path
 from kl_f8_train.launch import end_children, is_first_to_say, launched
 from kl_f8_train.lifetime import end_with_launcher
@@ -186,7 +186,7 @@ def _inspect(args: argparse.Namespace) -> int:
     hub.check_exists(args.weights)
     from kl_f8_train.weights import weight_file
 
-    select = "raw" if args.raw else "ema" if args.ema is None else selection(args.ema)
+    select = requested(args.raw, args.ema)
     found = weight_file.report(*weight_file.read_weights(args.weights, select, args.prefix))
     print(json.dumps(found, indent=2) if args.json else weight_file.describe(found))
     return 0
@@ -250,7 +250,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.latents_scaled:
         raise UsageError("--latents-scaled is of saved latents; give --latents with it")
     _check_places(args.images, args.out)
-    from kl_f8_train.score import report
     from kl_f8_train.score.evaluate import evaluate
     from kl_f8_train.score.protocol import PROTOCOLS
 
@@ -275,14 +274,22 @@ def _evaluate(args: argparse.Namespace) -> int:
             tile=args.tiled,
         )
     if result is not None:  # on the first rank: the files are there once
-        places = [args.out] if len(sizes) == 1 else [args.out / str(size) for size in sizes]
-        for place in places:
-            print(f"report: {report.write(place)}")
-        chosen = args.compare[1] if args.compare else named[-1][0]
-        path, select = next((path, select) for name, path, select in named if name == chosen)
-        if then := next_command.after_scores(places[0], path, select):
-            print(f"next: {then}")
+        _write_reports(args, named, sizes)
     return 0
+
+
+def _write_reports(
+    args: argparse.Namespace, named: list[tuple[str, Path, str]], sizes: list[int]
+) -> None:
+    from kl_f8_train.score import report
+
+    places = [args.out] if len(sizes) == 1 else [args.out / str(size) for size in sizes]
+    for place in places:
+        print(f"report: {report.write(place)}")
+    scored = {name: (path, select) for name, path, select in named}
+    chosen = args.compare[1] if args.compare else named[-1][0]
+    if then := next_command.after_scores(places[0], *scored[chosen]):
+        print(f"next: {then}")
 
 
 def _evaluate_latents(args: argparse.Namespace, named: list[tuple[str, Path, str]]) -> int:

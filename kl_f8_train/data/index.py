@@ -15,7 +15,6 @@ import os
 import re
 import tarfile
 import zipfile
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -289,16 +288,9 @@ def _index(members: list[Member]) -> TarIndex:
     `0.image.jpg`, `0.mask.png`. Where several images share it, but no field is there twice, the
     dots are the names' own (`IMG.1.jpg`, `IMG.2.jpg`), and the name ends at its last dot.
     """
-    dotted = False
-    groups = _groups(members, dotted)
-    images = [[member for member in group if member.is_image] for group in groups]
-    rivals = [member.field for group in images if len(group) > 1 for member in group]
-    if rivals and all("." in field for field in rivals):
-        fields = Counter(member.field for group in images for member in group)
-        dotted = max(fields.values()) == 1
-        groups = _groups(members, dotted)
+    dotted = _are_dotted(members)
     found = TarIndex()
-    for group in groups:
+    for group in _groups(members, dotted):
         candidates = [member for member in group if member.is_image]
         if not candidates:
             found.without_image += 1
@@ -309,14 +301,26 @@ def _index(members: list[Member]) -> TarIndex:
     return found
 
 
+def _are_dotted(members: list[Member]) -> bool:
+    """Whether dots are part of the names: several images share one, and no field is repeated."""
+    fields: list[str] = []
+    rivals: list[str] = []
+    for group in _groups(members, dotted=False):
+        own = [member.field for member in group if member.is_image]
+        fields += own
+        rivals += own if len(own) > 1 else []
+    return bool(rivals) and all("." in one for one in rivals) and len(set(fields)) == len(fields)
+
+
 def _groups(members: list[Member], dotted: bool) -> list[list[Member]]:
     return [list(group) for _, group in itertools.groupby(members, lambda m: m.key(dotted))]
 
 
 def _field_rank(member: Member) -> int:
     """Which of a sample's images is the photograph: `jpg`, then `image.png`, then any other."""
-    plain = f".{member.field}" in SUFFIXES
-    return 0 if plain else 1 if member.field.partition(".")[0] in PHOTOGRAPH_FIELDS else 2
+    if f".{member.field}" in SUFFIXES:
+        return 0
+    return 1 if member.field.partition(".")[0] in PHOTOGRAPH_FIELDS else 2
 
 
 def add_neighbours(found: TarIndex, path: Path) -> TarIndex:
@@ -449,10 +453,10 @@ def _write_part(
     """Writes what was found in a chunk's shards as arrays over its images, and a header."""
     images = [image for one in tars for _, image in one.images]
     names = sorted({key for image in images for key in image.numbers})
-    columns = {
-        f"column_{i}": np.array([image.numbers.get(key, np.nan) for image in images], np.float32)
-        for i, key in enumerate(names)
-    }
+    columns = {}
+    for number, name in enumerate(names):
+        values = [image.numbers.get(name, np.nan) for image in images]
+        columns[f"column_{number}"] = np.array(values, np.float32)
     header = {
         "fingerprints": made_of,
         "counts": [len(one.images) for one in tars],

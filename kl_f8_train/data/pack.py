@@ -120,8 +120,7 @@ def pack(
     _claim(out, {"per_shard": per_shard, "reencode": reencode, "files": held.files})
     dealt: Iterator[tuple[str, ...] | parquet.Rows] = held.dealt(per_shard)
     jobs = [Job(number, held.folder, files, out, reencode) for number, files in enumerate(dealt)]
-    found = ((job.number, job.done()) for job in jobs)
-    stats = {number: entry for number, entry in found if entry is not None}
+    stats = {job.number: entry for job in jobs if (entry := job.done()) is not None}
     open_jobs = [job for job in jobs if job.number not in stats]
     done = sum(entry["count"] for entry in stats.values())
     count = _count(workers, open_jobs)
@@ -135,8 +134,10 @@ def pack(
     packed = sum(entry["successes"] for entry in stats.values())
     skipped = [line for job in jobs for line in stats[job.number]["skipped"]]
     if not packed:
-        for path in (out / MANIFEST, *(file for job in jobs for file in (job.tar, job.stats))):
-            path.unlink()  # so that the same command packs what is there by then
+        (out / MANIFEST).unlink()  # so that the same command packs what is there by then
+        for job in jobs:
+            job.tar.unlink()
+            job.stats.unlink()
         raise MissingInputError(
             f"{held.folder}: none of its {counted(len(held), 'image', 's')} can be used, from "
             f"{skipped[0]}; nothing is left in {out}"

@@ -85,20 +85,19 @@ def write(
     given = asdict(details or Details())
     details = Details(**{name: value or kept.get(name, value) for name, value in given.items()})
     evaluated = _evaluated(scores_file, record) if scores_file else _kept_scores(export_dir, record)
-    # Files that lie beside the card. A strip in the export's own folder is the scores', not a copy.
-    if not pictures:
-        evaluated = evaluated and replace(evaluated, strip=False)
-        beside = scores_file is not None and scores_file.parent.samefile(export_dir)
-        if not beside and _has_strip(export_dir, record):
-            (export_dir / STRIP).unlink()
-    elif scores_file and evaluated and evaluated.strip:
-        _copy(scores_file.with_name(STRIP), export_dir / STRIP)
-        say(f"copied {STRIP}, photographs of the evaluation (--no-pictures leaves it out)")
-    if license_file is not None:
-        _copy(license_file, export_dir / LICENSE)
     record["card"] = asdict(details)
     if evaluated:
+        evaluated = replace(evaluated, strip=evaluated.strip and pictures)
         record["card"] |= {"scores": evaluated.scores, "model": evaluated.name}
+    # Files that lie beside the card. A strip in the export's own folder is the scores', not a copy.
+    if scores_file and evaluated and evaluated.strip:
+        _copy(scores_file.with_name(STRIP), export_dir / STRIP)
+        say(f"copied {STRIP}, photographs of the evaluation (--no-pictures leaves it out)")
+    beside = scores_file is not None and scores_file.parent.samefile(export_dir)
+    if not pictures and not beside and _has_strip(export_dir, record):
+        (export_dir / STRIP).unlink()
+    if license_file is not None:
+        _copy(license_file, export_dir / LICENSE)
     parts = {STRIP: evaluated and evaluated.strip, LICENSE: "license_link" in details.license}
     files = record["files"]
     for file, used in parts.items():
@@ -210,19 +209,18 @@ def read_record(export_dir: Path, needed: Collection[str] = ("files",)) -> dict[
         raise MissingInputError(f"{path} is of an older version. Run `kl-f8-train export` again")
     kinds = {**NEEDED, **FURTHER}
     typed = all(isinstance(record[key], kinds[key]) for key in kinds.keys() & record.keys())
-    safe = (
-        typed
-        and record["files"]
-        and all(
-            isinstance(digest, str)
-            and not Path(name).is_absolute()
-            and ".." not in Path(name).parts
-            for name, digest in record["files"].items()
-        )
-    )
-    if not safe:
+    if not typed or not _are_inside(record["files"]):
         raise MissingInputError(f"{path} is not what `kl-f8-train export` writes: run it again")
     return record
+
+
+def _are_inside(files: Mapping[str, Any]) -> bool:
+    """Whether there are files, all with a hash, and none outside the export."""
+    for name, digest in files.items():
+        path = Path(name)
+        if not isinstance(digest, str) or path.is_absolute() or ".." in path.parts:
+            return False
+    return bool(files)
 
 
 def _sha256(path: Path) -> str:
@@ -341,9 +339,8 @@ def _taken(scores: Mapping[str, Any]) -> dict[str, Any]:
 
 def _finite_score(value: Any, metric: str) -> Any:
     """rFID, or another metric's mean and deviation; None if that is missing or not finite."""
-    if metric == "rfid":
-        numbers = [value]
-    else:
+    numbers = [value]
+    if metric != "rfid":
         numbers = [value.get("mean"), value.get("std")] if isinstance(value, dict) else [None]
     known = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
     return value if known else None

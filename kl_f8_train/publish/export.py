@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kl_f8_train import __version__, images, units
 from kl_f8_train import config as configs
-from kl_f8_train.averages import label, module_name, selection
+from kl_f8_train.averages import label, module_name, requested
 from kl_f8_train.core.hashes import data_sha256, frozen_sha256
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
@@ -74,7 +74,7 @@ def export(
     _check_choice(source, average, raw, ema)
     header = weight_file.read(source, lambda names: ())
     config = checkpoint.stored_config(header)
-    select = "raw" if raw else "ema" if ema is None else selection(ema)
+    select = requested(raw, ema)
     kind = f"{select}-average" if average else select
     marks = ["best"] * best + [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
     out = out or _own_place(source, marks)

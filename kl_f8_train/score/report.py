@@ -252,19 +252,15 @@ def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
     """The template, filled in."""
     scores, models = evaluation.scores, evaluation.models
     rows = scores["models"]
-    columns = [  # what is not measured stands below the table, once
-        column
-        for column in ("rfid", *ALWAYS, "st_lpips")
-        if column == "psnr" or any(row.get(column) is not None for row in rows.values())
-    ]
+    measured = {name for row in rows.values() for name in row if row[name] is not None}
+    # What is not measured stands below the table, once.
+    columns = [name for name in ("rfid", *ALWAYS, "st_lpips") if name in {"psnr", *measured}]
     weights = {name: evaluation.weights[name] for name in models}
-    sigmas = {name: weights[name].get("latent_noise") for name in models}
     encoders = {record.get("frozen_sha256") for record in weights.values()}
-    pairs = [
-        _pair(evaluation, a, b)
-        for a, b in itertools.combinations(models, 2)
-        if sigmas[a] == sigmas[b]
-    ]
+    pairs = []
+    for a, b in itertools.combinations(models, 2):
+        if weights[a].get("latent_noise") == weights[b].get("latent_noise"):
+            pairs.append(_pair(evaluation, a, b))
     return rendered(
         REPORT_PAGE,
         {
@@ -435,41 +431,35 @@ def _facts(values: Mapping[str, Any]) -> dict[str, str]:
 
 def _data(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> str:
     """JSON for the script; "<" is escaped, so that no text can end the element."""
-    names = dict.fromkeys(
-        image
-        for by_model in evaluation.values.values()
-        for scores in by_model.values()
-        for image in scores
-    )
-    index = {name: number for number, name in enumerate(names)}
-    values = {
-        metric: [
-            [_json_number(by_model.get(model, {}).get(image)) for model in evaluation.models]
-            for image in index
-        ]
-        for metric, by_model in evaluation.values.items()
-        if metric in evaluation.measured
-    }
+    index: dict[str, int] = {}  # image -> its position
+    for by_model in evaluation.values.values():
+        for image in itertools.chain(*by_model.values()):
+            index.setdefault(image, len(index))
+    values = {}  # metric -> a row for each image, a number for each model
+    for metric in evaluation.measured:
+        columns = [evaluation.values[metric].get(model, {}) for model in evaluation.models]
+        values[metric] = [[_json_number(own.get(image)) for own in columns] for image in index]
+    metrics_shown = []
+    for metric, described in METRICS.items():
+        if metric in values or metric in ALWAYS:
+            judged = described.better and metric in values
+            metrics_shown.append(
+                {
+                    "key": metric,
+                    "label": described.label,
+                    "digits": described.digits,
+                    "better": described.better,
+                    "measured": metric in values,
+                    "extremes": _extremes(evaluation, metric, index) if judged else None,
+                }
+            )
     data = {
         "models": evaluation.models,
         "compared": _compared(evaluation),
         "opened": _opened(evaluation),
         "images": list(index),
         "values": values,
-        "metrics": [
-            {
-                "key": key,
-                "label": metric.label,
-                "digits": metric.digits,
-                "better": metric.better,
-                "measured": key in values,
-                "extremes": _extremes(evaluation, key, index)
-                if metric.better and key in values
-                else None,
-            }
-            for key, metric in METRICS.items()
-            if key in values or key in ALWAYS
-        ],
+        "metrics": metrics_shown,
         "pictures": [_shown_picture(evaluation, item, index) for item in pictures],
     }
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -525,12 +515,11 @@ def _extremes(evaluation: Evaluation, metric: str, index: Mapping[str, int]) -> 
     for model in evaluation.models:
         scores = evaluation.values[metric].get(model, {})
         order = sorted(scores, key=scores.__getitem__, reverse=worst_first)
-        ranks = {"worst": 0, "median": (len(order) - 1) // 2, "best": -1}
+        ranks = {"worst": 0, "median": (len(order) - 1) // 2, "best": -1} if order else {}
         found.append(
             [
                 index[named.get(f"{kind} {metric} of {model}", order[rank])]
                 for kind, rank in ranks.items()
-                if order
             ]
         )
     return found
