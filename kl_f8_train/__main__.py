@@ -448,12 +448,7 @@ def _split(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from kl_f8_train.data.index import (
-        build_index,
-        expand,
-        index_directories,
-        index_directory,
-    )
+    from kl_f8_train.data.index import build_index, expand, index_directories, index_directory
     from kl_f8_train.data.shard_cache import ShardCache
     from kl_f8_train.data.sources import TarSource, parse_filters
     from kl_f8_train.files import cache_dir
@@ -554,12 +549,9 @@ def _print_schema(keys: list[str]) -> None:
             )
     for name, found in VALUES.items():
         if not keys or any(f"{name}.".startswith(f"{key}.") for key in keys):
-            default = found.default
-            stated = (
-                "no default, a recipe states it"
-                if default == MISSING
-                else f"default {written(default)}"
-            )
+            stated = "no default, a recipe states it"
+            if found.default != MISSING:
+                stated = f"default {written(found.default)}"
             print(f"{name}\n    {found.doc}\n    {found.type_name}; {stated}")
 
 

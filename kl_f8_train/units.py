@@ -46,11 +46,9 @@ def batch(global_batch: int, processes: int, micro_batch: int) -> str:
             f"{counted(processes, 'process', 'es')} x {counted(micro_batch, 'image', 's')} x "
             f"{counted(micro_batches, 'micro-batch', 'es')} = {global_batch:,}"
         )
-    dealt = (
-        "at once"
-        if micro_batches == 1
-        else f"in {micro_batches:,} micro-batches of {micro_batch:,}"
-    )
+    dealt = "at once"
+    if micro_batches != 1:
+        dealt = f"in {micro_batches:,} micro-batches of {micro_batch:,}"
     return f"{counted(global_batch, 'image', 's')}, {dealt}"
 
 

@@ -350,9 +350,7 @@ def work(config: Config, accumulating: bool = False) -> Work:
 
 def _counts_for_work(config: Config, accumulating: bool) -> Counts:
     batch = MORE * config.compute.perceptual_parts
-    if accumulating:
-        return counts(config, batch, 2 * batch)
-    return counts(config, batch)
+    return counts(config, batch, 2 * batch if accumulating else batch)
 
 
 def flops_per_image(config: Config, accumulating: bool = False) -> int:
@@ -412,10 +410,8 @@ def peak_bytes(config: Config, batch: int, share: int | None = None) -> float:
     if share <= 2 * more:
         return max(_peaks(counts(config, batch, share)).values())
     images = 2 * max(more, GROUP)
-    below, above, longer = (
-        _peaks(counts(config, size, count))
-        for size, count in ((few, images), (more, images), (more, images + more))
-    )
+    below, above = _peaks(counts(config, few, images)), _peaks(counts(config, more, images))
+    longer = _peaks(counts(config, more, images + more))
     return max(
         least
         + (batch - few) * (above[phase] - least) / (more - few)

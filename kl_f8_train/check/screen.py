@@ -11,20 +11,18 @@ from kl_f8_train.core.perceptual import LABELS
 from kl_f8_train.settings import Config
 from kl_f8_train.units import counted, duration, listed, memory, size
 
-# A line is its label and its text. `facts` has the keys that doctor's sections have set; a section
-# that failed has set none.
-Lines = Iterator[tuple[str, str]]
-Found = Mapping[str, Any]
+Findings = Mapping[str, Any]  # with the keys that doctor's sections have set; a failed one sets none
+Lines = Iterator[tuple[str, str]]  # label and text
 
 
-def lines(facts: Found, config: Config) -> Iterator[str]:
+def lines(facts: Findings, config: Config) -> Iterator[str]:
     """The run, its inputs, its speed and its bill; what was not found out is left out."""
     parts = (_run(facts, config), _inputs(facts, config), _speed(facts), _bill(facts, config))
     for label, text in itertools.chain(*parts):
         yield f"  {label:<9}{text}"
 
 
-def _run(facts: Found, config: Config) -> Lines:
+def _run(facts: Findings, config: Config) -> Lines:
     start = facts.get("start_iteration", config.init.iteration)
     begin = "?" if start is None else f"{start:,}"
     yield "run", f"{config.name}, iteration {begin} -> {config.stop_iteration:,}"
@@ -33,7 +31,7 @@ def _run(facts: Found, config: Config) -> Lines:
         yield "batch", f"{dealt}; learning rate {config.optimizer.learning_rate:g}, absolute"
 
 
-def _inputs(facts: Found, config: Config) -> Lines:
+def _inputs(facts: Findings, config: Config) -> Lines:
     if weights := facts.get("weights"):
         critic = "with" if weights["discriminator"] else "no"
         known, other = weights["shape"], weights["not_kl_f8"]
@@ -53,7 +51,7 @@ def _inputs(facts: Found, config: Config) -> Lines:
         yield "held out", f"{pictures}, {known} of them among the {held_out['checked']}"
 
 
-def _speed(facts: Found) -> Lines:
+def _speed(facts: Findings) -> Lines:
     """As measured, else the memory as computed."""
     if seconds := facts.get("seconds_per_image"):
         cold = ", measured on a first, cold iteration" if facts["cold_iteration"] else ""
@@ -68,7 +66,7 @@ def _speed(facts: Found) -> Lines:
             yield "", f"the largest compute.per_device_batch that fits: {largest}"
 
 
-def _bill(facts: Found, config: Config) -> Lines:
+def _bill(facts: Findings, config: Config) -> Lines:
     if (total := facts.get("images_total")) is not None:
         yield "bill", _screened_bill(facts, config, total)
     if predicted := facts.get("predicted"):

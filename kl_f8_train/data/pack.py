@@ -231,11 +231,10 @@ def _compare(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         "missing": before.keys() - after.keys(),
         "of another size": {name for name in both if before[name] != after[name]},
     }
-    differences = [
-        f"{key}: {written(old[key])} there, {written(new[key])} asked for"
-        for key in ("per_shard", "reencode")
-        if old[key] != new[key]
-    ]
+    differences = []
+    for key in ("per_shard", "reencode"):
+        if old[key] != new[key]:
+            differences.append(f"{key}: {written(old[key])} there, {written(new[key])} asked for")
     for text, names in named.items():
         if names:
             shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")

@@ -325,10 +325,7 @@ def _is_source(entry: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
 def _taken(scores: Mapping[str, Any]) -> dict[str, Any]:
     """What a card keeps of scores.json: no path of one machine, and finite numbers only."""
     return {
-        "models": {
-            name: {metric: _finite_score(value, metric) for metric, value in row.items()}
-            for name, row in scores["models"].items()
-        },
+        "models": {name: _finite_scores(row) for name, row in scores["models"].items()},
         **{key: scores[key] for key in ("weights", "protocol", "images")},
         "images_sha256": scores.get("images_sha256"),
         "unmeasured": {k: str(v) for k, v in scores.get("unmeasured", {}).items() if k in SCORES},
@@ -337,13 +334,16 @@ def _taken(scores: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _finite_score(value: Any, metric: str) -> Any:
-    """rFID, or another metric's mean and deviation; None if that is missing or not finite."""
-    numbers = [value]
-    if metric != "rfid":
-        numbers = [value.get("mean"), value.get("std")] if isinstance(value, dict) else [None]
-    known = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
-    return value if known else None
+def _finite_scores(row: Mapping[str, Any]) -> dict[str, Any]:
+    """rFID, and other metrics' mean and deviation; None if that is missing or not finite."""
+    found = {}
+    for metric, value in row.items():
+        numbers = [value]
+        if metric != "rfid":
+            numbers = [value.get("mean"), value.get("std")] if isinstance(value, dict) else [None]
+        known = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+        found[metric] = value if known else None
+    return found
 
 
 def family_served(config: Config, stated: Mapping[str, Any]) -> Family | None:
@@ -374,20 +374,10 @@ def _front_matter(
     }
     if details.base_model:
         front["base_model"] = details.base_model
-    metrics = _measured(evaluated) if evaluated else []
-    if evaluated and metrics:
-        front["model-index"] = [
-            {
-                "name": record["name"],
-                "results": [
-                    {
-                        "task": {"type": "image-to-image", "name": "Image reconstruction"},
-                        "dataset": _dataset(evaluated.scores),
-                        "metrics": metrics,
-                    }
-                ],
-            }
-        ]
+    if evaluated and (metrics := _measured(evaluated)):
+        task = {"type": "image-to-image", "name": "Image reconstruction"}
+        result = {"task": task, "dataset": _dataset(evaluated.scores), "metrics": metrics}
+        front["model-index"] = [{"name": record["name"], "results": [result]}]
     return front
 
 
@@ -455,8 +445,9 @@ def _strip_text(scores: Mapping[str, Any]) -> str:
 
 def _table(evaluated: Evaluated) -> str:
     rows = evaluated.scores["models"]
-    columns = [*HUB_TYPES, *(["st_lpips"] if any(r.get("st_lpips") for r in rows.values()) else [])]
-    lines = []
+    columns, lines = [*HUB_TYPES], []
+    if any(row.get("st_lpips") for row in rows.values()):
+        columns.append("st_lpips")
     for name, row in rows.items():
         iteration = evaluated.scores.get("weights", {}).get(name, {}).get("iteration")
         step = "" if iteration is None else f"{iteration:,}"

@@ -207,16 +207,11 @@ def _write_safetensors(
 def _zip_places(path: Path) -> dict[str, Place]:
     """Where the tensors of a torch zip lie; raises MissingInputError if there is more in it."""
     weight_file.read(path, lambda names: ())  # raises if it is broken, or asks to run something
-    return {
-        key: Place(
-            record,
-            view.offset * view.storage.dtype.itemsize,
-            view.storage.dtype,
-            view.size,
-            view.stride,
-        )
-        for key, (record, view) in torch_file.views(path).items()
-    }
+    found = {}
+    for key, (record, view) in torch_file.views(path).items():
+        dtype = view.storage.dtype
+        found[key] = Place(record, view.offset * dtype.itemsize, dtype, view.size, view.stride)
+    return found
 
 
 def _write_zip(

@@ -74,17 +74,16 @@ class Outcome(NamedTuple):
 
     def warnings(self) -> list[str]:
         """A line for each of the weights that got worse."""
-        return [
-            f"the {change.weights} weights got worse since the start: {change}. "
-            + (
-                "PSNR does not show it, pictures do: lower adversarial.weight or "
-                if change.is_worse_to_the_eye
-                else "Lower "
+        lines = []
+        for change in [change for change in self.changes if change.is_worse]:
+            lower = "Lower"
+            if change.is_worse_to_the_eye:
+                lower = "PSNR does not show it, pictures do: lower adversarial.weight or"
+            lines.append(
+                f"the {change.weights} weights got worse since the start: {change}. {lower} "
+                "optimizer.learning_rate; an earlier checkpoint, or the start, is better"
             )
-            + "optimizer.learning_rate; an earlier checkpoint, or the start, is better"
-            for change in self.changes
-            if change.is_worse
-        ]
+        return lines
 
 
 def compare(rows: Sequence[Row]) -> Outcome | None:

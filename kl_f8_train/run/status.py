@@ -108,11 +108,13 @@ def read_settings(run: Path) -> dict[str, Any]:
         raise MissingInputError(
             f"run {run}: no such directory; give the run_dir of a training{like_path(run)}"
         )
-    if not file.is_file() and is_claimed(run):
-        raise MissingInputError(f"{run} is {STARTING}; ask again once it has written config.yaml")
-    if not file.is_file() and (failure := read_failure(run)):
-        raise MissingInputError(f"{run} did not start: {failure[0]}")
     if not file.is_file():
+        if is_claimed(run):
+            raise MissingInputError(
+                f"{run} is {STARTING}; ask again once it has written config.yaml"
+            )
+        if failure := read_failure(run):
+            raise MissingInputError(f"{run} did not start: {failure[0]}")
         raise MissingInputError(
             f"{run} is not a run directory yet: it has no config.yaml, which `train` writes once "
             f"weights and data are open{_runs_inside(run)}"
@@ -367,16 +369,9 @@ def _discriminator_warnings(lately: Sequence[Row]) -> Iterable[str]:
     The adaptive weight may also reach its limit beside a good discriminator: the reconstruction
     loss is a sum over pixels, so its gradient grows with the crop.
     """
-    loss, real, fake, clamped, factor = (
-        _mean(lately, key)
-        for key in (
-            "discriminator_loss",
-            "logits_real",
-            "logits_fake",
-            "adaptive_weight_clamped",
-            "adversarial_factor",
-        )
-    )
+    loss = _mean(lately, "discriminator_loss")
+    real, fake = _mean(lately, "logits_real"), _mean(lately, "logits_fake")
+    clamped, factor = _mean(lately, "adaptive_weight_clamped"), _mean(lately, "adversarial_factor")
     if loss is None or real is None or fake is None or not factor:
         return
     if clamped and clamped > 0.01 and loss > 0.5:
@@ -400,6 +395,7 @@ def facts(status: Status) -> dict[str, str]:
     goes_on = status.state.startswith(("running", "starting", "seems"))
     iteration, done, logged = status.iteration, status.done_share, status.last_log_age_seconds
     saved, age = status.checkpoint_iteration, status.checkpoint_age_seconds
+    newest = "none yet" if saved is None or age is None else f"{saved:,}, {duration(age)} ago"
     shown = {
         "state": status.state,
         "error": status.failure,
@@ -410,9 +406,7 @@ def facts(status: Status) -> dict[str, str]:
         "time left": status.seconds_left and duration(status.seconds_left),
         "end" if goes_on else "end, if resumed now": status.seconds_left and status.end_date,
         "last log": None if logged is None else f"{duration(logged)} ago",
-        "last checkpoint": "none yet"
-        if saved is None or age is None
-        else f"{saved:,}, {duration(age)} ago",
+        "last checkpoint": newest,
         "discriminator warm-up": status.warmup_rows and counted(status.warmup_rows, "log row", "s"),
     }
     return {label: str(text) for label, text in shown.items() if text}

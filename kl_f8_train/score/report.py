@@ -147,7 +147,8 @@ def strip(columns: Sequence[tuple[str, Sequence[Tensor]]], gap: int = 4) -> Tens
 
     A label wider than its column is cut. Raises ValueError if the columns differ in length.
     """
-    rows = [images.hstack(list(r), gap) for r in zip(*(p for _, p in columns), strict=True)]
+    by_column = [pictures for _, pictures in columns]
+    rows = [images.hstack(list(row), gap) for row in zip(*by_column, strict=True)]
     width = columns[0][1][0].shape[2] + gap
     header = images.to_pil(torch.full((3, 20, rows[0].shape[2]), 255, dtype=torch.uint8))
     draw = ImageDraw.Draw(header)
@@ -168,7 +169,7 @@ def error_map(picture: Tensor, reconstruction: Tensor) -> Tensor:
     """
     error = (picture.float() - reconstruction.float()).abs().mean(dim=0) / ERROR_SCALE  # (H, W)
     stops = np.linspace(0.0, 1.0, len(RAMP))
-    channels = [np.interp(error.numpy(), stops, [c[i] for c in RAMP]) for i in range(3)]
+    channels = [np.interp(error.numpy(), stops, levels) for levels in zip(*RAMP, strict=True)]
     return torch.from_numpy(np.stack(channels).round().astype(np.uint8))
 
 
@@ -304,14 +305,12 @@ def _scores(evaluation: Evaluation, columns: Sequence[str]) -> list[dict[str, An
     """A row for each model: name, iteration, and a cell for each column."""
     rows = evaluation.scores["models"]
     best = {column: _best_models(column, rows) for column in columns}
-    return [
-        {
-            "name": name,
-            "iteration": evaluation.weights[name].get("iteration"),
-            "cells": [_score_cell(evaluation, name, c, name in best[c]) for c in columns],
-        }
-        for name in rows
-    ]
+    found = []
+    for name in rows:
+        iteration = evaluation.weights[name].get("iteration")
+        cells = [_score_cell(evaluation, name, c, name in best[c]) for c in columns]
+        found.append({"name": name, "iteration": iteration, "cells": cells})
+    return found
 
 
 def _mean_of(value: Any) -> float | None:
@@ -487,14 +486,10 @@ def _json_number(value: float | None) -> float | str | None:
 def _shown_picture(
     evaluation: Evaluation, item: Mapping[str, Any], index: Mapping[str, int]
 ) -> dict[str, Any]:
-    sides = [
-        {
-            "name": side["name"],
-            "model": number - 1,
-            **{key: quote(side[key]) for key in ("picture", "zoom", "error") if key in side},
-        }
-        for number, side in enumerate(item["sides"])
-    ]
+    sides = []
+    for number, side in enumerate(item["sides"], -1):  # the input, then the models
+        files = {key: quote(side[key]) for key in ("picture", "zoom", "error") if key in side}
+        sides.append({"name": side["name"], "model": number, **files})
     why = [_labelled(reason) for reason in item["why"]]
     return {**item, "image": index[item["image"]], "why": why, "sides": sides}
 
@@ -516,10 +511,6 @@ def _extremes(evaluation: Evaluation, metric: str, index: Mapping[str, int]) -> 
         scores = evaluation.values[metric].get(model, {})
         order = sorted(scores, key=scores.__getitem__, reverse=worst_first)
         ranks = {"worst": 0, "median": (len(order) - 1) // 2, "best": -1} if order else {}
-        found.append(
-            [
-                index[named.get(f"{kind} {metric} of {model}", order[rank])]
-                for kind, rank in ranks.items()
-            ]
-        )
+        chosen = [named.get(f"{k} {metric} of {model}", order[rank]) for k, rank in ranks.items()]
+        found.append([index[image] for image in chosen])
     return found

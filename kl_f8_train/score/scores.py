@@ -269,11 +269,10 @@ def footer(result: Mapping[str, Any]) -> str:
 
 def weights_line(weights: Mapping[str, Mapping[str, Any]], *others: str) -> str:
     """Each file with its hash, then `others`."""
-    hashes = [
-        f"{name} {w['path']} {w['sha256'][:12]}"
-        for name, w in weights.items()
-        if w["sha256"] and "latent_noise" not in w
-    ]
+    hashes = []
+    for name, known in weights.items():
+        if known["sha256"] and "latent_noise" not in known:
+            hashes.append(f"{name} {known['path']} {known['sha256'][:12]}")
     return f"Weights (sha256): {'; '.join([*hashes, *others])}."
 
 

@@ -316,11 +316,9 @@ def _from_training(state: Mapping[str, Tensor], select: str) -> Weights:
         ema = _stripped(state, f"{place}.")
         unknown = sorted(ema.keys() - autoencoder.keys())
         if unknown or not ema:
-            got = (
-                f"of other names: {', '.join(unknown[:3])}"
-                if ema
-                else f"that is missing: no {place}.*"
-            )
+            got = f"that is missing: no {place}.*"
+            if ema:
+                got = f"of other names: {', '.join(unknown[:3])}"
             raise MissingInputError(f"training checkpoint with an EMA {got}; use another")
         autoencoder = {**autoencoder, **ema}
     return Weights(
@@ -443,9 +441,8 @@ def _attention(state: Mapping[str, Tensor]) -> State:
 
 def diffusers_name(key: str, levels: int) -> str:
     """The diffusers name of a CompVis key; the decoder's levels count the other way round."""
-    key = re.sub(
-        r"^decoder\.up\.(\d{1,3})\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", key
-    )
+    if level := re.match(r"decoder\.up\.(\d{1,3})\.", key):
+        key = f"decoder.up_blocks.{levels - 1 - int(level[1])}.{key[level.end() :]}"
     for ours, theirs in SPELLINGS:
         key = key.replace(ours, theirs)
     return key
@@ -453,9 +450,8 @@ def diffusers_name(key: str, levels: int) -> str:
 
 def compvis_name(key: str, levels: int) -> str:
     """The CompVis name of a diffusers key."""
-    key = re.sub(
-        r"^decoder\.up_blocks\.(\d{1,3})\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", key
-    )
+    if level := re.match(r"decoder\.up_blocks\.(\d{1,3})\.", key):
+        key = f"decoder.up.{levels - 1 - int(level[1])}.{key[level.end() :]}"
     for ours, theirs in SPELLINGS:
         key = key.replace(theirs, ours)
     return key

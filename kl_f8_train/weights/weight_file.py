@@ -424,12 +424,13 @@ def _read_safetensors(path: Path, wanted: torch_file.Wanted) -> Contents:
         with safe_open(name, framework="pt", device="cpu") as file:
             names = list(file.keys())
             chosen = set(wanted(names))
-            tensors = {
-                name: file.get_tensor(name).clone()  # else it would change with the file
-                if name in chosen
-                else torch.empty(file.get_slice(name).get_shape(), device="meta")
-                for name in names
-            }
+            tensors = {}
+            for name in names:
+                if name in chosen:
+                    tensors[name] = file.get_tensor(name).clone()  # else it changes with the file
+                else:
+                    shape = file.get_slice(name).get_shape()
+                    tensors[name] = torch.empty(shape, device="meta")
             metadata = dict(file.metadata() or {})
     optimizer = any(name.startswith("optimizer.") for name in names)
     stated = facts.from_metadata(metadata)
