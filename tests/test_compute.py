@@ -215,10 +215,10 @@ def test_kernels_are_set_by_precision_and_put_back():
         ("tf32", True, True),
         ("bfloat16", False, True),
     ):
-        with model.kernels(precision):
+        with model.Kernels(precision):
             assert (products.allow_tf32, cudnn.allow_tf32) == (in_products, in_convolutions)
             assert not torch.are_deterministic_algorithms_enabled()
-    with model.kernels("float32", deterministic=True):
+    with model.Kernels("float32", deterministic=True):
         assert torch.are_deterministic_algorithms_enabled()
         assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
     assert not torch.are_deterministic_algorithms_enabled()
@@ -360,7 +360,7 @@ def test_float32_is_no_tf32_and_all_is_put_back():
     cudnn = torch.backends.cudnn
     before = cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
     for precision, tf32 in (("float32", False), ("bfloat16", True)):
-        with model.kernels(precision):
+        with model.Kernels(precision):
             inside = cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
         assert inside == (before[0], True, before[2], tf32)
         assert before == (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)

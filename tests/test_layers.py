@@ -1,7 +1,10 @@
 """A folder imports only from those before it, and each heavy library has its few places."""
 
 import ast
+import re
 import runpy
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -86,3 +89,13 @@ def test_the_house_keeps_its_measures():
     repeated = house["repeated_names"](found)
     assert len(repeated) <= 10, repeated
     assert house["unused_names"](found) == []
+
+
+def test_the_way_of_a_batch_stays_short():
+    """What a newcomer reads to follow one iteration, traced in a run of its own."""
+    program = PACKAGE.parent / "tests" / "benchmarks" / "house.py"
+    command = [sys.executable, str(program), "--way"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    lines, files = map(int, re.search(r"batch: (\d+) lines in (\d+) files", out).groups())
+    assert 300 < lines <= 750, out
+    assert 5 < files <= 8, out

@@ -223,6 +223,36 @@ def test_a_subclass_is_a_module_of_its_own_and_is_loaded_by_lightnings_method(tm
         assert same(loaded, tuner)
 
 
+class Failing(Finetuner):
+    """Records cuDNN's flags in each iteration, and fails where it has to."""
+
+    fails = False
+
+    def training_step(self, batch: Batch, batch_index: int) -> None:
+        """One iteration, or none."""
+        self.flags = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+        if self.fails:
+            raise ArithmeticError
+        super().training_step(batch, batch_index)
+
+
+def test_a_fit_sets_how_cuda_computes_and_puts_it_back():
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32
+    tuner = Failing(**parts())
+    trainer(max_steps=1).fit(tuner, loader())
+    assert tuner.flags == (True, False) != before
+    assert (cudnn.benchmark, cudnn.allow_tf32) == before
+    tuner.fails = True
+    with pytest.raises(ArithmeticError):
+        trainer(max_steps=1).fit(tuner, loader())
+    assert copy.deepcopy(tuner.kernels).entered
+    tuner.fails = False
+    trainer(max_steps=1).fit(tuner, loader())
+    assert tuner.flags == (True, False)
+    assert (cudnn.benchmark, cudnn.allow_tf32) == before
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
 def test_a_finetuner_can_be_copied_and_pickled(copied):
     tuner = Validated(**parts(), name="given")

@@ -26,7 +26,7 @@ from kl_f8_train.check import cost
 from kl_f8_train.core import machine, perceptual
 from kl_f8_train.core.batch import Batch, timed_by
 from kl_f8_train.core.discriminator import initialize
-from kl_f8_train.core.model import kernels
+from kl_f8_train.core.model import Kernels
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data.loading import IterationSampler, PositionDataset, loader, open_data
 from kl_f8_train.errors import MissingInputError, UsageError
@@ -239,7 +239,7 @@ def iteration_of(finetuner: Finetuner, device: torch.device) -> Iteration:
     finetuner.perceptual.to(device)
 
     def run(batch: Batch) -> None:
-        with kernels(finetuner.config.precision, finetuner.config.compute.deterministic):
+        with finetuner.kernels:
             finetuner.run_iteration(batch)
 
     return run
@@ -365,7 +365,7 @@ def _matmul_rates(precision: str, device: torch.device) -> dict[str, float]:
     """Precision -> FLOP/s; that of TF32 only where the run uses it."""
     rates = {name: matmul_rate(device, kind) for name, kind in PRECISIONS.items()}
     if precision == "tf32":
-        with kernels("tf32"):
+        with Kernels("tf32"):
             rates["tf32"] = matmul_rate(device, torch.float32)
     return rates
 

@@ -6,9 +6,10 @@ Images are (B, 3, H, W) in [-1, 1]; latents are (B, 4, h, w), unscaled (no 0.182
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -615,9 +616,8 @@ def _bfloat16_convolutions() -> Iterator[None]:
         F.conv2d = convolve
 
 
-@contextmanager
-def kernels(precision: str, deterministic: bool = False) -> Iterator[None]:
-    """Sets how CUDA computes in iterations: the fastest kernels by trial, TF32 by precision.
+class Kernels(ContextDecorator):
+    """While entered, how CUDA computes: the fastest kernels by trial, and TF32 by precision.
 
     "float32" means float32, while torch's default for convolutions is TF32; "tf32" has it in
     convolutions and matrix products; "bfloat16" has it in the convolutions that it leaves in
@@ -626,27 +626,35 @@ def kernels(precision: str, deterministic: bool = False) -> Iterator[None]:
     `deterministic` takes kernels that give the same bits in every run on one kind of GPU; torch
     raises RuntimeError, named by `with_remedy`, where an operation has none.
     """
-    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before, products.allow_tf32 = products.allow_tf32, precision == "tf32"
-    flags = {
-        "benchmark": not deterministic,  # an iteration's shapes are those of the one before
-        "deterministic": deterministic or cudnn.deterministic,
-        "allow_tf32": precision != "float32",
-    }
-    try:
-        with cudnn.flags(cudnn.enabled, **flags), _same_bits() if deterministic else nullcontext():
-            yield
-    finally:
-        products.allow_tf32 = before
 
+    def __init__(self, precision: str, deterministic: bool = False) -> None:
+        self.deterministic, self.strict = deterministic, True
+        self.entered = False
+        self.other: dict[str, bool] = {  # flags of torch.backends: ours, and while entered, torch's
+            "cudnn.benchmark": not deterministic,  # shapes are those of the iteration before
+            "cudnn.allow_tf32": precision != "float32",
+            "cuda.matmul.allow_tf32": precision == "tf32",
+        }
+        if deterministic:
+            self.other["cudnn.deterministic"] = True
 
-@contextmanager
-def _same_bits() -> Iterator[None]:
-    """Has torch take deterministic kernels, and refuse operations that have none."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS' first use
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
+    def __enter__(self) -> None:
+        if not self.entered:  # it is after a fit that has failed
+            self._exchange()
+
+    def __exit__(self, *error: object) -> None:
+        if self.entered:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        self.entered = not self.entered
+        for name, value in self.other.items():
+            place, _, flag = name.rpartition(".")
+            module = attrgetter(place)(torch.backends)
+            self.other[name] = getattr(module, flag)
+            setattr(module, flag, value)
+        if self.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at its first use
+            before = torch.are_deterministic_algorithms_enabled()
+            torch.use_deterministic_algorithms(self.strict)
+            self.strict = before

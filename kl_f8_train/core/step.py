@@ -32,7 +32,7 @@ from kl_f8_train.core.losses import (
     NoAdversary,
     reconstruction_loss,
 )
-from kl_f8_train.core.model import TRAINED, AutoencoderKL, Posterior, autocast, kernels
+from kl_f8_train.core.model import TRAINED, AutoencoderKL, Kernels, Posterior, autocast
 from kl_f8_train.core.run_state import RunState
 from kl_f8_train.core.updates import (
     PLAINLY,
@@ -41,7 +41,6 @@ from kl_f8_train.core.updates import (
     Step,
     Update,
     average_over_ranks,
-    begin,
     build_adam,
     checked,
     ema_decay,
@@ -127,6 +126,7 @@ class Finetuner(_Base):
         self.distance: Distance = partial(perceptual, **own)  # no submodule, either
         self.run_state = run_state or RunState(iteration=config.init.iteration or 0)
         self.guard = Guard(config.max_bad_updates)
+        self.kernels = Kernels(config.precision, config.compute.deterministic)
         self.metrics: dict[str, Tensor] = {}  # of the last iteration
         self.reconstruction_loss, self.checked = reconstruction_loss, checked
         self.sampled = sampled
@@ -243,12 +243,20 @@ class Finetuner(_Base):
         self.run_state.load(checkpoint[RUN_STATE])
 
     def on_fit_start(self) -> None:
-        """Moves what Lightning leaves behind, and checks that all ranks start alike."""
+        """Moves what Lightning leaves behind, and checks that all ranks start alike.
+
+        From here to the end of the fit CUDA computes as `precision` says.
+        """
+        self.kernels.__enter__()
         self.perceptual.to(self.device)
         for adam in self.adams:
             for parameter, state in adam.state.items():  # restored; the fused Adam reads it
                 state["step"] = state["step"].to(parameter.device)
         self._compare_ranks()
+
+    def on_fit_end(self) -> None:
+        """Puts torch's flags back."""
+        self.kernels.__exit__()
 
     def _compare_ranks(self) -> None:
         """Raises RunFailedError if a rank resumed another state, or sees other data."""
@@ -286,15 +294,13 @@ class Finetuner(_Base):
     def training_step(self, batch: Batch, batch_index: int) -> None:
         """One iteration; before the first, those of the discriminator's warm-up."""
         rate = self.learning_rate
-        with kernels(self.config.precision, self.config.compute.deterministic):
-            if self.run_state.warmup_left:
-                self.run_warm_up(batch)
-            else:
-                no_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-                self.run_iteration(batch, Loop(self.manual_backward, no_sync, self._step_counted))
+        if self.run_state.warmup_left:
+            self.run_warm_up(batch)
+        else:
+            no_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+            self.run_iteration(batch, Loop(self.manual_backward, no_sync, self._step_counted))
         if self.log_metrics:
-            self.log_dict(self.metrics, batch_size=len(batch.images))
-            self.log("learning_rate", rate, batch_size=len(batch.images))
+            self.log_dict(self.metrics | {"learning_rate": rate}, batch_size=len(batch.images))
 
     def _step_counted(self, adam: Adam) -> None:
         """The decoder's step, which Lightning counts: its global_step grows by 1 an iteration."""
@@ -369,11 +375,13 @@ class Finetuner(_Base):
     # --- its parts --------------------------------------------------------------------------
 
     def _prepare(self) -> Remembered:
-        """Clears gradients, sets the mode, and remembers BatchNorm's buffers."""
+        """Clears gradients, sets mode and rate, and remembers BatchNorm's buffers."""
         if not self.training:  # else a loop over all modules
             self.train()
         for adam in self.adams:
-            begin(adam, self.learning_rate)
+            adam.zero_grad()
+            for group in adam.param_groups:
+                group["lr"] = self.learning_rate
         return Remembered(self.discriminator)
 
     def micro_batches(self, count: int) -> tuple[slice, ...]:
@@ -394,7 +402,7 @@ class Finetuner(_Base):
         """Latents sampled with one draw of the noise, (B, 4, h, w), and the mean KL divergence."""
         latents, divergences = [], []
         for part in self.micro_batches(len(x)):
-            with self._autocast(x):
+            with autocast(self.config.precision, x.device):
                 posterior = self.autoencoder.encode(x[part])
             z, kl = self.sampled(posterior, batch.noise[draw, part].to(x.dtype))
             if self.config.latents.noise:
@@ -411,7 +419,7 @@ class Finetuner(_Base):
     @phase("decode")
     def decode(self, z: Tensor, last_layer_only: bool = False) -> Tensor:
         """(B, 4, h, w) -> (B, 3, H, W) with a graph of the decoder, or of its last layer alone."""
-        with self._autocast(z):
+        with autocast(self.config.precision, z.device):
             model = self.autoencoder
             return model.decode_at_last_layer(z) if last_layer_only else model.decode(z)
 
@@ -419,9 +427,6 @@ class Finetuner(_Base):
     def _decode_without_graph(self, z: Tensor) -> Tensor:
         micro = self.micro_batches(len(z))
         return joined([self.decode(z[part]).to(z.dtype) for part in micro])
-
-    def _autocast(self, tensor: Tensor) -> AbstractContextManager[Any]:
-        return autocast(self.config.precision, tensor.device)
 
     @phase("losses")
     def reconstruction(

@@ -53,13 +53,6 @@ def gradients_of(adam: Adam) -> list[Tensor]:
     return [p.grad for p in parameters_of(adam) if p.grad is not None]
 
 
-def begin(adam: Adam, rate: float) -> None:
-    """Clears the gradients of the last iteration and sets the learning rate."""
-    adam.zero_grad(set_to_none=True)
-    for group in adam.param_groups:
-        group["lr"] = rate
-
-
 def learning_rate(config: Optimizer, done: int) -> float:
     """The rate of the update after `done` of this run: warm-up times decay.
 
@@ -125,11 +118,15 @@ def average_over_ranks(tensors: list[Tensor]) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     # One buffer, one message: hundreds of small ones would each cost the network's latency.
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    flat = parameters_to_vector(tensors)
     dist.all_reduce(flat)  # the sum; gloo has no average
-    flat /= dist.get_world_size()
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+    spread(flat / dist.get_world_size(), tensors)
+
+
+def spread(flat: Tensor, tensors: list[Tensor]) -> None:
+    """Copies what `parameters_to_vector` has joined back into the tensors."""
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
 
 
 # --- steps that are left out ----------------------------------------------------------------
@@ -198,11 +195,7 @@ class Remembered:
     def restore(self, bad: Tensor) -> None:
         """Puts them back where `bad`, a bool, is true."""
         for buffers, before in self.kinds:
-            kept = torch.where(bad, before, parameters_to_vector(buffers))
-            parts = kept.split([buffer.numel() for buffer in buffers])
-            torch._foreach_copy_(
-                buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)]
-            )
+            spread(torch.where(bad, before, parameters_to_vector(buffers)), buffers)
 
 
 class HostCopy(Generic[Copied]):

@@ -60,7 +60,6 @@ class SourcePlan:
         self.lanes = max(d for d in range(1, min(lanes, share, total) + 1) if share % d == 0)
         self.lane_length = total // self.lanes  # samples of a lane in each pass
         self.per_lane = share // self.lanes  # samples of a lane in each iteration
-        self._passes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def locate(self, iteration: int, index: int) -> tuple[int, int]:
         """(shard, sample) of the index-th sample (0 .. share - 1) of an iteration."""
@@ -68,7 +67,8 @@ class SourcePlan:
         # The lane has given `iteration * per_lane + offset` samples before, over all passes.
         number, place = divmod(iteration * self.per_lane + offset, self.lane_length)
         place += lane * self.lane_length  # in the stream of pass `number`
-        order, ends = self._order(number)
+        order = permutation(len(self.counts), self.seed, self.name, "shards", number)
+        ends = np.cumsum(self.counts[order])  # of the pass's shards; of 10,000 in 10 us
         row = int(np.searchsorted(ends, place, side="right"))  # first shard to end behind it
         shard = int(order[row])
         count = int(self.counts[shard])
@@ -78,17 +78,6 @@ class SourcePlan:
     def passes(self, iterations: int) -> float:
         """How many times that many iterations go through the source."""
         return iterations * self.per_lane / self.lane_length
-
-    def _order(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards of a pass in their order, and where each ends in the stream."""
-        if number not in self._passes:
-            # An iteration mostly lies in one pass or two; loaders and prefetching look a little
-            # ahead.
-            if len(self._passes) >= 4:
-                del self._passes[min(self._passes)]
-            order = permutation(len(self.counts), self.seed, self.name, "shards", number)
-            self._passes[number] = order, np.cumsum(self.counts[order])
-        return self._passes[number]
 
 
 class Plan:

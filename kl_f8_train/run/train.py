@@ -18,7 +18,6 @@ from kl_f8_train import config as configs
 from kl_f8_train import images, units
 from kl_f8_train.core import machine
 from kl_f8_train.core.machine import is_out_of_memory, on_cuda, with_remedy
-from kl_f8_train.core.model import kernels
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.core.updates import describe_rate
 from kl_f8_train.data import identity
@@ -118,8 +117,7 @@ def _train(config: Config, run_dir: Path, allow_changes: bool) -> int:
         if trainer.is_global_zero:
             remove_leftovers(run_dir)
             write_text(run_dir / CONFIG_FILE, configs.to_yaml(config))
-        with kernels(config.precision, config.compute.deterministic):
-            _fit(trainer, Iterations(config, finetuner, plan, sources), course)
+        _fit(trainer, Iterations(config, finetuner, plan, sources), course)
     finally:
         signals.restore()
     # A signal in the last iteration changes nothing.

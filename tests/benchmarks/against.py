@@ -28,7 +28,7 @@ from kl_f8_train.core.losses import (
     generator_loss,
     reconstruction_loss,
 )
-from kl_f8_train.core.model import kernels
+from kl_f8_train.core.model import Kernels
 from kl_f8_train.core.step import Finetuner
 from kl_f8_train.images import to_float
 from kl_f8_train.output import say
@@ -154,7 +154,7 @@ def original(config: Config, device: torch.device) -> benchmark.Iteration:
             x, y, distance, pixel=pixel, perceptual_weight=weight, logvar=logvar
         )[0]
 
-    @kernels(config.precision)
+    @Kernels(config.precision)
     def run(batch: Batch) -> None:
         x = to_float(batch.images) if batch.images.dtype == torch.uint8 else batch.images
         posterior = model.encode(x)

@@ -27,7 +27,7 @@ PARSER = "build_parser"
 LAYERS = ("core/model.py", "core/perceptual.py", "core/discriminator.py")
 NOT_LAYERS = {  # of those files
     *("from_moments", "sample", "kl", "encode", "decode", "decode_at_last_layer", "last_layer"),
-    *("autocast", "kernels"),
+    "autocast",
 }
 RECIPE = (
     *("data.crop=64", "data.workers=0", "global_batch=4", "compute.per_device_batch=2"),
