@@ -11,7 +11,9 @@ from kl_f8_train.core.perceptual import LABELS
 from kl_f8_train.settings import Config
 from kl_f8_train.units import counted, duration, listed, memory, size
 
-Findings = Mapping[str, Any]  # with the keys that doctor's sections have set; a failed one sets none
+Findings = Mapping[
+    str, Any
+]  # with the keys that doctor's sections have set; a failed one sets none
 Lines = Iterator[tuple[str, str]]  # label and text
 
 
