@@ -11,21 +11,20 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from tarfile import is_tarfile
 from typing import TYPE_CHECKING
 
 from kl_f8_train import next_command
 from kl_f8_train.arguments import build_parser, name_path_select
 from kl_f8_train.averages import requested
-from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError, like_path
-from kl_f8_train.launch import end_children, is_first_to_say, launched
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError
+from kl_f8_train.launch import end_children, is_first_to_say, launched, world_size
 from kl_f8_train.lifetime import end_with_launcher
-from kl_f8_train.output import say
-from kl_f8_train.units import are, counted, duration, written
+from kl_f8_train.output import progress_bar, say
+from kl_f8_train.units import are, counted, written
 from kl_f8_train.weights import hub
 
 if TYPE_CHECKING:
@@ -75,12 +74,23 @@ def _remedy(error: OSError) -> str:
     if error.errno in (errno.ENOMEM, errno.EAGAIN):
         return f"{error.strerror}; raise the limits of memory and processes (`ulimit -v`, `-u`)"
     where = f"{error.filename}: " if error.filename else ""
+    if not where and _is_lost():
+        return "the current directory has been deleted; change to another"
     if error.errno == errno.ENAMETOOLONG:
         return f"{where}{error.strerror}, so that it cannot exist; check the path"
     return (
         f"{where}{error.strerror or error}; check that the path exists, is writable and has space"
         "\n--debug shows where"
     )
+
+
+def _is_lost() -> bool:
+    """Whether the current directory has been deleted, or replaced by another of its name."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _complain(message: str, exit_code: int, debug: bool) -> int:
@@ -193,12 +203,14 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    if not args.run.exists():
-        raise MissingInputError(
-            f"run {args.run}: no such directory or checkpoint; check the path{like_path(args.run)}"
-        )
-    if args.images and not args.images.is_dir():
-        raise MissingInputError(f"--images {args.images}: no such folder; give photographs")
+    from kl_f8_train.run.paths import all_of, check_file, check_photographs
+
+    named = [("run ", args.run), *(("--average ", path) for path in args.average)]
+    wrong = "no such directory or checkpoint; check the path"
+    all_of(
+        *(partial(check_file, flag, path, wrong, folders=True) for flag, path in named),
+        partial(check_photographs, "--images ", args.images),
+    )
     from kl_f8_train.publish.export import LAYOUTS, export
 
     out = export(
@@ -221,9 +233,12 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _fp16_safe(args: argparse.Namespace) -> int:
-    hub.check_exists(args.weights)
-    if args.images and not args.images.is_dir():
-        raise MissingInputError(f"--images {args.images}: no such folder; give photographs")
+    from kl_f8_train.run.paths import all_of, check_photographs
+
+    all_of(
+        partial(hub.check_exists, args.weights),
+        partial(check_photographs, "--images ", args.images),
+    )
     from kl_f8_train.publish.export import make_fp16_safe
 
     make_fp16_safe(args.weights, args.out, args.images, args.family, args.force, say)
@@ -231,6 +246,13 @@ def _fp16_safe(args: argparse.Namespace) -> int:
 
 
 def _inject(args: argparse.Namespace) -> int:
+    from kl_f8_train.run.paths import all_of, check_file
+
+    wrong = "no such file; expected a full checkpoint, .safetensors or .ckpt"
+    all_of(
+        partial(hub.check_exists, str(args.vae)),
+        partial(check_file, "", args.into, wrong, folders=True),  # `inject` says what of those
+    )
     from kl_f8_train.publish.inject import inject
 
     for line in inject(args.vae, args.into, args.out, args.force):
@@ -249,12 +271,12 @@ def _evaluate(args: argparse.Namespace) -> int:
         args.parser.error("the following arguments are required: --images, or --latents")
     if args.latents_scaled:
         raise UsageError("--latents-scaled is of saved latents; give --latents with it")
-    _check_places(args.images, args.out)
+    _check_evaluated(args, [path for _, path, _ in named])
     from kl_f8_train.score.evaluate import evaluate
     from kl_f8_train.score.protocol import PROTOCOLS
 
     sizes = args.size or [256]
-    with _bar("image") as progress:
+    with progress_bar("image") as progress:
         result = evaluate(
             named,
             args.images,
@@ -305,15 +327,11 @@ def _evaluate_latents(args: argparse.Namespace, named: list[tuple[str, Path, str
             raise UsageError(f"{flag} needs photographs to measure against; leave out --latents")
     if len(args.size or ()) > 1:
         raise UsageError("--size: latents have their own; one size of --images, for FID")
-    if not args.latents.exists():
-        raise MissingInputError(f"--latents {args.latents}: no such folder or file; check the path")
-    _check_out(args.out)
-    if args.images:
-        _check_places(args.images, args.out)
+    _check_evaluated(args, [path for _, path, _ in named])
     from kl_f8_train.score import generated
     from kl_f8_train.score.protocol import PROTOCOLS
 
-    with _bar("latent") as progress:
+    with progress_bar("latent") as progress:
         generated.evaluate_latents(
             named,
             str(args.latents),
@@ -333,31 +351,26 @@ def _evaluate_latents(args: argparse.Namespace, named: list[tuple[str, Path, str
     return 0
 
 
-def _check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out}: is a file; expected a directory: name another place")
+def _check_evaluated(args: argparse.Namespace, weights: list[Path]) -> None:
+    """Raises UsageError or MissingInputError for what the paths alone show."""
+    from kl_f8_train.run.paths import NETWORK, all_of, check_file, check_images
 
-
-def _check_places(images: str, out: Path) -> None:
-    """Raises UsageError or MissingInputError for what the two paths alone show."""
-    source = Path(images)
-    _check_out(out)
-    # Whether a pattern or an address names something is seen when it is opened.
-    if not any(sign in images for sign in "{*?[:") and not source.exists():
-        raise MissingInputError(
-            f"--images {images}: no such folder, shard or list of shards; check the path"
-            f"{like_path(images)}"
-        )
-    if source.is_file() and source.suffix not in (".tar", ".txt") and not is_tarfile(source):
-        raise MissingInputError(
-            f"--images {images}: expected a folder of images, .tar shards or a .txt list of them, "
-            "got another file; name its folder"
-        )
-    if source.is_dir() and source.resolve() == out.resolve():
+    if args.out.exists() and not args.out.is_dir():
+        raise UsageError(f"--out {args.out}: is a file; expected a directory: name another place")
+    if args.images and args.out.is_dir() and args.out.resolve() == Path(args.images).resolve():
         raise UsageError(
-            f"--out {out}: is the folder of --images, and its pictures would be scored the next "
-            f"time; give another, such as {out / 'evaluation'}"
+            f"--out {args.out}: is the folder of --images, and its pictures would be scored the "
+            f"next time; give another, such as {args.out / 'evaluation'}"
         )
+    if world_size() > 1:  # they meet first, or the others would wait for one that misses a file
+        return
+    all_of(
+        *(partial(hub.check_exists, str(path)) for path in weights),
+        partial(check_images, args.images),
+        partial(check_file, "--latents ", args.latents, "no such folder or file", folders=True),
+        partial(check_file, "--vgg ", args.vgg, NETWORK.format("VGG16's features")),
+        partial(check_file, "--inception ", args.inception, NETWORK.format("Inception's weights")),
+    )
 
 
 def _check_compared(compared: list[str] | None, names: list[str]) -> None:
@@ -369,6 +382,7 @@ def _check_compared(compared: list[str] | None, names: list[str]) -> None:
 
 
 def _card(args: argparse.Namespace) -> int:
+    from kl_f8_train.run.paths import all_of, check_file
     from kl_f8_train.run_dir import EXPORT_FILE, export_meant
 
     if args.license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", args.license):
@@ -379,13 +393,11 @@ def _card(args: argparse.Namespace) -> int:
     if args.base_model and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.base_model):
         raise UsageError(f"--base-model {args.base_model}: expected OWNER/NAME, as on the hub")
     needed = (
-        (args.export / EXPORT_FILE, f"; give {export_meant(args.export)}"),
-        (args.scores, "; `kl-f8-train evaluate` writes scores.json"),
-        (args.license_file, "; give the text of the license"),
+        (args.export / EXPORT_FILE, f"give {export_meant(args.export)}"),
+        (args.scores, "`kl-f8-train evaluate` writes scores.json"),
+        (args.license_file, "give the text of the license"),
     )
-    for path, remedy in needed:
-        if path is not None and not path.is_file():
-            raise MissingInputError(f"{path}: no such file{remedy}")
+    all_of(*(partial(check_file, "", path, f"no such file; {remedy}") for path, remedy in needed))
     from kl_f8_train.publish import card
 
     details = card.Details(
@@ -412,17 +424,14 @@ def _push(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    absent = [
-        place for place in args.images if not (place.exists() or set("*?[") & set(f"{place}"))
-    ]
-    if absent:
-        raise MissingInputError(
-            f"{absent[0]}: no such folder; expected one of photographs, or .parquet files"
-            f"{like_path(absent[0])}"
-        )
+    from kl_f8_train.run.paths import all_of, check_file
+
+    wrong = "no such folder; expected one of photographs, or .parquet files"
+    places = [place for place in args.images if not set("*?[") & set(f"{place}")]
+    all_of(*(partial(check_file, "", place, wrong, folders=True) for place in places))
     from kl_f8_train.data.pack import pack
 
-    with _bar("image") as progress:
+    with progress_bar("image") as progress:
         result = pack(
             args.images,
             args.out,
@@ -439,7 +448,7 @@ def _pack(args: argparse.Namespace) -> int:
 def _split(args: argparse.Namespace) -> int:
     from kl_f8_train.data.split import HELD_OUT, TRAINING, split
 
-    with _bar("image") as progress:
+    with progress_bar("image") as progress:
         result = split(args.images, args.out, args.held_out, args.seed, progress)
     print(result)
     settings = [f"data.sources={args.out / TRAINING}", f"log.pictures={args.out / HELD_OUT}"]
@@ -461,7 +470,7 @@ def _index(args: argparse.Namespace) -> int:
     best = index_directories(locations, args.index_dir)[0]
     why = f", as {best.parent} cannot be written" if directory != best else ""
     say(f"indexing {counted(len(locations), 'shard', 's')} into {directory}{why}")
-    with _bar("shard") as progress:
+    with progress_bar("shard") as progress:
         build_index(locations, directory, cache, args.workers, progress)
     source = TarSource(directory, filters, cache)
     print("\n".join([*source.describe(), f"fields: {', '.join(source.columns) or 'none'}"]))
@@ -480,34 +489,6 @@ def _index(args: argparse.Namespace) -> int:
         remedy = "loosen the filters" if filters else "expected images beside their metadata"
         raise MissingInputError(f"{args.source}: no image to train on, as counted above; {remedy}")
     return 0
-
-
-@contextlib.contextmanager
-def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress as a function (done, total): a bar on a terminal, elsewhere a line now and then."""
-    from tqdm import tqdm
-
-    if not sys.stderr.isatty():
-        yield partial(_progress_line, unit, time.monotonic(), [0.0])
-        return
-    with tqdm(unit=unit, disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
-
-
-def _progress_line(unit: str, began: float, due: list[float], done: int, total: int) -> None:
-    """A line to standard error at the start, after 5, 10, 20, ... seconds, and at the end."""
-    passed = time.monotonic() - began
-    if passed < due[0] and done < total:
-        return
-    due[0] = max(5.0, min(2 * passed, passed + 300))
-    fair = total <= 20 * done < 20 * total  # the first items take longer than the others
-    left = f", {duration(passed / done * (total - done))} left" if fair else ""
-    say(f"{done:,} of {counted(total, unit, 's')}, {duration(passed)}{left}", aside=True)
 
 
 def _fetch(args: argparse.Namespace) -> int:
@@ -557,6 +538,7 @@ def _print_schema(keys: list[str]) -> None:
 
 def _config(args: argparse.Namespace) -> int:
     from kl_f8_train import config as configs
+    from kl_f8_train.run.paths import all_of
 
     if args.markdown:
         if args.action != "schema":
@@ -578,7 +560,8 @@ def _config(args: argparse.Namespace) -> int:
         )
     overrides = args.arguments[count:]
     names = args.arguments[:count]
-    loaded = [configs.resolve(configs.find_recipe(name), overrides) for name in names]
+    recipes = map(configs.find_recipe, names)
+    loaded = all_of(*(partial(configs.resolve, recipe, overrides) for recipe in recipes))
     if args.action == "show":
         print(configs.to_yaml(loaded[0]), end="")
     else:
@@ -600,6 +583,12 @@ def _benchmark(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    from kl_f8_train.run.paths import all_of, check_photographs, check_source
+
+    all_of(
+        partial(check_source, f"--training {args.training}", args.training or "."),
+        partial(check_photographs, "--held-out ", args.held_out),
+    )
     say(f"demo in {args.run_dir}: loading, and packing photographs ...")
     from kl_f8_train.demo import demo
 

@@ -45,12 +45,12 @@ class Examined(NamedTuple):
     config: Config | None  # an absent value is PLACEHOLDER; None if numbers are absent
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a recipe and applies `key=value` overrides.
+def load(path: str | Path, overrides: Sequence[str] = (), optional: Sequence[str] = ()) -> Config:
+    """Reads a recipe and applies `key=value` overrides; `optional` settings may have no value.
 
     Raises MissingInputError for a missing file and UsageError with all that is wrong in it.
     """
-    found = examine_settings(path, overrides)
+    found = examine_settings(path, overrides, optional)
     _refuse(found.problems)
     assert found.config is not None
     return found.config
@@ -66,7 +66,9 @@ def _refuse(problems: Sequence[UsageError]) -> None:
         raise UsageError("\n".join([WRONG, *lines]))
 
 
-def examine_settings(path: str | Path, overrides: Sequence[str] = ()) -> Examined:
+def examine_settings(
+    path: str | Path, overrides: Sequence[str] = (), optional: Sequence[str] = ()
+) -> Examined:
     """Finds all that is wrong in a recipe and its overrides, and takes the rest.
 
     Raises MissingInputError for a missing file and UsageError for one that is not a recipe.
@@ -77,8 +79,8 @@ def examine_settings(path: str | Path, overrides: Sequence[str] = ()) -> Examine
         with _in_our_words(str(path)):
             missing = sorted(OmegaConf.missing_keys(merged))
             absent = [key for key in missing if not _holds_one_of(key, wrong)]
-            if absent:
-                lines = "\n".join(f"  {key}=...   {known_setting(key).doc}" for key in absent)
+            if needed := [key for key in absent if key not in optional]:
+                lines = "\n".join(f"  {key}=...   {known_setting(key).doc}" for key in needed)
                 problems.append(UsageError(f"{path}: these settings have no value yet:\n{lines}"))
             complete = _fill_in(merged, missing)
             config = OmegaConf.to_object(merged)
@@ -114,10 +116,8 @@ def _fill_in(merged: DictConfig, missing: Sequence[str]) -> bool:
 
 def load_without_inputs(path: Path, overrides: list[str]) -> Config:
     """`load` for what needs neither weights, data nor a run directory: they may be missing."""
-    absent = examine_settings(path, overrides).absent
-    missing = [f"{key}=none" for key in INPUTS if key in absent]  # any value passes
-    config = load(path, [*missing, *overrides])
-    if "data.sources=none" in missing:
+    config = load(path, overrides, INPUTS)
+    if config.data.sources == name_sources([PLACEHOLDER]):
         return replace(config, data=replace(config.data, sources={}))
     return config
 
@@ -207,6 +207,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"configuration {path}: {'is a directory' if path.is_dir() else 'no such file'}; give "
             f"a YAML file, or a shipped recipe's name: {', '.join(shipped)}"
             f"{'' if path.is_dir() else like_path(path, shipped)}"
+        )
+    if path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        raise UsageError(
+            f"configuration {path}: it is a weight file, expected a recipe; give a run's directory "
+            f"to resume it, or a recipe and init.weights={path} to start from it"
         )
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path))
@@ -328,9 +333,10 @@ def _shipped(name: str) -> Iterator[Path]:
 
 
 def recipe(name: str, *overrides: str) -> Config:
-    """A shipped recipe for use without a run; what only a run needs (data, weights) is left out.
+    """A shipped recipe, or a YAML file, without what only a run needs (data, weights).
 
-    Raises UsageError for overrides (`key=value`) that do not fit.
+    Overrides are `key=value`, as on the command line (docs/settings.md). Raises MissingInputError
+    for another name, UsageError for overrides that do not fit.
     """
     unused = ("run_dir=unused", "init.weights=unused", "data.sources=unused")
     return load(find_recipe(name), [*unused, *overrides])

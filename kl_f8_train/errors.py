@@ -60,11 +60,16 @@ class SmallImageError(ImageError):
 
 @contextlib.contextmanager
 def about(what: str, remedy: str = "") -> Iterator[None]:
-    """Names what an error is about before its message, and perhaps a remedy on a line after it."""
+    """Names what an error is about before its message, and perhaps a remedy on a line after it.
+
+    What the message begins with is not said twice where `what` ends with it, as a path does.
+    """
     try:
         yield
     except UserError as error:
-        raise type(error)(f"{what}: {error}" + (remedy and f"\n{remedy}")) from error
+        begin, _, rest = str(error).partition(": ")
+        text = rest if rest and what.endswith(begin) else str(error)
+        raise type(error)(f"{what}: {text}" + (remedy and f"\n{remedy}")) from error
 
 
 def like(given: str, known: Iterable[str]) -> str:
@@ -76,14 +81,14 @@ def like(given: str, known: Iterable[str]) -> str:
 def like_path(absent: str | Path, names: Iterable[str] = ()) -> str:
     """What a path that does not exist may have meant, as `; did you mean ...?`.
 
-    By what lies beside it and by further names; or why it does not exist: a broken link, a `~` that
-    no shell has replaced, an address.
+    By what lies beside it and by further names; or why it does not exist: a broken link, a `~` or a
+    variable that no shell has replaced, an address.
     """
     path, known = Path(absent), {name: name for name in names}
     if os.path.islink(path):
         return f"; it is a link to {os.readlink(path)}, which does not exist"
-    if path.parts[:1] and path.parts[0].startswith("~"):
-        return f"; no shell has replaced its ~: write {os.path.expanduser(path)}"
+    if meant := unexpanded(str(absent)):
+        return meant
     if re.match(r"\w+:/+", str(absent)):
         return "; it is an address: download the file, and give its path"
     with contextlib.suppress(OSError, ValueError):
@@ -91,6 +96,13 @@ def like_path(absent: str | Path, names: Iterable[str] = ()) -> str:
         known |= {name: str(path.parent / name) for name in beside if not name.startswith(".")}
     near = difflib.get_close_matches(path.name, known, n=1, cutoff=0.75)
     return f"; did you mean {known[near[0]]}?" if near else ""
+
+
+def unexpanded(path: str) -> str:
+    """`; no shell has replaced its ~: write PATH`, also of variables; empty if there is nothing."""
+    written = os.path.expandvars(os.path.expanduser(path))
+    mark = "~" if path.startswith("~") else "$"
+    return "" if written == path else f"; no shell has replaced its {mark}: write {written}"
 
 
 def no_folder(path: Path) -> str:

@@ -106,7 +106,10 @@ def disk_failure(path: Path, error: Exception, setting: str = "") -> RunFailedEr
     """The error of a file that cannot be written; `setting` names its directory, if one does."""
     free = "unknown"
     with contextlib.suppress(OSError):
-        free = f"{shutil.disk_usage(path if path.is_dir() else path.parent).free:,}"
+        disk = os.statvfs(path if path.is_dir() else path.parent)
+        free = f"{disk.f_bavail * disk.f_frsize:,}"
+        if disk.f_files and not disk.f_favail:
+            free = f"no files (inodes) and {free}"
     remedy = f" ({setting})" if setting else ""
     return DiskError(
         f"cannot write {path}: {error}\n  {free} bytes are free there; earlier files are "

@@ -42,6 +42,10 @@ NO_IMAGES = (  # not worth a look inside
     *(".mov", ".mp4", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mts", ".aae", ".db", ".ini"),
     *(".part", ".tmp", ".crdownload"),
 )
+CONTAINERS = {  # of images, and what to do with them
+    ".parquet": "`kl-f8-train pack` makes shards of it",
+    **dict.fromkeys((".zip", ".tgz", ".gz", ".rar", ".7z"), "unpack it"),
+}
 SYSTEM = {  # folders, in lower case
     *("__macosx", "@eadir", "#recycle", "@recycle", "@recently-snapshot", "$recycle.bin"),
     *("system volume information", "lost+found", "thumbnails", "thumbs", "_thumbs"),
@@ -148,7 +152,7 @@ def _sort_in(found: Listing, name: str, entry: os.DirEntry[str]) -> None:
     suffix = _suffix(entry.name)
     if not _holds(entry.is_file):
         kind = "broken links" if entry.is_symlink() else "pipes, sockets or devices"
-        found.left_out[kind] += suffix in (*SUFFIXES, *OTHER_SUFFIXES)
+        found.left_out[kind] += suffix in (*SUFFIXES, *OTHER_SUFFIXES, ".tar")
     elif is_system(entry.name):
         found.left_out["hidden files"] += suffix in (*SUFFIXES, *OTHER_SUFFIXES)
     elif suffix in SUFFIXES or _is_image(entry.path, suffix):
@@ -176,6 +180,8 @@ def _kind(suffix: str) -> str:
         return f"{suffix} ({images.REMEDY[kind]})"
     if suffix in RAW:
         return f"{suffix} (raw: develop it first)"
+    if suffix in CONTAINERS:
+        return f"{suffix} ({CONTAINERS[suffix]})"
     return printable(suffix) or "without a suffix"
 
 

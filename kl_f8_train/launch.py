@@ -63,6 +63,17 @@ def launched(nodes: int | None = None) -> Launch:
     return Launch()
 
 
+def left_over() -> str:
+    """That variables of another start are passed over, if they say of several processes."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1" or "RANK" not in os.environ or launched().launcher:
+        return ""
+    return (
+        f"WORLD_SIZE={world} and RANK are set, but not by torchrun (there is no LOCAL_WORLD_SIZE): "
+        "passed over; start several processes by torchrun or srun"
+    )
+
+
 def world_size() -> int:
     """Processes that torchrun's variables say of; 1 without them.
 

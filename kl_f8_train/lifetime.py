@@ -57,9 +57,9 @@ def process_pool(count: int, method: str | None = None) -> Iterator[Callable[...
     if count <= 1:
         yield map
         return
-    context, parent = multiprocessing.get_context(method), (os.getpid(),)
+    context, given = multiprocessing.get_context(method), (os.getpid(), signal.SIGINT)
     others = {*multiprocessing.active_children()}
-    with ProcessPoolExecutor(count, context, initializer=_start, initargs=parent) as pool:
+    with ProcessPoolExecutor(count, context, initializer=start_child, initargs=given) as pool:
         try:
             yield pool.map
         except BrokenProcessPool as error:
@@ -74,12 +74,14 @@ def process_pool(count: int, method: str | None = None) -> Iterator[Callable[...
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start(parent: int) -> None:
+def start_child(parent: int, *ignored: signal.Signals) -> None:
+    """Prepares a child process: with one thread, it ends with `parent`, who answers signals."""
     import torch
 
     end_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def announce_to_ranks() -> None:

@@ -1,7 +1,6 @@
 """A setting as it is written: its key, and its value as a string, read by the declared type."""
 
 import difflib
-import glob
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -9,15 +8,9 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from kl_f8_train.errors import UsageError, like_path
+from kl_f8_train.errors import UsageError
 from kl_f8_train.settings import SETTINGS, Setting, Source, setting_of
-from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import written
-
-EXPECTED_SHARDS = (
-    "check the path; expected .tar files by brace pattern, glob, directory or list, or a folder of "
-    "images"
-)
 
 
 def parse_sources(text: str) -> dict[str, Source]:
@@ -49,28 +42,6 @@ def source_setting(name: str, pattern: str) -> str:
     if re.fullmatch(f"{re.escape(derived)}(_2)*", name):
         return f"data.sources={pattern}"
     return f"data.sources.{name}.shards={pattern}"
-
-
-def absent_source(pattern: str) -> str:
-    """Why a source's pattern names nothing on this machine; empty if it may name something.
-
-    Of a brace pattern it is enough that one of its files may be there; of several patterns, joined
-    by `::`, that each may name something.
-    """
-    if os.path.exists(pattern) or is_remote(pattern):
-        return ""
-    if "::" in pattern:
-        return next(filter(None, map(absent_source, pattern.split("::"))), "")
-    wider, braces = pattern, 1
-    while braces:  # the innermost ones first
-        wider, braces = re.subn(r"\{[^{}]*\}", "*", wider)
-    if wider == pattern and not set("*?[{") & set(pattern):
-        why, meant = f"{pattern}: no such file or folder", like_path(pattern)
-    elif "{" in wider or any(glob.iglob(wider)):  # an open brace is another error
-        return ""
-    else:
-        why, meant = f"no shards: no file is named like {pattern}", ""
-    return f"{why}; {EXPECTED_SHARDS}{meant}"
 
 
 def known_setting(key: str, where: str = "command line") -> Setting:

@@ -1,13 +1,12 @@
 """Rules between settings: what follows from several of them, and what contradicts."""
 
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kl_f8_train.divisors import divisor_up_to, divisors
-from kl_f8_train.errors import UsageError
+from kl_f8_train.errors import UsageError, unexpanded
 from kl_f8_train.overrides import SEVERAL
 from kl_f8_train.settings import (
     ANY,
@@ -196,8 +195,8 @@ def _bounds(values: Mapping[str, Any], levels: int) -> Iterator[str]:
     for key, value in values.items():
         if isinstance(value, str) and "\0" in value:
             yield f"{key}={value!r}: expected a text without a NUL byte"
-        if key in MADE and value and (meant := os.path.expanduser(value)) != value:
-            yield f"{key}={value}: no shell has replaced its ~; write {meant}"
+        if key in MADE and value and (meant := unexpanded(value)):
+            yield f"{key}={value}: {meant.removeprefix('; ')}"
         found = setting_of(key)
         if not found or not found.bounds or value is None:
             continue

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kl_f8_train.errors import LostContactError, RunFailedError, UserError
+from kl_f8_train.errors import LostContactError, MissingInputError, RunFailedError, UserError
 from kl_f8_train.files import atomic_path, write_json
 
 CONFIG_FILE, METRICS_FILE, VALIDATION_FILE = "config.yaml", "metrics.csv", "validation.csv"
 EXPORT_FILE = "export.json"  # of an export: what was written, from what, with which hashes
-NAME = re.compile(r"iteration-(\d{9})(-warmup-\d{6})?\.safetensors$")
+NAME = re.compile(r"iteration-(\d{9})(-warmup-\d{6})?\.safetensors")
 FAILURE_FILE = "failure.json"  # why the last start failed; the next one removes it
 CLAIM = ".claim"  # of the process that trains in a run directory
 
@@ -25,8 +25,22 @@ Row = dict[str, float]
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Training checkpoints of a run, newest first."""
-    return sorted((run_dir / "checkpoints").glob("iteration-*.safetensors"), reverse=True)
+    """Training checkpoints of a run, newest first; copies under other names are not among them."""
+    named = (run_dir / "checkpoints").glob("iteration-*.safetensors")
+    return sorted((path for path in named if NAME.fullmatch(path.name)), reverse=True)
+
+
+def check_checkpoint_names(run_dir: Path) -> None:
+    """Raises MissingInputError if there is a checkpoint, but none of a name that is resumed from.
+
+    Without any, a run begins anew, and would replace what such a file holds of another.
+    """
+    files = sorted((run_dir / "checkpoints").glob("*.safetensors"))
+    if files and not list_checkpoints(run_dir):
+        raise MissingInputError(
+            f"{files[-1]} is not named as a checkpoint that a run resumes from; name it as "
+            "iteration-000246803.safetensors to resume, or move it away to start over"
+        )
 
 
 def is_run(directory: Path) -> bool:
@@ -69,7 +83,7 @@ def remove_old_checkpoints(saved: Path, keep_last: int, keep_every: int) -> None
     """
     older = [path for path in list_checkpoints(saved.parents[1]) if path <= saved]
     for path in older[keep_last:]:
-        match = NAME.search(path.name)
+        match = NAME.fullmatch(path.name)
         milestone = match and not match[2] and keep_every and int(match[1]) % keep_every == 0
         if not milestone:
             path.unlink(missing_ok=True)

@@ -316,6 +316,12 @@ def local_path(location: str) -> Path:
     return Path(location)
 
 
+def plain_paths(pattern: str) -> str:
+    """A pattern with paths in place of its file:// addresses, of which `::` joins several."""
+    parts = pattern.split("::")
+    return "::".join(str(local_path(p)) if _scheme(p) == "file" else p for p in parts)
+
+
 def open_local(location: str) -> BinaryIO:
     """Opens a local location; MissingInputError if it cannot be opened."""
     try:

@@ -7,13 +7,16 @@ from typing import Any
 
 import skimage.data
 import torch
+from torch.optim import Adam
 
 from kl_f8_train import config, images
 from kl_f8_train.core.discriminator import Discriminator, initialize
 from kl_f8_train.core.model import AutoencoderKL
+from kl_f8_train.core.step import Finetuner
 from kl_f8_train.data.pack import pack
+from kl_f8_train.run_dir import checkpoint_path
 from kl_f8_train.settings import Config
-from kl_f8_train.weights import weight_file
+from kl_f8_train.weights import checkpoint, weight_file
 
 TINY = (
     "model.ch=32",
@@ -67,6 +70,15 @@ def make_weights(
         state |= {f"loss.discriminator.{k}": v for k, v in critic.state_dict().items()}
     weight_file.write_torch(path, {"state_dict": state, "global_step": 100})
     return path
+
+
+def save(
+    finetuner: Finetuner, adams: list[Adam], run_dir: Path, frozen: str, path: Path | None = None
+) -> Path:
+    """Writes a checkpoint of the state as it is, as a run does, to its regular place or `path`."""
+    path = path or checkpoint_path(run_dir, finetuner.iteration, finetuner.warmup_done)
+    state = checkpoint.snapshot(finetuner, adams, frozen, checkpoint.HostMemory())
+    return checkpoint.write(state, path)
 
 
 def overrides(folder: Path, run: str, *extra: str) -> list[str]:

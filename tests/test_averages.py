@@ -83,7 +83,7 @@ def test_further_averages_change_nothing_of_a_run(fresh, batch, tmp_path):
         tuner.run_iteration(batch(side=32))
         frozen = frozen_sha256(tuner.autoencoder.state_dict())
         place = tmp_path / f"{number}.safetensors"
-        checkpoint.save(tuner, tuner.adams, tmp_path, frozen, place)
+        runs.save(tuner, tuner.adams, tmp_path, frozen, place)
         files.append(weight_file.read(place))
     one, three, listed = files
     further = {key for key in three.tensors if key.startswith(("ema_0_5.", "ema_0_99."))}

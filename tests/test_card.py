@@ -92,6 +92,15 @@ def test_it_names_the_base_weights(exported):
     assert "| base weights | unknown |" in card.model_card(samples.recipe("demo"), older)
 
 
+def test_several_sources_have_their_shares(exported):
+    record = json.loads((exported / "export.json").read_text())
+    alone = ("data.sources=/d/x",)
+    several = ("data.sources=/d/x,/d/y", "data.sources.x.weight=3", "global_batch=192")
+    assert "| data | x |" in card.model_card(samples.recipe("demo", *alone), record)
+    text = card.model_card(samples.recipe("ft_ema", *several), record)
+    assert "| data | x (75 %), y (25 %) |" in text
+
+
 def test_only_kl_f8s_own_shape_is_offered_to_stable_diffusion(exported):
     small = (exported / "README.md").read_text()
     assert "does not fit Stable Diffusion" in small

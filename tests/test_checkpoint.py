@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -19,8 +20,16 @@ from kl_f8_train.__main__ import main
 from kl_f8_train.core.hashes import frozen_sha256, tensors_sha256
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MissingInputError, RunFailedError
-from kl_f8_train.files import atomic_path, check_writable, file_sha256, write_json, write_text
+from kl_f8_train.files import (
+    atomic_path,
+    check_writable,
+    disk_failure,
+    file_sha256,
+    write_json,
+    write_text,
+)
 from kl_f8_train.run_dir import (
+    check_checkpoint_names,
     checkpoint_path,
     list_checkpoints,
     remove_leftovers,
@@ -533,6 +542,26 @@ def test_check_writable(tmp_path):
         check_writable(tmp_path / "file" / "run")
 
 
+def test_a_disk_without_inodes_is_not_called_empty(tmp_path, monkeypatch):
+    values = list(os.statvfs(tmp_path))
+    values[5:8] = (100, 0, 0)  # files, free files, those for users
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(values))
+    said = str(disk_failure(tmp_path / "x", OSError("No space left on device")))
+    assert "no files (inodes) and " in said
+
+
+def test_what_a_folder_of_another_trainer_holds_is_named(tmp_path):
+    made = tmp_path / "checkpoint-500" / "autoencoderkl_ema" / "diffusion_pytorch_model.safetensors"
+    made.parent.mkdir(parents=True)
+    made.touch()
+    with pytest.raises(MissingInputError, match=rf"the weight file itself: {made}"):
+        weight_file.find(tmp_path / "checkpoint-500")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "__0_0.distcp").touch()
+    with pytest.raises(MissingInputError, match="parts is a distributed checkpoint: torch's dcp"):
+        weight_file.find(tmp_path / "parts")
+
+
 # --- runs -----------------------------------------------------------------------------------
 
 
@@ -663,7 +692,23 @@ def test_warm_up_checkpoints_are_not_kept_for_good(tmp_path):
     assert names(tmp_path) == ["000000300", "000000200"]
 
 
+def test_copies_under_other_names_are_neither_resumed_from_nor_removed(tmp_path):
+    make_checkpoints(tmp_path, (1, 0), (2, 0))
+    copies = [tmp_path / "checkpoints" / f"iteration-000000001{x}" for x in ("-good", "_old")]
+    for copy in copies:
+        shutil.copy(checkpoint_path(tmp_path, 1), f"{copy}.safetensors")
+    assert names(tmp_path) == ["000000002", "000000001"]
+    check_checkpoint_names(tmp_path)
+    remove_old_checkpoints(checkpoint_path(tmp_path, 2), 1, 0)
+    assert names(tmp_path) == ["000000002"]
+    assert all(Path(f"{copy}.safetensors").is_file() for copy in copies)
+    checkpoint_path(tmp_path, 2).unlink()
+    with pytest.raises(MissingInputError, match=r"1_old\.safetensors is not named as a checkpoint"):
+        check_checkpoint_names(tmp_path)
+
+
 def test_no_run_yet(tmp_path):
+    check_checkpoint_names(tmp_path)
     assert list_checkpoints(tmp_path / "absent") == []
 
 

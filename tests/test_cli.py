@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kl_f8_train import __main__
 from kl_f8_train.arguments import build_parser
 from kl_f8_train.run_dir import read_failure
 
@@ -38,6 +39,8 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
         (["train", "demo", "--allow-change"], 2, "unrecognized arguments: --allow-change"),
         (["export", "nowhere", "--for"], 2, "unrecognized arguments: --for"),
         (["train", "demo", "seed", "=", "1"], 2, "no spaces around ="),
+        (["train"], 2, "the following arguments are required: config\n"),
+        (["config"], 2, "the following arguments are required: action\n"),
         (["trian"], 2, "invalid choice"),
         (["train", "configs/ft_ema.yml"], 3, "no such file"),
         (["train", "configs/ft_ema.yaml"], 2, "init.weights=..."),
@@ -60,7 +63,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
         (["config", "show", "ft_mse"], 0, "pixel: mse"),
         (["config", "diff", "ft_ema", "ft_mse"], 0, "loss.pixel: l1 -> mse"),
         (["config", "schema"], 0, "optimizer.learning_rate"),
-        (["evaluate", "a=x.ckpt", "--images", "nowhere"], 3, "no such folder"),
+        (["evaluate", "a=x.ckpt", "--images", "nowhere"], 3, "no such file or folder"),
         (["evaluate", "x.ckpt", "a/x.ckpt", "--images", "."], 2, "the same name"),
         (["evaluate", "x.ckpt", "--images", ".", "--limit", "0"], 2, "above 0"),
         (["evaluate", "x.ckpt", "--images", ".", "--protocol", "own"], 2, "standard"),
@@ -95,6 +98,18 @@ def test_answers_at_once(arguments, code, text):
     assert seconds < 3.0  # about 0.3 s on an idle machine
 
 
+def without_torch(arguments: list[str], code: int, folder: Path) -> str:
+    """What a command prints in a folder, if it ends with that code before torch is imported."""
+    program = (
+        "import sys\n"
+        "from kl_f8_train.__main__ import main\n"
+        f"assert main({arguments}) == {code}\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, check=True, capture_output=True, cwd=folder, text=True).stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -104,16 +119,31 @@ def test_answers_at_once(arguments, code, text):
     ],
 )
 def test_wrong_settings_and_missing_inputs_do_not_import_torch(arguments, code, tmp_path):
-    program = (
-        "import sys\n"
-        "from kl_f8_train.__main__ import main\n"
-        f"assert main(['train', 'ft_ema', *{arguments}]) == {code}\n"
-        "assert 'torch' not in sys.modules\n"
-    )
-    command = [sys.executable, "-c", program]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    without_torch(["train", "ft_ema", *arguments], code, tmp_path)
     if "run_dir=." in arguments:  # where a directory is, `status` says why
         assert "data.sources=no" in read_failure(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        ("evaluate a.ckpt b.ckpt --images no --vgg v.pth --inception i.pth", 5),
+        ("evaluate kl_f8_mini --images list.txt --vgg v.pth", 2),
+        ("evaluate kl_f8_mini b.ckpt --latents no --images no/*.tar", 3),
+        ("export no --average a b --images c", 4),
+        ("fp16-safe a.ckpt --images no", 2),
+        ("inject a.ckpt b.ckpt --out c.ckpt", 2),
+        ("card no --scores no.json --license-file no.txt", 3),
+        ("pack a b out", 2),
+        ("config diff a b", 2),
+        ("demo --training no --held-out no", 2),
+    ],
+)
+def test_all_missing_inputs_are_reported_together(tmp_path, command, missing):
+    (tmp_path / "list.txt").write_text("a.tar\nb.tar\n")
+    printed = without_torch(command.split(), 3, tmp_path)
+    assert f"{missing} inputs are missing:" in printed
+    assert len(printed.splitlines()) == 1 + missing
 
 
 def test_average_may_be_repeated():
@@ -129,3 +159,11 @@ def flags_and_arguments() -> list[tuple[str, argparse.Action]]:
 
 def test_every_flag_and_argument_is_explained():
     assert [f"{verb} {a.dest}" for verb, a in flags_and_arguments() if not a.help] == []
+
+
+def test_a_current_directory_that_was_deleted_is_named(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    said = __main__._remedy(FileNotFoundError(2, "No such file or directory"))
+    assert said == "the current directory has been deleted; change to another"

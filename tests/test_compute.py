@@ -248,7 +248,7 @@ def test_adams_state_comes_back_in_the_parameters_layout(tmp_path, finetuner, ba
     optimizers = tuner.adams
     tuner.run_iteration(batch(side=32))
     frozen = frozen_sha256(tuner.autoencoder.state_dict())
-    path = checkpoint.save(tuner, optimizers, tmp_path, frozen)
+    path = runs.save(tuner, optimizers, tmp_path, frozen)
     restored = [build_adam(parameters_of(optimizers[0]), tuner.config.optimizer)]
     checkpoint.restore(tuner, restored, weight_file.read(path))
     weight = tuner.autoencoder.last_layer

@@ -13,7 +13,6 @@ import yaml
 from kl_f8_train import config
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError, UsageError
-from kl_f8_train.overrides import absent_source
 from kl_f8_train.rules import micro_batch, nearest, source_shares
 from kl_f8_train.settings import SETTINGS, VALUES, Model, Source, to_dict
 
@@ -415,10 +414,14 @@ def test_a_text_is_never_null(key):
 
 
 @pytest.mark.parametrize("key", ["run_dir", "data.index_dir", "data.cache_dir"])
-def test_a_tilde_makes_no_directory_of_that_name(key):
+def test_what_a_shell_would_replace_makes_no_directory_of_that_name(key, monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
     said = refused(f"{key}=~/here")
-    assert f"{key}=~/here: no shell has replaced its ~; write {Path.home()}/here" in said
+    assert f"{key}=~/here: no shell has replaced its ~: write {Path.home()}/here" in said
+    said = refused(f"{key}=$SCRATCH/here")
+    assert f"{key}=$SCRATCH/here: no shell has replaced its $: write /scratch/me/here" in said
     samples.recipe("ft_ema", f"{key}=./~here")
+    samples.recipe("ft_ema", f"{key}=./$RECYCLE.BIN")
 
 
 def test_null():
@@ -802,28 +805,3 @@ def test_a_file_called_as_a_shipped_recipe_does_not_stand_in_for_missing_numbers
     monkeypatch.chdir(tmp_path)
     (problem,) = config.examine_settings("mine.yaml").problems
     assert "global_batch=...   images" in str(problem)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "absent"),
-    [
-        ("a/00.tar::b/01.tar", ""),
-        ("a/{00..01}.tar::b/{00..01}.tar", ""),
-        ("{a,b}/{00..01}.tar", ""),
-        ("a/*.tar::b/0?.tar", ""),
-        ("a::b", ""),
-        ("a/00.tar::s3://bucket/{00..09}.tar", ""),
-        ("pipe:cat a::c", ""),
-        ("a/00.tar::c/01.tar", "c/01.tar: no such file or folder"),
-        ("c/{00..01}.tar::a/00.tar", "no file is named like c/{00..01}.tar;"),
-        ("c/*.tar", "no file is named like c/*.tar;"),
-    ],
-)
-def test_only_patterns_of_which_nothing_is_there_are_absent(tmp_path, monkeypatch, pattern, absent):
-    for shard in ("a/00.tar", "a/01.tar", "b/00.tar", "b/01.tar"):
-        (tmp_path / shard).parent.mkdir(exist_ok=True)
-        (tmp_path / shard).write_bytes(b"")
-    monkeypatch.chdir(tmp_path)
-    found = absent_source(pattern)
-    assert absent in found
-    assert bool(found) == bool(absent)

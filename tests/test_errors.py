@@ -87,6 +87,9 @@ CONFIG = {
     "recipe interpolation": Case("train interpolation.yaml", USAGE, "'nowhere' not found|name"),
     "recipe sources": Case("train sources.yaml", USAGE, "data.sources: got 3|one entry per source"),
     "recipe latin": Case("train latin.yaml", USAGE, "latin.yaml|byte 7 is not UTF-8; save it as"),
+    "recipe weights": Case(
+        "train cut.safetensors", USAGE, "it is a weight file|init.weights=cut.saf"
+    ),
     "recipe optional": Case("train optional.yaml", USAGE, "seed: got null; expected int: seed of"),
     "recipe null": Case("train null.yaml", USAGE, "null.yaml|Incompatible key type"),
     "recipe folder": Case("train shards", MISSING, "shards: is a directory; give|ft_ema, ft_mse"),
@@ -299,7 +302,7 @@ WEIGHTS = {
     "vgg nowhere": Case(
         "evaluate model.ckpt --images tiles --vgg no.pth",
         MISSING,
-        "VGG16's features not found|no.pth|fetch",
+        "--vgg no.pth: no such file; expected VGG16's features|fetch",
     ),
     "vgg wrong": Case(
         "evaluate model.ckpt --images tiles --vgg plain.safetensors", MISSING, "VGG16|fetch vgg"
@@ -406,7 +409,7 @@ DATA = {
         "index cut_shards --index-dir i", MISSING, "1 of 1 shard is broken|download them"
     ),
     "evaluate nowhere": Case(
-        "evaluate model.ckpt --images no", MISSING, "--images no: no such folder"
+        "evaluate model.ckpt --images no", MISSING, "--images no: no such file or folder"
     ),
     "evaluate empty": Case(
         f"{EVALUATE} --images directory", MISSING, "no images in directory|expected"
@@ -440,7 +443,7 @@ DATA = {
         "demo --training shards --held-out no --run-dir d", MISSING, "--held-out no: no such folder"
     ),
     "demo training": Case(
-        "demo --training no --held-out tiles --run-dir d", MISSING, "data.sources=no: no such|check"
+        "demo --training no --held-out tiles --run-dir d", MISSING, "--training no: no such|check"
     ),
     "export images": Case("export run --images no --out x", MISSING, "--images no: no such folder"),
     "doctor": Case("doctor demo init.weights=no run_dir=new", MISSING, "no: no such file|NO GO"),

@@ -131,7 +131,7 @@ def test_a_guarded_command_says_what_it_would_alone(tmp_path):
         transfer.fetch("pipe:echo no such bucket >&2; exit 3", tmp_path / "b", attempts=1)
 
 
-@pytest.mark.parametrize("start", [lifetime._start, end_with_parent])
+@pytest.mark.parametrize("start", [lifetime.start_child, end_with_parent])
 def test_workers_whose_parent_is_gone_end_at_once(start):
     pid = os.fork()
     if pid == 0:

@@ -11,7 +11,7 @@ import pytest
 from kl_f8_train import launch
 from kl_f8_train.__main__ import main
 from kl_f8_train.errors import UsageError
-from kl_f8_train.launch import launched, world_size
+from kl_f8_train.launch import launched, left_over, world_size
 
 TORCHRUN = {
     **{"WORLD_SIZE": "4", "RANK": "1", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"},
@@ -52,6 +52,17 @@ def given(monkeypatch, variables: dict[str, str | None]) -> None:
 def test_who_started_the_processes(monkeypatch, variables, found):
     given(monkeypatch, variables)
     assert launched() == found
+
+
+def test_variables_of_another_start_are_passed_over_aloud(monkeypatch):
+    given(monkeypatch, {"WORLD_SIZE": "8", "RANK": "3", "MASTER_ADDR": "node17"})
+    assert "WORLD_SIZE=8 and RANK are set, but not by torchrun" in left_over()
+
+
+@pytest.mark.parametrize("variables", [{}, TORCHRUN, SRUN, {"WORLD_SIZE": "1", "RANK": "0"}])
+def test_variables_of_this_start_are_not_left_over(monkeypatch, variables):
+    given(monkeypatch, variables)
+    assert left_over() == ""
 
 
 @pytest.mark.parametrize(

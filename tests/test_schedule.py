@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import runs
 import torch
 
 from kl_f8_train import config as configs
@@ -59,7 +60,7 @@ def test_both_networks_follow_the_schedule_and_resuming_goes_on(finetuner, batch
         tuner.run_iteration(batch(done, side=32))
         for adam in tuner.adams:
             assert adam.param_groups[0]["lr"] == pytest.approx(9e-6 * (done + 1) / 3)
-    path = checkpoint.save(
+    path = runs.save(
         tuner, tuner.adams, tmp_path, checkpoint.frozen_sha256(tuner.autoencoder.state_dict())
     )
     resumed = finetuner("ft_ema", *extra)

@@ -192,10 +192,10 @@ def test_expand(folder, pattern, expected):
         ("missing.txt", "missing.txt"),
         ("shards/{000..", "shards/{000.."),
         ("shards/**.tar/{0", "shards/**.tar/{0"),
-        ("x/{000000000..999999999}.tar", "1,000,000,000 shards, expected 1,000,000 at most"),
-        ("x/{0..999..3}{a..c}.tar", "1002 of 1002 files are missing"),
-        ("x/{{0..999},b}{0..99999}.tar", "200,000,000 shards, expected 1,000,000 at most"),
-        ("x/" + 30 * "{a,b}", "1,073,741,824 shards"),
+        ("shards/{000000000..999999999}.tar", "1,000,000,000 shards, expected 1,000,000 at most"),
+        ("shards/{0..999..3}{a..c}.tar", "1002 of 1002 files are missing"),
+        ("shards/{{0..999},b}{0..99999}.tar", "200,000,000 shards, expected 1,000,000 at most"),
+        ("shards/" + 30 * "{a,b}", "1,073,741,824 shards"),
         ("binary.txt", "binary.txt is not a list of shards: byte 3 is not UTF-8"),
         ("empty.txt", "empty.txt lists no shards: expected a shard on each line"),
     ],
@@ -305,11 +305,68 @@ JPEG = samples.encode(samples.noise_picture(0), "JPEG")
         ({"0.jpg": b"0", "._0.jpg": b"apple", "__MACOSX/0.jpg": b"apple"}, [b"0"]),
         ({"./0.jpg": b"0", "./1.jpg": b"1"}, [b"0", b"1"]),
         ({"0.jfif": b"0", "1.JPE": b"1"}, [b"0", b"1"]),
+        ({"0.image.png": b"0", "0.seg.png": b"s"}, [b"0"]),  # one sample, and so no field twice
     ],
 )
 def test_fields_and_dotted_names(tmp_path, members, found):
     samples.write_tar(tmp_path / "x.tar", members)
     assert read_all(open_source(tmp_path / "x.tar")) == found
+
+
+def test_a_key_that_comes_again_begins_another_sample(tmp_path):
+    pairs = [("a.jpg", b"0"), ("a.json", b'{"n": 1}'), ("a.jpg", b"1"), ("a.json", b'{"n": 2}')]
+    for name, data in pairs:
+        (tmp_path / name).write_bytes(data)
+        with tarfile.open(tmp_path / "x.tar", "a") as archive:
+            archive.add(tmp_path / name, name)
+    found = index.index_tar(tmp_path / "x.tar")
+    assert [image.numbers for _, image in found.images] == [{"n": 1.0}, {"n": 2.0}]
+    assert read_all(open_source(tmp_path / "x.tar")) == [b"0", b"1"]
+
+
+def test_tars_joined_by_cat_are_refused(tmp_path):
+    parts = [samples.write_tar(tmp_path / f"{n}.tar", {f"{n}.jpg": b"x"}) for n in range(2)]
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with pytest.raises(MissingInputError, match="another tar behind its end mark, after 1 image"):
+        index.index_tar(joined)
+    joined.write_bytes(parts[0].read_bytes() + bytes(20_000))
+    assert len(index.index_tar(joined).images) == 1
+
+
+def test_an_image_whose_path_the_header_cuts_has_a_name(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(b"x")
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.add(tmp_path / "0.jpg", "d/" * 60 + "0.jpg")
+    assert open_source(tmp_path / "x.tar").read(0, 0) == ("x.tar/image 0", b"x")
+
+
+def test_addresses_of_local_files_are_paths(tmp_path):
+    for name in ("0.tar", "1.tar"):
+        samples.write_tar(tmp_path / "shards" / name, {"0.jpg": b"x"})
+    place = f"file://{tmp_path}/shards"
+    assert len(read_all(open_source(f"{place}/{{0..1}}.tar", index_dir=tmp_path))) == 2
+    assert len(read_all(open_source(f"{place}/0.tar::{place}/1.tar", index_dir=tmp_path))) == 2
+    assert len(read_all(open_source(place, index_dir=tmp_path))) == 2
+    assert len(read_all(open_source(f"{tmp_path}/**/*.tar"))) == 2
+
+
+def test_a_link_to_a_shard_that_is_gone_is_not_passed_over(tmp_path):
+    samples.write_tar(tmp_path / "photos" / "0.tar", {"0.jpg": b"x"})
+    (tmp_path / "photos" / "1.tar").symlink_to("/gone/1.tar")
+    with pytest.raises(MissingInputError, match=r"it is a link to /gone/1\.tar"):
+        open_source(tmp_path / "photos")
+
+
+def test_what_a_missing_shard_may_mean(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA", str(tmp_path))
+    for pattern in ("$DATA/{0..1}.tar", "$DATA/*.tar"):
+        with pytest.raises(MissingInputError, match=f"has replaced its \\$: write {tmp_path}"):
+            index.expand(pattern)
+    samples.write_tar(tmp_path / "0.tar", {"0.jpg": b"x"})
+    (tmp_path / "list.txt").write_text("0.tar\n")
+    with pytest.raises(MissingInputError, match=f"start at the current directory, {Path.cwd()}"):
+        index.expand(str(tmp_path / "list.txt"))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 
 from kl_f8_train.core.hashes import frozen_sha256
@@ -18,7 +19,7 @@ def saved(finetuner, batch, tmp_path):
     tuner = finetuner("ft_ema", "adversarial.start_iteration=0")
     tuner.run_iteration(batch(side=32))
     frozen = frozen_sha256(tuner.autoencoder.state_dict())
-    return tuner, tuner.adams, checkpoint.save(tuner, tuner.adams, tmp_path, frozen)
+    return tuner, tuner.adams, runs.save(tuner, tuner.adams, tmp_path, frozen)
 
 
 def take(path: Path) -> weight_file.Contents:
@@ -88,6 +89,6 @@ def test_a_checkpoint_that_is_not_finite_is_never_written(saved, tmp_path, where
     before = path.read_bytes()
     tuner.run_state.iteration += 1
     with pytest.raises(RunFailedError, match="1 tensor is not finite"):
-        checkpoint.save(tuner, optimizers, tmp_path, frozen)
+        runs.save(tuner, optimizers, tmp_path, frozen)
     assert list(path.parent.iterdir()) == [path]
     assert path.read_bytes() == before

@@ -8,6 +8,7 @@ from typing import Any
 from kl_f8_train import units
 from kl_f8_train.core.machine import on_cuda
 from kl_f8_train.core.perceptual import LABELS
+from kl_f8_train.rules import source_shares
 from kl_f8_train.settings import Config
 from kl_f8_train.units import counted, duration, listed, memory, size
 
@@ -46,7 +47,8 @@ def _inputs(facts: Findings, config: Config) -> Lines:
     for name, found in facts.get("data", {}).items():
         bad, checked = found["unusable"], found["checked"]
         unusable = f"{bad} of {checked} unusable" if bad else f"{checked} can be used"
-        yield "data", f"{name}: {found['about']}; {unusable}"
+        passes = _passes(facts, config, name)
+        yield "data", f"{name}: {found['about']}; {unusable}{passes}"
     if held_out := facts.get("validation"):
         known = len(held_out["common"]) or "none"
         pictures = counted(held_out["pictures"], "picture", "s")
@@ -97,12 +99,22 @@ def fitting(fits: Mapping[str, int], share: int, batch: int) -> str:
     )
 
 
-def _screened_bill(facts: Mapping[str, Any], config: Config, images: int) -> str:
+def _passes(facts: Findings, config: Config, name: str) -> str:
+    """How often the run goes through a source's images, where its length is known."""
+    images = facts["data"][name]["images"]
+    if not (images and facts.get("images_total")):
+        return ""
+    share = source_shares(config)[name] / config.global_batch
+    return f"; {units.figure(share * facts['images_total'] / images)} passes"
+
+
+def _screened_bill(facts: Findings, config: Config, images: int) -> str:
     iterations = images // config.global_batch
     text = f"{counted(iterations, 'iteration', 's')} x {config.global_batch} = {images:,} images"
     if facts.get("days") is None:
         return text
     end = str(facts["end_date"] or "after the year 9999").replace("T", " ")[:16]
-    took = f"{duration(facts['days'] * 86400)}, until {end} if started now"
+    most = "at most " if facts["cold_iteration"] else ""
+    took = f"{most}{duration(facts['days'] * 86400)}, until {end} if started now"
     hours = f"{facts['gpu_hours']:,.3g} GPU-hours, " if on_cuda(config.compute) else ""
     return f"{text}: {hours}{took}"

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from webdataset.shardlists import expand_urls
 
+from kl_f8_train.data.patterns import COMPRESSED, UNPACK, check_named, existing, files_of
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import MissingInputError, RunFailedError, like_path
 from kl_f8_train.files import (
@@ -47,11 +48,11 @@ from kl_f8_train.folders import (
 from kl_f8_train.images import MAX_BYTES
 from kl_f8_train.lifetime import process_pool
 from kl_f8_train.output import Progress
-from kl_f8_train.overrides import EXPECTED_SHARDS
-from kl_f8_train.transfer import is_remote, shown
-from kl_f8_train.units import are, counted
+from kl_f8_train.transfer import is_remote, plain_paths, shown
+from kl_f8_train.units import counted
 
 TAR_BLOCK = 512  # bytes; everything in a tar starts at a multiple of it
+TAR_RECORD = 1 << 16  # bytes, more than the 10,240 to which GNU tar pads
 PART_SHARDS = 64  # shards indexed as one resumable part
 MOST = 1_000_000  # shards of one pattern
 JSON_BYTES = 16 << 20  # of the metadata of one image; a header may claim any size
@@ -65,8 +66,6 @@ UNFETCHED = [-2, 0]  # could not be fetched
 GONE = [-3, 0]  # not there, or not readable
 GIVE_UP = 3  # shards of a chunk that a server does not give after all attempts
 PHOTOGRAPH_FIELDS = ("image", "img", "photo", "picture", "rgb", "input", "input_image", "original")
-UNPACK = "compressed shards cannot be read in places; unpack them, as `gunzip x.tar.gz`"
-COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 
 
 # --- finding --------------------------------------------------------------------------------
@@ -77,15 +76,16 @@ def expand(pattern: str) -> list[str]:
 
     Raises MissingInputError naming what is not there.
     """
+    pattern = plain_paths(pattern)
     path = Path(pattern)
     if os.path.isdir(pattern):
         found = tars_in(path)
         if not found:
             raise MissingInputError(_without_shards(path))
         return found
+    check_named(pattern)
     if os.path.isfile(pattern):  # whatever signs its name holds
-        is_list = path.suffix.lower() == ".txt"
-        return _existing(_list_file(path) if is_list else [pattern], pattern)
+        return files_of(path)
     if pattern.startswith("pipe:"):
         return [pattern]
     try:
@@ -97,14 +97,25 @@ def expand(pattern: str) -> list[str]:
             f"no shards: {pattern} is not a pattern: {error}; expected one as 00{{00..99}}.tar"
         ) from error
     if not is_remote(pattern) and any(letter in pattern for letter in "*?["):
-        parts = [found for part in parts for found in sorted(glob.glob(part))]
-    return _existing(parts, pattern)
+        parts = [n for p in parts for n in sorted(glob.glob(p, recursive=True))] or parts
+    return existing(parts)
 
 
 def tars_in(folder: Path) -> list[str]:
-    """The shards of a folder itself, sorted."""
-    tars = (path for path in folder.glob("*.[tT][aA][rR]") if path.is_file())
+    """The shards of a folder itself, sorted; a link to one that is gone is among them."""
+    tars = (path for path in folder.glob("*.[tT][aA][rR]") if path.is_file() or _is_gone(path))
     return sorted(str(path) for path in tars if not path.name.startswith("."))
+
+
+def _is_gone(link: Path) -> bool:
+    """Whether a name in a folder is a link to what is not there; one in a circle is not."""
+    try:
+        link.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _without_shards(folder: Path) -> str:
@@ -129,21 +140,6 @@ def _without_shards(folder: Path) -> str:
     )
 
 
-def _list_file(path: Path) -> list[str]:
-    """The lines of a list file that are neither empty nor comments."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise MissingInputError(
-            f"{path} is not a list of shards: byte {error.start} is not UTF-8; expected text with "
-            "a shard on each line"
-        ) from error
-    found = [line for line in lines if line and not line.startswith("#")]
-    if not found:
-        raise MissingInputError(f"{path} lists no shards: expected a shard on each line")
-    return found
-
-
 def _alternatives(pattern: str) -> int:
     """How many places a brace pattern names, at most, without making them."""
     count = 1
@@ -157,36 +153,6 @@ def _alternatives(pattern: str) -> int:
             count *= group[1].count(",") + 1
         pattern = pattern[: group.start()] + pattern[group.end() :]
     return count
-
-
-def _existing(locations: list[str], pattern: str) -> list[str]:
-    missing = [place for place in locations if not is_remote(place) and not os.path.isfile(place)]
-    if missing or not locations:
-        meant = ""
-        if locations == [pattern]:
-            wrong, meant = f"{pattern}: no such file or folder", like_path(pattern)
-        elif not locations:
-            wrong = f"no shards: no file is named like {pattern}"
-        else:
-            files = "file" if len(locations) == 1 else "files"
-            of = f"{len(missing)} of {len(locations)} {files} {are(len(missing))} missing"
-            wrong = f"{of} ({', '.join(missing[:3])}{', ...' * (len(missing) > 3)})"
-        raise MissingInputError(f"{wrong}; {EXPECTED_SHARDS}{meant}")
-    if packed := next((place for place in locations if COMPRESSED.search(place)), None):
-        raise MissingInputError(f"{packed}: {UNPACK}")
-    if unlisted := next(filter(_is_remote_list, locations), None):
-        raise MissingInputError(
-            f"{shown(unlisted)}: remote shards cannot be listed; name them by a brace pattern, as "
-            "'s3://bucket/{000..099}.tar', or in a local .txt file with an address on each line"
-        )
-    return locations
-
-
-def _is_remote_list(place: str) -> bool:
-    """Whether a remote address is a glob, a folder or a list, and not one shard."""
-    address = place.partition("?")[0]  # what follows may be a signature
-    lists = "*" in address or address.lower().endswith(("/", ".txt"))
-    return lists and is_remote(place) and not place.startswith("pipe:")
 
 
 # --- one tar --------------------------------------------------------------------------------
@@ -233,9 +199,11 @@ def index_tar(path: Path) -> TarIndex:
                 members += filter(None, (_member(entry, file) for entry in archive))
                 end = archive.offset
             file.seek(end)
-            block = file.read(TAR_BLOCK)
+            block, behind = file.read(TAR_BLOCK), file.read(TAR_RECORD)
     except BROKEN as error:
         found = f"is broken: {str(error) or 'it claims absurd sizes'} after {_images(members)}"
+        if isinstance(error, FileNotFoundError):
+            found = f"is not there{like_path(path)}"
         with contextlib.suppress(OSError), path.open("rb") as file:
             head = file.read(TAR_BLOCK)
             if not members and head[257:262] != b"ustar":  # POSIX, the header's magic
@@ -245,6 +213,11 @@ def index_tar(path: Path) -> TarIndex:
     # was cut between two members.
     if len(block) != TAR_BLOCK or block.strip(b"\0"):
         raise MissingInputError(f"shard {path} is cut short: no end mark after {_images(members)}")
+    if behind.lstrip(b"\0")[257:262] == b"ustar":
+        raise MissingInputError(
+            f"shard {path} holds another tar behind its end mark, after {_images(members)}, as "
+            "`cat A.tar B.tar` joins them: no tool reads that part; join them by `tar -Af A B`"
+        )
     return _index(members)
 
 
@@ -285,8 +258,9 @@ def _index(members: list[Member]) -> TarIndex:
     """One image of each sample, with the sample's numbers.
 
     A sample's files are neighbours that share the name up to its first dot, as WebDataset has it:
-    `0.image.jpg`, `0.mask.png`. Where several images share it, but no field is there twice, the
-    dots are the names' own (`IMG.1.jpg`, `IMG.2.jpg`), and the name ends at its last dot.
+    `0.image.jpg`, `0.mask.png`. Where several images share it, but no field is there twice, or is
+    known as a photograph's, the dots are the names' own (`IMG.1.jpg`, `IMG.2.jpg`), and the name
+    ends at its last dot.
     """
     dotted = _are_dotted(members)
     found = TarIndex()
@@ -302,25 +276,43 @@ def _index(members: list[Member]) -> TarIndex:
 
 
 def _are_dotted(members: list[Member]) -> bool:
-    """Whether dots are part of the names: several images share one, and no field is repeated."""
+    """Whether images that share a name up to its first dot are samples of their own."""
     fields: list[str] = []
     rivals: list[str] = []
     for group in _groups(members, dotted=False):
         own = [member.field for member in group if member.is_image]
         fields += own
         rivals += own if len(own) > 1 else []
-    return bool(rivals) and all("." in one for one in rivals) and len(set(fields)) == len(fields)
+    if len(set(fields)) < len(fields) or any(map(_is_photograph, rivals)):
+        return False
+    return bool(rivals) and all("." in field for field in rivals)
 
 
 def _groups(members: list[Member], dotted: bool) -> list[list[Member]]:
-    return [list(group) for _, group in itertools.groupby(members, lambda m: m.key(dotted))]
+    """The files of each sample; where a name comes again, another sample begins."""
+    groups: list[list[Member]] = []
+    last: tuple[str, str] | None = None
+    names: set[str] = set()
+    for member in members:
+        key = member.key(dotted)
+        if key != last or member.name in names:
+            groups.append([])
+            names.clear()
+        groups[-1].append(member)
+        names.add(member.name)
+        last = key
+    return groups
 
 
 def _field_rank(member: Member) -> int:
     """Which of a sample's images is the photograph: `jpg`, then `image.png`, then any other."""
     if f".{member.field}" in SUFFIXES:
         return 0
-    return 1 if member.field.partition(".")[0] in PHOTOGRAPH_FIELDS else 2
+    return 1 if _is_photograph(member.field) else 2
+
+
+def _is_photograph(field: str) -> bool:
+    return field.partition(".")[0] in PHOTOGRAPH_FIELDS
 
 
 def add_neighbours(found: TarIndex, path: Path) -> TarIndex:

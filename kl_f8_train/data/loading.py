@@ -14,7 +14,6 @@ import functools
 import hashlib
 import multiprocessing
 import os
-import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from kl_f8_train.data.sources import FolderSource, ImageSource, TarSource, open_
 from kl_f8_train.errors import ImageError, MissingInputError, SmallImageError
 from kl_f8_train.files import cache_dir
 from kl_f8_train.launch import SIGNALS, end_children
-from kl_f8_train.lifetime import end_with_parent
+from kl_f8_train.lifetime import start_child
 from kl_f8_train.rules import side_range, source_shares
 from kl_f8_train.settings import Config
 from kl_f8_train.units import counted, printable
@@ -344,7 +343,4 @@ def start_worker(parent: int, worker: int) -> None:
     SLURM sends signals to every process; the main process ends its loaders. torch's own check on
     the parent would miss one that died before the loader came to it.
     """
-    end_with_parent(parent)
-    torch.set_num_threads(1)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    start_child(parent, *SIGNALS)

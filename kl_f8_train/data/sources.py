@@ -27,13 +27,13 @@ from kl_f8_train.data.index import (
     tars_in,
 )
 from kl_f8_train.data.shard_cache import ShardCache
-from kl_f8_train.errors import ImageError, MissingInputError, UsageError
+from kl_f8_train.errors import ImageError, MissingInputError, UsageError, about
 from kl_f8_train.files import cache_dir, one_at_a_time
 from kl_f8_train.folders import Listing, list_folder
 from kl_f8_train.images import patiently, read_file
 from kl_f8_train.launch import available_cores
 from kl_f8_train.overrides import source_setting
-from kl_f8_train.transfer import is_remote
+from kl_f8_train.transfer import is_remote, plain_paths
 from kl_f8_train.units import are, counted, printable
 
 AUTOMATIC = 2000  # local shards that are indexed without being asked
@@ -143,8 +143,8 @@ class TarSource:
         same = [status.st_size, status.st_mtime_ns] == self.fingerprints[shard]
         if not (same or self.remote[shard] or _is_member(data, size)):
             raise _changed(place)
-        member = data[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
-        return f"{os.path.basename(place)}/{os.path.basename(member)}", data[TAR_BLOCK:]
+        member = data[:100].split(b"\0", 1)[0].decode("utf-8", "replace").rpartition("/")[2]
+        return f"{os.path.basename(place)}/{member or f'image {sample}'}", data[TAR_BLOCK:]
 
     def _open(self, shard: int) -> BinaryIO:
         place = self.locations[shard]
@@ -210,7 +210,10 @@ class TarSource:
     def _column(self, name: str) -> np.ndarray:
         if name not in self.columns:
             known = ", ".join(self.columns) or "none at all"
-            raise UsageError(f"no image has a field {name!r} to filter by; there are {known}")
+            raise UsageError(
+                f"no image has a field {name!r} to filter by, which is a number at the top of its "
+                f"JSON; there are {known}"
+            )
         return self._mapped(f"column-{self.columns.index(name)}")
 
     def _mapped(self, name: str) -> np.ndarray:
@@ -312,7 +315,8 @@ def open_source(
     Raises MissingInputError if shards are missing, broken or not indexed, or nothing is left.
     """
     where = label or source_setting(name, pattern)
-    try:
+    pattern = plain_paths(pattern)
+    with about(where):
         parsed = parse_filters(filters)
         folder = Path(pattern)
         if folder.is_dir() and (listing := _photographs(folder)):
@@ -323,8 +327,6 @@ def open_source(
                 )
             return FolderSource(folder, listing)
         source = TarSource(_index_of(pattern, cache, index_dir), parsed, cache)
-    except (MissingInputError, UsageError) as error:
-        raise type(error)(f"{where}: {str(error).removeprefix(f'{pattern}: ')}") from error
     broken = list(source.broken.values())
     if broken and bad_shards == "stop":
         raise MissingInputError(

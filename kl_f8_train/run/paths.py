@@ -1,38 +1,51 @@
-"""The paths that settings name: whether something is there, before torch is imported."""
+"""The paths that settings and verbs name: whether something is there, before torch is imported."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from tarfile import is_tarfile
+from typing import TypeVar
 
-from kl_f8_train.errors import MissingInputError, like_path, no_folder
-from kl_f8_train.overrides import absent_source, source_setting
-from kl_f8_train.run_dir import list_checkpoints
+from kl_f8_train.data.patterns import check_named
+from kl_f8_train.errors import MissingInputError, about, like_path, no_folder
+from kl_f8_train.overrides import source_setting
+from kl_f8_train.run_dir import check_checkpoint_names, list_checkpoints
 from kl_f8_train.settings import Config
 from kl_f8_train.weights import hub
 
+NETWORK = "no such file; expected {}, or leave it out for what `kl-f8-train fetch` downloaded"
+Result = TypeVar("Result")
 
-def check_paths(config: Config) -> None:
-    """Raises MissingInputError with every path that a run needs and that is not there."""
-    problems = []
-    for check in _checks(config):
+
+def all_of(*checks: Callable[[], Result]) -> list[Result]:
+    """The results of all checks; raises MissingInputError with everything that they miss."""
+    results, problems = list[Result](), list[str]()
+    for check in checks:
         try:
-            check()
+            results.append(check())
         except MissingInputError as error:
             problems.append(str(error))
     if len(problems) > 1:
         problems.insert(0, f"{len(problems)} inputs are missing:")
     if problems:
         raise MissingInputError("\n  ".join(problems))
+    return results
+
+
+def check_paths(config: Config) -> None:
+    """Raises MissingInputError with every path that a run needs and that is not there."""
+    all_of(*_checks(config))
 
 
 def _checks(config: Config) -> Iterator[Callable[[], None]]:
     if not list_checkpoints(Path(config.run_dir)):  # only the start of a run reads them
+        yield partial(check_checkpoint_names, Path(config.run_dir))
         yield partial(check_init_weights, config)
     for name, source in config.data.sources.items():
-        yield partial(_check_source, name, source.shards)
+        yield partial(check_source, source_setting(name, source.shards), source.shards)
     yield partial(check_perceptual_weights, config)
     if config.log.pictures_every and config.log.pictures is not None:
-        yield partial(_check_pictures, config.log.pictures)
+        yield partial(check_photographs, "log.pictures: no images in ", config.log.pictures)
 
 
 def check_init_weights(config: Config) -> None:
@@ -42,20 +55,37 @@ def check_init_weights(config: Config) -> None:
 
 def check_perceptual_weights(config: Config) -> None:
     """Raises MissingInputError if the file of `loss.perceptual_weights` is needed and not there."""
-    given = config.loss.perceptual_weights
-    if given and config.loss.perceptual == "lpips_vgg" and not Path(given).is_file():
+    if config.loss.perceptual == "lpips_vgg":
+        given = config.loss.perceptual_weights or None
+        check_file("loss.perceptual_weights=", given, NETWORK.format("VGG16's features"))
+
+
+def check_file(setting: str, given: str | Path | None, wrong: str, folders: bool = False) -> None:
+    """Raises MissingInputError if a path is given that is neither a file nor one of `folders`."""
+    if given is not None and not (Path(given).exists() if folders else Path(given).is_file()):
+        raise MissingInputError(f"{setting}{given}: {wrong}{like_path(given)}")
+
+
+def check_photographs(setting: str, folder: str | Path | None) -> None:
+    """Raises MissingInputError if a path is given that is not a folder."""
+    if folder is not None and not Path(folder).is_dir():
+        raise MissingInputError(f"{setting}{no_folder(Path(folder))}")
+
+
+def check_source(setting: str, pattern: str) -> None:
+    """Raises MissingInputError for a pattern that names nothing; `setting` ends with it."""
+    with about(setting):
+        check_named(pattern)
+
+
+def check_images(images: str | None) -> None:
+    """Raises MissingInputError for --images of `evaluate` that are not there, or another file."""
+    if images is None:
+        return
+    check_source(f"--images {images}", images)
+    source = Path(images)
+    if source.is_file() and source.suffix not in (".tar", ".txt") and not is_tarfile(source):
         raise MissingInputError(
-            f"loss.perceptual_weights={given}: no such file; expected VGG16's features, or null "
-            f"for what `kl-f8-train fetch` downloaded{like_path(given)}"
+            f"--images {images}: expected a folder of images, .tar shards or a .txt list of them, "
+            "got another file; name its folder"
         )
-
-
-def _check_source(name: str, pattern: str) -> None:
-    if why := absent_source(pattern):
-        where = source_setting(name, pattern)
-        raise MissingInputError(f"{where}: {why.removeprefix(f'{pattern}: ')}")
-
-
-def _check_pictures(folder: str) -> None:
-    if not Path(folder).is_dir():
-        raise MissingInputError(f"log.pictures: no images in {no_folder(Path(folder))}")

@@ -17,7 +17,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from kl_f8_train.errors import UsageError
-from kl_f8_train.launch import SRUN, TORCHRUN, launched
+from kl_f8_train.launch import SRUN, TORCHRUN, launched, left_over
 from kl_f8_train.lifetime import announce_to_ranks
 from kl_f8_train.run.callback import say_once
 from kl_f8_train.run.watchdog import longest_wait
@@ -57,6 +57,8 @@ def build_trainer(config: Config, callbacks: list[Any]) -> Trainer:
         )
     if accelerator == "cuda" and gpus > per_node:
         say_once(f"using {per_node} of {gpus} GPUs here: one for each process the launcher started")
+    if note := left_over():
+        say_once(f"note: {note}")
     cluster = _cluster(launcher)
     if world > 1:
         announce_to_ranks()

@@ -21,7 +21,6 @@ from kl_f8_train.core.step import Finetuner
 from kl_f8_train.core.updates import HostCopy, parameters_of
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, about
 from kl_f8_train.facts import Facts
-from kl_f8_train.run_dir import checkpoint_path
 from kl_f8_train.settings import KL_F8_SHAPES, Config, Model, to_dict
 from kl_f8_train.units import are, counted
 from kl_f8_train.weights import weight_file
@@ -78,21 +77,6 @@ class Snapshot:
     copies: HostCopy[dict[str, Tensor]]  # they share one block of memory
     metadata: dict[str, str]  # all but the tensors' hashes
     counters: tuple[int, int]  # iteration, warm-up left
-
-
-def save(
-    finetuner: Finetuner,
-    optimizers: list[Adam],
-    run_dir: Path,
-    frozen: str,
-    path: Path | None = None,
-) -> Path:
-    """Writes a checkpoint of the state as it is, and returns its path; raises as `write` does.
-
-    It goes to the run's regular place for this iteration, or to `path`.
-    """
-    path = path or checkpoint_path(run_dir, finetuner.iteration, finetuner.warmup_done)
-    return write(snapshot(finetuner, optimizers, frozen, HostMemory()), path)
 
 
 def write(state: Snapshot, path: Path) -> Path:

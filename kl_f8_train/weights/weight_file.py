@@ -18,6 +18,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from kl_f8_train import facts, shipped
 from kl_f8_train.averages import selection
 from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
-from kl_f8_train.errors import MissingInputError, UsageError, like_path
+from kl_f8_train.errors import MOST_SIBLINGS, MissingInputError, UsageError, like_path
 from kl_f8_train.facts import Facts
 from kl_f8_train.files import atomic_path, beginning, file_sha256
 from kl_f8_train.run_dir import list_checkpoints
@@ -143,7 +144,10 @@ def kept_selection(contents: Contents, select: str) -> str:
 def load_autoencoder(path: str | Path, select: str = "ema") -> AutoencoderKL:
     """The autoencoder of any VAE file, float32, in eval mode, its shape read off the tensors.
 
-    Raises MissingInputError if the file holds none, or not all of one.
+    `path` is a .safetensors or torch file, a diffusers folder, a run, a hub's id or "kl_f8_mini".
+    `select` is "ema" or "raw", where a file has both, or as "ema-0.9999" one EMA of several. No
+    parameter requires a gradient. Raises MissingInputError if the file holds no autoencoder, or
+    not all of one.
     """
     return build_autoencoder(*read_weights(path, select))
 
@@ -407,8 +411,11 @@ def find(path: Path) -> Path:
 
 
 def _held(folder: Path) -> str:
-    """The weight files of a folder, or the snapshots of a hub's cache, that may be meant."""
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in hub.WEIGHT_SUFFIXES)
+    """What in a folder may be meant: weight files, also in folders below, or a hub's snapshots."""
+    within = sorted(islice(chain(folder.iterdir(), folder.glob("*/*")), MOST_SIBLINGS))
+    if part := next((path for path in within if path.suffix == ".distcp"), None):
+        return f"; {part.parent} is a distributed checkpoint: torch's dcp_to_torch_save joins it"
+    files = [path for path in within if path.suffix.lower() in hub.WEIGHT_SUFFIXES]
     files = files or sorted(folder.glob("snapshots/*"))
     return f": {', '.join(map(str, files[:3]))}{', ...' * (len(files) > 3)}" if files else ""
 
@@ -565,8 +572,15 @@ def write_plain(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, s
 def save_autoencoder(model: AutoencoderKL, path: str | Path) -> None:
     """Writes an autoencoder with CompVis' names: .safetensors, or .ckpt for older loaders.
 
-    Raises UsageError for another suffix.
+    Its precision is kept, and a former file of that name replaced at the end. Raises UsageError for
+    another suffix, or for what is not an AutoencoderKL.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper has names of its own
+    if not isinstance(model, AutoencoderKL):
+        raise UsageError(
+            f"{path}: got a {type(model).__name__}, expected an AutoencoderKL; that of a Finetuner "
+            "is finetuner.averaged()"
+        )
     path, state = Path(path), model.state_dict()
     groups = Facts(norm_num_groups=model.decoder.norm_out.num_groups)
     if path.suffix == ".safetensors":

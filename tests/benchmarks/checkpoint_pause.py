@@ -90,7 +90,8 @@ def main() -> None:
         parts.close()
         floor = plain_copy(saving.memory.block)
         with timed(before):
-            checkpoint.save(finetuner, optimizers, Path(folder), frozen)
+            state = checkpoint.snapshot(finetuner, optimizers, frozen, checkpoint.HostMemory())
+            checkpoint.write(state, path)
         with timed(reading):
             checkpoint.check_content(weight_file.read(path))
     pause = statistics.median(pauses)
