@@ -649,6 +649,20 @@ def test_an_index_that_cannot_be_read_is_made_anew(tmp_path, cut):
 
 
 @pytest.mark.parametrize(
+    ("entry", "wrong"),
+    [("broken", None), ("counts", float("inf")), ("columns", {"a": None}), ("locations", 3)],
+)
+def test_an_index_of_another_form_is_made_anew(tmp_path, entry, wrong):
+    samples.packed(tmp_path / "photos", count=4, per_shard=2)
+    before = open_source(tmp_path / "photos")
+    file = before.directory / "index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), entry: wrong}))
+    assert read_all(open_source(tmp_path / "photos", ["height >= 1"])) == read_all(before)
+    file.write_text("[" * 100_000)
+    assert open_source(tmp_path / "photos").columns == before.columns
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda shard: shard.unlink(), "cannot be opened any more: No such file"),

@@ -46,9 +46,9 @@ def _inputs(facts: Findings, config: Config) -> Lines:
     yield "loss", f"{loss.pixel} + {loss.perceptual_weight:g} {LABELS[loss.perceptual]}{against}"
     for name, found in facts.get("data", {}).items():
         bad, checked = found["unusable"], found["checked"]
-        unusable = f"{bad} of {checked} unusable" if bad else f"{checked} can be used"
-        passes = _passes(facts, config, name)
-        yield "data", f"{name}: {found['about']}; {unusable}{passes}"
+        some = f"{bad} of {checked.removeprefix('all ')}"
+        unusable = f"{some} cannot be used" if bad else f"{checked} can be used"
+        yield "data", f"{name}: {found['about']}; {unusable}{_passes(facts, config, name)}"
     if held_out := facts.get("validation"):
         known = len(held_out["common"]) or "none"
         pictures = counted(held_out["pictures"], "picture", "s")

@@ -173,7 +173,7 @@ def read_status(run: Path, now: float) -> Status:
     iteration = max((i for i in (logged, saved) if i is not None), default=None)
     speed, interval, left, share = _speed_lately(rows), 0.0, None, None
     if speed:
-        interval = _group(config, "log").get("every", 1) * batch / speed
+        interval = (_group(config, "log").get("every") or 1) * batch / speed
     if speed and iteration is not None:
         left = max(0, stop - iteration) * batch / speed
     if iteration is not None and start is not None:

@@ -33,7 +33,7 @@ from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MOST_SIBLINGS, MissingInputError, UsageError, like_path
 from kl_f8_train.facts import Facts
-from kl_f8_train.files import atomic_path, beginning, file_sha256
+from kl_f8_train.files import DAMAGED, atomic_path, beginning, file_sha256
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.settings import KL_F8_SHAPES
 from kl_f8_train.units import are, counted, shortest
@@ -122,7 +122,7 @@ def stored_decays(metadata: Mapping[str, str]) -> list[float]:
     try:
         decay = json.loads(metadata["config"])["ema"]["decay"]
         return [float(value) for value in (decay if isinstance(decay, list) else [decay])]
-    except (KeyError, ValueError, TypeError, RecursionError):
+    except DAMAGED:
         return []
 
 
@@ -427,24 +427,34 @@ def _read_safetensors(path: Path, wanted: torch_file.Wanted) -> Contents:
             raise MissingInputError(
                 f"its header claims {length:,} bytes; the file is broken; copy it again"
             )
-        name = f"/dev/fd/{raw.fileno()}"  # safetensors takes no paths that are not UTF-8
-        with safe_open(name, framework="pt", device="cpu") as file:
-            names = list(file.keys())
-            chosen = set(wanted(names))
-            tensors = {}
-            for name in names:
-                if name in chosen:
-                    tensors[name] = file.get_tensor(name).clone()  # else it changes with the file
-                else:
-                    shape = file.get_slice(name).get_shape()
-                    tensors[name] = torch.empty(shape, device="meta")
-            metadata = dict(file.metadata() or {})
+    with _named_in_utf8(path) as name, safe_open(name, framework="pt", device="cpu") as file:
+        names = list(file.keys())
+        chosen = set(wanted(names))
+        tensors = {}
+        for name in names:
+            if name in chosen:
+                tensors[name] = file.get_tensor(name).clone()  # else it would change with the file
+            else:
+                tensors[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
+        metadata = dict(file.metadata() or {})
     optimizer = any(name.startswith("optimizer.") for name in names)
     stated = facts.from_metadata(metadata)
     return Contents(path, tensors, metadata, optimizer=optimizer, facts=stated)
 
 
-def is_utf8(path: Path) -> bool:
+@contextlib.contextmanager
+def _named_in_utf8(path: Path) -> Iterator[str]:
+    """The path, or that of a link to it where its own is not UTF-8."""
+    if _is_utf8(path):
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, "link")
+        link.symlink_to(path.absolute())
+        yield str(link)
+
+
+def _is_utf8(path: Path) -> bool:
     """Whether a name is UTF-8; safetensors takes no others."""
     try:
         str(path).encode()
@@ -561,7 +571,7 @@ def write_plain(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, s
     with atomic_path(path) as temporary:
         about = {"format": "pt", **metadata}
         try:
-            if is_utf8(temporary):
+            if _is_utf8(temporary):
                 save_file(tensors, temporary, metadata=about)
             else:  # costs memory for a second copy
                 temporary.write_bytes(save(tensors, metadata=about))
