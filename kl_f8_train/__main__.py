@@ -565,7 +565,8 @@ def _config(args: argparse.Namespace) -> int:
     if args.action == "show":
         print(configs.to_yaml(loaded[0]), end="")
     else:
-        print("\n".join(configs.differences(loaded[0], loaded[1], machine=True)))
+        found = configs.differences(loaded[0], loaded[1], machine=True)
+        print("\n".join(found) or "no differences")
     return 0
 
 
@@ -583,10 +584,10 @@ def _benchmark(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from kl_f8_train.run.paths import all_of, check_photographs, check_source
+    from kl_f8_train.run.paths import all_of, check_pattern, check_photographs
 
     all_of(
-        partial(check_source, f"--training {args.training}", args.training or "."),
+        partial(check_pattern, f"--training {args.training}", args.training or "."),
         partial(check_photographs, "--held-out ", args.held_out),
     )
     say(f"demo in {args.run_dir}: loading, and packing photographs ...")

@@ -134,7 +134,7 @@ def test_a_cold_iteration_is_called_one(examined, monkeypatch):
     _, found, printed = examined("cold", "stop_iteration=110", *runs.NO_ADVERSARIAL)
     assert found["cold_iteration"]
     assert "s (the first, cold iteration; later ones are quicker) on " in printed
-    assert "at the speed of the one, cold iteration here" in printed
+    assert "= 40 images: at most " in printed
 
 
 def test_an_iteration_that_compiled_is_run_again(examined, monkeypatch):

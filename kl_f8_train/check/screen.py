@@ -71,17 +71,15 @@ def _speed(facts: Findings) -> Lines:
 
 
 def _bill(facts: Findings, config: Config) -> Lines:
-    if (total := facts.get("images_total")) is not None:
-        yield "bill", _screened_bill(facts, config, total)
+    if facts.get("images_total") is not None:
+        yield "bill", bill(facts, config)
     if predicted := facts.get("predicted"):
         times = ", ".join(f"{name} {duration(days * 86400)}" for name, days in predicted.items())
         yield "", f"predicted for {facts['batch']['processes']} of each: {times}"
     if kept := facts.get("checkpoints"):
         free = f"; {size(facts['free_bytes'])} free" if "free_bytes" in facts else ""
-        yield (
-            "disk",
-            f"{size(facts['checkpoint_bytes'])} for {counted(kept, 'checkpoint', 's')}{free}",
-        )
+        needed = size(facts["checkpoint_bytes"])
+        yield "disk", f"{needed} for {counted(kept, 'checkpoint', 's')}{free}"
 
 
 def fitting(fits: Mapping[str, int], share: int, batch: int) -> str:
@@ -108,9 +106,12 @@ def _passes(facts: Findings, config: Config, name: str) -> str:
     return f"; {units.figure(share * facts['images_total'] / images)} passes"
 
 
-def _screened_bill(facts: Findings, config: Config, images: int) -> str:
-    iterations = images // config.global_batch
-    text = f"{counted(iterations, 'iteration', 's')} x {config.global_batch} = {images:,} images"
+def bill(facts: Findings, config: Config) -> str:
+    """Iterations and images, and if a speed was measured, at that speed the hours and the end."""
+    images, warmup = facts["images_total"], facts.get("warmup", 0)
+    done = counted(images // config.global_batch, "iteration", "s")
+    first = f" ({warmup:,} of warm-up)" if warmup else ""
+    text = f"{done}{first} x {config.global_batch} = {counted(images, 'image', 's')}"
     if facts.get("days") is None:
         return text
     end = str(facts["end_date"] or "after the year 9999").replace("T", " ")[:16]

@@ -84,7 +84,8 @@ def expand(pattern: str) -> list[str]:
         if not found:
             raise MissingInputError(_without_shards(path))
         return found
-    check_named(pattern)
+    if "{" not in pattern:  # else each missing file is counted
+        check_named(pattern)
     if os.path.isfile(pattern):  # whatever signs its name holds
         return files_of(path)
     if pattern.startswith("pipe:"):

@@ -546,15 +546,19 @@ def _verify(
             raise RunFailedError(
                 f"{path} reads back, but encodes or decodes a test pattern differently"
             )
-        moved = f"differ by at most {latents_error:.2g}" if latents_error else "are the same"
-        checks[str(path.relative_to(out))] = (
-            f"{len(weights)} tensors read back bit for bit; encoder and quant_conv as imported; "
-            "a test pattern is encoded and decoded as before"
+        read = (
+            "bit for bit; encoder and quant_conv as imported"
             if stored == torch.float32
-            else f"{len(weights)} tensors read back, all rounded to {DTYPES[str(stored)[6:]]}; "
-            f"a test pattern's latents {moved}, its decoded image differs by at most {most:.2g} "
-            f"of 255 levels (mean {mean:.2g})"
+            else f"all rounded to {DTYPES[str(stored)[6:]]}"
         )
+        near = f"within {latents_error:.2g}" if latents_error else "as before"
+        shift = (
+            f"a test pattern's latents {near}, its image within {most:.2g} of 255 levels "
+            f"(mean {mean:.2g})"
+            if latents_error or most
+            else "a test pattern is encoded and decoded as before"
+        )
+        checks[str(path.relative_to(out))] = f"{len(weights)} tensors read back, {read}; {shift}"
         if layout == "ckpt":
             _check_strictly(path, len(weights))
             checks["strict loader"] = (

@@ -29,8 +29,10 @@ from kl_f8_train.weights import weight_file
 from kl_f8_train.weights.names import State, Weights, check_shapes, shapes_of
 
 FORMAT = "kl_f8_train.checkpoint.1"
-COUNTERS = ("iteration", "warmup_left", "ema_updates", "first_iteration")
-STATED = dict.fromkeys(COUNTERS, r"\d{1,18}") | {"frozen_sha256": "[0-9a-f]{64}"}  # their forms
+STATED = {  # metadata of every checkpoint -> its form
+    **dict.fromkeys(("iteration", "warmup_left", "ema_updates", "first_iteration"), r"\d{1,18}"),
+    "frozen_sha256": "[0-9a-f]{64}",
+}
 TEXTS = "metadata_sha256"  # JSON: key of the metadata -> hash of its string
 OPTIMIZERS = ("decoder", "discriminator")
 ALIGNMENT = 64  # bytes: where a copy begins
