@@ -155,7 +155,7 @@ def load_autoencoder(path: str | Path, select: str = "ema") -> AutoencoderKL:
 def build_autoencoder(contents: Contents, weights: Weights) -> AutoencoderKL:
     """`load_autoencoder` for what was read already."""
     try:
-        return autoencoder_of(weights.autoencoder, contents.facts)
+        return autoencoder_of(weights.autoencoder, facts_of(contents, weights))
     except (MissingInputError, ValueError) as error:
         raise MissingInputError(f"{contents.path}: {error}") from error
 
@@ -170,6 +170,7 @@ def autoencoder_of(state: State, stated: Facts) -> AutoencoderKL:
     check_shapes(state, shapes_of(model.state_dict()))
     tensors = {key: value.float().contiguous() for key, value in state.items()}
     model.load_state_dict(tensors, assign=True)
+    model.facts = stated
     return model.eval().requires_grad_(False)
 
 
@@ -582,8 +583,8 @@ def write_plain(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, s
 def save_autoencoder(model: AutoencoderKL, path: str | Path) -> None:
     """Writes an autoencoder with CompVis' names: .safetensors, or .ckpt for older loaders.
 
-    Its precision is kept, and a former file of that name replaced at the end. Raises UsageError for
-    another suffix, or for what is not an AutoencoderKL.
+    Its precision is kept, and what the file it was loaded from states, as scaling_factor. Raises
+    UsageError for another suffix, or for what is not an AutoencoderKL.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper has names of its own
     if not isinstance(model, AutoencoderKL):
@@ -592,11 +593,11 @@ def save_autoencoder(model: AutoencoderKL, path: str | Path) -> None:
             "is finetuner.averaged()"
         )
     path, state = Path(path), model.state_dict()
-    groups = Facts(norm_num_groups=model.decoder.norm_out.num_groups)
+    stated = replace(model.facts, norm_num_groups=model.decoder.norm_out.num_groups)
     if path.suffix == ".safetensors":
-        write_safetensors(path, state, groups.metadata())
+        write_safetensors(path, state, stated.metadata())
     elif path.suffix == ".ckpt":
-        write_torch(path, {"state_dict": state, facts.ENTRY: groups.stated()})
+        write_torch(path, {"state_dict": state, facts.ENTRY: stated.stated()})
     else:
         raise UsageError(f"{path}: an autoencoder is saved as .safetensors or .ckpt")
 
