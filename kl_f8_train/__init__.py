@@ -17,6 +17,7 @@ _HOMES = {  # name -> module, and what it is called there
     "discriminator_loss": "core.losses.discriminator_loss",
     "evaluate": "score.evaluate.evaluate",
     "generator_loss": "core.losses.generator_loss",
+    "initialize_discriminator": "core.discriminator.initialize",
     "load_autoencoder": "weights.weight_file.load_autoencoder",
     "perceptual_network": "weights.pretrained.build",
     "recipe": "config.recipe",

@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,8 @@ from kl_f8_train.averages import selection
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError
 from kl_f8_train.launch import end_children, is_first_to_say, launched, world_size
 from kl_f8_train.lifetime import end_with_launcher
-from kl_f8_train.output import say
-from kl_f8_train.units import are, counted, duration, written
+from kl_f8_train.output import progress_bar, say
+from kl_f8_train.units import are, counted, written
 from kl_f8_train.weights import hub
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from kl_f8_train.score.protocol import PROTOCOLS
 
     sizes = args.size or [256]
-    with _bar("image") as progress:
+    with progress_bar("image") as progress:
         result = evaluate(
             named,
             args.images,
@@ -324,7 +324,7 @@ def _evaluate_latents(args: argparse.Namespace, named: list[tuple[str, Path, str
     from kl_f8_train.score import generated
     from kl_f8_train.score.protocol import PROTOCOLS
 
-    with _bar("latent") as progress:
+    with progress_bar("latent") as progress:
         generated.evaluate_latents(
             named,
             str(args.latents),
@@ -424,7 +424,7 @@ def _pack(args: argparse.Namespace) -> int:
     all_of(*(partial(check_file, "", place, wrong, folders=True) for place in places))
     from kl_f8_train.data.pack import pack
 
-    with _bar("image") as progress:
+    with progress_bar("image") as progress:
         result = pack(
             args.images,
             args.out,
@@ -441,7 +441,7 @@ def _pack(args: argparse.Namespace) -> int:
 def _split(args: argparse.Namespace) -> int:
     from kl_f8_train.data.split import HELD_OUT, TRAINING, split
 
-    with _bar("image") as progress:
+    with progress_bar("image") as progress:
         result = split(args.images, args.out, args.held_out, args.seed, progress)
     print(result)
     settings = [f"data.sources={args.out / TRAINING}", f"log.pictures={args.out / HELD_OUT}"]
@@ -468,7 +468,7 @@ def _index(args: argparse.Namespace) -> int:
     best = index_directories(locations, args.index_dir)[0]
     why = f", as {best.parent} cannot be written" if directory != best else ""
     say(f"indexing {counted(len(locations), 'shard', 's')} into {directory}{why}")
-    with _bar("shard") as progress:
+    with progress_bar("shard") as progress:
         build_index(locations, directory, cache, args.workers, progress)
     source = TarSource(directory, filters, cache)
     print("\n".join([*source.describe(), f"fields: {', '.join(source.columns) or 'none'}"]))
@@ -487,34 +487,6 @@ def _index(args: argparse.Namespace) -> int:
         remedy = "loosen the filters" if filters else "expected images beside their metadata"
         raise MissingInputError(f"{args.source}: no image to train on, as counted above; {remedy}")
     return 0
-
-
-@contextlib.contextmanager
-def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress as a function (done, total): a bar on a terminal, elsewhere a line now and then."""
-    from tqdm import tqdm
-
-    if not sys.stderr.isatty():
-        yield partial(_progress_line, unit, time.monotonic(), [0.0])
-        return
-    with tqdm(unit=unit, disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
-
-
-def _progress_line(unit: str, began: float, due: list[float], done: int, total: int) -> None:
-    """A line to standard error at the start, after 5, 10, 20, ... seconds, and at the end."""
-    passed = time.monotonic() - began
-    if passed < due[0] and done < total:
-        return
-    due[0] = max(5.0, min(2 * passed, passed + 300))
-    fair = total <= 20 * done < 20 * total  # the first items take longer than the others
-    left = f", {duration(passed / done * (total - done))} left" if fair else ""
-    say(f"{done:,} of {counted(total, unit, 's')}, {duration(passed)}{left}", aside=True)
 
 
 def _fetch(args: argparse.Namespace) -> int:
@@ -594,7 +566,8 @@ def _config(args: argparse.Namespace) -> int:
     if args.action == "show":
         print(configs.to_yaml(loaded[0]), end="")
     else:
-        print("\n".join(configs.differences(loaded[0], loaded[1], machine=True)))
+        found = configs.differences(loaded[0], loaded[1], machine=True)
+        print("\n".join(found) or "no differences")
     return 0
 
 
@@ -612,10 +585,10 @@ def _benchmark(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from kl_f8_train.run.paths import all_of, check_photographs, check_source
+    from kl_f8_train.run.paths import all_of, check_pattern, check_photographs
 
     all_of(
-        partial(check_source, f"--training {args.training}", args.training or "."),
+        partial(check_pattern, f"--training {args.training}", args.training or "."),
         partial(check_photographs, "--held-out ", args.held_out),
     )
     say(f"demo in {args.run_dir}: loading, and packing photographs ...")

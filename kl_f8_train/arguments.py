@@ -34,6 +34,7 @@ PURPOSES = {  # in the order of use, as in README; what --help says of each
     "benchmark": "Measures a recipe's speed and memory on this machine.",
     "demo": "Runs both stages, export and evaluation on a small example; minutes on a CPU.",
 }
+RECIPE = "recipe: a YAML file, or the name of a shipped one, such as single_gpu"
 DOCUMENTATION = "README.md and docs/ (docs/quickstart.md: your own photographs)"
 
 
@@ -74,15 +75,17 @@ def build_parser() -> argparse.ArgumentParser:
         subs[verb] = sub
 
     train = subs["train"]
-    train.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    train.add_argument("--allow-changes", action="store_true", help="resume with another recipe")
+    train.add_argument("config", help=f"{RECIPE}; or a run directory, to resume it")
+    _add_overrides(train)
+    train.add_argument(
+        "--allow-changes", action="store_true", help="resume although the recipe differs"
+    )
     train.add_argument("--dry-run", action="store_true", help="only check it, as doctor does")
     train.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object")
 
     doctor = subs["doctor"]
-    doctor.add_argument("config", nargs="?", help="recipe: a YAML file, or a shipped one's name")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    doctor.add_argument("config", nargs="?", help=f"{RECIPE}; or a run directory")
+    _add_overrides(doctor)
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.add_argument("--all", action="store_true", help="every setting and figure")
 
@@ -176,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--size", type=_sizes, help="resize and centre crop, in pixels; several: 256,512 (256)"
     )
-    score.add_argument("--limit", type=_positive, help="only the first images")
+    score.add_argument("--limit", type=_positive, help="score only the first so many images")
     score.add_argument(
         "--perceptual",
         default="lpips_vgg",
@@ -259,7 +262,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N|SHARE",
         help="how many, or which share such as 0.05 or 5%% (5%%, but 10 to 500)",
     )
-    split.add_argument("--seed", type=int, default=0, help="another seed, another choice (0)")
+    split.add_argument("--seed", type=int, default=0, help="chooses others to hold out (0)")
 
     index = subs["index"]
     index.add_argument("source", help="brace pattern, glob, directory, list file or address")
@@ -289,19 +292,20 @@ def build_parser() -> argparse.ArgumentParser:
     config.add_argument(
         "arguments",
         nargs="*",
+        default=[],
         metavar="CONFIG [key=value ...]",
         help="recipes, and settings to change",
     )
     config.add_argument("--markdown", action="store_true", help="schema: print docs/settings.md")
 
     speed = subs["benchmark"]
-    speed.add_argument("config", help="recipe: a YAML file, or the name of a shipped one")
-    speed.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    speed.add_argument("config", help=RECIPE)
+    _add_overrides(speed)
     speed.add_argument("--json", action="store_true", help="print one JSON object")
     speed.add_argument("--iterations", type=int, default=10, help="iterations measured")
 
     demo = subs["demo"]
-    demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    _add_overrides(demo)
     demo.add_argument(
         "--run-dir", type=Path, default=Path("runs/demo"), help="directory to write (runs/demo)"
     )
@@ -314,6 +318,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="multiplies the iterations, as 0.2 for a quick look (1)",
     )
     return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    # Without a default argparse would name them among the arguments that are required.
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings to change"
+    )
 
 
 def name_path_select(text: str) -> tuple[str, Path, str]:

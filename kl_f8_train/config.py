@@ -333,9 +333,10 @@ def _shipped(name: str) -> Iterator[Path]:
 
 
 def recipe(name: str, *overrides: str) -> Config:
-    """A shipped recipe for use without a run; what only a run needs (data, weights) is left out.
+    """A shipped recipe, or a YAML file, without what only a run needs (data, weights).
 
-    Raises UsageError for overrides (`key=value`) that do not fit.
+    Overrides are `key=value`, as on the command line (docs/settings.md). Raises MissingInputError
+    for another name, UsageError for overrides that do not fit.
     """
     unused = ("run_dir=unused", "init.weights=unused", "data.sources=unused")
     return load(find_recipe(name), [*unused, *overrides])

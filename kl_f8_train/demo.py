@@ -16,12 +16,13 @@ from kl_f8_train import config, images, shipped
 from kl_f8_train.data.pack import pack
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import write_json, write_text
-from kl_f8_train.output import say
+from kl_f8_train.output import progress_bar, say
 from kl_f8_train.publish import export
 from kl_f8_train.run.train import train
 from kl_f8_train.score import compare, evaluate, report, scores
 from kl_f8_train.score.compare import Verdict, verdict
 from kl_f8_train.settings import ITERATIONS, Config
+from kl_f8_train.units import duration
 from kl_f8_train.weights import weight_file
 
 STAGE_A, STAGE_B = 340, 180  # iterations of each stage, at length 1
@@ -85,8 +86,9 @@ def demo(
     rows = _score(models, held_out, run_dir)
     report.write_comparison(run_dir / "evaluation", *COMPARED[-1])
     page = report.write(run_dir / "evaluation")
+    took = duration(time.perf_counter() - began)
     say(
-        f"\ndone in {time.perf_counter() - began:.0f} s; pictures: {run_dir}/strip.png, {page}\n"
+        f"\ndone in {took}; pictures: {run_dir}/strip.png, {page}\n"
         "next: your own photographs, docs/quickstart.md"
     )
     return rows
@@ -125,13 +127,15 @@ def _score(
     models: Mapping[str, tuple[Path, str]], held_out: Path, run_dir: Path
 ) -> list[dict[str, Any]]:
     """Scores every model on the same photographs; writes table.json, table.md and strip.png."""
-    result = evaluate.evaluate(
-        [(name, path, select) for name, (path, select) in models.items()],
-        str(held_out),
-        run_dir / "evaluation",
-        perceptual_name="st_lpips_alex",
-        with_baselines=True,
-    )
+    with progress_bar("image") as progress:
+        result = evaluate.evaluate(
+            [(name, path, select) for name, (path, select) in models.items()],
+            str(held_out),
+            run_dir / "evaluation",
+            perceptual_name="st_lpips_alex",
+            with_baselines=True,
+            progress=progress,
+        )
     assert result is not None
     rows: list[dict[str, Any]] = []
     for name, measured in result["models"].items():
@@ -165,7 +169,7 @@ def _findings(evaluation: Path) -> list[str]:
             f"NOT shown by this run: {named} is not better than the base in every one of these "
             "metrics; more iterations (--length 4) or photographs may show it"
         )
-    return ["Image by image, mean difference and 95 % interval:", *lines]
+    return [compare.HEADING, *lines]
 
 
 def _strip(evaluation: Path) -> Tensor:

@@ -17,6 +17,9 @@ from typing import Any
 
 from kl_f8_train.errors import RunFailedError
 
+# What is raised where JSON, or a value in it, is not what was expected.
+DAMAGED = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
+
 
 def hidden_beside(path: Path, suffix: str) -> Path:
     """`.NAME.suffix`, in the same directory."""

@@ -74,5 +74,5 @@ def before_training(out: Path, *settings: str) -> str:
         "to start from a VAE of your own, give its file as init.weights",
     ]
     if importlib.util.find_spec("huggingface_hub") is None:
-        lines.append("the hub's needs huggingface_hub: pip install huggingface_hub")
+        lines.append("to download that one, first: pip install huggingface_hub")
     return "\n".join(lines)

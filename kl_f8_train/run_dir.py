@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kl_f8_train.errors import LostContactError, MissingInputError, RunFailedError, UserError
-from kl_f8_train.files import atomic_path, write_json
+from kl_f8_train.files import DAMAGED, atomic_path, write_json
 
 CONFIG_FILE, METRICS_FILE, VALIDATION_FILE = "config.yaml", "metrics.csv", "validation.csv"
 EXPORT_FILE = "export.json"  # of an export: what was written, from what, with which hashes
@@ -182,7 +182,7 @@ def read_failure(run_dir: Path) -> tuple[str, bool] | None:
     try:
         found = json.loads((run_dir / FAILURE_FILE).read_text(encoding="utf-8", errors="replace"))
         return str(found["message"]), bool(found["passing"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *DAMAGED):
         return None
 
 

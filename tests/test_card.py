@@ -1,5 +1,6 @@
 """The model card: only what was measured on these files and what was given, and it is valid."""
 
+import functools
 import json
 import re
 import shutil
@@ -90,6 +91,15 @@ def test_it_names_the_base_weights(exported):
     record = json.loads((exported / "export.json").read_text())
     older = record | {"base_name": "unknown", "base_sha256": "unknown"}
     assert "| base weights | unknown |" in card.model_card(samples.recipe("demo"), older)
+
+
+def test_several_sources_have_their_shares(exported):
+    record = json.loads((exported / "export.json").read_text())
+    alone = ("data.sources=/d/x",)
+    several = ("data.sources=/d/x,/d/y", "data.sources.x.weight=3", "global_batch=192")
+    assert "| data | x |" in card.model_card(samples.recipe("demo", *alone), record)
+    text = card.model_card(samples.recipe("ft_ema", *several), record)
+    assert "| data | x (75 %), y (25 %) |" in text
 
 
 def test_only_kl_f8s_own_shape_is_offered_to_stable_diffusion(exported):
@@ -350,6 +360,33 @@ def test_an_entry_of_another_type_is_refused_by_name(tmp_path, exported, entry, 
     (tmp_path / "export.json").write_text(json.dumps(record | {entry: wrong}))
     with pytest.raises(MissingInputError, match=r"export\.json is not what `kl-f8-train export`"):
         card.write(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "wrong"),
+    [
+        ("half_precision.float16", "absent"),
+        ("half_precision.float16.mean", "absent"),
+        ("half_precision.float16.mean", []),
+        ("half_precision.largest_activation", None),
+        ("card.license", []),
+        ("card.scores", None),
+        ("card.scores.models", "absent"),
+        ("card.scores.models.ft-EMA.psnr.mean", {}),
+        ("card.scores.unmeasured", None),
+    ],
+)
+def test_a_damaged_inner_entry_is_refused_by_name(folder, scores, entry, wrong):
+    card.write(folder, scores, card.Details({"license": "mit"}))
+    record = json.loads((folder / "export.json").read_text())
+    *groups, name = entry.split(".")
+    group = functools.reduce(dict.__getitem__, groups, record)
+    group[name] = wrong
+    if wrong == "absent":
+        del group[name]
+    (folder / "export.json").write_text(json.dumps(record))
+    with pytest.raises(MissingInputError, match=r"export\.json is not what `kl-f8-train export`"):
+        card.write(folder)
 
 
 def test_odd_names_do_not_break_the_card(folder, scores):

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import threading
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_a_cold_iteration_is_called_one(examined, monkeypatch):
     _, found, printed = examined("cold", "stop_iteration=110", *runs.NO_ADVERSARIAL)
     assert found["cold_iteration"]
     assert "s (the first, cold iteration; later ones are quicker) on " in printed
-    assert "at the speed of the one, cold iteration here" in printed
+    assert "= 40 images: at most " in printed
 
 
 def test_an_iteration_that_compiled_is_run_again(examined, monkeypatch):
@@ -246,6 +247,33 @@ def test_the_screen_counts_memory_as_torch_does_and_disk_as_files():
     measured = {"seconds_per_image": 1, "cold_iteration": False, "device": "an H100"}
     facts |= {**measured, "memory_bytes": 7.5 * 2**30}
     assert "on an H100, 7.5 GiB" in "\n".join(screen.lines(facts, samples.recipe()))
+
+
+@pytest.mark.parametrize(
+    ("total", "weight", "cold", "passes", "bill"),
+    [
+        (160_000, 1, False, "; 5,333 passes", "images: 2 h 0 min"),
+        (240, 1, True, "; 8 passes", "images: at most 2 h 0 min"),
+        (240, 0.75, True, "; 6 passes", "images: at most 2 h 0 min"),
+        (0, 1, False, "", "0 images: 2 h 0 min"),
+        (None, 1, False, "", ""),
+    ],
+)
+def test_the_screen_counts_passes_and_bounds_a_cold_iteration(total, weight, cold, passes, bill):
+    """A source's passes are those of its share; iterations after a cold one are quicker."""
+    settings = samples.recipe("single_gpu")
+    (name,) = settings.data.sources
+    if weight < 1:
+        source = replace(settings.data.sources[name], weight=weight)
+        both = {name: source, "other": replace(source, weight=1 - weight)}
+        settings = replace(settings, data=replace(settings.data, sources=both))
+    found = {"images": 30, "unusable": 0, "checked": "30", "about": "30 images"}
+    facts = {"data": {name: found}, "images_total": total, "cold_iteration": cold}
+    facts |= {"days": 1 / 12, "gpu_hours": 2.0, "end_date": None}
+    lines = list(screen.lines(facts, settings))
+    assert f"  data     {name}: 30 images; 30 can be used{passes}" in lines
+    assert any(bill in line for line in lines)
+    assert sum("at most" in line for line in lines) == cold
 
 
 @pytest.mark.parametrize(

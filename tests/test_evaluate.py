@@ -761,8 +761,9 @@ def test_noise_follows_from_image_and_sigma_and_is_shared_by_all_vaes():
     assert abs(first.std().item() - 1) < 0.15
 
 
-def test_a_row_for_each_vae_and_sigma(folder, single):
+def test_a_row_for_each_vae_and_sigma(folder, single, capsys):
     result = run(folder, "noisy", latent_noise=(0, 0.1, 0.4), compared=("a", "b"))
+    assert "\nImage by image, mean difference and 95 % interval:\n" in capsys.readouterr().out
     noisy = [f"{name}, sigma {sigma}" for sigma in ("0.1", "0.4") for name in "ab"]
     assert list(result["models"]) == ["a", "b", *noisy]
     for name in "ab":

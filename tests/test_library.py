@@ -7,15 +7,18 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import pytorch_lightning
 import runs
+import samples
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
+from safetensors import safe_open
 from torch.utils.data import DataLoader
 
 import kl_f8_train
@@ -30,7 +33,7 @@ from kl_f8_train import (
 )
 from kl_f8_train.core.batch import Batch, plain_batch
 from kl_f8_train.core.discriminator import initialize
-from kl_f8_train.errors import UsageError
+from kl_f8_train.errors import MissingInputError, UsageError
 
 PAGE = Path(__file__).parents[1] / "docs/library.md"
 TINY = (
@@ -94,9 +97,10 @@ def test_the_page_names_all_of_them():
 
 
 @pytest.mark.slow
-def test_the_example_runs(tmp_path, monkeypatch):
+def test_the_examples_run(tmp_path, monkeypatch):
+    """In the order of the page, in one namespace."""
     monkeypatch.chdir(tmp_path)
-    example = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    example, *more = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert example.count("\n") <= 32
     runs.make_weights(tmp_path / "start.ckpt", (1, 1, 1, 1))
     save_autoencoder(load_autoencoder("start.ckpt"), "vae.safetensors")
@@ -107,6 +111,14 @@ def test_the_example_runs(tmp_path, monkeypatch):
     assert same(after, names["better"])
     assert same(before.encoder, after.encoder)
     assert not same(before.decoder, after.decoder)
+    (tmp_path / "photos").mkdir()
+    data = samples.encode(samples.noise_picture(0, 256, 256), "PNG")
+    (tmp_path / "photos" / "one.png").write_bytes(data)
+    for block in more:
+        exec(block, names)
+    assert names["scores"]["models"].keys() == {"base", "better"}
+    assert names["finetuner"].iteration == 246805
+    assert names["vae"].last_layer.grad.any()
 
 
 def test_an_autoencoder_is_saved_by_its_suffix(tmp_path):
@@ -120,6 +132,40 @@ def test_an_autoencoder_is_saved_by_its_suffix(tmp_path):
         save_autoencoder(model, tmp_path / "a.pt")
 
 
+def test_a_compiled_autoencoder_is_saved_by_the_names_of_the_plain_one(tmp_path):
+    model = AutoencoderKL(32, (1, 1), 1, norm_num_groups=8)
+    save_autoencoder(torch.compile(model), tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert set(file.keys()) == model.state_dict().keys()
+
+
+def test_a_finetuner_is_no_autoencoder_to_save(tmp_path):
+    with pytest.raises(UsageError, match=r"got a Finetuner, expected .* finetuner.averaged\(\)"):
+        save_autoencoder(module(), tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", ["lpips", "vgg", "LPIPS_VGG", ""])
+def test_another_perceptual_network_is_refused(name):
+    with pytest.raises(UsageError, match=f"{name!r}: expected lpips_vgg or st_lpips_alex"):
+        perceptual_network(name)
+
+
+def test_evaluate_takes_names_of_files(tmp_path):
+    (tmp_path / "photos").mkdir()
+    data = samples.encode(samples.noise_picture(0, 16, 16), "PNG")
+    (tmp_path / "photos" / "one.png").write_bytes(data)
+    save_autoencoder(AutoencoderKL(32, (1, 1), 1, norm_num_groups=8), tmp_path / "a.safetensors")
+    weights = {"a": str(tmp_path / "a.safetensors"), "b": tmp_path / "a.safetensors"}
+    for where in (tmp_path / "photos", str(tmp_path / "photos")):
+        options = {"size": 16, "perceptual_name": None}
+        scores = kl_f8_train.evaluate(weights, where, str(tmp_path / "out"), **options)
+        assert scores["models"].keys() == {"a", "b"}
+    assert (tmp_path / "out/scores.json").is_file()
+    twice = [("a", tmp_path / "a.safetensors", select) for select in ("ema", "raw")]
+    with pytest.raises(UsageError, match="the same name"):
+        kl_f8_train.evaluate(twice, tmp_path / "photos", tmp_path / "out")
+
+
 # --- plain images ---------------------------------------------------------------------------
 
 
@@ -127,7 +173,8 @@ def test_an_autoencoder_is_saved_by_its_suffix(tmp_path):
     ("loaded", "message"),
     [
         (torch.zeros(3, 32, 32), r"got \(3, 32, 32\), expected a tensor \(B, 3, H, W\)"),
-        ({"image": 1}, "got dict"),
+        ({"image": 1}, "got a dict, .* collate_fn"),
+        (torch.zeros(0, 3, 32, 32), r"got \(0, 3, 32, 32\)"),
         (torch.zeros(1, 3, 30, 32), "30 x 32 pixels: both sides must be multiples of 8"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.int64), "images are torch.int64"),
         (torch.full((1, 3, 32, 32), 255.0), r"images reach 255; .* must be in \[-1, 1\]"),
@@ -146,6 +193,58 @@ def test_noise_of_plain_images_depends_on_its_source_alone():
     assert first.shape == (2, 2, 4, 4, 4)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("shift", [0.0, -0.1])
+def test_images_from_0_to_1_are_warned_of(shift):
+    images = torch.rand(2, 3, 32, 32).half() * 0.8 + 0.05 + shift
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plain_batch(images, 1, 4, 8, (0,))
+    assert len(caught) == (shift == 0)
+    assert all("[0, 1]" in str(one.message) for one in caught)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 4), (1, 2, 4, 4, 1), (1, 1, 4, 4, 4)])
+def test_noise_of_another_shape_is_not_broadcast(shape):
+    own = Batch(torch.zeros(2, 3, 8, 8), torch.zeros(shape), ["a", "b"], [])
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        module().run_iteration(own)
+
+
+# --- its parts ------------------------------------------------------------------------------
+
+
+def test_a_loop_without_lightning_is_the_same():
+    tuner, other = module(), module()
+    for images in loader():
+        tuner.run_iteration(tuner.batch_of(images))
+    trainer().fit(other, loader())
+    assert tuner.run_state == other.run_state
+    assert same(tuner, other)
+
+
+@pytest.mark.parametrize(
+    ("override", "discriminator", "message"),
+    [
+        ("seed=0", None, "has an adversarial term: give a Discriminator"),
+        ("adversarial=null", Discriminator(16, 2), "no adversarial term: give None"),
+        ("seed=0", Discriminator(16, 2).half(), "Discriminator: its parameters are float16"),
+    ],
+)
+def test_networks_that_do_not_belong_to_a_recipe_are_refused(override, discriminator, message):
+    network = perceptual_network("st_lpips_alex")
+    settings = recipe("demo", *TINY[:3], override)
+    with pytest.raises(ValueError, match=message):
+        Finetuner(settings, AutoencoderKL(32, (1, 1), 1), discriminator, network)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_autoencoder_in_half_precision_is_refused(dtype):
+    network = perceptual_network("st_lpips_alex")
+    settings, halved = recipe("demo", "adversarial=null"), AutoencoderKL(32, (1, 1), 1).to(dtype)
+    with pytest.raises(ValueError, match=r"AutoencoderKL: its parameters are b?float16; give"):
+        Finetuner(settings, halved, None, network)
 
 
 # --- other trainers -------------------------------------------------------------------------
@@ -183,6 +282,23 @@ def test_lightnings_own_checkpoint_restores_everything(tmp_path, warmup):
     assert same(resumed, straight)
     for one, other in zip(resumed.adams, straight.adams, strict=True):
         torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+def test_lightnings_own_checkpoint_is_a_vae_file(tmp_path):
+    tuner, path = module(), tmp_path / "own.ckpt"
+    tuner.autoencoder.decoder.norm_out.num_groups = 8  # which no tensor shows
+    fitting = trainer(max_steps=1)
+    fitting.fit(tuner, loader())
+    fitting.save_checkpoint(path)
+    averaged, raw = load_autoencoder(path), load_autoencoder(path, "raw")
+    assert same(averaged, tuner.averaged())
+    assert same(raw, tuner.autoencoder)
+    assert averaged.encoder.norm_out.num_groups == 8
+
+
+def test_a_checkpoint_of_another_module_is_refused():
+    with pytest.raises(MissingInputError, match=r"not the checkpoint of a Finetuner; .* load_auto"):
+        module().on_load_checkpoint({"state_dict": {}})
 
 
 def test_a_precision_of_the_trainers_is_refused():

@@ -136,3 +136,19 @@ def test_mse_with_perceptual_weight_01(golden, request, name):
     assert close(nll, values["loss/nll"])
     assert close(terms["reconstruction_loss"], values["loss/rec"])
     assert close(terms["perceptual_loss"], values["loss/p"])
+
+
+@pytest.mark.parametrize("pixel", ["L1", "l2", "", None])
+def test_another_pixel_term_is_refused(pixel):
+    x = torch.zeros(2, 3, 8, 8)
+    options = {"perceptual_weight": 1.0, "logvar": torch.zeros(())}
+    with pytest.raises(ValueError, match=f"pixel={pixel!r}: expected l1 or mse"):
+        reconstruction_loss(x, x, torch.zeros(2, 1, 1, 1), pixel=pixel, **options)
+
+
+def test_a_distance_for_each_image_is_not_broadcast_over_columns():
+    x, distance = torch.zeros(8, 3, 4, 8), torch.arange(8.0, requires_grad=True)
+    options = {"pixel": "l1", "perceptual_weight": 1.0, "logvar": torch.zeros(())}
+    nll, _ = reconstruction_loss(x, x, distance, **options)
+    column, _ = reconstruction_loss(x, x, distance.view(8, 1, 1, 1), **options)
+    assert nll == column == 28 * 3 * 4 * 8 / 8

@@ -346,7 +346,18 @@ def test_other_shards_are_not_overwritten(tmp_path):
     assert list(contents(tmp_path / "out")) == ["00000.tar"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 3}'])
+@pytest.mark.parametrize("text", ["3", "{}", '{"count": 5, "successes": 5}', "[" * 100_000])
+def test_a_shard_whose_statistics_are_damaged_is_written_again(tmp_path, text):
+    folder, out = make_folder(tmp_path), tmp_path / "out"
+    first = pack.pack(folder, out, per_shard=4, workers=1)
+    before = contents(out)
+    (out / "00000_stats.json").write_text(text)
+    again = pack.pack(folder, out, per_shard=4, workers=1)
+    assert (again.images, again.skipped, again.written) == (first.images, first.skipped, 1)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 3}', "[" * 100_000])
 def test_a_manifest_of_something_else(tmp_path, text):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "pack.json").write_text(text)

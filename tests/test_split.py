@@ -126,6 +126,7 @@ def test_every_photograph_lies_on_one_side(photos, tmp_path, capsys):
     assert "10 photographs to train on" in printed
     assert "4 photographs held out" in printed
     assert "3 photographs in 1 group" in printed
+    assert "left out: 1 file that cannot be used" in printed
     assert "broken.jpg: not a readable image" in printed
     assert "1 .mov" in printed
     assert "note: fewer than 10 held out" in printed

@@ -76,6 +76,29 @@ def test_a_checkpoint_without_hashes_of_its_metadata_is_taken(saved):
     assert take(path).iteration == 1
 
 
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [
+        ("iteration", None),
+        ("ema_updates", "x"),
+        ("warmup_left", "-1"),
+        ("first_iteration", ""),
+        ("frozen_sha256", None),
+        ("config", "null"),
+        ("config", "[]"),
+    ],
+)
+def test_metadata_of_another_form_is_refused_by_name(saved, key, wrong):
+    _, _, path = saved
+    contents = weight_file.read(path)
+    del contents.metadata["metadata_sha256"]
+    contents.metadata[key] = wrong
+    if wrong is None:
+        del contents.metadata[key]
+    with pytest.raises(MissingInputError, match=f"its {key}"):
+        checkpoint.stored_config(contents)
+
+
 @pytest.mark.parametrize("where", ["weight", "ema", "moment"])
 def test_a_checkpoint_that_is_not_finite_is_never_written(saved, tmp_path, where):
     tuner, optimizers, path = saved

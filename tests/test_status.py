@@ -476,6 +476,14 @@ def test_what_is_no_run_is_told(tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", "3"])
+def test_damaged_files_of_a_run_do_not_keep_its_status_back(tmp_path, text):
+    run = make_run(tmp_path, [row(1010), row(1020)])
+    (run / "failure.json").write_text(text)
+    (run / "config.yaml").write_text(yaml.safe_dump(SETTINGS | {"log": {"every": None}}))
+    assert status.read_status(run, NOW).iteration == 1020
+
+
 def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path):
     run = make_run(tmp_path, [row(1010)])
     found = status.read_status(run, NOW)

@@ -570,6 +570,7 @@ def test_a_bad_image_is_skipped_counted_and_named(folder, capsys):
     output = capsys.readouterr().out
     assert "skipped an image: one_bad/00000.tar/2.png: not a readable image" in output
     assert "replaced: not a readable image" in output
+    assert " % of every batch), " in output
     with (folder / "bad" / "metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
     assert float(last["skipped_images"]) >= 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kl_f8_train.check import cost, scaling
+from kl_f8_train.check import cost, scaling, screen
 from kl_f8_train.check.findings import Report
 from kl_f8_train.config import PLACEHOLDER
 from kl_f8_train.core import machine
@@ -89,27 +89,16 @@ def _bill(report: Report, config: Config, world: int) -> None:
     iterations = max(0, config.stop_iteration - start) + warmup
     total = iterations * config.global_batch
     report.facts["images_total"] = total
-    extra = f", {warmup:,} of them the discriminator's warm-up" if warmup else ""
-    report.detail(
-        f"{counted(iterations, 'iteration', 's')}{extra} x {config.global_batch} = "
-        f"{counted(total, 'image', 's')}"
-    )
-    if seconds is None:
-        return
-    hours = total * seconds / 3600
-    days = hours / world / 24
-    end = date_in(days)
-    report.facts |= {
-        "gpu_hours": hours,
-        "days": days,
-        "end_date": end and end.isoformat(timespec="seconds"),
-    }
-    until = f"{end:%Y-%m-%d %H:%M}" if end else "after the year 9999"
-    measured = "of the one, cold iteration" if report.facts["cold_iteration"] else "measured"
-    took = duration(days * 86400)
-    if machine.on_cuda(config.compute):
-        took = f"{hours:,.3g} GPU-hours; with {counted(world, 'GPU', 's')} {took}"
-    report.detail(f"at the speed {measured} here: {took}, until {until} if it starts now")
+    if seconds is not None:
+        hours = total * seconds / 3600
+        days = hours / world / 24
+        end = date_in(days)
+        report.facts |= {
+            "gpu_hours": hours,
+            "days": days,
+            "end_date": end and end.isoformat(timespec="seconds"),
+        }
+    report.detail(screen.bill(report.facts, config))
 
 
 def date_in(days: float) -> datetime.datetime | None:

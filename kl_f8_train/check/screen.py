@@ -7,6 +7,7 @@ from typing import Any
 from kl_f8_train import units
 from kl_f8_train.core.machine import on_cuda
 from kl_f8_train.core.perceptual import LABELS
+from kl_f8_train.rules import source_shares
 from kl_f8_train.settings import Config
 from kl_f8_train.units import counted, duration, listed, memory, size
 
@@ -33,8 +34,9 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
     )
     for name, found in facts.get("data", {}).items():
         bad, checked = found["unusable"], found["checked"]
-        unusable = f"{bad} of {checked} unusable" if bad else f"{checked} can be used"
-        yield f"  data     {name}: {found['about']}; {unusable}"
+        some = f"{bad} of {checked.removeprefix('all ')}"
+        unusable = f"{some} cannot be used" if bad else f"{checked} can be used"
+        yield f"  data     {name}: {found['about']}; {unusable}{_passes(facts, config, name)}"
     if held_out := facts.get("validation"):
         known = f"{len(held_out['common'])} of them" if held_out["common"] else "none of them"
         pictures = counted(held_out["pictures"], "picture", "s")
@@ -51,8 +53,8 @@ def lines(facts: Mapping[str, Any], config: Config) -> Iterator[str]:
             share = dealt["global"] // dealt["processes"]
             largest = fitting(fits, share, dealt["global"])
             yield f"           the largest compute.per_device_batch that fits: {largest}"
-    if (total := facts.get("images_total")) is not None:
-        yield f"  bill     {_screened_bill(facts, config, total)}"
+    if facts.get("images_total") is not None:
+        yield f"  bill     {bill(facts, config)}"
     if predicted := facts.get("predicted"):
         times = ", ".join(f"{name} {duration(days * 86400)}" for name, days in predicted.items())
         yield f"           predicted for {facts['batch']['processes']} of each: {times}"
@@ -77,12 +79,25 @@ def fitting(fits: Mapping[str, int], share: int, batch: int) -> str:
     )
 
 
-def _screened_bill(facts: Mapping[str, Any], config: Config, images: int) -> str:
-    iterations = images // config.global_batch
-    text = f"{counted(iterations, 'iteration', 's')} x {config.global_batch} = {images:,} images"
+def _passes(facts: Mapping[str, Any], config: Config, name: str) -> str:
+    """How often the run goes through a source's images, where its length is known."""
+    images = facts["data"][name]["images"]
+    if not (images and facts.get("images_total")):
+        return ""
+    share = source_shares(config)[name] / config.global_batch
+    return f"; {units.figure(share * facts['images_total'] / images)} passes"
+
+
+def bill(facts: Mapping[str, Any], config: Config) -> str:
+    """Iterations and images, and if a speed was measured, at that speed the hours and the end."""
+    images, warmup = facts["images_total"], facts.get("warmup", 0)
+    done = counted(images // config.global_batch, "iteration", "s")
+    first = f" ({warmup:,} of warm-up)" if warmup else ""
+    text = f"{done}{first} x {config.global_batch} = {counted(images, 'image', 's')}"
     if facts.get("days") is None:
         return text
     end = str(facts["end_date"] or "after the year 9999").replace("T", " ")[:16]
-    took = f"{duration(facts['days'] * 86400)}, until {end} if started now"
+    most = "at most " if facts["cold_iteration"] else ""
+    took = f"{most}{duration(facts['days'] * 86400)}, until {end} if started now"
     hours = f"{facts['gpu_hours']:,.3g} GPU-hours, " if on_cuda(config.compute) else ""
     return f"{text}: {hours}{took}"

@@ -24,7 +24,7 @@ from kl_f8_train.units import counted, memory
 from kl_f8_train.units import speed as rate
 
 FEW_IMAGES = 2  # of the gradient audit, and of the trial iteration without a GPU
-PATIENCE_SECONDS = 8.0  # a trial iteration that took longer is not run a second time
+PATIENCE_SECONDS = 60.0  # a trial iteration that took longer is not run a second time
 
 
 def try_iteration(

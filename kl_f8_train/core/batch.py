@@ -1,6 +1,7 @@
 """One iteration's images and noise, and the parts and phases that it is computed in."""
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,9 +18,12 @@ from kl_f8_train.divisors import divisor_up_to
 
 @dataclass
 class Batch:
-    """One iteration of one rank."""
+    """One iteration of one rank: images with the noise of their latents.
 
-    images: Tensor  # (B, 3, crop, crop) uint8
+    `noise` has one draw; with `second_forward` two, and with `latents.noise` one more, the last.
+    """
+
+    images: Tensor  # (B, 3, H, W), uint8, or floating point in [-1, 1]
     noise: Tensor  # (draws, B, embed_dim, h, w) float32, standard normal
     keys: list[str]
     skipped: list[str]  # `NAME: reason` of images that cannot be used
@@ -60,12 +64,18 @@ def plain_batch(
     """Images of any loader, with noise for their latents that depends on `source` alone.
 
     `loaded` is a tensor (B, 3, H, W), uint8 or floating point in [-1, 1], or a tuple or list that
-    begins with one. Raises ValueError otherwise.
+    begins with one. Raises ValueError otherwise; warns of images in [0, 1].
     """
     images = loaded[0] if isinstance(loaded, list | tuple) and loaded else loaded
-    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != 3:
-        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"images of a batch: got {found}, expected a tensor (B, 3, H, W)")
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"images of a batch: got a {type(images).__name__}, expected a tensor (B, 3, H, W), or "
+            "a tuple that begins with one; the loader's collate_fn makes them"
+        )
+    if images.dim() != 4 or images.shape[1] != 3 or not len(images):
+        raise ValueError(
+            f"images of a batch: got {tuple(images.shape)}, expected a tensor (B, 3, H, W)"
+        )
     height, width = images.shape[2:]
     if height % downsampling or width % downsampling:
         raise ValueError(
@@ -90,9 +100,15 @@ def _check_values(images: Tensor) -> None:
     """Raises ValueError for integers, and for images that cannot be in [-1, 1]."""
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}; expected uint8, or float in [-1, 1]")
-    largest = float(images.abs().max())
+    lowest, highest = map(float, images.aminmax())
+    largest = max(-lowest, highest)
     if largest > 1.01:
         raise ValueError(f"images reach {largest:.4g}; floating point ones must be in [-1, 1]")
+    if 0 <= lowest < highest:  # once from one place in the code
+        warnings.warn(
+            "images of a batch lie in [0, 1], as ToTensor makes them; expected [-1, 1]: 2 * x - 1",
+            stacklevel=2,
+        )
 
 
 # --- phases: spans for torch's profiler, and marks for a benchmark's clock -------------------

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 class Discriminator(nn.Module):
     """(B, 3, H, W) in [-1, 1] -> one logit per patch, (B, 1, 30, 30) at 256 x 256.
 
-    4x4 convolutions, strides 2, 2, 2, 1, 1 for n_layers 3; 2,765,633 parameters for ndf 64.
+    4x4 convolutions, strides 2, 2, 2, 1, 1 for n_layers 3; 2,765,633 parameters for ndf 64, the
+    channels of the first layer. A new one starts as torch's layers do; `initialize_discriminator`
+    gives it the original's start. `sync_batchnorm` takes BatchNorm's statistics over all ranks.
     """
 
     def __init__(self, ndf: int = 64, n_layers: int = 3, sync_batchnorm: bool = False) -> None:

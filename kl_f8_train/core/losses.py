@@ -61,18 +61,19 @@ def reconstruction_loss(
     mse_weight: float | None = None,
     gradient_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """nll, summed over pixels and averaged over images, and its terms.
+    """nll, (), summed over pixels and averaged over images, and its terms.
 
-    Terms named `_loss` are means per pixel, those named `_nll` their shares of nll as used.
-
-    `pixel` is "l1" or "mse"; `perceptual` is (B, 1, 1, 1); `logvar` is a scalar. The pixel term is
-    l1_weight |x - y| + mse_weight (x - y)^2 where one of these two weights is given.
+    Terms named `_loss` are means per pixel, those named `_nll` their shares of nll as used. Images
+    are (B, 3, H, W) in [-1, 1], `perceptual` (B, 1, 1, 1), `logvar` (). The pixel term, of `pixel`
+    "l1" or "mse", is l1_weight |x - y| + mse_weight (x - y)^2 where one of these two is given.
     """
+    if pixel not in ("l1", "mse"):
+        raise ValueError(f"pixel={pixel!r}: expected l1 or mse")
     error = images - reconstructions  # (B, 3, H, W)
     pixel_term = error.abs() if pixel == "l1" else error.square()
     if l1_weight is not None or mse_weight is not None:
         pixel_term = mixed(error, pixel, l1_weight, mse_weight)
-    rec = pixel_term + perceptual_weight * perceptual  # (B, 3, H, W)
+    rec = pixel_term + perceptual_weight * perceptual.reshape(-1, 1, 1, 1)  # (B, 3, H, W)
     gradient = sobel(error) if gradient_weight else None
     if gradient is not None:
         rec = rec + gradient_weight * gradient
@@ -113,20 +114,20 @@ def sobel(error: Tensor) -> Tensor:
 
 
 def generator_loss(logits_fake: Tensor) -> Tensor:
-    """g: minus the mean logit of the reconstructions."""
+    """g, (): minus the mean of the discriminator's logits on reconstructions, (B, 1, h, w)."""
     return -logits_fake.mean()
 
 
 def discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """Hinge loss (Lim and Ye 2017): real patches are pushed above 1, reconstructions below -1."""
+    """Hinge loss (Lim and Ye 2017), (): pushes real logits above 1, those of y below -1."""
     return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
 
 
 def adaptive_weight(grad_nll: Tensor, grad_g: Tensor, maximum: float = 1e4) -> Tensor:
-    """Ratio of the last layer's two gradient norms, clamped to [0, maximum], detached.
+    """Ratio of the last layer's two gradient norms, (), clamped to [0, maximum], detached.
 
-    Both (3, ch, 3, 3). Equation 7 of Esser et al. 2021, with the original's 1e-4: the adversarial
-    gradient becomes as large as that of the reconstruction.
+    Gradients of nll and g there, both (3, ch, 3, 3). Equation 7 of Esser et al. 2021, with the
+    original's 1e-4: the adversarial gradient becomes as large as that of the reconstruction.
     """
     # detached: it is a weight of this iteration, not a term to minimise
     return (grad_nll.norm() / (grad_g.norm() + 1e-4)).clamp(0.0, maximum).detach()
@@ -135,14 +136,11 @@ def adaptive_weight(grad_nll: Tensor, grad_g: Tensor, maximum: float = 1e4) -> T
 def weighed(
     at_last_layer: Tensor, gs: list[Tensor], factor: float, maximum: float, weight: float
 ) -> dict[str, Tensor]:
-    """The figures of the adaptive weight, all (), from both gradients, (2, 3, ch, 3, 3), and g's.
-
-    "weight" is what g has in the decoder's loss.
-    """
+    """The adaptive weight's figures, all (), from both gradients, (2, 3, ch, 3, 3), and g's."""
     ratio = adaptive_weight(at_last_layer[0], at_last_layer[1], maximum)
     scaled, g = ratio * weight, torch.stack(gs).mean()
     return {
-        "weight": scaled * factor,
+        "weight": scaled * factor,  # of g in the decoder's loss
         "generator_loss": g,
         "adversarial_loss": scaled * factor * g,  # as used, beside nll_loss
         "adaptive_weight": scaled,

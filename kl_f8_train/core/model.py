@@ -39,7 +39,7 @@ class Posterior:
 
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std * noise, with standard normal `noise` of the latents' shape."""
-        return self.mean + torch.exp(0.5 * self.logvar) * noise
+        return self.mean + torch.exp(0.5 * self.logvar) * noise.reshape(self.mean.shape)
 
     def kl(self) -> Tensor:
         """Kullback-Leibler divergence from N(0, 1), summed over latents: (B,), in nats."""
@@ -48,7 +48,12 @@ class Posterior:
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder, decoder and the 1x1 convolutions around the latents: 248 tensors for kl-f8."""
+    """Encoder, decoder and the 1x1 convolutions around the latents: 248 tensors for kl-f8.
+
+    `ch` channels times `ch_mult` at each level, `num_res_blocks` a level, latents of `embed_dim`
+    channels; without `quant_conv` as in SD3 and FLUX. Raises ValueError for channels that
+    `norm_num_groups` does not divide.
+    """
 
     def __init__(
         self,
@@ -71,7 +76,7 @@ class AutoencoderKL(nn.Module):
         self.embed_dim = embed_dim
 
     def encode(self, images: Tensor) -> Posterior:
-        """(B, 3, H, W) in [-1, 1] -> posterior over (B, 4, h, w)."""
+        """(B, 3, H, W) in [-1, 1], sides multiples of f -> posterior over (B, 4, h, w)."""
         return Posterior.from_moments(self.quant_conv(self.encoder(images)))
 
     def decode(self, latents: Tensor) -> Tensor:

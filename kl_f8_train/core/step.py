@@ -9,7 +9,7 @@ import copy
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,8 @@ from kl_f8_train.core.updates import (
     paired,
     step_if_finite,
 )
-from kl_f8_train.errors import RunFailedError
+from kl_f8_train.errors import MissingInputError, RunFailedError
+from kl_f8_train.facts import ENTRY
 from kl_f8_train.images import to_float
 from kl_f8_train.settings import Config
 
@@ -105,6 +106,7 @@ class Finetuner(_Base):
         log_metrics: bool = True,
     ) -> None:
         super().__init__()
+        check_parts(config, autoencoder, discriminator)
         self.log_metrics = log_metrics
         self.automatic_optimization = False
         self.config = config
@@ -234,12 +236,19 @@ class Finetuner(_Base):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the counters to a checkpoint of Lightning's own."""
+        """Adds the counters, and what a reader must know, to a checkpoint of Lightning's own."""
         self.guard.judge()
         checkpoint[RUN_STATE] = asdict(self.run_state)
+        groups = self.autoencoder.decoder.norm_out.num_groups
+        checkpoint[ENTRY] = replace(self.run_state.facts, norm_num_groups=groups).stated()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the counters out of it."""
+        """Takes the counters out of it; raises MissingInputError if there are none."""
+        if RUN_STATE not in checkpoint:
+            raise MissingInputError(
+                "ckpt_path: not the checkpoint of a Finetuner; to start from the weights in it, "
+                "give load_autoencoder(FILE) to a new Finetuner"
+            )
         self.run_state.load(checkpoint[RUN_STATE])
 
     def on_fit_start(self) -> None:
@@ -282,9 +291,13 @@ class Finetuner(_Base):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
         """A loader's batch as a Batch, with noise."""
-        return batch if isinstance(batch, Batch) else self._with_noise(batch)
+        return batch if isinstance(batch, Batch) else self.batch_of(batch)
 
-    def _with_noise(self, images: Any) -> Batch:
+    def batch_of(self, images: Any) -> Batch:
+        """Images of any loader with the noise of the next iteration, for `run_iteration`.
+
+        Raises ValueError if they are not as the class takes them.
+        """
         draws = 2 if self.config.second_forward else 1
         source = (self.config.seed, self.iteration - self.warmup_left, self.global_rank)
         model = self.autoencoder
@@ -489,6 +502,25 @@ class Finetuner(_Base):
 def sampled(posterior: Posterior, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Latents, (B, 4, h, w), and the mean KL divergence."""
     return posterior.sample(noise), posterior.kl().mean()
+
+
+def check_parts(
+    config: Config, autoencoder: AutoencoderKL, discriminator: Discriminator | None
+) -> None:
+    """Raises ValueError for networks that the recipe has no use for, or in half precision."""
+    wanted = config.adversarial is not None
+    if wanted != (discriminator is not None):
+        with_term = "an adversarial term: give a Discriminator, or the setting adversarial=null"
+        without = "no adversarial term: give None as discriminator"
+        raise ValueError(f"recipe {config.name} has {with_term if wanted else without}")
+    for network in (autoencoder, discriminator):
+        types = {p.dtype for p in network.parameters()} if network is not None else set()
+        if not types <= {torch.float32} and types != {torch.float64}:
+            found = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
+            raise ValueError(
+                f"{type(network).__name__}: its parameters are {found}; give float32, and "
+                "precision=bfloat16 among the settings to compute in it"
+            )
 
 
 def disagreements(seen: list[dict[str, Any]]) -> list[str]:

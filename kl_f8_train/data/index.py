@@ -29,6 +29,7 @@ from kl_f8_train.data.patterns import COMPRESSED, UNPACK, check_named, existing,
 from kl_f8_train.data.shard_cache import ShardCache
 from kl_f8_train.errors import MissingInputError, RunFailedError, like_path
 from kl_f8_train.files import (
+    DAMAGED,
     DiskError,
     atomic_path,
     beginning,
@@ -57,7 +58,7 @@ TAR_RECORD = 1 << 16  # bytes, more than the 10,240 to which GNU tar pads
 PART_SHARDS = 64  # shards indexed as one resumable part
 MOST = 1_000_000  # shards of one pattern
 JSON_BYTES = 16 << 20  # of the metadata of one image; a header may claim any size
-UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)  # of an index
+UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, *DAMAGED)  # of an index
 
 # What tarfile raises of a broken tar; the last three where a header claims an absurd size.
 BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError)
@@ -84,7 +85,8 @@ def expand(pattern: str) -> list[str]:
         if not found:
             raise MissingInputError(_without_shards(path))
         return found
-    check_named(pattern)
+    if "{" not in pattern:  # else each missing file is counted
+        check_named(pattern)
     if os.path.isfile(pattern):  # whatever signs its name holds
         return files_of(path)
     if pattern.startswith("pipe:"):

@@ -25,7 +25,7 @@ from PIL import Image
 from kl_f8_train import images
 from kl_f8_train.data import parquet
 from kl_f8_train.errors import ImageError, MissingInputError, RunFailedError, UsageError
-from kl_f8_train.files import atomic_path, write_text
+from kl_f8_train.files import DAMAGED, atomic_path, write_text
 from kl_f8_train.folders import SUFFIXES, Listing, list_folder
 from kl_f8_train.images import read_file
 from kl_f8_train.launch import available_cores
@@ -85,10 +85,12 @@ class Job:
 
     def done(self) -> dict[str, Any] | None:
         """The statistics, which are written last; None if the shard has to be written."""
-        try:
-            return json.loads(self.stats.read_text()) if self.tar.is_file() else None
-        except (OSError, ValueError):
-            return None
+        with contextlib.suppress(OSError, *DAMAGED):
+            found = json.loads(self.stats.read_text())
+            if self.tar.is_file():
+                counts = {name: int(found[name]) for name in ("count", "successes")}
+                return {**counts, "skipped": [*map(str, found["skipped"])]}
+        return None
 
 
 def pack(
@@ -212,7 +214,7 @@ def _claim(out: Path, manifest: dict[str, Any]) -> None:
             )
         else:
             write_text(path, json.dumps(manifest, indent=0) + "\n")
-    except (ValueError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         text = f"{path} is not the list of a pack; name another directory"
         raise UsageError(text) from error
     except OSError as error:

@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kl_f8_train.errors import RunFailedError
-from kl_f8_train.files import atomic_path, disk_failure, has_no_locks, hidden_beside, write_json
+from kl_f8_train.files import (
+    DAMAGED,
+    atomic_path,
+    disk_failure,
+    has_no_locks,
+    hidden_beside,
+    write_json,
+)
 from kl_f8_train.transfer import (
     PATIENCE,
     Patience,
@@ -221,7 +228,7 @@ class _Entry:
         try:
             values = json.loads(self.record_path.read_text())
             return Record(int(values["size"]), str(values["sha256"]))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, *DAMAGED):
             return None
 
     def write_record(self, record: Record) -> None:

@@ -93,7 +93,7 @@ class TarSource:
         self.locations: list[str] = header["locations"]
         self.remote = [is_remote(place) for place in self.locations]
         self.fingerprints: list[list[int]] = header["fingerprints"]
-        self.broken: dict[str, str] = header["broken"]
+        self.broken = {str(place): str(why) for place, why in header["broken"].items()}
         self.without_image: int = header["without_image"]
         self.columns: list[str] = header["columns"]
         self.starts = np.concatenate([[0], np.cumsum(np.array(header["counts"], np.int64))])

@@ -77,7 +77,8 @@ class SplitResult:
             )
             lines += _some([" = ".join(map(printable, group[:4])) for group in self.groups])
         if self.unusable:
-            lines.append(f"left out: {counted(len(self.unusable), 'file', 's')} without an image")
+            count = counted(len(self.unusable), "file", "s")
+            lines.append(f"left out: {count} that cannot be used")
             lines += _some(self.unusable)
         lines += [self.not_used] if self.not_used else []
         if self.small:

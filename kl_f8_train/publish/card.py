@@ -21,7 +21,7 @@ from kl_f8_train.core.metrics import SCORES
 from kl_f8_train.core.perceptual import LABELS, OTHER_VGG
 from kl_f8_train.errors import MissingInputError, UsageError
 from kl_f8_train.facts import FAMILIES, Family
-from kl_f8_train.files import atomic_path, file_sha256, write_json, write_text
+from kl_f8_train.files import DAMAGED, atomic_path, file_sha256, write_json, write_text
 from kl_f8_train.output import Say, markdown_table, rendered
 from kl_f8_train.publish import half_precision
 from kl_f8_train.run_dir import EXPORT_FILE, export_meant
@@ -78,39 +78,43 @@ def write(
     Raises MissingInputError if the directory is not an export, if its files are not those that
     export.json names, or if the scores are damaged or belong to other weights.
     """
-    # export.json keeps what a card was given, so that a later call need not give it again.
     record = _record(export_dir)
-    config = _stored_settings(export_dir, record)
-    kept = record.get("card", {})
-    given = asdict(details or Details())
-    details = Details(**{name: value or kept.get(name, value) for name, value in given.items()})
-    evaluated = _evaluated(scores_file, record) if scores_file else _kept_scores(export_dir, record)
-    # Files that lie beside the card. A strip in the export's own folder is the scores', not a copy.
-    if not pictures:
-        evaluated = evaluated and replace(evaluated, strip=False)
-        beside = scores_file is not None and scores_file.parent.samefile(export_dir)
-        if not beside and _has_strip(export_dir, record):
-            (export_dir / STRIP).unlink()
-    elif scores_file and evaluated and evaluated.strip:
-        _copy(scores_file.with_name(STRIP), export_dir / STRIP)
-        say(f"copied {STRIP}, photographs of the evaluation (--no-pictures leaves it out)")
-    if license_file is not None:
-        _copy(license_file, export_dir / LICENSE)
-    record["card"] = asdict(details)
-    if evaluated:
-        record["card"] |= {"scores": evaluated.scores, "model": evaluated.name}
-    parts = {STRIP: evaluated and evaluated.strip, LICENSE: "license_link" in details.license}
-    files = record["files"]
-    for file, used in parts.items():
-        files.pop(file, None)
-        if used:
-            files[file] = _sha256(export_dir / file)
-    # The card lists all other files with their hashes, and the record has the card's: last.
-    readme = export_dir / README
-    write_text(readme, model_card(config, record, details, evaluated))
-    files[README] = file_sha256(readme)
-    write_json(export_dir / EXPORT_FILE, record)
-    return readme
+    try:
+        # export.json keeps what a card was given, so that a later call need not give it again.
+        config = _stored_settings(export_dir, record)
+        kept = record.get("card", {})
+        given = asdict(details or Details())
+        details = Details(**{name: value or kept.get(name, value) for name, value in given.items()})
+        found = _evaluated(scores_file, record) if scores_file else None
+        evaluated = found or _kept_scores(export_dir, record)
+        # Files beside the card. A strip in the export's own folder is the scores', not a copy.
+        if not pictures:
+            evaluated = evaluated and replace(evaluated, strip=False)
+            beside = scores_file is not None and scores_file.parent.samefile(export_dir)
+            if not beside and _has_strip(export_dir, record):
+                (export_dir / STRIP).unlink()
+        elif scores_file and evaluated and evaluated.strip:
+            _copy(scores_file.with_name(STRIP), export_dir / STRIP)
+            say(f"copied {STRIP}, photographs of the evaluation (--no-pictures leaves it out)")
+        if license_file is not None:
+            _copy(license_file, export_dir / LICENSE)
+        record["card"] = asdict(details)
+        if evaluated:
+            record["card"] |= {"scores": evaluated.scores, "model": evaluated.name}
+        parts = {STRIP: evaluated and evaluated.strip, LICENSE: "license_link" in details.license}
+        files = record["files"]
+        for file, used in parts.items():
+            files.pop(file, None)
+            if used:
+                files[file] = _sha256(export_dir / file)
+        # The card lists all other files with their hashes, and the record has the card's: last.
+        readme = export_dir / README
+        write_text(readme, model_card(config, record, details, evaluated))
+        files[README] = file_sha256(readme)
+        write_json(export_dir / EXPORT_FILE, record)
+        return readme
+    except DAMAGED as error:  # its inner entries
+        raise _other_json(export_dir / EXPORT_FILE, "export") from error
 
 
 def _kept_scores(export_dir: Path, record: Mapping[str, Any]) -> Evaluated | None:
@@ -221,7 +225,7 @@ def read_record(export_dir: Path, needed: Collection[str] = ("files",)) -> dict[
         )
     )
     if not safe:
-        raise MissingInputError(f"{path} is not what `kl-f8-train export` writes: run it again")
+        raise _other_json(path, "export")
     return record
 
 
@@ -241,13 +245,17 @@ def _stored_settings(export_dir: Path, record: Mapping[str, Any]) -> Config:
 def _json(path: Path, verb: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, *DAMAGED) as error:
         raise MissingInputError(
             f"{path} is not JSON: {error}; expected what `kl-f8-train {verb}` writes: run it again"
         ) from error
     if not isinstance(values, dict):
-        raise MissingInputError(f"{path} is not what `kl-f8-train {verb}` writes: run it again")
+        raise _other_json(path, verb)
     return values
+
+
+def _other_json(path: Path, verb: str) -> MissingInputError:
+    return MissingInputError(f"{path} is not what `kl-f8-train {verb}` writes: run it again")
 
 
 def are_scores_of(scores_file: Path, export_dir: Path) -> bool:

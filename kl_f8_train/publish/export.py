@@ -207,9 +207,9 @@ def _fp16_safe(
         say(_rescaled(rescaling, before, measured))
     else:
         say(
-            f"fp16-safe: nothing to rescale: on {len(probes)} probes the decoder's residual stream "
-            f"and its blocks stay below 1/{rescale.HEADROOM} of fp16's limit; what is written has "
-            "the same weights, bit for bit"
+            f"fp16-safe: nothing to rescale: on {len(probes)} latents the decoder's residual "
+            f"stream and its blocks stay below 1/{rescale.HEADROOM} of fp16's limit; what is "
+            "written has the same weights, bit for bit"
         )
     upcast, why = _upcast(measured, max(encoder.values()))
     was = stated.force_upcast is not False  # diffusers takes what is not stated as true
@@ -232,7 +232,7 @@ def _rescaled(
     return (
         f"fp16-safe: the decoder's residual stream x {proof['stream']}{inner}; largest "
         f"activation {before['largest_activation']:,.4g} -> {after['largest_activation']:,.4g}; in "
-        f"float32 {proof['probes']} probes decode {same}; the encoder is untouched"
+        f"float32 {proof['probes']} latents decode {same}; the encoder is untouched"
     )
 
 
@@ -526,13 +526,13 @@ def _metadata(
 def _verify(
     out: Path, files: Sequence[WeightFile], model: AutoencoderKL, stated: Facts
 ) -> dict[str, str]:
-    """Reads every file back: same tensors and facts, same latents of a probe, same decoded image.
+    """Reads every file back: same tensors and facts, same latents and image of a test pattern.
 
     Returns the outcome by file. Raises RunFailedError if one differs.
     """
     weights = model.state_dict()
-    probe = images.to_float(half_precision.pattern(8 * model.downsampling)[None])
-    latents = model.encode(probe).mean  # (1, C, 8, 8)
+    pattern = images.to_float(half_precision.pattern(8 * model.downsampling)[None])
+    latents = model.encode(pattern).mean  # (1, C, 8, 8)
     decoded = model.decode(latents)
     checks: dict[str, str] = {}
     for path, layout, stored in files:
@@ -543,25 +543,35 @@ def _verify(
                 f"{path} does not state what its base did: {units.written(facts.stated())}"
             )
         again = weight_file.autoencoder_of({**weights, **frozen}, facts)
-        latents_error = float((again.encode(probe).mean - latents).abs().max())
+        latents_error = float((again.encode(pattern).mean - latents).abs().max())
         del frozen, again  # half of the file at a time: memory
         trained, _ = _read_back(path, TRAINED, weights, stored)
         again = weight_file.autoencoder_of({**weights, **trained}, facts)
         mean, most = half_precision.levels(again.decode(latents), decoded)
         del trained, again
         if stored == torch.float32 and (latents_error or most):
-            raise RunFailedError(f"{path} reads back, but encodes or decodes a probe differently")
-        checks[str(path.relative_to(out))] = (
-            f"{len(weights)} tensors read back bit-equal; encoder and quant_conv as imported; "
-            "a probe's latents and image equal"
+            raise RunFailedError(
+                f"{path} reads back, but encodes or decodes a test pattern differently"
+            )
+        read = (
+            "bit for bit; encoder and quant_conv as imported"
             if stored == torch.float32
-            else f"{len(weights)} tensors read back, all rounded to {DTYPES[str(stored)[6:]]}; "
-            f"a probe's latents within {latents_error:.2g}, its image within {most:.2g} of 255 "
-            f"levels (mean {mean:.2g})"
+            else f"all rounded to {DTYPES[str(stored)[6:]]}"
         )
+        near = f"within {latents_error:.2g}" if latents_error else "as before"
+        shift = (
+            f"a test pattern's latents {near}, its image within {most:.2g} of 255 levels "
+            f"(mean {mean:.2g})"
+            if latents_error or most
+            else "a test pattern is encoded and decoded as before"
+        )
+        checks[str(path.relative_to(out))] = f"{len(weights)} tensors read back, {read}; {shift}"
         if layout == "ckpt":
             _check_strictly(path, len(weights))
-            checks["strict loader"] = f"{len(weights)} keys in state_dict, no more and no less"
+            checks["strict loader"] = (
+                f"torch.load finds {len(weights)} keys in the .ckpt's state_dict, neither more "
+                "nor fewer"
+            )
     return checks
 
 

@@ -254,7 +254,7 @@ class RunLog(Callback):
             share = 100 * source.share / self.plan.batch
             replaced = self._reasons(name) or "none"
             self.say(
-                f"data: {name}: {source.share * done:,} images ({share:.4g} %), "
+                f"data: {name}: {source.share * done:,} images ({share:.4g} % of every batch), "
                 f"{source.passes(done):.2f} passes; replaced{self._here}: {replaced}"
             )
         if self.converted:

@@ -42,7 +42,7 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
         yield partial(check_checkpoint_names, Path(config.run_dir))
         yield partial(check_init_weights, config)
     for name, source in config.data.sources.items():
-        yield partial(check_source, source_setting(name, source.shards), source.shards)
+        yield partial(check_pattern, source_setting(name, source.shards), source.shards)
     yield partial(check_perceptual_weights, config)
     if config.log.pictures_every and config.log.pictures is not None:
         yield partial(check_photographs, "log.pictures: no images in ", config.log.pictures)
@@ -72,7 +72,7 @@ def check_photographs(setting: str, folder: str | Path | None) -> None:
         raise MissingInputError(f"{setting}{no_folder(Path(folder))}")
 
 
-def check_source(setting: str, pattern: str) -> None:
+def check_pattern(setting: str, pattern: str) -> None:
     """Raises MissingInputError for a pattern that names nothing; `setting` ends with it."""
     with about(setting):
         check_named(pattern)
@@ -82,7 +82,7 @@ def check_images(images: str | None) -> None:
     """Raises MissingInputError for --images of `evaluate` that are not there, or another file."""
     if images is None:
         return
-    check_source(f"--images {images}", images)
+    check_pattern(f"--images {images}", images)
     source = Path(images)
     if source.is_file() and source.suffix not in (".tar", ".txt") and not is_tarfile(source):
         raise MissingInputError(

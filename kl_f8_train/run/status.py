@@ -174,7 +174,7 @@ def read_status(run: Path, now: float) -> Status:
     speeds = [row[SPEED] for row in _lately(rows) if SPEED in row]
     speed = statistics.median_high(speeds) if speeds else None
     left = max(0, stop - iteration) * batch / speed if speed and iteration is not None else None
-    interval = _group(config, "log").get("every", 1) * batch / speed if speed else 0.0
+    interval = (_group(config, "log").get("every") or 1) * batch / speed if speed else 0.0
     share = None
     if iteration is not None and start is not None:
         share = min(1.0, (iteration - start) / max(1, stop - start))

@@ -4,7 +4,7 @@ The posterior's noise follows from (seed, name of the image), so that no order a
 processes moves it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from kl_f8_train.facts import Facts
 from kl_f8_train.score.compare import noisy_name
 from kl_f8_train.score.protocol import CARD, SEED, Protocol
 from kl_f8_train.weights import weight_file
+
+Named = Mapping[str, str | Path] | Sequence[tuple[str, str | Path, str]]
 
 
 class Means(nn.Module):
@@ -71,8 +73,16 @@ def autoencoder(candidate: Candidate) -> AutoencoderKL:
     return candidate.model
 
 
-def load_candidates(named: Sequence[tuple[str, Path, str]], device: str) -> list[Candidate]:
-    """(name, weights, "ema", "ema-0.9999" or "raw") -> VAEs; equal encoders are one module."""
+def load_candidates(named: Named, device: str) -> list[Candidate]:
+    """(name, weights, "ema", "ema-0.9999" or "raw") -> VAEs; equal encoders are one module.
+
+    A mapping is of names to weights, of which it takes the EMA. Raises UsageError for two of one
+    name.
+    """
+    if isinstance(named, Mapping):
+        named = [(name, path, "ema") for name, path in named.items()]
+    if len({name for name, *_ in named}) < len(named):
+        raise UsageError("weights: two have the same name; give each its own")
     candidates: list[Candidate] = []
     shared: dict[str, AutoencoderKL] = {}
     for name, path, select in named:

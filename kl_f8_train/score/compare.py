@@ -24,6 +24,7 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 FEWEST = 10  # images below which no interval is given
 Values = NDArray[np.float64]
+HEADING = f"Image by image, mean difference and {100 * LEVEL:.0f} % interval:"
 VERDICTS = {  # verdict -> how a sentence says it
     "better": "{b} is better than {a} in {label}",
     "worse": "{b} is worse than {a} in {label}",

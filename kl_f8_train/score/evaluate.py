@@ -17,10 +17,11 @@ from kl_f8_train.files import check_writable, write_json
 from kl_f8_train.launch import meeting, world_size
 from kl_f8_train.output import Progress, Say
 from kl_f8_train.output import say as say_aloud
-from kl_f8_train.score import report, tiled
+from kl_f8_train.score import compare, report, tiled
 from kl_f8_train.score.candidates import (
     Candidate,
     Means,
+    Named,
     baselines,
     load_candidates,
     perturbed,
@@ -141,9 +142,9 @@ class Session:
 
 
 def evaluate(
-    named: Sequence[tuple[str, Path, str]],
-    where: str,
-    out: Path,
+    named: Named,
+    where: str | Path,
+    out: str | Path,
     *,
     protocol: Protocol = CARD,
     size: int | Sequence[int] = 256,
@@ -159,17 +160,17 @@ def evaluate(
     latent_noise: Sequence[float] = (),
     tile: int | None = None,
 ) -> dict[str, Any] | None:
-    """Scores weights (name, file, selection) on a folder or shards; writes them to `out`.
+    """Scores VAEs {name: file} or (name, file, selection) on a folder or shards; writes to `out`.
 
     A selection is "ema", "raw", or as "ema-0.9999" one EMA of several. `with_baselines` adds the
-    rows of BASELINES, `latent_noise` a row for each VAE and sigma; `tile`, in pixels, measures
-    tiled decoding. Of several sizes each is an evaluation of its own, in a folder of `out` of that
-    name. Prints how the second of the `compared` models does against the first, and the table.
-    Returns what scores.json holds, or of several sizes the same by size ("512"), on the first
-    process, and None on the others. Raises MissingInputError for missing files, or if no image can
-    be used, UsageError for a size that does not divide, RunFailedError if an output is not finite.
+    rows of BASELINES, `latent_noise` a row for each VAE and sigma; `tile`, in pixels, as `size`,
+    measures tiled decoding. Each of several sizes is evaluated by itself, into a folder of `out` of
+    that name. Prints how the second of the `compared` models does against the first, and the table.
+    Returns what scores.json holds, of several sizes by size ("512"), on the first process, and None
+    on the others. Raises MissingInputError for missing files, or if no image can be used,
+    UsageError for a size that does not divide, RunFailedError if an output is not finite.
     """
-    sizes = [size] if isinstance(size, int) else size
+    sizes, out = [size] if isinstance(size, int) else size, Path(out)
     with processes() as (rank, world, say), exact_float32():
         device = own_device(device)
         vaes = load_candidates(named, device)
@@ -196,7 +197,7 @@ def evaluate(
         for one in sizes:
             images.size = one
             own = out if isinstance(size, int) else out / str(one)
-            results[str(one)] = _evaluate_size(session, images, where, own)
+            results[str(one)] = _evaluate_size(session, images, own)
     if rank > 0:
         return None
     return results[str(size)] if isinstance(size, int) else results
@@ -207,9 +208,7 @@ def batch_of(batch_size: int, size: int) -> int:
     return max(1, batch_size * BATCH_SIDE**2 // max(size, BATCH_SIDE) ** 2)
 
 
-def _evaluate_size(
-    session: Session, image_set: ImageSet, where: str, out: Path
-) -> dict[str, Any] | None:
+def _evaluate_size(session: Session, image_set: ImageSet, out: Path) -> dict[str, Any] | None:
     """Scores all candidates on images of one size; what scores.json holds, on the first process."""
     candidates, networks, size = session.candidates, session.networks, image_set.size
     rank, world, say = session.rank, session.world, session.say
@@ -248,13 +247,14 @@ def _evaluate_size(
     if session.sigmas:
         conditions["latent_noise"] = LATENT_NOISE
     weights = {candidate.name: candidate.record for candidate in candidates}
-    result = summarise(tally, weights, conditions, networks.unmeasured, where)
+    result = summarise(tally, weights, conditions, networks.unmeasured, image_set.where)
     if session.tile and seams:
         result["tiled"] = tiled.seam_summary(seams, session.tile)
     write_scores(out, result, tally)
     _write_pictures(out, image_set, session, tally)
     if session.compared:
         a, b = session.compared
+        say(compare.HEADING)
         for verdict in report.write_comparison(out, a, b, session.sigmas):
             say(verdict.text)
     say(screen(result, said=networks.unmeasured))

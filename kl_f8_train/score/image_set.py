@@ -1,6 +1,7 @@
 """The images of an evaluation: centre crops of a folder or of shards."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class ImageSet:
 
     def __init__(
         self,
-        where: str,
+        where: str | Path,
         size: int,
         limit: int | None = None,
         warn: Callable[[str], None] = print,
@@ -49,6 +50,7 @@ class ImageSet:
 
         Raises MissingInputError if there is none.
         """
+        self.where = where = os.fspath(where)
         cache = ShardCache(cache_dir() / "shards", 100 * 2**30)
         self.source = sources.open_source(
             "images", where, [], cache, bad_shards="skip", warn=warn, label=f"--images {where}"

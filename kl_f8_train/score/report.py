@@ -120,8 +120,8 @@ def write_comparison(
     values: dict[str, Any] = {
         "a": a,
         "b": b,
-        "interval": f"{compare.LEVEL:.0%} BCa bootstrap of the mean of {b} minus {a} per image, "
-        f"{compare.RESAMPLES:,} resamples, seed 0",
+        "interval": f"{100 * compare.LEVEL:.0f} % interval (BCa bootstrap) of the mean of {b} "
+        f"minus {a}, image by image, {compare.RESAMPLES:,} resamples, seed 0",
         "per_image_sha256": _rows_sha256(directory),
         "verdicts": [verdict.as_dict() for verdict in found],
     }

@@ -5,6 +5,7 @@ Nothing random is in it: images, crops and noise follow from the seed and the it
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,17 @@ from kl_f8_train.core.step import Finetuner
 from kl_f8_train.core.updates import HostCopy, parameters_of
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, about
 from kl_f8_train.facts import Facts
+from kl_f8_train.files import DAMAGED
 from kl_f8_train.settings import KL_F8_SHAPES, Config, Model, to_dict
 from kl_f8_train.units import are, counted, written
 from kl_f8_train.weights import weight_file
 from kl_f8_train.weights.names import State, Weights, check_shapes, shapes_of
 
 FORMAT = "kl_f8_train.checkpoint.1"
+STATED = {  # metadata of every checkpoint -> its form
+    **dict.fromkeys(("iteration", "warmup_left", "ema_updates", "first_iteration"), r"\d{1,18}"),
+    "frozen_sha256": "[0-9a-f]{64}",
+}
 TEXTS = "metadata_sha256"  # JSON: key of the metadata -> hash of its string
 OPTIMIZERS = ("decoder", "discriminator")
 ALIGNMENT = 64  # bytes: where a copy begins
@@ -134,16 +140,21 @@ def snapshot_bytes(finetuner: Finetuner, optimizers: list[Adam]) -> int:
 def stored_config(contents: weight_file.Contents) -> Config:
     """The configuration a training checkpoint was written with.
 
-    Raises MissingInputError if the file is not a training checkpoint.
+    Raises MissingInputError if the file is not a training checkpoint, or a damaged one.
     """
-    if contents.metadata.get("kl_f8_train.format") != FORMAT:
+    metadata = contents.metadata
+    if metadata.get("kl_f8_train.format") != FORMAT:
         raise MissingInputError(
             f"{contents.path} is not a training checkpoint of this program; expected a run "
             "directory, or a file of its checkpoints/"
         )
+    stated = {"first_iteration": "0", **metadata}  # older checkpoints do not state it
+    for key, form in STATED.items():
+        if not re.fullmatch(form, stated.get(key, "")):
+            raise MissingInputError(f"{contents.path}: its {key} is missing or damaged")
     try:
-        return configs.from_dict(json.loads(contents.metadata["config"]))
-    except (UsageError, KeyError, ValueError, RecursionError) as error:
+        return configs.from_dict(json.loads(metadata["config"]))
+    except (UsageError, *DAMAGED) as error:
         raise MissingInputError(f"{contents.path}: its configuration: {error}") from error
 
 
@@ -231,7 +242,7 @@ def check_metadata(contents: weight_file.Contents) -> None:
         return  # an older file
     try:
         hashes = dict(json.loads(texts.pop(TEXTS)))
-    except (ValueError, TypeError):
+    except DAMAGED:
         hashes = {}
     for key, text in texts.items():
         if hashes.get(key) != _text_sha256(text):

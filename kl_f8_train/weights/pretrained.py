@@ -15,8 +15,8 @@ from torch import Tensor
 from kl_f8_train import transfer
 from kl_f8_train.core.hashes import tensors_sha256
 from kl_f8_train.core.losses import PerceptualDistance
-from kl_f8_train.core.perceptual import lpips_vgg, st_lpips_alex
-from kl_f8_train.errors import MissingInputError, RunFailedError
+from kl_f8_train.core.perceptual import LABELS, lpips_vgg, st_lpips_alex
+from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
 from kl_f8_train.files import cache_dir, check_writable, file_sha256, hidden_beside, one_at_a_time
 from kl_f8_train.weights import weight_file
 
@@ -142,12 +142,17 @@ def is_published(network: Network, contents: weight_file.Contents) -> bool:
 
 
 def build(name: str, weights: str | None = None, flag: str = SETTING) -> PerceptualDistance:
-    """The network called "lpips_vgg" or "st_lpips_alex", with its weights.
+    """The network called "lpips_vgg" or "st_lpips_alex": frozen, float32, on the CPU.
 
-    Raises MissingInputError with the remedy, `flag` among them, if they are not on this machine.
+    It takes images and reconstructions, both (B, 3, H, W) in [-1, 1], to distances (B, 1, 1, 1).
+    `weights` is a file of VGG16; None looks where `kl-f8-train fetch` and torch.hub keep theirs.
+    Raises UsageError for another name, MissingInputError with the remedy, `flag` among them, if
+    the weights are not on this machine.
     """
     if name == "lpips_vgg":
         return lpips_vgg(*vgg_features(find(VGG16, weights, flag)))
+    if name not in LABELS:
+        raise UsageError(f"perceptual network {name!r}: expected {' or '.join(LABELS)}")
     return st_lpips_alex(weight_file.read(_st_lpips_file()).tensors)
 
 

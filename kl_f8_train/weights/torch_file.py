@@ -110,20 +110,24 @@ class Contents:
         return None
 
 
-def read_torch(path: Path, wanted: Wanted, inside: bool = False) -> Contents:
+def read_torch(path: Path, wanted: Wanted) -> Contents:
     """Reads a torch file; `wanted` picks the names to load from all names.
 
     Raises MissingInputError if it holds something else, and any exception if it is broken.
     """
     with _BoundedFile(path) as file:
-        if os.pread(file.fileno(), 2, 0) != b"PK":
-            return _read_pickles(file, wanted)
-        with _open_zip(file) as archive:
-            if _has_torch_records(archive, file.total):
-                return _read_zip(file, archive, wanted)
-            if inside:
-                raise MissingInputError("a zip in a zip, without torch weights")
-            return _read_inside(file, archive, wanted)
+        return _read(file, wanted)
+
+
+def _read(file: "_BoundedFile", wanted: Wanted, inside: bool = False) -> Contents:
+    if os.pread(file.fileno(), 2, 0) != b"PK":
+        return _read_pickles(file, wanted)
+    with _open_zip(file) as archive:
+        if _has_torch_records(archive, file.total):
+            return _read_zip(file, archive, wanted)
+        if inside:
+            raise MissingInputError("a zip in a zip, without torch weights")
+        return _read_inside(file, archive, wanted)
 
 
 def views(path: Path) -> dict[str, tuple[str, "View"]]:
@@ -257,9 +261,10 @@ def _read_inside(file: _BoundedFile, archive: zipfile.ZipFile, wanted: Wanted) -
                 f"unpacking its {entry.filename} takes {entry.file_size:,} bytes in "
                 f"{tempfile.gettempdir()}: {error}. Set TMPDIR to a place with room"
             ) from error
-        result = read_torch(Path(f"/dev/fd/{unpacked.fileno()}"), wanted, inside=True)
-    container = f"{result.container}, {entry.filename} in a zip"
-    return replace(result, path=Path(file.name), container=container)
+        with _BoundedFile(unpacked.fileno(), closefd=False) as inner:
+            inner.name = file.name
+            result = _read(inner, wanted, inside=True)
+    return replace(result, container=f"{result.container}, {entry.filename} in a zip")
 
 
 def _weights_inside(archive: zipfile.ZipFile) -> zipfile.ZipInfo:

@@ -16,7 +16,7 @@ import struct
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -33,7 +33,7 @@ from kl_f8_train.core.hashes import frozen_sha256
 from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import MOST_SIBLINGS, MissingInputError, UsageError, like_path
 from kl_f8_train.facts import Facts
-from kl_f8_train.files import atomic_path, beginning, file_sha256
+from kl_f8_train.files import DAMAGED, atomic_path, beginning, file_sha256
 from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.settings import KL_F8_SHAPES
 from kl_f8_train.units import are, counted, shortest
@@ -122,7 +122,7 @@ def stored_decays(metadata: Mapping[str, str]) -> list[float]:
     try:
         decay = json.loads(metadata["config"])["ema"]["decay"]
         return [float(value) for value in (decay if isinstance(decay, list) else [decay])]
-    except (KeyError, ValueError, TypeError, RecursionError):
+    except DAMAGED:
         return []
 
 
@@ -144,7 +144,10 @@ def kept_selection(contents: Contents, select: str) -> str:
 def load_autoencoder(path: str | Path, select: str = "ema") -> AutoencoderKL:
     """The autoencoder of any VAE file, float32, in eval mode, its shape read off the tensors.
 
-    Raises MissingInputError if the file holds none, or not all of one.
+    `path` is a .safetensors or torch file, a diffusers folder, a run, a hub's id or "kl_f8_mini".
+    `select` is "ema" or "raw", where a file has both, or as "ema-0.9999" one EMA of several. No
+    parameter requires a gradient. Raises MissingInputError if the file holds no autoencoder, or
+    not all of one.
     """
     return build_autoencoder(*read_weights(path, select))
 
@@ -416,23 +419,34 @@ def _read_safetensors(path: Path, wanted: torch_file.Wanted) -> Contents:
             raise MissingInputError(
                 f"its header claims {length:,} bytes; the file is broken; copy it again"
             )
-        name = f"/dev/fd/{raw.fileno()}"  # safetensors takes no paths that are not UTF-8
-        with safe_open(name, framework="pt", device="cpu") as file:
-            names = list(file.keys())
-            chosen = set(wanted(names))
-            tensors = {
-                name: file.get_tensor(name).clone()  # else it would change with the file
-                if name in chosen
-                else torch.empty(file.get_slice(name).get_shape(), device="meta")
-                for name in names
-            }
-            metadata = dict(file.metadata() or {})
+    with _named_in_utf8(path) as name, safe_open(name, framework="pt", device="cpu") as file:
+        names = list(file.keys())
+        chosen = set(wanted(names))
+        tensors = {
+            name: file.get_tensor(name).clone()  # else it would change with the file
+            if name in chosen
+            else torch.empty(file.get_slice(name).get_shape(), device="meta")
+            for name in names
+        }
+        metadata = dict(file.metadata() or {})
     optimizer = any(name.startswith("optimizer.") for name in names)
     stated = facts.from_metadata(metadata)
     return Contents(path, tensors, metadata, optimizer=optimizer, facts=stated)
 
 
-def is_utf8(path: Path) -> bool:
+@contextlib.contextmanager
+def _named_in_utf8(path: Path) -> Iterator[str]:
+    """The path, or that of a link to it where its own is not UTF-8."""
+    if _is_utf8(path):
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, "link")
+        link.symlink_to(path.absolute())
+        yield str(link)
+
+
+def _is_utf8(path: Path) -> bool:
     """Whether a name is UTF-8; safetensors takes no others."""
     try:
         str(path).encode()
@@ -549,7 +563,7 @@ def write_plain(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, s
     with atomic_path(path) as temporary:
         about = {"format": "pt", **metadata}
         try:
-            if is_utf8(temporary):
+            if _is_utf8(temporary):
                 save_file(tensors, temporary, metadata=about)
             else:  # costs memory for a second copy
                 temporary.write_bytes(save(tensors, metadata=about))
@@ -560,8 +574,15 @@ def write_plain(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, s
 def save_autoencoder(model: AutoencoderKL, path: str | Path) -> None:
     """Writes an autoencoder with CompVis' names: .safetensors, or .ckpt for older loaders.
 
-    Raises UsageError for another suffix.
+    Its precision is kept, and a former file of that name replaced at the end. Raises UsageError for
+    another suffix, or for what is not an AutoencoderKL.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper has names of its own
+    if not isinstance(model, AutoencoderKL):
+        raise UsageError(
+            f"{path}: got a {type(model).__name__}, expected an AutoencoderKL; that of a Finetuner "
+            "is finetuner.averaged()"
+        )
     path, state = Path(path), model.state_dict()
     groups = Facts(norm_num_groups=model.decoder.norm_out.num_groups)
     if path.suffix == ".safetensors":
