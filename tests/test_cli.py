@@ -62,6 +62,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, float]:
         ),
         (["config", "show", "ft_mse"], 0, "pixel: mse"),
         (["config", "diff", "ft_ema", "ft_mse"], 0, "loss.pixel: l1 -> mse"),
+        (["config", "diff", "ft_ema", "ft_ema"], 0, "no differences\n"),
         (["config", "schema"], 0, "optimizer.learning_rate"),
         (["evaluate", "a=x.ckpt", "--images", "nowhere"], 3, "no such file or folder"),
         (["evaluate", "x.ckpt", "a/x.ckpt", "--images", "."], 2, "the same name"),
