@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING
 from kl_f8_train import next_command
 from kl_f8_train.arguments import build_parser, name_path_select
 from kl_f8_train.averages import requested
-from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError
+from kl_f8_train.errors import (
+    MissingInputError,
+    RunFailedError,
+    UsageError,
+    UserError,
+    check_folder,
+)
 from kl_f8_train.launch import end_children, is_first_to_say, launched, world_size
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import progress_bar, say
@@ -31,7 +37,6 @@ from kl_f8_train.run.paths import (
     check_images,
     check_paths,
     check_pattern,
-    check_photographs,
 )
 from kl_f8_train.units import are, counted, written
 from kl_f8_train.weights import hub
@@ -215,7 +220,7 @@ def _export(args: argparse.Namespace) -> int:
     wrong = "no such directory or checkpoint; check the path"
     all_of(
         *(partial(check_file, flag, path, wrong, folders=True) for flag, path in named),
-        partial(check_photographs, "--images ", args.images),
+        partial(check_folder, "--images ", args.images),
     )
     from kl_f8_train.publish.export import LAYOUTS, export
 
@@ -241,7 +246,7 @@ def _export(args: argparse.Namespace) -> int:
 def _fp16_safe(args: argparse.Namespace) -> int:
     all_of(
         partial(hub.check_exists, args.weights),
-        partial(check_photographs, "--images ", args.images),
+        partial(check_folder, "--images ", args.images),
     )
     from kl_f8_train.publish.export import make_fp16_safe
 
@@ -582,7 +587,7 @@ def _benchmark(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     all_of(
         partial(check_pattern, f"--training {args.training}", args.training or "."),
-        partial(check_photographs, "--held-out ", args.held_out),
+        partial(check_folder, "--held-out ", args.held_out),
     )
     say(f"demo in {args.run_dir}: loading, and packing photographs ...")
     from kl_f8_train.demo import demo

@@ -17,7 +17,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from kl_f8_train import images
-from kl_f8_train.errors import ImageError, MissingInputError, no_folder
+from kl_f8_train.errors import ImageError, MissingInputError, check_folder
 from kl_f8_train.units import printable
 
 SUFFIXES = (
@@ -206,8 +206,7 @@ def load_sizes(
 
     An unreadable image is named once and left out. Raises MissingInputError if none is left.
     """
-    if not folder.is_dir():
-        raise MissingInputError(f"no images in {no_folder(folder)}")
+    check_folder("no images in ", folder)
     loaded: dict[int, list[Tensor]] = {side: [] for side in sides}
     listing = list_folder(folder)
     found = 0
