@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     export = subs["export"]
     export.add_argument("run", type=Path, help="run directory, or one of its checkpoints")
-    export.add_argument("--out", type=Path, help="directory to write (RUN/export)")
+    export.add_argument("--out", type=_directory, help="directory to write (RUN/export)")
     taken = export.add_mutually_exclusive_group()
     taken.add_argument("--raw", action="store_true", help="the raw weights in place of the EMA")
     taken.add_argument("--ema", type=_decay, metavar="DECAY", help="the EMA of this decay")
@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     safe = subs["fp16-safe"]
     safe.add_argument("weights", help="file, diffusers folder, run directory or hub id")
-    safe.add_argument("--out", type=Path, help="directory to write (NAME-fp16-safe)")
+    safe.add_argument("--out", type=_directory, help="directory to write (NAME-fp16-safe)")
     for writing in (export, safe):
         add = writing.add_argument
         add("--images", type=Path, help="photographs that try half precision")
@@ -159,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
     inputs("--images", help="folder of photographs, or shards; with --latents: for FID")
     inputs("--latents", type=Path, metavar="DIR", help="saved latents, to decode and compare")
     score.add_argument(
-        "--out", type=Path, default=Path("evaluation"), help="directory to write (evaluation)"
+        "--out", type=_directory, default=Path("evaluation"), help="directory to write (evaluation)"
     )
     score.add_argument(
         "--protocol",
@@ -239,14 +239,14 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="folder, searched recursively; or parquet files of the Hugging Face hub, or a glob",
     )
-    pack.add_argument("out", type=Path, help="directory of the shards")
+    pack.add_argument("out", type=_directory, help="directory of the shards")
     pack.add_argument("--per-shard", type=int, default=1000, help="images in each shard")
     pack.add_argument("--workers", type=_positive, help="processes (all cores)")
     pack.add_argument("--reencode", action="store_true", help="re-encode the images as JPEG")
 
     split = subs["split"]
     split.add_argument("images", type=Path, help="folder, searched recursively; only read")
-    split.add_argument("out", type=Path, help="new directory: training/ and held_out/ in it")
+    split.add_argument("out", type=_directory, help="new directory: training/ and held_out/ in it")
     split.add_argument(
         "--held-out",
         type=_count_or_share,
@@ -333,6 +333,14 @@ def name_path_select(text: str) -> tuple[str, Path, str]:
     if mark is None or mark[1] == "raw":
         return name, place, mark[1] if mark else "ema"
     return name, place, selection(float(mark[1]))
+
+
+def _directory(text: str) -> Path:
+    """A directory to write; not a new one with the name of a file."""
+    files = r"\.(safetensors|ckpt|pth?|bin|tar|zip|png|jpe?g|html|json|csv|md)"
+    if re.fullmatch(files, Path(text).suffix) and not os.path.exists(text):
+        raise argparse.ArgumentTypeError(f"got {text}, the name of a file; expected a directory")
+    return Path(text)
 
 
 def _decay(text: str) -> float:

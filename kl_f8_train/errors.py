@@ -82,11 +82,13 @@ def like_path(absent: str | Path, names: Iterable[str] = ()) -> str:
     """What a path that does not exist may have meant, as `; did you mean ...?`.
 
     By what lies beside it and by further names; or why it does not exist: a broken link, a `~` or a
-    variable that no shell has replaced, an address.
+    variable that no shell has replaced, an address. Of one that does, whether it is a directory.
     """
     path, known = Path(absent), {name: name for name in names}
     if os.path.islink(path):
         return f"; it is a link to {os.readlink(path)}, which does not exist"
+    if os.path.exists(absent):
+        return f"; it is a {'directory' if os.path.isdir(absent) else 'file'}"
     if meant := unexpanded(str(absent)):
         return meant
     if re.match(r"\w+:/+", str(absent)):

@@ -138,7 +138,9 @@ def check_writable(directory: Path) -> None:
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(b"0")
     except OSError as error:
-        reason = "it is a file;" if directory.is_file() else f"{error.strerror}; make room, or"
+        reason = f"{error.strerror}; make room, or"
+        if isinstance(error, FileExistsError):
+            reason = f"it is a {'file' if directory.exists() else 'link to what is not there'};"
         raise RunFailedError(
             f"cannot write in {directory}: {reason} name another directory"
         ) from error

@@ -432,6 +432,9 @@ DATA = {
     ),
     "card old": Case("card bad_export", MISSING, "export.json is of an older version|again"),
     "status": Case("status directory", MISSING, "not a run directory yet|config.yaml"),
+    "status file": Case(
+        "status model.ckpt", MISSING, "model.ckpt: no such directory; |it is a file"
+    ),
     "status nowhere": Case("status nowhere", MISSING, "nowhere: no such directory; give"),
     "status junk": Case(
         "status bad_config", MISSING, "not a run's configuration|no keys and values"
@@ -460,6 +463,9 @@ MACHINE = {
     ),
     "inject exists": Case(
         "inject run full.safetensors --out full.safetensors", USAGE, "exists; nothing|--force"
+    ),
+    "pack tar": Case(
+        "pack tiles new.tar", USAGE, "got new.tar, the name of a file; expected a dir"
     ),
     "pack file": Case("pack tiles model.ckpt", FAILED, "cannot write to model.ckpt: |another"),
     "evaluate file": Case(

@@ -140,6 +140,14 @@ def test_facts_of_another_number_of_channels_are_refused():
             facts.settled(LONE, Facts(scaling_factor=0.5, **{name: (0.0, 1.0)}), 4, None, True)
 
 
+def test_a_config_that_denies_the_quant_convs_of_its_file_is_refused(tmp_path, shards):
+    """Written to config.json, it would make diffusers decode without them."""
+    base = write_base(tmp_path, "diffusers", {"norm_num_groups": 4, "use_quant_conv": False})
+    extra = (f"init.weights={base}", f"data.sources={shards}", *GROUPS_4)
+    with pytest.raises(MissingInputError, match="use_quant_conv=false, against what its tensors"):
+        train(runs.recipe(tmp_path, "run", *extra))
+
+
 def test_a_file_without_facts_states_none(tmp_path):
     save_file(small_vae().state_dict(), tmp_path / "w.safetensors", {"note": "x"})
     assert weight_file.read(tmp_path / "w.safetensors").facts == Facts()

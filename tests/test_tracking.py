@@ -2,6 +2,8 @@
 
 import http.server
 import json
+import os
+import pwd
 import sys
 import threading
 from collections.abc import Iterator
@@ -129,6 +131,17 @@ def test_the_mode_in_the_environment_holds(settings, monkeypatch, mode):
     assert asked == ["nonsense"] * (mode == "nonsense")
     assert ("nothing is logged there" in said[0]) is (mode == "disabled")
     assert not [line for line in said if "without it" in line]
+
+
+def test_a_user_without_a_home_logs_offline(settings, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # as in a container, for user 54321
+    recipe, said = settings("log.wandb=auto"), []
+    monkeypatch.delenv("HOME")
+    track(recipe, said)
+    assert len(logged_offline(Path(recipe.run_dir))) == 1
+    assert os.environ["HOME"] == str(Path(recipe.run_dir).resolve())
 
 
 def test_a_failure_in_the_middle_moves_the_run_offline(settings, monkeypatch):

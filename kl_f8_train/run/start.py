@@ -115,11 +115,7 @@ def _import(config: Config) -> tuple[Finetuner, str]:
     weight_file.check_finite(contents, weights.autoencoder)
     autoencoder = AutoencoderKL(**asdict(config.model))
     autoencoder.load_state_dict(weights.autoencoder)
-    run_state = RunState(
-        iteration,
-        base=checkpoint.base(contents.path),
-        facts=stated,
-    )
+    run_state = RunState(iteration, base=checkpoint.base(contents.path), facts=stated)
     finetuner, program = _build(config, autoencoder, run_state)
     if weights.logvar is not None:
         finetuner.logvar.data.copy_(weights.logvar.reshape(()))

@@ -135,6 +135,10 @@ class WandbTracker:
 
     def __init__(self, config: Config, run_dir: Path, say: Say) -> None:
         self.config, self.run_dir, self.say = config, run_dir, say
+        try:
+            Path.home()
+        except RuntimeError:  # a container's user without a home, which wandb refuses
+            os.environ["HOME"] = str(run_dir.resolve())
         wanted = config.log.wandb == "auto" and os.environ.get(MODE) not in ("offline", "dryrun")
         self.online = wanted and wandb_reachable()
         self.run = self._start_online() if self.online else self._start_offline()

@@ -24,7 +24,7 @@ from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, ab
 from kl_f8_train.facts import Facts
 from kl_f8_train.files import DAMAGED
 from kl_f8_train.settings import KL_F8_SHAPES, Config, Model, to_dict
-from kl_f8_train.units import are, counted
+from kl_f8_train.units import are, counted, written
 from kl_f8_train.weights import weight_file
 from kl_f8_train.weights.names import State, Weights, check_shapes, shapes_of
 
@@ -177,13 +177,19 @@ def base_facts(contents: weight_file.Contents, weights: Weights, config: Config)
     """What a run keeps of what its base states, with `init.family` where it does not.
 
     Raises UsageError if the two disagree, or if neither names a family although the shape is one
-    that several share.
+    that several share; MissingInputError if it states another network than its tensors show.
     """
     published = config.model in KL_F8_SHAPES.values()
     channels = config.model.embed_dim
     stated = weight_file.facts_of(contents, weights)
+    shown = _shown_value(config)
+    if stated.use_quant_conv not in (None, shown.use_quant_conv):
+        raise MissingInputError(
+            f"{contents.path}: it states use_quant_conv={written(stated.use_quant_conv)}, against "
+            "what its tensors show. Correct its config.json"
+        )
     known = facts.settled(contents.path, stated, channels, config.init.family, published)
-    return facts.combined(known, _shown_value(config))
+    return facts.combined(known, shown)
 
 
 def _shown_value(config: Config) -> Facts:
@@ -310,11 +316,9 @@ def _averages_of(networks: State, before: list[float], now: list[float]) -> Stat
     taken = {k: v for k, v in networks.items() if not k.startswith(tuple(held.values()))}
     for decay, name in module_names(now).items():
         place = held.get(decay, "ema.")
-        taken |= {
-            f"{name}.{key.removeprefix(place)}": value
-            for key, value in networks.items()
-            if key.startswith(place)
-        }
+        for key, value in networks.items():
+            if key.startswith(place):
+                taken[f"{name}.{key.removeprefix(place)}"] = value
     return taken
 
 
