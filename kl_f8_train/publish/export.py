@@ -546,18 +546,16 @@ def _verify(
             raise RunFailedError(
                 f"{path} reads back, but encodes or decodes a test pattern differently"
             )
-        read = (
-            "bit for bit; encoder and quant_conv as imported"
-            if stored == torch.float32
-            else f"all rounded to {DTYPES[str(stored)[6:]]}"
-        )
+        read = "bit for bit; encoder and quant_conv as imported"
+        if stored != torch.float32:
+            read = f"all rounded to {DTYPES[str(stored)[6:]]}"
         near = f"within {latents_error:.2g}" if latents_error else "as before"
-        shift = (
-            f"a test pattern's latents {near}, its image within {most:.2g} of 255 levels "
-            f"(mean {mean:.2g})"
-            if latents_error or most
-            else "a test pattern is encoded and decoded as before"
-        )
+        shift = "a test pattern is encoded and decoded as before"
+        if latents_error or most:
+            shift = (
+                f"a test pattern's latents {near}, its image within {most:.2g} of 255 levels "
+                f"(mean {mean:.2g})"
+            )
         checks[str(path.relative_to(out))] = f"{len(weights)} tensors read back, {read}; {shift}"
         if layout == "ckpt":
             _check_strictly(path, len(weights))
