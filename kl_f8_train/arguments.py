@@ -136,11 +136,11 @@ def build_parser() -> argparse.ArgumentParser:
     safe = subs["fp16-safe"]
     safe.add_argument("weights", help="file, diffusers folder, run directory or hub id")
     safe.add_argument("--out", type=_directory, help="directory to write (NAME-fp16-safe)")
-    for sub in (export, safe):
-        sub.add_argument("--images", type=Path, help="photographs that try half precision")
-        whose = "models whose VAE it is, if the file does not show it"
-        sub.add_argument("--family", choices=[*FAMILIES, OTHER], help=whose)
-        sub.add_argument("--force", action="store_true", help="overwrite files")
+    for writing in (export, safe):
+        add = writing.add_argument
+        add("--images", type=Path, help="photographs that try half precision")
+        add("--family", choices=[*FAMILIES, OTHER], help="models whose VAE it is, if not stated")
+        add("--force", action="store_true", help="overwrite files")
 
     inject = subs["inject"]
     inject.add_argument("vae", type=Path, help="any VAE file, or a run directory (its EMA)")
