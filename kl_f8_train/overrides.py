@@ -12,15 +12,23 @@ from kl_f8_train.errors import UsageError
 from kl_f8_train.settings import SETTINGS, Setting, Source, setting_of
 from kl_f8_train.units import written
 
+MEANT = {  # what other trainers call a value whose name is nearer to another of ours
+    **dict.fromkeys(("fp32", "32", "32-true"), "float32"),
+    **dict.fromkeys(("bf16", "bf16-mixed", "bf16-true"), "bfloat16"),
+    **{"gpu": "cuda", "online": "auto", "true": "auto", "l2": "mse", "vgg": "lpips_vgg"},
+}
+
 
 def parse_sources(text: str) -> dict[str, Source]:
     """`A,B` -> one source for each pattern; a path that exists is one, whatever its commas."""
     body = text.strip().removesuffix("{}")
     if os.path.exists(body):
         return name_sources([body])
+    quotes = ""
     if body.startswith("[") and body.endswith("]"):
-        body = body[1:-1]
-    return name_sources(re.split(r",(?![^{]*\})", body))  # not at those of `{a,b}`
+        body, quotes = body[1:-1], "'\""
+    parts = re.split(r",(?![^{]*\})", body)  # not at those of `{a,b}`
+    return name_sources(part.strip().strip(quotes) for part in parts)
 
 
 def name_sources(patterns: Iterable[str]) -> dict[str, Source]:
@@ -88,7 +96,8 @@ def read_value(key: str, text: str, where: str = "") -> Any:
         names = ", ".join(f"{key}.{name}" for name in _below(key))
         none = f", or {key}=null for none" if found.nullable else ""
         raise UsageError(f"{shown}={text}: this is a group of settings; set {names}{none}")
-    values = [p.strip() for p in text.strip().strip("[]").split(",") if p.strip()]
+    parts = (part.strip().strip("'\"") for part in text.strip().strip("[]").split(","))
+    values = [part for part in parts if part]
     if origin is Union:
         numbers = [_typed(value, get_args(kind)[0]) for value in values]
         if not values or any(isinstance(number, str) for number in numbers):
@@ -97,7 +106,8 @@ def read_value(key: str, text: str, where: str = "") -> Any:
     if origin is Literal:
         if text in get_args(kind):
             return text
-        near = difflib.get_close_matches(text, get_args(kind), n=1)
+        meant = MEANT.get(text.lower(), text.lower())
+        near = difflib.get_close_matches(meant, get_args(kind), n=1)
         hint = f". Did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"{shown}={text}: expected one of {', '.join(get_args(kind))}{hint}")
     inner = get_args(kind)[0] if origin is list else kind
