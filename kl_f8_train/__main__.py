@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from kl_f8_train import next_command
 from kl_f8_train.arguments import build_parser, name_path_select
-from kl_f8_train.averages import selection
+from kl_f8_train.averages import requested
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError
 from kl_f8_train.launch import end_children, is_first_to_say, launched, world_size
 from kl_f8_train.lifetime import end_with_launcher
@@ -196,7 +196,7 @@ def _inspect(args: argparse.Namespace) -> int:
     hub.check_exists(args.weights)
     from kl_f8_train.weights import weight_file
 
-    select = "raw" if args.raw else "ema" if args.ema is None else selection(args.ema)
+    select = requested(args.raw, args.ema)
     found = weight_file.report(*weight_file.read_weights(args.weights, select, args.prefix))
     print(json.dumps(found, indent=2) if args.json else weight_file.describe(found))
     return 0
@@ -272,7 +272,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.latents_scaled:
         raise UsageError("--latents-scaled is of saved latents; give --latents with it")
     _check_evaluated(args, [path for _, path, _ in named])
-    from kl_f8_train.score import report
     from kl_f8_train.score.evaluate import evaluate
     from kl_f8_train.score.protocol import PROTOCOLS
 
@@ -297,14 +296,22 @@ def _evaluate(args: argparse.Namespace) -> int:
             tile=args.tiled,
         )
     if result is not None:  # on the first rank: the files are there once
-        places = [args.out] if len(sizes) == 1 else [args.out / str(size) for size in sizes]
-        for place in places:
-            print(f"report: {report.write(place)}")
-        chosen = args.compare[1] if args.compare else named[-1][0]
-        path, select = next((path, select) for name, path, select in named if name == chosen)
-        if then := next_command.after_scores(places[0], path, select):
-            print(f"next: {then}")
+        _write_reports(args, named, sizes)
     return 0
+
+
+def _write_reports(
+    args: argparse.Namespace, named: list[tuple[str, Path, str]], sizes: list[int]
+) -> None:
+    from kl_f8_train.score import report
+
+    places = [args.out] if len(sizes) == 1 else [args.out / str(size) for size in sizes]
+    for place in places:
+        print(f"report: {report.write(place)}")
+    scored = {name: (path, select) for name, path, select in named}
+    chosen = args.compare[1] if args.compare else named[-1][0]
+    if then := next_command.after_scores(places[0], *scored[chosen]):
+        print(f"next: {then}")
 
 
 def _evaluate_latents(args: argparse.Namespace, named: list[tuple[str, Path, str]]) -> int:
@@ -450,12 +457,7 @@ def _split(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from kl_f8_train.data.index import (
-        build_index,
-        expand,
-        index_directories,
-        index_directory,
-    )
+    from kl_f8_train.data.index import build_index, expand, index_directories, index_directory
     from kl_f8_train.data.shard_cache import ShardCache
     from kl_f8_train.data.sources import TarSource, parse_filters
     from kl_f8_train.files import cache_dir
@@ -528,12 +530,9 @@ def _print_schema(keys: list[str]) -> None:
             )
     for name, found in VALUES.items():
         if not keys or any(f"{name}.".startswith(f"{key}.") for key in keys):
-            default = found.default
-            stated = (
-                "no default, a recipe states it"
-                if default == MISSING
-                else f"default {written(default)}"
-            )
+            stated = "no default, a recipe states it"
+            if found.default != MISSING:
+                stated = f"default {written(found.default)}"
             print(f"{name}\n    {found.doc}\n    {found.type_name}; {stated}")
 
 

@@ -332,16 +332,16 @@ def name_path_select(text: str) -> tuple[str, Path, str]:
     name, equals, path = text.partition("=")
     if not equals or os.sep in name:
         name, path = "", text
+    ending, select = "", "ema"
     mark = re.search(r"@(raw|[0-9]*\.?[0-9]+(e-[0-9]+)?)$", path)
-    if mark and mark[1] != "raw" and Path(path).exists():
-        mark = None  # a name that ends so
-    place = Path(path[: mark.start()] if mark else path)
+    if mark and (mark[1] == "raw" or not Path(path).exists()):  # else a name that ends so
+        path, ending = path[: mark.start()], mark[0]
+        select = "raw" if mark[1] == "raw" else selection(float(mark[1]))
+    place = Path(path)
     if not name:
-        ending = "" if place.is_dir() else r"(\.vae)?\.(safetensors|ckpt|pth?|bin|zip)$"
-        name = re.sub(ending, "", place.absolute().name) + (mark[0] if mark else "")
-    if mark is None or mark[1] == "raw":
-        return name, place, mark[1] if mark else "ema"
-    return name, place, selection(float(mark[1]))
+        suffix = "" if place.is_dir() else r"(\.vae)?\.(safetensors|ckpt|pth?|bin|zip)$"
+        name = re.sub(suffix, "", place.absolute().name) + ending
+    return name, place, select
 
 
 def _directory(text: str) -> Path:

@@ -16,6 +16,13 @@ def selection(decay: float) -> str:
     return f"ema-{shortest(decay)}"
 
 
+def requested(raw: bool, decay: float | None) -> str:
+    """The name of the weights that --raw, --ema DECAY or neither asks for."""
+    if raw:
+        return "raw"
+    return "ema" if decay is None else selection(decay)
+
+
 def label(selected: str) -> str:
     """A selection, or a column's ending (`ema_0.9999`), for people: `EMA`, `EMA 0.9999`, `raw`."""
     return re.sub("[-_]", " ", selected.replace("ema", "EMA"), count=1)

@@ -88,9 +88,9 @@ def examine_settings(
         return Examined([*problems, error], absent, None)
     assert isinstance(config, Config)
     unknown = [f"{key}=" for key in (*wrong, *missing) if setting_of(key)]
-    found = contradictions(config)
-    stated = (line for line in found if not any(key in line for key in unknown))
-    problems += [UsageError(f"{WRONG}\n  {line}") for line in stated]
+    for line in contradictions(config):
+        if not any(key in line for key in unknown):
+            problems.append(UsageError(f"{WRONG}\n  {line}"))
     return Examined(problems, absent, config if complete else None)
 
 

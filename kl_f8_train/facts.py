@@ -155,13 +155,7 @@ def settled(
     (`published_shape`), or if it is not of the family that was given; MissingInputError if it
     states means or deviations of another number of channels.
     """
-    for name in ("latents_mean", "latents_std"):
-        values = getattr(stated, name)
-        if values is not None and len(values) != channels:
-            raise MissingInputError(
-                f"{path}: it states {name} of {len(values)} channels; its latents have {channels}. "
-                "Correct its config.json"
-            )
+    _check_statistics(path, stated, channels)
     found = family_of(stated, channels)
     fitting = [name for name, family in FAMILIES.items() if family.channels == channels]
     if found and given not in (None, OTHER, found):
@@ -181,8 +175,18 @@ def settled(
             f"different scales; give {choices}, or {option}{OTHER} to state none"
         )
     family = found or given
-    known = FAMILIES[family].facts if family and family in FAMILIES else Facts()
+    known = FAMILIES[family].facts if family in FAMILIES else Facts()
     return combined(replace(stated, family=family), known)
+
+
+def _check_statistics(path: Path, stated: Facts, channels: int) -> None:
+    for name in ("latents_mean", "latents_std"):
+        values = getattr(stated, name)
+        if values is not None and len(values) != channels:
+            raise MissingInputError(
+                f"{path}: it states {name} of {len(values)} channels; its latents have {channels}. "
+                "Correct its config.json"
+            )
 
 
 def described(family: str | None, stated: Facts) -> str:

@@ -65,9 +65,10 @@ def after_scores(out: Path, path: Path, select: str) -> str:
 
 def before_training(out: Path, *settings: str) -> str:
     """How to look at a training on images that were just made ready, in a new run directory."""
-    name = out.resolve().name
-    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    run = next(place for place in (Path("runs", name) for name in names) if not place.exists())
+    name, numbers = out.resolve().name, itertools.count(2)
+    run = Path("runs", name)
+    while run.exists():
+        run = Path("runs", f"{name}-{next(numbers)}")
     given = [f"init.weights={USUAL_BASE}", "init.family=sd", *settings, f"run_dir={run}"]
     lines = [
         f"next: {_command('doctor', 'single_gpu', *given)}",

@@ -55,9 +55,11 @@ def _progress_line(unit: str, began: float, due: list[float], done: int, total: 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; a `|` in a cell is escaped."""
-    lines = [head, ["---"] * len(head), *rows]
-    cells = ([re.sub(r"(?<!\\)\|", r"\|", cell) for cell in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    lines = []
+    for row in (head, ["---"] * len(head), *rows):
+        cells = [re.sub(r"(?<!\\)\|", r"\|", cell) for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def rendered(template: Path, values: Mapping[str, Any]) -> str:

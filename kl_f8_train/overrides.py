@@ -82,12 +82,21 @@ def _likeness(key: str, known: str) -> float:
 
 def read_value(key: str, text: str, where: str = "") -> Any:
     """Text -> value by the declared type, never by YAML's guess."""
-    found, shown = known_setting(key), f"{where}: {key}" if where else key
-    kind, origin = found.kind, get_origin(found.kind)
+    found = known_setting(key)
     if found.nullable and text.strip().lower() in ("null", "none", "~", ""):
         return None
+    try:
+        return _read_typed(key, found, text)
+    except ValueError as error:
+        shown = f"{where}: {key}" if where else key
+        raise UsageError(f"{shown}={text}: {error}") from None
+
+
+def _read_typed(key: str, found: Setting, text: str) -> Any:
+    """A value that is not null; ValueError that says what is expected."""
+    kind, origin, inner = found.kind, get_origin(found.kind), get_args(found.kind)
     if text.strip() in ("null", "~") and (origin is dict or kind in (Source, str)):  # as in YAML
-        raise UsageError(f"{shown}={text}: cannot be null; expected {found.doc}")
+        raise ValueError(f"cannot be null; expected {found.doc}")
     if origin is dict:
         return parse_sources(text)
     if kind is Source:
@@ -95,26 +104,31 @@ def read_value(key: str, text: str, where: str = "") -> Any:
     if is_dataclass(kind):
         names = ", ".join(f"{key}.{name}" for name in _below(key))
         none = f", or {key}=null for none" if found.nullable else ""
-        raise UsageError(f"{shown}={text}: this is a group of settings; set {names}{none}")
-    parts = (part.strip().strip("'\"") for part in text.strip().strip("[]").split(","))
-    values = [part for part in parts if part]
-    if origin is Union:
-        numbers = [_typed(value, get_args(kind)[0]) for value in values]
-        if not values or any(isinstance(number, str) for number in numbers):
-            raise UsageError(f"{shown}={text}: expected {SEVERAL[get_args(kind)[0]]}")
-        return numbers if "[" in text or len(numbers) > 1 else numbers[0]
+        raise ValueError(f"this is a group of settings; set {names}{none}")
     if origin is Literal:
-        if text in get_args(kind):
+        if text in inner:
             return text
         meant = MEANT.get(text.lower(), text.lower())
-        near = difflib.get_close_matches(meant, get_args(kind), n=1)
+        near = difflib.get_close_matches(meant, inner, n=1)
         hint = f". Did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"{shown}={text}: expected one of {', '.join(get_args(kind))}{hint}")
-    inner = get_args(kind)[0] if origin is list else kind
+        raise ValueError(f"expected one of {', '.join(inner)}{hint}")
+    item = inner[0] if inner else kind
     try:
-        return [READERS[inner](v) for v in values] if origin is list else READERS[inner](text)
+        return _read_items(text, item, origin) if inner else READERS[item](text)
     except ValueError:
-        raise UsageError(f"{shown}={text}: expected {EXPECTED[inner]}") from None
+        expected = SEVERAL if origin is Union else EXPECTED
+        raise ValueError(f"expected {expected[item]}") from None
+
+
+def _read_items(text: str, kind: Any, origin: Any) -> Any:
+    """A list as `1,2` or `[1,2]`; where one number will do (a union), `1` is that number."""
+    items = (item.strip().strip("'\"") for item in text.strip().strip("[]").split(","))
+    values = [READERS[kind](item) for item in items if item]
+    if origin is list:
+        return values
+    if not values:
+        raise ValueError("no number")
+    return values if "[" in text or len(values) > 1 else values[0]
 
 
 def _bool(text: str) -> bool:

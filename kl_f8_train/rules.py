@@ -15,6 +15,7 @@ from kl_f8_train.settings import (
     SETTINGS,
     Config,
     Data,
+    Model,
     leaves,
     setting_of,
     to_dict,
@@ -141,31 +142,42 @@ def _batch_problems(config: Config) -> Iterator[str]:
 def _ranges(config: Config) -> Iterator[str]:
     """What single values, and values beside each other, may not be."""
     values = dict(leaves(to_dict(config)))
-    nested = [
-        f"{key}={written(value)}: expected a list without lists or groups in it"
-        for key, value in values.items()
-        if isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
-    ]
+    nested = list(_nested_lists(values))
     if nested:  # what follows compares numbers
         yield from nested
         return
     yield from _bounds(values, levels=len(config.model.ch_mult))
-    if "per_second" in config.data.sources:
-        yield (
-            "data.sources.per_second: metrics.csv has a column images_per_second of its own; give "
-            "another name, as data.sources.NAME=SHARDS"
-        )
-    yield from name_problems(config.name)
-    for key in ("run_dir", "init.weights"):
-        if not values[key].strip():
-            yield f"{key} is empty: expected {SETTINGS[key].doc}"
+    yield from _names(config)
     decays = config.ema.decays
     if not decays or len(set(decays)) < len(decays):
         yield f"ema.decay={decays}: expected {SEVERAL[float]}, each once"
     if len(config.optimizer.betas) != 2:
         yield f"optimizer.betas={config.optimizer.betas}: expected two numbers in [0, 1)"
     yield from _sizes(config)
-    model = config.model
+    yield from _widths(config.model)
+
+
+def _nested_lists(values: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
+            yield f"{key}={written(value)}: expected a list without lists or groups in it"
+
+
+def _names(config: Config) -> Iterator[str]:
+    """Names and paths that cannot be used."""
+    if "per_second" in config.data.sources:
+        yield (
+            "data.sources.per_second: metrics.csv has a column images_per_second of its own; give "
+            "another name, as data.sources.NAME=SHARDS"
+        )
+    yield from name_problems(config.name)
+    for key, text in (("run_dir", config.run_dir), ("init.weights", config.init.weights)):
+        if not text.strip():
+            yield f"{key} is empty: expected {SETTINGS[key].doc}"
+
+
+def _widths(model: Model) -> Iterator[str]:
+    """Channels of the networks that do not fit each other."""
     if not model.quant_conv and model.embed_dim != model.z_channels:
         yield (
             f"model.embed_dim={model.embed_dim}: expected model.z_channels={model.z_channels}, as "
@@ -185,30 +197,29 @@ def _bounds(values: Mapping[str, Any], levels: int) -> Iterator[str]:
             yield f"{key}={value!r}: expected a text without a NUL byte"
         if key in MADE and value and (meant := unexpanded(value)):
             yield f"{key}={value}: {meant.removeprefix('; ')}"
-        if (found := setting_of(key)) and found.bounds and value is not None:
-            least, most = found.bounds
-            most = levels if key == "compute.checkpoint_levels" else most
-            if not all(least <= n <= most for n in (value if isinstance(value, list) else [value])):
-                yield f"{key}={written(value)}: expected {_interval(least, most)}"
+        found = setting_of(key)
+        if not found or not found.bounds or value is None:
+            continue
+        least, most = found.bounds
+        if key == "compute.checkpoint_levels":
+            most = levels
+        several = value if isinstance(value, list) else [value]
+        if not all(least <= number <= most for number in several):
+            yield f"{key}={written(value)}: expected {_interval(least, most)}"
 
 
 def _sizes(config: Config) -> Iterator[str]:
     """Sizes of images that do not fit the networks, or each other."""
-    levels = len(config.model.ch_mult)
-    if not 1 <= levels <= MOST_LEVELS:
-        yield f"model.ch_mult={config.model.ch_mult}: expected 1 to {MOST_LEVELS} numbers"
-    else:
-        multiple = config.model.downsampling
+    if 1 <= len(config.model.ch_mult) <= MOST_LEVELS:
+        multiple, given = config.model.downsampling, config.log.pictures_size
         if config.data.crop % multiple:
             yield f"data.crop={config.data.crop}: expected a multiple of {multiple}"
         sizes = validation_sizes(config)
-        if config.log.pictures_size is not None and (
-            not sizes or len(set(sizes)) < len(sizes) or any(size % multiple for size in sizes)
-        ):
-            yield (
-                f"log.pictures_size={config.log.pictures_size}: expected multiples of "
-                f"{multiple}, each once"
-            )
+        once = len(set(sizes)) == len(sizes) > 0
+        if given is not None and not (once and all(size % multiple == 0 for size in sizes)):
+            yield f"log.pictures_size={given}: expected multiples of {multiple}, each once"
+    else:
+        yield f"model.ch_mult={config.model.ch_mult}: expected 1 to {MOST_LEVELS} numbers"
     sides = config.data.shorter_side
     if isinstance(sides, list) and (len(sides) != 2 or sides[0] > sides[1]):
         yield f"data.shorter_side={sides}: expected a number, or a range [least, most]"

@@ -203,10 +203,11 @@ class MetricsFile:
         self.appends = False  # once this process has written the whole file
         if path.is_file():
             reader = csv.DictReader(_whole_lines(path))
-            kept = [row for row in reader if (row.get("iteration") or "").isdecimal()]
             self.columns = list(reader.fieldnames or self.columns)
-            named = [{key: row[key] for key in self.columns} for row in kept]
-            self.rows = [row for row in named if int(row["iteration"]) <= start]
+            for row in reader:
+                iteration = row.get("iteration") or ""
+                if iteration.isdecimal() and int(iteration) <= start:
+                    self.rows.append({key: row[key] for key in self.columns})
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """Adds a row; a new column, or the first row, rewrites the file."""
@@ -220,10 +221,7 @@ class MetricsFile:
         self.rows.append(row)
         self.appends = False  # a row that fails may be there in part, or be missing
         if whole:
-            with (
-                atomic_path(self.path) as temporary,
-                temporary.open("w", newline="") as file,
-            ):
+            with atomic_path(self.path) as temporary, temporary.open("w", newline="") as file:
                 writer = csv.DictWriter(file, self.columns, restval="")
                 writer.writeheader()
                 writer.writerows(self.rows)

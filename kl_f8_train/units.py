@@ -46,11 +46,9 @@ def batch(global_batch: int, processes: int, micro_batch: int) -> str:
             f"{counted(processes, 'process', 'es')} x {counted(micro_batch, 'image', 's')} x "
             f"{counted(micro_batches, 'micro-batch', 'es')} = {global_batch:,}"
         )
-    dealt = (
-        "at once"
-        if micro_batches == 1
-        else f"in {micro_batches:,} micro-batches of {micro_batch:,}"
-    )
+    dealt = "at once"
+    if micro_batches != 1:
+        dealt = f"in {micro_batches:,} micro-batches of {micro_batch:,}"
     return f"{counted(global_batch, 'image', 's')}, {dealt}"
 
 
@@ -81,8 +79,9 @@ def shortest(value: float) -> str:
 def speed(images_per_second: float) -> str:
     """Three digits, without an exponent: 0.042, 3.15, 87.3, 1,810 images/s."""
     value = images_per_second
-    number = f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}" if value >= 1e-3 else "0"
-    return f"{number} images/s"
+    if value >= 99.95:  # which :.3g would write as 1e+02
+        return f"{value:,.0f} images/s"
+    return f"{value:.3g} images/s" if value >= 1e-3 else "0 images/s"
 
 
 def figure(value: float) -> str:

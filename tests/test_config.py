@@ -417,7 +417,7 @@ def test_a_text_is_never_null(key):
     assert f"{key}=null: cannot be null; expected " in refused(f"{key}=null")
 
 
-def test_quotes_within_a_list_are_not_its_texts():
+def test_quotes_around_the_elements_of_a_list_are_left_out():
     settings = samples.recipe("ft_ema", "data.sources=['/data/a', \"/data/b\"]")
     assert [source.shards for source in settings.data.sources.values()] == ["/data/a", "/data/b"]
     settings = samples.recipe("ft_ema", "data.sources.photos.filters=['width >= 64', 'height > 9']")

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import importlib.util
+import json
 import pickle
 import re
 import subprocess
@@ -34,6 +35,7 @@ from kl_f8_train import (
 from kl_f8_train.core.batch import Batch, plain_batch
 from kl_f8_train.core.discriminator import initialize
 from kl_f8_train.errors import MissingInputError, UsageError
+from kl_f8_train.weights.weight_file import read_weights
 
 PAGE = Path(__file__).parents[1] / "docs/library.md"
 TINY = (
@@ -130,6 +132,24 @@ def test_an_autoencoder_is_saved_by_its_suffix(tmp_path):
         assert loaded.decoder.norm_out.num_groups == 8
     with pytest.raises(UsageError, match=r"saved as .safetensors or .ckpt"):
         save_autoencoder(model, tmp_path / "a.pt")
+
+
+def test_what_a_base_states_is_saved_with_its_finetuned_copy(tmp_path):
+    tuner = module("adversarial.start_iteration=0")
+    save_autoencoder(tuner.autoencoder, tmp_path / "diffusion_pytorch_model.safetensors")
+    stated = {"_class_name": "AutoencoderKL", "scaling_factor": 0.13025, "force_upcast": False}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    given = parts() | {"autoencoder": load_autoencoder(tmp_path)}
+    tuner, fitting = Finetuner(**given), trainer(max_steps=1)
+    fitting.fit(tuner, loader())
+    (tmp_path / "out").mkdir()
+    fitting.save_checkpoint(tmp_path / "out/last.ckpt")
+    for name in ("a.safetensors", "a.ckpt"):
+        save_autoencoder(tuner.averaged(), tmp_path / "out" / name)
+    for name in ("a.safetensors", "a.ckpt", "last.ckpt"):
+        found = load_autoencoder(tmp_path / "out" / name).facts
+        assert (found.scaling_factor, found.force_upcast) == (0.13025, False)
+        assert found.norm_num_groups == 4
 
 
 def test_a_compiled_autoencoder_is_saved_by_the_names_of_the_plain_one(tmp_path):
@@ -294,6 +314,7 @@ def test_lightnings_own_checkpoint_is_a_vae_file(tmp_path):
     assert same(averaged, tuner.averaged())
     assert same(raw, tuner.autoencoder)
     assert averaged.encoder.norm_out.num_groups == 8
+    assert read_weights(path)[0].iteration == 101
 
 
 def test_a_checkpoint_of_another_module_is_refused():

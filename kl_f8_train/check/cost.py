@@ -109,13 +109,15 @@ class CostCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         outputs = _tensors(result)
         new = {s._cdata: s for t in outputs if (s := t.untyped_storage())._cdata not in self._alive}
+        # What the kernel computes and moves; a view has no kernel.
         if product:
             self._now.flops[inputs[0].dtype] += product(*args, **kwargs, out_val=result)
             self._now.product_bytes += _bytes([*inputs, *outputs])
-        elif not self.fuse and (new or func._schema.is_mutable):  # else a view
+        elif not self.fuse and (new or func._schema.is_mutable):
             self._now.other_bytes += _bytes([*inputs, *outputs])
         elif self.fuse and not new and func._schema.is_mutable:
             self._now.other_bytes += self._read(inputs) + _bytes(outputs)
+        # What it leaves behind: fused, only sums are in memory at once, the rest when it is read.
         largest = max((t.nbytes for t in inputs), default=0)
         sums = [s for s in new.values() if largest >= SUM * _allocated(s)]
         read = [t.untyped_storage() for t in inputs]
@@ -196,7 +198,8 @@ def _allocated(storage: UntypedStorage) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in {id(t): t for t in tensors}.values())
+    different = {id(tensor): tensor for tensor in tensors}
+    return sum(tensor.nbytes for tensor in different.values())
 
 
 @dataclass(frozen=True)
@@ -347,9 +350,7 @@ def work(config: Config, accumulating: bool = False) -> Work:
 
 def _counts_for_work(config: Config, accumulating: bool) -> Counts:
     batch = MORE * config.compute.perceptual_parts
-    if accumulating:
-        return counts(config, batch, 2 * batch)
-    return counts(config, batch)
+    return counts(config, batch, 2 * batch if accumulating else batch)
 
 
 def flops_per_image(config: Config, accumulating: bool = False) -> int:
@@ -409,10 +410,8 @@ def peak_bytes(config: Config, batch: int, share: int | None = None) -> float:
     if share <= 2 * more:
         return max(_peaks(counts(config, batch, share)).values())
     images = 2 * max(more, GROUP)
-    below, above, longer = (
-        _peaks(counts(config, size, count))
-        for size, count in ((few, images), (more, images), (more, images + more))
-    )
+    below, above = _peaks(counts(config, few, images)), _peaks(counts(config, more, images))
+    longer = _peaks(counts(config, more, images + more))
     return max(
         least
         + (batch - few) * (above[phase] - least) / (more - few)

@@ -58,19 +58,21 @@ def examine(
             _list_settings(report, examined.config, path, overrides)
     for problem in examined.problems:
         report.record(problem)
-    config, problems = examined.config, len(examined.problems)
-    is_plan = problems == bool(examined.absent)  # nothing but values is missing
-    with report.guard("examination"):
-        if config is not None and not problems:
-            _examine_run(report, config, allow_changes)
-        elif config is not None and is_plan:
-            _examine_plan(report, config)
-        elif config is not None and not examined.absent:
-            _examine_inputs(report, config)
-    with report.guard("screen"):
-        if brief and config is not None and is_plan:
-            for line in screen.lines(report.facts, config):
-                brief(line)
+    config, right = examined.config, not examined.problems
+    # All settings without a value are one problem; if it is the only one, the rest is planned.
+    is_plan = len(examined.problems) == 1 and bool(examined.absent)
+    if config is not None:
+        with report.guard("examination"):
+            if right:
+                _examine_run(report, config, allow_changes)
+            elif is_plan:
+                _examine_plan(report, config)
+            elif not examined.absent:
+                _examine_inputs(report, config)
+        with report.guard("screen"):
+            if brief and (right or is_plan):
+                for line in screen.lines(report.facts, config):
+                    brief(line)
     _verdict(report, brief or say)
     return report
 

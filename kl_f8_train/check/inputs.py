@@ -171,11 +171,9 @@ def check_overlap(report: Report, config: Config, pictures: Path) -> None:
         one, other = next(iter(found.common.items()))
         verb = "is a training image" if len(found.common) == 1 else "are training images"
         most = 2 * len(found.common) > found.pictures
-        loss = (
-            "the validation's scores then say nothing about other photographs"
-            if most
-            else "the scores say less about others"
-        )
+        loss = "the scores say less about others"
+        if most:
+            loss = "the validation's scores then say nothing about other photographs"
         report.remark(
             f"{WARNING * most}{len(found.common)} of "
             f"{counted(found.pictures, 'validation picture', 's')} {verb}, as {one} = {other}: "

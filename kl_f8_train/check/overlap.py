@@ -51,7 +51,8 @@ def find(folder: Path, sources: Mapping[str, ImageSource]) -> Overlap:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         seen = [found for found in pool.map(_look_of, places) if found]
     if seen and pictures:
-        mine, theirs = (np.stack([look for *_, look in found]) for found in (pictures, seen))
+        mine = np.stack([look for *_, look in pictures])
+        theirs = np.stack([look for *_, look in seen])
         for one, other in near.alike(mine, theirs):
             common.setdefault(pictures[one][0], seen[other][0])
     sampled = "" if len(places) == total else f" (equal files; near-duplicates in {len(places):,})"

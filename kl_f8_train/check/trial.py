@@ -139,12 +139,10 @@ def _check_gradients(finetuner: Finetuner, audit: Mapping[str, float]) -> None:
     """Raises RunFailedError for a term without a gradient, and for a frozen part with one."""
     wrong = [f"{name} {norm:g}" for name, norm in audit.items() if not 0 < norm < math.inf]
     model = finetuner.autoencoder
-    wrong += [
-        f"{part}.{name} has a gradient, though frozen"
-        for part in FROZEN
-        for name, parameter in getattr(model, part).named_parameters()
-        if parameter.grad is not None
-    ]
+    for part in FROZEN:
+        for name, parameter in getattr(model, part).named_parameters():
+            if parameter.grad is not None:
+                wrong.append(f"{part}.{name} has a gradient, though frozen")
     if wrong:
         raise RunFailedError(
             f"gradient audit: {'; '.join(wrong[:5])}; expected every term above 0 and finite, and "

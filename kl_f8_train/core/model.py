@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from kl_f8_train.facts import Facts
+
 FROZEN = ("encoder", "quant_conv")
 TRAINED = ("decoder", "post_quant_conv")
 EPS = 1e-6  # of every GroupNorm, as in the original
@@ -54,6 +56,8 @@ class AutoencoderKL(nn.Module):
     channels; without `quant_conv` as in SD3 and FLUX. Raises ValueError for channels that
     `norm_num_groups` does not divide.
     """
+
+    facts = Facts()  # that its file states, for the file that it is saved to
 
     def __init__(
         self,

@@ -82,10 +82,17 @@ RUN_STATE = "kl_f8_train.run_state"  # in a checkpoint of Lightning's own
 class Finetuner(_Base):
     """Holds the networks and runs iterations; counts decoder updates itself, in `run_state`.
 
+    Finetuner(config, autoencoder, discriminator, perceptual, run_state=None, log_metrics=True)
+
+    `config` is of `recipe`. The autoencoder is trained in place, in float32; the discriminator is
+    None for a recipe without an adversarial term. `perceptual` takes images and reconstructions,
+    (B, 3, H, W) in [-1, 1], to distances, (B, 1, 1, 1).
+
     A loader gives a Batch, or images alone: a tensor, or a tuple or list that begins with one,
     (B, 3, H, W), uint8 or floating point in [-1, 1]. Their noise then follows from the seed, the
-    iteration and the rank. Raises ValueError for anything else, and for a Trainer whose precision
-    is not "32-true": `precision` in the configuration decides.
+    iteration and the rank. Raises ValueError for anything else, for networks that do not fit the
+    recipe, and for a Trainer whose precision is not "32-true": `precision` in the configuration
+    decides.
 
     With `log_metrics` the figures of each iteration go to the Trainer's loggers.
     """
@@ -126,7 +133,8 @@ class Finetuner(_Base):
         precision = config.loss.perceptual_precision
         own = {} if precision == "float32" else {"precision": precision}
         self.distance: Distance = partial(perceptual, **own)  # no submodule, either
-        self.run_state = run_state or RunState(iteration=config.init.iteration or 0)
+        start = RunState(iteration=config.init.iteration or 0, facts=autoencoder.facts)
+        self.run_state = run_state or start
         self.guard = Guard(config.max_bad_updates)
         self.kernels = Kernels(config.precision, config.compute.deterministic)
         self.metrics: dict[str, Tensor] = {}  # of the last iteration
@@ -238,9 +246,10 @@ class Finetuner(_Base):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the counters, and what a reader must know, to a checkpoint of Lightning's own."""
         self.guard.judge()
-        checkpoint[RUN_STATE] = asdict(self.run_state)
         groups = self.autoencoder.decoder.norm_out.num_groups
         checkpoint[ENTRY] = replace(self.run_state.facts, norm_num_groups=groups).stated()
+        checkpoint["iteration"] = self.iteration
+        checkpoint[RUN_STATE] = asdict(self.run_state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the counters out of it; raises MissingInputError if there are none."""

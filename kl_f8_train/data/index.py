@@ -15,7 +15,6 @@ import os
 import re
 import tarfile
 import zipfile
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -265,16 +264,9 @@ def _index(members: list[Member]) -> TarIndex:
     known as a photograph's, the dots are the names' own (`IMG.1.jpg`, `IMG.2.jpg`), and the name
     ends at its last dot.
     """
-    dotted = False
-    groups = _groups(members, dotted)
-    images = [[member for member in group if member.is_image] for group in groups]
-    rivals = [member.field for group in images if len(group) > 1 for member in group]
-    if rivals and all("." in field for field in rivals):
-        fields = Counter(member.field for group in images for member in group)
-        dotted = max(fields.values()) == 1 and not any(map(_is_photograph, rivals))
-        groups = _groups(members, dotted)
+    dotted = _are_dotted(members)
     found = TarIndex()
-    for group in groups:
+    for group in _groups(members, dotted):
         candidates = [member for member in group if member.is_image]
         if not candidates:
             found.without_image += 1
@@ -283,6 +275,19 @@ def _index(members: list[Member]) -> TarIndex:
         chosen.numbers = {k: v for member in group for k, v in member.numbers.items()}
         found.images.append((chosen.key(dotted)[1], chosen))
     return found
+
+
+def _are_dotted(members: list[Member]) -> bool:
+    """Whether images that share a name up to its first dot are samples of their own."""
+    fields: list[str] = []
+    rivals: list[str] = []
+    for group in _groups(members, dotted=False):
+        own = [member.field for member in group if member.is_image]
+        fields += own
+        rivals += own if len(own) > 1 else []
+    if len(set(fields)) < len(fields) or any(map(_is_photograph, rivals)):
+        return False
+    return bool(rivals) and all("." in field for field in rivals)
 
 
 def _groups(members: list[Member], dotted: bool) -> list[list[Member]]:
@@ -303,7 +308,9 @@ def _groups(members: list[Member], dotted: bool) -> list[list[Member]]:
 
 def _field_rank(member: Member) -> int:
     """Which of a sample's images is the photograph: `jpg`, then `image.png`, then any other."""
-    return 0 if f".{member.field}" in SUFFIXES else 1 if _is_photograph(member.field) else 2
+    if f".{member.field}" in SUFFIXES:
+        return 0
+    return 1 if _is_photograph(member.field) else 2
 
 
 def _is_photograph(field: str) -> bool:
@@ -440,10 +447,10 @@ def _write_part(
     """Writes what was found in a chunk's shards as arrays over its images, and a header."""
     images = [image for one in tars for _, image in one.images]
     names = sorted({key for image in images for key in image.numbers})
-    columns = {
-        f"column_{i}": np.array([image.numbers.get(key, np.nan) for image in images], np.float32)
-        for i, key in enumerate(names)
-    }
+    columns = {}
+    for number, name in enumerate(names):
+        values = [image.numbers.get(name, np.nan) for image in images]
+        columns[f"column_{number}"] = np.array(values, np.float32)
     header = {
         "fingerprints": made_of,
         "counts": [len(one.images) for one in tars],

@@ -122,8 +122,7 @@ def pack(
     _claim(out, {"per_shard": per_shard, "reencode": reencode, "files": held.files})
     dealt: Iterator[tuple[str, ...] | parquet.Rows] = held.dealt(per_shard)
     jobs = [Job(number, held.folder, files, out, reencode) for number, files in enumerate(dealt)]
-    found = ((job.number, job.done()) for job in jobs)
-    stats = {number: entry for number, entry in found if entry is not None}
+    stats = {job.number: entry for job in jobs if (entry := job.done()) is not None}
     open_jobs = [job for job in jobs if job.number not in stats]
     done = sum(entry["count"] for entry in stats.values())
     count = _count(workers, open_jobs)
@@ -137,8 +136,10 @@ def pack(
     packed = sum(entry["successes"] for entry in stats.values())
     skipped = [line for job in jobs for line in stats[job.number]["skipped"]]
     if not packed:
-        for path in (out / MANIFEST, *(file for job in jobs for file in (job.tar, job.stats))):
-            path.unlink()  # so that the same command packs what is there by then
+        (out / MANIFEST).unlink()  # so that the same command packs what is there by then
+        for job in jobs:
+            job.tar.unlink()
+            job.stats.unlink()
         raise MissingInputError(
             f"{held.folder}: none of its {counted(len(held), 'image', 's')} can be used, from "
             f"{skipped[0]}; nothing is left in {out}"
@@ -232,11 +233,10 @@ def _compare(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         "missing": before.keys() - after.keys(),
         "of another size": {name for name in both if before[name] != after[name]},
     }
-    differences = [
-        f"{key}: {written(old[key])} there, {written(new[key])} asked for"
-        for key in ("per_shard", "reencode")
-        if old[key] != new[key]
-    ]
+    differences = []
+    for key in ("per_shard", "reencode"):
+        if old[key] != new[key]:
+            differences.append(f"{key}: {written(old[key])} there, {written(new[key])} asked for")
     for text, names in named.items():
         if names:
             shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")

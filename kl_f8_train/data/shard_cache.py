@@ -181,15 +181,14 @@ class ShardCache:
     def _evict(self, incoming: int = 0) -> None:
         """Unlinks least recently used files until `incoming` more bytes fit."""
         with _locked(self.root / ".evict.lock", fcntl.LOCK_EX):
-            kinds = (CACHED_NAME, PART_NAME)
-            files = [f for f in _listing(self.root) if any(k.fullmatch(f[-1]) for k in kinds)]
-            total = incoming + sum(size for _, size, _ in files)
-            for _, size, name in sorted(files):  # the least recently used first
+            listed = sorted(_listing(self.root))  # the least recently used first
+            whole = [(size, name) for _, size, name in listed if CACHED_NAME.fullmatch(name)]
+            parts = [size for _, size, name in listed if PART_NAME.fullmatch(name)]
+            total = incoming + sum(parts) + sum(size for size, _ in whole)
+            for size, name in whole:
                 if total <= self.max_bytes:
                     break
-                if CACHED_NAME.fullmatch(name) and _unlink(
-                    self.root, name, name, self.grace_seconds
-                ):
+                if _unlink(self.root, name, name, self.grace_seconds):
                     total -= size
 
     def _own_worker(self) -> "_Worker":

@@ -326,20 +326,12 @@ def open_source(
                     "it, or leave them out"
                 )
             return FolderSource(folder, listing)
-        locations = expand(pattern)
-        places = index_directories(locations, index_dir)
-        directory = next((place for place in places if _fresh(place, cache)), None)
-        if directory is None:
-            directory = index_directory(locations, index_dir)
-            with one_at_a_time(directory):  # one rank builds, the others wait
-                if not _fresh(directory, cache):
-                    _build_here(locations, directory, cache, pattern, index_dir)
-        source = TarSource(directory, parsed, cache)
+        source = TarSource(_index_of(pattern, cache, index_dir), parsed, cache)
     broken = list(source.broken.values())
     if broken and bad_shards == "stop":
         raise MissingInputError(
             "\n".join(broken[:10])
-            + f"\n{len(broken):,} of {counted(len(locations), 'shard', 's')} of {name} "
+            + f"\n{len(broken):,} of {counted(len(source.locations), 'shard', 's')} of {name} "
             f"{are(len(broken))} broken; repair them, or "
             "leave them out with data.bad_shards=skip; `kl-f8-train index` retries those that "
             "could not be fetched"
@@ -368,6 +360,19 @@ def _fresh(directory: Path, cache: ShardCache) -> bool:
         return not source.changed()
     except UNREADABLE:
         return False
+
+
+def _index_of(pattern: str, cache: ShardCache, index_dir: str | None) -> Path:
+    """Where the index of these shards lies; it is built first if it is not there, or outdated."""
+    locations = expand(pattern)
+    for directory in index_directories(locations, index_dir):
+        if _fresh(directory, cache):
+            return directory
+    directory = index_directory(locations, index_dir)
+    with one_at_a_time(directory):  # one rank builds, the others wait
+        if not _fresh(directory, cache):
+            _build_here(locations, directory, cache, pattern, index_dir)
+    return directory
 
 
 def _build_here(

@@ -87,20 +87,19 @@ def write(
         details = Details(**{name: value or kept.get(name, value) for name, value in given.items()})
         found = _evaluated(scores_file, record) if scores_file else None
         evaluated = found or _kept_scores(export_dir, record)
-        # Files beside the card. A strip in the export's own folder is the scores', not a copy.
-        if not pictures:
-            evaluated = evaluated and replace(evaluated, strip=False)
-            beside = scores_file is not None and scores_file.parent.samefile(export_dir)
-            if not beside and _has_strip(export_dir, record):
-                (export_dir / STRIP).unlink()
-        elif scores_file and evaluated and evaluated.strip:
-            _copy(scores_file.with_name(STRIP), export_dir / STRIP)
-            say(f"copied {STRIP}, photographs of the evaluation (--no-pictures leaves it out)")
-        if license_file is not None:
-            _copy(license_file, export_dir / LICENSE)
         record["card"] = asdict(details)
         if evaluated:
+            evaluated = replace(evaluated, strip=evaluated.strip and pictures)
             record["card"] |= {"scores": evaluated.scores, "model": evaluated.name}
+        # Files beside the card. A strip in the export's own folder is the scores', not a copy.
+        if scores_file and evaluated and evaluated.strip:
+            _copy(scores_file.with_name(STRIP), export_dir / STRIP)
+            say(f"copied {STRIP}, photographs of the evaluation (--no-pictures leaves it out)")
+        beside = scores_file is not None and scores_file.parent.samefile(export_dir)
+        if not pictures and not beside and _has_strip(export_dir, record):
+            (export_dir / STRIP).unlink()
+        if license_file is not None:
+            _copy(license_file, export_dir / LICENSE)
         parts = {STRIP: evaluated and evaluated.strip, LICENSE: "license_link" in details.license}
         files = record["files"]
         for file, used in parts.items():
@@ -214,19 +213,18 @@ def read_record(export_dir: Path, needed: Collection[str] = ("files",)) -> dict[
         raise MissingInputError(f"{path} is of an older version. Run `kl-f8-train export` again")
     kinds = {**NEEDED, **FURTHER}
     typed = all(isinstance(record[key], kinds[key]) for key in kinds.keys() & record.keys())
-    safe = (
-        typed
-        and record["files"]
-        and all(
-            isinstance(digest, str)
-            and not Path(name).is_absolute()
-            and ".." not in Path(name).parts
-            for name, digest in record["files"].items()
-        )
-    )
-    if not safe:
+    if not typed or not _are_inside(record["files"]):
         raise _other_json(path, "export")
     return record
+
+
+def _are_inside(files: Mapping[str, Any]) -> bool:
+    """Whether there are files, all with a hash, and none outside the export."""
+    for name, digest in files.items():
+        path = Path(name)
+        if not isinstance(digest, str) or path.is_absolute() or ".." in path.parts:
+            return False
+    return bool(files)
 
 
 def _sha256(path: Path) -> str:
@@ -335,10 +333,7 @@ def _is_source(entry: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
 def _taken(scores: Mapping[str, Any]) -> dict[str, Any]:
     """What a card keeps of scores.json: no path of one machine, and finite numbers only."""
     return {
-        "models": {
-            name: {metric: _finite_score(value, metric) for metric, value in row.items()}
-            for name, row in scores["models"].items()
-        },
+        "models": {name: _finite_scores(row) for name, row in scores["models"].items()},
         **{key: scores[key] for key in ("weights", "protocol", "images")},
         "images_sha256": scores.get("images_sha256"),
         "unmeasured": {k: str(v) for k, v in scores.get("unmeasured", {}).items() if k in SCORES},
@@ -347,14 +342,16 @@ def _taken(scores: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _finite_score(value: Any, metric: str) -> Any:
-    """rFID, or another metric's mean and deviation; None if that is missing or not finite."""
-    if metric == "rfid":
+def _finite_scores(row: Mapping[str, Any]) -> dict[str, Any]:
+    """rFID, and other metrics' mean and deviation; None if that is missing or not finite."""
+    found = {}
+    for metric, value in row.items():
         numbers = [value]
-    else:
-        numbers = [value.get("mean"), value.get("std")] if isinstance(value, dict) else [None]
-    known = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
-    return value if known else None
+        if metric != "rfid":
+            numbers = [value.get("mean"), value.get("std")] if isinstance(value, dict) else [None]
+        known = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+        found[metric] = value if known else None
+    return found
 
 
 def family_served(config: Config, stated: Mapping[str, Any]) -> Family | None:
@@ -385,20 +382,10 @@ def _front_matter(
     }
     if details.base_model:
         front["base_model"] = details.base_model
-    metrics = _measured(evaluated) if evaluated else []
-    if evaluated and metrics:
-        front["model-index"] = [
-            {
-                "name": record["name"],
-                "results": [
-                    {
-                        "task": {"type": "image-to-image", "name": "Image reconstruction"},
-                        "dataset": _dataset(evaluated.scores),
-                        "metrics": metrics,
-                    }
-                ],
-            }
-        ]
+    if evaluated and (metrics := _measured(evaluated)):
+        task = {"type": "image-to-image", "name": "Image reconstruction"}
+        result = {"task": task, "dataset": _dataset(evaluated.scores), "metrics": metrics}
+        front["model-index"] = [{"name": record["name"], "results": [result]}]
     return front
 
 
@@ -466,8 +453,9 @@ def _strip_text(scores: Mapping[str, Any]) -> str:
 
 def _table(evaluated: Evaluated) -> str:
     rows = evaluated.scores["models"]
-    columns = [*HUB_TYPES, *(["st_lpips"] if any(r.get("st_lpips") for r in rows.values()) else [])]
-    lines = []
+    columns, lines = [*HUB_TYPES], []
+    if any(row.get("st_lpips") for row in rows.values()):
+        columns.append("st_lpips")
     for name, row in rows.items():
         iteration = evaluated.scores.get("weights", {}).get(name, {}).get("iteration")
         step = "" if iteration is None else f"{iteration:,}"

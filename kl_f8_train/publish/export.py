@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kl_f8_train import __version__, images, units
 from kl_f8_train import config as configs
-from kl_f8_train.averages import label, module_name, selection
+from kl_f8_train.averages import label, module_name, requested
 from kl_f8_train.core.hashes import data_sha256, frozen_sha256
 from kl_f8_train.core.model import FROZEN, TRAINED, AutoencoderKL
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
@@ -74,7 +74,7 @@ def export(
     _check_choice(source, average, raw, ema)
     header = weight_file.read(source, lambda names: ())
     config = checkpoint.stored_config(header)
-    select = "raw" if raw else "ema" if ema is None else selection(ema)
+    select = requested(raw, ema)
     kind = f"{select}-average" if average else select
     marks = ["best"] * best + [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
     out = out or _own_place(source, marks)
@@ -224,11 +224,9 @@ def _rescaled(
     """What was rescaled, and what that does."""
     proof = rescaling.proof
     inner = f", {counted(len(rescaling.inner), 'block', 's')} inside" * bool(rescaling.inner)
-    same = (
-        "bit for bit the same"
-        if proof["float32_bit_equal"]
-        else f"within {proof['float32_largest_difference_in_levels']:.1g} of 255 levels"
-    )
+    same = "bit for bit the same"
+    if not proof["float32_bit_equal"]:
+        same = f"within {proof['float32_largest_difference_in_levels']:.1g} of 255 levels"
     return (
         f"fp16-safe: the decoder's residual stream x {proof['stream']}{inner}; largest "
         f"activation {before['largest_activation']:,.4g} -> {after['largest_activation']:,.4g}; in "
@@ -253,19 +251,15 @@ def _upcast(measured: Mapping[str, Any], encoder: float) -> tuple[bool, str]:
 
 def _summary(out: Path, record: dict[str, Any]) -> list[str]:
     """Lines for people: the checks, half precision, the files."""
-    rounding = []
+    lines = [f"{check}: {result}" for check, result in record["checks"].items()]
+    lines += half_precision.describe(record["half_precision"])
     if record["dtype"] == "bfloat16" and record["half_precision"]["bfloat16"]["mean"]:
         mean = record["half_precision"]["bfloat16"]["mean"]
-        rounding = [f"WARNING: bfloat16 costs {mean:.2g} levels of 255; publish float32"]
-    return [
-        *(f"{check}: {result}" for check, result in record["checks"].items()),
-        *half_precision.describe(record["half_precision"]),
-        *rounding,
-        *(
-            f"{out / file}  {(out / file).stat().st_size:,} bytes  sha256 {digest[:12]}"
-            for file, digest in record["files"].items()
-        ),
-    ]
+        lines.append(f"WARNING: bfloat16 costs {mean:.2g} levels of 255; publish float32")
+    for file, digest in record["files"].items():
+        size = (out / file).stat().st_size
+        lines.append(f"{out / file}  {size:,} bytes  sha256 {digest[:12]}")
+    return lines
 
 
 def _stated_facts(header: weight_file.Contents, config: Config, family: str | None) -> Facts:
@@ -292,13 +286,13 @@ def _ruined(run: Path, record: Mapping[str, Any], select: str) -> list[str]:
     if record["averaged"]:  # also of other iterations: not validated
         return []
     found = outcome.read(run, record["iteration"])
-    changes = found.changes if found else ()
-    worse = [change for change in changes if change.weights == label(select) and change.is_worse]
-    return [
-        f"WARNING: on the run's fixed photographs these weights are worse than those it started "
-        f"from: {change}; evaluate them before you use them"
-        for change in worse
-    ]
+    for change in found.changes if found else ():
+        if change.weights == label(select) and change.is_worse:
+            return [
+                f"WARNING: on the run's fixed photographs these weights are worse than those it "
+                f"started from: {change}; evaluate them before you use them"
+            ]
+    return []
 
 
 def make_fp16_safe(
@@ -380,11 +374,10 @@ def _own_place(source: Path, marks: Sequence[str]) -> Path:
 
 def _weight_files(out: Path, stem: str, layouts: Sequence[str], dtype: str) -> list[WeightFile]:
     """The weight files to write."""
-    files = [
-        WeightFile(out / f"{stem}.{layout}", layout, getattr(torch, dtype))
-        for layout in LAYOUTS[:2]
-        if layout in layouts
-    ]
+    files = []
+    for layout in LAYOUTS[:2]:
+        if layout in layouts:
+            files.append(WeightFile(out / f"{stem}.{layout}", layout, getattr(torch, dtype)))
     if "diffusers" in layouts:
         # from_pretrained takes the plain file, or the one that `variant` names: fp16, bf16.
         for name in dict.fromkeys(["float32", "float16", dtype]):
@@ -553,18 +546,16 @@ def _verify(
             raise RunFailedError(
                 f"{path} reads back, but encodes or decodes a test pattern differently"
             )
-        read = (
-            "bit for bit; encoder and quant_conv as imported"
-            if stored == torch.float32
-            else f"all rounded to {DTYPES[str(stored)[6:]]}"
-        )
+        read = "bit for bit; encoder and quant_conv as imported"
+        if stored != torch.float32:
+            read = f"all rounded to {DTYPES[str(stored)[6:]]}"
         near = f"within {latents_error:.2g}" if latents_error else "as before"
-        shift = (
-            f"a test pattern's latents {near}, its image within {most:.2g} of 255 levels "
-            f"(mean {mean:.2g})"
-            if latents_error or most
-            else "a test pattern is encoded and decoded as before"
-        )
+        shift = "a test pattern is encoded and decoded as before"
+        if latents_error or most:
+            shift = (
+                f"a test pattern's latents {near}, its image within {most:.2g} of 255 levels "
+                f"(mean {mean:.2g})"
+            )
         checks[str(path.relative_to(out))] = f"{len(weights)} tensors read back, {read}; {shift}"
         if layout == "ckpt":
             _check_strictly(path, len(weights))

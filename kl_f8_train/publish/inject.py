@@ -62,15 +62,7 @@ def inject(vae: Path, into: Path, out: Path, force: bool = False) -> list[str]:
     source, weights = weight_file.read_weights(vae)
     weight_file.check_finite(source, weights.autoencoder)
     is_zip = into.is_file() and zipfile.is_zipfile(into)
-    places = _zip_places(into) if is_zip else _safetensors_places(into)
-    prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in places)), PREFIXES[0])
-    parts = tuple(f"{prefix}{part}" for part in names.AUTOENCODER_PARTS)
-    places = {k.removeprefix(prefix): place for k, place in places.items() if k.startswith(parts)}
-    if not places:
-        raise MissingInputError(
-            f"{into} holds no {names.FIRST_STAGE}*, nor vae.*, so it is not a full checkpoint; "
-            "give one of Stable Diffusion or FLUX"
-        )
+    places = _vae_places(into, _zip_places(into) if is_zip else _safetensors_places(into))
     with about(f"{source.path} does not fit {into}"):
         names.check_shapes(weights.autoencoder, {key: p.shape for key, p in places.items()})
     tensors = _stored(source, into, weights.autoencoder, places)
@@ -92,6 +84,21 @@ def inject(vae: Path, into: Path, out: Path, force: bool = False) -> list[str]:
         "everything else is copied as it was",
         f"{out}  {out.stat().st_size:,} bytes  sha256 {file_sha256(out)[:12]}",
     ]
+
+
+def _vae_places(into: Path, places: Mapping[str, Place]) -> dict[str, Place]:
+    """Those of the VAE, under CompVis' names; MissingInputError if there are none."""
+    for prefix in PREFIXES:
+        if any(key.startswith(prefix) for key in places):
+            break
+    parts = tuple(f"{prefix}{part}" for part in names.AUTOENCODER_PARTS)
+    found = {k.removeprefix(prefix): place for k, place in places.items() if k.startswith(parts)}
+    if not found:
+        raise MissingInputError(
+            f"{into} holds no {names.FIRST_STAGE}*, nor vae.*, so it is not a full checkpoint; "
+            "give one of Stable Diffusion or FLUX"
+        )
+    return found
 
 
 def _stored(
@@ -174,12 +181,12 @@ def _safetensors_places(path: Path) -> dict[str, Place]:
         file.seek(8)
         header = json.loads(file.read(struct.unpack("<Q", head[:8])[0]))
         start = file.tell()
-    return {
-        key: Place("", start + entry["data_offsets"][0], SAFETENSORS[entry["dtype"]], shape, ())
-        for key, entry in header.items()
-        if key.startswith(PREFIXES) and entry["dtype"] in SAFETENSORS
-        for shape in [tuple(entry["shape"])]
-    }
+    found = {}
+    for key, entry in header.items():
+        if key.startswith(PREFIXES) and entry["dtype"] in SAFETENSORS:
+            first, dtype = start + entry["data_offsets"][0], SAFETENSORS[entry["dtype"]]
+            found[key] = Place("", first, dtype, tuple(entry["shape"]), ())
+    return found
 
 
 def _write_safetensors(
@@ -200,16 +207,11 @@ def _write_safetensors(
 def _zip_places(path: Path) -> dict[str, Place]:
     """Where the tensors of a torch zip lie; raises MissingInputError if there is more in it."""
     weight_file.read(path, lambda names: ())  # raises if it is broken, or asks to run something
-    return {
-        key: Place(
-            record,
-            view.offset * view.storage.dtype.itemsize,
-            view.storage.dtype,
-            view.size,
-            view.stride,
-        )
-        for key, (record, view) in torch_file.views(path).items()
-    }
+    found = {}
+    for key, (record, view) in torch_file.views(path).items():
+        dtype = view.storage.dtype
+        found[key] = Place(record, view.offset * dtype.itemsize, dtype, view.size, view.stride)
+    return found
 
 
 def _write_zip(

@@ -63,10 +63,9 @@ def plan_upload(export_dir: Path, repository: str, pictures: bool = False) -> Up
     upload.files = dict(sorted(upload.files.items()))
     if upload.left_out and README in upload.files:
         upload.readme = without_pictures(upload.files[README].read_text(encoding="utf-8"))
-    others = [p for p in sorted(export_dir.iterdir()) if p.is_file() and p.name != EXPORT_FILE]
-    upload.left_out += [
-        f"{p.name} (not written by export or card)" for p in others if p.name not in record["files"]
-    ]
+    for path in sorted(export_dir.iterdir()):
+        if path.is_file() and path.name not in (EXPORT_FILE, *record["files"]):
+            upload.left_out.append(f"{path.name} (not written by export or card)")
     if not record.get("card", {}).get("license"):
         upload.warnings.append(
             f"the card states no license: kl-f8-train card {export_dir} --license ID"

@@ -73,11 +73,10 @@ def plan_rescaling(model: AutoencoderKL, latents: list[Tensor]) -> Rescaling:
             model.decode(z)
     powers = {name: _power(most) for name, most in largest.items()}
     stream = [k for name, k in powers.items() if STREAM.search(name)]
-    inner = {
-        name.removesuffix(".conv1"): k
-        for name, k in powers.items()
-        if name.endswith(".conv1") and k > 0
-    }
+    inner = {}
+    for name, k in powers.items():
+        if name.endswith(".conv1") and k > 0:
+            inner[name.removesuffix(".conv1")] = k
     return Rescaling(max(0, *stream), inner)
 
 

@@ -34,11 +34,11 @@ def downsample(points: Points, limit: int = MAX_POINTS) -> Points:
         return points
     # Stretches of iterations, not every n-th point: a mean shows the level, a sample the noise.
     edges = [round(i * len(points) / limit) for i in range(limit + 1)]
-    stretches = (points[a:b] for a, b in itertools.pairwise(edges))
-    return [
-        (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part))
-        for part in stretches
-    ]
+    means = []
+    for first, end in itertools.pairwise(edges):
+        xs, ys = zip(*points[first:end], strict=True)
+        means.append((sum(xs) / len(xs), sum(ys) / len(ys)))
+    return means
 
 
 def ticks(low: float, high: float, log: bool = False) -> list[float]:
@@ -75,7 +75,7 @@ def svg(chart: Chart, marks: Mapping[str, float], span: tuple[float, float]) -> 
         share = (scale(y) - scale(low)) / (scale(high) - scale(low))
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
-    parts = []
+    parts = []  # grid lines with their values, the iteration's axis, marks, then the curves
     numbers = ticks(low, high, log)
     for tick, label in zip(numbers, _labels(numbers), strict=True):
         y = up(tick)
@@ -92,11 +92,11 @@ def svg(chart: Chart, marks: Mapping[str, float], span: tuple[float, float]) -> 
                 f"<title>{escape(name)}</title></path>"
             )
     for number, line in zip(itertools.cycle(range(LINE_COLOURS)), lines.values(), strict=False):
-        path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line)
         if len(line) == 1:
             x, y = line[0]
             parts.append(f'<circle class="c{number}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="2"/>')
         else:
+            path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line)
             parts.append(f'<polyline class="c{number}" points="{path}"/>')
     label = escape(f"{chart.title}: {', '.join(lines)}", quote=True)
     return (
@@ -147,21 +147,16 @@ def page(
 
     `pictures` are shown in their order, title -> data URI.
     """
-    shown = [
-        replace(chart, lines={name: line for name, line in chart.lines.items() if line})
-        for chart in charts
-    ]
-    xs = [x for chart in shown for line in chart.lines.values() for x, _ in line]
+    points = itertools.chain(*(line for chart in charts for line in chart.lines.values()))
+    xs = [x for x, _ in points]
     span = (min(xs, default=0.0), max(xs, default=0.0))
-    figures = [
-        {
-            "title": chart.title,
-            "legend": {name: _mean_lately(chart, line) for name, line in chart.lines.items()},
-            "svg": svg(chart, marks, span),
-        }
-        for chart in shown
-        if chart.lines
-    ]
+    figures = []
+    for chart in charts:
+        lines = {name: line for name, line in chart.lines.items() if line}
+        if lines:
+            legend = {name: _mean_lately(chart, line) for name, line in lines.items()}
+            picture = svg(replace(chart, lines=lines), marks, span)
+            figures.append({"title": chart.title, "legend": legend, "svg": picture})
     return rendered(
         STATUS_PAGE,
         {

@@ -33,6 +33,14 @@ FIRST_LINE = 30.0  # seconds after which a run says how it goes, whatever log.ev
 SHOWN_SKIPPED = 20  # images named in the log; all are in the run's skipped-RANK.txt
 
 
+SHORT = {  # columns, as lines call them
+    "reconstruction_loss": "rec",
+    "generator_loss": "g",
+    "discriminator_loss": "d",
+    "adaptive_weight": "d_weight",
+}
+
+
 class RunLog(Callback):
     """metrics.csv always; a progress bar or plain lines; trackers on request."""
 
@@ -190,16 +198,7 @@ class RunLog(Callback):
             head = f"discriminator warm-up, {finetuner.warmup_left:,} iterations left"
         else:
             head = f"iteration {finetuner.iteration:,} of {stop:,}"
-        shown = [
-            f"{short} {figure(row[key])}"
-            for short, key in (
-                ("rec", "reconstruction_loss"),
-                ("g", "generator_loss"),
-                ("d", "discriminator_loss"),
-                ("d_weight", "adaptive_weight"),
-            )
-            if key in row
-        ]
+        shown = [f"{short} {figure(row[key])}" for key, short in SHORT.items() if key in row]
         rest = stop - finetuner.iteration + finetuner.warmup_left
         left = [] if seconds is None else [f"{duration(rest * seconds)} left"]
         return " | ".join([head, *shown, speed(row["images_per_second"]), *left])

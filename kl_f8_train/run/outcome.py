@@ -30,24 +30,27 @@ class Change(NamedTuple):
 
         The raw weights, which a rate keeps moving, are judged by the large losses alone.
         """
-        lost = self.psnr[0] - self.psnr[1]
-        risen = self.perceptual[1] / max(self.perceptual[0], 1e-9) - 1
+        lost, risen = self.psnr[0] - self.psnr[1], self._risen
         both = self.weights != "raw" and lost > NOISE_DB and risen > NOISE_SHARE
         return both or lost > LOST_DB or risen > LOST_SHARE or self.is_worse_to_the_eye
 
     @property
     def is_worse_to_the_eye(self) -> bool:
         """Whether an EMA's perceptual distance rose clearly although PSNR did not gain by it."""
-        gained = self.psnr[1] - self.psnr[0]
-        risen = self.perceptual[1] / max(self.perceptual[0], 1e-9) - 1
-        flat = abs(gained) <= FLAT_DB
-        return self.weights != "raw" and flat and risen > WASTED_SHARE
+        flat = abs(self.psnr[1] - self.psnr[0]) <= FLAT_DB
+        return self.weights != "raw" and flat and self._risen > WASTED_SHARE
+
+    @property
+    def _risen(self) -> float:
+        """The perceptual distance's change, as a share of the first."""
+        return self.perceptual[1] / max(self.perceptual[0], 1e-9) - 1
 
     @property
     def _verdict(self) -> str:
         """Which way the perceptual distance went, as it is better lower; empty within noise."""
-        risen = self.perceptual[1] / max(self.perceptual[0], 1e-9) - 1
-        return "" if abs(risen) <= NOISE_SHARE else " (worse)" if risen > 0 else " (better)"
+        if abs(self._risen) <= NOISE_SHARE:
+            return ""
+        return " (worse)" if self._risen > 0 else " (better)"
 
     def __str__(self) -> str:
         (psnr, last_psnr), (distance, last_distance) = self.psnr, self.perceptual
@@ -71,17 +74,16 @@ class Outcome(NamedTuple):
 
     def warnings(self) -> list[str]:
         """A line for each of the weights that got worse."""
-        return [
-            f"the {change.weights} weights got worse since the start: {change}. "
-            + (
-                "PSNR does not show it, pictures do: lower adversarial.weight or "
-                if change.is_worse_to_the_eye
-                else "Lower "
+        lines = []
+        for change in [change for change in self.changes if change.is_worse]:
+            lower = "Lower"
+            if change.is_worse_to_the_eye:
+                lower = "PSNR does not show it, pictures do: lower adversarial.weight or"
+            lines.append(
+                f"the {change.weights} weights got worse since the start: {change}. {lower} "
+                "optimizer.learning_rate; an earlier checkpoint, or the start, is better"
             )
-            + "optimizer.learning_rate; an earlier checkpoint, or the start, is better"
-            for change in self.changes
-            if change.is_worse
-        ]
+        return lines
 
 
 def compare(rows: Sequence[Row]) -> Outcome | None:

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -37,6 +37,7 @@ from kl_f8_train.run_dir import (
 )
 from kl_f8_train.units import counted, duration, quoted, speed
 
+Default = TypeVar("Default", float, None)
 SPEED = "images_per_second"
 SHOWN_PICTURES = 3  # validations on the page
 ENOUGH_ROWS = 20  # for a judgement on speed and the loss: the start is slow
@@ -107,11 +108,13 @@ def read_settings(run: Path) -> dict[str, Any]:
         raise MissingInputError(
             f"run {run}: no such directory; give the run_dir of a training{like_path(run)}"
         )
-    if not file.is_file() and is_claimed(run):
-        raise MissingInputError(f"{run} is {STARTING}; ask again once it has written config.yaml")
-    if not file.is_file() and (failure := read_failure(run)):
-        raise MissingInputError(f"{run} did not start: {failure[0]}")
     if not file.is_file():
+        if is_claimed(run):
+            raise MissingInputError(
+                f"{run} is {STARTING}; ask again once it has written config.yaml"
+            )
+        if failure := read_failure(run):
+            raise MissingInputError(f"{run} did not start: {failure[0]}")
         raise MissingInputError(
             f"{run} is not a run directory yet: it has no config.yaml, which `train` writes once "
             f"weights and data are open{_runs_inside(run)}"
@@ -146,15 +149,13 @@ def _check_number(config: Mapping[str, Any], key: str) -> None:
         raise ValueError(f"{key}: got {quoted(value)}, expected a number")
 
 
-def _age(paths: Iterable[Path], now: float) -> float | None:
-    """Seconds since the newest of these files was written."""
+def _age(paths: Iterable[Path], now: float, absent: Default) -> float | Default:
+    """Seconds since the newest of these files was written; `absent` where there is none."""
     times = []
     for path in paths:
-        try:
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
             times.append(path.stat().st_mtime)
-        except FileNotFoundError:  # removed meanwhile
-            continue
-    return max(0.0, now - max(times)) if times else None
+    return max(0.0, now - max(times)) if times else absent
 
 
 # --- judging --------------------------------------------------------------------------------
@@ -170,12 +171,11 @@ def read_status(run: Path, now: float) -> Status:
     start = _start(config, rows)
     logged = int(rows[-1]["iteration"]) if rows else None
     iteration = max((i for i in (logged, saved) if i is not None), default=None)
-    # A median: one slow row, as after a validation, says nothing about the rest of the run.
-    speeds = [row[SPEED] for row in _lately(rows) if SPEED in row]
-    speed = statistics.median_high(speeds) if speeds else None
-    left = max(0, stop - iteration) * batch / speed if speed and iteration is not None else None
-    interval = (_group(config, "log").get("every") or 1) * batch / speed if speed else 0.0
-    share = None
+    speed, interval, left, share = _speed_lately(rows), 0.0, None, None
+    if speed:
+        interval = (_group(config, "log").get("every") or 1) * batch / speed
+    if speed and iteration is not None:
+        left = max(0, stop - iteration) * batch / speed
     if iteration is not None and start is not None:
         share = min(1.0, (iteration - start) / max(1, stop - start))
     state = "ended" if saved is not None and saved >= stop else _state(run, interval, now)
@@ -193,10 +193,10 @@ def read_status(run: Path, now: float) -> Status:
         images_per_second=speed,
         seconds_left=left,
         end_date=_date(now + left) if left else None,
-        last_log_age_seconds=_age([run / METRICS_FILE], now),
+        last_log_age_seconds=_age([run / METRICS_FILE], now, absent=None),
         checkpoint=str(path) if path else None,
         checkpoint_iteration=saved,
-        checkpoint_age_seconds=_age([path], now) if path else None,
+        checkpoint_age_seconds=_age([path] if path else [], now, absent=None),
         validation=_validation(validated),
         losses=compare_losses(training),
         warnings=[
@@ -207,6 +207,12 @@ def read_status(run: Path, now: float) -> Status:
             *_checkpoint_warnings(config, iteration, start if saved is None else saved),
         ],
     )
+
+
+def _speed_lately(rows: Sequence[Row]) -> float | None:
+    # A median: one slow row, as after a validation, says nothing about the rest of the run.
+    speeds = [row[SPEED] for row in _lately(rows) if SPEED in row]
+    return statistics.median_high(speeds) if speeds else None
 
 
 def _is_warmup(row: Row) -> bool:
@@ -221,20 +227,19 @@ def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _state(run: Path, log_interval_seconds: float, now: float) -> str:
     """Whether a run that has not ended is running: by its claim, or by whether it still writes."""
-    # None where locks do not show it: then only the files' ages do.
-    claimed = is_claimed(run)
-    began, logged = _age([run / CLAIM], now), _age([run / METRICS_FILE], now)
-    starts = began is not None and (logged is None or began < logged)
+    claim, logs = run / CLAIM, run / METRICS_FILE
+    claimed = is_claimed(run)  # None where locks do not show it: then only the files' ages do
+    began = _age([claim], now, absent=math.inf)
+    starts = began < _age([logs], now, absent=math.inf)
     if claimed:
         return STARTING if starts else "running"
-    if claimed is None and starts and began is not None and began < STARTING_SECONDS:
+    if claimed is None and starts and began < STARTING_SECONDS:
         return f"seems to be {STARTING}"
     if failure := read_failure(run):
-        ago = duration(_age([run / FAILURE_FILE], now) or 0.0)
+        ago = duration(_age([run / FAILURE_FILE], now, absent=0.0))
         then = "goes on" if failure[1] else "fails again until that is fixed"
         return f"failed {ago} ago, by the error below; the same command {then}"
-    written = (run / CLAIM, run / CONFIG_FILE, run / METRICS_FILE, *run.glob("*/iteration-*"))
-    news = _age(written, now) or 0.0
+    news = _age((claim, run / CONFIG_FILE, logs, *run.glob("*/iteration-*")), now, absent=0.0)
     if claimed is False:
         then = "resumes it" if newest_checkpoint(run) else "starts it over (no checkpoint yet)"
         return f"stopped {duration(news)} ago; the same command {then}"
@@ -364,16 +369,9 @@ def _discriminator_warnings(lately: Sequence[Row]) -> Iterable[str]:
     The adaptive weight may also reach its limit beside a good discriminator: the reconstruction
     loss is a sum over pixels, so its gradient grows with the crop.
     """
-    loss, real, fake, clamped, factor = (
-        _mean(lately, key)
-        for key in (
-            "discriminator_loss",
-            "logits_real",
-            "logits_fake",
-            "adaptive_weight_clamped",
-            "adversarial_factor",
-        )
-    )
+    loss = _mean(lately, "discriminator_loss")
+    real, fake = _mean(lately, "logits_real"), _mean(lately, "logits_fake")
+    clamped, factor = _mean(lately, "adaptive_weight_clamped"), _mean(lately, "adversarial_factor")
     if loss is None or real is None or fake is None or not factor:
         return
     if clamped and clamped > 0.01 and loss > 0.5:
@@ -397,6 +395,7 @@ def facts(status: Status) -> dict[str, str]:
     goes_on = status.state.startswith(("running", "starting", "seems"))
     iteration, done, logged = status.iteration, status.done_share, status.last_log_age_seconds
     saved, age = status.checkpoint_iteration, status.checkpoint_age_seconds
+    newest = "none yet" if saved is None or age is None else f"{saved:,}, {duration(age)} ago"
     shown = {
         "state": status.state,
         "error": status.failure,
@@ -407,9 +406,7 @@ def facts(status: Status) -> dict[str, str]:
         "time left": status.seconds_left and duration(status.seconds_left),
         "end" if goes_on else "end, if resumed now": status.seconds_left and status.end_date,
         "last log": None if logged is None else f"{duration(logged)} ago",
-        "last checkpoint": "none yet"
-        if saved is None or age is None
-        else f"{saved:,}, {duration(age)} ago",
+        "last checkpoint": newest,
         "discriminator warm-up": status.warmup_rows and counted(status.warmup_rows, "log row", "s"),
     }
     return {label: str(text) for label, text in shown.items() if text}
@@ -444,15 +441,10 @@ def html(run: Path, status: Status, now: float) -> str:
     validated = read_rows(run / VALIDATION_FILE)
     held = [key for row in (*rows[-1:], *validated[-1:]) for key in row]
     rows += validated
-    charts = [
-        Chart(
-            title,
-            {name: _points(rows, name, scale) for name in _with_further(columns, held)},
-            log=scale == "log",
-            percent=scale == "percent",
-        )
-        for title, columns, scale in CHARTS
-    ]
+    charts = []
+    for title, columns, scale in CHARTS:
+        lines = {name: _points(rows, name, scale) for name in _with_further(columns, held)}
+        charts.append(Chart(title, lines, log=scale == "log", percent=scale == "percent"))
     begins = _group(read_settings(run), "adversarial").get("start_iteration")
     first = rows[0]["iteration"] if rows else 0
     marks = {"discriminator starts": float(begins)} if begins and begins >= first else {}

@@ -288,11 +288,9 @@ def _describe(
     loss = config.loss
     updates = config.stop_iteration - finetuner.run_state.first_iteration
     label = identity.network_label(finetuner.run_state.identity)
-    adversarial = (
-        ""
-        if config.adversarial is None
-        else f" + {config.adversarial.weight:g} x adaptive x adversarial"
-    )
+    adversarial = ""
+    if config.adversarial is not None:
+        adversarial = f" + {config.adversarial.weight:g} x adaptive x adversarial"
     say_once(f"loss: {loss.formula} + {loss.perceptual_weight:g} {label}{adversarial}")
     first, *further = map(units.shortest, config.ema.decays)
     decays = first + f" (beside it {', '.join(further)})" * bool(further)

@@ -23,6 +23,13 @@ from kl_f8_train.run.callback import say_once
 from kl_f8_train.run.watchdog import longest_wait
 from kl_f8_train.settings import Config
 
+FEW_GPUS = {  # launcher -> the remedy
+    SRUN: "each task must see all of its node's: srun --gpus-per-node, not --gpus-per-task or "
+    "--gpu-bind",
+    "": "fix the driver, or start fewer processes (without a launcher: compute.devices), or give "
+    "compute.accelerator=cpu",
+}
+
 
 def build_trainer(config: Config, callbacks: list[Any]) -> Trainer:
     """A trainer over the processes that the launcher started, or of this machine's GPUs.
@@ -37,16 +44,11 @@ def build_trainer(config: Config, callbacks: list[Any]) -> Trainer:
     launcher, local, nodes = launched(compute.num_nodes)
     per_node = local or compute.devices or (gpus if accelerator == "cuda" else 1)
     nodes = nodes or compute.num_nodes or 1
+    world = nodes * per_node
     if accelerator == "cuda" and not 0 < per_node <= gpus:
         raise UsageError(
             f"{per_node or 'all'} processes with a GPU each, but torch sees {gpus} GPUs here; "
-            + (
-                "each task must see all of its node's: srun --gpus-per-node, not --gpus-per-task "
-                "or --gpu-bind"
-                if launcher == SRUN
-                else "fix the driver, or start fewer processes (without a launcher: "
-                "compute.devices), or give compute.accelerator=cpu"
-            )
+            f"{FEW_GPUS.get(launcher, FEW_GPUS[''])}"
         )
     if local and compute.devices not in (None, local):
         say_once(
@@ -58,17 +60,14 @@ def build_trainer(config: Config, callbacks: list[Any]) -> Trainer:
     if note := left_over():
         say_once(f"note: {note}")
     cluster = _cluster(launcher)
-    if nodes * per_node > 1:
+    if world > 1:
         announce_to_ranks()
-        say_once(
-            f"waiting for {nodes * per_node} processes at "
-            f"{cluster.main_address}:{cluster.main_port}"
-        )
+        say_once(f"waiting for {world} processes at {cluster.main_address}:{cluster.main_port}")
     trainer = Trainer(
         accelerator=accelerator,
         devices=per_node,
         num_nodes=nodes,
-        strategy=DecoderDDP(config) if nodes * per_node > 1 else "auto",
+        strategy=DecoderDDP(config) if world > 1 else "auto",
         plugins=[cluster],
         precision="32-true",  # the finetuner autocasts by itself
         max_epochs=1,

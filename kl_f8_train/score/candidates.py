@@ -4,6 +4,7 @@ The posterior's noise follows from (seed, name of the image), so that no order a
 processes moves it.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -110,17 +111,10 @@ def perturbed(candidates: Sequence[Candidate], sigmas: Sequence[float]) -> list[
 
     Raises UsageError if one of their names is taken.
     """
-    rows = [
-        replace(
-            vae,
-            name=noisy_name(vae.name, sigma),
-            record={**vae.record, "base": False, "vae": vae.name, "latent_noise": sigma},
-            sigma=sigma,
-        )
-        for sigma in sigmas
-        if sigma
-        for vae in candidates
-    ]
+    rows = []
+    for sigma, vae in itertools.product(filter(None, sigmas), candidates):
+        record = {**vae.record, "base": False, "vae": vae.name, "latent_noise": sigma}
+        rows.append(replace(vae, name=noisy_name(vae.name, sigma), record=record, sigma=sigma))
     taken = {vae.name for vae in candidates} & {row.name for row in rows}
     if taken:
         raise UsageError(f"{min(taken)} is the name of a row of --latent-noise; give another NAME=")

@@ -170,7 +170,9 @@ def _decide(metric: str, low: float, high: float) -> str:
         return "unclear"
     direction = "higher" if low > 0.0 else "lower"
     better = METRICS[metric].better
-    return direction if better is None else "better" if direction == better else "worse"
+    if better is None:
+        return direction
+    return "better" if direction == better else "worse"
 
 
 def bootstrap_interval(

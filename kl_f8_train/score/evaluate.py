@@ -63,7 +63,7 @@ def processes() -> Iterator[tuple[int, int, Say]]:
         say_aloud(f"waiting for {world} processes at {meeting()}{doubt}")
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=30))
     try:
-        yield dist.get_rank(), world, say_aloud if dist.get_rank() == 0 else _silent
+        yield dist.get_rank(), world, say_aloud if dist.get_rank() == 0 else lambda line: None
     finally:
         dist.destroy_process_group()
 
@@ -286,10 +286,6 @@ def _check_sizes(candidates: Sequence[Candidate], sizes: Sequence[int], tile: in
             f"--tiled {tile}: images of {largest} x {largest} fit in one tile; give a larger "
             f"--size, such as {2 * tile}, or smaller tiles"
         )
-
-
-def _silent(message: str) -> None:
-    pass
 
 
 # --- pictures -------------------------------------------------------------------------------

@@ -325,13 +325,11 @@ def _tables(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _table(title: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, Metric]) -> str:
     """In Markdown; a mean is missing where every PSNR of a pair is infinite."""
-    return markdown_table(
-        [title, *(metric.label for metric in columns.values())],
-        [
-            [name, *(score_text(row[key], metric, "equal") for key, metric in columns.items())]
-            for name, row in rows.items()
-        ],
-    )
+    lines = []
+    for name, row in rows.items():
+        cells = [score_text(row[key], metric, "equal") for key, metric in columns.items()]
+        lines.append([name, *cells])
+    return markdown_table([title, *(metric.label for metric in columns.values())], lines)
 
 
 # --- pictures -------------------------------------------------------------------------------
@@ -357,11 +355,8 @@ def _write_strip(
     out: Path, latents: Sequence[SavedLatent], entries: Sequence[Mapping[str, Any]]
 ) -> None:
     """A row for each latent of the first's size, a column for each VAE and each difference."""
-    fitting = [
-        entry
-        for entry, latent in zip(entries, latents, strict=False)
-        if latent.shape == latents[0].shape
-    ]
+    shapes = [latent.shape for latent in latents]
+    fitting = [entry for entry, shape in zip(entries, shapes, strict=False) if shape == shapes[0]]
     base, first = next(iter(fitting[0]["models"].items()))
     height = _load(out / first).shape[1]
     columns: dict[str, list[Tensor]] = {}

@@ -31,6 +31,11 @@ from kl_f8_train.score.protocol import CARD, Protocol
 from kl_f8_train.score.scores import SHIFT_METRICS, ImageScores, Tally
 from kl_f8_train.weights import pretrained
 
+RFID = (
+    "torch-fidelity's Inception of 2015-12-05, its 2,048 pooled features, against the same crops; "
+    "statistics in float64"
+)
+
 
 @dataclass
 class Networks:
@@ -234,10 +239,7 @@ def describe_networks(networks: Networks) -> dict[str, Any]:
         "perceptual": network.label if network is not None else None,
         "psim": "half of LPIPS' distance without its heads, VGG16" if vgg else None,
         "vgg": vgg,
-        "rfid": "torch-fidelity's Inception of 2015-12-05, its 2,048 pooled features, against the "
-        "same crops; statistics in float64"
-        if inception is not None
-        else None,
+        "rfid": RFID if inception is not None else None,
         "inception": inception.sha256 if inception is not None else None,
         "versions": {name: version for name in packages if (version := _version(name))},
     }

@@ -147,7 +147,8 @@ def strip(columns: Sequence[tuple[str, Sequence[Tensor]]], gap: int = 4) -> Tens
 
     A label wider than its column is cut. Raises ValueError if the columns differ in length.
     """
-    rows = [images.hstack(list(r), gap) for r in zip(*(p for _, p in columns), strict=True)]
+    by_column = [pictures for _, pictures in columns]
+    rows = [images.hstack(list(row), gap) for row in zip(*by_column, strict=True)]
     width = columns[0][1][0].shape[2] + gap
     header = images.to_pil(torch.full((3, 20, rows[0].shape[2]), 255, dtype=torch.uint8))
     draw = ImageDraw.Draw(header)
@@ -168,7 +169,7 @@ def error_map(picture: Tensor, reconstruction: Tensor) -> Tensor:
     """
     error = (picture.float() - reconstruction.float()).abs().mean(dim=0) / ERROR_SCALE  # (H, W)
     stops = np.linspace(0.0, 1.0, len(RAMP))
-    channels = [np.interp(error.numpy(), stops, [c[i] for c in RAMP]) for i in range(3)]
+    channels = [np.interp(error.numpy(), stops, levels) for levels in zip(*RAMP, strict=True)]
     return torch.from_numpy(np.stack(channels).round().astype(np.uint8))
 
 
@@ -252,19 +253,15 @@ def _page(evaluation: Evaluation, pictures: list[dict[str, Any]]) -> str:
     """The template, filled in."""
     scores, models = evaluation.scores, evaluation.models
     rows = scores["models"]
-    columns = [  # what is not measured stands below the table, once
-        column
-        for column in ("rfid", *ALWAYS, "st_lpips")
-        if column == "psnr" or any(row.get(column) is not None for row in rows.values())
-    ]
+    measured = {name for row in rows.values() for name in row if row[name] is not None}
+    # What is not measured stands below the table, once.
+    columns = [name for name in ("rfid", *ALWAYS, "st_lpips") if name in {"psnr", *measured}]
     weights = {name: evaluation.weights[name] for name in models}
-    sigmas = {name: weights[name].get("latent_noise") for name in models}
     encoders = {record.get("frozen_sha256") for record in weights.values()}
-    pairs = [
-        _pair(evaluation, a, b)
-        for a, b in itertools.combinations(models, 2)
-        if sigmas[a] == sigmas[b]
-    ]
+    pairs = []
+    for a, b in itertools.combinations(models, 2):
+        if weights[a].get("latent_noise") == weights[b].get("latent_noise"):
+            pairs.append(_pair(evaluation, a, b))
     return rendered(
         REPORT_PAGE,
         {
@@ -308,14 +305,12 @@ def _scores(evaluation: Evaluation, columns: Sequence[str]) -> list[dict[str, An
     """A row for each model: name, iteration, and a cell for each column."""
     rows = evaluation.scores["models"]
     best = {column: _best_models(column, rows) for column in columns}
-    return [
-        {
-            "name": name,
-            "iteration": evaluation.weights[name].get("iteration"),
-            "cells": [_score_cell(evaluation, name, c, name in best[c]) for c in columns],
-        }
-        for name in rows
-    ]
+    found = []
+    for name in rows:
+        iteration = evaluation.weights[name].get("iteration")
+        cells = [_score_cell(evaluation, name, c, name in best[c]) for c in columns]
+        found.append({"name": name, "iteration": iteration, "cells": cells})
+    return found
 
 
 def _mean_of(value: Any) -> float | None:
@@ -435,41 +430,35 @@ def _facts(values: Mapping[str, Any]) -> dict[str, str]:
 
 def _data(evaluation: Evaluation, pictures: Sequence[Mapping[str, Any]]) -> str:
     """JSON for the script; "<" is escaped, so that no text can end the element."""
-    names = dict.fromkeys(
-        image
-        for by_model in evaluation.values.values()
-        for scores in by_model.values()
-        for image in scores
-    )
-    index = {name: number for number, name in enumerate(names)}
-    values = {
-        metric: [
-            [_json_number(by_model.get(model, {}).get(image)) for model in evaluation.models]
-            for image in index
-        ]
-        for metric, by_model in evaluation.values.items()
-        if metric in evaluation.measured
-    }
+    index: dict[str, int] = {}  # image -> its position
+    for by_model in evaluation.values.values():
+        for image in itertools.chain(*by_model.values()):
+            index.setdefault(image, len(index))
+    values = {}  # metric -> a row for each image, a number for each model
+    for metric in evaluation.measured:
+        columns = [evaluation.values[metric].get(model, {}) for model in evaluation.models]
+        values[metric] = [[_json_number(own.get(image)) for own in columns] for image in index]
+    metrics_shown = []
+    for metric, described in METRICS.items():
+        if metric in values or metric in ALWAYS:
+            judged = described.better and metric in values
+            metrics_shown.append(
+                {
+                    "key": metric,
+                    "label": described.label,
+                    "digits": described.digits,
+                    "better": described.better,
+                    "measured": metric in values,
+                    "extremes": _extremes(evaluation, metric, index) if judged else None,
+                }
+            )
     data = {
         "models": evaluation.models,
         "compared": _compared(evaluation),
         "opened": _opened(evaluation),
         "images": list(index),
         "values": values,
-        "metrics": [
-            {
-                "key": key,
-                "label": metric.label,
-                "digits": metric.digits,
-                "better": metric.better,
-                "measured": key in values,
-                "extremes": _extremes(evaluation, key, index)
-                if metric.better and key in values
-                else None,
-            }
-            for key, metric in METRICS.items()
-            if key in values or key in ALWAYS
-        ],
+        "metrics": metrics_shown,
         "pictures": [_shown_picture(evaluation, item, index) for item in pictures],
     }
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -497,14 +486,10 @@ def _json_number(value: float | None) -> float | str | None:
 def _shown_picture(
     evaluation: Evaluation, item: Mapping[str, Any], index: Mapping[str, int]
 ) -> dict[str, Any]:
-    sides = [
-        {
-            "name": side["name"],
-            "model": number - 1,
-            **{key: quote(side[key]) for key in ("picture", "zoom", "error") if key in side},
-        }
-        for number, side in enumerate(item["sides"])
-    ]
+    sides = []
+    for number, side in enumerate(item["sides"], -1):  # the input, then the models
+        files = {key: quote(side[key]) for key in ("picture", "zoom", "error") if key in side}
+        sides.append({"name": side["name"], "model": number, **files})
     why = [_labelled(reason) for reason in item["why"]]
     return {**item, "image": index[item["image"]], "why": why, "sides": sides}
 
@@ -525,12 +510,7 @@ def _extremes(evaluation: Evaluation, metric: str, index: Mapping[str, int]) -> 
     for model in evaluation.models:
         scores = evaluation.values[metric].get(model, {})
         order = sorted(scores, key=scores.__getitem__, reverse=worst_first)
-        ranks = {"worst": 0, "median": (len(order) - 1) // 2, "best": -1}
-        found.append(
-            [
-                index[named.get(f"{kind} {metric} of {model}", order[rank])]
-                for kind, rank in ranks.items()
-                if order
-            ]
-        )
+        ranks = {"worst": 0, "median": (len(order) - 1) // 2, "best": -1} if order else {}
+        chosen = [named.get(f"{k} {metric} of {model}", order[rank]) for k, rank in ranks.items()]
+        found.append([index[image] for image in chosen])
     return found

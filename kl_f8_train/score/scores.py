@@ -76,7 +76,6 @@ def summarise(
     warnings = list(tally.problems)
     unmeasured = dict(unmeasured)
     models: dict[str, dict[str, Any]] = {}
-    perfect: list[str] = []
     of_images = np.stack([row.scores for row in tally.rows])  # (images, VAEs, metrics)
     for number, model in enumerate(weights):
         values = dict(zip(tally.measured, of_images[:, number].T.tolist(), strict=True))
@@ -88,12 +87,9 @@ def summarise(
         infinite = sum(map(math.isinf, values["psnr"]))
         if infinite:
             warnings.append(f"{model}: {infinite} infinite PSNR left out of the mean")
-        if infinite == len(tally.rows):
-            perfect.append(model)
+    perfect = ", ".join(model for model in models if models[model]["psnr"] is None)
     if perfect:
-        unmeasured["psnr"] = (
-            f"infinite: every reconstruction by {', '.join(perfect)} equals its input"
-        )
+        unmeasured["psnr"] = f"infinite: every reconstruction by {perfect} equals its input"
     if tally.statistics and len(tally.rows) < 2:
         unmeasured["rfid"] = "a covariance needs two images"
     elif tally.statistics:
@@ -205,12 +201,14 @@ def table(result: Mapping[str, Any], measured_only: bool = False) -> str:
     `measured_only`: no column that no model has a score in.
     """
     models: Mapping[str, Mapping[str, Any]] = result["models"]
-    stand_in = any("st_lpips" in scores for scores in models.values())
-    hidden = SHIFT_METRICS if stand_in else ("st_lpips", *SHIFT_METRICS)
-    columns = ["rfid", *(name for name in METRICS if name not in hidden)]
+    columns = [metric for metric in SCORES if metric not in SHIFT_METRICS]
+    if not any("st_lpips" in scores for scores in models.values()):
+        columns.remove("st_lpips")  # which stands in for psim and lpips
     if measured_only:
-        columns = [c for c in columns if c == "psnr" or any(m.get(c) for m in models.values())]
+        measured = {metric for scores in models.values() for metric in scores if scores[metric]}
+        columns = [metric for metric in columns if metric in {"psnr", *measured}]
     with_sigma = any("latent_noise" in weights for weights in result["weights"].values())
+    head = ["model", "iteration", *["sigma"] * with_sigma]
     rows = []
     for name, scores in models.items():
         weights = result["weights"][name]
@@ -222,7 +220,6 @@ def table(result: Mapping[str, Any], measured_only: bool = False) -> str:
             missing = "infinite" if metric == "psnr" else "not measured"
             cells.append(score_text(scores.get(metric), SCORES[metric], missing))
         rows.append(cells)
-    head = ["model", "iteration", *(["sigma"] if with_sigma else [])]
     text = markdown_table([*head, *(SCORES[name].label for name in columns)], rows)
     return f"{text}\n\n{seam_table(result['tiled'])}" if "tiled" in result else text
 
@@ -268,11 +265,10 @@ def footer(result: Mapping[str, Any]) -> str:
 
 def weights_line(weights: Mapping[str, Mapping[str, Any]], *others: str) -> str:
     """Each file with its hash, then `others`."""
-    hashes = [
-        f"{name} {w['path']} {w['sha256'][:12]}"
-        for name, w in weights.items()
-        if w["sha256"] and "latent_noise" not in w
-    ]
+    hashes = []
+    for name, known in weights.items():
+        if known["sha256"] and "latent_noise" not in known:
+            hashes.append(f"{name} {known['path']} {known['sha256'][:12]}")
     return f"Weights (sha256): {'; '.join([*hashes, *others])}."
 
 

@@ -188,10 +188,8 @@ def seam_summary(found: Measured, tile: int) -> dict[str, Any]:
     """For scores.json: of each VAE and way the mean PSNR, the lowest, the largest difference."""
     models: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(name for _, name, _ in found):
-        models[name] = {
-            way: _summary([(key, ways[way]) for key, own, ways in found if own == name])
-            for way in WAYS
-        }
+        own = [(key, ways) for key, vae, ways in found if vae == name]
+        models[name] = {way: _summary([(key, ways[way]) for key, ways in own]) for way in WAYS}
     return {"tile": tile, "models": models}
 
 

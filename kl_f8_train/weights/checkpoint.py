@@ -316,11 +316,9 @@ def _averages_of(networks: State, before: list[float], now: list[float]) -> Stat
     taken = {k: v for k, v in networks.items() if not k.startswith(tuple(held.values()))}
     for decay, name in module_names(now).items():
         place = held.get(decay, "ema.")
-        taken |= {
-            f"{name}.{key.removeprefix(place)}": value
-            for key, value in networks.items()
-            if key.startswith(place)
-        }
+        for key, value in networks.items():
+            if key.startswith(place):
+                taken[f"{name}.{key.removeprefix(place)}"] = value
     return taken
 
 

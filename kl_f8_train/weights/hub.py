@@ -56,11 +56,7 @@ def fetch(repo: str) -> Path:
         names = {sibling.rfilename for sibling in siblings}
         chosen = next((name for name in FILES if name in names), None)
         if chosen:
-            beside = {str(Path(chosen).with_name("config.json"))}  # whose weights they are
-            if index := re.fullmatch(r"(.*)\.\w+\.index(\.\w+)?\.json", chosen):
-                stem = f"{index[1]}{index[2] or ''}"
-                beside |= {name for name in names if name.startswith(f"{stem}-0")}
-            for name in sorted(beside & names):
+            for name in sorted(_beside(chosen, names)):
                 hub.hf_hub_download(repo, name)
             return Path(hub.hf_hub_download(repo, chosen))
     except Exception as error:  # its class depends on the versions of several libraries
@@ -70,3 +66,12 @@ def fetch(repo: str) -> Path:
             "give its path"
         ) from error
     raise MissingInputError(f"{where} it holds no {FILES[0]}, nor one in vae/")
+
+
+def _beside(chosen: str, names: set[str]) -> set[str]:
+    """What a file needs beside it: its config.json; and of an index the files that hold weights."""
+    needed = {str(Path(chosen).with_name("config.json"))} & names
+    if index := re.fullmatch(r"(.*)\.\w+\.index(\.\w+)?\.json", chosen):
+        stem = f"{index[1]}{index[2] or ''}-0"
+        needed |= {name for name in names if name.startswith(stem)}
+    return needed

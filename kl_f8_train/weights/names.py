@@ -99,8 +99,9 @@ def relevant(keys: Collection[str], prefix: str | None = None, select: str = "em
 
 
 def _is_training(keys: Collection[str]) -> bool:
-    marks = ("ema.", "optimizer.", "logvar")
-    return all(any(key.startswith(part) for key in keys) for part in ("autoencoder.", marks))
+    others = ("ema.", "optimizer.", "logvar")
+    named = any(key.startswith("autoencoder.") for key in keys)
+    return named and any(key.startswith(others) for key in keys)
 
 
 @dataclass(frozen=True)
@@ -126,17 +127,21 @@ def _places(keys: Collection[str], prefix: str | None = None) -> _Places:
     if CURRENT in found:  # Lightning's WeightAveraging keeps the average in the state_dict
         return _Places(names, CURRENT, "")
     if prefix is not None:
-        chosen = [one for one in found if one == prefix.rstrip(".") + "." * bool(prefix)]
-        if not chosen:
+        chosen = prefix.rstrip(".") + "." * bool(prefix)
+        if chosen not in found:
             there = ", ".join(sorted(found)) or "none"
             raise MissingInputError(f"init.prefix={prefix}: no autoencoder below it, but: {there}")
-        return _Places(names, chosen[0], None)
-    averages = [one for one in found if EMA_MARK.search(one) and not one.endswith(ONLINE)]
-    others = [one for one in found if one not in averages]
-    raw = _only([one for one in others if not one.endswith(ONLINE)] or others, "autoencoders")
-    raw = "" if raw is None and not averages else raw  # parts of one have no prefix
-    lists = dict.fromkeys(m[1] for m in map(LISTED.fullmatch, names) if m)
-    listed = _only(list(lists), "EMAs") if raw is not None and raw != FIRST_STAGE else None
+        return _Places(names, chosen, None)
+    copies = [one for one in found if one.endswith(ONLINE)]
+    averages = [one for one in found if one not in copies and EMA_MARK.search(one)]
+    others = [one for one in found if one not in (*copies, *averages)]
+    raw = _only(others or copies, "autoencoders")
+    if raw is None and not averages:
+        raw = ""  # parts of an autoencoder have no prefix
+    listed = None
+    if raw not in (None, FIRST_STAGE):  # in a full model it would be of the other parts
+        lists = {item[1] for item in map(LISTED.fullmatch, names) if item}
+        listed = _only(list(lists), "EMAs")
     ema, partial = _only(averages, "EMAs"), ""
     if raw is not None and ema is not None and (missing := _missing(names, raw, ema)):
         partial = f"its EMA below {ema} is left out: it lacks {missing} and perhaps more"
@@ -178,19 +183,21 @@ def _unwrapped(keys: Collection[str]) -> dict[str, str]:
 
 def _part(name: str, places: _Places) -> tuple[str, str] | None:
     """The part, raw or ema, of an unwrapped name, and its name there; None if it is not used."""
-    if places.listed is not None and (m := LISTED.fullmatch(name)) and m[1] == places.listed:
-        return "listed", m[2]
-    if places.ema is not None and name.startswith(places.ema):
-        inner = name.removeprefix(places.ema)
-        inner = _dotted(inner) or inner
-        if inner.startswith(AUTOENCODER_PARTS):
-            return "ema", inner
-    if places.raw is not None and name.startswith(places.raw):
-        inner = name.removeprefix(places.raw)
-        others = (*EMA_SCALARS, LOGVAR)
-        if inner.startswith((*AUTOENCODER_PARTS, DISCRIMINATOR)) or inner in others:
-            return "raw", inner
+    item = LISTED.fullmatch(name)
+    if item and item[1] == places.listed:
+        return "listed", item[2]
+    averaged, raw = _below(name, places.ema), _below(name, places.raw)
+    averaged = _dotted(averaged) or averaged
+    if averaged.startswith(AUTOENCODER_PARTS):
+        return "ema", averaged
+    if raw.startswith((*AUTOENCODER_PARTS, DISCRIMINATOR)) or raw in (*EMA_SCALARS, LOGVAR):
+        return "raw", raw
     return ("scalar", name) if name in EMA_SCALARS else None
+
+
+def _below(name: str, prefix: str | None) -> str:
+    """What follows a prefix in a name; empty if it does not begin so."""
+    return "" if prefix is None or not name.startswith(prefix) else name.removeprefix(prefix)
 
 
 def _dotted(name: str) -> str | None:
@@ -210,14 +217,11 @@ def recognise(
     if _is_training(state):
         return _from_training(state, select)
     places = _places(state, prefix)
-    parts: dict[str, State] = {"raw": {}, "ema": {}, "listed": {}, "scalar": {}}
-    dropped = []
+    parts: dict[str, State] = {"raw": {}, "ema": {}, "listed": {}, "scalar": {}, "dropped": {}}
     for name, key in places.names.items():
-        if part := _part(name, places):
-            parts[part[0]][part[1]] = state[key]
-        else:
-            dropped.append(key)
-    inner = parts["raw"]
+        part, inner_name = _part(name, places) or ("dropped", key)
+        parts[part][inner_name] = state[key]
+    inner, dropped = parts["raw"], list(parts["dropped"])
     own = {k: v for k, v in inner.items() if k.startswith(AUTOENCODER_PARTS)}
     averaged = parts["ema"]
     if parts["listed"] and select == "ema":
@@ -226,13 +230,13 @@ def recognise(
     autoencoder, notes = _selected(raw, ema, select, places)
     _refuse_other_architectures(places, state)
     if not autoencoder:
-        some = f"{', '.join(list(state)[:3])} ..." if state else "no tensors"
+        some = ", ".join(list(state)[:3]) + " ..." if state else "no tensors"
         raise MissingInputError(
             f"no autoencoder in this file: it holds {some}, expected encoder.* and decoder.*; "
             "give a VAE or a full Stable Diffusion checkpoint"
         )
     family = _marked(dropped)
-    scalars = {k: _scalar(inner.get(k, parts["scalar"].get(k))) for k in EMA_SCALARS}
+    scalars = {k: _scalar((parts["scalar"] | inner).get(k)) for k in EMA_SCALARS}
     return Weights(
         layout=_layout_name(family, places, raw or ema, inner or parts["ema"]),
         autoencoder=autoencoder,
@@ -295,7 +299,10 @@ def _layout_name(family: str | None, places: _Places, found: State, inner: Colle
 
 def _marked(names: Collection[str]) -> str | None:
     """The family that the other parts of a full model show."""
-    return next((shown for mark, shown in MARKS if any(re.search(mark, n) for n in names)), None)
+    for mark, shown in MARKS:
+        if any(re.search(mark, name) for name in names):
+            return shown
+    return None
 
 
 def _scalar(tensor: Tensor | None) -> Tensor | None:
@@ -309,11 +316,9 @@ def _from_training(state: Mapping[str, Tensor], select: str) -> Weights:
         ema = _stripped(state, f"{place}.")
         unknown = sorted(ema.keys() - autoencoder.keys())
         if unknown or not ema:
-            got = (
-                f"of other names: {', '.join(unknown[:3])}"
-                if ema
-                else f"that is missing: no {place}.*"
-            )
+            got = f"that is missing: no {place}.*"
+            if ema:
+                got = f"of other names: {', '.join(unknown[:3])}"
             raise MissingInputError(f"training checkpoint with an EMA {got}; use another")
         autoencoder = {**autoencoder, **ema}
     return Weights(
@@ -374,19 +379,20 @@ def architecture(state: Mapping[str, Tensor], facts: Facts | None = None) -> dic
         ch = state["encoder.conv_in.weight"].shape[0]  # (ch, 3, 3, 3)
         levels = range(_levels(state, "down"))
         widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in levels]
-        blocks = sum(
-            bool(re.match(r"encoder\.down\.0\.block\.\d{1,3}\.conv1\.weight", k)) for k in state
-        )
-        return {
+        block = re.compile(r"encoder\.down\.0\.block\.\d{1,3}\.conv1\.weight")
+        found = {
             "ch": ch,
             "ch_mult": tuple(width // ch for width in widths),
-            "num_res_blocks": blocks,
+            "num_res_blocks": len(list(filter(block.match, state))),
             "z_channels": z_channels,
             # (z, embed, 1, 1)
             "embed_dim": z_channels if plain else state["post_quant_conv.weight"].shape[1],
-            **({"quant_conv": False} if plain else {}),
-            **({"norm_num_groups": groups} if groups else {}),
         }
+        if plain:
+            found["quant_conv"] = False
+        if groups:
+            found["norm_num_groups"] = groups
+        return found
     except (KeyError, ValueError) as error:
         raise MissingInputError(f"not a whole autoencoder: {error} is missing") from error
     except (IndexError, ZeroDivisionError) as error:
@@ -436,9 +442,8 @@ def _attention(state: Mapping[str, Tensor]) -> State:
 
 def diffusers_name(key: str, levels: int) -> str:
     """The diffusers name of a CompVis key; the decoder's levels count the other way round."""
-    key = re.sub(
-        r"^decoder\.up\.(\d{1,3})\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", key
-    )
+    if level := re.match(r"decoder\.up\.(\d{1,3})\.", key):
+        key = f"decoder.up_blocks.{levels - 1 - int(level[1])}.{key[level.end() :]}"
     for ours, theirs in SPELLINGS:
         key = key.replace(ours, theirs)
     return key
@@ -446,9 +451,8 @@ def diffusers_name(key: str, levels: int) -> str:
 
 def compvis_name(key: str, levels: int) -> str:
     """The CompVis name of a diffusers key."""
-    key = re.sub(
-        r"^decoder\.up_blocks\.(\d{1,3})\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", key
-    )
+    if level := re.match(r"decoder\.up_blocks\.(\d{1,3})\.", key):
+        key = f"decoder.up.{levels - 1 - int(level[1])}.{key[level.end() :]}"
     for ours, theirs in SPELLINGS:
         key = key.replace(theirs, ours)
     return key
@@ -529,12 +533,11 @@ def _refuse_other_architectures(places: _Places, state: Mapping[str, Tensor]) ->
     """Raises MissingInputError if names or ranks are those of a known other architecture."""
     prefix = places.raw or places.ema or ""
     inner = {n.removeprefix(prefix): k for n, k in places.names.items() if n.startswith(prefix)}
-    for pattern, what in OTHERS:
-        if found := next((name for name in inner if re.match(pattern, name)), None):
-            raise MissingInputError(REFUSED.format(what=f"{found} shows {what}"))
-    small = [n for n, k in inner.items() if TINY.fullmatch(n) and state[k].ndim == 4]
+    signs = [(list(filter(re.compile(sign).match, inner)), what) for sign, what in OTHERS]
+    small = [n for n in filter(TINY.fullmatch, inner) if state[inner[n]].ndim == 4]
     video = [n for n, k in inner.items() if n.startswith("decoder.") and state[k].ndim == 5]
-    for names, what in ((small, "a TAESD (tiny autoencoder)"), (video[2:], "a video autoencoder")):
+    signs += [(small, "a TAESD (tiny autoencoder)"), (video[2:], "a video autoencoder")]
+    for names, what in signs:
         if names:
             raise MissingInputError(REFUSED.format(what=f"{names[0]} shows {what}"))
 

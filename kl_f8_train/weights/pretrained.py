@@ -115,11 +115,7 @@ def _keep(network: Network, url: str, download: Path, target: Path) -> None:
         )
     tensors = weight_file.read(download).tensors
     kept: dict[str, Tensor] = {k: v for k, v in tensors.items() if k.startswith(network.keys)}
-    note = {
-        "source": url,
-        "source_sha256": digest,
-        "tensors_sha256": tensors_sha256(kept),
-    }
+    note = {"source": url, "source_sha256": digest, "tensors_sha256": tensors_sha256(kept)}
     weight_file.write_safetensors(target, kept, note)
 
 

@@ -380,14 +380,15 @@ def _collect(
     if size > 2 * file.total + 1_000_000:
         raise ValueError(f"its tensors claim {size:,} bytes")
     storages = {storage: _elements(storage, fetch(storage.key)) for storage in needed}
+    tensors = {}
+    for key, view in views.items():
+        if key in chosen:
+            tensors[key] = storages[view.storage].as_strided(view.size, view.stride, view.offset)
+        else:
+            tensors[key] = torch.empty(view.size, dtype=view.storage.dtype, device="meta")
     return Contents(
         Path(file.name),
-        {
-            key: storages[view.storage].as_strided(view.size, view.stride, view.offset)
-            if key in chosen
-            else torch.empty(view.size, dtype=view.storage.dtype, device="meta")
-            for key, view in views.items()
-        },
+        tensors,
         _counts(loaded),
         container,
         any(isinstance(key, str) and OPTIMIZER.search(key) and loaded[key] for key in loaded),
@@ -413,13 +414,12 @@ def _counts(loaded: dict[Any, Any]) -> dict[str, str]:
 
 def _plain_values(entry: Any) -> dict[str, Any]:
     """Numbers, strings, and lists of them, below the names in a dict."""
-    plain = (bool, int, float, str)
-    return {
-        str(name): value
-        for name, value in (entry.items() if isinstance(entry, dict) else ())
-        if type(value) in plain
-        or (isinstance(value, list | tuple) and all(type(item) in plain for item in value))
-    }
+    found = {}
+    for name, value in entry.items() if isinstance(entry, dict) else ():
+        items = value if isinstance(value, list | tuple) else [value]
+        if all(type(item) in (bool, int, float, str) for item in items):
+            found[str(name)] = value
+    return found
 
 
 def _elements(storage: _Storage, data: bytes) -> Tensor:
@@ -523,31 +523,30 @@ class _Pickle(_Interpreter):  # type: ignore[misc]
         return _Name(full)
 
     def load_reduce(self) -> None:
-        """What a call would have made, if it is a tensor or a dict."""
         arguments, name = self.stack.pop(), self.stack.pop()
         if name == "torch._tensor._rebuild_from_type_v2":
             name, _, arguments, *_ = arguments  # with attributes; described as others are
         if not isinstance(name, _Name) or not isinstance(arguments, tuple):
             raise ValueError("its pickle calls something that is not a class")
-        if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-            made: Any = _Stub() if isinstance(arguments[0], _Stub) else View(*arguments[:4])
-        elif name == "torch._utils._rebuild_tensor_v3":
-            made = _later_view(arguments)
-        elif name.startswith("torch._utils._rebuild_parameter"):
-            made = arguments[0]
-        elif name == "collections.OrderedDict":
-            pairs = arguments[0] if arguments else []  # filled where Python 2 wrote it
-            self.dispatch.left -= len(pairs)
-            if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs):
-                raise ValueError("OrderedDict arguments that are not pairs")
-            made = {key: value for key, value in pairs if type(key) in (str, int)}
-        elif name.endswith(("dict", "Dict")):
-            made = {}  # of the kinds that behave as one; filled below, if it is
-        else:
-            made = _Stub()
-        self.append(made)
+        self.append(self._made(name, arguments))
 
     load_newobj = load_reduce
+
+    def _made(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        """What a call would have made, if it is a tensor or a dict."""
+        if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
+            return _Stub() if isinstance(arguments[0], _Stub) else View(*arguments[:4])
+        if name == "torch._utils._rebuild_tensor_v3":
+            return _later_view(arguments)
+        if name.startswith("torch._utils._rebuild_parameter"):
+            return arguments[0]
+        if name == "collections.OrderedDict" and arguments:  # filled where Python 2 wrote it
+            self.dispatch.left -= len(arguments[0])
+            if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in arguments[0]):
+                raise ValueError("OrderedDict arguments that are not pairs")
+            return {key: value for key, value in arguments[0] if type(key) in (str, int)}
+        # Of the kinds that behave as a dict: filled below, if it is.
+        return {} if name.endswith(("dict", "Dict")) else _Stub()
 
     def load_newobj_ex(self) -> None:
         self.stack.pop()

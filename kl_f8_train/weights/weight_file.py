@@ -155,7 +155,7 @@ def load_autoencoder(path: str | Path, select: str = "ema") -> AutoencoderKL:
 def build_autoencoder(contents: Contents, weights: Weights) -> AutoencoderKL:
     """`load_autoencoder` for what was read already."""
     try:
-        return autoencoder_of(weights.autoencoder, contents.facts)
+        return autoencoder_of(weights.autoencoder, facts_of(contents, weights))
     except (MissingInputError, ValueError) as error:
         raise MissingInputError(f"{contents.path}: {error}") from error
 
@@ -170,6 +170,7 @@ def autoencoder_of(state: State, stated: Facts) -> AutoencoderKL:
     check_shapes(state, shapes_of(model.state_dict()))
     tensors = {key: value.float().contiguous() for key, value in state.items()}
     model.load_state_dict(tensors, assign=True)
+    model.facts = stated
     return model.eval().requires_grad_(False)
 
 
@@ -209,7 +210,9 @@ def _other_shape(state: State) -> str:
     with contextlib.suppress(MissingInputError, ValueError):
         size = architecture(state) | {"norm_num_groups": 1}  # which has no shape
         check_shapes(state, _shapes(size))
-        kind = "narrow" if size["ch"] < 128 else "wide" if size["ch"] > 128 else "different"
+        kind = "different"
+        if size["ch"] != 128:
+            kind = "narrow" if size["ch"] < 128 else "wide"
         return (
             f"a {kind} network of kl-f8's architecture ({counted(size['ch'], 'channel', 's')}, "
             f"kl-f8 has 128): ch_mult {list(size['ch_mult'])}, "
@@ -243,40 +246,46 @@ def _not_finite(state: Mapping[str, Tensor]) -> str:
 
 def quality(contents: Contents, weights: Weights) -> list[str]:
     """Faults of a file's values, and what they mean."""
-    state, lines = weights.autoencoder, []
+    faults = [f"WARNING: {fault}" for fault in _faults(weights.autoencoder)]
     if fault := _config_beside(contents.path)[1]:
-        lines.append(fault)
+        faults.insert(0, fault)
+    return faults or list(_rounded(contents, weights))
+
+
+def _faults(state: State) -> Iterator[str]:
+    """What makes weights useless."""
     if fault := _not_finite(state):
-        lines.append(f"WARNING: {fault}")
+        yield fault
     whole = [key for key, value in state.items() if not value.is_floating_point()]
     if whole:
-        lines.append(
-            f"WARNING: {counted(len(whole), 'tensor', 's')} {are(len(whole))} of whole numbers, "
+        yield (
+            f"{counted(len(whole), 'tensor', 's')} {are(len(whole))} of whole numbers, "
             f"{whole[0]} first: {QUANTISED}"
         )
     elif scale := next(filter(SCALES.search, state), None):
-        lines.append(f"WARNING: {scale} is a scale: {QUANTISED}")
+        yield f"{scale} is a scale: {QUANTISED}"
     zeros = [k for k, v in state.items() if v.ndim > 1 and not v.float().count_nonzero()]
     if zeros:
-        lines.append(
-            f"WARNING: {counted(len(zeros), 'weight', 's')} {are(len(zeros))} all zeros, "
-            f"{zeros[0]} first, as an unfinished download leaves them; copy or download it again"
+        yield (
+            f"{counted(len(zeros), 'weight', 's')} {are(len(zeros))} all zeros, {zeros[0]} first, "
+            "as an unfinished download leaves them; copy or download it again"
         )
-    types = {value.dtype for value in state.values() if value.is_floating_point()}
-    steps = {dtype: torch.finfo(dtype).eps for dtype in types}
-    coarsest = max(steps, key=lambda dtype: steps[dtype], default=torch.float32)
-    if not lines and steps.get(coarsest, 0) > 1e-6:
-        name = str(coarsest).removeprefix("torch.")
+
+
+def _rounded(contents: Contents, weights: Weights) -> Iterator[str]:
+    """How far the coarsest type among the weights, if not float32, moves their latents."""
+    types = {value.dtype for value in weights.autoencoder.values()}
+    coarsest = max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+    if torch.finfo(coarsest).eps > 1e-6:
         with contextlib.suppress(MissingInputError):
             share = _latents_moved(build_autoencoder(contents, weights), coarsest)
             mark = "WARNING: " if coarsest.itemsize == 1 else ""
             ships = contents.path.resolve() == shipped.WEIGHTS.resolve()  # in no other type
             advice = "" if ships else "; take the float32 file, if there is one"
-            lines.append(
-                f"{mark}rounded to {name}, which moves its latents by about {100 * share:.2g} % of "
-                f"their spread{advice}"
+            yield (
+                f"{mark}rounded to {str(coarsest).removeprefix('torch.')}, which moves its latents "
+                f"by about {100 * share:.2g} % of their spread{advice}"
             )
-    return lines
 
 
 @torch.no_grad()
@@ -422,12 +431,12 @@ def _read_safetensors(path: Path, wanted: torch_file.Wanted) -> Contents:
     with _named_in_utf8(path) as name, safe_open(name, framework="pt", device="cpu") as file:
         names = list(file.keys())
         chosen = set(wanted(names))
-        tensors = {
-            name: file.get_tensor(name).clone()  # else it would change with the file
-            if name in chosen
-            else torch.empty(file.get_slice(name).get_shape(), device="meta")
-            for name in names
-        }
+        tensors = {}
+        for name in names:
+            if name in chosen:
+                tensors[name] = file.get_tensor(name).clone()  # else it would change with the file
+            else:
+                tensors[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
         metadata = dict(file.metadata() or {})
     optimizer = any(name.startswith("optimizer.") for name in names)
     stated = facts.from_metadata(metadata)
@@ -574,8 +583,8 @@ def write_plain(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, s
 def save_autoencoder(model: AutoencoderKL, path: str | Path) -> None:
     """Writes an autoencoder with CompVis' names: .safetensors, or .ckpt for older loaders.
 
-    Its precision is kept, and a former file of that name replaced at the end. Raises UsageError for
-    another suffix, or for what is not an AutoencoderKL.
+    Its precision is kept, and what the file it was loaded from states, as scaling_factor. Raises
+    UsageError for another suffix, or for what is not an AutoencoderKL.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper has names of its own
     if not isinstance(model, AutoencoderKL):
@@ -584,11 +593,11 @@ def save_autoencoder(model: AutoencoderKL, path: str | Path) -> None:
             "is finetuner.averaged()"
         )
     path, state = Path(path), model.state_dict()
-    groups = Facts(norm_num_groups=model.decoder.norm_out.num_groups)
+    stated = replace(model.facts, norm_num_groups=model.decoder.norm_out.num_groups)
     if path.suffix == ".safetensors":
-        write_safetensors(path, state, groups.metadata())
+        write_safetensors(path, state, stated.metadata())
     elif path.suffix == ".ckpt":
-        write_torch(path, {"state_dict": state, facts.ENTRY: groups.stated()})
+        write_torch(path, {"state_dict": state, facts.ENTRY: stated.stated()})
     else:
         raise UsageError(f"{path}: an autoencoder is saved as .safetensors or .ckpt")
 
