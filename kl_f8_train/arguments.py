@@ -127,29 +127,20 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["safetensors", "ckpt", "diffusers"],
         help="only this layout; may be given several times",
     )
-    export.add_argument("--images", type=Path, help="photographs that try half precision")
-    export.add_argument(
-        "--family",
-        choices=[*FAMILIES, OTHER],
-        help="models whose VAE it is, if the checkpoint does not know",
-    )
     export.add_argument(
         "--fp16-safe",
         action=argparse.BooleanOptionalAction,
         help="rescale the decoder, exactly, so that fp16 does not overflow (where it would)",
     )
-    export.add_argument("--force", action="store_true", help="overwrite files")
 
     safe = subs["fp16-safe"]
     safe.add_argument("weights", help="file, diffusers folder, run directory or hub id")
     safe.add_argument("--out", type=_directory, help="directory to write (NAME-fp16-safe)")
-    safe.add_argument("--images", type=Path, help="photographs that try half precision")
-    safe.add_argument(
-        "--family",
-        choices=[*FAMILIES, OTHER],
-        help="models whose VAE it is, if the file does not show it",
-    )
-    safe.add_argument("--force", action="store_true", help="overwrite files")
+    for writing in (export, safe):
+        add = writing.add_argument
+        add("--images", type=Path, help="photographs that try half precision")
+        add("--family", choices=[*FAMILIES, OTHER], help="models whose VAE it is, if not stated")
+        add("--force", action="store_true", help="overwrite files")
 
     inject = subs["inject"]
     inject.add_argument("vae", type=Path, help="any VAE file, or a run directory (its EMA)")
