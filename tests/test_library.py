@@ -273,6 +273,13 @@ def test_networks_that_do_not_belong_to_a_recipe_are_refused(override, discrimin
         Finetuner(settings, AutoencoderKL(32, (1, 1), 1), discriminator, network)
 
 
+@pytest.mark.parametrize("name", ["autoencoder", "perceptual"])
+@pytest.mark.parametrize("part", [None, "kl_f8_mini", torch.zeros(1).sum])
+def test_what_is_no_network_is_refused(name, part):
+    with pytest.raises(ValueError, match=f"{name}: got a .*, expected a network"):
+        Finetuner(**parts() | {name: part})
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_an_autoencoder_in_half_precision_is_refused(dtype):
     network = perceptual_network("st_lpips_alex")
