@@ -20,10 +20,24 @@ from typing import TYPE_CHECKING
 from kl_f8_train import next_command
 from kl_f8_train.arguments import build_parser, name_path_select
 from kl_f8_train.averages import requested
-from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError, UserError
+from kl_f8_train.errors import (
+    MissingInputError,
+    RunFailedError,
+    UsageError,
+    UserError,
+    check_folder,
+)
 from kl_f8_train.launch import end_children, is_first_to_say, launched, world_size
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import progress_bar, say
+from kl_f8_train.run.paths import (
+    NETWORK,
+    all_of,
+    check_file,
+    check_images,
+    check_paths,
+    check_pattern,
+)
 from kl_f8_train.units import are, counted, written
 from kl_f8_train.weights import hub
 
@@ -108,7 +122,6 @@ def _complain(message: str, exit_code: int, debug: bool) -> int:
 def _train(args: argparse.Namespace) -> int:
     from kl_f8_train import config as configs
     from kl_f8_train.files import check_writable
-    from kl_f8_train.run.paths import check_paths
     from kl_f8_train.run.tracking import check_tensorboard
     from kl_f8_train.run_dir import begun
 
@@ -203,13 +216,11 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from kl_f8_train.run.paths import all_of, check_file, check_photographs
-
     named = [("run ", args.run), *(("--average ", path) for path in args.average)]
     wrong = "no such directory or checkpoint; check the path"
     all_of(
         *(partial(check_file, flag, path, wrong, folders=True) for flag, path in named),
-        partial(check_photographs, "--images ", args.images),
+        partial(check_folder, "--images ", args.images),
     )
     from kl_f8_train.publish.export import LAYOUTS, export
 
@@ -233,11 +244,9 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _fp16_safe(args: argparse.Namespace) -> int:
-    from kl_f8_train.run.paths import all_of, check_photographs
-
     all_of(
         partial(hub.check_exists, args.weights),
-        partial(check_photographs, "--images ", args.images),
+        partial(check_folder, "--images ", args.images),
     )
     from kl_f8_train.publish.export import make_fp16_safe
 
@@ -246,8 +255,6 @@ def _fp16_safe(args: argparse.Namespace) -> int:
 
 
 def _inject(args: argparse.Namespace) -> int:
-    from kl_f8_train.run.paths import all_of, check_file
-
     wrong = "no such file; expected a full checkpoint, .safetensors or .ckpt"
     all_of(
         partial(hub.check_exists, str(args.vae)),
@@ -352,8 +359,6 @@ def _evaluate_latents(args: argparse.Namespace, named: list[tuple[str, Path, str
 
 def _check_evaluated(args: argparse.Namespace, weights: list[Path]) -> None:
     """Raises UsageError or MissingInputError for what the paths alone show."""
-    from kl_f8_train.run.paths import NETWORK, all_of, check_file, check_images
-
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out {args.out}: is a file; expected a directory: name another place")
     if args.images and args.out.is_dir() and args.out.resolve() == Path(args.images).resolve():
@@ -373,7 +378,6 @@ def _check_evaluated(args: argparse.Namespace, weights: list[Path]) -> None:
 
 
 def _card(args: argparse.Namespace) -> int:
-    from kl_f8_train.run.paths import all_of, check_file
     from kl_f8_train.run_dir import EXPORT_FILE, export_meant
 
     if args.license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", args.license):
@@ -415,8 +419,6 @@ def _push(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from kl_f8_train.run.paths import all_of, check_file
-
     wrong = "no such folder; expected one of photographs, or .parquet files"
     places = [place for place in args.images if not set("*?[") & set(f"{place}")]
     all_of(*(partial(check_file, "", place, wrong, folders=True) for place in places))
@@ -529,7 +531,6 @@ def _print_schema(keys: list[str]) -> None:
 
 def _config(args: argparse.Namespace) -> int:
     from kl_f8_train import config as configs
-    from kl_f8_train.run.paths import all_of
 
     if args.markdown:
         if args.action != "schema":
@@ -575,11 +576,9 @@ def _benchmark(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from kl_f8_train.run.paths import all_of, check_pattern, check_photographs
-
     all_of(
         partial(check_pattern, f"--training {args.training}", args.training or "."),
-        partial(check_photographs, "--held-out ", args.held_out),
+        partial(check_folder, "--held-out ", args.held_out),
     )
     say(f"demo in {args.run_dir}: loading, and packing photographs ...")
     from kl_f8_train.demo import demo

@@ -127,29 +127,20 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["safetensors", "ckpt", "diffusers"],
         help="only this layout; may be given several times",
     )
-    export.add_argument("--images", type=Path, help="photographs that try half precision")
-    export.add_argument(
-        "--family",
-        choices=[*FAMILIES, OTHER],
-        help="models whose VAE it is, if the checkpoint does not know",
-    )
     export.add_argument(
         "--fp16-safe",
         action=argparse.BooleanOptionalAction,
         help="rescale the decoder, exactly, so that fp16 does not overflow (where it would)",
     )
-    export.add_argument("--force", action="store_true", help="overwrite files")
 
     safe = subs["fp16-safe"]
     safe.add_argument("weights", help="file, diffusers folder, run directory or hub id")
     safe.add_argument("--out", type=_directory, help="directory to write (NAME-fp16-safe)")
-    safe.add_argument("--images", type=Path, help="photographs that try half precision")
-    safe.add_argument(
-        "--family",
-        choices=[*FAMILIES, OTHER],
-        help="models whose VAE it is, if the file does not show it",
-    )
-    safe.add_argument("--force", action="store_true", help="overwrite files")
+    for writing in (export, safe):
+        add = writing.add_argument
+        add("--images", type=Path, help="photographs that try half precision")
+        add("--family", choices=[*FAMILIES, OTHER], help="models whose VAE it is, if not stated")
+        add("--force", action="store_true", help="overwrite files")
 
     inject = subs["inject"]
     inject.add_argument("vae", type=Path, help="any VAE file, or a run directory (its EMA)")
@@ -332,16 +323,16 @@ def name_path_select(text: str) -> tuple[str, Path, str]:
     name, equals, path = text.partition("=")
     if not equals or os.sep in name:
         name, path = "", text
+    ending, select = "", "ema"
     mark = re.search(r"@(raw|[0-9]*\.?[0-9]+(e-[0-9]+)?)$", path)
-    if mark and mark[1] != "raw" and Path(path).exists():
-        mark = None  # a name that ends so
-    place = Path(path[: mark.start()] if mark else path)
+    if mark and (mark[1] == "raw" or not Path(path).exists()):  # else a name that ends so
+        path, ending = path[: mark.start()], mark[0]
+        select = "raw" if mark[1] == "raw" else selection(float(mark[1]))
+    place = Path(path)
     if not name:
-        ending = "" if place.is_dir() else r"(\.vae)?\.(safetensors|ckpt|pth?|bin|zip)$"
-        name = re.sub(ending, "", place.absolute().name) + (mark[0] if mark else "")
-    if mark is None or mark[1] == "raw":
-        return name, place, mark[1] if mark else "ema"
-    return name, place, selection(float(mark[1]))
+        suffix = "" if place.is_dir() else r"(\.vae)?\.(safetensors|ckpt|pth?|bin|zip)$"
+        name = re.sub(suffix, "", place.absolute().name) + ending
+    return name, place, select
 
 
 def _directory(text: str) -> Path:

@@ -107,8 +107,10 @@ def unexpanded(path: str) -> str:
     return "" if written == path else f"; no shell has replaced its {mark}: write {written}"
 
 
-def no_folder(path: Path) -> str:
-    """Why a path is not a folder of photographs: `PATH: no such folder; ...`."""
-    if path.exists():
-        return f"{path}: not a folder; expected one of photographs"
-    return f"{path}: no such folder; expected one of photographs{like_path(path)}"
+def check_folder(before: str, path: str | Path | None) -> None:
+    """Raises MissingInputError, `before` first, for a path that is not a folder."""
+    if path is not None and not Path(path).is_dir():
+        wrong, meant = "no such folder", like_path(path)
+        if Path(path).exists():
+            wrong, meant = "not a folder", ""
+        raise MissingInputError(f"{before}{path}: {wrong}; expected one of photographs{meant}")

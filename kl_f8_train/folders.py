@@ -17,7 +17,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from kl_f8_train import images
-from kl_f8_train.errors import ImageError, MissingInputError, no_folder
+from kl_f8_train.errors import ImageError, MissingInputError, check_folder
 from kl_f8_train.units import printable
 
 SUFFIXES = (
@@ -43,7 +43,7 @@ NO_IMAGES = (  # not worth a look inside
     *(".part", ".tmp", ".crdownload"),
 )
 CONTAINERS = {  # of images, and what to do with them
-    ".parquet": "`kl-f8-train pack` makes shards of it",
+    ".parquet": "if it holds images: kl-f8-train pack FILE OUT",
     **dict.fromkeys((".zip", ".tgz", ".gz", ".rar", ".7z"), "unpack it"),
 }
 SYSTEM = {  # folders, in lower case
@@ -206,8 +206,7 @@ def load_sizes(
 
     An unreadable image is named once and left out. Raises MissingInputError if none is left.
     """
-    if not folder.is_dir():
-        raise MissingInputError(f"no images in {no_folder(folder)}")
+    check_folder("no images in ", folder)
     loaded: dict[int, list[Tensor]] = {side: [] for side in sides}
     listing = list_folder(folder)
     found = 0

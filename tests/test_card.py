@@ -19,7 +19,7 @@ from kl_f8_train.__main__ import main
 from kl_f8_train.errors import MissingInputError
 from kl_f8_train.facts import FAMILIES
 from kl_f8_train.files import file_sha256
-from kl_f8_train.publish import card
+from kl_f8_train.publish import card, push
 from kl_f8_train.publish.export import export
 from kl_f8_train.run.train import train
 from kl_f8_train.run_dir import list_checkpoints
@@ -323,8 +323,12 @@ def test_numbers_that_are_none_enter_neither_index_nor_table(folder, scores):
 def test_changed_files_are_refused(folder):
     with (folder / "tiny-ema-pruned.ckpt").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(MissingInputError, match="SHA-256 differs"):
+    (folder / "config.yaml").unlink()
+    both = r"ckpt was changed after the export\n.*config.yaml is missing since the export; run"
+    with pytest.raises(MissingInputError, match=both):
         card.write(folder)
+    with pytest.raises(MissingInputError, match=both):
+        push.plan_upload(folder, "me/vae")
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,10 @@ def _of_source(source: ImageSource) -> str:
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Lines `name: before -> now`; what an older checkpoint does not hold is not compared."""
-    lines = [
-        f"{name}: {before[name]} -> {value}"
-        for name, value in now.items()
-        if before.get(name, value) != value
-    ]
+    lines = []
+    for name, value in now.items():
+        if before.get(name, value) != value:
+            lines.append(f"{name}: {before[name]} -> {value}")
     # A source that was renamed: the plan draws by its name, so the same images come in another
     # order.
     former = {value: name for name, value in before.items() if name not in now}

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from kl_f8_train.data import near
-from kl_f8_train.errors import ImageError, MissingInputError, UsageError, no_folder
+from kl_f8_train.errors import ImageError, MissingInputError, UsageError, check_folder
 from kl_f8_train.files import disk_failure, hidden_part, in_use, remove_abandoned, write_json
 from kl_f8_train.folders import ahead, list_folder
 from kl_f8_train.images import read_file
@@ -154,8 +154,7 @@ def split(
 
 
 def _check_places(folder: Path, out: Path) -> None:
-    if not folder.is_dir():
-        raise MissingInputError(no_folder(folder))
+    check_folder("", folder)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; expected a new or empty directory")
     if out.is_dir() and any(out.iterdir()):

@@ -187,13 +187,22 @@ def model_card(
 def _record(export_dir: Path) -> dict[str, Any]:
     """export.json, its hashes compared with the files."""
     record = read_record(export_dir, NEEDED)
-    for file, digest in record["files"].items():  # but for those that people edit
-        if file not in (README, STRIP, LICENSE) and _sha256(export_dir / file) != digest:
-            raise MissingInputError(
-                f"{export_dir / file} is not the file that export.json describes: its SHA-256 "
-                "differs. Run `kl-f8-train export` again"
-            )
+    check_files(export_dir, record, edited=(README, STRIP, LICENSE))
     return record
+
+
+def check_files(export_dir: Path, record: Mapping[str, Any], edited: Collection[str] = ()) -> None:
+    """Raises MissingInputError with all files that are not as exported, but for `edited` ones."""
+    wrong = []
+    for name, digest in record["files"].items():
+        path = export_dir / name
+        if name not in edited and not (path.is_file() and file_sha256(path) == digest):
+            state = "was changed after" if path.is_file() else "is missing since"
+            wrong.append(f"{path} {state} the export")
+    if wrong:
+        raise MissingInputError(
+            "\n  ".join(wrong) + "; run `kl-f8-train export --force` and `card` again"
+        )
 
 
 def read_record(export_dir: Path, needed: Collection[str] = ("files",)) -> dict[str, Any]:

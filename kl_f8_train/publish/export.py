@@ -58,23 +58,23 @@ def export(
     force: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Writes NAME-ema-pruned.safetensors and .ckpt, diffusers/, the configuration and the card.
+    """Writes the weight files, diffusers/, the configuration and the card; returns their folder.
 
     `source` is a run directory or one of its checkpoints; with `best` the one with the run's best
     validation. Its EMA, or with `ema` the one of that decay, is averaged with those of `average`;
     with `raw` its raw weights are taken. `dtype` is that of the single files; diffusers/ always
     holds float32 and the fp16 variant. `family` says whose VAE it is where an older checkpoint does
     not. With `fp16_safe` the decoder is rescaled so that it does not overflow in half precision;
-    None: where it would. With `force` the weight files of an earlier export that this one does not
-    have are removed. Returns the directory. Raises UsageError if a file exists and not `force`, or
-    if `out` is a run directory; MissingInputError if there is no training checkpoint, or no such
-    EMA in it; RunFailedError if a written file does not read back as what was exported.
+    None: where it would. `force` removes weight files of an earlier export that this one does not
+    have. Raises UsageError if a file exists and not `force`, or `out` is a run directory;
+    MissingInputError without such a checkpoint or EMA; RunFailedError if a file reads back changed.
     """
     source = _best(source) if best else source
     _check_choice(source, average, raw, ema)
     header = weight_file.read(source, lambda names: ())
     config = checkpoint.stored_config(header)
     select = requested(raw, ema)
+    kept = weight_file.kept_selection(header, select)  # before a folder is made for it
     kind = f"{select}-average" if average else select
     marks = ["best"] * best + [kind] * (kind != "ema") + [DTYPES[dtype]] * (dtype != "float32")
     out = out or _own_place(source, marks)
@@ -98,7 +98,7 @@ def export(
     _write_weights(files, model, stated, about, config.data.crop, record["iteration"])
     record["checks"] = _verify(out, files, model, stated)
     _describe(out, written, record, config)
-    warnings = _ruined(_home(source), record, weight_file.kept_selection(header, select))
+    warnings = _ruined(_home(source), record, kept)
     for line in (*_summary(out, record), *_remove_old(out, before, record["files"]), *warnings):
         say(line)
     return out
@@ -546,18 +546,16 @@ def _verify(
             raise RunFailedError(
                 f"{path} reads back, but encodes or decodes a test pattern differently"
             )
-        read = (
-            "bit for bit; encoder and quant_conv as imported"
-            if stored == torch.float32
-            else f"all rounded to {DTYPES[str(stored)[6:]]}"
-        )
+        read = "bit for bit; encoder and quant_conv as imported"
+        if stored != torch.float32:
+            read = f"all rounded to {DTYPES[str(stored)[6:]]}"
         near = f"within {latents_error:.2g}" if latents_error else "as before"
-        shift = (
-            f"a test pattern's latents {near}, its image within {most:.2g} of 255 levels "
-            f"(mean {mean:.2g})"
-            if latents_error or most
-            else "a test pattern is encoded and decoded as before"
-        )
+        shift = "a test pattern is encoded and decoded as before"
+        if latents_error or most:
+            shift = (
+                f"a test pattern's latents {near}, its image within {most:.2g} of 255 levels "
+                f"(mean {mean:.2g})"
+            )
         checks[str(path.relative_to(out))] = f"{len(weights)} tensors read back, {read}; {shift}"
         if layout == "ckpt":
             _check_strictly(path, len(weights))

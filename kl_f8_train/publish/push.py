@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kl_f8_train.errors import MissingInputError, RunFailedError, UsageError
-from kl_f8_train.files import file_sha256
 from kl_f8_train.folders import SUFFIXES
-from kl_f8_train.publish.card import README, read_record
+from kl_f8_train.publish.card import README, check_files, read_record
 from kl_f8_train.run_dir import EXPORT_FILE
 from kl_f8_train.units import counted, size
 
@@ -49,13 +48,9 @@ def plan_upload(export_dir: Path, repository: str, pictures: bool = False) -> Up
         raise UsageError(f"{repository}: expected OWNER/NAME, as on the hub")
     record = read_record(export_dir)
     upload = Upload(repository, {})
-    for name, digest in record["files"].items():
+    check_files(export_dir, record)
+    for name in record["files"]:
         path = export_dir / name
-        if not path.is_file() or file_sha256(path) != digest:
-            state = "was changed after" if path.is_file() else "is missing since"
-            raise MissingInputError(
-                f"{path} {state} the export; run `kl-f8-train export --force` and `card` again"
-            )
         if path.suffix.lower() in SUFFIXES and not pictures:
             upload.left_out.append(f"{name} (made of photographs; --pictures uploads it)")
         else:

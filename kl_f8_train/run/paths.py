@@ -7,7 +7,7 @@ from tarfile import is_tarfile
 from typing import TypeVar
 
 from kl_f8_train.data.patterns import check_named
-from kl_f8_train.errors import MissingInputError, about, like_path, no_folder
+from kl_f8_train.errors import MissingInputError, about, check_folder, like_path
 from kl_f8_train.overrides import source_setting
 from kl_f8_train.run_dir import check_checkpoint_names, list_checkpoints
 from kl_f8_train.settings import Config
@@ -40,17 +40,12 @@ def check_paths(config: Config) -> None:
 def _checks(config: Config) -> Iterator[Callable[[], None]]:
     if not list_checkpoints(Path(config.run_dir)):  # only the start of a run reads them
         yield partial(check_checkpoint_names, Path(config.run_dir))
-        yield partial(check_init_weights, config)
+        yield partial(hub.check_exists, config.init.weights, "init.weights=")
     for name, source in config.data.sources.items():
         yield partial(check_pattern, source_setting(name, source.shards), source.shards)
     yield partial(check_perceptual_weights, config)
     if config.log.pictures_every and config.log.pictures is not None:
-        yield partial(check_photographs, "log.pictures: no images in ", config.log.pictures)
-
-
-def check_init_weights(config: Config) -> None:
-    """Raises MissingInputError for `init.weights` that are neither here nor named as on the hub."""
-    hub.check_exists(config.init.weights, "init.weights=")
+        yield partial(check_folder, "log.pictures: no images in ", config.log.pictures)
 
 
 def check_perceptual_weights(config: Config) -> None:
@@ -64,12 +59,6 @@ def check_file(setting: str, given: str | Path | None, wrong: str, folders: bool
     """Raises MissingInputError if a path is given that is neither a file nor one of `folders`."""
     if given is not None and not (Path(given).exists() if folders else Path(given).is_file()):
         raise MissingInputError(f"{setting}{given}: {wrong}{like_path(given)}")
-
-
-def check_photographs(setting: str, folder: str | Path | None) -> None:
-    """Raises MissingInputError if a path is given that is not a folder."""
-    if folder is not None and not Path(folder).is_dir():
-        raise MissingInputError(f"{setting}{no_folder(Path(folder))}")
 
 
 def check_pattern(setting: str, pattern: str) -> None:

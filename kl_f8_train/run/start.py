@@ -155,36 +155,42 @@ def _import_discriminator(config: Config, finetuner: Finetuner, weights: Any) ->
         if weights:
             say_once("  its discriminator is not used: the recipe has no adversarial term")
         return
-    missing = "no discriminator in it"
-    if weights and config.init.discriminator == "new":
-        weights, missing = None, "its discriminator is left out (init.discriminator=new)"
-    shape = shape_of(weights) if weights else None
-    if weights and shape is None:
-        weights, missing = None, "its discriminator is of another kind and left out"
-    if weights and shape:
-        differ = f"{config.init.weights}: its discriminator and the recipe's differ"
-        remedy = (
-            f"Set adversarial.ndf={shape[0]} and adversarial.n_layers={shape[1]} as the file's, or "
-            "init.discriminator=new for a new one"
-        )
-        with about(differ, remedy):
-            check_shapes(weights, shapes_of(finetuner.discriminator.state_dict()))
-        bad = [key for key, value in weights.items() if not value.float().isfinite().all()]
-        if bad:
-            raise MissingInputError(
-                f"{config.init.weights}: its discriminator is not finite, {bad[0]} first: NaN or "
-                "infinity; give other weights, or init.discriminator=new for a new one"
-            )
-        finetuner.discriminator.load_state_dict(weights)
-        say_once(
-            "  its discriminator is taken over, as trained against that file's decoder; without "
-            "a warm-up, and with new moments for Adam"
-        )
+    if not weights:
+        missing = "no discriminator in it"
+    elif config.init.discriminator == "new":
+        missing = "its discriminator is left out (init.discriminator=new)"
+    elif (shape := shape_of(weights)) is None:
+        missing = "its discriminator is of another kind and left out"
+    else:
+        _take_discriminator(config.init.weights, finetuner.discriminator, weights, shape)
         return
     finetuner.run_state.warmup_left = config.adversarial.warmup_iterations
     say_once(
         f"  {missing}: a new one trains alone for "
         f"{finetuner.warmup_left:,} iterations (adversarial.warmup_iterations)"
+    )
+
+
+def _take_discriminator(
+    file: str, discriminator: Discriminator, weights: Any, shape: tuple[int, int]
+) -> None:
+    differ = f"{file}: its discriminator and the recipe's differ"
+    remedy = (
+        f"Set adversarial.ndf={shape[0]} and adversarial.n_layers={shape[1]} as the file's, or "
+        "init.discriminator=new for a new one"
+    )
+    with about(differ, remedy):
+        check_shapes(weights, shapes_of(discriminator.state_dict()))
+    bad = [key for key, value in weights.items() if not value.float().isfinite().all()]
+    if bad:
+        raise MissingInputError(
+            f"{file}: its discriminator is not finite, {bad[0]} first: NaN or infinity; give other "
+            "weights, or init.discriminator=new for a new one"
+        )
+    discriminator.load_state_dict(weights)
+    say_once(
+        "  its discriminator is taken over, as trained against that file's decoder; without a "
+        "warm-up, and with new moments for Adam"
     )
 
 

@@ -71,9 +71,11 @@ class Validation(Callback):
             for size, originals in self.fixed.items():
                 outputs = [reconstruct_fixed(finetuner, image) for image in originals]
                 scores = validation_scores(finetuner, originals, outputs)
-                row |= {f"{key}_{size}px" if strip else key: score for key, score in scores.items()}
-                pairs = zip(originals, outputs, strict=True)
-                strip = strip or [images.hstack([image, by["ema"]]) for image, by in pairs]
+                if strip:  # a further size
+                    row |= {f"{key}_{size}px": score for key, score in scores.items()}
+                else:
+                    pairs = zip(originals, outputs, strict=True)
+                    row, strip = scores, [images.hstack([image, by["ema"]]) for image, by in pairs]
         iteration = self.validated = finetuner.iteration
         path = self.folder / f"iteration-{iteration:09d}.jpg"
         before = min((badness(_numbers(old)) for old in self.table.rows), default=None)

@@ -165,7 +165,9 @@ def _read_tensors(path: Path) -> tuple[Tensor, str]:
     if COMFYUI in tensors:
         return tensors[COMFYUI], OURS if MARKER in tensors else LEGACY
     fitting = {name: t for name, t in tensors.items() if t.is_floating_point() and t.ndim in (3, 4)}
-    named = [name for name in NAMES if name in fitting] if len(fitting) > 1 else list(fitting)
+    named = list(fitting)
+    if len(fitting) > 1:
+        named = [name for name in NAMES if name in fitting]
     if len(named) != 1:
         held = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items()) or "nothing"
         raise MissingInputError(
@@ -242,14 +244,13 @@ def _model_scale(scaled: str, vaes: Sequence[tuple[str, Facts, int]]) -> Scale:
             f"--latents-scaled yes: {vaes[0][0]} does not state the scale of its models; "
             f"{f'give {choices}' if choices else 'undo it, and give --latents-scaled no'}"
         )
-    different = set(known.values())
-    if len(different) > 1:
+    only, *others = set(known.values())
+    if others:
         listed = ", ".join(f"{name} {scale}" for name, scale in known.items())
         raise UsageError(
             f"--latents-scaled yes: the VAEs state different scales ({listed}), so they are of "
             "different models, and no latents are of both"
         )
-    (only,) = different
     return only
 
 

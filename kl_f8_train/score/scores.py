@@ -76,7 +76,6 @@ def summarise(
     warnings = list(tally.problems)
     unmeasured = dict(unmeasured)
     models: dict[str, dict[str, Any]] = {}
-    perfect: list[str] = []
     of_images = np.stack([row.scores for row in tally.rows])  # (images, VAEs, metrics)
     for number, model in enumerate(weights):
         values = dict(zip(tally.measured, of_images[:, number].T.tolist(), strict=True))
@@ -88,12 +87,9 @@ def summarise(
         infinite = sum(map(math.isinf, values["psnr"]))
         if infinite:
             warnings.append(f"{model}: {infinite} infinite PSNR left out of the mean")
-        if infinite == len(tally.rows):
-            perfect.append(model)
+    perfect = ", ".join(model for model in models if models[model]["psnr"] is None)
     if perfect:
-        unmeasured["psnr"] = (
-            f"infinite: every reconstruction by {', '.join(perfect)} equals its input"
-        )
+        unmeasured["psnr"] = f"infinite: every reconstruction by {perfect} equals its input"
     if tally.statistics and len(tally.rows) < 2:
         unmeasured["rfid"] = "a covariance needs two images"
     elif tally.statistics:

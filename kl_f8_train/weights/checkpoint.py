@@ -206,11 +206,10 @@ def stored_identity(metadata: dict[str, str]) -> dict[str, str]:
     """The identity of the inputs that a checkpoint was made with; older ones have none."""
     try:
         found = json.loads(metadata.get("identity", "{}"))
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise MissingInputError("its identity is not a JSON object; the file is damaged")
-    return {str(name): str(value) for name, value in found.items()}
+        return {str(name): str(value) for name, value in found.items()}
+    except DAMAGED as error:
+        text = "its identity is not a JSON object; the file is damaged"
+        raise MissingInputError(text) from error
 
 
 def content_sha256(tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -379,19 +379,20 @@ def architecture(state: Mapping[str, Tensor], facts: Facts | None = None) -> dic
         ch = state["encoder.conv_in.weight"].shape[0]  # (ch, 3, 3, 3)
         levels = range(_levels(state, "down"))
         widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in levels]
-        blocks = sum(
-            bool(re.match(r"encoder\.down\.0\.block\.\d{1,3}\.conv1\.weight", k)) for k in state
-        )
-        return {
+        block = re.compile(r"encoder\.down\.0\.block\.\d{1,3}\.conv1\.weight")
+        found = {
             "ch": ch,
             "ch_mult": tuple(width // ch for width in widths),
-            "num_res_blocks": blocks,
+            "num_res_blocks": len(list(filter(block.match, state))),
             "z_channels": z_channels,
             # (z, embed, 1, 1)
             "embed_dim": z_channels if plain else state["post_quant_conv.weight"].shape[1],
-            **({"quant_conv": False} if plain else {}),
-            **({"norm_num_groups": groups} if groups else {}),
         }
+        if plain:
+            found["quant_conv"] = False
+        if groups:
+            found["norm_num_groups"] = groups
+        return found
     except (KeyError, ValueError) as error:
         raise MissingInputError(f"not a whole autoencoder: {error} is missing") from error
     except (IndexError, ZeroDivisionError) as error:

@@ -107,10 +107,11 @@ def read_weights(
         raise MissingInputError(
             f"{contents.path} is one of several files; give their folder, or the index beside them"
         )
+    select = kept_selection(contents, select)
     try:
         if refused := refused_config(_config_beside(contents.path)[0]):
             raise MissingInputError(refused)
-        return contents, recognise(contents.tensors, kept_selection(contents, select), prefix)
+        return contents, recognise(contents.tensors, select, prefix)
     except MissingInputError as error:
         objects = "" if contents.tensors else _first(contents.stubbed)
         named = objects and f"; of other objects it holds {objects}, none of which is loaded"
@@ -137,7 +138,8 @@ def kept_selection(contents: Contents, select: str) -> str:
     if select not in kept:
         named = ", ".join(name.removeprefix("ema-") for name in kept)
         there = f"it keeps {named}" if kept else "it is not a training checkpoint of a run"
-        raise MissingInputError(f"no EMA of decay {select.removeprefix('ema-')} in it: {there}")
+        decay = select.removeprefix("ema-")
+        raise MissingInputError(f"{contents.path}: no EMA of decay {decay} in it: {there}")
     return "ema" if select == kept[0] else select
 
 
