@@ -268,10 +268,10 @@ def _inject(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from kl_f8_train.score.protocol import PROTOCOLS, selections
+
     named = [name_path_select(text) for text in args.weights]
-    if len({name for name, *_ in named}) < len(named):
-        raise UsageError("two weights have the same name; give NAME=WEIGHTS")
-    _check_compared(args.compare, [name for name, *_ in named])
+    selections(named, args.compare or ())
     if args.latents is not None:
         return _evaluate_latents(args, named)
     if args.images is None:
@@ -280,7 +280,6 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise UsageError("--latents-scaled is of saved latents; give --latents with it")
     _check_evaluated(args, [path for _, path, _ in named])
     from kl_f8_train.score.evaluate import evaluate
-    from kl_f8_train.score.protocol import PROTOCOLS
 
     sizes = args.size or [256]
     with progress_bar("image") as progress:
@@ -376,14 +375,6 @@ def _check_evaluated(args: argparse.Namespace, weights: list[Path]) -> None:
         partial(check_file, "--vgg ", args.vgg, NETWORK.format("VGG16's features")),
         partial(check_file, "--inception ", args.inception, NETWORK.format("Inception's weights")),
     )
-
-
-def _check_compared(compared: list[str] | None, names: list[str]) -> None:
-    unknown = [name for name in compared or () if name not in names]
-    if unknown:
-        raise UsageError(f"--compare {unknown[0]}: no such model; named are {', '.join(names)}")
-    if compared and compared[0] == compared[1]:
-        raise UsageError(f"--compare {compared[0]} {compared[1]}: expected two different models")
 
 
 def _card(args: argparse.Namespace) -> int:

@@ -43,7 +43,7 @@ NO_IMAGES = (  # not worth a look inside
     *(".part", ".tmp", ".crdownload"),
 )
 CONTAINERS = {  # of images, and what to do with them
-    ".parquet": "`kl-f8-train pack` makes shards of it",
+    ".parquet": "if it holds images: kl-f8-train pack FILE OUT",
     **dict.fromkeys((".zip", ".tgz", ".gz", ".rar", ".7z"), "unpack it"),
 }
 SYSTEM = {  # folders, in lower case

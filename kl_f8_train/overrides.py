@@ -12,15 +12,23 @@ from kl_f8_train.errors import UsageError
 from kl_f8_train.settings import SETTINGS, Setting, Source, setting_of
 from kl_f8_train.units import written
 
+MEANT = {  # what other trainers call a value whose name is nearer to another of ours
+    **dict.fromkeys(("fp32", "32", "32-true"), "float32"),
+    **dict.fromkeys(("bf16", "bf16-mixed", "bf16-true"), "bfloat16"),
+    **{"gpu": "cuda", "online": "auto", "true": "auto", "l2": "mse", "vgg": "lpips_vgg"},
+}
+
 
 def parse_sources(text: str) -> dict[str, Source]:
     """`A,B` -> one source for each pattern; a path that exists is one, whatever its commas."""
     body = text.strip().removesuffix("{}")
     if os.path.exists(body):
         return name_sources([body])
+    quotes = ""
     if body.startswith("[") and body.endswith("]"):
-        body = body[1:-1]
-    return name_sources(re.split(r",(?![^{]*\})", body))  # not at those of `{a,b}`
+        body, quotes = body[1:-1], "'\""
+    parts = re.split(r",(?![^{]*\})", body)  # not at those of `{a,b}`
+    return name_sources(part.strip().strip(quotes) for part in parts)
 
 
 def name_sources(patterns: Iterable[str]) -> dict[str, Source]:
@@ -100,7 +108,8 @@ def _read_typed(key: str, found: Setting, text: str) -> Any:
     if origin is Literal:
         if text in inner:
             return text
-        near = difflib.get_close_matches(text, inner, n=1)
+        meant = MEANT.get(text.lower(), text.lower())
+        near = difflib.get_close_matches(meant, inner, n=1)
         hint = f". Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"expected one of {', '.join(inner)}{hint}")
     item = inner[0] if inner else kind
@@ -113,8 +122,8 @@ def _read_typed(key: str, found: Setting, text: str) -> Any:
 
 def _read_items(text: str, kind: Any, origin: Any) -> Any:
     """A list as `1,2` or `[1,2]`; where one number will do (a union), `1` is that number."""
-    items = filter(None, map(str.strip, text.strip().strip("[]").split(",")))
-    values = [READERS[kind](item) for item in items]
+    items = (item.strip().strip("'\"") for item in text.strip().strip("[]").split(","))
+    values = [READERS[kind](item) for item in items if item]
     if origin is list:
         return values
     if not values:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kl_f8_train.errors import LostContactError, MissingInputError, RunFailedError, UserError
-from kl_f8_train.files import DAMAGED, atomic_path, write_json
+from kl_f8_train.files import DAMAGED, atomic_path, check_writable, write_json
 
 CONFIG_FILE, METRICS_FILE, VALIDATION_FILE = "config.yaml", "metrics.csv", "validation.csv"
 EXPORT_FILE = "export.json"  # of an export: what was written, from what, with which hashes
@@ -28,6 +28,13 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     """Training checkpoints of a run, newest first; copies under other names are not among them."""
     named = (run_dir / "checkpoints").glob("iteration-*.safetensors")
     return sorted((path for path in named if NAME.fullmatch(path.name)), reverse=True)
+
+
+def check_places(run_dir: Path) -> None:
+    """Raises RunFailedError if a run's directory, or that of its checkpoints, cannot be written."""
+    check_writable(run_dir)
+    if os.path.lexists(kept := run_dir / "checkpoints"):  # perhaps a link to another disk
+        check_writable(kept)
 
 
 def check_checkpoint_names(run_dir: Path) -> None:

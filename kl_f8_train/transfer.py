@@ -298,7 +298,7 @@ def _pipe_blocks(descriptor: int, timeout: float) -> Iterator[bytes]:
 
 def _scheme(location: str) -> str:
     """In lower case, without its colon; empty for a plain path."""
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://|(pipe):", location)
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://|(pipe|file):", location)
     return (match[1] or match[2]).lower() if match else ""
 
 

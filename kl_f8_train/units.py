@@ -78,10 +78,9 @@ def shortest(value: float) -> str:
 
 def speed(images_per_second: float) -> str:
     """Three digits, without an exponent: 0.042, 3.15, 87.3, 1,810 images/s."""
-    value = images_per_second
-    if value >= 99.95:  # which :.3g would write as 1e+02
-        return f"{value:,.0f} images/s"
-    return f"{value:.3g} images/s" if value >= 1e-3 else "0 images/s"
+    if images_per_second >= 99.95:  # which :.3g would write as 1e+02
+        return f"{images_per_second:,.0f} images/s"
+    return f"{images_per_second:.3g} images/s" if images_per_second >= 1e-3 else "0 images/s"
 
 
 def figure(value: float) -> str:

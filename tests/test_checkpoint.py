@@ -30,6 +30,7 @@ from kl_f8_train.files import (
 )
 from kl_f8_train.run_dir import (
     check_checkpoint_names,
+    check_places,
     checkpoint_path,
     list_checkpoints,
     remove_leftovers,
@@ -705,6 +706,18 @@ def test_copies_under_other_names_are_neither_resumed_from_nor_removed(tmp_path)
     checkpoint_path(tmp_path, 2).unlink()
     with pytest.raises(MissingInputError, match=r"1_old\.safetensors is not named as a checkpoint"):
         check_checkpoint_names(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_checkpoints_that_could_not_be_written_are_noticed_at_the_start(tmp_path, kind):
+    check_places(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    if kind == "file":
+        (tmp_path / "checkpoints").touch()
+    else:
+        (tmp_path / "checkpoints").symlink_to("/gone/checkpoints")
+    with pytest.raises(RunFailedError, match=f"checkpoints: it is a {kind}"):
+        check_places(tmp_path)
 
 
 def test_no_run_yet(tmp_path):

@@ -204,6 +204,10 @@ def test_wrong_type_in_the_file(tmp_path, old, new, key):
 def test_enumerations_list_their_values():
     assert "l1, mse" in refused("loss.pixel=l2")
     assert "Did you mean 'bfloat16'?" in refused("precision=bfloat")
+    assert "Did you mean 'float32'?" in refused("precision=fp32")
+    assert "Did you mean 'cuda'?" in refused("compute.accelerator=gpu")
+    assert "Did you mean 'auto'?" in refused("log.wandb=online")
+    assert "Did you mean 'l1'?" in refused("loss.pixel=L1")
     assert "Did you mean 'skip'?" in refused("data.bad_shards=skipp")
 
 
@@ -411,6 +415,13 @@ def test_numbers_and_lists():
 )
 def test_a_text_is_never_null(key):
     assert f"{key}=null: cannot be null; expected " in refused(f"{key}=null")
+
+
+def test_quotes_around_the_elements_of_a_list_are_left_out():
+    settings = samples.recipe("ft_ema", "data.sources=['/data/a', \"/data/b\"]")
+    assert [source.shards for source in settings.data.sources.values()] == ["/data/a", "/data/b"]
+    settings = samples.recipe("ft_ema", "data.sources.photos.filters=['width >= 64', 'height > 9']")
+    assert settings.data.sources["photos"].filters == ["width >= 64", "height > 9"]
 
 
 @pytest.mark.parametrize("key", ["run_dir", "data.index_dir", "data.cache_dir"])

@@ -181,9 +181,23 @@ def test_evaluate_takes_names_of_files(tmp_path):
         scores = kl_f8_train.evaluate(weights, where, str(tmp_path / "out"), **options)
         assert scores["models"].keys() == {"a", "b"}
     assert (tmp_path / "out/scores.json").is_file()
-    twice = [("a", tmp_path / "a.safetensors", select) for select in ("ema", "raw")]
-    with pytest.raises(UsageError, match="the same name"):
-        kl_f8_train.evaluate(twice, tmp_path / "photos", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("named", "compared", "message"),
+    [
+        ({}, (), "got none, expected {name: file}"),
+        (["a.ckpt"], (), "got 'a.ckpt', expected {name: file}"),
+        ([("a", "a.ckpt")], (), r"got \('a', 'a.ckpt'\), expected"),
+        ([("a", "a.ckpt", "ema"), ("a", "a.ckpt", "raw")], (), "the same name"),
+        ({"a": "a.ckpt", "b": "b.ckpt"}, ("a", "c"), "c: no such model; named are a, b"),
+        ({"a": "a.ckpt", "b": "b.ckpt"}, ("a",), "expected two different models"),
+        ({"a": "a.ckpt", "b": "b.ckpt"}, ("a", "a"), "expected two different models"),
+    ],
+)
+def test_evaluate_names_what_is_wrong_with_its_weights(tmp_path, named, compared, message):
+    with pytest.raises(UsageError, match=message):
+        kl_f8_train.evaluate(named, tmp_path, tmp_path / "out", compared=compared)
 
 
 # --- plain images ---------------------------------------------------------------------------
@@ -257,6 +271,13 @@ def test_networks_that_do_not_belong_to_a_recipe_are_refused(override, discrimin
     settings = recipe("demo", *TINY[:3], override)
     with pytest.raises(ValueError, match=message):
         Finetuner(settings, AutoencoderKL(32, (1, 1), 1), discriminator, network)
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "perceptual"])
+@pytest.mark.parametrize("part", [None, "kl_f8_mini", torch.zeros(1).sum])
+def test_what_is_no_network_is_refused(name, part):
+    with pytest.raises(ValueError, match=f"{name}: got a .*, expected a network"):
+        Finetuner(**parts() | {name: part})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

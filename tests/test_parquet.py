@@ -266,7 +266,7 @@ def test_a_folder_with_images_is_packed_as_one(tmp_path):
     (tmp_path / "set" / "a.jpg").write_bytes(picture(5))
     result = pack.pack(tmp_path / "set", tmp_path / "out")
     assert packed(result) == [picture(5)]
-    assert result.not_used == "not used: 1 .parquet"
+    assert result.not_used == "not used: 1 .parquet (if it holds images: kl-f8-train pack FILE OUT)"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from kl_f8_train.config import PLACEHOLDER
 from kl_f8_train.core import machine
 from kl_f8_train.errors import RunFailedError
 from kl_f8_train.files import check_writable
-from kl_f8_train.run_dir import list_checkpoints
+from kl_f8_train.run_dir import check_places, list_checkpoints
 from kl_f8_train.settings import Checkpoint, Config
 from kl_f8_train.units import counted, duration, size
 from kl_f8_train.units import speed as rate
@@ -40,10 +40,12 @@ def existing_parent(path: Path) -> Path:
 def check_disk(report: Report, config: Config) -> None:
     """Raises RunFailedError if the directory is closed, or too small for what will be kept."""
     run_dir = Path(config.run_dir)
-    parent = existing_parent(run_dir)
+    parent = existing_parent(run_dir / "checkpoints")
     planned = config.run_dir == PLACEHOLDER  # nowhere yet
     if not planned:
         check_writable(parent)
+        if run_dir.exists():
+            check_places(run_dir)
     start = report.start_iteration(config)
     if start is None:
         writable = "" if planned else f"{run_dir} can be written; "

@@ -85,8 +85,8 @@ class Finetuner(_Base):
     Finetuner(config, autoencoder, discriminator, perceptual, run_state=None, log_metrics=True)
 
     `config` is of `recipe`. The autoencoder is trained in place, in float32; the discriminator is
-    None for a recipe without an adversarial term. `perceptual` takes images and reconstructions,
-    (B, 3, H, W) in [-1, 1], to distances, (B, 1, 1, 1).
+    None for a recipe without an adversarial term. `perceptual` is a module that takes images and
+    reconstructions, (B, 3, H, W) in [-1, 1], to distances, (B, 1, 1, 1).
 
     A loader gives a Batch, or images alone: a tensor, or a tuple or list that begins with one,
     (B, 3, H, W), uint8 or floating point in [-1, 1]. Their noise then follows from the seed, the
@@ -113,7 +113,7 @@ class Finetuner(_Base):
         log_metrics: bool = True,
     ) -> None:
         super().__init__()
-        check_parts(config, autoencoder, discriminator)
+        check_parts(config, autoencoder, discriminator, perceptual)
         self.log_metrics = log_metrics
         self.automatic_optimization = False
         self.config = config
@@ -514,9 +514,15 @@ def sampled(posterior: Posterior, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_parts(
-    config: Config, autoencoder: AutoencoderKL, discriminator: Discriminator | None
+    config: Config,
+    autoencoder: AutoencoderKL,
+    discriminator: Discriminator | None,
+    perceptual: nn.Module,
 ) -> None:
-    """Raises ValueError for networks that the recipe has no use for, or in half precision."""
+    """Raises ValueError for networks that do not fit the recipe, or in half precision."""
+    for name, part in (("autoencoder", autoencoder), ("perceptual", perceptual)):
+        if not isinstance(part, nn.Module):
+            raise ValueError(f"{name}: got a {type(part).__name__}, expected a network")
     wanted = config.adversarial is not None
     if wanted != (discriminator is not None):
         with_term = "an adversarial term: give a Discriminator, or the setting adversarial=null"

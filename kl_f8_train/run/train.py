@@ -33,7 +33,7 @@ from kl_f8_train.data.loading import (
 )
 from kl_f8_train.data.sources import FolderSource, ImageSource, TarSource
 from kl_f8_train.errors import ImageError, LostContactError, MissingInputError, RunFailedError
-from kl_f8_train.files import check_writable, write_text
+from kl_f8_train.files import write_text
 from kl_f8_train.folders import is_system, load_sizes
 from kl_f8_train.overrides import source_setting
 from kl_f8_train.rules import micro_batch, validation_sizes
@@ -52,6 +52,7 @@ from kl_f8_train.run_dir import (
     CONFIG_FILE,
     begun,
     best_checkpoint,
+    check_places,
     failure_kept,
     list_checkpoints,
     note_failure,
@@ -71,7 +72,7 @@ def train(config: Config, allow_changes: bool = False) -> int:
     run_dir = Path(config.run_dir)
     if config.log.tensorboard:
         check_tensorboard()
-    check_writable(run_dir)
+    check_places(run_dir)
     machine.check_compile_cache(config.compute)
     first = getattr(rank_zero_only, "rank", 0) == 0  # as the launcher's variables say
     with begun(run_dir) if first else failure_kept(run_dir):

@@ -5,9 +5,8 @@ processes moves it.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,8 @@ from kl_f8_train.core.model import AutoencoderKL
 from kl_f8_train.errors import UsageError
 from kl_f8_train.facts import Facts
 from kl_f8_train.score.compare import noisy_name
-from kl_f8_train.score.protocol import CARD, SEED, Protocol
+from kl_f8_train.score.protocol import CARD, SEED, Protocol, Selected
 from kl_f8_train.weights import weight_file
-
-Named = Mapping[str, str | Path] | Sequence[tuple[str, str | Path, str]]
 
 
 class Means(nn.Module):
@@ -74,16 +71,8 @@ def autoencoder(candidate: Candidate) -> AutoencoderKL:
     return candidate.model
 
 
-def load_candidates(named: Named, device: str) -> list[Candidate]:
-    """(name, weights, "ema", "ema-0.9999" or "raw") -> VAEs; equal encoders are one module.
-
-    A mapping is of names to weights, of which it takes the EMA. Raises UsageError for two of one
-    name.
-    """
-    if isinstance(named, Mapping):
-        named = [(name, path, "ema") for name, path in named.items()]
-    if len({name for name, *_ in named}) < len(named):
-        raise UsageError("weights: two have the same name; give each its own")
+def load_candidates(named: Sequence[Selected], device: str) -> list[Candidate]:
+    """(name, weights, "ema", "ema-0.9999" or "raw") -> VAEs; equal encoders are one module."""
     candidates: list[Candidate] = []
     shared: dict[str, AutoencoderKL] = {}
     for name, path, select in named:

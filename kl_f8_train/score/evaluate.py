@@ -5,7 +5,7 @@ import datetime
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from kl_f8_train.score import compare, report, tiled
 from kl_f8_train.score.candidates import (
     Candidate,
     Means,
-    Named,
     baselines,
     load_candidates,
     perturbed,
@@ -36,7 +35,7 @@ from kl_f8_train.score.measure import (
     measure,
     own_device,
 )
-from kl_f8_train.score.protocol import CARD, Protocol
+from kl_f8_train.score.protocol import CARD, Protocol, Selected, selections
 from kl_f8_train.score.scores import Tally, choose_pictures, screen, slugs, summarise, write_scores
 from kl_f8_train.units import counted
 
@@ -142,7 +141,7 @@ class Session:
 
 
 def evaluate(
-    named: Named,
+    named: Mapping[str, str | Path] | Sequence[Selected],
     where: str | Path,
     out: str | Path,
     *,
@@ -173,7 +172,7 @@ def evaluate(
     sizes, out = [size] if isinstance(size, int) else size, Path(out)
     with processes() as (rank, world, say), exact_float32():
         device = own_device(device)
-        vaes = load_candidates(named, device)
+        vaes = load_candidates(selections(named, compared), device)
         candidates = vaes + perturbed(vaes, latent_noise) + (baselines() if with_baselines else [])
         _check_sizes(candidates, sizes, tile)
         images = ImageSet(where, sizes[0], limit, say, out)

@@ -358,14 +358,10 @@ def _write_strip(
     shapes = [latent.shape for latent in latents]
     fitting = [entry for entry, shape in zip(entries, shapes, strict=False) if shape == shapes[0]]
     base, first = next(iter(fitting[0]["models"].items()))
-    height = _load(out / first).shape[1]
+    height = report.load_picture(out / first).shape[1]
     columns: dict[str, list[Tensor]] = {}
     for entry in fitting[: max(1, min(report.STRIP_ROWS, STRIP_SIDE // height))]:
         maps = {f"|{name} - {base}|": path for name, path in entry["differences"].items()}
         for label, path in {**entry["models"], **maps}.items():
-            columns.setdefault(label, []).append(_load(out / path))
+            columns.setdefault(label, []).append(report.load_picture(out / path))
     report.save_png(out / "strip.png", report.strip(list(columns.items())))
-
-
-def _load(path: Path) -> Tensor:
-    return pixels.decode(path.read_bytes())

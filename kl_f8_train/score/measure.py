@@ -31,11 +31,6 @@ from kl_f8_train.score.protocol import CARD, Protocol
 from kl_f8_train.score.scores import SHIFT_METRICS, ImageScores, Tally
 from kl_f8_train.weights import pretrained
 
-RFID = (
-    "torch-fidelity's Inception of 2015-12-05, its 2,048 pooled features, against the same crops; "
-    "statistics in float64"
-)
-
 
 @dataclass
 class Networks:
@@ -234,12 +229,18 @@ def describe_networks(networks: Networks) -> dict[str, Any]:
     """For scores.json: which networks measured, by hash, and the versions of the packages."""
     network, inception = networks.perceptual, networks.inception
     vgg = network.sha256 if network is not None and network.name == "lpips_vgg" else None
+    rfid = None
+    if inception is not None:
+        rfid = (
+            "torch-fidelity's Inception of 2015-12-05, its 2,048 pooled features, against the "
+            "same crops; statistics in float64"
+        )
     packages = ("torch", "torchvision", "lpips", "torch-fidelity", "numpy", "pillow", "kl-f8-train")
     return {
         "perceptual": network.label if network is not None else None,
         "psim": "half of LPIPS' distance without its heads, VGG16" if vgg else None,
         "vgg": vgg,
-        "rfid": RFID if inception is not None else None,
+        "rfid": rfid,
         "inception": inception.sha256 if inception is not None else None,
         "versions": {name: version for name in packages if (version := _version(name))},
     }

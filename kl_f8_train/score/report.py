@@ -200,7 +200,7 @@ def _write_zooms(directory: Path, evaluation: Evaluation) -> list[dict[str, Any]
     columns: list[tuple[str, list[Tensor]]] = [(name, []) for name in ("input", *evaluation.models)]
     for item in evaluation.pictures:
         paths = [item["input"], *(item["models"][name] for name in evaluation.models)]
-        pictures = [_load(directory / path) for path in paths]
+        pictures = [load_picture(directory / path) for path in paths]
         # Of several models the region where they differ; of one, where it differs from the input.
         others = pictures[1:] if len(pictures) > 2 else pictures
         box = most_different(others)
@@ -224,7 +224,8 @@ def _write_zooms(directory: Path, evaluation: Evaluation) -> list[dict[str, Any]
     return shown
 
 
-def _load(path: Path) -> Tensor:
+def load_picture(path: Path) -> Tensor:
+    """A picture of an evaluation, uint8 (3, H, W); MissingInputError if it is not there."""
     if not path.is_file():
         raise MissingInputError(f"{path}: no such file, but pictures.json names it")
     return images.decode(path.read_bytes())
