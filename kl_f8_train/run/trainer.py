@@ -22,6 +22,7 @@ from kl_f8_train.lifetime import announce_to_ranks
 from kl_f8_train.run.callback import say_once
 from kl_f8_train.run.watchdog import longest_wait
 from kl_f8_train.settings import Config
+from kl_f8_train.units import counted
 
 FEW_GPUS = {  # launcher -> the remedy
     SRUN: "each task must see all of its node's: srun --gpus-per-node, not --gpus-per-task or "
@@ -46,8 +47,9 @@ def build_trainer(config: Config, callbacks: list[Any]) -> Trainer:
     nodes = nodes or compute.num_nodes or 1
     world = nodes * per_node
     if accelerator == "cuda" and not 0 < per_node <= gpus:
+        wanted = f"{counted(per_node, 'process', 'es')} with a GPU each" if per_node else "GPUs"
         raise UsageError(
-            f"{per_node or 'all'} processes with a GPU each, but torch sees {gpus} GPUs here; "
+            f"wanted {wanted}, but torch sees {counted(gpus, 'GPU', 's')} here; "
             f"{FEW_GPUS.get(launcher, FEW_GPUS[''])}"
         )
     if local and compute.devices not in (None, local):
