@@ -72,8 +72,8 @@ def check_images(images: str | None) -> None:
     if images is None:
         return
     check_pattern(f"--images {images}", images)
-    source = Path(images)
-    if source.is_file() and source.suffix not in (".tar", ".txt") and not is_tarfile(source):
+    source, known = Path(images), (".tar", ".txt")
+    if source.is_file() and source.suffix.lower() not in known and not is_tarfile(source):
         raise MissingInputError(
             f"--images {images}: expected a folder of images, .tar shards or a .txt list of them, "
             "got another file; name its folder"
