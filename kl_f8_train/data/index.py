@@ -105,19 +105,9 @@ def expand(pattern: str) -> list[str]:
 
 def tars_in(folder: Path) -> list[str]:
     """The shards of a folder itself, sorted; a link to one that is gone is among them."""
-    tars = (path for path in folder.glob("*.[tT][aA][rR]") if path.is_file() or _is_gone(path))
-    return sorted(str(path) for path in tars if not path.name.startswith("."))
-
-
-def _is_gone(link: Path) -> bool:
-    """Whether a name in a folder is a link to what is not there; one in a circle is not."""
-    try:
-        link.stat()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        pass
-    return False
+    tars = (str(path) for path in folder.glob("*.[tT][aA][rR]") if not path.name.startswith("."))
+    # One in a circle leads to itself, and is passed over.
+    return sorted(t for t in tars if os.path.isfile(t) or not os.path.lexists(os.path.realpath(t)))
 
 
 def _without_shards(folder: Path) -> str:
