@@ -1,5 +1,6 @@
 """The paths that settings and verbs name: whether something is there, before torch is imported."""
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -51,13 +52,13 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
 def check_perceptual_weights(config: Config) -> None:
     """Raises MissingInputError if the file of `loss.perceptual_weights` is needed and not there."""
     if config.loss.perceptual == "lpips_vgg":
-        given = config.loss.perceptual_weights or None
+        given = config.loss.perceptual_weights
         check_file("loss.perceptual_weights=", given, NETWORK.format("VGG16's features"))
 
 
 def check_file(setting: str, given: str | Path | None, wrong: str, folders: bool = False) -> None:
     """Raises MissingInputError if a path is given that is neither a file nor one of `folders`."""
-    if given is not None and not (Path(given).exists() if folders else Path(given).is_file()):
+    if given and not (Path(given).exists() if folders else Path(given).is_file()):
         raise MissingInputError(f"{setting}{given}: {wrong}{like_path(given)}")
 
 
@@ -72,8 +73,8 @@ def check_images(images: str | None) -> None:
     if images is None:
         return
     check_pattern(f"--images {images}", images)
-    source = Path(images)
-    if source.is_file() and source.suffix not in (".tar", ".txt") and not is_tarfile(source):
+    known = images.lower().endswith((".tar", ".txt"))
+    if os.path.isfile(images) and not known and not is_tarfile(images):
         raise MissingInputError(
             f"--images {images}: expected a folder of images, .tar shards or a .txt list of them, "
             "got another file; name its folder"
