@@ -84,10 +84,10 @@ def expand(pattern: str) -> list[str]:
         if not found:
             raise MissingInputError(_without_shards(path))
         return found
-    if "{" not in pattern:  # else each missing file is counted
-        check_named(pattern)
     if os.path.isfile(pattern):  # whatever signs its name holds
         return files_of(path)
+    if "{" not in pattern:  # else each missing file is counted
+        check_named(pattern)
     if pattern.startswith("pipe:"):
         return [pattern]
     try:
