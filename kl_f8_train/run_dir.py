@@ -40,9 +40,11 @@ def check_places(run_dir: Path) -> None:
 def check_checkpoint_names(run_dir: Path) -> None:
     """Raises MissingInputError if there is a checkpoint, but none of a name that is resumed from.
 
-    Without any, a run begins anew, and would replace what such a file holds of another.
+    Without any, a run begins anew, and would replace what such a file holds of another. That of
+    the best validation does not count: it may be written before the first to resume from.
     """
-    files = sorted((run_dir / "checkpoints").glob("*.safetensors"))
+    named = (run_dir / "checkpoints").glob("*.safetensors")
+    files = sorted(path for path in named if not path.name.startswith("best-"))
     if files and not list_checkpoints(run_dir):
         raise MissingInputError(
             f"{files[-1]} is not named as a checkpoint that a run resumes from; name it as "

@@ -310,9 +310,9 @@ def shown(url: str) -> str:
 
 
 def local_path(location: str) -> Path:
-    """The path of a local location, also of one with file://."""
-    if _scheme(location) == "file":
-        return Path(urllib.parse.unquote(urllib.parse.urlsplit(location).path))
+    """The path of a local location, also of one with file://, which may be a pattern."""
+    if _scheme(location) == "file":  # urlsplit would cut it at a `?` or `#`
+        return Path(urllib.parse.unquote(re.sub(r"^\w+:(//[^/]*)?", "", location)))
     return Path(location)
 
 

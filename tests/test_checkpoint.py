@@ -29,6 +29,7 @@ from kl_f8_train.files import (
     write_text,
 )
 from kl_f8_train.run_dir import (
+    best_path,
     check_checkpoint_names,
     check_places,
     checkpoint_path,
@@ -706,6 +707,12 @@ def test_copies_under_other_names_are_neither_resumed_from_nor_removed(tmp_path)
     checkpoint_path(tmp_path, 2).unlink()
     with pytest.raises(MissingInputError, match=r"1_old\.safetensors is not named as a checkpoint"):
         check_checkpoint_names(tmp_path)
+
+
+def test_a_run_that_kept_its_best_before_any_checkpoint_starts_anew(tmp_path):
+    make_checkpoints(tmp_path, (1, 0))
+    checkpoint_path(tmp_path, 1).rename(best_path(tmp_path, 1))
+    check_checkpoint_names(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])

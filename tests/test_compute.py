@@ -14,7 +14,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from kl_f8_train.check import benchmark, cost
-from kl_f8_train.core import machine, model, perceptual
+from kl_f8_train.core import machine, model, perceptual, updates
 from kl_f8_train.core.batch import Batch
 from kl_f8_train.core.discriminator import Discriminator
 from kl_f8_train.core.hashes import frozen_sha256
@@ -240,6 +240,16 @@ def test_channels_last_reaches_networks_and_images(finetuner, batch, standin):
     weights = [tuner.autoencoder.last_layer, tuner.ema["decoder"].conv_out.weight, *seen]
     weights.append(tuner.autoencoder.last_layer.grad)
     assert all(value.is_contiguous(memory_format=torch.channels_last) for value in weights)
+
+
+def test_gradients_of_that_layout_are_averaged_over_ranks(monkeypatch):
+    for name, value in (("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(updates.dist, name, lambda value=value: value)
+    monkeypatch.setattr(updates.dist, "all_reduce", lambda flat: flat.mul_(4))
+    gradients = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last), torch.randn(3)
+    expected = [2 * gradient for gradient in gradients]
+    updates.average_over_ranks([*gradients])
+    assert all(map(torch.equal, gradients, expected))
 
 
 def test_adams_state_comes_back_in_the_parameters_layout(tmp_path, finetuner, batch):

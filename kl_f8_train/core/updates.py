@@ -118,13 +118,13 @@ def average_over_ranks(tensors: list[Tensor]) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     # One buffer, one message: hundreds of small ones would each cost the network's latency.
-    flat = parameters_to_vector(tensors)
+    flat = torch.cat([tensor.flatten() for tensor in tensors])  # gradients may lie as NHWC
     dist.all_reduce(flat)  # the sum; gloo has no average
     spread(flat / dist.get_world_size(), tensors)
 
 
 def spread(flat: Tensor, tensors: list[Tensor]) -> None:
-    """Copies what `parameters_to_vector` has joined back into the tensors."""
+    """Copies flattened and joined tensors back into their places."""
     parts = flat.split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
 

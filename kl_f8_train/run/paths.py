@@ -1,6 +1,5 @@
 """The paths that settings and verbs name: whether something is there, before torch is imported."""
 
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -73,8 +72,8 @@ def check_images(images: str | None) -> None:
     if images is None:
         return
     check_pattern(f"--images {images}", images)
-    known = images.lower().endswith((".tar", ".txt"))
-    if os.path.isfile(images) and not known and not is_tarfile(images):
+    source, known = Path(images), (".tar", ".txt")
+    if source.is_file() and source.suffix.lower() not in known and not is_tarfile(source):
         raise MissingInputError(
             f"--images {images}: expected a folder of images, .tar shards or a .txt list of them, "
             "got another file; name its folder"
