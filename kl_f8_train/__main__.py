@@ -30,6 +30,7 @@ from kl_f8_train.errors import (
 from kl_f8_train.launch import end_children, is_first_to_say, launched, world_size
 from kl_f8_train.lifetime import end_with_launcher
 from kl_f8_train.output import progress_bar, say
+from kl_f8_train.overrides import parse_sources
 from kl_f8_train.run.paths import (
     NETWORK,
     all_of,
@@ -368,11 +369,12 @@ def _check_evaluated(args: argparse.Namespace, weights: list[Path]) -> None:
         )
     if world_size() > 1:  # they meet first, or the others would wait for one that misses a file
         return
+    vgg = args.vgg if args.perceptual == "lpips_vgg" else None
     all_of(
         *(partial(hub.check_exists, str(path)) for path in weights),
         partial(check_images, args.images),
         partial(check_file, "--latents ", args.latents, "no such folder or file", folders=True),
-        partial(check_file, "--vgg ", args.vgg, NETWORK.format("VGG16's features")),
+        partial(check_file, "--vgg ", vgg, NETWORK.format("VGG16's features")),
         partial(check_file, "--inception ", args.inception, NETWORK.format("Inception's weights")),
     )
 
@@ -576,8 +578,9 @@ def _benchmark(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    shards = [source.shards for source in parse_sources(args.training or ".").values()]
     all_of(
-        partial(check_pattern, f"--training {args.training}", args.training or "."),
+        *(partial(check_pattern, f"--training {pattern}", pattern) for pattern in shards),
         partial(check_folder, "--held-out ", args.held_out),
     )
     say(f"demo in {args.run_dir}: loading, and packing photographs ...")

@@ -68,7 +68,8 @@ def about(what: str, remedy: str = "") -> Iterator[None]:
         yield
     except UserError as error:
         begin, _, rest = str(error).partition(": ")
-        text = rest if rest and what.endswith(begin) else str(error)
+        said = re.search(rf"(?<![^ =]){re.escape(begin)}$", what)
+        text = rest if rest and said else str(error)
         raise type(error)(f"{what}: {text}" + (remedy and f"\n{remedy}")) from error
 
 

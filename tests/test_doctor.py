@@ -129,6 +129,15 @@ def test_a_run_that_would_resume_is_left_as_it_is(examined, folder):
     assert found["images_total"] == 2 * 4
 
 
+def test_a_renamed_checkpoint_is_no_go_as_train_refuses_it(examined, folder):
+    kept = folder / "renamed" / "checkpoints" / "good.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    code, found, _ = examined("renamed")
+    assert code != 0
+    assert any("not named as a checkpoint" in problem for problem in found["problems"])
+
+
 def test_a_cold_iteration_is_called_one(examined, monkeypatch):
     monkeypatch.setattr(trial, "PATIENCE_SECONDS", 0.0)
     _, found, printed = examined("cold", "stop_iteration=110", *runs.NO_ADVERSARIAL)

@@ -4,6 +4,7 @@ import pytest
 
 from kl_f8_train.data.patterns import check_named
 from kl_f8_train.errors import MissingInputError
+from kl_f8_train.run.paths import check_images, check_pattern
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,19 @@ def test_only_patterns_of_which_nothing_is_there_are_absent(tmp_path, monkeypatc
     with refused as caught:
         check_named(pattern)
     assert absent in (str(caught.value) if caught else "")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [("no.tar", "no.tar: no such file"), ("a.tar::no.tar", "a.tar::no.tar: no.tar: no such file")],
+)
+def test_the_part_that_is_missing_is_named(tmp_path, monkeypatch, pattern, said):
+    (tmp_path / "a.tar").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingInputError, match=f"^--images {said}"):
+        check_pattern(f"--images {pattern}", pattern)
+
+
+def test_a_list_may_be_called_txt_in_capitals(tmp_path):
+    (tmp_path / "LIST.TXT").write_text("https://h/0.tar\n")
+    check_images(str(tmp_path / "LIST.TXT"))

@@ -15,7 +15,7 @@ from kl_f8_train.errors import ImageError, MissingInputError
 from kl_f8_train.rules import side_range
 from kl_f8_train.run.start import check_model
 from kl_f8_train.run.tracking import wandb_reachable
-from kl_f8_train.run_dir import list_checkpoints
+from kl_f8_train.run_dir import check_checkpoint_names, list_checkpoints
 from kl_f8_train.settings import Config, Data
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import are, counted, printable, size
@@ -35,6 +35,7 @@ def check_weights(report: Report, config: Config) -> None:
         held = counted(len(found), "checkpoint", "s")
         report.detail(f"{config.run_dir} holds {held}: this run would resume")
     else:
+        check_checkpoint_names(Path(config.run_dir))
         hub.check_exists(config.init.weights, "init.weights=")
     paths = found or [Path(config.init.weights)]
     contents, weights = _first_readable(report, paths, config.init.select, config.init.prefix)

@@ -12,9 +12,8 @@ from kl_f8_train.rules import source_shares
 from kl_f8_train.settings import Config
 from kl_f8_train.units import counted, duration, listed, memory, size
 
-Findings = Mapping[
-    str, Any
-]  # with the keys that doctor's sections have set; a failed one sets none
+# With the keys that doctor's sections have set; a failed one sets none.
+Findings = Mapping[str, Any]
 Lines = Iterator[tuple[str, str]]  # label and text
 
 

@@ -51,13 +51,13 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
 def check_perceptual_weights(config: Config) -> None:
     """Raises MissingInputError if the file of `loss.perceptual_weights` is needed and not there."""
     if config.loss.perceptual == "lpips_vgg":
-        given = config.loss.perceptual_weights or None
+        given = config.loss.perceptual_weights
         check_file("loss.perceptual_weights=", given, NETWORK.format("VGG16's features"))
 
 
 def check_file(setting: str, given: str | Path | None, wrong: str, folders: bool = False) -> None:
     """Raises MissingInputError if a path is given that is neither a file nor one of `folders`."""
-    if given is not None and not (Path(given).exists() if folders else Path(given).is_file()):
+    if given and not (Path(given).exists() if folders else Path(given).is_file()):
         raise MissingInputError(f"{setting}{given}: {wrong}{like_path(given)}")
 
 
