@@ -89,23 +89,17 @@ def _remedy(error: OSError) -> str:
     if error.errno in (errno.ENOMEM, errno.EAGAIN):
         return f"{error.strerror}; raise the limits of memory and processes (`ulimit -v`, `-u`)"
     where = f"{error.filename}: " if error.filename else ""
-    if not where and _is_lost():
-        return "the current directory has been deleted; change to another"
+    if not where:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return "the current directory has been deleted; change to another"
     if error.errno == errno.ENAMETOOLONG:
         return f"{where}{error.strerror}, so that it cannot exist; check the path"
     return (
         f"{where}{error.strerror or error}; check that the path exists, is writable and has space"
         "\n--debug shows where"
     )
-
-
-def _is_lost() -> bool:
-    """Whether the current directory has been deleted, or replaced by another of its name."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        return True
-    return False
 
 
 def _complain(message: str, exit_code: int, debug: bool) -> int:

@@ -170,7 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--size", type=_sizes, help="resize and centre crop, in pixels; several: 256,512 (256)"
     )
-    score.add_argument("--limit", type=_positive, help="score only the first so many images")
+    score.add_argument("--limit", type=_positive, help="score only the first LIMIT images")
     score.add_argument(
         "--perceptual",
         default="lpips_vgg",
@@ -253,7 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N|SHARE",
         help="how many, or which share such as 0.05 or 5%% (5%%, but 10 to 500)",
     )
-    split.add_argument("--seed", type=int, default=0, help="chooses others to hold out (0)")
+    split.add_argument("--seed", type=int, default=0, help="another seed holds out others (0)")
 
     index = subs["index"]
     index.add_argument("source", help="brace pattern, glob, directory, list file or address")
