@@ -59,6 +59,7 @@ class SourcePlan:
         self.lanes = max(d for d in range(1, min(lanes, share, total) + 1) if share % d == 0)
         self.lane_length = total // self.lanes  # samples of a lane in each pass
         self.per_lane = share // self.lanes  # samples of a lane in each iteration
+        self._pass: tuple[int | None, np.ndarray, np.ndarray] = None, self.counts, self.counts
 
     def locate(self, iteration: int, index: int) -> tuple[int, int]:
         """(shard, sample) of the index-th sample (0 .. share - 1) of an iteration."""
@@ -66,8 +67,10 @@ class SourcePlan:
         # The lane has given `iteration * per_lane + offset` samples before, over all passes.
         number, place = divmod(iteration * self.per_lane + offset, self.lane_length)
         place += lane * self.lane_length  # in the stream of pass `number`
-        order = permutation(len(self.counts), self.seed, self.name, "shards", number)
-        ends = np.cumsum(self.counts[order])  # of the pass's shards; of 10,000 in 10 us
+        if (kept := self._pass)[0] != number:  # its shards in order, and where each ends
+            order = permutation(len(self.counts), self.seed, self.name, "shards", number)
+            kept = self._pass = number, order, np.cumsum(self.counts[order])
+        _, order, ends = kept
         row = int(np.searchsorted(ends, place, side="right"))  # first shard to end behind it
         shard = int(order[row])
         count = int(self.counts[shard])
