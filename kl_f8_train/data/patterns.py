@@ -63,7 +63,7 @@ def files_of(file: Path) -> list[str]:
             f"{file} is not a list of shards: byte {error.start} is not UTF-8; expected text with "
             "a shard on each line"
         ) from error
-    found = [line for line in lines if line and not line.startswith("#")]
+    found = [plain_paths(line) for line in lines if line and not line.startswith("#")]
     if not found:
         raise MissingInputError(f"{file} lists no shards: expected a shard on each line")
     return existing(found, f"; paths in a list start at the current directory, {os.getcwd()}")
