@@ -252,7 +252,7 @@ def _fp16_safe(args: argparse.Namespace) -> int:
 def _inject(args: argparse.Namespace) -> int:
     wrong = "no such file; expected a full checkpoint, .safetensors or .ckpt"
     all_of(
-        partial(hub.check_exists, str(args.vae)),
+        partial(hub.check_exists, str(args.vae), "weights "),
         partial(check_file, "", args.into, wrong, folders=True),  # `inject` says what of those
     )
     from kl_f8_train.publish.inject import inject
@@ -365,7 +365,7 @@ def _check_evaluated(args: argparse.Namespace, weights: list[Path]) -> None:
         return
     vgg = args.vgg if args.perceptual == "lpips_vgg" else None
     all_of(
-        *(partial(hub.check_exists, str(path)) for path in weights),
+        *(partial(hub.check_exists, str(path), "weights ") for path in weights),
         partial(check_images, args.images),
         partial(check_file, "--latents ", args.latents, "no such folder or file", folders=True),
         partial(check_file, "--vgg ", vgg, NETWORK.format("VGG16's features")),

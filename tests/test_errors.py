@@ -291,7 +291,10 @@ WEIGHTS = {
     ),
     "inject into folder": Case("inject run directory --out o", USAGE, "directory is a folder|copy"),
     "inject nowhere": Case(
-        "inject no.ckpt full.safetensors --out o", MISSING, "no.ckpt: no such file"
+        "inject no.ckpt full.safetensors --out o", MISSING, "weights no.ckpt: no such file"
+    ),
+    "evaluate no weights": Case(
+        "evaluate no.ckpt --images tiles", MISSING, "weights no.ckpt: no such file"
     ),
     "inject wide": Case(
         "inject wide.ckpt full.safetensors --out o", MISSING, "does not fit|expected"

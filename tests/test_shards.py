@@ -353,6 +353,8 @@ def test_addresses_of_local_files_are_paths(tmp_path):
     (tmp_path / "list.txt").write_text(f"{place}/1.tar\n{tmp_path}/shards/0.tar\n")
     assert len(read_all(open_source(tmp_path / "list.txt", index_dir=tmp_path))) == 2
     assert len(read_all(open_source(f"{tmp_path}/**/*.tar"))) == 2
+    (tmp_path / "list.txt").write_text(f"{place}/0.tar\nfile:{tmp_path}/shards/1.tar\n")
+    assert len(read_all(open_source(tmp_path / "list.txt", index_dir=tmp_path))) == 2
 
 
 def test_a_link_to_a_shard_that_is_gone_is_not_passed_over(tmp_path):
