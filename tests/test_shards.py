@@ -350,8 +350,6 @@ def test_addresses_of_local_files_are_paths(tmp_path):
     assert len(read_all(open_source(place, index_dir=tmp_path))) == 2
     assert len(read_all(open_source(f"file:{tmp_path}/shards/0.tar", index_dir=tmp_path))) == 1
     assert len(read_all(open_source(f"{place}/0?tar", index_dir=tmp_path))) == 1
-    (tmp_path / "list.txt").write_text(f"{place}/1.tar\n{tmp_path}/shards/0.tar\n")
-    assert len(read_all(open_source(tmp_path / "list.txt", index_dir=tmp_path))) == 2
     assert len(read_all(open_source(f"{tmp_path}/**/*.tar"))) == 2
     (tmp_path / "list.txt").write_text(f"{place}/0.tar\nfile:{tmp_path}/shards/1.tar\n")
     assert len(read_all(open_source(tmp_path / "list.txt", index_dir=tmp_path))) == 2
