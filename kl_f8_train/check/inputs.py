@@ -13,14 +13,15 @@ from kl_f8_train.data.loading import PositionDataset, open_data
 from kl_f8_train.data.sources import FolderSource, ImageSource
 from kl_f8_train.errors import ImageError, MissingInputError
 from kl_f8_train.rules import side_range
+from kl_f8_train.run.paths import start_checks
 from kl_f8_train.run.start import check_model
 from kl_f8_train.run.tracking import wandb_reachable
-from kl_f8_train.run_dir import check_checkpoint_names, list_checkpoints
+from kl_f8_train.run_dir import list_checkpoints
 from kl_f8_train.settings import Config, Data
 from kl_f8_train.transfer import is_remote
 from kl_f8_train.units import are, counted, printable, size
 from kl_f8_train.units import speed as rate
-from kl_f8_train.weights import checkpoint, hub, weight_file
+from kl_f8_train.weights import checkpoint, weight_file
 from kl_f8_train.weights.names import Weights
 
 SMALL_FOLDER = 500  # photographs; all of them are decoded
@@ -35,8 +36,8 @@ def check_weights(report: Report, config: Config) -> None:
         held = counted(len(found), "checkpoint", "s")
         report.detail(f"{config.run_dir} holds {held}: this run would resume")
     else:
-        check_checkpoint_names(Path(config.run_dir))
-        hub.check_exists(config.init.weights, "init.weights=")
+        for check in start_checks(config):
+            check()
     paths = found or [Path(config.init.weights)]
     contents, weights = _first_readable(report, paths, config.init.select, config.init.prefix)
     start = contents.iteration

@@ -37,10 +37,15 @@ def check_paths(config: Config) -> None:
     all_of(*_checks(config))
 
 
+def start_checks(config: Config) -> Iterator[Callable[[], None]]:
+    """What only the start of a run needs: its weights, and no checkpoint that it would replace."""
+    yield partial(check_checkpoint_names, Path(config.run_dir))
+    yield partial(hub.check_exists, config.init.weights, "init.weights=")
+
+
 def _checks(config: Config) -> Iterator[Callable[[], None]]:
-    if not list_checkpoints(Path(config.run_dir)):  # only the start of a run reads them
-        yield partial(check_checkpoint_names, Path(config.run_dir))
-        yield partial(hub.check_exists, config.init.weights, "init.weights=")
+    if not list_checkpoints(Path(config.run_dir)):
+        yield from start_checks(config)
     for name, source in config.data.sources.items():
         yield partial(check_pattern, source_setting(name, source.shards), source.shards)
     yield partial(check_perceptual_weights, config)
