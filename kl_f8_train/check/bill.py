@@ -43,9 +43,10 @@ def check_disk(report: Report, config: Config) -> None:
     parent = existing_parent(run_dir / "checkpoints")
     planned = config.run_dir == PLACEHOLDER  # nowhere yet
     if not planned:
-        check_writable(parent)
         if run_dir.exists():
             check_places(run_dir)
+        else:
+            check_writable(parent)
     start = report.start_iteration(config)
     if start is None:
         writable = "" if planned else f"{run_dir} can be written; "
