@@ -266,6 +266,7 @@ def _lately(rows: Sequence[Row]) -> Sequence[Row]:
 
 def _mean(rows: Iterable[Row], column: str) -> float | None:
     values = [row[column] for row in rows if column in row]
+    # statistics.fmean raises OverflowError where a plain sum of a damaged table is infinite.
     return sum(values) / len(values) if values else None
 
 
